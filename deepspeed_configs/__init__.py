@@ -1,0 +1,1 @@
+"""DeepSpeed configurations; this file makes the folder readable through importlib.resources."""

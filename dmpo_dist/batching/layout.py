@@ -1,0 +1,332 @@
+"""Two ways to lay a batch of preference groups out for one forward pass.
+
+``PrefixLayout`` runs each prompt once: one flat row [x_1 .. x_E | branches of group 1 | branches of group 2 ..], in
+which every branch sees its group's prompt and itself, with positions going on from the prompt's end. The attention
+backends in ``modeling/attention.py`` give that meaning. P + (K+1)R tokens a group, no padding.
+
+``RowsLayout`` runs K+1 separate, padded rows: the oracle, and the fallback for models that cannot share a prompt.
+
+Both leave out the last token of a response, which is only a target, and both describe what is scored by ``Targets``.
+Built on the CPU, then moved to the accelerator with ``to``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dmpo_dist.data.tokenization import TokenGroup
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """A dataclass whose tensor fields move together."""
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor | _Tensors)}
+        )
+
+
+@dataclass(frozen=True)
+class Targets(_Tensors):
+    """Which hidden states predict which tokens of which responses.
+
+    Attributes:
+        predict_index: (M,) int64, the flat positions whose hidden states are projected, each once, ascending.
+        target_row: (N,) int64 into ``predict_index``.
+        target_ids: (N,) int64, the scored tokens.
+        target_branch: (N,) int64, the branch each scored token belongs to.
+        response_branch: (R,) int64, the branch of each response; equal responses of a group share one.
+        response_lengths: (R,) int64, scored tokens of each response.
+        group_id: (R,) int64 in [0, n_groups).
+        is_positive: (R,) bool; a group's positive comes first.
+        n_branches, n_groups: counts.
+    """
+
+    predict_index: Tensor
+    target_row: Tensor
+    target_ids: Tensor
+    target_branch: Tensor
+    response_branch: Tensor
+    response_lengths: Tensor
+    group_id: Tensor
+    is_positive: Tensor
+    n_branches: int
+    n_groups: int
+
+    def per_response(self, token_log_probs: Tensor) -> Tensor:
+        """(N,) log-probs of the scored tokens -> (R,) log-probs summed over each response."""
+        branches = token_log_probs.new_zeros(self.n_branches).index_add(0, self.target_branch, token_log_probs)
+        return branches[self.response_branch]
+
+
+@dataclass(frozen=True)
+class PrefixLayout(_Tensors):
+    """Prompts once, then branches, in one row of T tokens.
+
+    Attributes:
+        input_ids, position_ids: (1, T) int64; positions restart at 0 for each prompt and at P for each branch.
+        token_group: (T,) int64, the group of each token.
+        token_branch: (T,) int64, the branch of each token, -1 in a prompt.
+        branch_index: (S, R) int64, row positions of each non-empty branch, padded to the longest with 0.
+        branch_valid: (S, R) bool, False for that padding.
+        prefix_lengths: for each group, tokens of its prompt; the prompts fill the row's start in this order.
+        branch_lengths: for each group, tokens of its branches (those with none left out), in row order.
+        targets: see ``Targets``.
+        logical_tokens: tokens of all prompts and full responses, as separate rows would hold them.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    token_group: Tensor
+    token_branch: Tensor
+    branch_index: Tensor
+    branch_valid: Tensor
+    prefix_lengths: tuple[int, ...]
+    branch_lengths: tuple[tuple[int, ...], ...]
+    targets: Targets
+    logical_tokens: int
+    _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(super().to(device), _masks={})
+
+    def mask(self, window: int | None = None) -> Tensor:
+        """(T, T) bool, True where the row's token attends to the column's; a window counts by position.
+
+        Made once per window and kept, because every layer asks for it.
+        """
+        if window not in self._masks:
+            group, branch, position = self.token_group, self.token_branch, self.position_ids[0]
+            order = torch.arange(len(group), device=group.device)
+            same = (group[:, None] == group) & ((branch == -1) | (branch[:, None] == branch))
+            seen = same & (order <= order[:, None])
+            self._masks[window] = seen if window is None else seen & (position > position[:, None] - window)
+        return self._masks[window]
+
+    @property
+    def spans(self) -> Iterator[tuple[slice, slice]]:
+        """For each group, the slices of its prompt and of all its branches."""
+        prefix_start, branch_start = 0, sum(self.prefix_lengths)
+        for prefix, lengths in zip(self.prefix_lengths, self.branch_lengths, strict=True):
+            yield slice(prefix_start, prefix_start + prefix), slice(branch_start, branch_start + sum(lengths))
+            prefix_start, branch_start = prefix_start + prefix, branch_start + sum(lengths)
+
+    @property
+    def physical_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.input_ids.numel()
+
+    @property
+    def longest(self) -> int:
+        """The largest position + 1, which a sliding window must not cut."""
+        return max(
+            prefix + max(branches, default=0)
+            for prefix, branches in zip(self.prefix_lengths, self.branch_lengths, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class RowsLayout(_Tensors):
+    """One padded row per distinct response.
+
+    Attributes:
+        input_ids, attention_mask, position_ids: (B, L) int64, padded on the right.
+        targets: see ``Targets``; positions are flat over B x L.
+        logical_tokens: tokens that are not padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    targets: Targets
+    logical_tokens: int
+
+    @property
+    def physical_tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.input_ids.numel()
+
+
+Layout = PrefixLayout | RowsLayout
+
+
+def prefix_layout(groups: Sequence[TokenGroup]) -> PrefixLayout:
+    """Lay ``groups`` out with their prompts shared.
+
+    Raises:
+        ValueError: no groups, an empty prompt or an empty response.
+    """
+    distinct = [_distinct(group) for group in groups]
+    prefix_lengths = tuple(len(group.prefix) for group in groups)
+    prefix_starts = [0, *accumulate(prefix_lengths)]
+    ids, positions, token_group, token_branch = [], [], [], []
+    for index, group in enumerate(groups):
+        _extend(ids, positions, token_group, token_branch, group.prefix, 0, index, -1)
+    collector = _TargetCollector()
+    branch_lengths: list[tuple[int, ...]] = []
+    bodies: list[range] = []
+    for index, (group, branches) in enumerate(zip(groups, distinct, strict=True)):
+        start, prefix = prefix_starts[index], len(group.prefix)
+        for number, branch in enumerate(branches.rows):
+            # hidden state at ``at[t]`` predicts token t of the branch; the first one is the prompt's last
+            bodies.append(range(len(ids), len(ids) + len(branch) - 1))
+            at = [start + prefix - 1, *bodies[-1]]
+            _extend(ids, positions, token_group, token_branch, branch[:-1], prefix, index, collector.n_branches)
+            scored = range(branches.scored_from[number], len(branch))
+            extra = [(start + t - 1, group.prefix[t]) for t in group.prefix_scored] if number == 0 else []
+            collector.add_branch(extra + [(at[t], branch[t]) for t in scored])
+        branch_lengths.append(tuple(len(row) - 1 for row in branches.rows if len(row) > 1))
+        collector.add_group(branches.index)
+    branch_index, branch_valid = _padded([body for body in bodies if body])
+    return PrefixLayout(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        token_group=torch.tensor(token_group),
+        token_branch=torch.tensor(token_branch),
+        branch_index=branch_index,
+        branch_valid=branch_valid,
+        prefix_lengths=prefix_lengths,
+        branch_lengths=tuple(branch_lengths),
+        targets=collector.targets(),
+        logical_tokens=_logical_tokens(groups),
+    )
+
+
+def rows_layout(groups: Sequence[TokenGroup], pad_id: int = 0) -> RowsLayout:
+    """Lay ``groups`` out as separate rows; raises like ``prefix_layout``."""
+    distinct = [_distinct(group) for group in groups]
+    rows = [group.prefix + row[:-1] for group, d in zip(groups, distinct, strict=True) for row in d.rows]
+    width = max(len(row) for row in rows)
+    collector = _TargetCollector()
+    for group, branches in zip(groups, distinct, strict=True):
+        for number, branch in enumerate(branches.rows):
+            start = collector.n_branches * width
+            whole = group.prefix + branch
+            first = len(group.prefix)
+            scored = [first + t for t in range(branches.scored_from[number], len(branch))]
+            extra = list(group.prefix_scored) if number == 0 else []
+            collector.add_branch([(start + t - 1, whole[t]) for t in extra + scored])
+        collector.add_group(branches.index)
+    return RowsLayout(
+        input_ids=torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
+        attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+        position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
+        targets=collector.targets(),
+        logical_tokens=_logical_tokens(groups),
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a group costs in a layout: ``tokens`` for the linear layers, ``pairs`` for attention."""
+
+    tokens: int
+    pairs: int
+
+
+def group_cost(group: TokenGroup, shared: bool) -> Cost:
+    """Tokens and attention pairs of ``group``, prompt shared or repeated."""
+    prefix, bodies = len(group.prefix), [len(row) - 1 for row in _distinct(group).rows]
+    if not shared:
+        lengths = [prefix + body for body in bodies]
+        return Cost(sum(lengths), sum(_triangle(n) for n in lengths))
+    return Cost(prefix + sum(bodies), _triangle(prefix) + sum(prefix * n + _triangle(n) for n in bodies))
+
+
+@dataclass(frozen=True)
+class _Distinct:
+    rows: list[list[int]]
+    scored_from: list[int]
+    index: list[int]  # response -> row
+
+
+def _distinct(group: TokenGroup) -> _Distinct:
+    """Equal candidates of a group are computed once."""
+    if not group.prefix or not group.branches or not all(group.branches):
+        raise ValueError("a group needs a prompt and non-empty responses")
+    seen: dict[tuple[int, tuple[int, ...]], int] = {}
+    index = [
+        seen.setdefault((start, tuple(row)), len(seen))
+        for row, start in zip(group.branches, group.scored_from, strict=True)
+    ]
+    return _Distinct([list(row) for _, row in seen], [start for start, _ in seen], index)
+
+
+class _TargetCollector:
+    """Gathers (position, token) pairs branch by branch."""
+
+    def __init__(self) -> None:
+        self.n_branches = 0
+        self._positions: list[int] = []
+        self._ids: list[int] = []
+        self._branch: list[int] = []
+        self._lengths: list[int] = []
+        self._groups: list[list[int]] = []
+        self._group_start = 0
+
+    def add_branch(self, scored: list[tuple[int, int]]) -> None:
+        self._positions += [position for position, _ in scored]
+        self._ids += [token for _, token in scored]
+        self._branch += [self.n_branches] * len(scored)
+        self._lengths.append(len(scored))
+        self.n_branches += 1
+
+    def add_group(self, response_rows: list[int]) -> None:
+        """Close a group whose responses are the given rows of the branches added since the last one."""
+        self._groups.append([self._group_start + row for row in response_rows])
+        self._group_start = self.n_branches
+
+    def targets(self) -> Targets:
+        predict_index, target_row = torch.unique(torch.tensor(self._positions), return_inverse=True)
+        response_branch = torch.tensor([branch for group in self._groups for branch in group])
+        return Targets(
+            predict_index=predict_index,
+            target_row=target_row,
+            target_ids=torch.tensor(self._ids),
+            target_branch=torch.tensor(self._branch),
+            response_branch=response_branch,
+            response_lengths=torch.tensor(self._lengths)[response_branch],
+            group_id=torch.tensor([g for g, group in enumerate(self._groups) for _ in group]),
+            is_positive=torch.tensor([i == 0 for group in self._groups for i in range(len(group))]),
+            n_branches=self.n_branches,
+            n_groups=len(self._groups),
+        )
+
+
+def _extend(
+    ids: list[int],
+    positions: list[int],
+    token_group: list[int],
+    token_branch: list[int],
+    tokens: Sequence[int],
+    position: int,
+    group: int,
+    branch: int,
+) -> None:
+    ids += tokens
+    positions += range(position, position + len(tokens))
+    token_group += [group] * len(tokens)
+    token_branch += [branch] * len(tokens)
+
+
+def _padded(bodies: Sequence[range]) -> tuple[Tensor, Tensor]:
+    """(S, R) positions padded with 0, and which of them are real."""
+    width = max((len(body) for body in bodies), default=0)
+    rows = [[*body] + [0] * (width - len(body)) for body in bodies]
+    valid = [[True] * len(body) + [False] * (width - len(body)) for body in bodies]
+    shape = (len(bodies), width)
+    return torch.tensor(rows, dtype=torch.int64).view(shape), torch.tensor(valid, dtype=torch.bool).view(shape)
+
+
+def _logical_tokens(groups: Sequence[TokenGroup]) -> int:
+    return sum(len(group.prefix) + len(row) for group in groups for row in group.branches)
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2

@@ -1,0 +1,348 @@
+"""The run configuration: YAML layers, then ``key=value`` overrides, checked against one pydantic schema.
+
+The docstring below each field is its help text; ``dmpo config show`` prints the resolved values.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dmpo_dist.errors import UserError
+
+CONFIG_VERSION = 1
+
+
+class Section(BaseModel):
+    """A configuration section: unknown keys are errors, field docstrings are help texts."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Simulator(Section):
+    """The built-in world of made-up titles, latent tastes and popularity skew (see ``data/simulator.py``)."""
+
+    users: int = Field(2000, ge=2)
+    """Number of simulated users."""
+    items: int = Field(400, ge=10)
+    """Number of items in the catalogue."""
+    events_per_user: int = Field(24, ge=2)
+    """Mean number of interactions per user."""
+    taste_dim: int = Field(8, ge=1)
+    """Number of latent taste dimensions; each is carried by a few words of the titles."""
+    popularity_exponent: float = Field(0.8, ge=0)
+    """Zipf exponent of item popularity; 0 makes all items equally popular."""
+    taste_strength: float = Field(1.5, ge=0)
+    """Weight of taste against popularity in a user's choices."""
+
+
+class Source(Section):
+    """Where interactions (or ready preference rows) come from."""
+
+    kind: Literal["simulator", "movielens", "csv", "preferences"] = "simulator"
+    """simulator | movielens (a folder in the latest-small, 100K or 1M layout) | csv | preferences (TRL rows as JSONL or Parquet)."""
+    path: Path | None = None
+    """File or folder to read; not used by the simulator."""
+    items_path: Path | None = None
+    """CSV with item, title and optional genres, when the interactions file holds no titles."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For CSV: our column name -> the file's column name, for user, item, rating, timestamp, title, genres."""
+    duplicate_titles: Literal["error", "merge"] = "error"
+    """What to do when two items share one title: stop, or merge them into one item (the number is printed)."""
+    simulator: Simulator = Field(default_factory=Simulator)
+
+
+class DataConfig(Section):
+    """From interactions to preference groups."""
+
+    path: Path | None = None
+    """Folder of the prepared data: ``dmpo data prepare`` writes it, the other commands read it."""
+    source: Source = Field(default_factory=Source)
+    rating_threshold: float = 4.0
+    """A rating at or above this is a like: only likes become positives and history."""
+    min_history: int = Field(3, ge=1)
+    """A request needs at least this many likes before it."""
+    max_history: int = Field(20, ge=1)
+    """Keep at most this many of the latest likes as history."""
+    validation_quantile: float = Field(0.8, gt=0, lt=1)
+    """Requests before this quantile of all timestamps are for training."""
+    test_quantile: float = Field(0.9, gt=0, lt=1)
+    """Requests after this quantile are for testing; those between the two cuts are for validation."""
+    train_requests_per_user: int = Field(1, ge=1)
+    """Up to this many of a user's latest requests before the cut become training groups."""
+    negatives: Literal["uniform", "dislikes", "popularity"] = "uniform"
+    """Training negatives: uniform among unseen items, the user's own low ratings (filled up with uniform), or in proportion to popularity."""
+    negatives_per_group: int = Field(32, ge=1)
+    """Negatives stored with each training group; each epoch trains on the next ``train.negatives`` of them."""
+    evaluation_negatives: int = Field(19, ge=1)
+    """Negatives next to the positive in each validation and test request."""
+    max_validation_users: int | None = Field(None, ge=1)
+    """Keep at most this many validation requests (a seeded sample); None keeps all."""
+
+    @model_validator(mode="after")
+    def _cuts_in_order(self) -> "DataConfig":
+        if self.validation_quantile >= self.test_quantile:
+            raise ValueError("validation_quantile must be smaller than test_quantile")
+        return self
+
+
+class TemplateConfig(Section):
+    """How a history becomes a prompt and a title becomes a response. ``{end}`` stands for the terminator."""
+
+    preamble: str = "A user liked these titles, oldest first:\n"
+    """Text before the history."""
+    item: str = "- {title}\n"
+    """One history item; must contain {title}."""
+    request: str = "The title this user will like next:\n"
+    """Text between the history and the response."""
+    response: str = "{title}"
+    """The response without its terminator; must contain {title}."""
+    terminator: str = "{eos}"
+    """What ends a response; {eos} is the tokenizer's end token (ignored when a chat template is used: it ends its own turns)."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Wrap the prompt in the tokenizer's chat template: when it has one, always, or never."""
+
+    @field_validator("item", "response")
+    @classmethod
+    def _has_title(cls, value: str) -> str:
+        if "{title}" not in value:
+            raise ValueError("must contain {title}")
+        return value
+
+
+class ScratchModel(Section):
+    """A small Llama trained from nothing, with a tokenizer learned from the catalogue's titles."""
+
+    hidden_size: int = Field(64, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(192, ge=8)
+    vocab_size: int = Field(1024, ge=64)
+    """Upper limit of the learned vocabulary."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (PEFT) on all linear layers by default."""
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    target_modules: str | list[str] = "all-linear"
+
+
+class ModelConfig(Section):
+    path: str = "scratch"
+    """A model folder or hub id, a folder written by an earlier stage, or "scratch"."""
+    scratch: ScratchModel = Field(default_factory=ScratchModel)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights and the arithmetic."""
+    lora: LoraConfig | None = None
+    """Train adapters of this shape; None trains all weights. A stage that starts from an adapter keeps its shape."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    attention: Literal["auto", "two_part", "sdpa", "unshared"] = "auto"
+    """How K+1 responses share their prompt: auto picks by model and device; unshared runs separate rows."""
+    max_length: int = Field(512, ge=8)
+    """Longest prompt plus response in tokens; the oldest history is dropped to fit."""
+
+
+class ObjectiveConfig(Section):
+    name: Literal["dmpo", "sdpo", "dpo_pairs", "dmpo_released"] = "dmpo"
+    """dmpo | sdpo | dpo_pairs | dmpo_released (see ``objectives.py``)."""
+    beta: float = Field(1.0, gt=0)
+    """Scale of the log-ratio of policy to reference."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Adds this times the mean-token negative log-likelihood of the positive."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of preferences assumed flipped."""
+    reference_free: bool = False
+    """Treat all reference log-probs as equal."""
+    length_normalize: bool = False
+    """Divide log-probs by the number of response tokens."""
+    negative_selection: Literal["all", "boundary"] = "all"
+    """all, or only the negatives the policy rates at least as high as the positive."""
+
+
+class StageConfig(Section):
+    """What the two training stages have in common."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides epochs."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training groups."""
+    global_batch_size: int = Field(32, ge=1)
+    """Preference groups per optimizer step, over all workers."""
+    token_budget: int = Field(4096, ge=16)
+    """Most tokens in one packed micro-batch row."""
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    validate_every: int = Field(50, ge=1)
+    """Steps between two rankings of the validation requests."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept; older ones are removed."""
+    select: Literal["best", "last"] = "best"
+    """Which weights become the result: best by ``select_metric`` on validation, or the last."""
+    select_metric: Literal["ndcg@10", "hr@1", "mrr", "auc"] = "ndcg@10"
+    log_every: int = Field(10, ge=1)
+    """Steps between two log lines."""
+
+
+class SFTConfig(StageConfig):
+    loss_on: Literal["response", "all_titles"] = "response"
+    """Loss on the response alone, or also on every title of the history (its items must then end with {end})."""
+
+
+class TrainConfig(StageConfig):
+    negatives: int = Field(7, ge=1)
+    """K: negatives per preference group in each step."""
+    self_check: bool = True
+    """Compare one group's fused log-probs with separate rows before the first step, and the first loss with its known value."""
+
+
+class ClusterConfig(Section):
+    workers: int = Field(1, ge=1)
+    """Number of training workers (ranks)."""
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs per worker; None takes 1 where the cluster has GPUs, else 0."""
+    address: str | None = None
+    """Ray cluster to join (as in ``ray.init``); None joins RAY_ADDRESS if set, else starts a local one."""
+    max_failures: int = Field(2, ge=0)
+    """Worker failures survived by going back to the latest checkpoint."""
+    storage_path: str | None = None
+    """Shared folder or bucket for checkpoints; None uses the output folder (right for one machine or a shared file system)."""
+
+
+class EvaluationConfig(Section):
+    bootstrap_samples: int = Field(1000, ge=100)
+    """Resamples of the users for the 95 % intervals."""
+    token_budget: int = Field(8192, ge=16)
+    """Most tokens in one scoring row."""
+    knn_neighbours: int = Field(50, ge=1)
+    """Neighbours kept per item by the item-kNN baseline."""
+
+
+class RunConfig(Section):
+    """Everything a run depends on."""
+
+    version: int = CONFIG_VERSION
+    """Version of this schema."""
+    output_dir: Path = Path("runs/dmpo")
+    """Folder for everything the command writes; must not exist yet unless resuming."""
+    seed: int = 0
+    data: DataConfig = Field(default_factory=DataConfig)
+    template: TemplateConfig = Field(default_factory=TemplateConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    sft: SFTConfig = Field(default_factory=SFTConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    deepspeed: str = "zero2"
+    """Name of a file in deepspeed_configs/ (zero0 ... zero3, zero2_offload, ...) or a path to a DeepSpeed JSON."""
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @field_validator("version")
+    @classmethod
+    def _known_version(cls, value: int) -> int:
+        if value != CONFIG_VERSION:
+            raise ValueError(
+                f"this configuration is of version {value}, this dmpo reads version {CONFIG_VERSION}; "
+                "compare with `dmpo config show` and update the file"
+            )
+        return value
+
+
+def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunConfig:
+    """Merge YAML ``layers`` in order, apply ``key=value`` ``overrides`` and validate.
+
+    Raises:
+        UserError: unreadable file, malformed YAML, unknown key (names the nearest one) or a bad value.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, _read_layer(layer))
+    for override in overrides or []:
+        key, sep, raw = override.partition("=")
+        if not sep or not key:
+            raise UserError(f"override {override!r} is not of the form key=value, for example train.learning_rate=1e-4")
+        merged = _merge(merged, _nest(key.split("."), _parse_value(raw)))
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        where = ", ".join(str(layer) for layer in layers) or "the command line"
+        raise UserError(f"configuration ({where}):\n" + "\n".join(_explain(e) for e in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that ``load_config`` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_layer(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file; recipes are in launch/recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a mapping of keys to values, not a {type(content).__name__}")
+    return content
+
+
+def _parse_value(raw: str) -> Any:
+    """A YAML scalar or list; numbers like 1e-4, which YAML 1.1 leaves a string, become floats through pydantic."""
+    try:
+        return yaml.safe_load(raw)
+    except yaml.YAMLError:
+        return raw
+
+
+def _nest(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(out.get(key), dict) and isinstance(value, dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _all_keys(RunConfig), n=1, cutoff=0.4) or difflib.get_close_matches(
+            path[-1], [k.rsplit(".", 1)[-1] for k in _all_keys(RunConfig)], n=1, cutoff=0.0
+        )
+        return f"  {key}: unknown key; the nearest known key is {near[0]}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"  {key or 'top level'}: {message} (got {error['input']!r})"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all keys below ``section``."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        for candidate in [field.annotation, *getattr(field.annotation, "__args__", ())]:
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                keys += _all_keys(candidate, prefix + name + ".")
+    return keys

@@ -1,0 +1,1 @@
+"""From interactions to preference groups: sources, splits, negatives, templates, tokens."""

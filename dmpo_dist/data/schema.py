@@ -1,0 +1,46 @@
+"""The two tables everything starts from, and the row everything is made into."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """A log of who took what, when.
+
+    Attributes:
+        events: columns ``user`` (str), ``item`` (str), ``rating`` (float), ``timestamp`` (int, seconds), sorted by
+            (timestamp, user, item), at most one row per (user, item).
+        items: columns ``item`` (str, unique), ``title`` (str, unique), ``genres`` (str, "" where unknown).
+        name: what the data is called in cards and reports.
+        notes: what reading changed or skipped, one sentence each, for the data card.
+        oracle: where the world is known, (n_users, n_items) log-probability, up to a constant per user, that the user's
+            next like is the item; aligned with ``oracle_users`` and ``items``; candidates ranked by it are the best
+            possible ranking.
+        oracle_users: row -> user of ``oracle``.
+    """
+
+    events: pd.DataFrame
+    items: pd.DataFrame
+    name: str
+    notes: list[str] = field(default_factory=list)
+    oracle: np.ndarray | None = None
+    oracle_users: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class PreferenceGroup:
+    """One prompt with one positive and K negative responses (titles).
+
+    ``history`` holds titles, oldest first. ``prompt`` is set for rows that come with a finished prompt
+    (TRL's preference format); the template is then not applied and ``history`` is empty.
+    """
+
+    user: str
+    timestamp: int
+    history: tuple[str, ...]
+    positive: str
+    negatives: tuple[str, ...]
+    prompt: str | None = None

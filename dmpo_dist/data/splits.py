@@ -1,0 +1,112 @@
+"""Which requests a log can be asked, split by global time: a like, and what was known strictly before it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests of one split, and how they came about.
+
+    Attributes:
+        table: columns ``user``, ``timestamp``, ``item`` (the positive) and ``history`` (list of items, oldest first),
+            sorted by (timestamp, user).
+        dropped: reason -> number of likes in the split's period that gave no request; with ``len(table)`` they add up
+            to all likes of the period.
+    """
+
+    table: pd.DataFrame
+    dropped: dict[str, int]
+
+
+def time_cuts(timestamps: np.ndarray, validation_quantile: float, test_quantile: float) -> tuple[int, int]:
+    """The two timestamps that part training, validation and test: quantiles of all events, taken from the log itself."""
+    cuts = np.quantile(timestamps, [validation_quantile, test_quantile], method="higher")
+    return int(cuts[0]), int(cuts[1])
+
+
+def likes(events: pd.DataFrame, rating_threshold: float) -> pd.DataFrame:
+    """The events with a rating at or above the threshold."""
+    return events[events["rating"] >= rating_threshold]
+
+
+def find_requests(
+    events: pd.DataFrame,
+    cuts: tuple[int, int],
+    *,
+    rating_threshold: float,
+    min_history: int,
+    max_history: int,
+    train_requests_per_user: int,
+) -> dict[str, Requests]:
+    """The requests of each split, from the whole log.
+
+    A request is a like; its history is the user's ``max_history`` latest likes strictly before it. It is dropped when
+    it has fewer than ``min_history`` of them (``short_history``), when nobody interacted with its item strictly before
+    (``unseen_positive``), or when the user has enough requests (``over_limit``): training (t < cuts[0]) keeps the
+    latest ``train_requests_per_user`` of a user, validation (cuts[0] <= t < cuts[1]) and test (t >= cuts[1]) the first.
+
+    Args:
+        events: columns user, item, rating, timestamp; any order.
+    """
+    table = _like_table(events, rating_threshold, max_history)
+    period = np.searchsorted(np.array(cuts), table["timestamp"].to_numpy(), side="right")
+    requests = {}
+    for number, split in enumerate(SPLITS):
+        keep = "latest" if split == "train" else "first"
+        limit = train_requests_per_user if split == "train" else 1
+        chosen, dropped = _choose(table[period == number], min_history, keep, limit)
+        requests[split] = Requests(_with_history(chosen, table["item"].to_numpy()), dropped)
+    return requests
+
+
+def _like_table(events: pd.DataFrame, rating_threshold: float, max_history: int) -> pd.DataFrame:
+    """All likes sorted by (user, timestamp, item) with what was known strictly before each.
+
+    Added columns: ``n_before`` (the user's earlier likes), ``history_start`` and ``history_stop`` (its history is these
+    rows of the table), ``seen`` (somebody interacted with the item before).
+    """
+    first_seen = events.groupby("item")["timestamp"].min()
+    table = likes(events, rating_threshold).sort_values(["user", "timestamp", "item"], ignore_index=True)
+    user = pd.factorize(table["user"])[0]
+    timestamp = table["timestamp"].to_numpy()
+    user_start = _block_start(np.diff(user) != 0, len(table))
+    # Likes at the same second are not history of each other: the history stops where their block starts.
+    tie_start = _block_start((np.diff(user) != 0) | (np.diff(timestamp) != 0), len(table))
+    return table.assign(
+        n_before=tie_start - user_start,
+        history_start=np.maximum(user_start, tie_start - max_history),
+        history_stop=tie_start,
+        seen=table["item"].map(first_seen).to_numpy() < timestamp,
+    )
+
+
+def _block_start(changes: np.ndarray, length: int) -> np.ndarray:
+    """For each of ``length`` rows the first row of its block; ``changes[i]`` says that a block starts at row i + 1."""
+    starts = np.zeros(length, dtype=np.int64)
+    starts[1:] = np.where(changes, np.arange(1, length), 0) if length else 0
+    return np.maximum.accumulate(starts)
+
+
+def _choose(table: pd.DataFrame, min_history: int, keep: str, limit: int) -> tuple[pd.DataFrame, dict[str, int]]:
+    long_enough = table[table["n_before"] >= min_history]
+    eligible = long_enough[long_enough["seen"]]
+    by_user = eligible.groupby("user", sort=False)
+    chosen = by_user.head(limit) if keep == "first" else by_user.tail(limit)
+    dropped = {
+        "short_history": len(table) - len(long_enough),
+        "unseen_positive": len(long_enough) - len(eligible),
+        "over_limit": len(eligible) - len(chosen),
+    }
+    return chosen, dropped
+
+
+def _with_history(chosen: pd.DataFrame, liked_items: np.ndarray) -> pd.DataFrame:
+    spans = zip(chosen["history_start"], chosen["history_stop"], strict=True)
+    history = pd.Series([liked_items[a:b].tolist() for a, b in spans], index=chosen.index, dtype=object)
+    table = chosen[["user", "timestamp", "item"]].assign(history=history)
+    return table.sort_values(["timestamp", "user", "item"], ignore_index=True)

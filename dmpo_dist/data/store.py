@@ -1,0 +1,129 @@
+"""The prepared folder: reading it back, and one row as a preference group."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset, Features, List, Value, load_from_disk
+
+from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.data.splits import SPLITS
+from dmpo_dist.errors import UserError
+
+FORMAT_VERSION = 1
+ROW_FEATURES = Features(
+    {
+        "user": Value("string"),
+        "timestamp": Value("int64"),
+        "history": List(Value("string")),
+        "history_items": List(Value("string")),
+        "positive": Value("string"),
+        "positive_item": Value("string"),
+        "negatives": List(Value("string")),
+        "negative_items": List(Value("string")),
+        "oracle": List(Value("float64")),
+        "prompt": Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Preference groups ready to train and rank on.
+
+    Attributes:
+        train, validation, test: rows with the columns of ``ROW_FEATURES``. ``oracle`` holds the score of the positive,
+            then those of the negatives, or nothing where the world is unknown. Rows of ready preferences have a
+            ``prompt``, no history and no items ("" and []); their validation and test may be empty.
+        items: columns item, title, genres; None for ready preferences.
+        interactions: columns user, item, rating, timestamp; None for ready preferences.
+        card: what ``dataset.json`` says.
+        fingerprint: sha256 over the content of rows and items.
+        path: the folder.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    items: pd.DataFrame | None
+    interactions: pd.DataFrame | None
+    card: dict[str, Any]
+    fingerprint: str
+    path: Path
+
+    @classmethod
+    def load(cls, path: Path) -> "PreparedData":
+        """Read a folder that ``dmpo data prepare`` wrote.
+
+        Raises:
+            UserError: no such folder, not a prepared folder, another format version, or damaged files.
+        """
+        path = Path(path)
+        card = _read_card(path)
+        splits = {split: _read_split(path / split, card["counts"][split]) for split in SPLITS}
+        tables = {
+            name: _read_table(path / f"{name}.parquet") if card[name] else None for name in ("items", "interactions")
+        }
+        return cls(**splits, **tables, card=card, fingerprint=card["fingerprint"], path=path)
+
+
+def group_from_row(row: Mapping[str, Any]) -> PreferenceGroup:
+    """The preference group of one dataset row."""
+    return PreferenceGroup(
+        user=row["user"],
+        timestamp=row["timestamp"],
+        history=tuple(row["history"]),
+        positive=row["positive"],
+        negatives=tuple(row["negatives"]),
+        prompt=row["prompt"],
+    )
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder of prepared data; write it with `dmpo data prepare data.path={path}`")
+    file = path / "dataset.json"
+    if not file.is_file():
+        raise UserError(
+            f"{path}: not prepared data (it has no dataset.json); data.path must be what `dmpo data prepare` wrote"
+        )
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        version = card["format_version"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise _damaged(file, error) from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format version {version}, this dmpo reads version {FORMAT_VERSION}; prepare the data again"
+        )
+    if not {"counts", "fingerprint", "items", "interactions"} <= card.keys() or set(card["counts"]) != set(SPLITS):
+        raise _damaged(file, "keys are missing")
+    return card
+
+
+def _read_split(folder: Path, count: int) -> Dataset:
+    """The rows of a split; an empty split has no folder."""
+    if count == 0:
+        return Dataset.from_dict({name: [] for name in ROW_FEATURES}, features=ROW_FEATURES)
+    try:
+        dataset = load_from_disk(str(folder))
+    # Broken arrow files surface as whatever the arrow reader tripped over.
+    except Exception as error:
+        raise _damaged(folder, error) from None
+    if not isinstance(dataset, Dataset) or dataset.features != ROW_FEATURES or len(dataset) != count:
+        raise _damaged(folder, f"{count} rows of preference groups expected")
+    return dataset
+
+
+def _read_table(file: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path}: damaged or incomplete ({reason}); remove the folder and run `dmpo data prepare` again")

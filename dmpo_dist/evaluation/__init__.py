@@ -1,0 +1,1 @@
+"""From scores of candidates to metrics, baselines and a report."""

@@ -1,0 +1,133 @@
+"""Scores that need no language model: chance, popularity, item-kNN, and the oracle of a simulated world.
+
+Each returns one float64 array (1 + K,) per request, the positive first. ``rows`` is a split as written by
+``dmpo prepare``; ``interactions`` has columns user, item, rating, timestamp.
+"""
+
+import hashlib
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from scipy import sparse
+
+# Above the rounding error of a sum of cosines, far below any difference between two of them.
+TIE_BREAK = 1e-9
+ITEMS_PER_BLOCK = 256
+
+
+def random_scores(rows: Dataset, seed: int) -> list[np.ndarray]:
+    """Uniform scores, a function of (seed, user, timestamp) alone: subsets and orders of rows do not change them."""
+    scores = []
+    for user, timestamp, negatives in zip(*_columns(rows, "user", "timestamp", "negatives"), strict=True):
+        digest = hashlib.blake2b(repr((seed, user, timestamp)).encode(), digest_size=16).digest()
+        scores.append(np.random.default_rng(int.from_bytes(digest, "big")).random(1 + len(negatives)))
+    return scores
+
+
+def popularity_scores(rows: Dataset, interactions: pd.DataFrame) -> list[np.ndarray]:
+    """How often each candidate was taken strictly before the request's timestamp."""
+    items, first = _candidate_items(rows)
+    request_times = np.repeat(np.asarray(_columns(rows, "timestamp")[0]), np.diff(first))
+    catalogue = pd.Index(interactions["item"].unique())
+    event_times = interactions["timestamp"].to_numpy()
+    start = event_times.min()
+    span = event_times.max() - start + 2
+    # One sorted array of (item, time) as item * span + time: two searches count any item before any time. An unknown
+    # item has code -1, which lies before all keys and counts 0.
+    events = np.sort(catalogue.get_indexer(interactions["item"]) * span + (event_times - start))
+    item_start = catalogue.get_indexer(items) * span
+    until = item_start + np.clip(request_times - start, 0, span - 1)
+    counts = np.searchsorted(events, until) - np.searchsorted(events, item_start)
+    return _by_request(counts, first)
+
+
+def item_knn_scores(rows: Dataset, interactions: pd.DataFrame, neighbours: int, before: int) -> list[np.ndarray]:
+    """Sum over the history's items of their cosine similarity to the candidate, where it is among their neighbours.
+
+    Item-based top-N recommendation (Deshpande and Karypis, TOIS 2004, doi 10.1145/963770.963776): cosine between the
+    binary user columns of two items, the ``neighbours`` most similar items kept for each. Candidates with equal sums
+    are ordered by popularity.
+
+    Args:
+        before: similarities and popularity come from interactions strictly before this time (the test cut).
+
+    Raises:
+        ValueError: a request is earlier than ``before``, so the similarities would know its answer.
+    """
+    earliest = min(_columns(rows, "timestamp")[0])
+    if earliest < before:
+        raise ValueError(f"item-kNN would see the future: before is {before}, but a request is at {earliest}")
+    past = interactions[interactions["timestamp"] < before]
+    catalogue = pd.Index(np.unique(past["item"].to_numpy(dtype=object)))
+    n_items = len(catalogue)
+
+    def encode(items: list[str]) -> np.ndarray:
+        codes = catalogue.get_indexer(items)
+        return np.where(codes < 0, n_items, codes)  # unknown items share one last, empty column
+
+    users, _ = pd.factorize(past["user"])
+    taken = _incidence(users, encode(past["item"]), (users.max(initial=-1) + 1, n_items + 1))
+    similarity = _nearest(taken, neighbours)
+
+    (histories,) = _columns(rows, "history_items")
+    request = np.repeat(np.arange(len(rows)), [len(history) for history in histories])
+    history = _incidence(request, encode([item for items in histories for item in items]), (len(rows), n_items + 1))
+    items, first = _candidate_items(rows)
+    candidates = encode(items)
+    request = np.repeat(np.arange(len(rows)), np.diff(first))
+    scores = np.asarray((history @ similarity)[request, candidates]).ravel()
+
+    popularity = np.asarray(taken.sum(axis=0)).ravel()
+    return _by_request(scores + TIE_BREAK * popularity[candidates] / (1 + popularity.max()), first)
+
+
+def oracle_scores(rows: Dataset) -> list[np.ndarray] | None:
+    """The true utilities of the candidates; None unless every request has them."""
+    oracle, negatives = _columns(rows, "oracle", "negatives")
+    if not all(len(scores) == 1 + len(others) for scores, others in zip(oracle, negatives, strict=True)):
+        return None
+    return [np.asarray(scores, dtype=np.float64) for scores in oracle]
+
+
+def _columns(rows: Dataset, *names: str) -> list[list]:
+    """Whole columns as lists (indexing a Dataset row by row decodes each cell again)."""
+    return [rows[name][:] for name in names]
+
+
+def _candidate_items(rows: Dataset) -> tuple[list[str], np.ndarray]:
+    """All candidates in one list, and (n_requests + 1,) bounds: request i has first[i] .. first[i + 1]."""
+    per_request = [[p, *n] for p, n in zip(*_columns(rows, "positive_item", "negative_items"), strict=True)]
+    first = np.cumsum([0, *(len(candidates) for candidates in per_request)])
+    return [item for candidates in per_request for item in candidates], first
+
+
+def _by_request(flat: np.ndarray, first: np.ndarray) -> list[np.ndarray]:
+    return np.split(flat.astype(np.float64), first[1:-1])
+
+
+def _incidence(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+    """Binary sparse matrix with ones at (rows, columns); a repeated pair counts once."""
+    matrix = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
+    matrix.sum_duplicates()
+    matrix.data[:] = 1
+    return matrix
+
+
+def _nearest(taken: sparse.csr_array, neighbours: int) -> sparse.csr_array:
+    """(n_items, n_items) cosines between columns of ``taken``, without the diagonal, the largest of each row kept."""
+    n_items = taken.shape[1]
+    norms = np.sqrt(np.asarray(taken.sum(axis=0)).ravel())
+    unit = taken @ sparse.diags_array(1 / np.maximum(norms, 1))
+    by_item = unit.T.tocsr()
+    keep = min(neighbours, n_items)
+    blocks = []
+    for start in range(0, n_items, ITEMS_PER_BLOCK):  # dense blocks: items x items never exists at once
+        cosine = (by_item[start : start + ITEMS_PER_BLOCK] @ unit).toarray()
+        here = np.arange(len(cosine))[:, None]
+        cosine[here[:, 0], start + here[:, 0]] = 0
+        top = np.argpartition(-cosine, keep - 1, axis=1)[:, :keep]
+        block = sparse.csr_array((cosine[here, top].ravel(), (np.repeat(here, keep), top.ravel())), shape=cosine.shape)
+        block.eliminate_zeros()
+        blocks.append(block)
+    return sparse.vstack(blocks, format="csr")

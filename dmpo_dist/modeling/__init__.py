@@ -1,0 +1,1 @@
+"""Backbone, attention over shared prompts, log-probabilities, policy and reference."""

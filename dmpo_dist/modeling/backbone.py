@@ -1,0 +1,244 @@
+"""Loading, making and saving backbones: full models, adapters, and small ones from nothing.
+
+A *model folder* is what a stage writes and any other command reads: a Hugging Face model or a PEFT adapter with its
+tokenizer, and ``dmpo.json`` with the template that every later use of the model must keep to.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmpo_dist import __version__
+from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
+from dmpo_dist.errors import UserError
+
+STAMP = "dmpo.json"
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a stage starts from.
+
+    Attributes:
+        path: folder or hub id of the weights to start from; an adapter folder or a full model.
+        base: folder or hub id of the base weights (``path`` itself for a full model).
+        is_adapter: whether ``path`` holds an adapter.
+        stamp: content of ``dmpo.json`` beside the model, {} where there is none.
+    """
+
+    path: str
+    base: str
+    is_adapter: bool
+    stamp: dict[str, Any]
+
+
+def find_model(path: str) -> ModelSource:
+    """Look at a model folder or hub id without loading weights.
+
+    Raises:
+        UserError: a folder that is not there or holds no model.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") != 1 or (folder.parent.exists() and folder.parent != Path(".")):
+            raise UserError(f"model.path: there is no folder {path}; give a model folder or a hub id such as org/name")
+        return ModelSource(path, path, False, {})
+    stamp = _read_json(folder / STAMP) if (folder / STAMP).exists() else {}
+    if (folder / ADAPTER).exists():
+        base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{folder / ADAPTER}: names no base model (base_model_name_or_path)")
+        relative = folder / base
+        return ModelSource(path, str(relative.resolve()) if relative.exists() else base, True, stamp)
+    if not (folder / "config.json").exists():
+        raise UserError(f"model.path: {path} holds neither config.json nor {ADAPTER}; is it a model folder?")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise UserError(f"model.path: {path} has a config.json but no weights (*.safetensors); was a copy cut off?")
+    return ModelSource(path, path, False, stamp)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer beside the model, or its base's."""
+    from transformers import AutoTokenizer
+
+    beside = Path(source.path)
+    place = source.path if (beside / "tokenizer_config.json").exists() or not source.is_adapter else source.base
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: no tokenizer could be loaded from {place}: {_first_line(error)}") from None
+
+
+def load_causal_lm(path: str, config: ModelConfig) -> Any:
+    """A transformers causal LM in ``config.dtype`` with all dropout set to 0.
+
+    Raises:
+        UserError: unknown model, damaged weights, or a context shorter than ``model.max_length``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        model_config = AutoConfig.from_pretrained(path)
+        for key, value in vars(model_config).items():
+            if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value:
+                setattr(model_config, key, 0.0)  # policy and reference must see the same network
+        model = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=getattr(torch, config.dtype))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"model.path: {path} could not be loaded as a causal language model: {_first_line(error)}") from None
+    except Exception as error:  # safetensors raises its own type for damaged files
+        if type(error).__module__.startswith("safetensors"):
+            raise UserError(f"model.path: the weights in {path} are damaged: {_first_line(error)}") from None
+        raise
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and config.max_length > context:
+        raise UserError(f"model.max_length={config.max_length} exceeds the model's context of {context}; lower it")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, str]:
+    """The trainable model of a stage and how its reference is had.
+
+    Returns:
+        The model (a PEFT model under LoRA) and the reference mode: ``adapter_off`` for a new adapter,
+        ``adapter_copy`` where training goes on from an adapter (the frozen copy is the adapter "reference"),
+        ``model_copy`` for full fine-tuning.
+    """
+    model = load_causal_lm(source.base, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    if source.is_adapter:
+        return _with_adapter(model, source), "adapter_copy"
+    if config.lora is not None:
+        return _with_new_adapter(model, config.lora), "adapter_off"
+    return model.train(), "model_copy"
+
+
+def load_for_scoring(path: str, config: ModelConfig) -> Any:
+    """A frozen model in evaluation mode, adapter applied if ``path`` holds one."""
+    source = find_model(path)
+    model = load_causal_lm(source.base, config)
+    if source.is_adapter:
+        model = _with_adapter(model, source, copy=False)
+    return model.eval().requires_grad_(False)
+
+
+def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
+    from peft import PeftModel
+
+    try:
+        peft = PeftModel.from_pretrained(model, source.path, is_trainable=copy)
+        if copy:
+            peft.load_adapter(source.path, "reference", is_trainable=False)
+            peft.set_adapter("default")
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"model.path: the adapter in {source.path} does not fit {source.base}: {_first_line(error)}") from None
+    return peft.train() if copy else peft
+
+
+def _with_new_adapter(model: Any, lora: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(
+            model,
+            PeftLora(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"),
+        ).train()  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules={lora.target_modules!r}: {_first_line(error)}") from None
+
+
+def make_scratch_model(
+    folder: Path, scratch: ScratchModel, texts: Sequence[str], max_length: int, seed: int
+) -> None:
+    """Write a small random Llama and a byte-level BPE tokenizer learned from ``texts`` to ``folder``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=scratch.vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=max_length
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=scratch.hidden_size,
+            num_hidden_layers=scratch.layers,
+            num_attention_heads=scratch.heads,
+            num_key_value_heads=scratch.heads,
+            intermediate_size=scratch.intermediate_size,
+            vocab_size=backend.get_vocab_size(),
+            max_position_embeddings=max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=True,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def enforce_template(stamp: dict[str, Any], asked: TemplateConfig, where: str) -> TemplateConfig:
+    """The template a model was trained with.
+
+    Raises:
+        UserError: the configuration asks for another one.
+    """
+    if "template" not in stamp:
+        return asked
+    trained = TemplateConfig.model_validate(stamp["template"])
+    if asked not in (trained, TemplateConfig()):
+        differing = [k for k in TemplateConfig.model_fields if getattr(asked, k) != getattr(trained, k)]
+        raise UserError(
+            f"{where} was trained with another template ({', '.join('template.' + k for k in differing)} differ); "
+            f"leave the template out of the configuration to use the one in {where}/{STAMP}"
+        )
+    return trained
+
+
+def write_stamp(folder: Path, template: TemplateConfig, **facts: Any) -> None:
+    """Write ``dmpo.json`` beside a saved model."""
+    content = {"dmpo_dist": __version__, "template": template.model_dump(mode="json"), **facts}
+    (folder / STAMP).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put the finished folder ``new`` in the place of ``target``."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

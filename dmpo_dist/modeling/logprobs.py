@@ -1,0 +1,168 @@
+"""From a layout to one log-probability per response, in one module that DeepSpeed can wrap."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from dmpo_dist.batching.layout import Layout, PrefixLayout, RowsLayout, Targets
+from dmpo_dist.modeling.attention import no_mask
+
+MAX_CHUNK_LOGITS = 2**24
+"""Most logits held at once: 64 MiB in fp32, whatever the vocabulary."""
+
+
+class LogProbHead(nn.Module):
+    """The language model's head, run on the positions that predict a scored token and on nothing else.
+
+    Shares ``weight`` and ``bias`` with the model's own head; being a module of its own lets ZeRO-3 gather them for
+    one call. Accumulates in fp32 (fp64 for fp64 input) and never holds more than ``MAX_CHUNK_LOGITS`` logits.
+    """
+
+    def __init__(self, lm_head: nn.Module, softcap: float | None = None, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = lm_head.weight
+        self.bias = getattr(lm_head, "bias", None)
+        self.softcap, self.scale = softcap, scale
+
+    def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
+        """(P, H) hidden states of all positions -> (R,) summed log-probs of the responses."""
+        rows = hidden[targets.predict_index]  # (M, H), each source position once
+        chunk = max(1, MAX_CHUNK_LOGITS // self.weight.shape[0])
+        arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.softcap, self.scale)
+        if rows.shape[0] <= chunk:
+            logits = _logits(rows, self.weight, self.bias, self.softcap, self.scale)
+            log_probs = logits[targets.target_row, targets.target_ids] - logits.logsumexp(-1)[targets.target_row]
+        else:
+            log_probs = _ChunkedLogProbs.apply(*arguments, chunk)
+        return targets.per_response(log_probs)
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """(M, H) -> (M, V) logits, at least fp32."""
+    logits = linear(rows, weight, bias)
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(rows @ weight.T + bias)[target_row, target_ids], a chunk of rows at a time.
+
+    Forward keeps the (M,) log-sum-exp; backward computes each chunk's logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor, target_ids: Tensor,
+        softcap: float | None, scale: float, chunk: int,
+    ) -> Tensor:  # fmt: skip
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        lse = rows.new_empty(rows.shape[0], dtype=wide)
+        picked = rows.new_empty(target_ids.shape[0], dtype=wide)
+        for start in range(0, rows.shape[0], chunk):
+            logits = _logits(rows[start : start + chunk], weight, bias, softcap, scale)
+            lse[start : start + chunk] = logits.logsumexp(-1)
+            here = ((target_row >= start) & (target_row < start + chunk)).nonzero()[:, 0]
+            picked[here] = logits[target_row[here] - start, target_ids[here]]
+        ctx.save_for_backward(rows, weight, bias, target_row, target_ids, lse)
+        ctx.softcap, ctx.scale, ctx.chunk = softcap, scale, chunk
+        return picked - lse[target_row]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
+        rows, weight, bias, target_row, target_ids, lse = ctx.saved_tensors
+        softcap, scale, chunk = ctx.softcap, ctx.scale, ctx.chunk
+        wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        d_rows = torch.empty_like(rows) if wants_rows else None
+        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if wants_weight else None
+        d_bias = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and wants_bias else None
+        per_row = lse.new_zeros(rows.shape[0]).index_add_(0, target_row, upstream)
+        for start in range(0, rows.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(rows[part], weight, bias, softcap, scale)
+            # d log p / d logits = onehot - softmax, weighted by the upstream gradients of the row's targets
+            gradient = (logits - lse[part, None]).exp().mul_(-per_row[part, None])
+            here = ((target_row >= start) & (target_row < start + chunk)).nonzero()[:, 0]
+            gradient.index_put_((target_row[here] - start, target_ids[here]), upstream[here], accumulate=True)
+            if softcap:
+                gradient *= 1 - (logits / softcap).square()  # tanh' by the value of tanh
+            gradient *= scale
+            if d_bias is not None:
+                d_bias += gradient.sum(0)
+            if d_weight is not None:
+                d_weight += gradient.T @ rows[part].to(gradient.dtype)
+            if d_rows is not None:
+                d_rows[part] = gradient.to(weight.dtype) @ weight
+        return (
+            d_rows,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            *(None,) * 5,
+        )
+
+
+class LogProbModel(nn.Module):
+    """Backbone and log-prob head as one module: ``forward(layout) -> (R,) log-probs``.
+
+    Args:
+        causal_lm: a transformers causal LM, or a PEFT model around one.
+        reference: how ``forward(layout, "reference")`` differs: ``adapter_off`` runs without adapters,
+            ``adapter_copy`` with the frozen adapter named "reference"; None where there is no reference here.
+    """
+
+    def __init__(
+        self, causal_lm: nn.Module, reference: Literal["adapter_off", "adapter_copy"] | None = None
+    ) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.reference = reference
+        language_model: Any = unwrap_peft(causal_lm)
+        config = language_model.config
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.head = LogProbHead(
+            language_model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None), scale
+        )
+
+    def forward(self, layout: Layout, which: Literal["policy", "reference"] = "policy") -> Tensor:
+        """(R,) log-probs summed over each response's scored tokens, fp32 or wider."""
+        if which == "policy":
+            return self._log_probs(layout)
+        if self.reference == "adapter_off":
+            with self.causal_lm.disable_adapter():
+                return self._log_probs(layout)
+        if self.reference == "adapter_copy":
+            self.causal_lm.base_model.set_adapter("reference", inference_mode=True)
+            try:
+                return self._log_probs(layout)
+            finally:
+                self.causal_lm.base_model.set_adapter("default")
+        raise RuntimeError("this model holds no reference")
+
+    def _log_probs(self, layout: Layout) -> Tensor:
+        language_model: Any = unwrap_peft(self.causal_lm)
+        backbone = getattr(language_model, language_model.base_model_prefix)
+        hidden = backbone(**forward_arguments(layout), use_cache=False).last_hidden_state
+        return self.head(hidden.flatten(0, 1), layout.targets)
+
+
+def forward_arguments(layout: Layout) -> dict[str, Any]:
+    """The keywords of a backbone's forward for ``layout``."""
+    if isinstance(layout, PrefixLayout):
+        return {
+            "input_ids": layout.input_ids,
+            "position_ids": layout.position_ids,
+            "attention_mask": no_mask(layout.input_ids.device),
+            "layout": layout,
+        }
+    assert isinstance(layout, RowsLayout)
+    return {
+        "input_ids": layout.input_ids,
+        "position_ids": layout.position_ids,
+        "attention_mask": layout.attention_mask,
+    }
+
+
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -1,0 +1,1 @@
+"""The training engine, its loop, checkpoints and metrics."""

@@ -1,0 +1,114 @@
+"""Training curves of one run as a PNG."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe-Ito: told apart by colour-blind readers and in grey.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+VALIDATION_COLOURS = {"ndcg@10": BLUE, "hr@1": ORANGE, "mrr": GREEN, "auc": PURPLE}
+
+# Panel title, and its series: column -> (label, colour). A panel is drawn when one of its series has a value.
+TRAIN_PANELS = {
+    "Loss": {"loss": ("loss", BLUE)},
+    "Margin: positive minus negatives": {"margin": ("margin", BLUE)},
+    "Accuracy: positive preferred": {"accuracy": ("accuracy", BLUE)},
+    "Log-probability of responses": {"logp_positive": ("positive", GREEN), "logp_negative": ("negatives", ORANGE)},
+    "Gradient norm": {"grad_norm": ("gradient norm", GREY)},
+}
+VALIDATION_PANEL = "Validation"
+
+
+def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "ndcg@10") -> None:
+    """Draw the series of a metrics.jsonl that has them: loss, margin, accuracy, log-probs, gradient norm, validation.
+
+    Positive and negative log-probs share a panel, so that a margin that grows while the positive falls is seen.
+
+    Args:
+        metrics_file: JSON lines with ``kind`` ("train" or "validation"), ``step`` and numbers; null and NaN are gaps.
+        output: the PNG; its folder is made.
+        select_metric: the best step of this validation metric is marked; None marks none.
+    """
+    train, validation = _read(Path(metrics_file))
+    panels = {title: s for title, s in TRAIN_PANELS.items() if any(_has_values(train, column) for column in s)}
+    metrics = {name: (name, colour) for name, colour in VALIDATION_COLOURS.items() if _has_values(validation, name)}
+    if metrics:
+        panels[VALIDATION_PANEL] = metrics
+
+    columns = {0: 1, 4: 2}.get(len(panels), min(len(panels), 3))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(4.4 * columns, 3.2 * rows), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    last_step = max([1, *train.index, *validation.index])
+    for place, (title, series) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        _draw(axes, title, validation if title == VALIDATION_PANEL else train, series)
+        if title == VALIDATION_PANEL:
+            _mark_best(axes, validation, select_metric)
+        axes.set_xlim(0, 1.02 * last_step)
+    if not panels:
+        figure.text(0.5, 0.5, "no metrics were logged", ha="center", va="center", color=GREY)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png")
+
+
+def _read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train and validation rows by step; where a resumed run logged a step again, its last line counts."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a worker killed while writing leaves half a line
+        if isinstance(record, dict) and record.get("step") is not None:
+            records.append(record)
+    frame = pd.DataFrame(records, columns=sorted({"kind", "step"}.union(*records)))
+    numbers = frame.drop(columns="kind").apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan)
+    train, validation = (
+        numbers[frame["kind"] == kind].drop_duplicates("step", keep="last").sort_values("step").set_index("step")
+        for kind in ("train", "validation")
+    )
+    return train, validation
+
+
+def _has_values(frame: pd.DataFrame, column: str) -> bool:
+    return column in frame and bool(frame[column].notna().any())
+
+
+def _draw(axes: Axes, title: str, frame: pd.DataFrame, series: dict[str, tuple[str, str]]) -> None:
+    for column, (label, colour) in series.items():
+        if not _has_values(frame, column):
+            continue
+        values = frame[column].dropna()
+        marker = "o" if len(values) <= 25 else None
+        if len(values) >= 50:  # noisy training series: the raw values pale, their running mean on top
+            axes.plot(values.index, values, color=colour, linewidth=0.8, alpha=0.3)
+            values = values.ewm(span=max(5, len(values) / 20)).mean()
+        axes.plot(values.index, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.08)
+    if len(series) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, -0.34), ncols=4)
+
+
+def _mark_best(axes: Axes, validation: pd.DataFrame, select_metric: str | None) -> None:
+    if select_metric is None or not _has_values(validation, select_metric):
+        return
+    step = validation[select_metric].idxmax()
+    axes.axvline(step, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    colour = VALIDATION_COLOURS.get(select_metric, GREY)
+    axes.plot(
+        step, validation.loc[step, select_metric], "*", markersize=13, color=colour, mec="black", mew=0.7, zorder=5
+    )
+    axes.set_title(f"best {select_metric}: step {step:g}", fontsize=8, loc="right", color=GREY)

@@ -1,0 +1,157 @@
+"""DeepSpeed behind four functions: the process group, the configuration, the engine, gathered weights.
+
+Everything that leans on how DeepSpeed behaves (checked on 0.19.8) is in this file.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmpo_dist.config import StageConfig
+from dmpo_dist.errors import UserError
+
+SMALL_MODEL = 100_000_000
+"""Below this many parameters ZeRO-3 partitions every one, however small."""
+
+
+def start_process_group() -> torch.device:
+    """Join the ranks named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; returns this rank's device."""
+    cuda = torch.cuda.is_available()
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    deepspeed = _import_deepspeed()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        # init_distributed would compile a shared-memory collective for a minute that is then not used without
+        # LOCAL_SIZE; marking it incompatible skips the build. A private table: deepspeed is pinned below 0.20.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return device
+
+
+def resolve_config(name: str, stage: StageConfig, dtype: str, world_size: int, parameters: int) -> dict[str, Any]:
+    """The DeepSpeed configuration ``name`` with every "auto" filled in.
+
+    Args:
+        name: a file in deepspeed_configs/ without its ending, or a path to a JSON file.
+        stage: gives learning rate, weight decay and clipping.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        world_size: number of ranks.
+        parameters: number of parameters of the model.
+
+    Raises:
+        UserError: no such configuration, not JSON, or settings under which the gradients would be wrong.
+    """
+    config = _read_config(name)
+    _require_exact_accumulation(config, name)
+    values = {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": world_size,
+        "lr": stage.learning_rate,
+        "weight_decay": stage.weight_decay,
+        "gradient_clipping": stage.max_grad_norm,
+        "bf16.enabled": dtype == "bfloat16",
+        "fp16.enabled": dtype == "float16",
+        "stage3_param_persistence_threshold": 0 if parameters < SMALL_MODEL else 100_000,
+    }
+    return _fill(config, values, name)
+
+
+def start_engine(module: nn.Module, config: dict[str, Any]) -> Any:
+    """Wrap ``module``; only parameters that require gradients are optimized, norms and biases without decay."""
+    deepspeed = _import_deepspeed()
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1]},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=[g for g in groups if g["params"]], config=config
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Use ``learning_rate`` in the next step; a pure function of the step sets it, so no scheduler has state."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+@contextmanager
+def whole(parameters: list[Tensor], gather: bool) -> Iterator[None]:
+    """Within, ZeRO-3 parameters are whole on every rank; a collective when ``gather`` is set."""
+    if not gather:
+        yield
+        return
+    deepspeed = _import_deepspeed()
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def gathered_state(module: nn.Module, stage3: bool, keep: bool) -> dict[str, Tensor]:
+    """Names and CPU copies of all parameters and buffers of ``module``, one parameter at a time under ZeRO-3.
+
+    All ranks take part; only those with ``keep`` get the copies (the others an empty dict).
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        with whole([parameter], stage3):
+            if keep:
+                state[name] = parameter.detach().cpu().clone()
+    if keep:
+        state |= {n: b.detach().cpu().clone() for n, b in module.named_buffers()}
+    return state
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    shipped = resources.files("dmpo_dist.deepspeed_configs")
+    if name.endswith(".json"):
+        place: Any = Path(name)
+    else:
+        place = shipped / f"{name}.json"
+    if not place.is_file():
+        names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir() if f.name.endswith(".json"))
+        raise UserError(f"deepspeed={name}: no such configuration; known are {', '.join(names)}, or give a .json path")
+    try:
+        return json.loads(place.read_text())
+    except ValueError as error:
+        raise UserError(f"deepspeed={name}: not valid JSON: {error}") from None
+
+
+def _require_exact_accumulation(config: dict[str, Any], name: str) -> None:
+    """Packing makes the number of micro-batches vary, so DeepSpeed must not manage accumulation."""
+    if config.get("gradient_accumulation_steps", 1) != 1 or config.get("managed_gradient_accumulation", True):
+        raise UserError(
+            f'deepspeed={name}: must set "gradient_accumulation_steps": 1 and "managed_gradient_accumulation": false; '
+            "the training loop accumulates micro-batches itself, and gradients would be wrong otherwise"
+        )
+
+
+def _fill(node: Any, values: dict[str, Any], name: str, path: str = "") -> Any:
+    if isinstance(node, dict):
+        return {k: _fill(v, values, name, f"{path}.{k}" if path else k) for k, v in node.items()}
+    if node != "auto":
+        return node
+    for key in (path, ".".join(path.split(".")[-2:]), path.rsplit(".", 1)[-1]):
+        if key in values:
+            return values[key]
+    raise UserError(f'deepspeed={name}: "auto" is not known for {path}; set a value')
+
+
+def _import_deepspeed() -> Any:
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed

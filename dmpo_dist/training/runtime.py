@@ -1,0 +1,71 @@
+"""What the training loop asks of whoever started its processes: Ray Train, torchrun, or nobody."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+
+class Runtime(Protocol):
+    """A rank's connection to the outside."""
+
+    rank: int
+    world_size: int
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Hand a record to the run's display and metric files; called on rank 0."""
+        ...
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Keep a checkpoint that every rank writes its part of; all ranks call it."""
+        ...
+
+    def restore(self) -> AbstractContextManager[Path | None]:
+        """The folder of the latest complete checkpoint, None where there is none."""
+        ...
+
+
+class ProcessRuntime:
+    """Ranks started by torchrun or srun (or a single process), with checkpoints in a shared folder.
+
+    Args:
+        folder: where checkpoints go.
+        keep: how many complete checkpoints stay.
+        sink: receives the records of rank 0.
+    """
+
+    def __init__(self, folder: Path, keep: int, sink: Callable[[dict[str, Any]], None]) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._folder, self._keep, self._sink = folder, keep, sink
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._sink(record)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Write to ``step-N.part`` and rename when every rank is done, so that a checkpoint is whole or absent."""
+        part, whole = self._folder / f"step-{step:08d}.part", self._folder / f"step-{step:08d}"
+        if self.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        dist.barrier()
+        write(part)
+        dist.barrier()
+        if self.rank == 0:
+            shutil.rmtree(whole, ignore_errors=True)
+            part.rename(whole)
+            for old in self._complete()[: -self._keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    @contextmanager
+    def restore(self) -> Iterator[Path | None]:
+        complete = self._complete()
+        yield complete[-1] if complete else None
+
+    def _complete(self) -> list[Path]:
+        return sorted(p for p in self._folder.glob("step-*") if p.suffix != ".part")

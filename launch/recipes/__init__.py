@@ -1,0 +1,1 @@
+"""Recipes (YAML layers); this file makes the folder readable through importlib.resources."""

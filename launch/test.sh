@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# All checks: lint, format, types, then pytest. Arguments go to pytest, with paths relative to the repository:
+#   launch/test.sh                  launch/test.sh tests/test_objectives.py -k sdpo          launch/test.sh -m "not integration"
+set -euo pipefail
+
+# shellcheck source=launch/setup_env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+
+dmpo_setup dev,quant
+dmpo_runtime
+export HF_HUB_OFFLINE=1 # tests make their own tiny models: one that reaches for the network is wrong
+cd "$DMPO_ROOT"
+
+ruff check
+ruff format --check
+pyrefly check
+python -m pytest "$@"

@@ -1,0 +1,80 @@
+"""Tiny models and random groups that several test files share."""
+
+import random
+
+import pytest
+import torch
+
+from dmpo_dist.data.tokenization import TokenGroup
+
+torch.set_num_threads(1)
+
+
+def tiny_model(kind: str, vocab: int = 97, window: int | None = None, seed: int = 0, **extra):
+    """A random causal LM with log-probs that differ: 2-4 layers, grouped-query heads."""
+    import transformers
+
+    torch.manual_seed(seed)
+    base = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "vocab_size": vocab, "max_position_embeddings": 256, "head_dim": 8,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    if kind == "llama":
+        config = transformers.LlamaConfig(**base | extra)
+    elif kind == "qwen3":
+        config = transformers.Qwen3Config(**base | extra)
+    elif kind == "mistral":
+        config = transformers.MistralConfig(sliding_window=window, **base | extra)
+    elif kind == "gemma3":
+        types = ["sliding_attention", "full_attention"]
+        more = {"sliding_window": window or 64, "query_pre_attn_scalar": 8, "layer_types": types}
+        config = transformers.Gemma3TextConfig(**base | more | extra)
+    elif kind == "gemma2":
+        more = {"sliding_window": window or 64, "query_pre_attn_scalar": 8}
+        config = transformers.Gemma2Config(**base | more | extra)
+    elif kind == "gpt2":
+        config = transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=vocab, n_positions=256, bos_token_id=1, eos_token_id=2,
+            attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **extra,
+        )
+    elif kind == "gpt_oss":
+        config = transformers.GptOssConfig(num_local_experts=2, num_experts_per_tok=1, **base | extra)
+    elif kind == "mamba2":
+        config = transformers.Mamba2Config(
+            hidden_size=32, num_hidden_layers=2, vocab_size=vocab, state_size=8, num_heads=8, head_dim=8, n_groups=1
+        )
+    else:
+        raise ValueError(kind)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model.train()
+
+
+def random_groups(
+    count: int, seed: int = 0, vocab: int = 97, prompt: int = 20, response: int = 6, k: int = 3
+) -> list[TokenGroup]:
+    """Ragged groups: prompts of 1 to ``prompt`` tokens, responses of 1 to ``response``, now and then a duplicate."""
+    rng = random.Random(seed)
+
+    def tokens(n: int) -> list[int]:
+        return [rng.randrange(3, vocab) for _ in range(n)]
+
+    groups = []
+    for _ in range(count):
+        branches = [tokens(rng.randint(1, response)) for _ in range(rng.randint(1, k) + 1)]
+        if len(branches) > 2 and rng.random() < 0.3:
+            branches[2] = branches[1]
+        unscored = [rng.choice([0, 0, 1]) if len(branch) > 1 else 0 for branch in branches]
+        if len(branches) > 2 and branches[2] == branches[1]:
+            unscored[2] = unscored[1]
+        groups.append(TokenGroup(tokens(rng.randint(1, prompt)), tuple(branches), tuple(unscored)))
+    return groups
+
+
+@pytest.fixture
+def groups() -> list[TokenGroup]:
+    return random_groups(4, seed=3)

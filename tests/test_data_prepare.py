@@ -1,0 +1,183 @@
+"""Preparing a folder: whole or not at all, repeatable, and read back as written."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+
+from dmpo_dist.config import DataConfig, Simulator, Source
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.data.splits import SPLITS
+from dmpo_dist.data.store import ROW_FEATURES, PreparedData, group_from_row
+from dmpo_dist.errors import UserError
+
+
+def small(**changes: object) -> DataConfig:
+    world = Source(simulator=Simulator(users=120, items=80, events_per_user=16, taste_dim=4))
+    return DataConfig(**({"source": world, "negatives_per_group": 8} | changes))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    return prepare(small(), seed=0, output=tmp_path_factory.mktemp("data") / "sim", echo=lambda line: None)
+
+
+def test_round_trip(prepared: PreparedData) -> None:
+    again = PreparedData.load(prepared.path)
+    assert again.fingerprint == prepared.fingerprint
+    assert again.card == prepared.card
+    assert not [p for p in prepared.path.parent.iterdir() if p != prepared.path], "nothing temporary stays behind"
+    for split in SPLITS:
+        rows = getattr(again, split)
+        assert rows.features == ROW_FEATURES
+        assert rows.to_list() == getattr(prepared, split).to_list()
+        assert len(rows) == again.card["counts"][split] > 0
+    titles = dict(zip(again.items["item"], again.items["title"], strict=True))
+    for row, count in [(again.train[0], 8), (again.test[0], 19)]:
+        group = group_from_row(row)
+        assert group.history == tuple(titles[i] for i in row["history_items"])
+        assert group.negatives == tuple(titles[i] for i in row["negative_items"])
+        assert len(set(group.negatives) - {group.positive}) == count
+        assert len(row["oracle"]) == 1 + count
+        assert group.prompt is None
+    assert set(again.interactions["item"]) <= set(titles)
+
+
+def test_the_fingerprint_is_the_content(prepared: PreparedData, tmp_path: Path) -> None:
+    said: list[str] = []
+    same = prepare(small(), seed=0, output=tmp_path / "new" / "same", echo=said.append)
+    assert same.fingerprint == prepared.fingerprint
+    assert "users to evaluate" in said[-1]
+    assert str(same.card["counts"]["test"]) in said[-1]
+    other = prepare(small(negatives="popularity"), seed=0, output=tmp_path / "other", echo=said.append)
+    assert other.fingerprint != prepared.fingerprint
+    assert other.test.to_list() == prepared.test.to_list(), "evaluation candidates do not depend on training negatives"
+
+
+def test_the_card_tells_cuts_drops_and_settings(prepared: PreparedData) -> None:
+    card = json.loads((prepared.path / "dataset.json").read_text())
+    cuts = card["cuts"]
+    assert all(row["timestamp"] < cuts["validation"]["timestamp"] for row in prepared.train)
+    assert all(row["timestamp"] >= cuts["test"]["timestamp"] for row in prepared.test)
+    assert cuts["test"]["utc"].startswith("2023-")
+    assert card["config"]["negatives_per_group"] == 8
+    assert card["dropped"]["train"]["short_history"] > 0
+    text = (prepared.path / "card.md").read_text()
+    assert prepared.fingerprint in text
+    assert cuts["test"]["utc"] in text
+    assert "negatives_per_group: 8" in text
+
+
+def test_validation_is_a_seeded_sample(prepared: PreparedData, tmp_path: Path) -> None:
+    few = prepare(small(max_validation_users=5), seed=0, output=tmp_path / "few", echo=lambda line: None)
+    assert len(few.validation) == 5
+    assert all(row in prepared.validation.to_list() for row in few.validation)
+    assert few.card["dropped"]["validation"]["over_max_validation_users"] == len(prepared.validation) - 5
+
+
+def test_an_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match=r"mine: exists already.*choose another data\.path"):
+        prepare(small(), seed=0, output=output)
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+    with pytest.raises(UserError, match=r"cannot be written"):
+        prepare(small(), seed=0, output=output / "notes.txt" / "below", echo=lambda line: None)
+
+
+def test_nothing_left_shows_every_stage(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(small(min_history=60), seed=0, output=tmp_path / "x")
+    message = str(error.value)
+    assert "no train and no test requests are left" in message
+    for part in ("interactions of 120 users", "likes (rating >= data.rating_threshold=4)", "data.min_history=60"):
+        assert part in message
+    with pytest.raises(UserError, match=r"81 negatives are asked for.*lower data\.negatives_per_group"):
+        prepare(small(negatives_per_group=81), seed=0, output=tmp_path / "x")
+    with pytest.raises(UserError, match=r"79 negatives are asked for.*lower data\.evaluation_negatives"):
+        prepare(small(evaluation_negatives=79), seed=0, output=tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_early_requests_without_candidates_are_counted(tmp_path: Path) -> None:
+    """A lone first user sees only items of their own: that request is dropped, the others stay."""
+    lines = ["user,item,rating,timestamp,title"]
+    lines += [f"first,i{n},5,{n + 1},Title {n}" for n in range(6)] + ["second,i5,5,6,Title 5", "first,i6,5,8,Title 6"]
+    lines += ["second,i6,5,7,Title 6", "late,i40,3,10,Title 40"]
+    lines += [
+        f"u{u},i{(u * 5 + n) % 30},5,{100 * u + n + 20},Title {(u * 5 + n) % 30}" for u in range(12) for n in range(6)
+    ]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    config = DataConfig(
+        source=Source(kind="csv", path=tmp_path / "log.csv"),
+        negatives_per_group=2,
+        evaluation_negatives=2,
+        min_history=2,
+    )
+    data = prepare(config, seed=0, output=tmp_path / "out", echo=lambda line: None)
+    assert data.card["dropped"]["train"]["few_candidates"] == 1
+    assert "first" not in data.train["user"]
+    assert "1 users with one interaction give no request." in data.card["notes"]
+
+
+@pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity"])
+def test_negatives_do_not_depend_on_the_target(tmp_path: Path, kind: str) -> None:
+    """Two likes in one second are two requests of one user and time: they get the same negatives, neither of the two."""
+    lines = ["user,item,rating,timestamp,title"]
+    lines += [
+        f"u{u},i{(u * 7 + n * 3) % 40},{5 - n % 3},{50 * u + n // 2},Title {(u * 7 + n * 3) % 40}"
+        for u in range(20)
+        for n in range(12)
+    ]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    config = DataConfig(
+        source=Source(kind="csv", path=tmp_path / "log.csv"),
+        negatives=kind,
+        negatives_per_group=4,
+        evaluation_negatives=4,
+        train_requests_per_user=4,
+    )
+    train = prepare(config, seed=0, output=tmp_path / "out", echo=lambda line: None).train.to_list()
+    requests: dict[tuple[str, int], list[dict]] = {}
+    for row in train:
+        requests.setdefault((row["user"], row["timestamp"]), []).append(row)
+    twins = [rows for rows in requests.values() if len(rows) == 2]
+    assert twins
+    for a, b in twins:
+        assert a["negatives"] == b["negatives"]
+        assert a["history"] == b["history"]
+        assert not {a["positive"], b["positive"]} & {*a["negatives"], *a["history"]}
+
+
+def test_what_is_not_prepared_data_is_named(prepared: PreparedData, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        target = tmp_path / name
+        target.mkdir()
+        (target / "dataset.json").write_text((prepared.path / "dataset.json").read_text())
+        return target
+
+    with pytest.raises(UserError, match=r"no such folder.*dmpo data prepare"):
+        PreparedData.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no dataset\.json"):
+        PreparedData.load(tmp_path)
+    with pytest.raises(UserError, match=r"train: damaged or incomplete"):
+        PreparedData.load(copy("without_rows"))
+    broken = copy("broken")
+    (broken / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match=r"dataset\.json: damaged"):
+        PreparedData.load(broken)
+    (broken / "dataset.json").write_text(json.dumps(prepared.card | {"format_version": 9}))
+    with pytest.raises(UserError, match=r"format version 9, this dmpo reads version 1"):
+        PreparedData.load(broken)
+
+
+@pytest.mark.skipif("DMPO_MOVIELENS" not in os.environ, reason="DMPO_MOVIELENS names no folder")
+def test_real_movielens(tmp_path: Path) -> None:
+    source = Source(kind="movielens", path=Path(os.environ["DMPO_MOVIELENS"]), duplicate_titles="merge")
+    data = prepare(DataConfig(source=source), seed=0, output=tmp_path / "ml", echo=lambda line: None)
+    assert len(data.test) == len(set(data.test["user"])) > 0
+    assert all(row["oracle"] == [] for row in data.test)
+    assert load_from_disk(str(tmp_path / "ml" / "train")).num_rows == len(data.train)

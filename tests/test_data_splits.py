@@ -1,0 +1,126 @@
+"""Splits and negatives: what a request may know, as properties of random logs."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmpo_dist.data.negatives import NegativeSampler, request_stream
+from dmpo_dist.data.splits import SPLITS, Requests, find_requests, time_cuts
+from dmpo_dist.errors import UserError
+
+CUTS = (20, 30)
+LIMITS = {"rating_threshold": 4.0, "min_history": 1, "max_history": 3, "train_requests_per_user": 2}
+KINDS = st.sampled_from(["uniform", "dislikes", "popularity"])
+
+
+def as_events(rows: list[tuple[int, int, int, int]]) -> pd.DataFrame:
+    """Rows of (user, item, rating, timestamp), at most one per (user, item)."""
+    unique = {(user, item): (f"u{user}", f"i{item}", float(rating), t) for user, item, rating, t in rows}
+    frame = pd.DataFrame(unique.values(), columns=["user", "item", "rating", "timestamp"])
+    return frame.astype({"timestamp": np.int64, "rating": float}).sort_values(["timestamp", "user", "item"])
+
+
+def rows(times: st.SearchStrategy[int]) -> st.SearchStrategy[list[tuple[int, int, int, int]]]:
+    return st.lists(st.tuples(st.integers(0, 5), st.integers(0, 15), st.integers(1, 5), times), min_size=1, max_size=80)
+
+
+LOGS = rows(st.integers(0, 40))
+
+
+def all_requests(requests: dict[str, Requests]) -> list[tuple[str, str, int, str, list[str]]]:
+    return [(s, *row) for s in SPLITS for row in requests[s].table.itertuples(index=False, name=None)]
+
+
+@settings(deadline=None)
+@given(LOGS)
+def test_a_request_knows_only_what_was_strictly_before(log: list) -> None:
+    events = as_events(log)
+    first_seen = events.groupby("item")["timestamp"].min()
+    requests = find_requests(events, CUTS, **LIMITS)
+    for split, user, t, positive, history in all_requests(requests):
+        own = events[(events["user"] == user) & (events["rating"] >= 4)]
+        liked = own[own["timestamp"] < t].sort_values(["timestamp", "item"])
+        assert history == liked["item"].tolist()[-3:]
+        assert len(history) >= 1
+        assert first_seen[positive] < t
+        assert SPLITS[(t >= CUTS[0]) + (t >= CUTS[1])] == split
+    for split in SPLITS:
+        period = np.searchsorted(CUTS, events["timestamp"], side="right") == SPLITS.index(split)
+        likes = int((period & (events["rating"] >= 4)).sum())
+        assert len(requests[split].table) + sum(requests[split].dropped.values()) == likes
+        most = requests[split].table["user"].value_counts().max() if len(requests[split].table) else 0
+        assert most <= (2 if split == "train" else 1)
+
+
+@settings(deadline=None)
+@given(LOGS, KINDS)
+def test_negatives_were_in_the_world_and_not_taken(log: list, kind: str) -> None:
+    events = as_events(log)
+    first_seen = events.groupby("item")["timestamp"].min()
+    sampler = NegativeSampler(events, rating_threshold=4.0, seed=3)
+    for split, user, t, _, _ in all_requests(find_requests(events, CUTS, **LIMITS)):
+        known = set(first_seen.index[first_seen < t])
+        own = events[events["user"] == user]
+        taken = set(own["item"] if split != "train" else own.loc[own["timestamp"] <= t, "item"])
+        disliked = set(own.query("rating < 4 and timestamp < @t")["item"]) if kind == "dislikes" else set()
+        allowed = (known - taken) | (disliked if split == "train" else set())
+
+        def draw(count: int, split: str = split, user: str = user, t: int = t) -> list[str]:
+            return sampler.training(kind, user, t, count) if split == "train" else sampler.evaluation(user, t, count)
+
+        everything = draw(len(allowed))
+        assert len(everything) == len(allowed)
+        assert set(everything) == allowed
+        assert set(draw(len(allowed) // 2)) <= allowed
+        if split == "train":
+            assert sampler.available_for_training(kind, user, t) == len(allowed)
+        if kind == "dislikes" and split == "train":
+            assert set(everything[: len(disliked)]) == disliked
+        with pytest.raises(UserError, match=rf"'{user}' at {t} .* lower data\.\w+"):
+            draw(len(allowed) + 1)
+
+
+@settings(deadline=None)
+@given(LOGS, rows(st.integers(20, 60)), KINDS)
+def test_later_events_never_change_training(log: list, later: list, kind: str) -> None:
+    events = as_events([row for row in log if row[3] < 20])
+    taken = set(zip(events["user"], events["item"], strict=True))
+    more = as_events(later)
+    new = [pair not in taken for pair in zip(more["user"], more["item"], strict=True)]
+    extended = pd.concat([events, more[new]], ignore_index=True)
+    tables = [find_requests(e, CUTS, **LIMITS)["train"].table for e in (events, extended)]
+    pd.testing.assert_frame_equal(*tables, check_dtype=False)
+    samplers = [NegativeSampler(e, 4.0, seed=1) for e in (events, extended)]
+    for user, t, _, _ in tables[0].itertuples(index=False, name=None):
+        count = samplers[0].available_for_training(kind, user, t) // 2
+        drawn = [sampler.training(kind, user, t, count) for sampler in samplers]
+        assert drawn[0] == drawn[1]
+
+
+def test_the_stream_is_the_same_everywhere() -> None:
+    assert request_stream(0, "u1", 5).integers(1 << 30, size=3).tolist() == [999925876, 813949991, 122730183]
+    keys = [(0, "u1", 5), (1, "u1", 5), (0, "u15", 5), (0, "u", 15)]
+    assert len({tuple(request_stream(*key).integers(1 << 30, size=3)) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize(("n_items", "n_crowd"), [(50, 0), (50, 2000), (2, 2000)])
+def test_popularity_negatives_follow_the_counts(n_items: int, n_crowd: int) -> None:
+    """First draws against counts before the request; a crowd on an item the user took leads to the exact path."""
+    n_requests = 600
+    counts = pd.Series({f"i{item}": 1 + item % 4 for item in range(n_items)})
+    log = [(f"u{n}", item, 5.0, 0) for item, count in counts.items() for n in range(count)]
+    log += [(f"crowd{n}", "hit", 5.0, 0) for n in range(n_crowd)]
+    log += [(f"q{n}", "hit", 5.0, 1) for n in range(n_requests)]
+    log += [(f"later{n}", "i0", 5.0, 1) for n in range(1000)]  # popularity after the request must not show
+    sampler = NegativeSampler(pd.DataFrame(log, columns=["user", "item", "rating", "timestamp"]), 4.0, seed=0)
+    drawn = pd.Series([sampler.training("popularity", f"q{n}", 1, 1)[0] for n in range(n_requests)]).value_counts()
+    expected = counts / counts.sum() * n_requests
+    chi2 = ((drawn.reindex(counts.index, fill_value=0) - expected) ** 2 / expected).sum()
+    assert drawn.sum() == n_requests
+    assert chi2 < n_items + 4 * np.sqrt(2 * n_items)  # mean n - 1, variance 2 (n - 1)
+
+
+def test_cuts_are_moments_of_the_log() -> None:
+    assert time_cuts(np.array([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110]), 0.8, 0.9) == (90, 100)

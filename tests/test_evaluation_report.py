@@ -1,0 +1,141 @@
+"""The report: shapes, exact pairing, and files that are complete or untouched."""
+
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset
+from rich.console import Console
+
+from dmpo_dist.evaluation import report
+from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.report import comparison_lines, evaluate_scores, evaluation_table, write_evaluation
+
+N = 120
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    negatives = [[f"n{j}" for j in range(3 + i % 4)] for i in range(N)]
+    return Dataset.from_dict(
+        {
+            "user": [f"u{i}" for i in range(N)],
+            "timestamp": list(range(1000, 1000 + N)),
+            "positive": ["Positive"] * N,
+            "positive_item": ["p"] * N,
+            "negatives": [[f"Title of {item}" for item in items] for items in negatives],
+            "negative_items": negatives,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def scores(rows) -> dict[str, list[np.ndarray]]:
+    rng = np.random.default_rng(0)
+    noise = [rng.normal(size=1 + len(negatives)) for negatives in rows["negatives"]]
+    lift = [np.eye(1, len(s))[0] for s in noise]
+    return {
+        "mine": noise,
+        "oracle": [s + 5 * e for s, e in zip(noise, lift, strict=True)],
+        "dmpo": [s + 2 * e for s, e in zip(noise, lift, strict=True)],
+        "sft": [2 * s + 4 * e for s, e in zip(noise, lift, strict=True)],  # ranks exactly as dmpo
+        "random": noise,
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluation(scores, rows):
+    return evaluate_scores(scores, rows, samples=200, seed=0)
+
+
+def rendered(evaluation) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(evaluation_table(evaluation))
+    return console.file.getvalue()
+
+
+def test_shape_order_and_values(evaluation):
+    assert list(evaluation["models"]) == ["random", "sft", "dmpo", "oracle", "mine"]
+    assert evaluation["requests"] == N
+    assert evaluation["negatives"] == {"fewest": 3, "most": 6}
+    for of_model in evaluation["models"].values():
+        assert list(of_model) == list(METRICS)
+        for cell in of_model.values():
+            assert cell["low"] <= cell["value"] <= cell["high"]
+    assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
+    compared = {(c["a"], c["b"], c["metric"]) for c in evaluation["comparisons"]}
+    assert compared == {("dmpo", b, m) for b in ("random", "sft", "oracle", "mine") for m in ("ndcg@10", "hr@1", "auc")}
+
+
+def test_equal_rankings_have_no_difference_and_better_ones_do(evaluation):
+    by_pair = {(c["b"], c["metric"]): c for c in evaluation["comparisons"]}
+    same, better = by_pair["sft", "ndcg@10"], by_pair["random", "ndcg@10"]
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    models = evaluation["models"]
+    assert better["difference"] == pytest.approx(
+        models["dmpo"]["ndcg@10"]["value"] - models["random"]["ndcg@10"]["value"]
+    )
+    assert better["low"] > 0
+    assert better["p"] < 0.05
+    lines = comparison_lines(evaluation)
+    assert "dmpo against sft: ndcg@10 +0.000 [0.000, 0.000], paired over 120 users (no clear difference)" in lines
+    assert any(line.startswith("dmpo against random: hr@1 +0.") and line.endswith("120 users") for line in lines)
+
+
+def test_without_dmpo_there_is_nothing_to_compare(scores, rows):
+    alone = evaluate_scores({"oracle": scores["oracle"]}, rows, samples=100, seed=0)
+    assert alone["comparisons"] == []
+    assert "oracle" in rendered(alone)
+
+
+def test_table_fits_100_columns_and_marks_the_best_that_is_not_the_oracle(evaluation):
+    text = rendered(evaluation)
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "\u2026" not in text
+    bold = {
+        name: [bool(cell.spans) and "bold" in [span.style for span in cell.spans] for cell in cells]
+        for name, *cells in zip(*(column._cells for column in evaluation_table(evaluation).columns), strict=True)
+    }
+    assert all(bold["dmpo"] + bold["sft"])
+    assert not any(bold["oracle"])
+    # With at most 7 candidates hr@10 is 1 for everybody, a tie that all share.
+    assert bold["random"] == bold["mine"] == [metric == "hr@10" for metric in report.TABLE_METRICS]
+
+
+def test_written_files(tmp_path, evaluation, scores, rows):
+    folder = tmp_path / "new" / "evaluation"
+    write_evaluation(folder, evaluation, scores, rows)
+    assert sorted(p.name for p in folder.iterdir()) == ["evaluation.json", "evaluation.md", "scores.parquet"]
+    assert json.loads((folder / "evaluation.json").read_text()) == evaluation
+    table = pd.read_parquet(folder / "scores.parquet")
+    assert len(table) == len(scores) * sum(1 + len(negatives) for negatives in rows["negatives"])
+    assert table.groupby(["model", "request"])["is_positive"].sum().eq(1).all()
+    assert set(table.loc[table["is_positive"], "item"]) == {"p"}
+    one = table[(table["model"] == "sft") & (table["user"] == "u5")]
+    np.testing.assert_array_equal(one["score"], scores["sft"][5])
+    assert one["title"].tolist() == ["Positive", *rows[5]["negatives"]]
+    assert set(one["timestamp"]) == {1005}
+    assert "dmpo against random" in (folder / "evaluation.md").read_text()
+
+
+def test_a_failed_write_leaves_the_old_files(tmp_path, evaluation, scores, rows, monkeypatch):
+    write_evaluation(tmp_path, evaluation, scores, rows)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_evaluation(tmp_path, {**evaluation, "requests": float("nan")}, scores, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "_markdown", lambda evaluation: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_evaluation(tmp_path, evaluation, {"random": scores["random"]}, rows)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_scores_that_do_not_match_name_the_model_and_the_request(scores, rows):
+    with pytest.raises(ValueError, match="scores of sft: 119 requests scored, but there are 120"):
+        evaluate_scores({"sft": scores["sft"][1:]}, rows, samples=100, seed=0)
+    with pytest.raises(ValueError, match="scores of sft: request 0 has 4 candidates, but 5 scores"):
+        evaluate_scores({"sft": [np.zeros(5), *scores["sft"][1:]]}, rows, samples=100, seed=0)
+    with pytest.raises(ValueError, match="scores of sft: request 0: score nan"):
+        evaluate_scores({"sft": [np.full(4, np.nan), *scores["sft"][1:]]}, rows, samples=100, seed=0)
