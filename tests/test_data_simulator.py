@@ -77,7 +77,17 @@ def test_the_oracle_ranks_best_and_titles_tell_tastes(world: Interactions) -> No
     assert auc["oracle"] > auc["popularity"] + 0.1
     assert auc["oracle"] > 0.85
     assert auc["words"] > 0.6
-    print(dict(first))
+
+
+def test_the_oracle_knows_how_likely_a_like_is() -> None:
+    """Without taste and popularity in the choices, the oracle is log P(like): its mean over events is the share of likes."""
+    log = simulate(Simulator(taste_strength=0.0, popularity_exponent=0.0), seed=0)
+    row, column = pd.Index(log.oracle_users), pd.Index(log.items["item"])
+    p_like = np.exp(log.oracle[row.get_indexer(log.events["user"]), column.get_indexer(log.events["item"])])
+    liked = (log.events["rating"] >= 4).to_numpy()
+    for low, high in [(0.0, 0.3), (0.3, 0.6), (0.6, 0.9), (0.9, 1.0)]:
+        inside = (p_like >= low) & (p_like < high)
+        assert liked[inside].mean() == pytest.approx(p_like[inside].mean(), abs=0.02)
 
 
 @pytest.mark.parametrize("config", [Simulator(items=30, events_per_user=20), Simulator(users=1_000_000, items=1000)])

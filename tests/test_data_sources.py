@@ -133,6 +133,9 @@ def test_bad_places(tmp_path: Path) -> None:
         load(kind="csv", path=tmp_path / "latin.csv")
     with pytest.raises(UserError, match=r"data\.source\.columns\.itm: unknown"):
         load(kind="csv", path=tmp_path / "latin.csv", columns={"itm": "x"})
+    (tmp_path / "log.csv").write_text(GOOD)
+    with pytest.raises(UserError, match=r"no column 'kind'.*data\.source\.columns\.genres"):
+        load(kind="csv", path=tmp_path / "log.csv", columns={"genres": "kind"})
 
 
 @pytest.mark.skipif("DMPO_MOVIELENS" not in os.environ, reason="DMPO_MOVIELENS names no folder")

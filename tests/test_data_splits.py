@@ -15,49 +15,61 @@ LIMITS = {"rating_threshold": 4.0, "min_history": 1, "max_history": 3, "train_re
 KINDS = st.sampled_from(["uniform", "dislikes", "popularity"])
 
 
-def as_events(rows: list[tuple[int, int, int, int]]) -> pd.DataFrame:
-    """Rows of (user, item, rating, timestamp), at most one per (user, item)."""
-    unique = {(user, item): (f"u{user}", f"i{item}", float(rating), t) for user, item, rating, t in rows}
-    frame = pd.DataFrame(unique.values(), columns=["user", "item", "rating", "timestamp"])
-    return frame.astype({"timestamp": np.int64, "rating": float}).sort_values(["timestamp", "user", "item"])
+def random_events(seed: int, size: int, first: int, last: int) -> pd.DataFrame:
+    """Up to ``size`` events of 6 users and 16 items with first <= timestamp <= last, one per (user, item)."""
+    rng = np.random.default_rng(seed)
+    events = pd.DataFrame(
+        {
+            "user": [f"u{n}" for n in rng.integers(0, 6, size)],
+            "item": [f"i{n}" for n in rng.integers(0, 16, size)],
+            "rating": rng.integers(2, 6, size).astype(float),
+            "timestamp": rng.integers(first, last + 1, size),
+        }
+    )
+    return events.drop_duplicates(["user", "item"]).sort_values(["timestamp", "user", "item"], ignore_index=True)
 
 
-def rows(times: st.SearchStrategy[int]) -> st.SearchStrategy[list[tuple[int, int, int, int]]]:
-    return st.lists(st.tuples(st.integers(0, 5), st.integers(0, 15), st.integers(1, 5), times), min_size=1, max_size=80)
+def logs(first: int, last: int) -> st.SearchStrategy[pd.DataFrame]:
+    return st.builds(random_events, st.integers(0, 2**32 - 1), st.integers(1, 120), st.just(first), st.just(last))
 
 
-LOGS = rows(st.integers(0, 40))
+LOGS = logs(0, 40)
 
 
 def all_requests(requests: dict[str, Requests]) -> list[tuple[str, str, int, str, list[str]]]:
     return [(s, *row) for s in SPLITS for row in requests[s].table.itertuples(index=False, name=None)]
 
 
+def requests_by_hand(events: pd.DataFrame) -> set[tuple]:
+    """The definition, one like at a time."""
+    rows = list(events.itertuples(index=False, name=None))
+    eligible: dict[tuple[str, str], list] = {}
+    for user, item, rating, t in sorted(rows, key=lambda row: (row[3], row[1])):
+        liked = sorted((when, i) for u, i, r, when in rows if u == user and r >= 4 and when < t)
+        seen = any(i == item and when < t for _, i, _, when in rows)
+        if rating >= 4 and liked and seen:
+            split = SPLITS[(t >= CUTS[0]) + (t >= CUTS[1])]
+            eligible.setdefault((split, user), []).append((split, user, t, item, tuple(i for _, i in liked[-3:])))
+    chosen = (found[-2:] if split == "train" else found[:1] for (split, _), found in eligible.items())
+    return {request for found in chosen for request in found}
+
+
 @settings(deadline=None)
 @given(LOGS)
-def test_a_request_knows_only_what_was_strictly_before(log: list) -> None:
-    events = as_events(log)
-    first_seen = events.groupby("item")["timestamp"].min()
+def test_requests_are_what_their_definition_says(events: pd.DataFrame) -> None:
+    """No history at or after the request, its item seen before, the latest two for training, else one per user."""
     requests = find_requests(events, CUTS, **LIMITS)
-    for split, user, t, positive, history in all_requests(requests):
-        own = events[(events["user"] == user) & (events["rating"] >= 4)]
-        liked = own[own["timestamp"] < t].sort_values(["timestamp", "item"])
-        assert history == liked["item"].tolist()[-3:]
-        assert len(history) >= 1
-        assert first_seen[positive] < t
-        assert SPLITS[(t >= CUTS[0]) + (t >= CUTS[1])] == split
-    for split in SPLITS:
-        period = np.searchsorted(CUTS, events["timestamp"], side="right") == SPLITS.index(split)
-        likes = int((period & (events["rating"] >= 4)).sum())
-        assert len(requests[split].table) + sum(requests[split].dropped.values()) == likes
-        most = requests[split].table["user"].value_counts().max() if len(requests[split].table) else 0
-        assert most <= (2 if split == "train" else 1)
+    found = [(*row[:4], tuple(row[4])) for row in all_requests(requests)]
+    assert len(found) == len(set(found))
+    assert set(found) == requests_by_hand(events)
+    period = np.searchsorted(CUTS, events.loc[events["rating"] >= 4, "timestamp"], side="right")
+    for number, split in enumerate(SPLITS):
+        assert len(requests[split].table) + sum(requests[split].dropped.values()) == (period == number).sum()
 
 
 @settings(deadline=None)
 @given(LOGS, KINDS)
-def test_negatives_were_in_the_world_and_not_taken(log: list, kind: str) -> None:
-    events = as_events(log)
+def test_negatives_were_in_the_world_and_not_taken(events: pd.DataFrame, kind: str) -> None:
     first_seen = events.groupby("item")["timestamp"].min()
     sampler = NegativeSampler(events, rating_threshold=4.0, seed=3)
     for split, user, t, _, _ in all_requests(find_requests(events, CUTS, **LIMITS)):
@@ -83,13 +95,9 @@ def test_negatives_were_in_the_world_and_not_taken(log: list, kind: str) -> None
 
 
 @settings(deadline=None)
-@given(LOGS, rows(st.integers(20, 60)), KINDS)
-def test_later_events_never_change_training(log: list, later: list, kind: str) -> None:
-    events = as_events([row for row in log if row[3] < 20])
-    taken = set(zip(events["user"], events["item"], strict=True))
-    more = as_events(later)
-    new = [pair not in taken for pair in zip(more["user"], more["item"], strict=True)]
-    extended = pd.concat([events, more[new]], ignore_index=True)
+@given(logs(0, 19), logs(20, 60), KINDS)
+def test_later_events_never_change_training(events: pd.DataFrame, later: pd.DataFrame, kind: str) -> None:
+    extended = pd.concat([events, later], ignore_index=True).drop_duplicates(["user", "item"])
     tables = [find_requests(e, CUTS, **LIMITS)["train"].table for e in (events, extended)]
     pd.testing.assert_frame_equal(*tables, check_dtype=False)
     samplers = [NegativeSampler(e, 4.0, seed=1) for e in (events, extended)]

@@ -25,11 +25,11 @@ from dmpo_dist.data.tokenization import TokenGroup
 class _Tensors:
     """A dataclass whose tensor fields move together."""
 
-    def to(self, device: torch.device | str) -> Self:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor | _Tensors)}
-        )
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """The same on ``device`` (DeepSpeed calls it too, with its own idea of ``non_blocking``)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: v.to(device, non_blocking=non_blocking) for name, v in values.items() if hasattr(v, "to")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ class PrefixLayout(_Tensors):
     logical_tokens: int
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def to(self, device: torch.device | str) -> Self:
-        return replace(super().to(device), _masks={})
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        same = self.input_ids.device == torch.device(device)
+        return self if same else replace(super().to(device, non_blocking), _masks={})
 
     def mask(self, window: int | None = None) -> Tensor:
         """(T, T) bool, True where the row's token attends to the column's; a window counts by position.

@@ -83,9 +83,14 @@ def _hundred_k(ratings_file: Path, items_file: Path) -> tuple[pd.DataFrame, pd.D
 
 
 def _one_m(ratings_file: Path, items_file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """1M and 10M: fields separated by ``::``, no headers, latin-1 titles."""
-    events = _read(ratings_file, sep="::", names=EVENT_COLUMNS, encoding="latin-1")
-    return events, _read(items_file, sep="::", names=["item", "title", "genres"], encoding="latin-1")
+    """1M (titles in latin-1) and 10M (in UTF-8): fields separated by ``::``, no headers."""
+    events = _read(ratings_file, sep="::", names=EVENT_COLUMNS)
+    try:
+        items_file.read_bytes().decode()
+        encoding = "utf-8"
+    except UnicodeDecodeError:
+        encoding = "latin-1"
+    return events, _read(items_file, sep="::", names=["item", "title", "genres"], encoding=encoding)
 
 
 def _csv_log(path: Path, source: Source) -> Interactions:
@@ -96,23 +101,21 @@ def _csv_log(path: Path, source: Source) -> Interactions:
     frame = _read(path)
     advice = "set data.source.columns.{column} to the right one"
     events = _pick(frame, {c: names[c] for c in EVENT_COLUMNS}, path, advice)
+    items_path, items_frame = path, frame
     if source.items_path is None:
         advice += ", or name a second file with the titles, data.source.items_path"
-        items = _pick(frame, _item_columns(frame, names), path, advice)
+    else:
+        items_path = _existing(source.items_path, "data.source.items_path")
+        items_frame = _read(items_path)
+        if names["item"] not in items_frame:
+            names["item"] = "item"  # the second file may use our own name
+    wanted = ["item", "title"]
+    if "genres" in source.columns or "genres" in items_frame:
+        wanted.append("genres")
+    items = _pick(items_frame, {c: names[c] for c in wanted}, items_path, advice)
+    if source.items_path is None:
         items = _one_title_per_item(items, path)
-        return _assemble(events, items, path, path, path.stem, [], source.duplicate_titles)
-    items_path = _existing(source.items_path, "data.source.items_path")
-    items_frame = _read(items_path)
-    items = _pick(items_frame, _item_columns(items_frame, names), items_path, advice)
     return _assemble(events, items, path, items_path, path.stem, [], source.duplicate_titles)
-
-
-def _item_columns(frame: pd.DataFrame, names: dict[str, str]) -> dict[str, str]:
-    """Which columns hold item, title and, where the file has them, genres; an items file may use our own names."""
-    columns = {c: names[c] if names[c] in frame else c for c in ("item", "title", "genres")}
-    if columns["genres"] not in frame:
-        del columns["genres"]
-    return columns
 
 
 def _existing(path: Path | None, what: str) -> Path:

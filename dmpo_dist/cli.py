@@ -1,0 +1,254 @@
+"""The command line: one thin function per verb; the work is done in orchestration and data."""
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from dmpo_dist import __version__
+from dmpo_dist.config import RunConfig, dump_config, load_config
+from dmpo_dist.errors import UserError
+
+app = typer.Typer(
+    name="dmpo",
+    help="Fine-tune language models into personalised rankers by Direct Multi-Preference Optimization, on Ray and DeepSpeed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Turn interaction logs into preference groups.", no_args_is_help=True)
+config_app = typer.Typer(help="Look at and check configurations.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+
+Layers = Annotated[
+    list[Path] | None,
+    typer.Option("-c", "--config", help="YAML file, or the name of a recipe in launch/recipes; later ones win."),
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as train.learning_rate=1e-4.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir from its latest checkpoint.")]
+
+
+@data_app.command("prepare")
+def data_prepare(config: Layers = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Split interactions by time, draw negatives and write preference groups to data.path.
+
+    Examples:
+
+        dmpo data prepare data.path=runs/data
+
+        dmpo data prepare -c movielens data.source.path=ml-latest-small data.path=runs/ml/data
+    """
+    settings = _settings(config, overrides, dry_run)
+    if settings.data.path is None:
+        raise UserError("data.path is not set; say where to write the prepared data, as in data.path=runs/data")
+    from dmpo_dist.data.prepare import prepare
+
+    prepare(settings.data, settings.seed, settings.data.path, echo=print)
+
+
+@app.command()
+def sft(config: Layers = None, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """First stage: supervised fine-tuning on the positives (and, if asked, the histories).
+
+    Examples:
+
+        dmpo sft -c movielens data.path=runs/ml/data output_dir=runs/ml/sft
+
+        torchrun --nproc-per-node 2 -m dmpo_dist sft -c movielens data.path=runs/ml/data output_dir=runs/ml/sft
+    """
+    _stage("sft", _settings(config, overrides, dry_run), resume)
+
+
+@app.command()
+def train(config: Layers = None, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Second stage: preference optimization, one positive against K negatives per group.
+
+    Examples:
+
+        dmpo train -c movielens model.path=runs/ml/sft/model data.path=runs/ml/data output_dir=runs/ml/dmpo
+
+        dmpo train -c movielens objective.name=sdpo cluster.workers=4 deepspeed=zero3 output_dir=runs/ml/sdpo
+
+        dmpo train -c movielens output_dir=runs/ml/dmpo --resume
+    """
+    _stage("train", _settings(config, overrides, dry_run), resume)
+
+
+@app.command()
+def evaluate(
+    config: Layers = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="NAME=FOLDER of a model to rank with; repeatable.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Rank the test requests with models and baselines on the same candidates; writes to output_dir.
+
+    Examples:
+
+        dmpo evaluate -c movielens -m sft=runs/ml/sft/model -m dmpo=runs/ml/dmpo/model data.path=runs/ml/data output_dir=runs/ml/evaluation
+    """
+    from dmpo_dist.orchestration.evaluate import evaluate as run
+    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.orchestration.stage import open_run_folder
+
+    settings = _settings(config, overrides, dry_run)
+    models = dict(_named(entry) for entry in model or [])
+    for path in models.values():
+        _check_model(path)
+    open_run_folder(settings, resume=False)
+    run(models, settings, settings.output_dir, make_console())
+
+
+@app.command()
+def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Simulate users, train SFT and DMPO on two local Ray workers, and measure the ranking: a few minutes on two cores.
+
+    Examples:
+
+        dmpo quickstart
+
+        dmpo quickstart seed=1 output_dir=runs/quickstart-seed1
+    """
+    from dmpo_dist.orchestration.quickstart import quickstart as run
+    from dmpo_dist.orchestration.runlog import make_console
+
+    settings = _settings([Path("quickstart")], overrides, dry_run)
+    if not any(o.startswith("output_dir=") for o in overrides or []):
+        settings = settings.model_copy(update={"output_dir": _free(settings.output_dir)})
+    run(settings, make_console())
+
+
+@app.command()
+def doctor(config: Layers = None, overrides: Overrides = None) -> None:
+    """Show versions, accelerator, attention backends, shared memory and writable paths; exit 2 if something is missing.
+
+    Examples:
+
+        dmpo doctor
+
+        dmpo doctor -c movielens output_dir=/shared/runs
+    """
+    from dmpo_dist.orchestration.doctor import examine
+    from dmpo_dist.orchestration.runlog import make_console
+
+    if not examine(_settings(config, overrides, dry_run=False), make_console()):
+        raise typer.Exit(2)
+
+
+@config_app.command("show")
+def config_show(config: Layers = None, overrides: Overrides = None) -> None:
+    """Print the resolved configuration as YAML.
+
+    Examples:
+
+        dmpo config show -c quickstart train.negatives=15
+    """
+    print(dump_config(_settings(config, overrides, dry_run=False)), end="")
+
+
+@config_app.command("validate")
+def config_validate(config: Layers = None, overrides: Overrides = None) -> None:
+    """Check configuration files; exit 2 with the first mistakes named.
+
+    Examples:
+
+        dmpo config validate -c my.yaml
+    """
+    _settings(config, overrides, dry_run=False)
+    print("valid: " + (", ".join(str(layer) for layer in config) if config else "the defaults"))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"dmpo_dist {__version__}")
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's mistake is one message and exit status 2."""
+    _quiet()
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except typer.Exit as error:
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not a usage error of click's
+            raise
+        print(f"error: {error.format_message()}; see dmpo --help", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def _settings(layers: list[Path] | None, overrides: list[str] | None, dry_run: bool) -> RunConfig:
+    settings = load_config([_layer(layer) for layer in layers or []], overrides)
+    if dry_run:
+        print(dump_config(settings), end="")
+        raise typer.Exit
+    return settings
+
+
+def _layer(layer: Path) -> Path:
+    """A file, or the recipe of that name."""
+    recipe = resources.files("dmpo_dist.recipes") / f"{layer}.yaml"
+    return layer if layer.exists() or not recipe.is_file() else Path(str(recipe))
+
+
+def _stage(kind: str, settings: RunConfig, resume: bool) -> None:
+    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.orchestration.stage import run_stage
+
+    run_stage("sft" if kind == "sft" else "train", settings, make_console(), resume)
+
+
+def _named(entry: str) -> tuple[str, str]:
+    name, sep, path = entry.partition("=")
+    if not sep or not name or not path:
+        raise UserError(f"--model {entry!r} is not of the form NAME=FOLDER, for example --model dmpo=runs/dmpo/model")
+    return name, path
+
+
+def _check_model(path: str) -> None:
+    from dmpo_dist.modeling.backbone import find_model
+
+    find_model(path)
+
+
+def _free(folder: Path) -> Path:
+    """``folder``, or the first of folder-2, folder-3, ... that does not exist."""
+    if not folder.exists():
+        return folder
+    number = next(n for n in range(2, 10_000) if not folder.with_name(f"{folder.name}-{n}").exists())
+    other = folder.with_name(f"{folder.name}-{number}")
+    print(f"{folder} exists already and is kept; writing to {other}")
+    return other
+
+
+def _quiet() -> None:
+    """Silence what third-party imports print; our own lines say what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if shutil.which("nvidia-smi") is None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("ray", "deepspeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

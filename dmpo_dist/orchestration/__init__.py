@@ -1,0 +1,1 @@
+"""Starting stages: preparing the run folder, launching ranks, showing progress."""

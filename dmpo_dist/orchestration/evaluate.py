@@ -1,0 +1,63 @@
+"""Models and baselines on the same candidates of the test requests."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from dmpo_dist.config import RunConfig
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.baselines import item_knn_scores, oracle_scores, popularity_scores, random_scores
+from dmpo_dist.evaluation.report import comparison_lines, evaluate_scores, evaluation_table, write_evaluation
+from dmpo_dist.evaluation.scoring import score_requests
+
+
+def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
+    """Rank the test requests by every model and baseline, write the figures to ``folder`` and show the table.
+
+    Args:
+        models: name in the table -> model folder or hub id.
+        config: ``data.path`` says which requests.
+        folder: gets evaluation.json, evaluation.md and scores.parquet.
+
+    Raises:
+        UserError: no prepared data, no test requests, or a model that cannot be loaded.
+    """
+    if config.data.path is None:
+        raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data")
+    data = PreparedData.load(config.data.path)
+    if not len(data.test):
+        raise UserError(f"{config.data.path} holds no test requests to evaluate on; see its card.md")
+    scores = baseline_scores(data, config, console)
+    torch.set_num_threads(os.cpu_count() or 1)
+    for name, path in models.items():
+        with console.status(f"scoring {name}"):
+            scores[name] = score_requests(path, config, list(data.test), lambda count: None)
+    oracle = oracle_scores(data.test)
+    if oracle is not None:
+        scores["oracle"] = oracle
+    evaluation = evaluate_scores(scores, data.test, config.evaluation.bootstrap_samples, config.seed)
+    evaluation["data"] = {"path": str(config.data.path), "fingerprint": data.fingerprint}
+    evaluation["folders"] = models
+    write_evaluation(folder, evaluation, scores, data.test)
+    console.print(evaluation_table(evaluation))
+    for line in comparison_lines(evaluation):
+        console.print(line, highlight=False)
+    console.print(f"written to {folder}/evaluation.json, evaluation.md and scores.parquet", highlight=False)
+    return evaluation
+
+
+def baseline_scores(data: PreparedData, config: RunConfig, console: Console) -> dict[str, list[np.ndarray]]:
+    """Random, and where there is an interaction log, popularity at request time and item-kNN up to the test cut."""
+    scores = {"random": random_scores(data.test, config.seed)}
+    if data.interactions is None:
+        console.print("no popularity and item-kNN baselines: the data came as ready preferences, without a log")
+        return scores
+    cut = data.card["cuts"]["test"]["epoch"]
+    scores["popularity"] = popularity_scores(data.test, data.interactions)
+    scores["item_knn"] = item_knn_scores(data.test, data.interactions, config.evaluation.knn_neighbours, cut)
+    return scores

@@ -1,0 +1,230 @@
+"""Ray: starting or joining a cluster, and a stage's ranks as a Ray Train TorchTrainer."""
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dmpo_dist.config import ClusterConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.training.job import Job
+
+POLL_SECONDS = 0.3
+
+
+@contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """A Ray cluster for the stages within: the one already joined, the one at the address, or a local one.
+
+    Raises:
+        UserError: the address cannot be reached.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=address, **options)
+        else:
+            needed = int(cluster.workers * cluster.cpus_per_worker + 0.999)
+            ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cluster.address={address}: cannot join the Ray cluster ({first}); check that `ray status` works there"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def train_with_ray(job: Job, sink: Callable[[dict[str, Any]], None]) -> None:
+    """Train ``job`` on ``cluster.workers`` Ray workers; call within ``ray_session``.
+
+    A worker that dies is replaced up to ``cluster.max_failures`` times, and training goes on from the latest
+    checkpoint. ``sink`` receives rank 0's records in order.
+
+    Raises:
+        UserError: raised by a worker, or the cluster lacks the resources, or workers kept failing.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = job.config.cluster
+    gpus = _gpus_per_worker(cluster)
+    _require_resources(cluster, gpus)
+    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "mailbox": mailbox},
+        scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=str(cluster.storage_path or job.output),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.stage.keep_checkpoints),
+        ),
+    )
+    failure: BaseException | None = None
+    with _forwarded(mailbox, sink) as problems:
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            failure = error
+    if problems:
+        raise UserError(problems[0])
+    if failure is not None:
+        raise UserError(_explain(failure, cluster)) from failure
+
+
+class _Mailbox:
+    """An actor between the workers and the driver."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+        self._failed = False
+
+    def put(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        self._failed = self._failed or record["kind"] == "error"
+
+    def take(self) -> list[dict[str, Any]]:
+        records, self._records = self._records, []
+        return records
+
+    def failed(self) -> bool:
+        return self._failed
+
+
+class _RayRuntime:
+    """A rank under Ray Train; see ``training.runtime.Runtime``."""
+
+    def __init__(self, mailbox: Any) -> None:
+        import ray.train
+
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self._mailbox = mailbox
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._mailbox.put.remote(record)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Every rank writes its part to a folder of its own; Ray joins them into one checkpoint."""
+        import ray.train
+
+        folder = tempfile.mkdtemp(prefix="dmpo-checkpoint-")
+        try:
+            write(Path(folder))
+            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def restore(self) -> Iterator[Path | None]:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+
+def _worker(payload: dict[str, Any]) -> None:
+    """A rank's process. A user's mistake is told once; the workers Ray then restarts see that and leave."""
+    import ray
+    import torch
+
+    from dmpo_dist.training.worker import run
+
+    job, mailbox = payload["job"], payload["mailbox"]
+    if ray.get(mailbox.failed.remote()):
+        return
+    torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
+    try:
+        run(job, _RayRuntime(mailbox))
+    except (UserError, OSError) as error:
+        ray.get(mailbox.put.remote({"kind": "error", "text": _user_text(error)}))
+        raise
+
+
+def _user_text(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, UserError):
+        return f"a worker could not read or write a file: {error}; is the disk full or the folder not writable?"
+    return str(error)
+
+
+@contextmanager
+def _forwarded(mailbox: Any, sink: Callable[[dict[str, Any]], None]) -> Iterator[list[str]]:
+    """Pass the mailbox's records to ``sink`` while inside; yields the list of the workers' error messages."""
+    import ray
+
+    problems: list[str] = []
+    done = threading.Event()
+
+    def drain() -> None:
+        for record in ray.get(mailbox.take.remote()):
+            problems.append(record["text"]) if record["kind"] == "error" else sink(record)
+
+    def poll() -> None:
+        while not done.wait(POLL_SECONDS):
+            drain()
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield problems
+    finally:
+        done.set()
+        thread.join()
+        drain()
+
+
+def _gpus_per_worker(cluster: ClusterConfig) -> float:
+    import ray
+
+    if cluster.gpus_per_worker is not None:
+        return cluster.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU") else 0.0
+
+
+def _require_resources(cluster: ClusterConfig, gpus: float) -> None:
+    import ray
+
+    have = ray.cluster_resources()
+    for name, each, key in (("CPU", cluster.cpus_per_worker, "cpus"), ("GPU", gpus, "gpus")):
+        if cluster.workers * each > have.get(name, 0):
+            raise UserError(
+                f"cluster.workers={cluster.workers} with cluster.{key}_per_worker={each:g} need "
+                f"{cluster.workers * each:g} {name}s, but the cluster has {have.get(name, 0):g}; lower one of them"
+            )
+
+
+def _explain(error: BaseException, cluster: ClusterConfig) -> str:
+    """The innermost cause in a line, with what to do next."""
+    text = str(error)
+    worker_failures = getattr(error, "worker_failures", None)
+    if worker_failures:
+        text = str(next(iter(worker_failures.values())))
+    lines = [line for line in text.strip().splitlines() if line.strip()] or [repr(error)]
+    return (
+        f"training stopped after worker failures (cluster.max_failures={cluster.max_failures}): {lines[-1].strip()}; "
+        "continue from the latest checkpoint with --resume"
+    )

@@ -1,0 +1,170 @@
+"""A training stage from the driver's side: the run folder, the launch, the pictures."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dmpo_dist.config import RunConfig, dump_config
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer, make_scratch_model, write_stamp
+from dmpo_dist.orchestration.environment import describe_environment
+from dmpo_dist.orchestration.runlog import RunLog
+from dmpo_dist.training.job import Job, Kind
+
+SCRATCH = "scratch"
+TITLE = {"sft": "sft", "train": "dmpo"}
+
+
+def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = False) -> Path:
+    """Run one training stage and return its model folder.
+
+    Under torchrun (RANK is set) this process is one rank; otherwise Ray starts the ranks.
+
+    Raises:
+        UserError: see ``open_run_folder``, ``preflight`` and ``training.worker.run``.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _run_as_rank(kind, config, console, resume)
+    from dmpo_dist.orchestration.ray_train import ray_session, train_with_ray
+
+    config, start = preflight(kind, config, resume)
+    job = Job(kind, config, start, config.output_dir)
+    with ray_session(config.cluster), RunLog(job.output, _title(job), console, append=resume) as log:
+        train_with_ray(job, log)
+    _finish(job, log.path)
+    return job.output / "model"
+
+
+def preflight(kind: Kind, config: RunConfig, resume: bool) -> tuple[RunConfig, str]:
+    """Check what can be checked before any worker starts, open the run folder and make a model from scratch if asked.
+
+    Returns:
+        The configuration with absolute paths and the model's own template, and the model to start from.
+    """
+    if config.data.path is None:
+        raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data")
+    data = PreparedData.load(config.data.path)
+    stage = config.sft if kind == "sft" else config.train
+    if min(len(data.train), stage.global_batch_size) < config.cluster.workers:
+        raise UserError(
+            f"a step of {min(len(data.train), stage.global_batch_size)} preference groups cannot keep "
+            f"{config.cluster.workers} workers busy ({len(data.train)} groups in all); raise "
+            f"{kind}.global_batch_size or lower cluster.workers"
+        )
+    output = config.output_dir.absolute()
+    start = str(output / SCRATCH) if config.model.path == SCRATCH else config.model.path
+    if config.model.path != SCRATCH:
+        source = find_model(start)
+        start = str(Path(start).absolute()) if Path(start).exists() else start
+        template = enforce_template(source.stamp, config.template, start)
+        config = config.model_copy(update={"template": template})
+        make_template(template, load_tokenizer(source))
+    config = config.model_copy(
+        update={"output_dir": output, "data": config.data.model_copy(update={"path": config.data.path.absolute()})}
+    )
+    open_run_folder(config, resume, data_fingerprint=data.fingerprint)
+    if config.model.path == SCRATCH and not (output / SCRATCH).exists():
+        make_start(output / SCRATCH, config, data)
+    return config, start
+
+
+def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
+    """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` there.
+
+    Raises:
+        UserError: it exists and ``resume`` is not set, it is to be resumed and does not exist or holds another
+            configuration, or it cannot be written.
+    """
+    output = config.output_dir
+    text = dump_config(config)
+    saved = output / "config.yaml"
+    if resume:
+        if not saved.exists():
+            raise UserError(f"--resume: {output} holds no run to go on with (no config.yaml); start it without --resume")
+        if saved.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"--resume: the configuration differs from {saved}; resume with the same settings, or start a new "
+                "run with another output_dir"
+            )
+        return
+    if output.exists() and any(output.iterdir()):
+        raise UserError(
+            f"output_dir {output} exists already; choose another (output_dir=...), or go on with it by --resume"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        saved.write_text(text, encoding="utf-8")
+        environment = describe_environment() | {"seed": config.seed} | facts
+        (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
+
+
+def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
+    """A random model and its tokenizer for ``model.path: scratch``, learned from the titles and the template's texts."""
+    if data.items is None:
+        raise UserError("model.path is scratch, but the data has no catalogue to learn a tokenizer from; give a model")
+    template = config.template
+    fixed = [template.preamble, template.item.replace("{title}", "").replace("{end}", ""), template.request]
+    texts = data.items["title"].tolist() + [text for text in fixed if text.strip()] * 8
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    make_scratch_model(part, config.model.scratch, texts, config.model.max_length, config.seed)
+    write_stamp(part, config.template, stage="untuned")
+    part.rename(folder)
+
+
+def _run_as_rank(kind: Kind, config: RunConfig, console: Console, resume: bool) -> Path:
+    """This process is a rank of torchrun or srun; rank 0 owns the run folder."""
+    from dmpo_dist.training.runtime import ProcessRuntime
+    from dmpo_dist.training.worker import run
+
+    config = config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"workers": int(os.environ["WORLD_SIZE"])})}
+    )
+    if os.environ["RANK"] == "0":
+        config, start = preflight(kind, config, resume)
+        _exchange((config, start))
+        job = Job(kind, config, start, config.output_dir)
+        with RunLog(job.output, _title(job), console, append=resume) as log:
+            run(job, _process_runtime(ProcessRuntime, job, log))
+        _finish(job, log.path)
+    else:
+        config, start = _exchange(None)
+        job = Job(kind, config, start, config.output_dir)
+        run(job, _process_runtime(ProcessRuntime, job, lambda record: None))
+    return job.output / "model"
+
+
+def _process_runtime(runtime: Any, job: Job, sink: Callable[[dict[str, Any]], None]) -> Any:
+    return runtime(job.output / "checkpoints", job.stage.keep_checkpoints, sink)
+
+
+def _exchange(value: tuple[RunConfig, str] | None) -> tuple[RunConfig, str]:
+    """Rank 0's ``value`` on every rank."""
+    import torch.distributed as dist
+
+    from dmpo_dist.training.engine import start_process_group
+
+    start_process_group()
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _title(job: Job) -> str:
+    return job.output.name
+
+
+def _finish(job: Job, metrics: Path) -> None:
+    from dmpo_dist.training.curves import plot_curves
+
+    selected = job.stage.select_metric if job.stage.select == "best" else None
+    plot_curves(metrics, job.output / "curves.png", selected)

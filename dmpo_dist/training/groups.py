@@ -1,0 +1,94 @@
+"""A split's rows as token groups, and the batch of groups each step trains on."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dmpo_dist.batching.layout import Cost, Layout, group_cost, prefix_layout, rows_layout
+from dmpo_dist.batching.plan import MicroBatch, Schedule, Step, deal
+from dmpo_dist.data.store import group_from_row
+from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
+from dmpo_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The steps of a run.
+
+    Attributes:
+        groups: all training groups with every stored negative.
+        schedule: which groups belong to which step.
+        negatives: K, 0 for SFT.
+        world_size, token_budget: how a step is divided.
+        shared: whether prompts are shared (decides cost and layout).
+    """
+
+    groups: Sequence[TokenGroup]
+    schedule: Schedule
+    negatives: int
+    world_size: int
+    token_budget: int
+    shared: bool
+
+    def step(self, index: int) -> Step:
+        """Step ``index``, dealt to all ranks."""
+        epoch = self.schedule.epoch_of(index)
+        members = self.schedule.groups(index)
+        costs = [self._cost(self.group(g, epoch)) for g in members]
+        return deal(members, costs, self.world_size, self.token_budget, epoch)
+
+    def layout(self, micro_batch: MicroBatch, epoch: int) -> Layout:
+        """The micro-batch laid out for one forward pass."""
+        return lay_out([self.group(g, epoch) for g in micro_batch.groups], self.shared)
+
+    def group(self, index: int, epoch: int) -> TokenGroup:
+        """Group ``index`` with the K negatives of ``epoch``: the next K of those stored, around the end."""
+        return with_negatives(self.groups[index], self.negatives, epoch * self.negatives)
+
+    def _cost(self, group: TokenGroup) -> Cost:
+        return group_cost(group, self.shared)
+
+
+def with_negatives(group: TokenGroup, count: int, start: int) -> TokenGroup:
+    """The positive and ``count`` negatives of ``group`` from the ``start``-th on, cyclically; all if there are fewer."""
+    stored = len(group.branches) - 1
+    chosen = [0, *(1 + (start + i) % stored for i in range(min(count, stored)))]
+    return TokenGroup(
+        group.prefix,
+        tuple(group.branches[i] for i in chosen),
+        tuple(group.scored_from[i] for i in chosen),
+        group.prefix_scored,
+    )
+
+
+def lay_out(groups: Sequence[TokenGroup], shared: bool) -> Layout:
+    """A layout with prompts shared or repeated."""
+    return prefix_layout(groups) if shared else rows_layout(groups)
+
+
+def tokenize_rows(
+    rows: Iterable[dict[str, Any]], tokenizer: GroupTokenizer, negatives: int | None = None
+) -> list[TokenGroup]:
+    """Token groups of a split's rows, with the first ``negatives`` of each row's stored negatives (None: all)."""
+    groups = []
+    for row in rows:
+        group = group_from_row(row)
+        groups.append(tokenizer(group if negatives is None else _first_negatives(group, negatives)))
+    return groups
+
+
+def require_negatives(groups: Sequence[TokenGroup], wanted: int, fixed_rows: bool) -> None:
+    """Raise UserError if no (``fixed_rows``: ready-made, ragged) or not every group has ``wanted`` negatives."""
+    counts = [len(group.branches) - 1 for group in groups]
+    have = max(counts) if fixed_rows else min(counts)
+    if have < wanted:
+        raise UserError(
+            f"train.negatives={wanted}, but the prepared data holds {have} negatives per group; lower train.negatives, "
+            "or prepare the data again with a higher data.negatives_per_group"
+        )
+
+
+def _first_negatives(group: Any, count: int) -> Any:
+    from dataclasses import replace
+
+    return replace(group, negatives=group.negatives[:count])

@@ -1,0 +1,262 @@
+"""The training loop: plan, log-probs, objective, exact global mean, step."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dmpo_dist.batching.layout import Layout, prefix_layout, rows_layout
+from dmpo_dist.batching.plan import Step
+from dmpo_dist.config import StageConfig
+from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import replace_folder
+from dmpo_dist.objectives import Objective, sft_loss
+from dmpo_dist.training.checkpoint import load_state, save_model, save_state
+from dmpo_dist.training.engine import set_learning_rate
+from dmpo_dist.training.groups import Batches
+from dmpo_dist.training.job import Job
+from dmpo_dist.training.metrics import Meter
+from dmpo_dist.training.runtime import Runtime
+from dmpo_dist.training.validation import rank_with_all
+
+SFT_SUMS = ("loss", "logp_positive")
+PREFERENCE_SUMS = (
+    "loss", "preference_loss", "initial_loss", "margin", "accuracy", "reward_accuracy", "logp_positive",
+    "logp_negative", "negatives",
+)  # fmt: skip
+COUNTS = ("groups", "physical_tokens", "logical_tokens")
+
+
+@dataclass
+class Trainer:
+    """Everything a rank trains with.
+
+    Attributes:
+        objective: None for SFT.
+        frozen_reference: log-probs of a separate reference model; None where the engine's module holds the reference
+            or none is needed.
+        shared: whether prompts are shared in a row.
+        stage3: whether parameters are partitioned.
+    """
+
+    job: Job
+    runtime: Runtime
+    device: torch.device
+    engine: Any
+    tokenizer: Any
+    objective: Objective | None
+    frozen_reference: Callable[[Layout], Tensor] | None
+    batches: Batches
+    validation: list[TokenGroup]
+    shared: bool
+    stage3: bool
+    best: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stage: StageConfig = self.job.stage
+        per_epoch = self.batches.schedule.steps_per_epoch
+        self.total_steps = self.stage.steps or max(1, round(self.stage.epochs * per_epoch))
+        self._meter = Meter(self.device)
+        self._since = time.monotonic()
+
+    def fit(self) -> None:
+        """Train to the last step and leave the result in ``output/model``."""
+        first = self._resume()
+        if first == 0:
+            self._self_check()
+            self._validate(0)
+        for index in range(first, self.total_steps):
+            step = self.batches.step(index)
+            self._train(index, step)
+            done = index + 1
+            if index == 0 or done % self.stage.log_every == 0 or done == self.total_steps:
+                self._log(index, step)
+            if done % self.stage.validate_every == 0 or done == self.total_steps:
+                self._validate(done)
+            if done % self.stage.checkpoint_every == 0 and done < self.total_steps:
+                self._checkpoint(done)
+        self._finish()
+
+    def _train(self, index: int, step: Step) -> None:
+        """Accumulate a step's micro-batches, then update the weights once."""
+        set_learning_rate(self.engine, learning_rate(index, self.total_steps, self.stage))
+        for micro_batch in step.micro_batches[self.runtime.rank]:
+            layout = self.batches.layout(micro_batch, step.epoch).to(self.device)
+            loss_sum, sums = self._loss(layout)
+            weight = 0.0 if micro_batch.filler else self.runtime.world_size / len(step.groups)
+            self.engine.backward(loss_sum * weight, scale_wrt_gas=False)  # exact mean over the global batch
+            if not micro_batch.filler:
+                targets = layout.targets
+                counts = (targets.n_groups, layout.physical_tokens, layout.logical_tokens)
+                self._meter.update(sums | dict(zip(COUNTS, counts, strict=True)))
+        self.engine.step()
+
+    def _loss(self, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+        targets = layout.targets
+        mask = torch.ones_like(targets.is_positive)
+        reference = self._reference(layout)
+        policy = self.engine(layout)
+        where = (targets.response_lengths, targets.group_id, targets.is_positive, mask, targets.n_groups)
+        if self.objective is None:
+            return sft_loss(policy, *where)
+        return self.objective(policy, reference, *where)
+
+    def _reference(self, layout: Layout) -> Tensor | None:
+        if self.objective is None or not self.objective.needs_reference:
+            return None
+        with torch.no_grad():
+            if self.frozen_reference is not None:
+                return self.frozen_reference(layout)
+            return self.engine(layout, "reference")
+
+    def _log(self, index: int, step: Step) -> None:
+        """Reduce what the meter gathered; every rank calls it, rank 0 writes."""
+        names = SFT_SUMS if self.objective is None else PREFERENCE_SUMS
+        sums = self._meter.reduce((*names, *COUNTS))
+        elapsed, self._since = time.monotonic() - self._since, time.monotonic()
+        means = {name: sums[name] / sums["groups"] for name in names}
+        self._require_finite(index, means["loss"])
+        if index == 0 and self.objective is not None:
+            self._check_first_loss(means)
+        if self.runtime.rank == 0:
+            norm = self.engine.get_global_grad_norm()
+            self.runtime.log(
+                {"kind": "train", "step": index + 1, "total_steps": self.total_steps}
+                | {name: value for name, value in means.items() if name != "initial_loss"}
+                | {
+                    "learning_rate": learning_rate(index, self.total_steps, self.stage),
+                    "grad_norm": None if norm is None else float(norm),
+                    "groups_per_second": sums["groups"] / elapsed,
+                    "tokens_per_second": sums["physical_tokens"] / elapsed,
+                    "reuse": sums["logical_tokens"] / sums["physical_tokens"],
+                    "imbalance": step.imbalance,
+                    "memory_gib": memory_gib(self.device),
+                }
+            )
+
+    def _require_finite(self, index: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            section = self.job.kind
+            raise UserError(
+                f"the loss became {loss} by step {index + 1}; lower {section}.learning_rate (now "
+                f"{self.stage.learning_rate:g}) or {section}.max_grad_norm, or train in float32; "
+                f"what was saved before stays in {self.job.output}"
+            )
+
+    def _check_first_loss(self, means: dict[str, float]) -> None:
+        """While the policy is the reference, the loss has a known value; another one means they differ."""
+        assert self.objective is not None
+        if not self.objective.needs_reference:
+            self._note(f"the first loss is not checked: {self.objective.name} is reference-free here")
+            return
+        if not self.job.config.train.self_check:
+            return
+        seen, known = means["preference_loss"], means["initial_loss"]
+        tolerance = 1e-4 if self.job.config.model.dtype == "float32" else 2e-2 * max(1.0, self.objective.beta)
+        if abs(seen - known) > tolerance:
+            raise UserError(
+                f"the first preference loss is {seen:.6f}, but must be {known:.6f} while the policy equals the "
+                "reference; policy and reference are not the same network (please report this with the run's "
+                "config.yaml), or set train.self_check=false to go on regardless"
+            )
+        self._note(f"first preference loss {seen:.6f}, as it must be ({known:.6f})")
+
+    def _self_check(self) -> None:
+        """Compare one group's shared-prompt log-probs with separate rows; all ranks run the same group."""
+        if not (self.shared and self.job.config.train.self_check):
+            return
+        step = self.batches.step(0)
+        groups = [self.batches.group(g, step.epoch) for g in step.groups[:64]]
+        group = max(groups, key=lambda g: len(g.prefix))
+        with torch.no_grad():
+            fused = self.engine(prefix_layout([group]).to(self.device)).double()
+            separate = self.engine(rows_layout([group]).to(self.device)).double()
+        error = (fused - separate).abs().max().item()
+        exact = self.job.config.model.dtype == "float32"
+        tolerance = 1e-4 + 1e-5 * separate.abs().max().item() if exact else 0.25
+        if not error <= tolerance:
+            raise UserError(
+                f"the shared-prompt forward differs from separate rows by {error:.2g} nats on this model; "
+                "set model.attention=unshared, and please report the model type"
+            )
+        self._note(f"shared prompt against separate rows: {error:.1e} nats apart at most")
+
+    def _validate(self, done: int) -> None:
+        metrics = rank_with_all(
+            self.engine, self.validation, self.runtime.rank, self.runtime.world_size, self.stage.token_budget,
+            self.shared, self.device,
+        )  # fmt: skip
+        if metrics and done and self._improved(done, metrics) and self.stage.select == "best":
+            self._save(self.job.output / "best", {"step": done, **metrics})
+        if metrics and self.runtime.rank == 0:
+            self.runtime.log({"kind": "validation", "step": done, **metrics})
+        self._since = time.monotonic()  # validation is not training time
+
+    def _improved(self, done: int, metrics: dict[str, float]) -> bool:
+        value = metrics[self.stage.select_metric]
+        if self.best and value <= self.best["value"]:
+            return False
+        self.best = {"value": value, "step": done}
+        return True
+
+    def _checkpoint(self, done: int) -> None:
+        state = {"step": done, "best": self.best}
+        self.runtime.save(done, lambda folder: save_state(self.engine, folder, state))
+        if self.runtime.rank == 0:
+            self.runtime.log({"kind": "checkpoint", "step": done})
+        self._since = time.monotonic()
+
+    def _resume(self) -> int:
+        with self.runtime.restore() as folder:
+            if folder is None:
+                return 0
+            state = load_state(self.engine, folder)
+        self.best = state["best"]
+        self._note(f"resumed from step {state['step']}")
+        return state["step"]
+
+    def _finish(self) -> None:
+        """The selected weights become ``output/model``."""
+        best = self.job.output / "best"
+        if self.stage.select == "best" and self.best:
+            if self.runtime.rank == 0 and best.exists():
+                replace_folder(best, self.job.output / "model")
+            dist.barrier()
+            step = int(self.best["step"])
+        else:
+            step = self.total_steps
+            self._save(self.job.output / "model", {"step": step})
+        if self.runtime.rank == 0:
+            self.runtime.log({"kind": "end", "selected_step": step, "model": str(self.job.output / "model")})
+
+    def _save(self, folder: Path, facts: dict[str, Any]) -> None:
+        save_model(self.engine.module, self.tokenizer, folder, self.job, facts, self.stage3)
+
+    def _note(self, text: str) -> None:
+        if self.runtime.rank == 0:
+            self.runtime.log({"kind": "note", "text": text})
+
+
+def learning_rate(index: int, total: int, stage: StageConfig) -> float:
+    """Learning rate of step ``index`` (from 0) of ``total``: linear warm-up from 0, then the schedule down to 0."""
+    warmup = round(stage.warmup_ratio * total)
+    if index < warmup:
+        return stage.learning_rate * (index + 1) / (warmup + 1)
+    progress = (index - warmup) / max(1, total - warmup)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return stage.learning_rate * factor[stage.schedule]
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak GPU memory of this rank, or its resident memory on the CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30

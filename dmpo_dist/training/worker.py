@@ -1,0 +1,145 @@
+"""One rank of a training stage: set up, train, save. Runs unchanged under Ray Train and under torchrun."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmpo_dist.batching.layout import Layout
+from dmpo_dist.batching.plan import Schedule
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling import attention
+from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_policy, load_tokenizer
+from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
+from dmpo_dist.modeling.routing import Route, choose_backend, native_attention
+from dmpo_dist.objectives import Objective
+from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
+from dmpo_dist.training.groups import Batches, require_negatives, tokenize_rows
+from dmpo_dist.training.job import Job
+from dmpo_dist.training.loop import Trainer
+from dmpo_dist.training.runtime import Runtime
+
+IMPLEMENTATION = {"two_part": attention.TWO_PART, "sdpa": attention.DENSE}
+
+
+def run(job: Job, runtime: Runtime) -> None:
+    """Train ``job`` on this rank, from the latest checkpoint if the runtime has one.
+
+    Raises:
+        UserError: anything in data, model or configuration that keeps the run from starting or going on.
+    """
+    started = time.monotonic()
+    device = start_process_group()
+    policy = _load_policy(job, device)
+    data = _load_data(job, policy.tokenizer)
+    batches = _batches(job, data, policy.route.backend != "unshared", runtime.world_size)
+    parameters = sum(p.numel() for p in policy.module.parameters())
+    deepspeed = resolve_config(
+        job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, parameters
+    )
+    trainer = Trainer(
+        job=job,
+        runtime=runtime,
+        device=device,
+        engine=start_engine(policy.module, deepspeed),
+        tokenizer=policy.tokenizer,
+        objective=Objective(**job.config.objective.model_dump()) if job.kind == "train" else None,
+        frozen_reference=policy.frozen_reference,
+        batches=batches,
+        validation=data.validation,
+        shared=policy.route.backend != "unshared",
+        stage3=deepspeed["zero_optimization"]["stage"] == 3,
+    )
+    if runtime.rank == 0:
+        runtime.log(
+            {
+                "kind": "start",
+                "route": policy.route.backend,
+                "route_reason": policy.route.reason,
+                "reference": policy.reference_mode,
+                "parameters": parameters,
+                "trainable": sum(p.numel() for p in policy.module.parameters() if p.requires_grad),
+                "groups": len(batches.groups),
+                "validation_requests": len(data.validation),
+                "truncated": data.truncated,
+                "steps": trainer.total_steps,
+                "world_size": runtime.world_size,
+                "device": str(device),
+                "deepspeed": deepspeed,
+                "setup_seconds": time.monotonic() - started,
+            }
+        )
+    trainer.fit()
+
+
+@dataclass(frozen=True)
+class _Policy:
+    module: LogProbModel
+    tokenizer: Any
+    route: Route
+    reference_mode: str
+    frozen_reference: Callable[[Layout], Tensor] | None
+
+
+def _load_policy(job: Job, device: torch.device) -> _Policy:
+    config = job.config.model
+    torch.manual_seed(job.config.seed)  # new adapters start alike on every rank
+    attention.register()
+    source = find_model(job.start)
+    model, mode = load_policy(source, config)
+    language_model = unwrap_peft(model)
+    route = choose_backend(language_model, device.type, config.max_length, config.attention)
+    language_model.set_attn_implementation(IMPLEMENTATION.get(route.backend) or native_attention(language_model))
+    module = LogProbModel(model, mode if mode != "model_copy" else None).to(device)
+    frozen = None
+    if job.kind == "train" and mode == "model_copy" and Objective(**job.config.objective.model_dump()).needs_reference:
+        frozen = _frozen_copy(job, route, device)
+    return _Policy(module, load_tokenizer(source), route, mode if job.kind == "train" else "none", frozen)
+
+
+def _frozen_copy(job: Job, route: Route, device: torch.device) -> Callable[[Layout], Tensor]:
+    """The starting weights once more, whole on every rank, for full fine-tuning."""
+    model = load_causal_lm(find_model(job.start).base, job.config.model)
+    model.set_attn_implementation(IMPLEMENTATION.get(route.backend) or native_attention(model))
+    return LogProbModel(model.requires_grad_(False)).to(device).train()
+
+
+@dataclass(frozen=True)
+class _Data:
+    groups: list[TokenGroup]
+    validation: list[TokenGroup]
+    truncated: int
+
+
+def _load_data(job: Job, tokenizer: Any) -> _Data:
+    config = job.config
+    assert config.data.path is not None
+    prepared = PreparedData.load(config.data.path)
+    template = make_template(config.template, tokenizer)
+    if prepared.items is not None:
+        check_titles(prepared.items["title"].tolist(), tokenizer)
+    all_titles = job.kind == "sft" and config.sft.loss_on == "all_titles"
+    encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history=all_titles)
+    groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
+    if job.kind == "train":
+        require_negatives(groups, config.train.negatives, fixed_rows=prepared.items is None)
+    truncated = encode.truncated
+    encode = GroupTokenizer(tokenizer, template, config.model.max_length)
+    return _Data(groups, tokenize_rows(prepared.validation, encode), truncated)
+
+
+def _batches(job: Job, data: _Data, shared: bool, world_size: int) -> Batches:
+    schedule = Schedule(len(data.groups), job.stage.global_batch_size, job.config.seed)
+    if schedule.smallest_step < world_size:
+        raise UserError(
+            f"a step of {schedule.smallest_step} preference groups cannot keep {world_size} workers busy "
+            f"({len(data.groups)} groups in all); raise {job.kind}.global_batch_size or lower cluster.workers"
+        )
+    negatives = job.config.train.negatives if job.kind == "train" else 0
+    return Batches(data.groups, schedule, negatives, world_size, job.stage.token_budget, shared)
