@@ -238,7 +238,7 @@ class RunConfig(Section):
     """Version of this schema."""
     output_dir: Path = Path("runs/dmpo")
     """Folder for everything the command writes; must not exist yet unless resuming."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     data: DataConfig = Field(default_factory=DataConfig)
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -284,7 +284,11 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that ``load_config`` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    content = config.model_dump(mode="json")
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if any(mark in text for mark in "\x85\u2028\u2029"):  # PyYAML reads these line breaks as spaces unless escaped
+        text = yaml.safe_dump(content, sort_keys=False)
+    return text
 
 
 def _read_layer(path: Path) -> dict[str, Any]:
@@ -304,11 +308,13 @@ def _read_layer(path: Path) -> dict[str, Any]:
 
 
 def _parse_value(raw: str) -> Any:
-    """A YAML scalar or list; numbers like 1e-4, which YAML 1.1 leaves a string, become floats through pydantic."""
+    """A YAML value; numbers like 1e-4, which YAML 1.1 leaves a string, become floats through pydantic."""
     try:
-        return yaml.safe_load(raw)
+        value = yaml.safe_load(raw)
     except yaml.YAMLError:
         return raw
+    placeholder = isinstance(value, dict) and value and ":" not in raw
+    return raw if placeholder else value  # {title} is a template's text, not YAML's mapping {title: null}
 
 
 def _nest(keys: list[str], value: Any) -> dict[str, Any]:

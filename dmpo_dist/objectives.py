@@ -133,11 +133,12 @@ class Objective:
         groups = Groups(group_id, is_positive, mask, n_groups)
         if policy.device.type == "cpu":
             groups.check()
-        policy = _widen(policy)
-        reference = _widen(reference) if self.needs_reference and reference is not None else torch.zeros_like(policy)
-        if self.needs_reference and reference is None:
-            raise ValueError(f"{self.name} needs reference log-probs")
-        ratio = policy - reference.detach()
+        policy, lengths = _widen(policy, mask), torch.where(mask, lengths, 1)
+        ratio = policy
+        if self.needs_reference:
+            if reference is None:
+                raise ValueError(f"{self.name} needs reference log-probs")
+            ratio = policy - _widen(reference.detach(), mask)
         rewards = self.beta * (ratio / lengths if self.length_normalize else ratio)
         chosen = groups.negative
         if self.negative_selection == "boundary":
@@ -172,7 +173,7 @@ def sft_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean-token negative log-likelihood of each group's positive, summed over groups; arguments as in Objective."""
     groups = Groups(group_id, is_positive, mask, n_groups)
-    policy = _widen(policy)
+    policy, lengths = _widen(policy, mask), torch.where(mask, lengths, 1)
     loss = -groups.sum(policy / lengths, groups.positive).sum()
     return loss, {"loss": loss.detach(), "logp_positive": groups.sum(policy.detach(), groups.positive).sum()}
 
@@ -227,6 +228,9 @@ def _statistics(policy: Tensor, rewards: Tensor, groups: Groups) -> dict[str, Te
     }
 
 
-def _widen(log_probs: Tensor) -> Tensor:
-    """Half types become fp32: a softplus of bf16 sums would lose the third digit."""
-    return log_probs if log_probs.dtype in (torch.float32, torch.float64) else log_probs.float()
+def _widen(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Half types become fp32: a softplus of bf16 sums would lose the third digit. Padding, which may hold anything,
+    becomes 0: a ``where`` after the arithmetic would keep NaN and inf out of the loss but not out of its gradient.
+    """
+    wide = log_probs if log_probs.dtype in (torch.float32, torch.float64) else log_probs.float()
+    return torch.where(mask, wide, 0.0)

@@ -35,8 +35,17 @@ def tiny_model(kind: str, vocab: int = 97, window: int | None = None, seed: int 
         config = transformers.Gemma2Config(**base | more | extra)
     elif kind == "gpt2":
         config = transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, vocab_size=vocab, n_positions=256, bos_token_id=1, eos_token_id=2,
-            attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **extra,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            vocab_size=vocab,
+            n_positions=256,
+            bos_token_id=1,
+            eos_token_id=2,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            **extra,
         )
     elif kind == "gpt_oss":
         config = transformers.GptOssConfig(num_local_experts=2, num_experts_per_tok=1, **base | extra)

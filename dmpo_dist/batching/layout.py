@@ -163,7 +163,7 @@ def prefix_layout(groups: Sequence[TokenGroup]) -> PrefixLayout:
     Raises:
         ValueError: no groups, an empty prompt or an empty response.
     """
-    distinct = [_distinct(group) for group in groups]
+    distinct = _all_distinct(groups)
     prefix_lengths = tuple(len(group.prefix) for group in groups)
     prefix_starts = [0, *accumulate(prefix_lengths)]
     ids, positions, token_group, token_branch = [], [], [], []
@@ -201,7 +201,7 @@ def prefix_layout(groups: Sequence[TokenGroup]) -> PrefixLayout:
 
 def rows_layout(groups: Sequence[TokenGroup], pad_id: int = 0) -> RowsLayout:
     """Lay ``groups`` out as separate rows; raises like ``prefix_layout``."""
-    distinct = [_distinct(group) for group in groups]
+    distinct = _all_distinct(groups)
     rows = [group.prefix + row[:-1] for group, d in zip(groups, distinct, strict=True) for row in d.rows]
     width = max(len(row) for row in rows)
     collector = _TargetCollector()
@@ -221,6 +221,11 @@ def rows_layout(groups: Sequence[TokenGroup], pad_id: int = 0) -> RowsLayout:
         targets=collector.targets(),
         logical_tokens=_logical_tokens(groups),
     )
+
+
+def lay_out(groups: Sequence[TokenGroup], shared: bool) -> Layout:
+    """A layout with prompts shared or repeated."""
+    return prefix_layout(groups) if shared else rows_layout(groups)
 
 
 @dataclass(frozen=True)
@@ -245,6 +250,12 @@ class _Distinct:
     rows: list[list[int]]
     scored_from: list[int]
     index: list[int]  # response -> row
+
+
+def _all_distinct(groups: Sequence[TokenGroup]) -> list[_Distinct]:
+    if not groups:
+        raise ValueError("there are no groups to lay out")
+    return [_distinct(group) for group in groups]
 
 
 def _distinct(group: TokenGroup) -> _Distinct:

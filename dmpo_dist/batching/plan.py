@@ -77,9 +77,7 @@ class Schedule:
         return tuple(int(g) for g in np.array_split(order, self.steps_per_epoch)[within])
 
 
-def deal(
-    groups: Sequence[int], costs: Sequence[Cost], world_size: int, token_budget: int, epoch: int = 0
-) -> Step:
+def deal(groups: Sequence[int], costs: Sequence[Cost], world_size: int, token_budget: int, epoch: int = 0) -> Step:
     """Deal a step's groups to ranks by cost and pack each rank's share into micro-batches.
 
     Args:

@@ -1,10 +1,11 @@
 """Preference groups become token ids: what all candidates share, then one branch per candidate."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.data.store import group_from_row
 from dmpo_dist.data.template import Prompt, Template
 from dmpo_dist.errors import UserError
 
@@ -31,9 +32,9 @@ class TokenGroup:
 class GroupTokenizer:
     """Tokenizes groups as prompt + response together, so that merges over the boundary stay exact.
 
-    Every prompt of a template ends in the same text, so the ids of a title after it are looked up in a cache. The
-    look-up is verified on each group's positive against the whole text tokenized at once; where they differ, all
-    candidates of the group are tokenized whole.
+    Every prompt of a template ends in the same text, so the ids of a title after it are looked up in a cache, where
+    merges that reach further back than that text are ruled out; else prompt and candidate are tokenized whole. The
+    look-up is also verified on each group's positive, whose whole text is always tokenized at once.
 
     Attributes:
         tokenizer: a fast Hugging Face tokenizer.
@@ -64,15 +65,15 @@ class GroupTokenizer:
         """Token ids of ``group``.
 
         Raises:
-            UserError: the prompt without any history and the longest response exceed ``max_length``, the prompt is
-                empty, or a title contains one of the tokenizer's special tokens.
+            UserError: the prompt without any history and the longest response exceed ``max_length``, or the prompt
+                is empty. ``check_titles`` looks for special tokens in titles.
         """
         candidates = (group.positive, *group.negatives)
         history = group.history
         while True:
             prompt = self.template.render(history) if group.prompt is None else self.template.wrap(group.prompt)
             prompt_ids, rows = self._rows(prompt, candidates, fixed_tail=group.prompt is None and bool(history))
-            longest = max(len(row) for row in rows)
+            longest = max(start + len(rest) for start, rest in rows)
             if longest <= self.max_length:
                 break
             if not history:
@@ -83,44 +84,57 @@ class GroupTokenizer:
             history = history[max(1, len(history) * (longest - self.max_length) // longest) :]
         self.truncated += history != group.history
         self.dropped_titles += len(group.history) - len(history)
-        scored = tuple(_common(prompt_ids, row) for row in rows)
-        shared = min(_common_all(rows), min(scored))
+        shared = min(start for start, _ in rows)
         if shared == 0:
             raise UserError(
                 f"user {group.user!r}: nothing stands before the response; the tokenizer has no begin token, "
                 "so set template.preamble or template.request to some text"
             )
         return TokenGroup(
-            prefix=rows[0][:shared],
-            branches=tuple(row[shared:] for row in rows),
-            scored_from=tuple(start - shared for start in scored),
+            prefix=prompt_ids[:shared],
+            branches=tuple(prompt_ids[shared:start] + rest for start, rest in rows),
+            scored_from=tuple(start - shared for start, _ in rows),
             prefix_scored=self._history_positions(prompt, shared) if self.score_history else (),
         )
 
     def _rows(
         self, prompt: Prompt, candidates: Sequence[str], fixed_tail: bool
-    ) -> tuple[list[int], list[list[int]]]:
-        """Ids of the prompt alone, and of prompt + response for each candidate."""
+    ) -> tuple[list[int], list[tuple[int, list[int]]]]:
+        """Ids of the prompt alone, and prompt + response of each candidate as (ids it shares with the prompt, the rest)."""
         responses = [self.template.render_response(title) for title in candidates]
-        prompt_ids, positive = self._ids(prompt.text), self._ids(prompt.text + responses[0])
-        if fixed_tail:
-            rows = [self._continue(prompt_ids, response) for response in responses]
-            if rows[0] == positive:
-                return prompt_ids, rows
-        return prompt_ids, [positive, *(self._ids(prompt.text + response) for response in responses[1:])]
+        prompt_ids = self._ids(prompt.text)
+        positive = self._whole(prompt.text, prompt_ids, responses[0])
+        look_up = fixed_tail and self._continue(prompt_ids, responses[0]) == positive
+        rows = [positive]
+        for response in responses[1:]:
+            row = self._continue(prompt_ids, response) if look_up else None
+            rows.append(self._whole(prompt.text, prompt_ids, response) if row is None else row)
+        return prompt_ids, rows
 
-    def _continue(self, prompt_ids: list[int], response: str) -> list[int]:
-        """Prompt ids with the ids of ``response`` as they come out after the template's tail."""
+    def _whole(self, prompt: str, prompt_ids: list[int], response: str) -> tuple[int, list[int]]:
+        """Prompt and response tokenized at once."""
+        ids = self._ids(prompt + response)
+        same = _common(prompt_ids, ids)
+        return same, ids[same:]
+
+    def _continue(self, prompt_ids: list[int], response: str) -> tuple[int, list[int]] | None:
+        """What ``_whole`` gives, from how ``response`` comes out after the template's tail; None where that may differ.
+
+        A row of BPE ids is right if each pair of neighbours is. So the ids of the tail that the response changes, and one
+        more before them that it does not, must stand at the end of this prompt too.
+        """
         if response not in self._after_tail:
             ids = self._ids(self.template.tail + response)
             same = _common(self._tail_ids, ids)
             self._after_tail[response] = (len(self._tail_ids) - same, ids[same:])
-        merged, ids = self._after_tail[response]
-        return prompt_ids[: len(prompt_ids) - merged] + ids
+        merged, rest = self._after_tail[response]
+        if merged == len(self._tail_ids) or prompt_ids[-merged - 1 :] != self._tail_ids[-merged - 1 :]:
+            return None
+        return len(prompt_ids) - merged, rest
 
     def _history_positions(self, prompt: Prompt, limit: int) -> tuple[int, ...]:
         """Indices of prompt tokens inside a history title or its terminator, except the first token of all."""
-        offsets = self.tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = self.tokenizer.backend_tokenizer.encode(prompt.text, add_special_tokens=False).offsets
         positions, spans = [], iter(prompt.titles)
         span = next(spans, None)
         for index, (start, end) in enumerate(offsets[:limit]):
@@ -131,12 +145,23 @@ class GroupTokenizer:
         return tuple(positions)
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # the Rust tokenizer itself: the wrapper around it costs several times the tokenization of a short text
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def tokenize_rows(rows: Any, tokenizer: GroupTokenizer, negatives: int | None = None) -> list[TokenGroup]:
+    """Token groups of a split (a ``Dataset``), with the first ``negatives`` of each row's stored ones (None: all)."""
+    columns = ["user", "timestamp", "history", "positive", "negatives", "prompt"]
+    groups = (group_from_row(row) for row in rows.select_columns(columns).to_list())
+    if negatives is not None:
+        groups = (replace(group, negatives=group.negatives[:negatives]) for group in groups)
+    return [tokenizer(group) for group in groups]
 
 
 def check_titles(titles: Sequence[str], tokenizer: Any) -> None:
     """Raise UserError for a title that contains a special token or that the tokenizer cannot represent."""
-    special = [token for token in tokenizer.all_special_tokens if token.strip()]
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
     unknown = tokenizer.unk_token_id
     for title in titles:
         for token in special:
@@ -150,8 +175,3 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
     limit = min(len(a), len(b))
     return next((i for i in range(limit) if a[i] != b[i]), limit)
-
-
-def _common_all(rows: Sequence[Sequence[int]]) -> int:
-    """Length of the prefix common to all rows (that of the smallest and the largest)."""
-    return _common(min(rows), max(rows))

@@ -126,7 +126,8 @@ def _check_sizes(name: str, scores: list[np.ndarray], sizes: list[int]) -> None:
 
 def _compare(a: str, b: str, values: dict[str, dict[str, np.ndarray]], samples: int, seed: int) -> list[dict[str, Any]]:
     columns = [np.stack([values[name][metric] for metric in COMPARED_METRICS], axis=1) for name in (a, b)]
-    results = np.stack(paired_bootstrap(*columns, samples, seed), axis=1).tolist()
+    differences = paired_bootstrap(columns[0], columns[1], samples, seed)
+    results = np.stack(differences, axis=1).tolist()
     return [
         {"a": a, "b": b, "metric": metric, "difference": difference, "low": low, "high": high, "p": p}
         for metric, (difference, low, high, p) in zip(COMPARED_METRICS, results, strict=True)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -47,7 +47,11 @@ def find_model(path: str) -> ModelSource:
     """
     folder = Path(path)
     if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1 or (folder.parent.exists() and folder.parent != Path(".")):
+        if (
+            path.startswith((".", "/", "~"))
+            or path.count("/") != 1
+            or (folder.parent.exists() and folder.parent != Path("."))
+        ):
             raise UserError(f"model.path: there is no folder {path}; give a model folder or a hub id such as org/name")
         return ModelSource(path, path, False, {})
     stamp = _read_json(folder / STAMP) if (folder / STAMP).exists() else {}
@@ -91,7 +95,9 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
                 setattr(model_config, key, 0.0)  # policy and reference must see the same network
         model = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"model.path: {path} could not be loaded as a causal language model: {_first_line(error)}") from None
+        raise UserError(
+            f"model.path: {path} could not be loaded as a causal language model: {_first_line(error)}"
+        ) from None
     except Exception as error:  # safetensors raises its own type for damaged files
         if type(error).__module__.startswith("safetensors"):
             raise UserError(f"model.path: the weights in {path} are damaged: {_first_line(error)}") from None
@@ -105,7 +111,10 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
     return model
 
 
-def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, str]:
+ReferenceMode = Literal["adapter_off", "adapter_copy", "model_copy"]
+
+
+def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, ReferenceMode]:
     """The trainable model of a stage and how its reference is had.
 
     Returns:
@@ -142,7 +151,9 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
             peft.load_adapter(source.path, "reference", is_trainable=False)
             peft.set_adapter("default")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"model.path: the adapter in {source.path} does not fit {source.base}: {_first_line(error)}") from None
+        raise UserError(
+            f"model.path: the adapter in {source.path} does not fit {source.base}: {_first_line(error)}"
+        ) from None
     return peft.train() if copy else peft
 
 
@@ -159,9 +170,7 @@ def _with_new_adapter(model: Any, lora: LoraConfig) -> Any:
         raise UserError(f"model.lora.target_modules={lora.target_modules!r}: {_first_line(error)}") from None
 
 
-def make_scratch_model(
-    folder: Path, scratch: ScratchModel, texts: Sequence[str], max_length: int, seed: int
-) -> None:
+def make_scratch_model(folder: Path, scratch: ScratchModel, texts: Sequence[str], max_length: int, seed: int) -> None:
     """Write a small random Llama and a byte-level BPE tokenizer learned from ``texts`` to ``folder``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

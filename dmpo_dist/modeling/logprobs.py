@@ -20,10 +20,10 @@ class LogProbHead(nn.Module):
     one call. Accumulates in fp32 (fp64 for fp64 input) and never holds more than ``MAX_CHUNK_LOGITS`` logits.
     """
 
-    def __init__(self, lm_head: nn.Module, softcap: float | None = None, scale: float = 1.0) -> None:
+    def __init__(self, lm_head: Any, softcap: float | None = None, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = lm_head.weight
-        self.bias = getattr(lm_head, "bias", None)
+        self.weight: nn.Parameter = lm_head.weight
+        self.bias: nn.Parameter | None = getattr(lm_head, "bias", None)
         self.softcap, self.scale = softcap, scale
 
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
@@ -111,13 +111,11 @@ class LogProbModel(nn.Module):
             ``adapter_copy`` with the frozen adapter named "reference"; None where there is no reference here.
     """
 
-    def __init__(
-        self, causal_lm: nn.Module, reference: Literal["adapter_off", "adapter_copy"] | None = None
-    ) -> None:
+    def __init__(self, causal_lm: nn.Module, reference: Literal["adapter_off", "adapter_copy"] | None = None) -> None:
         super().__init__()
-        self.causal_lm = causal_lm
+        self.causal_lm: Any = causal_lm
         self.reference = reference
-        language_model: Any = unwrap_peft(causal_lm)
+        language_model = unwrap_peft(causal_lm)
         config = language_model.config
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.head = LogProbHead(
@@ -140,7 +138,7 @@ class LogProbModel(nn.Module):
         raise RuntimeError("this model holds no reference")
 
     def _log_probs(self, layout: Layout) -> Tensor:
-        language_model: Any = unwrap_peft(self.causal_lm)
+        language_model = unwrap_peft(self.causal_lm)
         backbone = getattr(language_model, language_model.base_model_prefix)
         hidden = backbone(**forward_arguments(layout), use_cache=False).last_hidden_state
         return self.head(hidden.flatten(0, 1), layout.targets)
@@ -163,6 +161,6 @@ def forward_arguments(layout: Layout) -> dict[str, Any]:
     }
 
 
-def unwrap_peft(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.attention import DENSE, TWO_PART, register
 
 Backend = Literal["two_part", "sdpa", "unshared"]
 
@@ -47,6 +48,13 @@ def choose_backend(model: Any, device_type: str, max_length: int, requested: str
         f"model.attention={requested} would be wrong for this model: {best.reason}; "
         f"use model.attention={best.backend} or auto"
     )
+
+
+def use_backend(model: Any, backend: Backend) -> None:
+    """Make ``model`` (a transformers causal LM) compute its attention by ``backend``."""
+    register()
+    names = {"two_part": TWO_PART, "sdpa": DENSE}
+    model.set_attn_implementation(names.get(backend) or native_attention(model))
 
 
 def _obstacle(model: Any) -> str | None:

@@ -28,7 +28,9 @@ def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: C
         UserError: no prepared data, no test requests, or a model that cannot be loaded.
     """
     if config.data.path is None:
-        raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data")
+        raise UserError(
+            "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
+        )
     data = PreparedData.load(config.data.path)
     if not len(data.test):
         raise UserError(f"{config.data.path} holds no test requests to evaluate on; see its card.md")
@@ -36,7 +38,7 @@ def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: C
     torch.set_num_threads(os.cpu_count() or 1)
     for name, path in models.items():
         with console.status(f"scoring {name}"):
-            scores[name] = score_requests(path, config, list(data.test), lambda count: None)
+            scores[name] = score_requests(path, config, data.test)
     oracle = oracle_scores(data.test)
     if oracle is not None:
         scores["oracle"] = oracle
@@ -57,7 +59,7 @@ def baseline_scores(data: PreparedData, config: RunConfig, console: Console) -> 
     if data.interactions is None:
         console.print("no popularity and item-kNN baselines: the data came as ready preferences, without a log")
         return scores
-    cut = data.card["cuts"]["test"]["epoch"]
+    cut = data.card["cuts"]["test"]["timestamp"]
     scores["popularity"] = popularity_scores(data.test, data.interactions)
     scores["item_knn"] = item_knn_scores(data.test, data.interactions, config.evaluation.knn_neighbours, cut)
     return scores

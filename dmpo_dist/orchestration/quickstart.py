@@ -41,9 +41,7 @@ def continued_config(config: RunConfig) -> RunConfig:
 
 
 def _into(config: RunConfig, folder: Path, start: str) -> RunConfig:
-    return config.model_copy(
-        update={"output_dir": folder, "model": config.model.model_copy(update={"path": start})}
-    )
+    return config.model_copy(update={"output_dir": folder, "model": config.model.model_copy(update={"path": start})})
 
 
 def _say(console: Console, text: str) -> None:

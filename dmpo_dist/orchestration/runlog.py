@@ -27,7 +27,6 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, title: str, console: Console, append: bool = False) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # noqa: F401  (fails early where TensorBoard is broken)
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +64,7 @@ class RunLog:
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Take one record."""
-        record = {"time": time.time()} | record
+        record = {"time": time.time(), **record}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         match record["kind"]:
@@ -137,4 +136,5 @@ def _start_line(record: dict[str, Any]) -> str:
 
 def make_console() -> Console:
     """The console all commands share; figures go to standard output."""
-    return Console(file=sys.stdout)
+    console = Console(file=sys.stdout)
+    return console if console.is_terminal else Console(file=sys.stdout, width=120)

@@ -49,7 +49,9 @@ def preflight(kind: Kind, config: RunConfig, resume: bool) -> tuple[RunConfig, s
         The configuration with absolute paths and the model's own template, and the model to start from.
     """
     if config.data.path is None:
-        raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data")
+        raise UserError(
+            "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
+        )
     data = PreparedData.load(config.data.path)
     stage = config.sft if kind == "sft" else config.train
     if min(len(data.train), stage.global_batch_size) < config.cluster.workers:
@@ -58,7 +60,7 @@ def preflight(kind: Kind, config: RunConfig, resume: bool) -> tuple[RunConfig, s
             f"{config.cluster.workers} workers busy ({len(data.train)} groups in all); raise "
             f"{kind}.global_batch_size or lower cluster.workers"
         )
-    output = config.output_dir.absolute()
+    output, data_path = config.output_dir.absolute(), config.data.path.absolute()
     start = str(output / SCRATCH) if config.model.path == SCRATCH else config.model.path
     if config.model.path != SCRATCH:
         source = find_model(start)
@@ -67,7 +69,7 @@ def preflight(kind: Kind, config: RunConfig, resume: bool) -> tuple[RunConfig, s
         config = config.model_copy(update={"template": template})
         make_template(template, load_tokenizer(source))
     config = config.model_copy(
-        update={"output_dir": output, "data": config.data.model_copy(update={"path": config.data.path.absolute()})}
+        update={"output_dir": output, "data": config.data.model_copy(update={"path": data_path})}
     )
     open_run_folder(config, resume, data_fingerprint=data.fingerprint)
     if config.model.path == SCRATCH and not (output / SCRATCH).exists():
@@ -87,7 +89,9 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
     saved = output / "config.yaml"
     if resume:
         if not saved.exists():
-            raise UserError(f"--resume: {output} holds no run to go on with (no config.yaml); start it without --resume")
+            raise UserError(
+                f"--resume: {output} holds no run to go on with (no config.yaml); start it without --resume"
+            )
         if saved.read_text(encoding="utf-8") != text:
             raise UserError(
                 f"--resume: the configuration differs from {saved}; resume with the same settings, or start a new "

@@ -21,7 +21,9 @@ TAG = "state"
 def save_state(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     """Write every rank's part of optimizer and trainable weights, and ``state`` (JSON), to ``folder``."""
     frozen = any(not p.requires_grad for p in engine.module.parameters())
-    engine.save_checkpoint(str(folder), tag=TAG, client_state={"dmpo": json.dumps(state)}, exclude_frozen_parameters=frozen)
+    engine.save_checkpoint(
+        str(folder), tag=TAG, client_state={"dmpo": json.dumps(state)}, exclude_frozen_parameters=frozen
+    )
 
 
 def load_state(engine: Any, folder: Path) -> dict[str, Any]:
@@ -41,7 +43,9 @@ def load_state(engine: Any, folder: Path) -> dict[str, Any]:
     return json.loads(client["dmpo"])
 
 
-def save_model(module: LogProbModel, tokenizer: Any, folder: Path, job: Job, facts: dict[str, Any], stage3: bool) -> None:
+def save_model(
+    module: LogProbModel, tokenizer: Any, folder: Path, job: Job, facts: dict[str, Any], stage3: bool
+) -> None:
     """Write the policy as a Hugging Face model or PEFT adapter with tokenizer and stamp; all ranks call it.
 
     The folder appears whole or not at all, and what was written is read back and compared.
@@ -63,7 +67,9 @@ def _write_weights(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        adapter = get_peft_model_state_dict(model, state_dict=state, adapter_name="default", save_embedding_layers=False)
+        adapter = get_peft_model_state_dict(
+            model, state_dict=state, adapter_name="default", save_embedding_layers=False
+        )
         adapter = {name: tensor.contiguous() for name, tensor in adapter.items()}
         _write_adapter(model, folder, adapter)
         return

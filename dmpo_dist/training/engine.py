@@ -77,9 +77,7 @@ def start_engine(module: nn.Module, config: dict[str, Any]) -> Any:
         {"params": [p for p in trainable if p.ndim > 1]},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=[g for g in groups if g["params"]], config=config
-    )
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=[g for g in groups if g["params"]], config=config)
     return engine
 
 

@@ -1,13 +1,11 @@
-"""A split's rows as token groups, and the batch of groups each step trains on."""
+"""The batch of token groups each step trains on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from dmpo_dist.batching.layout import Cost, Layout, group_cost, prefix_layout, rows_layout
+from dmpo_dist.batching.layout import Cost, Layout, group_cost, lay_out
 from dmpo_dist.batching.plan import MicroBatch, Schedule, Step, deal
-from dmpo_dist.data.store import group_from_row
-from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
+from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 
 
@@ -61,22 +59,6 @@ def with_negatives(group: TokenGroup, count: int, start: int) -> TokenGroup:
     )
 
 
-def lay_out(groups: Sequence[TokenGroup], shared: bool) -> Layout:
-    """A layout with prompts shared or repeated."""
-    return prefix_layout(groups) if shared else rows_layout(groups)
-
-
-def tokenize_rows(
-    rows: Iterable[dict[str, Any]], tokenizer: GroupTokenizer, negatives: int | None = None
-) -> list[TokenGroup]:
-    """Token groups of a split's rows, with the first ``negatives`` of each row's stored negatives (None: all)."""
-    groups = []
-    for row in rows:
-        group = group_from_row(row)
-        groups.append(tokenizer(group if negatives is None else _first_negatives(group, negatives)))
-    return groups
-
-
 def require_negatives(groups: Sequence[TokenGroup], wanted: int, fixed_rows: bool) -> None:
     """Raise UserError if no (``fixed_rows``: ready-made, ragged) or not every group has ``wanted`` negatives."""
     counts = [len(group.branches) - 1 for group in groups]
@@ -86,9 +68,3 @@ def require_negatives(groups: Sequence[TokenGroup], wanted: int, fixed_rows: boo
             f"train.negatives={wanted}, but the prepared data holds {have} negatives per group; lower train.negatives, "
             "or prepare the data again with a higher data.negatives_per_group"
         )
-
-
-def _first_negatives(group: Any, count: int) -> Any:
-    from dataclasses import replace
-
-    return replace(group, negatives=group.negatives[:count])

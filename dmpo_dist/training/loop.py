@@ -96,7 +96,7 @@ class Trainer:
             if not micro_batch.filler:
                 targets = layout.targets
                 counts = (targets.n_groups, layout.physical_tokens, layout.logical_tokens)
-                self._meter.update(sums | dict(zip(COUNTS, counts, strict=True)))
+                self._meter.update({**sums, **dict(zip(COUNTS, counts, strict=True))})
         self.engine.step()
 
     def _loss(self, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:

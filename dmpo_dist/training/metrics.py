@@ -1,5 +1,7 @@
 """Sums on the device, reduced over ranks only when a line is due."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,7 +14,7 @@ class Meter:
         self._device = device
         self._sums: dict[str, Tensor] = {}
 
-    def update(self, sums: dict[str, Tensor | float]) -> None:
+    def update(self, sums: Mapping[str, Tensor | float]) -> None:
         """Add ``sums``; values may be tensors on the device or plain numbers."""
         for name, value in sums.items():
             if not isinstance(value, Tensor):

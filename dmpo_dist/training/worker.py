@@ -12,20 +12,17 @@ from dmpo_dist.batching.layout import Layout
 from dmpo_dist.batching.plan import Schedule
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
-from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles
+from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling import attention
 from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_policy, load_tokenizer
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
-from dmpo_dist.modeling.routing import Route, choose_backend, native_attention
+from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.objectives import Objective
 from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
-from dmpo_dist.training.groups import Batches, require_negatives, tokenize_rows
+from dmpo_dist.training.groups import Batches, require_negatives
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer
 from dmpo_dist.training.runtime import Runtime
-
-IMPLEMENTATION = {"two_part": attention.TWO_PART, "sdpa": attention.DENSE}
 
 
 def run(job: Job, runtime: Runtime) -> None:
@@ -40,9 +37,7 @@ def run(job: Job, runtime: Runtime) -> None:
     data = _load_data(job, policy.tokenizer)
     batches = _batches(job, data, policy.route.backend != "unshared", runtime.world_size)
     parameters = sum(p.numel() for p in policy.module.parameters())
-    deepspeed = resolve_config(
-        job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, parameters
-    )
+    deepspeed = resolve_config(job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, parameters)
     trainer = Trainer(
         job=job,
         runtime=runtime,
@@ -90,13 +85,13 @@ class _Policy:
 def _load_policy(job: Job, device: torch.device) -> _Policy:
     config = job.config.model
     torch.manual_seed(job.config.seed)  # new adapters start alike on every rank
-    attention.register()
     source = find_model(job.start)
     model, mode = load_policy(source, config)
+    in_module = None if mode == "model_copy" else mode
     language_model = unwrap_peft(model)
     route = choose_backend(language_model, device.type, config.max_length, config.attention)
-    language_model.set_attn_implementation(IMPLEMENTATION.get(route.backend) or native_attention(language_model))
-    module = LogProbModel(model, mode if mode != "model_copy" else None).to(device)
+    use_backend(language_model, route.backend)
+    module = LogProbModel(model, in_module).to(device)
     frozen = None
     if job.kind == "train" and mode == "model_copy" and Objective(**job.config.objective.model_dump()).needs_reference:
         frozen = _frozen_copy(job, route, device)
@@ -106,7 +101,7 @@ def _load_policy(job: Job, device: torch.device) -> _Policy:
 def _frozen_copy(job: Job, route: Route, device: torch.device) -> Callable[[Layout], Tensor]:
     """The starting weights once more, whole on every rank, for full fine-tuning."""
     model = load_causal_lm(find_model(job.start).base, job.config.model)
-    model.set_attn_implementation(IMPLEMENTATION.get(route.backend) or native_attention(model))
+    use_backend(model, route.backend)
     return LogProbModel(model.requires_grad_(False)).to(device).train()
 
 

@@ -1,0 +1,253 @@
+"""One run, many ways to divide it: ranks, micro-batches, ZeRO stages, layouts give the same gradients and weights.
+
+The oracle shares no code with the engine, the plan's dealing or the layouts: a plain torch AdamW on the whole batch,
+with one full row per response.
+"""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import softplus
+
+from dmpo_dist.batching.plan import Schedule
+from dmpo_dist.config import DataConfig, LoraConfig, ModelConfig, RunConfig, ScratchModel, TemplateConfig
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer, tokenize_rows
+from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_tokenizer, make_scratch_model
+from dmpo_dist.training.groups import with_negatives
+from dmpo_dist.training.loop import learning_rate
+
+pytestmark = pytest.mark.integration
+
+STEPS, BATCH, K = 20, 12, 3
+SGD = "sgd"  # one step of SGD with a large rate: the change of the weights is the gradient
+FULL = [("zero0", {}), ("zero1", {}), ("zero2", {}), ("zero3", {}), ("zero2_offload", {}), ("zero3_offload", {})]
+OTHER = [
+    ("zero2", {"train": {"token_budget": 120}}),  # a group a micro-batch, with fillers
+    ("zero2", {"train": {"token_budget": 4096}}),  # one micro-batch
+    ("zero3", {"model": {"attention": "unshared"}, "train": {"token_budget": 1000}}),
+    ("zero3", {"model": {"gradient_checkpointing": True}}),
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Prepared data, a model from scratch and an adapter on it."""
+    folder = tmp_path_factory.mktemp("invariance")
+    source = {"simulator": {"users": 80, "items": 40, "events_per_user": 12}}
+    data_config = DataConfig.model_validate({"source": source, "negatives_per_group": 6, "evaluation_negatives": 5})
+    data = prepare(data_config, 0, folder / "data", echo=lambda line: None)
+    make_scratch_model(
+        folder / "model", ScratchModel(hidden_size=32, layers=2, intermediate_size=48, vocab_size=400),
+        data.items["title"].tolist(), 128, seed=0,
+    )  # fmt: skip
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    torch.manual_seed(1)
+    adapter = get_peft_model(
+        load_causal_lm(str(folder / "model"), ModelConfig(max_length=128)),
+        PeftLora(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapter.save_pretrained(str(folder / "adapter"))
+    for stage in (0, 2, 3):
+        (folder / f"{SGD}{stage}.json").write_text(json.dumps(sgd_config(stage)))
+    return folder
+
+
+def sgd_config(stage: int) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {"type": "SGD", "params": {"lr": "auto"}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}
+        | ({"overlap_comm": False} if stage else {}),
+        "steps_per_print": 10**9,
+    }
+
+
+def job(world: Path, name: str, deepspeed: str, start: str = "model", lora: bool = False, **sections) -> dict:
+    config = {
+        "data": {"path": str(world / "data")},
+        "template": {"item": "{title}{end}", "preamble": "", "request": ""},
+        "model": {"max_length": 128, "lora": LoraConfig(r=4, alpha=8).model_dump() if lora else None},
+        "train": {
+            "negatives": K, "steps": STEPS, "global_batch_size": BATCH, "token_budget": 400, "learning_rate": 2e-3,
+            "weight_decay": 0.01, "validate_every": STEPS, "checkpoint_every": 1000, "select": "last", "log_every": 5,
+        },
+        "objective": {"beta": 0.5},
+        "deepspeed": deepspeed,
+    }  # fmt: skip
+    if Path(deepspeed).name.startswith(SGD):
+        config["train"] |= {
+            "steps": 1,
+            "learning_rate": 1e3,
+            "max_grad_norm": 1e9,
+            "warmup_ratio": 0.0,
+            "weight_decay": 0.0,
+        }
+    for section, values in sections.items():
+        config[section] |= values
+    RunConfig.model_validate(config)
+    return {"kind": "train", "start": str(world / start), "output": str(world / "runs" / name), "config": config}
+
+
+def run_ranks(world: Path, jobs: list[dict], ranks: int) -> None:
+    """Run ``jobs`` one after the other in ``ranks`` processes."""
+    file = world / f"jobs{ranks}.json"
+    file.write_text(json.dumps(jobs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(Path(__file__).with_name("run_jobs.py")), str(file)]
+    processes = [
+        subprocess.Popen(
+            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for r in range(ranks)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="module")
+def results(world):
+    """Final weights of every way to run, by name."""
+    one = [
+        job(world, "one", "zero0", train={"token_budget": 120}),
+        job(world, "one-gradient", str(world / f"{SGD}0.json")),
+        job(world, "one-lora", "zero0", lora=True),
+        job(world, "one-adapter", "zero0", start="adapter"),
+    ]
+    two = [job(world, f"two-{i}-{name}", name, **more) for i, (name, more) in enumerate(FULL + OTHER)]
+    two += [job(world, f"two-gradient-{stage}", str(world / f"{SGD}{stage}.json")) for stage in (0, 2, 3)]
+    two += [job(world, f"two-lora-{name}", name, lora=True) for name in ("zero2", "zero3")]
+    two += [job(world, f"two-adapter-{name}", name, start="adapter") for name in ("zero1", "zero3")]
+    run_ranks(world, one, 1)
+    run_ranks(world, two, 2)
+    return {Path(entry["output"]).name: weights(Path(entry["output"]) / "model") for entry in one + two}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    file = folder / "adapter_model.safetensors"
+    return load_file(file if file.exists() else folder / "model.safetensors")
+
+
+def batches(world: Path):
+    """The token groups of every step, from the schedule alone."""
+    data = PreparedData.load(world / "data")
+    tokenizer = load_tokenizer(find_model(str(world / "model")))
+    template = make_template(TemplateConfig(item="{title}{end}", preamble="", request=""), tokenizer)
+    groups = tokenize_rows(data.train, GroupTokenizer(tokenizer, template, 128))
+    schedule = Schedule(len(groups), BATCH, 0)
+    for step in range(STEPS):
+        epoch = schedule.epoch_of(step)
+        yield [with_negatives(groups[g], K, epoch * K) for g in schedule.groups(step)]
+
+
+def plain_loss(model, reference, groups) -> torch.Tensor:
+    """DMPO (arXiv 2405.16127) over the whole batch, a row per response."""
+
+    def log_prob(network, prefix, branch):
+        ids = torch.tensor([prefix + branch])
+        log_probs = network(input_ids=ids).logits[0].log_softmax(-1)
+        return log_probs[torch.arange(len(prefix) - 1, ids.shape[1] - 1), torch.tensor(branch)].sum()
+
+    total = torch.zeros(())
+    for group in groups:
+        rewards = []
+        for branch in group.branches:
+            with torch.no_grad():
+                base = log_prob(reference, group.prefix, branch)
+            rewards.append(0.5 * (log_prob(model, group.prefix, branch) - base))
+        total = total + softplus(torch.stack(rewards[1:]).mean() - rewards[0])
+    return total / len(groups)
+
+
+@pytest.fixture(scope="module")
+def oracle(world):
+    """Step-1 gradients and the weights after all steps, by plain torch."""
+    model = load_causal_lm(str(world / "model"), ModelConfig(max_length=128)).train()
+    reference = copy.deepcopy(model)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay}, {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}],
+        lr=0.0, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8,
+    )  # fmt: skip
+    stage = RunConfig.model_validate(job(world, "none", "zero0")["config"]).train
+    first = None
+    for step, groups in enumerate(batches(world)):
+        optimizer.zero_grad()
+        plain_loss(model, reference, groups).backward()
+        first = first or {n: p.grad.clone() for n, p in model.named_parameters()}
+        torch.nn.utils.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, stage)
+        optimizer.step()
+    return first, {n: p.detach() for n, p in model.named_parameters()}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("name", ["one-gradient", "two-gradient-0", "two-gradient-2", "two-gradient-3"])
+def test_first_gradient(world, results, oracle, name):
+    expected, _ = oracle
+    before = weights(world / "model")
+    norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    error = torch.stack([((before[n] - results[name][n]) / 1e3 - expected[n]).norm() for n in before]).norm()
+    assert (error / norm).item() < 1e-6
+
+
+def test_weights_after_all_steps_match_plain_torch(results, oracle):
+    _, expected = oracle
+    assert largest_difference(results["one"], {n: t for n, t in expected.items() if n in results["one"]}) < 1e-5
+
+
+@pytest.mark.parametrize("name", [f"two-{i}-{name}" for i, (name, _) in enumerate(FULL + OTHER)])
+def test_weights_do_not_depend_on_the_split(results, name):
+    assert largest_difference(results["one"], results[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["two-lora-zero2", "two-lora-zero3"])
+def test_new_adapter(results, name):
+    assert largest_difference(results["one-lora"], results[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["two-adapter-zero1", "two-adapter-zero3"])
+def test_going_on_from_an_adapter(world, results, name):
+    assert largest_difference(results["one-adapter"], results[name]) < 1e-5
+    assert largest_difference(results["one-adapter"], weights(world / "adapter")) > 1e-3
+
+
+def test_records(world, results):
+    """The log of a split run says what the run was: the first loss, the same losses, work shared evenly."""
+    one = json.loads((world / "runs/one/records.json").read_text())
+    two = json.loads((world / "runs/two-3-zero3/records.json").read_text())
+    losses = [[r["loss"] for r in records if r["kind"] == "train"] for records in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses[0][-1] < losses[0][0]
+    assert any("shared prompt against separate rows" in r.get("text", "") for r in two)
+    assert max(r["imbalance"] for r in two if r["kind"] == "train") < 0.25

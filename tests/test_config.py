@@ -1,0 +1,211 @@
+"""Configuration layers, overrides, and messages that name the key and what to write instead."""
+
+import string
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmpo_dist.config import CONFIG_VERSION, RunConfig, dump_config, load_config
+from dmpo_dist.errors import UserError
+
+RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml"))
+
+
+def write(folder, name, text):
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def message(layers=(), overrides=()):
+    with pytest.raises(UserError) as error:
+        load_config(list(layers), list(overrides))
+    return str(error.value)
+
+
+def test_later_layers_win_key_by_key_and_overrides_win_last(tmp_path):
+    a = write(tmp_path, "a.yaml", "seed: 1\ntrain: {steps: 10, negatives: 3}\ncluster: {workers: 4}\n")
+    b = write(tmp_path, "b.yaml", "train: {negatives: 5}\nmodel: {lora: {r: 8}}\n")
+    empty = write(tmp_path, "empty.yaml", "# nothing yet\n")
+    config = load_config([a, b, empty], ["train.steps=20", "model.lora.alpha=64", "train.steps=30"])
+    assert (config.seed, config.cluster.workers) == (1, 4)
+    assert (config.train.steps, config.train.negatives) == (30, 5)
+    assert (config.model.lora.r, config.model.lora.alpha) == (8, 64.0)
+    assert load_config([b, a]).train.negatives == 3
+    assert config.sft == RunConfig().sft, "an untouched section has changed"
+    assert load_config([]) == RunConfig()
+
+
+_sections = st.dictionaries(
+    st.sampled_from(["steps", "negatives", "log_every", "token_budget"]), st.integers(16, 99), max_size=4
+)
+_layers = st.lists(st.dictionaries(st.sampled_from(["train", "seed"]), _sections, max_size=2), max_size=4)
+
+
+@given(_layers.map(lambda layers: [layer | ({"seed": 3} if "seed" in layer else {}) for layer in layers]))
+@settings(max_examples=50, deadline=None)
+def test_each_key_has_its_value_from_the_last_layer_that_names_it(tmp_path_factory, layers):
+    folder = tmp_path_factory.getbasetemp()
+    config = load_config([write(folder, f"{i}.yaml", yaml.safe_dump(layer)) for i, layer in enumerate(layers)])
+    assert config.seed == (3 if any("seed" in layer for layer in layers) else 0)
+    for key in ["steps", "negatives", "log_every", "token_budget"]:
+        named = [layer["train"][key] for layer in layers if key in layer.get("train", {})]
+        assert getattr(config.train, key) == (named[-1] if named else getattr(RunConfig().train, key))
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.learning_rate=1e-4", 1e-4),  # YAML 1.1 reads a string here
+        ("train.learning_rate=3.0e-5", 3e-5),
+        ("train.learning_rate=1", 1.0),
+        ("train.self_check=false", False),
+        ("train.steps=null", None),
+        ("model.lora={r: 4, alpha: 8}", {"r": 4, "alpha": 8.0, "target_modules": "all-linear"}),
+        ("model.lora={}", {"r": 16, "alpha": 32.0, "target_modules": "all-linear"}),
+        ("data.source.columns={user: uid}", {"user": "uid"}),
+        ("data.path=a=b/c", Path("a=b/c")),
+        ("template.response={title}", "{title}"),
+        ("template.item={title}{end}", "{title}{end}"),
+        ("template.terminator={eos}", "{eos}"),
+        ('template.terminator="\\n"', "\n"),
+    ],
+)
+def test_override_values_are_read_as_meant(override, value):
+    seen = load_config([], [override])
+    for part in override.partition("=")[0].split("."):
+        seen = getattr(seen, part)
+    assert (seen.model_dump() if hasattr(seen, "model_dump") else seen) == value
+    assert type(value) is not float or isinstance(seen, float)
+
+
+@pytest.mark.parametrize("text", ["train:\n  learning_rate: 1e-4\n", "train: {learning_rate: '1e-4'}\n"])
+def test_floats_without_a_dot_in_files(tmp_path, text):
+    assert load_config([write(tmp_path, "a.yaml", text)]).train.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("typo", "nearest"),
+    [
+        ("objectve", "objective"),
+        ("objective.betta", "objective.beta"),
+        ("train.learning-rate", "train.learning_rate"),
+        ("sft.learnig_rate", "sft.learning_rate"),
+        ("train.negative", "train.negatives"),
+        ("cluster.num_workers", "cluster.workers"),
+        ("train.batch_size", "train.global_batch_size"),
+        ("data.source.simulator.user", "data.source.simulator.users"),
+        ("model.lora.rank", "model.lora.r"),
+        ("ouput_dir", "output_dir"),
+        ("Seed", "seed"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(typo, nearest):
+    assert (
+        f"{typo}: unknown key; the nearest known key is {nearest}" in message(overrides=[f"{typo}=1"]).splitlines()[1]
+    )
+
+
+@given(st.text(string.printable, min_size=1, max_size=12).filter(lambda key: key.strip() not in RunConfig.model_fields))
+@settings(max_examples=50, deadline=None)
+def test_whatever_the_unknown_key_there_is_an_answer(tmp_path_factory, key):
+    layer = write(tmp_path_factory.getbasetemp(), "a.yaml", yaml.safe_dump({key: 1}))
+    text = message([layer])
+    assert "unknown key; the nearest known key is " in text
+    assert str(layer) in text
+
+
+def test_every_mistake_is_listed_at_once(tmp_path):
+    layer = write(tmp_path, "a.yaml", "train: {steps: 0, negativs: 3}\nmodel: {dtype: fp8}\n")
+    lines = message([layer], ["seed=x"]).splitlines()
+    assert lines[0] == f"configuration ({layer}):"
+    assert {line.split(":")[0].strip() for line in lines[1:]} == {
+        "train.steps",
+        "train.negativs",
+        "model.dtype",
+        "seed",
+    }
+    assert "(got 'fp8')" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            f"version={CONFIG_VERSION + 1}",
+            f"is of version {CONFIG_VERSION + 1}, this dmpo reads version {CONFIG_VERSION}",
+        ),
+        ("template.item=no title", "template.item: must contain {title} (got 'no title')"),
+        ("template.response=", "template.response: Input should be a valid string"),
+        ("data.test_quantile=0.5", "data: validation_quantile must be smaller than test_quantile"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0 (got -1)"),
+        ("train=3", "train: Input should be a valid dictionary"),
+        ("objective.label_smoothing=0.5", "objective.label_smoothing: Input should be less than 0.5"),
+        ("train.steps", "override 'train.steps' is not of the form key=value"),
+        ("=3", "override '=3' is not of the form key=value"),
+    ],
+)
+def test_bad_values_are_explained(override, expected):
+    assert expected in message(overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"train: [1, 2\n", "not valid YAML"),
+        (b"train: {a: b: c}\n", "not valid YAML"),
+        (b"- train\n- sft\n", "must hold a mapping of keys to values, not a list"),
+        (b"just text\n", "must hold a mapping of keys to values, not a str"),
+        (b"seed: \xff\xfe\n", "cannot be read"),
+        (b"1: 2\n", "1: "),
+    ],
+)
+def test_unreadable_layers_are_named(tmp_path, content, expected):
+    layer = tmp_path / "layer.yaml"
+    layer.write_bytes(content)
+    text = message([layer])
+    assert str(layer) in text
+    assert expected in text
+
+
+def test_a_missing_layer_is_named(tmp_path):
+    assert f"{tmp_path / 'none.yaml'}: no such configuration file" in message([tmp_path / "none.yaml"])
+    assert f"{tmp_path}: cannot be read" in message([tmp_path])
+
+
+_texts = st.text(st.sampled_from("\r\n\t\x85\u2028 #:'\"{}-é東") | st.characters(codec="utf-8"), max_size=20)
+_rates = st.floats(1e-12, 1e6, exclude_min=True)
+
+
+@given(
+    template=st.fixed_dictionaries(
+        {"preamble": _texts, "request": _texts, "item": _texts.map("{title}".__add__), "terminator": _texts}
+    ),
+    rate=_rates,
+    lora=st.none() | st.fixed_dictionaries({"r": st.integers(1, 64), "target_modules": st.just(["q_proj", "v_proj"])}),
+    path=st.none() | st.text(string.ascii_letters + " /.-", min_size=1, max_size=9),
+    steps=st.none() | st.integers(1, 10**9),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_dumped_configuration_loads_to_an_equal_one(tmp_path_factory, template, rate, lora, path, steps):
+    config = RunConfig.model_validate(
+        {
+            "template": template, "train": {"learning_rate": rate, "steps": steps}, "model": {"lora": lora},
+            "data": {"path": path, "source": {"columns": {"user": template["preamble"]}}},
+        }
+    )  # fmt: skip
+    layer = write(tmp_path_factory.getbasetemp(), "config.yaml", dump_config(config))
+    assert load_config([layer]) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
+def test_recipes_are_valid(recipe):
+    config = load_config([recipe])
+    assert load_config([recipe], [f"version={CONFIG_VERSION}"]) == config
+    assert config != RunConfig()
+
+
+def test_there_are_recipes():
+    assert "quickstart" in {recipe.stem for recipe in RECIPES}

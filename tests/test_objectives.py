@@ -1,0 +1,338 @@
+"""Objectives against a plain loop over groups, and the identities that tie their forms together."""
+
+import math
+import random
+from statistics import fmean
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmpo_dist.objectives import Groups, Objective, boundary_negatives, sft_loss
+
+NAMES = ["dmpo", "sdpo", "dpo_pairs", "dmpo_released"]
+FORMS = NAMES[:3]
+F64 = torch.float64
+
+# A response is (policy log-prob, reference log-prob, length); a group is a list of them, its positive first.
+# Quarters make ties common; margins stay below 20, from where on torch's softplus(z) is z (off by 2e-9).
+_log_prob = st.integers(-20, 0).map(lambda n: n / 4)
+_response = st.tuples(_log_prob, _log_prob, st.integers(1, 5))
+batches = st.lists(st.lists(_response, min_size=2, max_size=5), min_size=1, max_size=4)
+objectives = st.builds(
+    Objective,
+    name=st.sampled_from(NAMES),
+    beta=st.sampled_from([0.1, 1.0, 1.5]),
+    sft_weight=st.sampled_from([0.0, 0.3]),
+    label_smoothing=st.sampled_from([0.0, 0.2]),
+    reference_free=st.booleans(),
+    length_normalize=st.booleans(),
+    negative_selection=st.sampled_from(["all", "boundary"]),
+)
+
+
+def oracle(objective, batch):
+    """All that the objective returns, from the formulas alone."""
+    groups = [_group(objective, *group) for group in batch]
+    return {key: sum(group[key] for group in groups) for key in groups[0]}
+
+
+def _group(objective, positive, *negatives):
+    reference_free = objective.reference_free or objective.name == "dmpo_released"
+
+    def reward(response):
+        policy, reference, length = response
+        ratio = policy if reference_free else policy - reference
+        return objective.beta * (ratio / length if objective.length_normalize else ratio)
+
+    def smoothed(z):
+        e = objective.label_smoothing
+        return (1 - e) * math.log1p(math.exp(z)) + e * math.log1p(math.exp(-z))
+
+    kept = kept_negatives(positive, negatives) if objective.negative_selection == "boundary" else negatives
+    margins = [reward(negative) - reward(positive) for negative in kept]
+    if objective.name == "dmpo":
+        preference = smoothed(fmean(margins))
+    elif objective.name == "sdpo":
+        preference = smoothed(math.log(sum(math.exp(margin) for margin in margins)))
+    else:
+        preference = fmean(smoothed(margin) for margin in margins)
+    sft_weight = objective.sft_weight + (objective.name == "dmpo_released")
+    return {
+        "loss": preference - sft_weight * positive[0] / positive[2],
+        "preference_loss": preference,
+        "initial_loss": smoothed(math.log(len(kept)) if objective.name == "sdpo" else 0.0),
+        "negatives": len(kept),
+        "margin": reward(positive) - fmean(reward(negative) for negative in negatives),
+        "accuracy": fmean(negative[0] < positive[0] for negative in negatives),
+        "reward_accuracy": fmean(reward(negative) < reward(positive) for negative in negatives),
+        "logp_positive": positive[0],
+        "logp_negative": fmean(negative[0] for negative in negatives),
+    }
+
+
+def kept_negatives(positive, negatives):
+    over = [negative for negative in negatives if negative[0] >= positive[0]]
+    return over or [negative for negative in negatives if negative[0] == max(n[0] for n in negatives)]
+
+
+def flatten(batch, padding=0, seed=0, dtype=F64):
+    """The objective's arguments, responses in random order among padding that must not be looked at."""
+    rows = [(*response, g, i == 0, True) for g, group in enumerate(batch) for i, response in enumerate(group)]
+    rng = random.Random(seed)
+    junk = [0.0, 3.0, 1e4, math.inf, -math.inf, math.nan]
+    for _ in range(padding):
+        place = rng.randrange(len(batch)), rng.random() < 0.5
+        rows.append((rng.choice(junk), rng.choice(junk), rng.randrange(2), *place, False))
+    rng.shuffle(rows)
+    columns = list(zip(*rows, strict=True))
+    policy, reference = (torch.tensor(column, dtype=dtype, requires_grad=True) for column in columns[:2])
+    return policy, reference, *(torch.tensor(column) for column in columns[2:]), len(batch)
+
+
+def value(objective, batch, **options):
+    return objective(*flatten(batch, **options))[0].item()
+
+
+def close(a, b):
+    return math.isclose(a, b, rel_tol=1e-11, abs_tol=1e-11)
+
+
+@given(objectives, batches, st.integers(0, 4), st.integers(0, 99))
+@settings(max_examples=200, deadline=None)
+def test_loss_and_statistics_match_a_loop_over_groups(objective, batch, padding, seed):
+    arguments = flatten(batch, padding, seed)
+    policy, reference, mask = arguments[0], arguments[1], arguments[5]
+    loss, stats = objective(*arguments)
+    expected = oracle(objective, batch)
+    assert stats.keys() == expected.keys()
+    assert {key for key in expected if not close(stats[key].item(), expected[key])} == set()
+    assert loss.item() == stats["loss"].item()
+    assert not any(stat.requires_grad for stat in stats.values())
+    loss.backward()
+    assert policy.grad.isfinite().all()
+    assert (policy.grad[~mask] == 0).all(), "padding has a gradient"
+    assert reference.grad is None, "the reference is trained"
+
+
+@pytest.mark.parametrize("selection", ["all", "boundary"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"length_normalize": True, "sft_weight": 0.5}])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_match_finite_differences(name, options, selection):
+    rng = random.Random(name)
+    batch = [[(rng.uniform(-4, 0), rng.uniform(-4, 0), rng.randint(1, 5)) for _ in range(k + 1)] for k in (1, 4, 3)]
+    policy, *rest = flatten(batch)
+    objective = Objective(name, beta=0.7, negative_selection=selection, **options)
+    assert torch.autograd.gradcheck(lambda p: objective(p, *rest)[0], policy)
+
+
+@given(st.lists(st.tuples(_response, _response).map(list), min_size=1, max_size=4), st.booleans(), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_one_negative_makes_all_forms_dpo(batch, normalize, boundary):
+    selection = "boundary" if boundary else "all"
+    losses, gradients = [], []
+    for name in FORMS:
+        policy, *rest = flatten(batch)
+        loss, _ = Objective(name, length_normalize=normalize, negative_selection=selection)(policy, *rest)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(policy.grad)
+    assert close(losses[0], losses[1])
+    assert close(losses[0], losses[2])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-11, atol=1e-12)
+
+
+@given(batches, st.sampled_from(["all", "boundary"]))
+@settings(max_examples=50, deadline=None)
+def test_dmpo_is_a_lower_bound_of_the_others(batch, selection):
+    """Jensen for dpo_pairs, mean <= max <= logsumexp for sdpo; both for every group, so for the sum."""
+    dmpo, sdpo, pairs = (value(Objective(name, negative_selection=selection), batch) for name in FORMS)
+    assert dmpo <= pairs + 1e-12
+    assert dmpo <= sdpo + 1e-12
+
+
+@given(objectives, batches, st.integers(0, 3))
+@settings(max_examples=80, deadline=None)
+def test_a_policy_equal_to_its_reference_starts_at_the_initial_loss(objective, batch, padding):
+    """log 2 for a group, log(1 + K) for sdpo with its K kept negatives; whatever sft_weight adds is apart."""
+    batch = [[(policy, policy, length) for policy, _, length in group] for group in batch]
+    loss, stats = objective(*flatten(batch, padding))
+    if objective.needs_reference:
+        assert close(stats["preference_loss"].item(), stats["initial_loss"].item())
+    if objective.name != "sdpo":
+        assert close(stats["initial_loss"].item(), len(batch) * math.log(2))
+    elif not objective.label_smoothing and objective.negative_selection == "all":
+        assert close(stats["initial_loss"].item(), sum(math.log(len(group)) for group in batch))
+
+
+@given(batches, objectives)
+@settings(max_examples=80, deadline=None)
+def test_listing_every_negative_twice(batch, objective):
+    """Changes nothing for means over negatives; adds log 2 inside sdpo, as if each were that much likelier."""
+    twice = [[group[0], *group[1:], *group[1:]] for group in batch]
+    if objective.name != "sdpo":
+        assert close(value(objective, twice), value(objective, batch))
+    else:
+        plain = Objective("sdpo", objective.beta, reference_free=objective.reference_free)
+        likelier = math.log(2) / plain.beta
+        raised = [[group[0], *((p + likelier, r, n) for p, r, n in group[1:])] for group in batch]
+        assert close(value(plain, twice), value(plain, raised))
+
+
+@given(batches, st.randoms(use_true_random=False), st.sampled_from(NAMES), st.sampled_from(["all", "boundary"]))
+@settings(max_examples=50, deadline=None)
+def test_order_of_responses_changes_nothing(batch, rng, name, selection):
+    policy, *rest = flatten(batch)
+    order = list(range(len(policy)))
+    rng.shuffle(order)
+    objective = Objective(name, beta=0.5, negative_selection=selection)
+    loss, _ = objective(policy, *rest)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    shuffled = [argument[order] if isinstance(argument, torch.Tensor) else argument for argument in (policy, *rest)]
+    loss_shuffled, _ = objective(*shuffled)
+    (gradient_shuffled,) = torch.autograd.grad(loss_shuffled, policy)
+    assert close(loss.item(), loss_shuffled.item())
+    torch.testing.assert_close(gradient_shuffled, gradient, rtol=1e-11, atol=1e-13)
+
+
+@given(batches, st.lists(st.floats(-20, 20), min_size=4, max_size=4), st.sampled_from(FORMS), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_a_constant_on_a_groups_reference_cancels(batch, shifts, name, boundary):
+    objective = Objective(name, negative_selection="boundary" if boundary else "all")
+    shifted = [[(p, r + shift, n) for p, r, n in group] for group, shift in zip(batch, shifts, strict=False)]
+    assert close(value(objective, shifted), value(objective, batch))
+
+
+@given(batches)
+@settings(max_examples=30, deadline=None)
+def test_dmpo_released_is_reference_free_pairs_plus_likelihood(batch):
+    arguments = flatten(batch)
+    released, _ = Objective("dmpo_released", beta=0.3, sft_weight=0.25)(arguments[0], None, *arguments[2:])
+    pairs, _ = Objective("dpo_pairs", beta=0.3, reference_free=True)(arguments[0], None, *arguments[2:])
+    nll, stats = sft_loss(arguments[0], *arguments[2:])
+    assert close(nll.item(), sum(-group[0][0] / group[0][2] for group in batch))
+    assert close(stats["logp_positive"].item(), sum(group[0][0] for group in batch))
+    assert close(released.item(), pairs.item() + 1.25 * nll.item())
+
+
+def test_sft_loss_never_looks_at_padding():
+    policy, _, *rest = flatten([[(-3.0, 0.0, 2)], [(-8.0, 0.0, 4)]], padding=8, seed=1)
+    loss, _ = sft_loss(policy, *rest)
+    loss.backward()
+    mask = rest[3]
+    assert loss.item() == 3.5
+    assert sorted(policy.grad[mask].tolist()) == [-0.5, -0.25]
+    assert (policy.grad[~mask] == 0).all()
+
+
+BOUNDARIES = [
+    ("some over", [-3.0, -2.0, -4.0, -2.5], [False, True, False, True]),
+    ("a tie with the positive counts as over", [-3.0, -3.0, -4.0], [False, True, False]),
+    ("none over: the hardest", [-1.0, -4.0, -2.0, -3.0], [False, False, True, False]),
+    ("none over: all of the hardest", [-1.0, -2.0, -5.0, -2.0], [False, True, False, True]),
+    ("all over", [-9.0, -2.0, -3.0], [False, True, True]),
+]
+
+
+@pytest.mark.parametrize(("policy", "kept"), [case[1:] for case in BOUNDARIES], ids=[case[0] for case in BOUNDARIES])
+@pytest.mark.parametrize("name", NAMES)
+def test_boundary_selection_is_as_if_the_others_were_padding(name, policy, kept):
+    """Same loss and same gradient: nothing flows through the choice. A second group must not be touched by it."""
+    first, second = len(policy), 2
+    policy = torch.tensor([*policy, -1.0, -7.0], dtype=F64, requires_grad=True)
+    group_id = torch.tensor([0] * first + [1] * second)
+    is_positive = torch.tensor([i in (0, first) for i in range(first + second)])
+    everything = torch.ones(first + second, dtype=torch.bool)
+    chosen = torch.tensor([*kept, False, True])
+    groups = Groups(group_id, is_positive, everything, 2)
+    assert boundary_negatives(policy, groups).tolist() == chosen.tolist()
+    arguments = torch.linspace(-3, 0, len(policy), dtype=F64), torch.full((len(policy),), 2), group_id, is_positive
+    boundary, stats = Objective(name, negative_selection="boundary")(policy, *arguments, everything, 2)
+    masked, _ = Objective(name)(policy, *arguments, chosen | is_positive, 2)
+    assert close(boundary.item(), masked.item())
+    assert stats["negatives"].item() == chosen.sum()
+    gradients = [torch.autograd.grad(loss, policy)[0] for loss in (boundary, masked)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+    assert (gradients[0][:first][~chosen[:first] & ~is_positive[:first]] == 0).all()
+
+
+def test_boundary_ignores_padding():
+    groups = Groups(
+        torch.zeros(4, dtype=torch.int64), torch.tensor([True, False, False, True]), torch.tensor([1, 1, 0, 0]) > 0, 1
+    )
+    policy = torch.tensor([-1.0, -2.0, -1.5, -9.0])
+    assert boundary_negatives(policy, groups).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("selection", ["all", "boundary"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_overflow_in_fp32(name, smoothing, selection):
+    """|r| = 1e4 either way, alone and next to moderate negatives."""
+    big = 1e4
+    batch = [
+        [(0.0, 0.0, 1), (-big, 0.0, 1)],
+        [(-big, 0.0, 1), (0.0, 0.0, 1)],
+        [(-big, 0.0, 1), (0.0, 0.0, 1), (0.0, 0.0, 1), (-5.0, 0.0, 1)],
+        [(0.0, 0.0, 1), (-big, 0.0, 1), (-big, 0.0, 1), (-5.0, 0.0, 1)],
+    ]
+    objective = Objective(name, label_smoothing=smoothing, negative_selection=selection)
+    arguments = flatten(batch, padding=3, dtype=torch.float32)
+    loss, stats = objective(*arguments)
+    loss.backward()
+    gradient = arguments[0].grad
+    assert all(stat.isfinite() for stat in stats.values())
+    assert gradient.isfinite().all()
+    assert (gradient.abs() <= 2.0 + 1e-6).all()  # 1 of the preference and 1 of the likelihood
+    precise = flatten(batch, padding=3)
+    expected, _ = objective(*precise)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient.double(), precise[0].grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_types_are_widened_before_any_arithmetic(name, dtype):
+    batch = [[(-7.3, -6.1, 3), (-9.7, -9.9, 4), (-5.2, -4.4, 2)], [(-3.3, -3.1, 2), (-8.8, -6.5, 3)]]
+    objective = Objective(name, beta=0.9, sft_weight=0.1, negative_selection="boundary", label_smoothing=0.1)
+    policy, reference, *rest = flatten(batch, dtype=dtype)
+    wide = policy.detach().float().requires_grad_()
+    expected, expected_stats = objective(wide, reference.float(), *rest)
+    loss, stats = objective(policy, reference, *rest)
+    assert loss.dtype == torch.float32
+    assert stats == expected_stats
+    loss.backward()
+    expected.backward()
+    assert torch.equal(policy.grad, wide.grad.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("is_positive", "mask", "message"),
+    [
+        ([1, 0, 0, 0], [1, 1, 1, 1], "group 1 has 0 positives"),
+        ([1, 1, 1, 0], [1, 1, 1, 1], "group 0 has 2 positives"),
+        ([1, 0, 1, 0], [1, 1, 0, 1], "group 1 has 0 positives"),
+        ([1, 0, 1, 0], [1, 1, 1, 0], "group 1 has no negatives"),
+        ([1, 0, 1, 1], [1, 1, 1, 0], "group 1 has no negatives"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_malformed_groups_are_refused(name, is_positive, mask, message):
+    zeros, ones = torch.zeros(4), torch.ones(4, dtype=torch.int64)
+    group_id = torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match=message):
+        Objective(name)(zeros, zeros, ones, group_id, torch.tensor(is_positive) > 0, torch.tensor(mask) > 0, 2)
+
+
+def test_a_missing_reference_is_refused_only_where_it_matters():
+    policy, _, *rest = flatten([[(-1.0, 0.0, 1), (-2.0, 0.0, 1)]])
+    for name in FORMS:
+        assert Objective(name).needs_reference
+        with pytest.raises(ValueError, match="needs reference"):
+            Objective(name)(policy, None, *rest)
+    for objective in (Objective("dmpo", reference_free=True), Objective("dmpo_released")):
+        assert not objective.needs_reference
+        assert objective(policy, None, *rest)[0].isfinite()
