@@ -1,9 +1,11 @@
 """The command line: one thin function per verb; the work is done in orchestration and data."""
 
+import errno
 import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -14,6 +16,9 @@ import typer
 from dmpo_dist import __version__
 from dmpo_dist.config import RunConfig, dump_config, load_config
 from dmpo_dist.errors import UserError
+
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+SECONDS_FOR_RANK_0 = 3
 
 app = typer.Typer(
     name="dmpo",
@@ -99,13 +104,13 @@ def evaluate(
         dmpo evaluate -c movielens -m sft=runs/ml/sft/model -m dmpo=runs/ml/dmpo/model data.path=runs/ml/data output_dir=runs/ml/evaluation
     """
     from dmpo_dist.orchestration.evaluate import evaluate as run
+    from dmpo_dist.orchestration.evaluate import preflight
     from dmpo_dist.orchestration.runlog import make_console
     from dmpo_dist.orchestration.stage import open_run_folder
 
     settings = _settings(config, overrides, dry_run)
-    models = dict(_named(entry) for entry in model or [])
-    for path in models.values():
-        _check_model(path)
+    models = _models(model or [])
+    preflight(models, settings)  # before there is a folder
     open_run_folder(settings, resume=False)
     run(models, settings, settings.output_dir, make_console())
 
@@ -183,7 +188,13 @@ def main() -> NoReturn:
         app(standalone_mode=False)
         code = 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(str(error))
+        code = 2
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        where = error.filename or "output_dir"
+        _tell(f"{where}: {error.strerror}; check space and permissions, or write to another output_dir or data.path")
         code = 2
     except typer.Exit as error:
         code = error.exit_code
@@ -192,9 +203,19 @@ def main() -> NoReturn:
     except Exception as error:
         if not hasattr(error, "format_message"):  # not a usage error of click's
             raise
-        print(f"error: {error.format_message()}; see dmpo --help", file=sys.stderr)
+        if error.format_message():  # nothing where the help was shown instead
+            _tell(f"{error.format_message()}; see dmpo --help")
         code = 2
     sys.exit(code)
+
+
+def _tell(message: str) -> None:
+    """Print an error: rank 0 at once; another rank only if torchrun, seeing rank 0 gone, has not ended it by then."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr)
 
 
 def _settings(layers: list[Path] | None, overrides: list[str] | None, dry_run: bool) -> RunConfig:
@@ -207,8 +228,12 @@ def _settings(layers: list[Path] | None, overrides: list[str] | None, dry_run: b
 
 def _layer(layer: Path) -> Path:
     """A file, or the recipe of that name."""
-    recipe = resources.files("dmpo_dist.recipes") / f"{layer}.yaml"
-    return layer if layer.exists() or not recipe.is_file() else Path(str(recipe))
+    folder = resources.files("dmpo_dist.recipes")
+    recipe = folder / f"{layer}.yaml"
+    if layer.exists() or recipe.is_file():
+        return layer if layer.exists() else Path(str(recipe))
+    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    raise UserError(f"--config {layer}: no such file, and no recipe of that name; recipes are {', '.join(known)}")
 
 
 def _stage(kind: str, settings: RunConfig, resume: bool) -> None:
@@ -218,17 +243,19 @@ def _stage(kind: str, settings: RunConfig, resume: bool) -> None:
     run_stage("sft" if kind == "sft" else "train", settings, make_console(), resume)
 
 
-def _named(entry: str) -> tuple[str, str]:
-    name, sep, path = entry.partition("=")
-    if not sep or not name or not path:
-        raise UserError(f"--model {entry!r} is not of the form NAME=FOLDER, for example --model dmpo=runs/dmpo/model")
-    return name, path
-
-
-def _check_model(path: str) -> None:
-    from dmpo_dist.modeling.backbone import find_model
-
-    find_model(path)
+def _models(entries: list[str]) -> dict[str, str]:
+    """Name -> folder."""
+    models: dict[str, str] = {}
+    for entry in entries:
+        name, sep, path = entry.partition("=")
+        if not sep or not name or not path:
+            raise UserError(
+                f"--model {entry!r} is not of the form NAME=FOLDER, for example --model dmpo=runs/dmpo/model"
+            )
+        if name in models:
+            raise UserError(f"--model {name}= is given twice, for {models[name]} and {path}; choose another name")
+        models[name] = path
+    return models
 
 
 def _free(folder: Path) -> Path:

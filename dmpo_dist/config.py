@@ -295,7 +295,7 @@ def _read_layer(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file; recipes are in launch/recipes/") from None
+        raise UserError(f"{path}: no such configuration file; correct the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
@@ -308,13 +308,22 @@ def _read_layer(path: Path) -> dict[str, Any]:
 
 
 def _parse_value(raw: str) -> Any:
-    """A YAML value; numbers like 1e-4, which YAML 1.1 leaves a string, become floats through pydantic."""
+    """A YAML value; numbers like 1e-4, which YAML 1.1 leaves a string, become floats through pydantic.
+
+    A template's texts, such as ``{title}``, ``- {title}``, ``Next:`` or ``# Liked``, stay texts: lists and mappings are
+    those in brackets with a colon in each mapping.
+    """
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:
         return raw
-    placeholder = isinstance(value, dict) and value and ":" not in raw
-    return raw if placeholder else value  # {title} is a template's text, not YAML's mapping {title: null}
+    text = raw.strip()
+    if isinstance(value, dict | list):
+        placeholder = isinstance(value, dict) and value and ":" not in text
+        return value if text[0] in "[{" and not placeholder else raw
+    if isinstance(value, str):
+        return value if text[0] in "'\"" else raw
+    return raw if value is None and text.startswith("#") else value
 
 
 def _nest(keys: list[str], value: Any) -> dict[str, Any]:

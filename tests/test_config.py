@@ -70,6 +70,9 @@ def test_each_key_has_its_value_from_the_last_layer_that_names_it(tmp_path_facto
         ("template.response={title}", "{title}"),
         ("template.item={title}{end}", "{title}{end}"),
         ("template.terminator={eos}", "{eos}"),
+        ("template.item=- {title}", "- {title}"),
+        ("template.request=Next:", "Next:"),
+        ("template.preamble=# Liked", "# Liked"),
         ('template.terminator="\\n"', "\n"),
     ],
 )
@@ -175,7 +178,7 @@ def test_a_missing_layer_is_named(tmp_path):
     assert f"{tmp_path}: cannot be read" in message([tmp_path])
 
 
-_texts = st.text(st.sampled_from("\r\n\t\x85\u2028 #:'\"{}-é東") | st.characters(codec="utf-8"), max_size=20)
+_texts = st.text(st.characters(codec="utf-8"), max_size=20)
 _rates = st.floats(1e-12, 1e6, exclude_min=True)
 
 
@@ -188,7 +191,7 @@ _rates = st.floats(1e-12, 1e6, exclude_min=True)
     path=st.none() | st.text(string.ascii_letters + " /.-", min_size=1, max_size=9),
     steps=st.none() | st.integers(1, 10**9),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_dumped_configuration_loads_to_an_equal_one(tmp_path_factory, template, rate, lora, path, steps):
     config = RunConfig.model_validate(
         {
@@ -198,6 +201,14 @@ def test_a_dumped_configuration_loads_to_an_equal_one(tmp_path_factory, template
     )  # fmt: skip
     layer = write(tmp_path_factory.getbasetemp(), "config.yaml", dump_config(config))
     assert load_config([layer]) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["\x85", "\u2028", "a\u2029b", "\r\n\t", " x ", "1e-4", "null", "{eos}", "- a: b #", "東京 🎬"]
+)
+def test_texts_that_look_like_something_else_in_yaml_survive(tmp_path, text):
+    config = RunConfig.model_validate({"template": {"preamble": text, "terminator": text}})
+    assert load_config([write(tmp_path, "config.yaml", dump_config(config))]) == config
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_data_template import CHATML
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dmpo_dist.config import TemplateConfig
@@ -39,6 +39,8 @@ def byte_level(**names):
         vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
+    # as most tokenizers do on their own account; here the begin token is the template's business
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     return wrap(backend, **names)
 
 
@@ -200,6 +202,18 @@ def test_a_merge_over_the_boundary_is_scored_and_an_unmerged_prompt_is_not():
     ]
 
 
+def test_a_cut_or_padding_stored_with_the_tokenizer_is_not_applied(tmp_path):
+    tokenizer = byte_level()
+    template = make_template(TemplateConfig(), tokenizer)
+    expected = GroupTokenizer(tokenizer, template, 999)(group(["Heat"], "Alien", "The Fly"))
+    tokenizer.backend_tokenizer.enable_truncation(6)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    tokenizer.save_pretrained(tmp_path)
+    stored = AutoTokenizer.from_pretrained(tmp_path)
+    assert stored.backend_tokenizer.truncation, "the test has lost its subject"
+    assert GroupTokenizer(stored, template, 999)(group(["Heat"], "Alien", "The Fly")) == expected
+
+
 def test_ready_made_prompts_are_used_as_they_are():
     tokenizer = TOKENIZERS["byte level"]
     encode = GroupTokenizer(tokenizer, make_template(TemplateConfig(), tokenizer), 999)
@@ -304,6 +318,23 @@ def test_history_scores_of_letters_made_of_several_ids():
     assert encode(group([], "Heat")).prefix_scored == ()
     plain = GroupTokenizer(tokenizer, encode.template, 999)
     assert plain(group(["Amélie"], "Heat")).prefix_scored == ()
+
+
+def test_an_id_that_reaches_over_the_end_of_a_title_does_not_count():
+    """ "," ends titles and merges with "...": once with the request's, once with a candidate's."""
+    tokenizer = TOKENIZERS["byte level"]
+
+    def encode(request, *candidates):
+        config = TemplateConfig(preamble="", item="{title}{end}", request=request, terminator=",")
+        encode = GroupTokenizer(tokenizer, make_template(config, tokenizer), 999, score_history=True)
+        tokens = encode(group(["Alien", "Heat"], *candidates))
+        return [tokenizer.decode([i]) for i in tokens.prefix], tokens.prefix_scored
+
+    prefix, scored = encode("...And so on: ", "Thing")
+    assert scored == tuple(range(1, prefix.index(",...")))
+    prefix, scored = encode("", "Thing", "...And Justice for All")
+    assert prefix[-1] != ","
+    assert scored == tuple(range(1, len(prefix)))
 
 
 def test_scoring_a_history_that_does_not_end_like_a_response_is_refused():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from dmpo_dist.data.schema import PreferenceGroup
@@ -68,6 +69,10 @@ class PreparedData:
             name: _read_table(path / f"{name}.parquet") if card[name] else None for name in ("items", "interactions")
         }
         return cls(**splits, **tables, card=card, fingerprint=card["fingerprint"], path=path)
+
+    def stored_negatives(self) -> list[int]:
+        """How many negatives each training group has."""
+        return pc.list_value_length(self.train.data.column("negatives")).to_pylist()
 
 
 def group_from_row(row: Mapping[str, Any]) -> PreferenceGroup:

@@ -59,6 +59,9 @@ class GroupTokenizer:
                 "sft.loss_on is all_titles, but template.item does not end like a response; "
                 'end it with {title}{end}, as in template.item="{title}{end}"'
             )
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # a tokenizer.json may ask for both, and only the wrapper turns them off by itself
+        backend.no_padding()
         self._tail_ids = self._ids(self.template.tail)
 
     def __call__(self, group: PreferenceGroup) -> TokenGroup:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from dmpo_dist import __version__
@@ -43,7 +44,7 @@ def find_model(path: str) -> ModelSource:
     """Look at a model folder or hub id without loading weights.
 
     Raises:
-        UserError: a folder that is not there or holds no model.
+        UserError: a folder that is not there or holds no model, or a damaged file in it.
     """
     folder = Path(path)
     if not folder.exists():
@@ -52,20 +53,44 @@ def find_model(path: str) -> ModelSource:
             or path.count("/") != 1
             or (folder.parent.exists() and folder.parent != Path("."))
         ):
-            raise UserError(f"model.path: there is no folder {path}; give a model folder or a hub id such as org/name")
+            raise UserError(
+                f"{path}: there is no such model folder; correct model.path or --model to a model folder or a hub id "
+                "such as org/name"
+            )
         return ModelSource(path, path, False, {})
     stamp = _read_json(folder / STAMP) if (folder / STAMP).exists() else {}
     if (folder / ADAPTER).exists():
         base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
         if not base:
-            raise UserError(f"{folder / ADAPTER}: names no base model (base_model_name_or_path)")
+            raise UserError(f"{folder / ADAPTER}: names no base model; set its base_model_name_or_path")
+        _check_weights(folder)
         relative = folder / base
         return ModelSource(path, str(relative.resolve()) if relative.exists() else base, True, stamp)
     if not (folder / "config.json").exists():
-        raise UserError(f"model.path: {path} holds neither config.json nor {ADAPTER}; is it a model folder?")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UserError(f"model.path: {path} has a config.json but no weights (*.safetensors); was a copy cut off?")
+        raise UserError(f"{path}: holds neither config.json nor {ADAPTER}; is it a model folder?")
+    _read_json(folder / "config.json")
+    _check_weights(folder)
     return ModelSource(path, path, False, stamp)
+
+
+def read_model_config(path: str, max_length: int) -> Any:
+    """The transformers configuration of the full model in ``path``.
+
+    Raises:
+        UserError: not a model transformers knows, or a context shorter than ``max_length``.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: its config.json cannot be used ({_first_line(error)}); is it a language model?"
+        ) from None
+    context = getattr(config, "max_position_embeddings", None)
+    if context and max_length > context:
+        raise UserError(f"model.max_length={max_length} exceeds the context of {context} of {path}; lower it")
+    return config
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -75,9 +100,15 @@ def load_tokenizer(source: ModelSource) -> Any:
     beside = Path(source.path)
     place = source.path if (beside / "tokenizer_config.json").exists() or not source.is_adapter else source.base
     try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: no tokenizer could be loaded from {place}: {_first_line(error)}") from None
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # the Rust tokenizers raise plain Exceptions
+        raise UserError(
+            f"{place}: no tokenizer could be loaded ({_first_line(error)}); its files, tokenizer.json and "
+            "tokenizer_config.json, must lie whole beside the model"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{place}: the tokenizer is not a fast one; convert it, so that there is a tokenizer.json")
+    return tokenizer
 
 
 def load_causal_lm(path: str, config: ModelConfig) -> Any:
@@ -86,25 +117,17 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
     Raises:
         UserError: unknown model, damaged weights, or a context shorter than ``model.max_length``.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
 
+    model_config = read_model_config(path, config.max_length)
+    for key, value in vars(model_config).items():
+        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value:
+            setattr(model_config, key, 0.0)  # policy and reference must see the same network
     try:
-        model_config = AutoConfig.from_pretrained(path)
-        for key, value in vars(model_config).items():
-            if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value:
-                setattr(model_config, key, 0.0)  # policy and reference must see the same network
         model = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=getattr(torch, config.dtype))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"model.path: {path} could not be loaded as a causal language model: {_first_line(error)}"
-        ) from None
-    except Exception as error:  # safetensors raises its own type for damaged files
-        if type(error).__module__.startswith("safetensors"):
-            raise UserError(f"model.path: the weights in {path} are damaged: {_first_line(error)}") from None
-        raise
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and config.max_length > context:
-        raise UserError(f"model.max_length={config.max_length} exceeds the model's context of {context}; lower it")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: could not be loaded as a causal language model: {_first_line(error)}") from None
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -151,9 +174,7 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
             peft.load_adapter(source.path, "reference", is_trainable=False)
             peft.set_adapter("default")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(
-            f"model.path: the adapter in {source.path} does not fit {source.base}: {_first_line(error)}"
-        ) from None
+        raise UserError(f"{source.path}: the adapter does not fit {source.base}: {_first_line(error)}") from None
     return peft.train() if copy else peft
 
 
@@ -212,11 +233,17 @@ def enforce_template(stamp: dict[str, Any], asked: TemplateConfig, where: str) -
     """The template a model was trained with.
 
     Raises:
-        UserError: the configuration asks for another one.
+        UserError: the configuration asks for another one, or the stamp is damaged.
     """
     if "template" not in stamp:
         return asked
-    trained = TemplateConfig.model_validate(stamp["template"])
+    try:
+        trained = TemplateConfig.model_validate(stamp["template"])
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise UserError(
+            f"{where}/{STAMP}: template.{key}: {error.errors()[0]['msg']}; restore the file as training wrote it"
+        ) from None
     if asked not in (trained, TemplateConfig()):
         differing = [k for k in TemplateConfig.model_fields if getattr(asked, k) != getattr(trained, k)]
         raise UserError(
@@ -242,11 +269,31 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _check_weights(folder: Path) -> None:
+    """Whether every file of weights is whole: a safetensors header says how long its file must be."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not any(folder.glob("*.bin")):
+        raise UserError(f"{folder}: holds no weights (*.safetensors); was a copy cut off?")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged ({_first_line(error)}); was a copy cut off? Copy it again") from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {_first_line(error)}") from None
+        raise UserError(
+            f"{path}: damaged, not JSON ({_first_line(error)}); was a copy cut off? Copy it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not an object; restore the file")
+    return content
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,6 +14,29 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import item_knn_scores, oracle_scores, popularity_scores, random_scores
 from dmpo_dist.evaluation.report import comparison_lines, evaluate_scores, evaluation_table, write_evaluation
 from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.orchestration.stage import template_of
+
+BASELINES = ("random", "popularity", "item_knn", "oracle")
+
+
+def preflight(models: dict[str, str], config: RunConfig) -> PreparedData:
+    """Check data and models in every way that needs no weights; returns the data.
+
+    Raises:
+        UserError: no prepared data, no test requests, a model named like a baseline; see also ``template_of``.
+    """
+    if config.data.path is None:
+        raise UserError(
+            "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
+        )
+    data = PreparedData.load(config.data.path)
+    if not len(data.test):
+        raise UserError(f"{config.data.path} holds no test requests to evaluate on; see its card.md")
+    for name, path in models.items():
+        if name in BASELINES:
+            raise UserError(f"--model {name}={path}: {name} is the name of a baseline; choose another name")
+        template_of(path, config)
+    return data
 
 
 def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
@@ -25,20 +48,15 @@ def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: C
         folder: gets evaluation.json, evaluation.md and scores.parquet.
 
     Raises:
-        UserError: no prepared data, no test requests, or a model that cannot be loaded.
+        UserError: see ``preflight``, or a model that cannot be loaded or whose scores are not finite.
     """
-    if config.data.path is None:
-        raise UserError(
-            "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
-        )
-    data = PreparedData.load(config.data.path)
-    if not len(data.test):
-        raise UserError(f"{config.data.path} holds no test requests to evaluate on; see its card.md")
+    data = preflight(models, config)
     scores = baseline_scores(data, config, console)
     torch.set_num_threads(os.cpu_count() or 1)
     for name, path in models.items():
         with console.status(f"scoring {name}"):
             scores[name] = score_requests(path, config, data.test)
+        _require_finite(f"--model {name}={path}", scores[name], config.model.dtype)
     oracle = oracle_scores(data.test)
     if oracle is not None:
         scores["oracle"] = oracle
@@ -51,6 +69,16 @@ def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: C
         console.print(line, highlight=False)
     console.print(f"written to {folder}/evaluation.json, evaluation.md and scores.parquet", highlight=False)
     return evaluation
+
+
+def _require_finite(model: str, scores: list[np.ndarray], dtype: str) -> None:
+    flat = np.concatenate(scores)
+    bad = ~np.isfinite(flat)
+    if bad.any():
+        raise UserError(
+            f"{model}: {int(bad.sum())} of {len(flat)} scores are not finite, the first is {flat[bad][0]}; its training "
+            f"diverged or its weights are damaged, or model.dtype={dtype} is too narrow for it: try model.dtype=float32"
+        )
 
 
 def baseline_scores(data: PreparedData, config: RunConfig, console: Console) -> dict[str, list[np.ndarray]]:

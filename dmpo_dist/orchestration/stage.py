@@ -9,13 +9,22 @@ from typing import Any
 
 from rich.console import Console
 
-from dmpo_dist.config import RunConfig, dump_config
+from dmpo_dist.config import RunConfig, TemplateConfig, dump_config
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer, make_scratch_model, write_stamp
+from dmpo_dist.modeling.backbone import (
+    enforce_template,
+    find_model,
+    load_tokenizer,
+    make_scratch_model,
+    read_model_config,
+    write_stamp,
+)
 from dmpo_dist.orchestration.environment import describe_environment
 from dmpo_dist.orchestration.runlog import RunLog
+from dmpo_dist.training.engine import resolve_config
+from dmpo_dist.training.groups import make_schedule, require_negatives
 from dmpo_dist.training.job import Job, Kind
 
 SCRATCH = "scratch"
@@ -34,47 +43,70 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
         return _run_as_rank(kind, config, console, resume)
     from dmpo_dist.orchestration.ray_train import ray_session, train_with_ray
 
-    config, start = preflight(kind, config, resume)
-    job = Job(kind, config, start, config.output_dir)
-    with ray_session(config.cluster), RunLog(job.output, _title(job), console, append=resume) as log:
+    job = preflight(kind, config, resume)
+    with ray_session(job.config.cluster), RunLog(job.output, _title(job), console, append=resume) as log:
         train_with_ray(job, log)
     _finish(job, log.path)
     return job.output / "model"
 
 
-def preflight(kind: Kind, config: RunConfig, resume: bool) -> tuple[RunConfig, str]:
+def preflight(kind: Kind, config: RunConfig, resume: bool) -> Job:
     """Check what can be checked before any worker starts, open the run folder and make a model from scratch if asked.
 
     Returns:
-        The configuration with absolute paths and the model's own template, and the model to start from.
+        The job, its configuration with absolute paths and the model's own template.
     """
     if config.data.path is None:
         raise UserError(
             "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
         )
     data = PreparedData.load(config.data.path)
-    stage = config.sft if kind == "sft" else config.train
-    if min(len(data.train), stage.global_batch_size) < config.cluster.workers:
-        raise UserError(
-            f"a step of {min(len(data.train), stage.global_batch_size)} preference groups cannot keep "
-            f"{config.cluster.workers} workers busy ({len(data.train)} groups in all); raise "
-            f"{kind}.global_batch_size or lower cluster.workers"
-        )
-    output, data_path = config.output_dir.absolute(), config.data.path.absolute()
-    start = str(output / SCRATCH) if config.model.path == SCRATCH else config.model.path
-    if config.model.path != SCRATCH:
-        source = find_model(start)
-        start = str(Path(start).absolute()) if Path(start).exists() else start
-        template = enforce_template(source.stamp, config.template, start)
-        config = config.model_copy(update={"template": template})
-        make_template(template, load_tokenizer(source))
-    config = config.model_copy(
-        update={"output_dir": output, "data": config.data.model_copy(update={"path": data_path})}
-    )
+    config = _with_absolute_paths(config)
+    if config.model.path == SCRATCH:
+        start = str(config.output_dir / SCRATCH)
+    else:
+        folder = Path(config.model.path)
+        start = str(folder.absolute()) if folder.exists() else config.model.path
+        config = config.model_copy(update={"template": template_of(start, config)})
+    job = Job(kind, config, start, config.output_dir)
+    _check_plan(job, data)
     open_run_folder(config, resume, data_fingerprint=data.fingerprint)
-    if config.model.path == SCRATCH and not (output / SCRATCH).exists():
-        make_start(output / SCRATCH, config, data)
-    return config, start
+    if config.model.path == SCRATCH and not Path(start).exists():
+        make_start(Path(start), config, data)
+    return job
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    assert config.data.path is not None
+    data = config.data.model_copy(update={"path": config.data.path.absolute()})
+    is_file = config.deepspeed.endswith(".json")
+    deepspeed = str(Path(config.deepspeed).absolute()) if is_file else config.deepspeed
+    return config.model_copy(update={"output_dir": config.output_dir.absolute(), "data": data, "deepspeed": deepspeed})
+
+
+def template_of(model: str, config: RunConfig) -> TemplateConfig:
+    """The template to use with ``model`` (folder or hub id), after every check of it that needs no weights.
+
+    Raises:
+        UserError: it is missing or damaged, was trained with another template than ``config`` asks for, or its context
+            or tokenizer will not do.
+    """
+    source = find_model(model)
+    read_model_config(source.base, config.model.max_length)
+    template = enforce_template(source.stamp, config.template, model)
+    make_template(template, load_tokenizer(source))
+    return template
+
+
+def _check_plan(job: Job, data: PreparedData) -> None:
+    """Whether the data is enough for the plan, and DeepSpeed's configuration one we can train by."""
+    config, workers = job.config, job.config.cluster.workers
+    make_schedule(job, len(data.train), workers)
+    if job.kind == "train":
+        require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)
+    resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
+    if "stage" not in resolved.get("zero_optimization", {}):
+        raise UserError(f'deepspeed={config.deepspeed}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
 
 
 def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
@@ -98,7 +130,7 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
                 "run with another output_dir"
             )
         return
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and not _is_empty_folder(output):
         raise UserError(
             f"output_dir {output} exists already; choose another (output_dir=...), or go on with it by --resume"
         )
@@ -109,6 +141,10 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
         (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
@@ -134,15 +170,12 @@ def _run_as_rank(kind: Kind, config: RunConfig, console: Console, resume: bool) 
         update={"cluster": config.cluster.model_copy(update={"workers": int(os.environ["WORLD_SIZE"])})}
     )
     if os.environ["RANK"] == "0":
-        config, start = preflight(kind, config, resume)
-        _exchange((config, start))
-        job = Job(kind, config, start, config.output_dir)
+        job = _exchange(preflight(kind, config, resume))
         with RunLog(job.output, _title(job), console, append=resume) as log:
             run(job, _process_runtime(ProcessRuntime, job, log))
         _finish(job, log.path)
     else:
-        config, start = _exchange(None)
-        job = Job(kind, config, start, config.output_dir)
+        job = _exchange(None)
         run(job, _process_runtime(ProcessRuntime, job, lambda record: None))
     return job.output / "model"
 
@@ -151,14 +184,14 @@ def _process_runtime(runtime: Any, job: Job, sink: Callable[[dict[str, Any]], No
     return runtime(job.output / "checkpoints", job.stage.keep_checkpoints, sink)
 
 
-def _exchange(value: tuple[RunConfig, str] | None) -> tuple[RunConfig, str]:
-    """Rank 0's ``value`` on every rank."""
+def _exchange(job: Job | None) -> Job:
+    """Rank 0's ``job`` on every rank."""
     import torch.distributed as dist
 
     from dmpo_dist.training.engine import start_process_group
 
     start_process_group()
-    box: list[Any] = [value]
+    box: list[Any] = [job]
     dist.broadcast_object_list(box)
     return box[0]
 

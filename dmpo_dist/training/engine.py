@@ -6,6 +6,7 @@ Everything that leans on how DeepSpeed behaves (checked on 0.19.8) is in this fi
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -99,12 +100,12 @@ def whole(parameters: list[Tensor], gather: bool) -> Iterator[None]:
 
 
 def gathered_state(module: nn.Module, stage3: bool, keep: bool) -> dict[str, Tensor]:
-    """Names and CPU copies of all parameters and buffers of ``module``, one parameter at a time under ZeRO-3.
+    """Names and CPU copies of all parameters (tied ones once) and buffers of ``module``, one at a time under ZeRO-3.
 
     All ranks take part; only those with ``keep`` get the copies (the others an empty dict).
     """
     state: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in module.named_parameters():
         with whole([parameter], stage3):
             if keep:
                 state[name] = parameter.detach().cpu().clone()
@@ -152,4 +153,6 @@ def _import_deepspeed() -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # torch calls the collectives DeepSpeed uses deprecated, once per call
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(torch|deepspeed)")
     return deepspeed

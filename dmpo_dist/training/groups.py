@@ -7,6 +7,7 @@ from dmpo_dist.batching.layout import Cost, Layout, group_cost, lay_out
 from dmpo_dist.batching.plan import MicroBatch, Schedule, Step, deal
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
+from dmpo_dist.training.job import Job
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,24 @@ def with_negatives(group: TokenGroup, count: int, start: int) -> TokenGroup:
     )
 
 
-def require_negatives(groups: Sequence[TokenGroup], wanted: int, fixed_rows: bool) -> None:
-    """Raise UserError if no (``fixed_rows``: ready-made, ragged) or not every group has ``wanted`` negatives."""
-    counts = [len(group.branches) - 1 for group in groups]
-    have = max(counts) if fixed_rows else min(counts)
+def make_schedule(job: Job, n_groups: int, world_size: int) -> Schedule:
+    """The order of ``n_groups`` groups.
+
+    Raises:
+        UserError: there are none, or a step has fewer than there are ranks.
+    """
+    schedule = Schedule(n_groups, job.stage.global_batch_size, job.config.seed)
+    if schedule.smallest_step < world_size:
+        raise UserError(
+            f"{job.kind}.global_batch_size={job.stage.global_batch_size} gives a step of {schedule.smallest_step} out of "
+            f"{n_groups} preference groups, fewer than {world_size} workers; raise it or lower cluster.workers"
+        )
+    return schedule
+
+
+def require_negatives(stored: Sequence[int], wanted: int, fixed_rows: bool) -> None:
+    """Raise UserError if no (``fixed_rows``: ready-made, ragged) or not every group has stored ``wanted`` negatives."""
+    have = max(stored) if fixed_rows else min(stored)
     if have < wanted:
         raise UserError(
             f"train.negatives={wanted}, but the prepared data holds {have} negatives per group; lower train.negatives, "

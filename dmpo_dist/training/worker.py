@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dmpo_dist.batching.layout import Layout
-from dmpo_dist.batching.plan import Schedule
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
@@ -19,7 +19,7 @@ from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.objectives import Objective
 from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
-from dmpo_dist.training.groups import Batches, require_negatives
+from dmpo_dist.training.groups import Batches, make_schedule
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer
 from dmpo_dist.training.runtime import Runtime
@@ -42,7 +42,7 @@ def run(job: Job, runtime: Runtime) -> None:
         job=job,
         runtime=runtime,
         device=device,
-        engine=start_engine(policy.module, deepspeed),
+        engine=_start_engine(policy.module, deepspeed, job.config.deepspeed),
         tokenizer=policy.tokenizer,
         objective=Objective(**job.config.objective.model_dump()) if job.kind == "train" else None,
         frozen_reference=policy.frozen_reference,
@@ -70,7 +70,20 @@ def run(job: Job, runtime: Runtime) -> None:
                 "setup_seconds": time.monotonic() - started,
             }
         )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        trainer.engine.destroy()
+
+
+def _start_engine(module: LogProbModel, deepspeed: dict[str, Any], name: str) -> Any:
+    """The engine; DeepSpeed itself knows which settings it takes."""
+    try:
+        return start_engine(module, deepspeed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"deepspeed={name}: {key}: {first['msg']} (got {first['input']!r}); correct the JSON") from None
 
 
 @dataclass(frozen=True)
@@ -122,19 +135,12 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
     all_titles = job.kind == "sft" and config.sft.loss_on == "all_titles"
     encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history=all_titles)
     groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
-    if job.kind == "train":
-        require_negatives(groups, config.train.negatives, fixed_rows=prepared.items is None)
     truncated = encode.truncated
     encode = GroupTokenizer(tokenizer, template, config.model.max_length)
     return _Data(groups, tokenize_rows(prepared.validation, encode), truncated)
 
 
 def _batches(job: Job, data: _Data, shared: bool, world_size: int) -> Batches:
-    schedule = Schedule(len(data.groups), job.stage.global_batch_size, job.config.seed)
-    if schedule.smallest_step < world_size:
-        raise UserError(
-            f"a step of {schedule.smallest_step} preference groups cannot keep {world_size} workers busy "
-            f"({len(data.groups)} groups in all); raise {job.kind}.global_batch_size or lower cluster.workers"
-        )
+    schedule = make_schedule(job, len(data.groups), world_size)
     negatives = job.config.train.negatives if job.kind == "train" else 0
     return Batches(data.groups, schedule, negatives, world_size, job.stage.token_budget, shared)

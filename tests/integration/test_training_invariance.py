@@ -73,6 +73,7 @@ def sgd_config(stage: int) -> dict:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
+        "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
         "optimizer": {"type": "SGD", "params": {"lr": "auto"}},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}
@@ -117,16 +118,16 @@ def run_ranks(world: Path, jobs: list[dict], ranks: int) -> None:
     shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, str(Path(__file__).with_name("run_jobs.py")), str(file)]
+    logs = [world / f"rank{r}of{ranks}.log" for r in range(ranks)]  # files: a full pipe would stop a rank
     processes = [
         subprocess.Popen(
-            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log.open("w"), stderr=subprocess.STDOUT
         )
-        for r in range(ranks)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+        for r, log in enumerate(logs)
+    ]
+    for process, log in zip(processes, logs, strict=True):
+        process.wait(timeout=400)
+        assert process.returncode == 0, log.read_text()[-4000:]
 
 
 @pytest.fixture(scope="module")
