@@ -313,6 +313,8 @@ def _parse_value(raw: str) -> Any:
     A template's texts, such as ``{title}``, ``- {title}``, ``Next:`` or ``# Liked``, stay texts: lists and mappings are
     those in brackets with a colon in each mapping.
     """
+    if not raw:
+        return ""  # "key=" empties a text; "key=null" is YAML's nothing
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:

@@ -181,3 +181,21 @@ def test_a_wrong_backend_is_refused(kind, asked):
 def test_unshared_models_match_the_oracle(kind, groups):
     model = tiny_model(kind)
     assert torch.allclose(fused(model, groups, "unshared"), oracle(model, groups), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("backend", ["sdpa", "unshared"])
+def test_gpu_parity(kind, backend, groups):
+    """fp32 on the GPU against the oracle on the CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = tiny_model(kind)
+    expected = oracle(model, groups)
+    model.cuda()
+    language_model = unwrap_peft(model)
+    name = native_attention(language_model) if backend == "unshared" else IMPLEMENTATION[backend]
+    language_model.set_attn_implementation(name)
+    layout = rows_layout(groups) if backend == "unshared" else prefix_layout(groups)
+    seen = LogProbModel(model)(layout.to("cuda")).cpu()
+    assert ((seen - expected).norm() / expected.norm()).item() < 1e-5

@@ -124,9 +124,12 @@ def _read_config(name: str) -> dict[str, Any]:
         names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir() if f.name.endswith(".json"))
         raise UserError(f"deepspeed={name}: no such configuration; known are {', '.join(names)}, or give a .json path")
     try:
-        return json.loads(place.read_text())
-    except ValueError as error:
-        raise UserError(f"deepspeed={name}: not valid JSON: {error}") from None
+        config = json.loads(place.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed={name}: cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed={name}: must hold an object of settings, not a {type(config).__name__}")
+    return config
 
 
 def _require_exact_accumulation(config: dict[str, Any], name: str) -> None:

@@ -123,30 +123,34 @@ class Trainer:
         sums = self._meter.reduce((*names, *COUNTS))
         elapsed, self._since = time.monotonic() - self._since, time.monotonic()
         means = {name: sums[name] / sums["groups"] for name in names}
-        self._require_finite(index, means["loss"])
+        norm = self.engine.get_global_grad_norm()
+        self._require_finite(index, means["loss"], None if norm is None else float(norm))
         if index == 0 and self.objective is not None:
             self._check_first_loss(means)
+        record = {
+            "kind": "train",
+            "step": index + 1,
+            "total_steps": self.total_steps,
+            **{name: value for name, value in means.items() if name != "initial_loss"},
+            "learning_rate": learning_rate(index, self.total_steps, self.stage),
+            "grad_norm": None if norm is None else float(norm),
+            "groups_per_second": sums["groups"] / elapsed,
+            "tokens_per_second": sums["physical_tokens"] / elapsed,
+            "reuse": sums["logical_tokens"] / sums["physical_tokens"],
+            "imbalance": step.imbalance,
+            "memory_gib": memory_gib(self.device),
+        }
         if self.runtime.rank == 0:
-            norm = self.engine.get_global_grad_norm()
-            self.runtime.log(
-                {"kind": "train", "step": index + 1, "total_steps": self.total_steps}
-                | {name: value for name, value in means.items() if name != "initial_loss"}
-                | {
-                    "learning_rate": learning_rate(index, self.total_steps, self.stage),
-                    "grad_norm": None if norm is None else float(norm),
-                    "groups_per_second": sums["groups"] / elapsed,
-                    "tokens_per_second": sums["physical_tokens"] / elapsed,
-                    "reuse": sums["logical_tokens"] / sums["physical_tokens"],
-                    "imbalance": step.imbalance,
-                    "memory_gib": memory_gib(self.device),
-                }
-            )
+            self.runtime.log(record)
 
-    def _require_finite(self, index: int, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _require_finite(self, index: int, loss: float, norm: float | None) -> None:
+        """Stop a diverged run; under fp16 an overflowing gradient is normal, DeepSpeed skips that step."""
+        bad_norm = norm is not None and not math.isfinite(norm) and self.job.config.model.dtype != "float16"
+        if bad_norm or not math.isfinite(loss):
             section = self.job.kind
+            what = f"gradient norm became {norm}" if math.isfinite(loss) else f"loss became {loss}"
             raise UserError(
-                f"the loss became {loss} by step {index + 1}; lower {section}.learning_rate (now "
+                f"the {what} by step {index + 1}; lower {section}.learning_rate (now "
                 f"{self.stage.learning_rate:g}) or {section}.max_grad_norm, or train in float32; "
                 f"what was saved before stays in {self.job.output}"
             )

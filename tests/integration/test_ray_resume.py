@@ -17,8 +17,8 @@ pytestmark = pytest.mark.integration
 
 SETTINGS = [
     "model.path=scratch", "model.max_length=128", "model.scratch.hidden_size=32", "model.scratch.layers=2",
-    "template.preamble=", "template.request=", "template.item={title}{end}", "sft.loss_on=all_titles", "sft.steps=60",
-    "sft.global_batch_size=8", "sft.checkpoint_every=20", "sft.validate_every=30", "sft.log_every=1",
+    "template.preamble=", "template.request=", "template.item={title}{end}", "sft.loss_on=all_titles", "sft.steps=300",
+    "sft.global_batch_size=8", "sft.checkpoint_every=50", "sft.validate_every=75", "sft.log_every=1",
     "cluster.workers=2", "deepspeed=zero2",
 ]  # fmt: skip
 
@@ -42,14 +42,16 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_checkpoint(run: Path, process: subprocess.Popen) -> None:
+    """Until Ray has taken note of a checkpoint; a report it has not seen yet dies with the worker."""
+    snapshot = run / "checkpoints" / "checkpoint_manager_snapshot.json"
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
-        if any(r["kind"] == "train" and r["step"] >= step for r in records(run)):
+        if snapshot.exists() and "checkpoint_20" in snapshot.read_text():
             return
         assert process.poll() is None, process.communicate()[0][-4000:]
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached")
+    raise AssertionError("no checkpoint appeared")
 
 
 def kill_one_worker(driver: psutil.Process) -> int:
@@ -86,22 +88,24 @@ def test_killed_worker_and_resume(folder):
     whole = dmpo("sft", "data.path=data", "output_dir=whole", *SETTINGS, folder=folder)
     finish(whole)
     broken = dmpo("sft", "data.path=data", "output_dir=broken", *SETTINGS, folder=folder)
-    wait_for_step(folder / "broken", 27, broken)
+    wait_for_checkpoint(folder / "broken", broken)
     kill_one_worker(psutil.Process(broken.pid))
     output = finish(broken)
-    assert "resumed from step 20" in output
+    assert "resumed from step" in output
     expected, seen = (load_file(folder / name / "model" / "model.safetensors") for name in ("whole", "broken"))
     assert expected.keys() == seen.keys()
     assert all(torch.equal(expected[name], seen[name]) for name in expected)
     losses = {r["step"]: r["loss"] for r in records(folder / "whole") if r["kind"] == "train"}
     assert {r["step"]: r["loss"] for r in records(folder / "broken") if r["kind"] == "train"} == losses
 
-    checkpoints = [p.name for p in (folder / "broken" / "checkpoints").iterdir() if p.name.startswith("checkpoint_")]
-    assert 1 <= len(checkpoints) <= 2
+    snapshot = json.loads((folder / "broken" / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
+    kept = [entry["checkpoint_dir_name"] for entry in snapshot["checkpoint_results"]]
+    assert len(kept) == 2
+    assert all((folder / "broken" / "checkpoints" / name).is_dir() for name in kept)
 
     # the driver itself is killed: --resume goes on from the checkpoint, with the same settings only
     killed = dmpo("sft", "data.path=data", "output_dir=killed", *SETTINGS, folder=folder, start_new_session=True)
-    wait_for_step(folder / "killed", 45, killed)
+    wait_for_checkpoint(folder / "killed", killed)
     family = psutil.Process(killed.pid).children(recursive=True)
     for process in [psutil.Process(killed.pid), *family]:
         if process.is_running():
@@ -117,7 +121,7 @@ def test_killed_worker_and_resume(folder):
     assert "differs from" in other.communicate(timeout=60)[0]
     assert other.returncode == 2
     output = finish(dmpo("sft", "data.path=data", "output_dir=killed", *SETTINGS, "--resume", folder=folder))
-    assert "resumed from step 40" in output
+    assert "resumed from step" in output
     seen = load_file(folder / "killed" / "model" / "model.safetensors")
     assert all(torch.equal(expected[name], seen[name]) for name in expected)
     assert (folder / "killed" / "curves.png").stat().st_size > 10_000
