@@ -83,7 +83,7 @@ def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
         if not tokenizer.eos_token:
             raise UserError(
                 "template.terminator is {eos}, but the tokenizer has no end token; set one in the tokenizer, "
-                'or set template.terminator to a text such as "\\n"'
+                'or set template.terminator to a text, such as "\\n" in a YAML file'
             )
         terminator = terminator.replace("{eos}", tokenizer.eos_token)
     if use_chat:
