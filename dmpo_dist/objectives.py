@@ -82,7 +82,8 @@ class Objective:
         name: see the module's table; ``dmpo_released`` is what the DMPO authors' released code trains:
             reference-free ``dpo_pairs`` plus 1.0 times the mean-token NLL of the positive.
         beta: scale of the log-ratio.
-        sft_weight: adds this times the mean-token negative log-likelihood of the positive.
+        sft_weight: adds this times the mean-token negative log-likelihood of the positive (and of the history,
+            where that is given).
         label_smoothing: e in (1 - e) * s(z) + e * s(-z).
         reference_free: take all reference log-probs as equal.
         length_normalize: divide policy and reference log-probs by the response lengths.
@@ -112,6 +113,7 @@ class Objective:
         is_positive: Tensor,
         mask: Tensor,
         n_groups: int,
+        history: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over groups, and sums over groups of what is worth watching.
 
@@ -119,6 +121,8 @@ class Objective:
             policy, reference: (N,) summed log-probs; ``reference`` may be None where it is not needed.
             lengths: (N,) number of scored tokens of each response.
             group_id, is_positive, mask, n_groups: see the module's docstring.
+            history: (G,) summed log-probs of each group's history titles and their numbers of tokens, which join the
+                positive in the ``sft_weight`` term; None or empty where they are not scored.
 
         Returns:
             A scalar and a dict of detached scalars: ``loss``, ``preference_loss``, ``margin`` (r_w - mean r_n),
@@ -147,7 +151,7 @@ class Objective:
         kept = groups.sum(torch.ones_like(rewards), chosen)
         form = FORMS["dpo_pairs" if self.name == "dmpo_released" else self.name]
         preference = form(rewards, positive_reward, kept, chosen, groups, self.label_smoothing)  # (G,)
-        nll = -groups.sum(policy / lengths, groups.positive)
+        nll = _mean_token_nll(policy, lengths, groups, history)
         sft_weight = self.sft_weight + (1.0 if self.name == "dmpo_released" else 0.0)
         loss = (preference + sft_weight * nll if sft_weight else preference).sum()
         stats = _statistics(policy.detach(), rewards.detach(), groups)
@@ -169,13 +173,28 @@ class Objective:
 
 
 def sft_loss(
-    policy: Tensor, lengths: Tensor, group_id: Tensor, is_positive: Tensor, mask: Tensor, n_groups: int
+    policy: Tensor,
+    lengths: Tensor,
+    group_id: Tensor,
+    is_positive: Tensor,
+    mask: Tensor,
+    n_groups: int,
+    history: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean-token negative log-likelihood of each group's positive, summed over groups; arguments as in Objective."""
+    """Mean-token negative log-likelihood of each group's positive, and of its history where that is scored, summed
+    over groups; arguments as in Objective."""
     groups = Groups(group_id, is_positive, mask, n_groups)
     policy, lengths = _widen(policy, mask), torch.where(mask, lengths, 1)
-    loss = -groups.sum(policy / lengths, groups.positive).sum()
+    loss = _mean_token_nll(policy, lengths, groups, history).sum()
     return loss, {"loss": loss.detach(), "logp_positive": groups.sum(policy.detach(), groups.positive).sum()}
+
+
+def _mean_token_nll(policy: Tensor, lengths: Tensor, groups: Groups, history: tuple[Tensor, Tensor] | None) -> Tensor:
+    """(G,) mean over the tokens of the positive, and of the history where there is one."""
+    total, count = groups.sum(policy, groups.positive), groups.sum(lengths, groups.positive)
+    if history is not None and len(history[0]):
+        total, count = total + history[0], count + history[1]
+    return -total / count
 
 
 def boundary_negatives(policy: Tensor, groups: Groups) -> Tensor:

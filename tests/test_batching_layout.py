@@ -18,9 +18,7 @@ def token_groups(draw):
     prefix = draw(st.lists(_token, min_size=1, max_size=6))
     branches = draw(st.lists(st.lists(_token, min_size=1, max_size=4), min_size=1, max_size=5))
     scored_from = tuple(draw(st.integers(0, min(1, len(branch) - 1))) for branch in branches)
-    prefix_scored = ()
-    if branches.count(branches[0]) == 1:
-        prefix_scored = tuple(sorted(draw(st.sets(st.integers(1, 5))) & set(range(1, len(prefix)))))
+    prefix_scored = tuple(sorted(draw(st.sets(st.integers(1, 5))) & set(range(1, len(prefix)))))
     return TokenGroup(prefix, tuple(branches), scored_from, prefix_scored)
 
 
@@ -28,14 +26,14 @@ batches = st.lists(token_groups(), min_size=1, max_size=4)
 
 
 def expected_targets(groups):
-    """For each response what is scored: (all tokens before it, the token), from the group alone."""
-    responses = []
+    """For each response and each scored history what is scored: (all tokens before it, the token), from the group."""
+    responses, histories = [], []
     for group in groups:
-        for number, (branch, start) in enumerate(zip(group.branches, group.scored_from, strict=True)):
+        for branch, start in zip(group.branches, group.scored_from, strict=True):
             whole, first = group.prefix + branch, len(group.prefix) + start
-            scored = [*(group.prefix_scored if number == 0 else ()), *range(first, len(whole))]
-            responses.append([(tuple(whole[:t]), whole[t]) for t in scored])
-    return responses
+            responses.append([(tuple(whole[:t]), whole[t]) for t in range(first, len(whole))])
+        histories.append([(tuple(group.prefix[:t]), group.prefix[t]) for t in group.prefix_scored])
+    return responses, histories if any(histories) else []
 
 
 def seen_in_prefix_layout(layout):
@@ -62,25 +60,31 @@ def seen_in_rows_layout(layout):
     return contexts
 
 
-def described_targets(targets, contexts):
-    """For each response its scored tokens with what the hidden state that predicts them has seen."""
+def described_targets(targets, contexts, branches):
+    """For each of ``branches`` its scored tokens with what the hidden state that predicts them has seen."""
     place = targets.predict_index[targets.target_row].tolist()
     scored = [(contexts[i], token) for i, token in zip(place, targets.target_ids.tolist(), strict=True)]
     branch_of = targets.target_branch.tolist()
     return [
         [pair for pair, branch in zip(scored, branch_of, strict=True) if branch == wanted]
-        for wanted in targets.response_branch.tolist()
+        for wanted in branches.tolist()
     ]
 
 
 @given(batches)
 @settings(max_examples=120, deadline=None)
 def test_both_layouts_score_the_same_tokens_after_the_same_context(groups):
-    expected = expected_targets(groups)
+    expected, histories = expected_targets(groups)
     shared, rows = prefix_layout(groups), rows_layout(groups, pad_id=9)
     for layout, contexts in ((shared, seen_in_prefix_layout(shared)), (rows, seen_in_rows_layout(rows))):
         targets = layout.targets
-        assert described_targets(targets, contexts) == expected
+        assert described_targets(targets, contexts, targets.response_branch) == expected
+        assert described_targets(targets, contexts, targets.history_branch) == histories
+        assert targets.history_lengths.tolist() == [len(scored) for scored in histories]
+        assert (layout.reference_targets is None) == (not histories)
+        without = layout.reference_targets or targets
+        assert described_targets(without, contexts, without.response_branch) == expected
+        assert set(without.target_branch.tolist()) == set(without.response_branch.tolist())
         assert targets.response_lengths.tolist() == [len(scored) for scored in expected]
         assert targets.group_id.tolist() == [g for g, group in enumerate(groups) for _ in group.branches]
         assert targets.is_positive.tolist() == [i == 0 for group in groups for i in range(len(group.branches))]
@@ -96,12 +100,12 @@ def test_duplicates_are_computed_once_and_counted_each_time(groups):
     targets = prefix_layout(groups).targets
     owners = [(g, tuple(row), start) for g, group in enumerate(groups)
               for row, start in zip(group.branches, group.scored_from, strict=True)]  # fmt: skip
-    assert targets.n_branches == len(set(owners))
+    assert targets.n_branches == len(set(owners)) + len(targets.history_branch)
     branch_of = dict(zip(owners, targets.response_branch.tolist(), strict=True))
     assert targets.response_branch.tolist() == [branch_of[owner] for owner in owners]
     values = torch.linspace(-3, -1, len(targets.target_ids), dtype=torch.float64, requires_grad=True)
     weights = torch.linspace(-1, 2, len(owners), dtype=torch.float64)
-    sums = targets.per_response(values)
+    sums, _ = targets.split(targets.summed(values))
     branch = targets.target_branch.tolist()
     for response, owner in enumerate(owners):
         own = [v for v, b in zip(values.tolist(), branch, strict=True) if b == branch_of[owner]]

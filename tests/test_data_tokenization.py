@@ -339,7 +339,7 @@ def test_an_id_that_reaches_over_the_end_of_a_title_does_not_count():
 
 def test_scoring_a_history_that_does_not_end_like_a_response_is_refused():
     tokenizer = TOKENIZERS["byte level"]
-    with pytest.raises(UserError, match=r"sft.loss_on is all_titles, but template.item does not end like a response"):
+    with pytest.raises(UserError, match=r"sft_loss_on is all_titles, but template.item does not end like a response"):
         GroupTokenizer(tokenizer, make_template(TemplateConfig(), tokenizer), 999, score_history=True)
 
 

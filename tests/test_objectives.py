@@ -217,6 +217,18 @@ def test_dmpo_released_is_reference_free_pairs_plus_likelihood(batch):
     assert close(released.item(), pairs.item() + 1.25 * nll.item())
 
 
+def test_a_scored_history_joins_the_positive_in_the_likelihood_and_nowhere_else():
+    """Mean over the tokens of both; positive -3 in 2 tokens with a history of -9 in 4, positive -8 in 4 with none."""
+    arguments = flatten([[(-3.0, -2.0, 2), (-5.0, -4.0, 3)], [(-8.0, -1.0, 4), (-2.0, -2.0, 1)]])
+    history = (torch.tensor([-9.0, 0.0], dtype=torch.float64), torch.tensor([4, 0]))
+    nll, _ = sft_loss(arguments[0], *arguments[2:], history)
+    assert close(nll.item(), (3 + 9) / 6 + 8 / 4)
+    plain, _ = Objective("dmpo")(*arguments)
+    loss, stats = Objective("dmpo", sft_weight=0.5)(*arguments, history)
+    assert close(loss.item(), plain.item() + 0.5 * nll.item())
+    assert close(stats["preference_loss"].item(), plain.item())
+
+
 def test_sft_loss_never_looks_at_padding():
     policy, _, *rest = flatten([[(-3.0, 0.0, 2)], [(-8.0, 0.0, 4)]], padding=8, seed=1)
     loss, _ = sft_loss(policy, *rest)

@@ -43,6 +43,8 @@ class Targets(_Tensors):
         target_branch: (N,) int64, the branch each scored token belongs to.
         response_branch: (R,) int64, the branch of each response; equal responses of a group share one.
         response_lengths: (R,) int64, scored tokens of each response.
+        history_branch: (G,) int64, for each group the branch that holds its scored history; (0,) where none is scored.
+        history_lengths: the same shape, scored tokens of each history.
         group_id: (R,) int64 in [0, n_groups).
         is_positive: (R,) bool; a group's positive comes first.
         n_branches, n_groups: counts.
@@ -54,15 +56,22 @@ class Targets(_Tensors):
     target_branch: Tensor
     response_branch: Tensor
     response_lengths: Tensor
+    history_branch: Tensor
+    history_lengths: Tensor
     group_id: Tensor
     is_positive: Tensor
     n_branches: int
     n_groups: int
 
-    def per_response(self, token_log_probs: Tensor) -> Tensor:
-        """(N,) log-probs of the scored tokens -> (R,) log-probs summed over each response."""
+    def summed(self, token_log_probs: Tensor) -> Tensor:
+        """(N,) log-probs of the scored tokens -> (R,) summed over each response, then, where scored, (G,) histories."""
         branches = token_log_probs.new_zeros(self.n_branches).index_add(0, self.target_branch, token_log_probs)
-        return branches[self.response_branch]
+        return branches[torch.cat([self.response_branch, self.history_branch])]
+
+    def split(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``summed`` gives -> (R,) of the responses and (G,) or (0,) of the histories."""
+        responses = len(self.response_branch)
+        return log_probs[:responses], log_probs[responses:]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class PrefixLayout(_Tensors):
         prefix_lengths: for each group, tokens of its prompt; the prompts fill the row's start in this order.
         branch_lengths: for each group, tokens of its branches (those with none left out), in row order.
         targets: see ``Targets``.
+        reference_targets: the same without histories, which no reference is needed for; None where none are scored.
         logical_tokens: tokens of all prompts and full responses, as separate rows would hold them.
     """
 
@@ -90,6 +100,7 @@ class PrefixLayout(_Tensors):
     prefix_lengths: tuple[int, ...]
     branch_lengths: tuple[tuple[int, ...], ...]
     targets: Targets
+    reference_targets: Targets | None
     logical_tokens: int
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -138,7 +149,7 @@ class RowsLayout(_Tensors):
 
     Attributes:
         input_ids, attention_mask, position_ids: (B, L) int64, padded on the right.
-        targets: see ``Targets``; positions are flat over B x L.
+        targets, reference_targets: as in ``PrefixLayout``; positions are flat over B x L.
         logical_tokens: tokens that are not padding.
     """
 
@@ -146,6 +157,7 @@ class RowsLayout(_Tensors):
     attention_mask: Tensor
     position_ids: Tensor
     targets: Targets
+    reference_targets: Targets | None
     logical_tokens: int
 
     @property
@@ -179,11 +191,9 @@ def prefix_layout(groups: Sequence[TokenGroup]) -> PrefixLayout:
             bodies.append(range(len(ids), len(ids) + len(branch) - 1))
             at = [start + prefix - 1, *bodies[-1]]
             _extend(ids, positions, token_group, token_branch, branch[:-1], prefix, index, collector.n_branches)
-            scored = range(branches.scored_from[number], len(branch))
-            extra = [(start + t - 1, group.prefix[t]) for t in group.prefix_scored] if number == 0 else []
-            collector.add_branch(extra + [(at[t], branch[t]) for t in scored])
+            collector.add_branch([(at[t], branch[t]) for t in range(branches.scored_from[number], len(branch))])
         branch_lengths.append(tuple(len(row) - 1 for row in branches.rows if len(row) > 1))
-        collector.add_group(branches.index)
+        collector.add_group(branches.index, [(start + t - 1, group.prefix[t]) for t in group.prefix_scored])
     branch_index, branch_valid = _padded([body for body in bodies if body])
     return PrefixLayout(
         input_ids=torch.tensor([ids]),
@@ -195,6 +205,7 @@ def prefix_layout(groups: Sequence[TokenGroup]) -> PrefixLayout:
         prefix_lengths=prefix_lengths,
         branch_lengths=tuple(branch_lengths),
         targets=collector.targets(),
+        reference_targets=collector.reference_targets(),
         logical_tokens=_logical_tokens(groups),
     )
 
@@ -206,19 +217,18 @@ def rows_layout(groups: Sequence[TokenGroup], pad_id: int = 0) -> RowsLayout:
     width = max(len(row) for row in rows)
     collector = _TargetCollector()
     for group, branches in zip(groups, distinct, strict=True):
+        first_row, prefix = collector.n_branches, len(group.prefix)
         for number, branch in enumerate(branches.rows):
-            start = collector.n_branches * width
-            whole = group.prefix + branch
-            first = len(group.prefix)
-            scored = [first + t for t in range(branches.scored_from[number], len(branch))]
-            extra = list(group.prefix_scored) if number == 0 else []
-            collector.add_branch([(start + t - 1, whole[t]) for t in extra + scored])
-        collector.add_group(branches.index)
+            before = collector.n_branches * width + prefix - 1  # the position that predicts the branch's first token
+            collector.add_branch([(before + t, branch[t]) for t in range(branches.scored_from[number], len(branch))])
+        history = [(first_row * width + t - 1, group.prefix[t]) for t in group.prefix_scored]
+        collector.add_group(branches.index, history)
     return RowsLayout(
         input_ids=torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
         attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
         position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
         targets=collector.targets(),
+        reference_targets=collector.reference_targets(),
         logical_tokens=_logical_tokens(groups),
     )
 
@@ -271,42 +281,50 @@ def _distinct(group: TokenGroup) -> _Distinct:
 
 
 class _TargetCollector:
-    """Gathers (position, token) pairs branch by branch."""
+    """Gathers (position, token) pairs branch by branch; scored histories become branches after all others."""
 
     def __init__(self) -> None:
         self.n_branches = 0
-        self._positions: list[int] = []
-        self._ids: list[int] = []
-        self._branch: list[int] = []
-        self._lengths: list[int] = []
+        self._scored: list[list[tuple[int, int]]] = []
+        self._histories: list[list[tuple[int, int]]] = []
         self._groups: list[list[int]] = []
         self._group_start = 0
 
     def add_branch(self, scored: list[tuple[int, int]]) -> None:
-        self._positions += [position for position, _ in scored]
-        self._ids += [token for _, token in scored]
-        self._branch += [self.n_branches] * len(scored)
-        self._lengths.append(len(scored))
+        self._scored.append(scored)
         self.n_branches += 1
 
-    def add_group(self, response_rows: list[int]) -> None:
+    def add_group(self, response_rows: list[int], history: list[tuple[int, int]]) -> None:
         """Close a group whose responses are the given rows of the branches added since the last one."""
         self._groups.append([self._group_start + row for row in response_rows])
         self._group_start = self.n_branches
+        self._histories.append(history)
 
     def targets(self) -> Targets:
-        predict_index, target_row = torch.unique(torch.tensor(self._positions), return_inverse=True)
+        return self._targets(self._histories if any(self._histories) else [])
+
+    def reference_targets(self) -> Targets | None:
+        return self._targets([]) if any(self._histories) else None
+
+    def _targets(self, histories: list[list[tuple[int, int]]]) -> Targets:
+        branches = self._scored + histories
+        positions = torch.tensor([position for scored in branches for position, _ in scored])
+        predict_index, target_row = torch.unique(positions, return_inverse=True)
+        lengths = torch.tensor([len(scored) for scored in branches])
         response_branch = torch.tensor([branch for group in self._groups for branch in group])
+        history_branch = torch.arange(len(self._scored), len(branches))
         return Targets(
             predict_index=predict_index,
             target_row=target_row,
-            target_ids=torch.tensor(self._ids),
-            target_branch=torch.tensor(self._branch),
+            target_ids=torch.tensor([token for scored in branches for _, token in scored]),
+            target_branch=torch.arange(len(branches)).repeat_interleave(lengths),
             response_branch=response_branch,
-            response_lengths=torch.tensor(self._lengths)[response_branch],
+            response_lengths=lengths[response_branch],
+            history_branch=history_branch,
+            history_lengths=lengths[history_branch],
             group_id=torch.tensor([g for g, group in enumerate(self._groups) for _ in group]),
             is_positive=torch.tensor([i == 0 for group in self._groups for i in range(len(group))]),
-            n_branches=self.n_branches,
+            n_branches=len(branches),
             n_groups=len(self._groups),
         )
 

@@ -19,7 +19,7 @@ class TokenGroup:
         branches: for each candidate, positive first, the ids after the prefix; at least one each.
         scored_from: for each branch, the index of its first scored id; those before it are prompt that differs
             from candidate to candidate (a merge over the boundary, say).
-        prefix_scored: indices into ``prefix`` of ids that count towards the positive (loss on history titles).
+        prefix_scored: indices into ``prefix`` of the ids of history titles, where those are scored too.
     """
 
     prefix: list[int]
@@ -40,7 +40,7 @@ class GroupTokenizer:
         tokenizer: a fast Hugging Face tokenizer.
         template: fills in prompts and responses.
         max_length: longest prompt plus response; the oldest history is dropped to fit.
-        score_history: also score the titles of the history (for SFT).
+        score_history: also score the titles of the history (for the likelihood on all titles).
         truncated: number of groups that lost history so far.
         dropped_titles: number of history titles lost so far.
     """
@@ -56,7 +56,7 @@ class GroupTokenizer:
     def __post_init__(self) -> None:
         if self.score_history and not self.template.item_ends:
             raise UserError(
-                "sft.loss_on is all_titles, but template.item does not end like a response; "
+                "sft.loss_on or objective.sft_loss_on is all_titles, but template.item does not end like a response; "
                 'end it with {title}{end}, as in template.item="{title}{end}"'
             )
         backend = self.tokenizer.backend_tokenizer

@@ -27,7 +27,7 @@ class LogProbHead(nn.Module):
         self.softcap, self.scale = softcap, scale
 
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
-        """(P, H) hidden states of all positions -> (R,) summed log-probs of the responses."""
+        """(P, H) hidden states of all positions -> summed log-probs of responses and histories, see ``Targets.summed``."""
         rows = hidden[targets.predict_index]  # (M, H), each source position once
         chunk = max(1, MAX_CHUNK_LOGITS // self.weight.shape[0])
         arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.softcap, self.scale)
@@ -36,7 +36,7 @@ class LogProbHead(nn.Module):
             log_probs = logits[targets.target_row, targets.target_ids] - logits.logsumexp(-1)[targets.target_row]
         else:
             log_probs = _ChunkedLogProbs.apply(*arguments, chunk)
-        return targets.per_response(log_probs)
+        return targets.summed(log_probs)
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
@@ -108,10 +108,13 @@ class LogProbModel(nn.Module):
     Args:
         causal_lm: a transformers causal LM, or a PEFT model around one.
         reference: how ``forward(layout, "reference")`` differs: ``adapter_off`` runs without adapters,
-            ``adapter_copy`` with the frozen adapter named "reference"; None where there is no reference here.
+            ``adapter_copy`` with the frozen adapter named "reference", ``whole`` as it is (a model that is nothing but
+            a reference); None where there is no reference here.
     """
 
-    def __init__(self, causal_lm: nn.Module, reference: Literal["adapter_off", "adapter_copy"] | None = None) -> None:
+    def __init__(
+        self, causal_lm: nn.Module, reference: Literal["adapter_off", "adapter_copy", "whole"] | None = None
+    ) -> None:
         super().__init__()
         self.causal_lm: Any = causal_lm
         self.reference = reference
@@ -123,25 +126,32 @@ class LogProbModel(nn.Module):
         )
 
     def forward(self, layout: Layout, which: Literal["policy", "reference"] = "policy") -> Tensor:
-        """(R,) log-probs summed over each response's scored tokens, fp32 or wider."""
+        """Log-probs summed over each response's scored tokens, fp32 or wider.
+
+        Returns:
+            (R,) of the responses; where the layout scores histories, the policy's (R + G,), see ``Targets.split``.
+        """
         if which == "policy":
-            return self._log_probs(layout)
+            return self._log_probs(layout, layout.targets)
+        targets = layout.reference_targets or layout.targets
+        if self.reference == "whole":
+            return self._log_probs(layout, targets)
         if self.reference == "adapter_off":
             with self.causal_lm.disable_adapter():
-                return self._log_probs(layout)
+                return self._log_probs(layout, targets)
         if self.reference == "adapter_copy":
             self.causal_lm.base_model.set_adapter("reference", inference_mode=True)
             try:
-                return self._log_probs(layout)
+                return self._log_probs(layout, targets)
             finally:
                 self.causal_lm.base_model.set_adapter("default")
         raise RuntimeError("this model holds no reference")
 
-    def _log_probs(self, layout: Layout) -> Tensor:
+    def _log_probs(self, layout: Layout, targets: Targets) -> Tensor:
         language_model = unwrap_peft(self.causal_lm)
         backbone = getattr(language_model, language_model.base_model_prefix)
         hidden = backbone(**forward_arguments(layout), use_cache=False).last_hidden_state
-        return self.head(hidden.flatten(0, 1), layout.targets)
+        return self.head(hidden.flatten(0, 1), targets)
 
 
 def forward_arguments(layout: Layout) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dmpo_dist.config import RunConfig, StageConfig
+from dmpo_dist.objectives import Objective
 
 Kind = Literal["sft", "train"]
 
@@ -29,3 +30,15 @@ class Job:
     def stage(self) -> StageConfig:
         """The section of the configuration with the stage's optimizer settings."""
         return self.config.sft if self.kind == "sft" else self.config.train
+
+    @property
+    def objective(self) -> Objective:
+        """The preference objective of a ``train`` stage."""
+        return Objective(**self.config.objective.model_dump(exclude={"sft_loss_on"}))
+
+    @property
+    def scores_history(self) -> bool:
+        """Whether the titles of the history are scored next to the responses."""
+        if self.kind == "sft":
+            return self.config.sft.loss_on == "all_titles"
+        return self.config.objective.sft_weight > 0 and self.config.objective.sft_loss_on == "all_titles"

@@ -103,8 +103,11 @@ class Trainer:
         targets = layout.targets
         mask = torch.ones_like(targets.is_positive)
         reference = self._reference(layout)
-        policy = self.engine(layout)
-        where = (targets.response_lengths, targets.group_id, targets.is_positive, mask, targets.n_groups)
+        policy, history = targets.split(self.engine(layout))
+        where = (
+            targets.response_lengths, targets.group_id, targets.is_positive, mask, targets.n_groups,
+            (history, targets.history_lengths),
+        )  # fmt: skip
         if self.objective is None:
             return sft_loss(policy, *where)
         return self.objective(policy, reference, *where)

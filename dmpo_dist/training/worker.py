@@ -17,7 +17,6 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_policy, load_tokenizer
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
-from dmpo_dist.objectives import Objective
 from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
 from dmpo_dist.training.groups import Batches, make_schedule
 from dmpo_dist.training.job import Job
@@ -44,7 +43,7 @@ def run(job: Job, runtime: Runtime) -> None:
         device=device,
         engine=_start_engine(policy.module, deepspeed, job.config.deepspeed),
         tokenizer=policy.tokenizer,
-        objective=Objective(**job.config.objective.model_dump()) if job.kind == "train" else None,
+        objective=job.objective if job.kind == "train" else None,
         frozen_reference=policy.frozen_reference,
         batches=batches,
         validation=data.validation,
@@ -106,7 +105,7 @@ def _load_policy(job: Job, device: torch.device) -> _Policy:
     use_backend(language_model, route.backend)
     module = LogProbModel(model, in_module).to(device)
     frozen = None
-    if job.kind == "train" and mode == "model_copy" and Objective(**job.config.objective.model_dump()).needs_reference:
+    if job.kind == "train" and mode == "model_copy" and job.objective.needs_reference:
         frozen = _frozen_copy(job, route, device)
     return _Policy(module, load_tokenizer(source), route, mode if job.kind == "train" else "none", frozen)
 
@@ -115,7 +114,8 @@ def _frozen_copy(job: Job, route: Route, device: torch.device) -> Callable[[Layo
     """The starting weights once more, whole on every rank, for full fine-tuning."""
     model = load_causal_lm(find_model(job.start).base, job.config.model)
     use_backend(model, route.backend)
-    return LogProbModel(model.requires_grad_(False)).to(device).train()
+    reference = LogProbModel(model.requires_grad_(False), "whole").to(device).train()
+    return lambda layout: reference(layout, "reference")
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
     template = make_template(config.template, tokenizer)
     if prepared.items is not None:
         check_titles(prepared.items["title"].tolist(), tokenizer)
-    all_titles = job.kind == "sft" and config.sft.loss_on == "all_titles"
-    encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history=all_titles)
+    encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history=job.scores_history)
     groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
     truncated = encode.truncated
     encode = GroupTokenizer(tokenizer, template, config.model.max_length)
