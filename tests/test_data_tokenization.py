@@ -275,6 +275,10 @@ def test_uneven_titles_are_dropped_from_the_oldest_on_until_they_fit(lengths, li
     tokens = encode(group(history, "Heat", "Alien Thing"))
     assert len(tokens.prefix) + max(map(len, tokens.branches)) <= limit
     kept = history[encode.dropped_titles :]
+    if encode.dropped_titles:
+        roomier = GroupTokenizer(tokenizer, template, max_length=999)
+        one_more = roomier(group(history[encode.dropped_titles - 1 :], "Heat", "Alien Thing"))
+        assert len(one_more.prefix) + max(map(len, one_more.branches)) > limit, "no more is dropped than needed"
     assert tokenizer.decode(tokens.prefix + tokens.branches[1]) == template.render(kept).text + "Alien Thing</s>"
 
 

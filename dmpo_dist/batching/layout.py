@@ -150,7 +150,7 @@ class RowsLayout(_Tensors):
     Attributes:
         input_ids, attention_mask, position_ids: (B, L) int64, padded on the right.
         targets, reference_targets: as in ``PrefixLayout``; positions are flat over B x L.
-        logical_tokens: tokens that are not padding.
+        logical_tokens: as in ``PrefixLayout``.
     """
 
     input_ids: Tensor

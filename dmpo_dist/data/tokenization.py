@@ -1,5 +1,6 @@
 """Preference groups become token ids: what all candidates share, then one branch per candidate."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,22 +72,22 @@ class GroupTokenizer:
             UserError: the prompt without any history and the longest response exceed ``max_length``, or the prompt
                 is empty. ``check_titles`` looks for special tokens in titles.
         """
-        candidates = (group.positive, *group.negatives)
-        history = group.history
-        while True:
-            prompt = self.template.render(history) if group.prompt is None else self.template.wrap(group.prompt)
-            prompt_ids, rows = self._rows(prompt, candidates, fixed_tail=group.prompt is None and bool(history))
-            longest = max(start + len(rest) for start, rest in rows)
-            if longest <= self.max_length:
-                break
-            if not history:
-                raise UserError(
-                    f"user {group.user!r}: the prompt and its longest candidate take {longest} tokens, more than "
-                    f"model.max_length={self.max_length}; raise model.max_length or shorten the template or titles"
-                )
-            history = history[max(1, len(history) * (longest - self.max_length) // longest) :]
-        self.truncated += history != group.history
-        self.dropped_titles += len(group.history) - len(history)
+        dropped, last = 0, len(group.history)
+        prompt, prompt_ids, rows = self._prompt_and_rows(group, 0)
+        if _longest(rows) > self.max_length and last:
+            fewer = range(1, last)
+            fits = bisect_left(
+                fewer, True, key=lambda n: _longest(self._prompt_and_rows(group, n)[2]) <= self.max_length
+            )
+            dropped = 1 + fits
+            prompt, prompt_ids, rows = self._prompt_and_rows(group, dropped)
+        if _longest(rows) > self.max_length:
+            raise UserError(
+                f"user {group.user!r}: the prompt and its longest candidate take {_longest(rows)} tokens, more than "
+                f"model.max_length={self.max_length}; raise model.max_length or shorten the template or titles"
+            )
+        self.truncated += dropped > 0
+        self.dropped_titles += dropped
         shared = min(start for start, _ in rows)
         if shared == 0:
             raise UserError(
@@ -99,6 +100,15 @@ class GroupTokenizer:
             scored_from=tuple(start - shared for start, _ in rows),
             prefix_scored=self._history_positions(prompt, shared) if self.score_history else (),
         )
+
+    def _prompt_and_rows(
+        self, group: PreferenceGroup, dropped: int
+    ) -> tuple[Prompt, list[int], list[tuple[int, list[int]]]]:
+        """The prompt without its ``dropped`` oldest titles, and what ``_rows`` gives for it."""
+        history = group.history[dropped:]
+        prompt = self.template.render(history) if group.prompt is None else self.template.wrap(group.prompt)
+        candidates = (group.positive, *group.negatives)
+        return prompt, *self._rows(prompt, candidates, fixed_tail=group.prompt is None and bool(history))
 
     def _rows(
         self, prompt: Prompt, candidates: Sequence[str], fixed_tail: bool
@@ -159,6 +169,10 @@ def tokenize_rows(rows: Any, tokenizer: GroupTokenizer, negatives: int | None = 
     if negatives is not None:
         groups = (replace(group, negatives=group.negatives[:negatives]) for group in groups)
     return [tokenizer(group) for group in groups]
+
+
+def _longest(rows: list[tuple[int, list[int]]]) -> int:
+    return max(start + len(rest) for start, rest in rows)
 
 
 def check_titles(titles: Sequence[str], tokenizer: Any) -> None:
