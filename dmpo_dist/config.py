@@ -173,6 +173,20 @@ class ObjectiveConfig(Section):
         return self
 
 
+class ReferenceConfig(Section):
+    cache: Literal["off", "memory", "disk"] = "off"
+    """off runs the frozen reference in every step; memory and disk run it once over the training groups before the first
+    step, which pays from the second epoch on (and saves full fine-tuning its second copy of the model)."""
+    path: Path | None = None
+    """Folder for cache=disk, which runs on equal model, data and template share; None puts it in output_dir/reference."""
+
+    @model_validator(mode="after")
+    def _path_needs_disk(self) -> "ReferenceConfig":
+        if self.path is not None and self.cache != "disk":
+            raise ValueError(f"path has no effect with cache={self.cache}; set reference.cache=disk")
+        return self
+
+
 class StageConfig(Section):
     """What the two training stages have in common."""
 
@@ -252,6 +266,7 @@ class RunConfig(Section):
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     deepspeed: str = "zero2"

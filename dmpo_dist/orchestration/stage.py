@@ -81,7 +81,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(update={"path": config.data.path.absolute()})
     is_file = config.deepspeed.endswith(".json")
     deepspeed = str(Path(config.deepspeed).absolute()) if is_file else config.deepspeed
-    return config.model_copy(update={"output_dir": config.output_dir.absolute(), "data": data, "deepspeed": deepspeed})
+    reference = config.reference
+    if reference.path is not None:
+        reference = reference.model_copy(update={"path": reference.path.absolute()})
+    paths = {"output_dir": config.output_dir.absolute(), "data": data, "deepspeed": deepspeed, "reference": reference}
+    return config.model_copy(update=paths)
 
 
 def template_of(model: str, config: RunConfig) -> TemplateConfig:

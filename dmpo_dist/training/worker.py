@@ -1,26 +1,31 @@
 """One rank of a training stage: set up, train, save. Runs unchanged under Ray Train and under torchrun."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from dmpo_dist.batching.layout import Layout
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_policy, load_tokenizer
+from dmpo_dist.modeling.backbone import (
+    ModelSource,
+    ReferenceMode,
+    find_model,
+    load_causal_lm,
+    load_policy,
+    load_tokenizer,
+)
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
 from dmpo_dist.training.groups import Batches, make_schedule
 from dmpo_dist.training.job import Job
-from dmpo_dist.training.loop import Trainer
+from dmpo_dist.training.loop import Trainer, total_steps
+from dmpo_dist.training.reference import Reference, ReferencePass, cache_key
 from dmpo_dist.training.runtime import Runtime
 
 
@@ -37,14 +42,15 @@ def run(job: Job, runtime: Runtime) -> None:
     batches = _batches(job, data, policy.route.backend != "unshared", runtime.world_size)
     parameters = sum(p.numel() for p in policy.module.parameters())
     deepspeed = resolve_config(job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, parameters)
+    engine = _start_engine(policy.module, deepspeed, job.config.deepspeed)
     trainer = Trainer(
         job=job,
         runtime=runtime,
         device=device,
-        engine=_start_engine(policy.module, deepspeed, job.config.deepspeed),
+        engine=engine,
         tokenizer=policy.tokenizer,
         objective=job.objective if job.kind == "train" else None,
-        frozen_reference=policy.frozen_reference,
+        reference=_reference(job, policy, engine, data, batches, runtime, device),
         batches=batches,
         validation=data.validation,
         shared=policy.route.backend != "unshared",
@@ -56,7 +62,7 @@ def run(job: Job, runtime: Runtime) -> None:
                 "kind": "start",
                 "route": policy.route.backend,
                 "route_reason": policy.route.reason,
-                "reference": policy.reference_mode,
+                "reference": _reference_name(job, policy),
                 "parameters": parameters,
                 "trainable": sum(p.numel() for p in policy.module.parameters() if p.requires_grad),
                 "groups": len(batches.groups),
@@ -90,8 +96,8 @@ class _Policy:
     module: LogProbModel
     tokenizer: Any
     route: Route
-    reference_mode: str
-    frozen_reference: Callable[[Layout], Tensor] | None
+    source: ModelSource
+    reference_mode: ReferenceMode
 
 
 def _load_policy(job: Job, device: torch.device) -> _Policy:
@@ -99,23 +105,54 @@ def _load_policy(job: Job, device: torch.device) -> _Policy:
     torch.manual_seed(job.config.seed)  # new adapters start alike on every rank
     source = find_model(job.start)
     model, mode = load_policy(source, config)
-    in_module = None if mode == "model_copy" else mode
     language_model = unwrap_peft(model)
     route = choose_backend(language_model, device.type, config.max_length, config.attention)
     use_backend(language_model, route.backend)
-    module = LogProbModel(model, in_module).to(device)
-    frozen = None
-    if job.kind == "train" and mode == "model_copy" and job.objective.needs_reference:
-        frozen = _frozen_copy(job, route, device)
-    return _Policy(module, load_tokenizer(source), route, mode if job.kind == "train" else "none", frozen)
+    module = LogProbModel(model, None if mode == "model_copy" else mode).to(device)
+    return _Policy(module, load_tokenizer(source), route, source, mode)
 
 
-def _frozen_copy(job: Job, route: Route, device: torch.device) -> Callable[[Layout], Tensor]:
+def _reference_name(job: Job, policy: _Policy) -> str:
+    """What the run header says of the reference."""
+    if not job.needs_reference:
+        return "none"
+    cache = job.config.reference.cache
+    return policy.reference_mode if cache == "off" else f"{policy.reference_mode}, cached ({cache})"
+
+
+def _reference(
+    job: Job, policy: _Policy, engine: Any, data: "_Data", batches: Batches, runtime: Runtime, device: torch.device
+) -> Reference | None:
+    """How the run has its reference log-probs. With a cache they are computed here, before any checkpoint is loaded, so
+    that in full fine-tuning the policy itself still is the reference and no second model is needed."""
+    if not job.needs_reference:
+        return None
+    copied, cache = policy.reference_mode == "model_copy", job.config.reference.cache
+    if cache == "off":
+        frozen = _frozen_copy(job, policy.route, device) if copied else engine
+        return lambda layout, groups, epoch: frozen(layout, "reference")
+    reference_pass = ReferencePass(
+        log_probs=(lambda layout: engine(layout)) if copied else (lambda layout: engine(layout, "reference")),
+        negatives=batches.negatives,
+        epochs=-(-total_steps(job.stage, batches) // batches.schedule.steps_per_epoch),
+        token_budget=job.stage.token_budget,
+        shared=batches.shared,
+        device=device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        say=lambda text: runtime.log({"kind": "note", "text": text}) if runtime.rank == 0 else None,
+    )
+    if cache == "memory":
+        return reference_pass.run(data.groups)
+    folder = job.config.reference.path or job.output / "reference"
+    return reference_pass.run(data.groups, folder, cache_key(job, policy.source, data.fingerprint))
+
+
+def _frozen_copy(job: Job, route: Route, device: torch.device) -> LogProbModel:
     """The starting weights once more, whole on every rank, for full fine-tuning."""
     model = load_causal_lm(find_model(job.start).base, job.config.model)
     use_backend(model, route.backend)
-    reference = LogProbModel(model.requires_grad_(False), "whole").to(device).train()
-    return lambda layout: reference(layout, "reference")
+    return LogProbModel(model.requires_grad_(False), "whole").to(device).train()
 
 
 @dataclass(frozen=True)
@@ -123,6 +160,7 @@ class _Data:
     groups: list[TokenGroup]
     validation: list[TokenGroup]
     truncated: int
+    fingerprint: str
 
 
 def _load_data(job: Job, tokenizer: Any) -> _Data:
@@ -136,7 +174,7 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
     groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
     truncated = encode.truncated
     encode = GroupTokenizer(tokenizer, template, config.model.max_length)
-    return _Data(groups, tokenize_rows(prepared.validation, encode), truncated)
+    return _Data(groups, tokenize_rows(prepared.validation, encode), truncated, prepared.fingerprint)
 
 
 def _batches(job: Job, data: _Data, shared: bool, world_size: int) -> Batches:
