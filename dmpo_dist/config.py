@@ -5,7 +5,7 @@ The docstring below each field is its help text; ``dmpo config show`` prints the
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -196,8 +196,8 @@ class StageConfig(Section):
     """Passes over the training groups."""
     global_batch_size: int = Field(32, ge=1)
     """Preference groups per optimizer step, over all workers."""
-    token_budget: int = Field(4096, ge=16)
-    """Most tokens in one packed micro-batch row."""
+    token_budget: Annotated[int, Field(ge=16)] | Literal["auto"] = 4096
+    """Most tokens in one packed micro-batch row; auto finds the largest that fits into memory by a short probe."""
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up."""

@@ -129,7 +129,7 @@ def _start_line(record: dict[str, Any]) -> str:
         f"{record['groups']} groups, {record['steps']} steps on {record['world_size']} x {record['device']}, "
         f"ZeRO-{record['deepspeed']['zero_optimization']['stage']}, {record['trainable']:,} of "
         f"{record['parameters']:,} parameters, attention {record['route']} ({record['route_reason']}), "
-        f"reference {record['reference']}"
+        f"reference {record['reference']}, rows of up to {record['token_budget']} tokens"
         + (f", {record['truncated']} histories shortened" if record["truncated"] else "")
     )
 

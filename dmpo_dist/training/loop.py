@@ -194,7 +194,7 @@ class Trainer:
 
     def _validate(self, done: int) -> None:
         metrics = rank_with_all(
-            self.engine, self.validation, self.runtime.rank, self.runtime.world_size, self.stage.token_budget,
+            self.engine, self.validation, self.runtime.rank, self.runtime.world_size, self.batches.token_budget,
             self.shared, self.device,
         )  # fmt: skip
         if metrics and done and self._improved(done, metrics) and self.stage.select == "best":

@@ -21,8 +21,9 @@ from dmpo_dist.modeling.backbone import (
 )
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
+from dmpo_dist.training.budget import Probe
 from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
-from dmpo_dist.training.groups import Batches, make_schedule
+from dmpo_dist.training.groups import Batches, make_schedule, with_negatives
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer, total_steps
 from dmpo_dist.training.reference import Reference, ReferencePass, cache_key
@@ -39,10 +40,10 @@ def run(job: Job, runtime: Runtime) -> None:
     device = start_process_group()
     policy = _load_policy(job, device)
     data = _load_data(job, policy.tokenizer)
-    batches = _batches(job, data, policy.route.backend != "unshared", runtime.world_size)
     parameters = sum(p.numel() for p in policy.module.parameters())
     deepspeed = resolve_config(job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, parameters)
     engine = _start_engine(policy.module, deepspeed, job.config.deepspeed)
+    batches = _batches(job, policy, data, engine, runtime.world_size, device)
     trainer = Trainer(
         job=job,
         runtime=runtime,
@@ -53,7 +54,7 @@ def run(job: Job, runtime: Runtime) -> None:
         reference=_reference(job, policy, engine, data, batches, runtime, device),
         batches=batches,
         validation=data.validation,
-        shared=policy.route.backend != "unshared",
+        shared=batches.shared,
         stage3=deepspeed["zero_optimization"]["stage"] == 3,
     )
     if runtime.rank == 0:
@@ -66,6 +67,7 @@ def run(job: Job, runtime: Runtime) -> None:
                 "parameters": parameters,
                 "trainable": sum(p.numel() for p in policy.module.parameters() if p.requires_grad),
                 "groups": len(batches.groups),
+                "token_budget": batches.token_budget,
                 "validation_requests": len(data.validation),
                 "truncated": data.truncated,
                 "steps": trainer.total_steps,
@@ -135,7 +137,7 @@ def _reference(
         log_probs=(lambda layout: engine(layout)) if copied else (lambda layout: engine(layout, "reference")),
         negatives=batches.negatives,
         epochs=-(-total_steps(job.stage, batches) // batches.schedule.steps_per_epoch),
-        token_budget=job.stage.token_budget,
+        token_budget=batches.token_budget,
         shared=batches.shared,
         device=device,
         rank=runtime.rank,
@@ -177,7 +179,13 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
     return _Data(groups, tokenize_rows(prepared.validation, encode), truncated, prepared.fingerprint)
 
 
-def _batches(job: Job, data: _Data, shared: bool, world_size: int) -> Batches:
+def _batches(job: Job, policy: _Policy, data: _Data, engine: Any, world_size: int, device: torch.device) -> Batches:
     schedule = make_schedule(job, len(data.groups), world_size)
     negatives = job.config.train.negatives if job.kind == "train" else 0
-    return Batches(data.groups, schedule, negatives, world_size, job.stage.token_budget, shared)
+    shared = policy.route.backend != "unshared"
+    budget = job.stage.token_budget
+    if budget == "auto":
+        groups = [with_negatives(group, negatives, 0) for group in data.groups]
+        in_module = job.needs_reference and policy.reference_mode != "model_copy"
+        budget = Probe(engine, groups, shared, in_module, device).largest_budget()
+    return Batches(data.groups, schedule, negatives, world_size, budget, shared)
