@@ -14,6 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 SCALARS_LEFT_OUT = {"kind", "step", "total_steps", "time"}
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
 class RunLog:
     """Takes a stage's records in order; shows them and writes them to ``folder``.
 
@@ -30,7 +33,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         self.start: dict[str, Any] = {}
         self.end: dict[str, Any] = {}
         self._file = self.path.open("a" if append else "w", encoding="utf-8")

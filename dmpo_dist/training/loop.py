@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,11 @@ PREFERENCE_SUMS = (
 COUNTS = ("groups", "physical_tokens", "logical_tokens")
 
 
+def untimed(phase: str) -> AbstractContextManager[None]:
+    """No stop watch."""
+    return nullcontext()
+
+
 @dataclass
 class Trainer:
     """Everything a rank trains with.
@@ -44,6 +51,7 @@ class Trainer:
         reference: log-probs of the frozen reference; None where none is needed.
         shared: whether prompts are shared in a row.
         stage3: whether parameters are partitioned.
+        phases: entered around the reference, policy, backward and optimizer part of a step; a benchmark's stop watch.
     """
 
     job: Job
@@ -58,6 +66,7 @@ class Trainer:
     shared: bool
     stage3: bool
     best: dict[str, float] = field(default_factory=dict)
+    phases: Callable[[str], AbstractContextManager[None]] = untimed
 
     def __post_init__(self) -> None:
         self.stage: StageConfig = self.job.stage
@@ -71,8 +80,8 @@ class Trainer:
         if first == 0:
             self._self_check()
             self._validate(0)
-        for index, (step, work) in enumerate(ahead(self._prepare, first, self.total_steps), start=first):
-            self._train(index, step, work)
+        for index, (step, work) in enumerate(ahead(self.prepare, first, self.total_steps), start=first):
+            self.train_step(index, step, work)
             done = index + 1
             if index == 0 or done % self.stage.log_every == 0 or done == self.total_steps:
                 self._log(index, step)
@@ -82,35 +91,39 @@ class Trainer:
                 self._checkpoint(done)
         self._finish()
 
-    def _prepare(self, index: int) -> tuple[Step, list[tuple[MicroBatch, Layout]]]:
+    def prepare(self, index: int) -> tuple[Step, list[tuple[MicroBatch, Layout]]]:
         """Step ``index`` and this rank's micro-batches of it, laid out; runs in a thread of its own."""
         step = self.batches.step(index)
         cuda = self.device.type == "cuda"
         layouts = ((m, self.batches.layout(m, step.epoch)) for m in step.micro_batches[self.runtime.rank])
         return step, [(m, layout.pinned() if cuda else layout) for m, layout in layouts]
 
-    def _train(self, index: int, step: Step, work: list[tuple[MicroBatch, Layout]]) -> None:
+    def train_step(self, index: int, step: Step, work: list[tuple[MicroBatch, Layout]]) -> None:
         """Accumulate a step's micro-batches, then update the weights once."""
+        phase = self.phases
         set_learning_rate(self.engine, learning_rate(index, self.total_steps, self.stage))
         for micro_batch, host_layout in work:
             layout = host_layout.to(self.device)
-            loss_sum, sums = self._loss(layout, micro_batch, step.epoch)
+            with phase("reference"), torch.no_grad():
+                reference = self.reference(layout, micro_batch.groups, step.epoch) if self.reference else None
+            with phase("policy"):
+                loss_sum, sums = self.loss(layout, self.engine(layout), reference)
             weight = 0.0 if micro_batch.filler else self.runtime.world_size / len(step.groups)
-            self.engine.backward(loss_sum * weight, scale_wrt_gas=False)  # exact mean over the global batch
+            with phase("backward"):
+                self.engine.backward(loss_sum * weight, scale_wrt_gas=False)  # exact mean over the global batch
             if not micro_batch.filler:
                 counts = (layout.targets.n_groups, layout.physical_tokens, layout.logical_tokens)
                 self._meter.update(sums, dict(zip(COUNTS, counts, strict=True)))
-        self.engine.step()
+        with phase("optimizer"):
+            self.engine.step()
 
-    def _loss(self, layout: Layout, micro_batch: MicroBatch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, layout: Layout, log_probs: Tensor, reference: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective, or SFT's, summed over the groups of ``layout``, and the sums worth watching."""
         targets = layout.targets
-        mask = torch.ones_like(targets.is_positive)
-        with torch.no_grad():
-            reference = self.reference(layout, micro_batch.groups, epoch) if self.reference is not None else None
-        policy, history = targets.split(self.engine(layout))
+        policy, history = targets.split(log_probs)
         where = (
-            targets.response_lengths, targets.group_id, targets.is_positive, mask, targets.n_groups,
-            (history, targets.history_lengths),
+            targets.response_lengths, targets.group_id, targets.is_positive, torch.ones_like(targets.is_positive),
+            targets.n_groups, (history, targets.history_lengths),
         )  # fmt: skip
         if self.objective is None:
             return sft_loss(policy, *where)

@@ -31,14 +31,23 @@ from dmpo_dist.training.runtime import Runtime
 
 
 def run(job: Job, runtime: Runtime) -> None:
-    """Train ``job`` on this rank, from the latest checkpoint if the runtime has one.
+    """Train ``job`` on this rank, from the latest checkpoint if the runtime has one; raises like ``set_up``."""
+    trainer = set_up(job, runtime)
+    try:
+        trainer.fit()
+    finally:
+        trainer.engine.destroy()
+
+
+def set_up(job: Job, runtime: Runtime) -> Trainer:
+    """Load everything this rank trains with, and log the run's first record.
 
     Raises:
         UserError: anything in data, model or configuration that keeps the run from starting or going on.
     """
     started = time.monotonic()
     device = start_process_group()
-    policy = _load_policy(job, device)
+    policy = load_module(job, device)
     data = _load_data(job, policy.tokenizer)
     parameters = sum(p.numel() for p in policy.module.parameters())
     deepspeed = resolve_config(job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, parameters)
@@ -77,10 +86,7 @@ def run(job: Job, runtime: Runtime) -> None:
                 "setup_seconds": time.monotonic() - started,
             }
         )
-    try:
-        trainer.fit()
-    finally:
-        trainer.engine.destroy()
+    return trainer
 
 
 def _start_engine(module: LogProbModel, deepspeed: dict[str, Any], name: str) -> Any:
@@ -94,7 +100,9 @@ def _start_engine(module: LogProbModel, deepspeed: dict[str, Any], name: str) ->
 
 
 @dataclass(frozen=True)
-class _Policy:
+class Policy:
+    """The trainable module and what it was made from."""
+
     module: LogProbModel
     tokenizer: Any
     route: Route
@@ -102,7 +110,8 @@ class _Policy:
     reference_mode: ReferenceMode
 
 
-def _load_policy(job: Job, device: torch.device) -> _Policy:
+def load_module(job: Job, device: torch.device) -> Policy:
+    """The starting model of ``job`` on ``device``, its attention routed."""
     config = job.config.model
     torch.manual_seed(job.config.seed)  # new adapters start alike on every rank
     source = find_model(job.start)
@@ -111,10 +120,10 @@ def _load_policy(job: Job, device: torch.device) -> _Policy:
     route = choose_backend(language_model, device.type, config.max_length, config.attention)
     use_backend(language_model, route.backend)
     module = LogProbModel(model, None if mode == "model_copy" else mode).to(device)
-    return _Policy(module, load_tokenizer(source), route, source, mode)
+    return Policy(module, load_tokenizer(source), route, source, mode)
 
 
-def _reference_name(job: Job, policy: _Policy) -> str:
+def _reference_name(job: Job, policy: Policy) -> str:
     """What the run header says of the reference."""
     if not job.needs_reference:
         return "none"
@@ -123,7 +132,7 @@ def _reference_name(job: Job, policy: _Policy) -> str:
 
 
 def _reference(
-    job: Job, policy: _Policy, engine: Any, data: "_Data", batches: Batches, runtime: Runtime, device: torch.device
+    job: Job, policy: Policy, engine: Any, data: "_Data", batches: Batches, runtime: Runtime, device: torch.device
 ) -> Reference | None:
     """How the run has its reference log-probs. With a cache they are computed here, before any checkpoint is loaded, so
     that in full fine-tuning the policy itself still is the reference and no second model is needed."""
@@ -179,7 +188,7 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
     return _Data(groups, tokenize_rows(prepared.validation, encode), truncated, prepared.fingerprint)
 
 
-def _batches(job: Job, policy: _Policy, data: _Data, engine: Any, world_size: int, device: torch.device) -> Batches:
+def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int, device: torch.device) -> Batches:
     schedule = make_schedule(job, len(data.groups), world_size)
     negatives = job.config.train.negatives if job.kind == "train" else 0
     shared = policy.route.backend != "unshared"
