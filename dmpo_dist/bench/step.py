@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.orchestration.stage import as_rank
@@ -62,7 +62,7 @@ def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str,
 
     Returns:
         ``phases_ms`` (median per step, this rank), ``reduce_ms`` (in collectives, part of backward and optimizer),
-        ``host_reads`` per step, ``loop_ms`` and ``bare_ms`` per step and their ratio ``loop_over_bare``, all medians over
+        ``host_reads`` per step and phase, ``loop_ms`` and ``bare_ms`` per step and their ratio ``loop_over_bare``, all medians over
         blocks, and the facts of the run.
     """
     trainer = set_up(job, runtime)
@@ -154,16 +154,22 @@ def _watched(trainer: Trainer, first: int, steps: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _profiled(trainer: Trainer, first: int) -> tuple[float, float]:
-    """Milliseconds in collectives and host reads of tensors, per step."""
+def _profiled(trainer: Trainer, first: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds in collectives, and how often the host reads a tensor in each phase, per step."""
     prepared = [trainer.prepare(index) for index in range(first, first + PROFILED)]
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
+    before, trainer.phases = trainer.phases, record_function
     with profile(activities=activities, acc_events=True) as record:
         for index, (step, work) in enumerate(prepared, start=first):
             trainer.train_step(index, step, work)
+    trainer.phases = before
     events = record.events() or []
     collectives = sum(e.time_range.elapsed_us() for e in events if e.name.startswith(COLLECTIVES))
-    return collectives / 1000 / PROFILED, sum(e.name == HOST_READ for e in events) / PROFILED
+    reads = [e.time_range.start for e in events if e.name == HOST_READ]
+    spans = [(e.name, e.time_range) for e in events if e.name in PHASES]
+    inside = {name: sum(s.start <= t <= s.end for n, s in spans if n == name for t in reads) for name in PHASES[1:]}
+    inside["elsewhere"] = len(reads) - sum(inside.values())
+    return collectives / 1000 / PROFILED, {name: count / PROFILED for name, count in inside.items()}
 
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
@@ -190,7 +196,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"whole loop {result['loop_ms']:.2f} ms a step, bare computation {result['bare_ms']:.2f} ms: "
         f"{result['loop_over_bare']:.3f} times (data is prepared ahead in the loop)\n"
-        f"host reads of tensors between log lines: {result['host_reads']:.1f} a step",
+        "host reads of tensors a step, between log lines: "
+        + ", ".join(f"{name} {count:.1f}" for name, count in result["host_reads"].items()),
         highlight=False,
     )
 
