@@ -141,6 +141,8 @@ class ModelConfig(Section):
     """Train adapters of this shape; None trains all weights. A stage that starts from an adapter keeps its shape."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile; pays on GPUs in long runs. Not with ZeRO-3."""
     attention: Literal["auto", "two_part", "sdpa", "unshared"] = "auto"
     """How K+1 responses share their prompt: auto picks by model and device; unshared runs separate rows."""
     max_length: int = Field(512, ge=8)

@@ -19,6 +19,7 @@ from dmpo_dist.modeling.backbone import (
     load_policy,
     load_tokenizer,
 )
+from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.training.budget import Probe
@@ -51,6 +52,8 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
     data = _load_data(job, policy.tokenizer)
     parameters = sum(p.numel() for p in policy.module.parameters())
     deepspeed = resolve_config(job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, parameters)
+    if job.config.model.compile and deepspeed["zero_optimization"]["stage"] == 3:
+        raise UserError("model.compile=true does not work with ZeRO-3; set it to false, or deepspeed=zero2")
     engine = _start_engine(policy.module, deepspeed, job.config.deepspeed)
     batches = _batches(job, policy, data, engine, runtime.world_size, device)
     trainer = Trainer(
@@ -119,6 +122,8 @@ def load_module(job: Job, device: torch.device) -> Policy:
     language_model = unwrap_peft(model)
     route = choose_backend(language_model, device.type, config.max_length, config.attention)
     use_backend(language_model, route.backend)
+    if config.compile:
+        compile_layers(language_model)
     module = LogProbModel(model, None if mode == "model_copy" else mode).to(device)
     return Policy(module, load_tokenizer(source), route, source, mode)
 
