@@ -141,7 +141,7 @@ class ModelConfig(Section):
     """Train adapters of this shape; None trains all weights. A stage that starts from an adapter keeps its shape."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    attention: Literal["auto", "two_part", "sdpa", "unshared"] = "auto"
+    attention: Literal["auto", "two_part", "flex", "sdpa", "unshared"] = "auto"
     """How K+1 responses share their prompt: auto picks by model and device; unshared runs separate rows."""
     max_length: int = Field(512, ge=8)
     """Longest prompt plus response in tokens; the oldest history is dropped to fit."""
