@@ -19,6 +19,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_cuda_forward = torch.ops.aten._flash_attention_forward.default
+_cuda_backward = torch.ops.aten._flash_attention_backward.default
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def varlen_forward(
     Returns:
         out (1, H, T_q, D) and fp32 lse (1, H, T_q).
     """
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+    out, lse, *_ = _cuda_forward(
         _rows(q), _rows(k), _rows(v), q_offsets, k_offsets, _not_one(longest_q), longest_k, 0.0, causal, False,
         scale=scale,
     )  # fmt: skip
@@ -149,7 +151,7 @@ def varlen_backward(
 ) -> Gradients:  # fmt: skip
     """The gradients (dq, dk, dv) of ``varlen_forward``, P = exp(S - lse) and D = rowsum(d_out * out) taken as given."""
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, of which there is none
-    gradients = torch.ops.aten._flash_attention_backward(
+    gradients = _cuda_backward(
         *(_rows(x) for x in (d_out, q, k, v, out)), lse[0].contiguous(), q_offsets, k_offsets,
         _not_one(longest_q), longest_k, 0.0, causal, rng_state, torch.empty(0, device=q.device), scale=scale,
     )  # fmt: skip

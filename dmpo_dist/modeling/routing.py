@@ -163,7 +163,9 @@ def _obstacle(backend: Backend, attention: Attention, device_type: str, max_leng
     if backend == "flex":
         if device_type == "cpu":
             return _NO_CPU_FLEX
-        return f"flex attention takes heads of 16 or more, not {attention.head_dim}" if attention.head_dim < 16 else None
+        return (
+            f"flex attention takes heads of 16 or more, not {attention.head_dim}" if attention.head_dim < 16 else None
+        )
     return None
 
 
