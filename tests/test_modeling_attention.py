@@ -4,6 +4,8 @@ The CUDA kernels themselves need a GPU (tests/gpu). What surrounds them, packing
 of grouped heads, runs here: the two aten operators are replaced by the plain arithmetic that they document.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import random_groups, tiny_model
@@ -30,7 +32,7 @@ class PlainVarlen:
         self.calls["forward"] += 1
         at = self._bound(torch.ops.aten._flash_attention_forward.default, args, kwargs)
         assert at["return_debug_mask"] is False
-        q, k, v = at["query"], at["key"], at["value"]
+        q, v = at["query"], at["value"]
         out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
         for queries, keys, scores in self._runs(at):
             lse[:, queries] = scores.logsumexp(-1)
@@ -78,8 +80,7 @@ class PlainVarlen:
     def _runs(self, at):
         q, k = at["query"], self._grouped(at["query"], at["key"])
         offsets = zip(*(at[name].tolist() for name in ("cum_seq_q", "cum_seq_k")), strict=True)
-        ends = list(offsets)
-        for (q0, k0), (q1, k1) in zip(ends, ends[1:], strict=False):
+        for (q0, k0), (q1, k1) in pairwise(offsets):
             queries, keys = slice(q0, q1), slice(k0, k1)
             scores = q[queries].transpose(0, 1) @ k[keys].permute(1, 2, 0) * at["scale"]
             if at["is_causal"]:
