@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_equal_to_oracle, fused, gradients, oracle, relative_error
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
 
 from dmpo_dist.batching.layout import prefix_layout, rows_layout
 from dmpo_dist.data.tokenization import TokenGroup
@@ -181,6 +183,27 @@ def test_flex_forward(kind, options, groups):
     """Windows by position and soft-capping, uncompiled; there is no backward pass on the CPU."""
     model = tiny_model(kind, **options)
     assert relative_error(fused(model, groups, "flex"), oracle(model, groups)) < 1e-6
+
+
+@torch.no_grad()
+def test_flex_compiles_once_for_layouts_of_any_length(monkeypatch):
+    """Each batch has another length and another mask; one kernel for rows of a single block, one for all longer ones."""
+    counter = CompileCounter()
+    monkeypatch.setattr(attention, "flex_for", lambda query: attention.compiled_flex(counter))
+    frames = []
+    for seed, count in ((0, 1), (1, 5), (2, 8), (3, 12), (4, 2)):
+        layout = prefix_layout(random_groups(count, seed=seed, prompt=60, response=20))
+        for window in (7, 9):
+            q, kv = (torch.randn(1, heads, layout.physical_tokens, 16) for heads in (4, 2))
+            seen, right = (
+                function(torch.nn.Module(), q, kv, kv, None, layout=layout, sliding_window=window)[0]
+                for function in (flex_layout_attention, dense_attention)
+            )
+            torch.testing.assert_close(seen, right, rtol=1e-5, atol=1e-5)
+        frames.append(counter.frame_count)
+    assert frames[1:] == [2, 2, 2, 2]
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(FailOnRecompileLimitHit):
+        flex_layout_attention(torch.nn.Module(), q, kv, kv, None, layout=layout, softcap=2.0)
 
 
 def test_flex_soft_caps_ordinary_rows_too(groups):

@@ -114,8 +114,7 @@ def flex_layout_attention(
         assert softcap is not None
         assert attention_mask is not None
         return _soft_capped(query, *_repeated(query, key, value), attention_mask, scale, softcap), None
-    kernel = _compiled_flex() if query.is_cuda else flex_attention
-    out = kernel(
+    out = flex_for(query)(
         query, key, value, score_mod=_soft_cap(softcap), scale=scale, enable_gqa=query.shape[1] != key.shape[1],
         block_mask=layout.block_mask(_window_that_cuts(layout, sliding_window)),
     )  # fmt: skip
@@ -152,6 +151,18 @@ def flash_for(query: Tensor) -> type[Flash]:
     return CudaFlash if query.is_cuda else CpuFlash
 
 
+def flex_for(query: Tensor) -> Any:
+    """Flex attention on the device of ``query``: compiled on CUDA."""
+    return compiled_flex() if query.is_cuda else flex_attention
+
+
+@cache
+def compiled_flex(backend: Any = "inductor") -> Any:
+    """Flex attention whose kernels serve layouts of any length; past the limit it raises instead of running eagerly."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
+
+
 def _refuse(dropout: float, kwargs: dict[str, Any], *also: str) -> None:
     """What would be silently wrong here; ``modeling/routing.py`` keeps such models away."""
     for name in ("s_aux", "position_bias", *also):
@@ -169,12 +180,6 @@ def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     """Keys and values once for each query head."""
     repeats = query.shape[1] // key.shape[1]
     return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-
-
-@cache
-def _compiled_flex() -> Any:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)  # fullgraph: the limit is an error, not eager
 
 
 @cache
