@@ -143,8 +143,9 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False
     """Compile the decoder layers with torch.compile; pays on GPUs in long runs. Not with ZeRO-3."""
-    attention: Literal["auto", "two_part", "sdpa", "unshared"] = "auto"
-    """How K+1 responses share their prompt: auto picks by model and device; unshared runs separate rows."""
+    attention: Literal["auto", "two_part", "flex", "sdpa", "unshared"] = "auto"
+    """How K+1 responses share their prompt: auto picks by model and device (see ``dmpo doctor``); unshared runs
+    separate rows; two_part and flex are not yet proven on a GPU."""
     max_length: int = Field(512, ge=8)
     """Longest prompt plus response in tokens; the oldest history is dropped to fit."""
 

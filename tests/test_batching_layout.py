@@ -1,6 +1,7 @@
 """Layouts against the rows they stand for: what each token sees, what is scored, and what it costs."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -128,6 +129,10 @@ def test_a_window_counts_by_position(groups, window):
         assert sorted(positions[windowed[token]].tolist()) == sorted(expected)
         assert len(expected) == min(window, position + 1)
     assert torch.equal(layout.mask(), full), "a windowed mask replaced the full one"
+    row = torch.arange(layout.physical_tokens)
+    for mask, blocks in ((full, layout.block_mask()), (windowed, layout.block_mask(window))):
+        assert torch.equal(blocks.mask_mod(0, 0, row[:, None], row), mask)
+        assert blocks.shape[-2:] == mask.shape
     assert torch.equal(layout.mask(layout.longest), full)
     assert not torch.equal(layout.mask(max(1, layout.longest - 1)), full) or layout.longest == 1
 
@@ -167,6 +172,24 @@ def test_spans_and_branch_index_find_every_token(groups):
     index = [row[valid].tolist() for row, valid in zip(layout.branch_index, layout.branch_valid, strict=True)]
     assert index == [segment for segment in segments if segment]
     assert [n for lengths in layout.branch_lengths for n in lengths] == [len(row) for row in index]
+    first = layout.prefix_tokens
+    assert layout.segment_offsets.tolist() == sorted(
+        {*layout.prefix_offsets.tolist(), *(row[0] for row in index), len(ids)}
+    )
+    for (prompt, branches), (start, end), (run, run_end) in zip(
+        layout.spans,
+        pairwise(layout.prefix_offsets.tolist()),
+        pairwise(layout.run_offsets.tolist()),
+        strict=True,
+    ):
+        assert (prompt, branches) == (slice(start, end), slice(first + run, first + run_end))
+    for offsets, longest in (
+        (layout.segment_offsets, layout.longest_segment),
+        (layout.prefix_offsets, layout.longest_prefix),
+        (layout.run_offsets, layout.longest_run),
+    ):
+        assert offsets.dtype == torch.int32
+        assert int(offsets.diff().max()) == longest
     assert layout.longest == int(layout.position_ids.max()) + 1
 
 
@@ -178,6 +201,8 @@ def test_responses_of_one_token_need_no_row_of_their_own():
     assert layout.targets.response_branch.tolist() == [0, 1, 0]
     assert layout.branch_index.shape == (0, 0)
     assert layout.branch_lengths == ((),)
+    assert layout.run_offsets.tolist() == [0, 0]
+    assert layout.longest_run == 0
     assert group_cost(TokenGroup([5, 6], ([7], [8], [7]), (0, 0, 0)), shared=True) == Cost(tokens=2, pairs=3)
 
 

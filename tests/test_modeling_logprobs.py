@@ -7,59 +7,13 @@ import torch
 from conftest import random_groups, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import assert_equal_to_oracle, fused
 from peft import LoraConfig, get_peft_model
 
-from dmpo_dist.batching.layout import prefix_layout, rows_layout
-from dmpo_dist.errors import UserError
+from dmpo_dist.batching.layout import prefix_layout
 from dmpo_dist.modeling import logprobs
-from dmpo_dist.modeling.attention import DENSE, TWO_PART, register
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
-from dmpo_dist.modeling.routing import choose_backend, native_attention
-
-register()
-IMPLEMENTATION = {"two_part": TWO_PART, "sdpa": DENSE}
-
-
-def oracle(model, groups):
-    """Log-probs of every response, each by its own unpadded row and a log-softmax over all logits."""
-    unwrap_peft(model).set_attn_implementation(native_attention(unwrap_peft(model)))
-    out = []
-    for group in groups:
-        for branch, start in zip(group.branches, group.scored_from, strict=True):
-            row = torch.tensor([group.prefix + list(branch)])
-            log_probs = model(input_ids=row, use_cache=False).logits[0].log_softmax(-1)
-            first = len(group.prefix) + start
-            out.append(log_probs[torch.arange(first - 1, row.shape[1] - 1), row[0, first:]].sum())
-    return torch.stack(out)
-
-
-def fused(model, groups, backend):
-    wrapped = LogProbModel(model)
-    language_model = unwrap_peft(model)
-    if backend == "unshared":
-        language_model.set_attn_implementation(native_attention(language_model))
-        return wrapped(rows_layout(groups))
-    language_model.set_attn_implementation(IMPLEMENTATION[backend])
-    return wrapped(prefix_layout(groups))
-
-
-def gradients(model, log_probs):
-    model.zero_grad(set_to_none=True)
-    (log_probs * torch.linspace(-1, 1, len(log_probs), dtype=log_probs.dtype)).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal_to_oracle(model, groups, backend, log_prob_error, gradient_error):
-    expected = oracle(model, groups)
-    expected_gradients = gradients(model, expected)
-    seen = fused(model, groups, backend)
-    seen_gradients = gradients(model, seen)
-    assert ((seen - expected).norm() / expected.norm()).item() < log_prob_error
-    assert seen_gradients.keys() == expected_gradients.keys()
-    total = torch.stack([g.norm() for g in expected_gradients.values()]).norm()
-    for name, gradient in expected_gradients.items():
-        error = (seen_gradients[name] - gradient).norm() / max(gradient.norm(), 1e-3 * total)
-        assert error.item() < gradient_error, name
+from dmpo_dist.modeling.routing import use_backend
 
 
 @pytest.mark.parametrize("backend", ["two_part", "sdpa", "unshared"])
@@ -102,15 +56,6 @@ def test_chunked_head(monkeypatch, groups, tied, extra):
     assert_equal_to_oracle(model, groups, "two_part", 1e-6, 1e-5)
 
 
-def test_granite_style_logit_scale(groups):
-    """A head without soft-capping but with a bias and a logit scale, on GPT-2."""
-    model = tiny_model("llama")
-    model.config.logits_scaling = 4.0
-    expected = fused(model, groups, "unshared")
-    assert torch.allclose(fused(model, groups, "two_part"), expected, rtol=1e-5)
-    assert (expected > fused(tiny_model("llama"), groups, "unshared")).float().mean() > 0.5  # flatter
-
-
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 6))
 @settings(max_examples=25, deadline=None)
 def test_packing_changes_nothing(seed, count):
@@ -133,7 +78,7 @@ def test_adapter_off_and_adapter_copy_are_references(groups):
             torch.nn.init.normal_(parameter, std=0.1)
     trainable = {name for name, p in peft.named_parameters() if p.requires_grad}
     layout = prefix_layout(groups)
-    unwrap_peft(peft).set_attn_implementation(TWO_PART)
+    use_backend(unwrap_peft(peft), "two_part")
     model = LogProbModel(peft, "adapter_off")
     assert torch.equal(model(layout, "reference"), expected)
     assert not torch.allclose(model(layout), expected)
@@ -151,51 +96,3 @@ def test_adapter_off_and_adapter_copy_are_references(groups):
                 parameter.add_(0.1)
     assert torch.equal(model(layout, "reference"), start)
     assert {name for name, p in peft.named_parameters() if p.requires_grad} == trainable
-
-
-ROUTES = [
-    ("llama", {}, "cpu", "two_part"),
-    ("llama", {}, "cuda", "sdpa"),
-    ("mistral", {"window": 16}, "cpu", "sdpa"),
-    ("mistral", {"window": 512}, "cpu", "two_part"),
-    ("gemma3", {"window": 16}, "cpu", "sdpa"),
-    ("gemma2", {}, "cpu", "unshared"),
-    ("gpt_oss", {}, "cpu", "unshared"),
-    ("mamba2", {}, "cpu", "unshared"),
-    ("llama", {"attention_dropout": 0.1}, "cpu", "unshared"),
-]
-
-
-@pytest.mark.parametrize(("kind", "options", "device", "backend"), ROUTES)
-def test_routing(kind, options, device, backend):
-    assert choose_backend(tiny_model(kind, **options), device, 256).backend == backend
-
-
-@pytest.mark.parametrize(("kind", "asked"), [("gemma2", "two_part"), ("mamba2", "sdpa"), ("gpt_oss", "two_part")])
-def test_a_wrong_backend_is_refused(kind, asked):
-    with pytest.raises(UserError, match="would be wrong for this model"):
-        choose_backend(tiny_model(kind), "cpu", 256, asked)
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
-def test_unshared_models_match_the_oracle(kind, groups):
-    model = tiny_model(kind)
-    assert torch.allclose(fused(model, groups, "unshared"), oracle(model, groups), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("backend", ["sdpa", "unshared"])
-def test_gpu_parity(kind, backend, groups):
-    """fp32 on the GPU against the oracle on the CPU."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    model = tiny_model(kind)
-    expected = oracle(model, groups)
-    model.cuda()
-    language_model = unwrap_peft(model)
-    name = native_attention(language_model) if backend == "unshared" else IMPLEMENTATION[backend]
-    language_model.set_attn_implementation(name)
-    layout = rows_layout(groups) if backend == "unshared" else prefix_layout(groups)
-    seen = LogProbModel(model)(layout.to("cuda")).cpu()
-    assert ((seen - expected).norm() / expected.norm()).item() < 1e-5

@@ -12,11 +12,12 @@ Built on the CPU, then moved to the accelerator with ``to``.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dmpo_dist.data.tokenization import TokenGroup
 
@@ -92,6 +93,9 @@ class PrefixLayout(_Tensors):
         branch_valid: (S, R) bool, False for that padding.
         prefix_lengths: for each group, tokens of its prompt; the prompts fill the row's start in this order.
         branch_lengths: for each group, tokens of its branches (those with none left out), in row order.
+        segment_offsets: (E + S + 1,) int32, where each prompt and each non-empty branch begins, then T.
+        prefix_offsets: (E + 1,) int32, where each of the E prompts begins, then the row's first branch.
+        run_offsets: (E + 1,) int32, where each group's run of branches begins, counted from the first branch.
         targets: see ``Targets``.
         reference_targets: the same without histories, which no reference is needed for; None where none are scored.
         logical_tokens: tokens of all prompts and full responses, as separate rows would hold them.
@@ -105,14 +109,18 @@ class PrefixLayout(_Tensors):
     branch_valid: Tensor
     prefix_lengths: tuple[int, ...]
     branch_lengths: tuple[tuple[int, ...], ...]
+    segment_offsets: Tensor
+    prefix_offsets: Tensor
+    run_offsets: Tensor
     targets: Targets
     reference_targets: Targets | None
     logical_tokens: int
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         same = self.input_ids.device == torch.device(device)
-        return self if same else replace(super().to(device, non_blocking), _masks={})
+        return self if same else replace(super().to(device, non_blocking), _masks={}, _block_masks={})
 
     def mask(self, window: int | None = None) -> Tensor:
         """(T, T) bool, True where the row's token attends to the column's; a window counts by position.
@@ -127,10 +135,24 @@ class PrefixLayout(_Tensors):
             self._masks[window] = seen if window is None else seen & (position > position[:, None] - window)
         return self._masks[window]
 
+    def block_mask(self, window: int | None = None) -> BlockMask:
+        """The same mask for flex attention, which skips the blocks in which nothing is seen; kept like ``mask``."""
+        if window not in self._block_masks:
+            group, branch, position = self.token_group, self.token_branch, self.position_ids[0]
+
+            def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                same = (group[query] == group[key]) & ((branch[key] == -1) | (branch[query] == branch[key]))
+                seen = same & (key <= query)
+                return seen if window is None else seen & (position[key] > position[query] - window)
+
+            row = self.physical_tokens
+            self._block_masks[window] = create_block_mask(sees, None, None, row, row, device=group.device)
+        return self._block_masks[window]
+
     @property
     def spans(self) -> Iterator[tuple[slice, slice]]:
         """For each group, the slices of its prompt and of all its branches."""
-        prefix_start, branch_start = 0, sum(self.prefix_lengths)
+        prefix_start, branch_start = 0, self.prefix_tokens
         for prefix, lengths in zip(self.prefix_lengths, self.branch_lengths, strict=True):
             yield slice(prefix_start, prefix_start + prefix), slice(branch_start, branch_start + sum(lengths))
             prefix_start, branch_start = prefix_start + prefix, branch_start + sum(lengths)
@@ -139,6 +161,26 @@ class PrefixLayout(_Tensors):
     def physical_tokens(self) -> int:
         """Tokens that go through the model."""
         return self.input_ids.numel()
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens of all prompts, where the row's first branch begins."""
+        return sum(self.prefix_lengths)
+
+    @property
+    def longest_prefix(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(self.prefix_lengths)
+
+    @property
+    def longest_run(self) -> int:
+        """The most tokens any group's branches have together; 0 where no branch has any."""
+        return max(map(sum, self.branch_lengths))
+
+    @property
+    def longest_segment(self) -> int:
+        """Tokens of the longest prompt or branch."""
+        return max(self.longest_prefix, *(max(lengths, default=0) for lengths in self.branch_lengths))
 
     @property
     def longest(self) -> int:
@@ -210,6 +252,9 @@ def prefix_layout(groups: Sequence[TokenGroup]) -> PrefixLayout:
         branch_valid=branch_valid,
         prefix_lengths=prefix_lengths,
         branch_lengths=tuple(branch_lengths),
+        segment_offsets=_offsets([*prefix_lengths, *chain.from_iterable(branch_lengths)]),
+        prefix_offsets=_offsets(prefix_lengths),
+        run_offsets=_offsets([sum(lengths) for lengths in branch_lengths]),
         targets=collector.targets(),
         reference_targets=collector.reference_targets(),
         logical_tokens=_logical_tokens(groups),
@@ -349,6 +394,11 @@ def _extend(
     positions += range(position, position + len(tokens))
     token_group += [group] * len(tokens)
     token_branch += [branch] * len(tokens)
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    """(S,) lengths -> (S + 1,) int32, where each begins and the last ends."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def _padded(bodies: Sequence[range]) -> tuple[Tensor, Tensor]:

@@ -1,28 +1,36 @@
 """Attention over a ``PrefixLayout``: every branch sees its group's prompt and itself.
 
-Two exact backends, registered with transformers; the layout rides as a forward keyword to every layer:
+Three exact backends, registered with transformers; the layout rides as a forward keyword to every layer:
 
 ``two_part``  no mask. Part 1, causal attention of every prompt and every branch by itself; part 2, all branch tokens
     of a group to its prompt. The parts are merged by log-sum-exp. Backward calls the flash backward once per part
     with the *merged* output and log-sum-exp, which is exact (P = exp(S - lse), D = rowsum(dO * O)) and needs no
-    gradient of the log-sum-exp; it is the identity ring attention rests on.
+    gradient of the log-sum-exp; it is the identity ring attention rests on. The kernels are in ``flash.py``.
+``flex``      a compiled kernel that skips unseen blocks of a mask, for windows and soft-capping on CUDA.
 ``sdpa``      a dense (T, T) mask per window length: the oracle, and the backend for sliding windows on the CPU.
 
-Calls without a layout (ordinary rows, generation) go to transformers' own SDPA with its own masks.
+Which of them a model can use where, and which have been proven there, is in ``routing.py``. Calls without a layout
+(ordinary rows, generation) go to the model's own kind of attention with its own masks.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from dmpo_dist.batching.layout import PrefixLayout
+from dmpo_dist.modeling.flash import CpuFlash, CudaFlash, Flash
 
-TWO_PART, DENSE = "dmpo_two_part", "dmpo_sdpa"
+TWO_PART, FLEX, DENSE = "dmpo_two_part", "dmpo_flex", "dmpo_sdpa"
+
+RECOMPILE_LIMIT = 64
+"""How often flex attention may compile: for each mask, soft-cap, head width, type and pass there is a kernel."""
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -31,10 +39,15 @@ def no_mask(device: torch.device) -> Tensor:
 
 
 def register() -> None:
-    """Make both backends known to transformers; ordinary rows keep ordinary masks."""
-    for name, function in ((TWO_PART, two_part_attention), (DENSE, dense_attention)):
+    """Make the backends known to transformers; ordinary rows keep ordinary masks."""
+    backends = (
+        (TWO_PART, two_part_attention, sdpa_mask),
+        (DENSE, dense_attention, sdpa_mask),
+        (FLEX, flex_layout_attention, eager_mask),  # added to soft-capped logits
+    )
+    for name, function, mask in backends:
         AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, sdpa_mask)
+        AttentionMaskInterface.register(name, mask)
 
 
 def two_part_attention(
@@ -49,19 +62,63 @@ def two_part_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function in transformers' form: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, T, H, D)."""
+    """Attention function in transformers' form: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, T, H, D).
+
+    On CUDA bf16 and fp16 only, see ``flash.varlen_obstacle``.
+
+    Raises:
+        ValueError: an option of the layer that this backend would leave out, as in the other two.
+    """
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    _refuse(dropout, kwargs)
-    if sliding_window is not None and layout.longest > sliding_window:
-        raise ValueError(f"two_part cannot cut a window of {sliding_window} out of {layout.longest} positions")
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    _refuse(dropout, kwargs, "softcap")
+    window = _window_that_cuts(layout, sliding_window)
+    if window is not None:
+        raise ValueError(f"two_part cannot cut a window of {window} out of {layout.longest} positions")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return _TwoPart.apply(query, key, value, layout, scale).transpose(1, 2).contiguous(), None
+    if flash_for(query) is CpuFlash:
+        key, value = _repeated(query, key, value)
+    out = _TwoPart.apply(query, key, value, flash_for(query)(layout, scale))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def flex_layout_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: PrefixLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The same function by flex attention, which also soft-caps the logits; on the CPU uncompiled and forward only.
+
+    Raises:
+        torch._dynamo.exc.FailOnRecompileLimitHit: more than ``RECOMPILE_LIMIT`` kernels; there is no quiet eager run.
+    """
+    if layout is None and softcap is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **kwargs,
+        )  # fmt: skip
+    _refuse(dropout, kwargs)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if layout is None:
+        assert softcap is not None
+        assert attention_mask is not None
+        return _soft_capped(query, *_repeated(query, key, value), attention_mask, scale, softcap), None
+    out = flex_for(query)(
+        query, key, value, score_mod=_soft_cap(softcap), scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+        block_mask=layout.block_mask(_window_that_cuts(layout, sliding_window)),
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
 
 
 def dense_attention(
@@ -82,89 +139,99 @@ def dense_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    _refuse(dropout, kwargs)
-    window = sliding_window if sliding_window is not None and layout.longest > sliding_window else None
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    out = scaled_dot_product_attention(query, key, value, attn_mask=layout.mask(window), scale=scaling)
+    _refuse(dropout, kwargs, "softcap")
+    mask = layout.mask(_window_that_cuts(layout, sliding_window))
+    key, value = _repeated(query, key, value)
+    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
+def flash_for(query: Tensor) -> type[Flash]:
+    """The kernels of ``two_part`` on the device of ``query``."""
+    return CudaFlash if query.is_cuda else CpuFlash
+
+
+def flex_for(query: Tensor) -> Any:
+    """Flex attention on the device of ``query``: compiled on CUDA."""
+    return compiled_flex() if query.is_cuda else flex_attention
+
+
+@cache
+def compiled_flex(backend: Any = "inductor") -> Any:
+    """Flex attention whose kernels serve layouts of any length; past the limit it raises instead of running eagerly."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
+
+
+def _refuse(dropout: float, kwargs: dict[str, Any], *also: str) -> None:
     """What would be silently wrong here; ``modeling/routing.py`` keeps such models away."""
-    for name in ("softcap", "s_aux"):
+    for name in ("s_aux", "position_bias", *also):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention over a shared prompt does not know {name}")
     if dropout:
         raise ValueError("attention over a shared prompt needs dropout 0")
 
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+def _window_that_cuts(layout: PrefixLayout, window: int | None) -> int | None:
+    return window if window is not None and layout.longest > window else None
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values once for each query head."""
+    repeats = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+
+
+@cache
+def _soft_cap(cap: float | None) -> Any:
+    """A ``score_mod``; one object for each cap, so that layers share a kernel."""
+    if cap is None:
+        return None
+
+    def capped(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
+
+
+def _soft_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """Ordinary rows by an additive mask: (B, H, L, D) -> (B, L, H, D)."""
+    scores = q @ k.transpose(2, 3) * scale
+    scores = cap * torch.tanh(scores / cap) + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2).contiguous()
 
 
 class _TwoPart(torch.autograd.Function):
-    """q, k, v (1, H, T, D) -> (1, H, T, D) on the CPU; see the module's docstring."""
+    """q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, H, T, D); see the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_zeros(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-        for prompt, _ in layout.spans:
-            out[:, :, prompt], lse[:, :, prompt] = _flash(
-                q[:, :, prompt], k[:, :, prompt], v[:, :, prompt], 0.0, True, scale=scale
-            )
-        if layout.branch_index.numel():
-            at = layout.branch_index[layout.branch_valid]  # (C,) every branch token of the row
-            own_out, own_lse = _flash(*(_stack(x, layout) for x in (q, k, v)), 0.0, True, scale=scale)
-            out[:, :, at], lse[:, :, at] = _flatten(own_out, layout), _flatten(own_lse, layout)
-        for prompt, branches in layout.spans:
-            if branches.start == branches.stop:
-                continue
-            far_out, far_lse = _flash(q[:, :, branches], k[:, :, prompt], v[:, :, prompt], 0.0, False, scale=scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, flash: Flash) -> Tensor:
+        out, lse = flash.own(q, k, v)
+        if flash.layout.longest_run:
+            prompts, branches = _halves(flash.layout)
+            far_out, far_lse = flash.far(q[:, :, branches], k[:, :, prompts], v[:, :, prompts])
             own_lse = lse[:, :, branches].clone()
             lse[:, :, branches] = merged = torch.logaddexp(own_lse, far_lse)
             own, far = (own_lse - merged).exp()[..., None], (far_lse - merged).exp()[..., None]
             out[:, :, branches] = (own * out[:, :, branches] + far * far_out).to(out.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.flash = flash
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyrefly: ignore
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyrefly: ignore
         q, k, v, out, lse = ctx.saved_tensors
-        layout, scale = ctx.layout, ctx.scale
-        d_out = d_out.contiguous()
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for prompt, branches in layout.spans:
-            for queries, causal in ((prompt, True), (branches, False)):
-                if queries.start == queries.stop:
-                    continue
-                part = _flash_backward(
-                    d_out[:, :, queries], q[:, :, queries], k[:, :, prompt], v[:, :, prompt],
-                    out[:, :, queries], lse[:, :, queries], 0.0, causal, scale=scale,
-                )  # fmt: skip
-                dq[:, :, queries] += part[0]
-                dk[:, :, prompt] += part[1]
-                dv[:, :, prompt] += part[2]
-        if layout.branch_index.numel():
-            at = layout.branch_index[layout.branch_valid]
-            padding = ~layout.branch_valid[:, None]
-            # padded queries: no gradient comes in, and P = exp(S - inf) = 0 keeps them from overflowing
-            stacked_d_out = _stack(d_out, layout).masked_fill(padding[..., None], 0.0)
-            stacked_lse = _stack(lse[..., None], layout)[..., 0].masked_fill(padding, torch.inf)
-            q_, k_, v_, out_ = (_stack(x, layout) for x in (q, k, v, out))
-            part = _flash_backward(stacked_d_out, q_, k_, v_, out_, stacked_lse, 0.0, True, scale=scale)
-            for total, gradient in zip((dq, dk, dv), part, strict=True):
-                total[:, :, at] += _flatten(gradient, layout)
-        return dq, dk, dv, None, None
+        dq, dk, dv = ctx.flash.own_backward(d_out, q, k, v, out, lse)
+        if ctx.flash.layout.longest_run:
+            prompts, branches = _halves(ctx.flash.layout)
+            of_queries, of_keys = (x[:, :, branches] for x in (d_out, q)), (x[:, :, prompts] for x in (k, v))
+            far = ctx.flash.far_backward(*of_queries, *of_keys, out[:, :, branches], lse[:, :, branches])
+            for total, rows, gradient in zip((dq, dk, dv), (branches, prompts, prompts), far, strict=True):
+                total[:, :, rows] += gradient
+        return dq, dk, dv, None
 
 
-def _stack(x: Tensor, layout: PrefixLayout) -> Tensor:
-    """(1, H, T, D) -> (S, H, R, D): each branch a row, padded on the right, which causal attention never looks at."""
-    return x[0][:, layout.branch_index].transpose(0, 1).contiguous()
-
-
-def _flatten(x: Tensor, layout: PrefixLayout) -> Tensor:
-    """(S, H, R, ...) -> (1, H, C, ...) without the padding."""
-    return x.transpose(1, 2)[layout.branch_valid].transpose(0, 1)[None]
+def _halves(layout: PrefixLayout) -> tuple[slice, slice]:
+    """The rows of all prompts and those of all branches."""
+    return slice(layout.prefix_tokens), slice(layout.prefix_tokens, None)

@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from dmpo_dist.batching.layout import Layout, PrefixLayout, RowsLayout, Targets
 from dmpo_dist.modeling.attention import no_mask
+from dmpo_dist.modeling.heads import LogitTransform, check_head, output_head
 
 MAX_CHUNK_LOGITS = 2**24
 """Most logits held at once: 64 MiB in fp32, whatever the vocabulary."""
@@ -20,34 +20,27 @@ class LogProbHead(nn.Module):
     one call. Accumulates in fp32 (fp64 for fp64 input) and never holds more than ``MAX_CHUNK_LOGITS`` logits.
     """
 
-    def __init__(self, lm_head: Any, softcap: float | None = None, scale: float = 1.0) -> None:
+    def __init__(self, lm_head: Any, transform: LogitTransform) -> None:
         super().__init__()
         self.weight: nn.Parameter = lm_head.weight
         self.bias: nn.Parameter | None = getattr(lm_head, "bias", None)
-        self.softcap, self.scale = softcap, scale
+        self.transform = transform
 
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
         """(P, H) hidden states of all positions -> summed log-probs of responses and histories, see ``Targets.summed``."""
         rows = hidden[targets.predict_index]  # (M, H), each source position once
         chunk = max(1, MAX_CHUNK_LOGITS // self.weight.shape[0])
-        arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.softcap, self.scale)
+        arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.transform)
         if rows.shape[0] <= chunk:
-            logits = _logits(rows, self.weight, self.bias, self.softcap, self.scale)
+            logits = self.transform.logits(rows, self.weight, self.bias)
             log_probs = logits[targets.target_row, targets.target_ids] - logits.logsumexp(-1)[targets.target_row]
         else:
             log_probs = _ChunkedLogProbs.apply(*arguments, chunk)
         return targets.summed(log_probs)
 
 
-def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """(M, H) -> (M, V) logits, at least fp32."""
-    logits = linear(rows, weight, bias)
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
 class _ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(rows @ weight.T + bias)[target_row, target_ids], a chunk of rows at a time.
+    """log softmax(transform.logits(rows))[target_row, target_ids], a chunk of rows at a time.
 
     Forward keeps the (M,) log-sum-exp; backward computes each chunk's logits again.
     """
@@ -55,24 +48,24 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor, target_ids: Tensor,
-        softcap: float | None, scale: float, chunk: int,
+        transform: LogitTransform, chunk: int,
     ) -> Tensor:  # fmt: skip
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         lse = rows.new_empty(rows.shape[0], dtype=wide)
         picked = rows.new_empty(target_ids.shape[0], dtype=wide)
         for start in range(0, rows.shape[0], chunk):
-            logits = _logits(rows[start : start + chunk], weight, bias, softcap, scale)
+            logits = transform.logits(rows[start : start + chunk], weight, bias)
             lse[start : start + chunk] = logits.logsumexp(-1)
             here = ((target_row >= start) & (target_row < start + chunk)).nonzero()[:, 0]
             picked[here] = logits[target_row[here] - start, target_ids[here]]
         ctx.save_for_backward(rows, weight, bias, target_row, target_ids, lse)
-        ctx.softcap, ctx.scale, ctx.chunk = softcap, scale, chunk
+        ctx.transform, ctx.chunk = transform, chunk
         return picked - lse[target_row]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         rows, weight, bias, target_row, target_ids, lse = ctx.saved_tensors
-        softcap, scale, chunk = ctx.softcap, ctx.scale, ctx.chunk
+        transform, chunk = ctx.transform, ctx.chunk
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_rows = torch.empty_like(rows) if wants_rows else None
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if wants_weight else None
@@ -80,14 +73,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
         per_row = lse.new_zeros(rows.shape[0]).index_add_(0, target_row, upstream)
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = _logits(rows[part], weight, bias, softcap, scale)
+            logits = transform.logits(rows[part], weight, bias)
             # d log p / d logits = onehot - softmax, weighted by the upstream gradients of the row's targets
             gradient = (logits - lse[part, None]).exp().mul_(-per_row[part, None])
             here = ((target_row >= start) & (target_row < start + chunk)).nonzero()[:, 0]
             gradient.index_put_((target_row[here] - start, target_ids[here]), upstream[here], accumulate=True)
-            if softcap:
-                gradient *= 1 - (logits / softcap).square()  # tanh' by the value of tanh
-            gradient *= scale
+            if transform.softcap:
+                gradient *= 1 - (logits / transform.softcap).square()  # tanh' by the value of tanh
+            gradient *= transform.scale
             if d_bias is not None:
                 d_bias += gradient.sum(0)
             if d_weight is not None:
@@ -98,7 +91,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             d_rows,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
-            *(None,) * 5,
+            *(None,) * 4,
         )
 
 
@@ -110,6 +103,9 @@ class LogProbModel(nn.Module):
         reference: how ``forward(layout, "reference")`` differs: ``adapter_off`` runs without adapters,
             ``adapter_copy`` with the frozen adapter named "reference", ``whole`` as it is (a model that is nothing but
             a reference); None where there is no reference here.
+
+    Raises:
+        UserError: the model has a head that ``LogProbHead`` cannot stand in for.
     """
 
     def __init__(
@@ -119,11 +115,8 @@ class LogProbModel(nn.Module):
         self.causal_lm: Any = causal_lm
         self.reference = reference
         language_model = unwrap_peft(causal_lm)
-        config = language_model.config
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        self.head = LogProbHead(
-            language_model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None), scale
-        )
+        check_head(language_model)
+        self.head = LogProbHead(output_head(language_model), LogitTransform.of(language_model.config))
 
     def forward(self, layout: Layout, which: Literal["policy", "reference"] = "policy") -> Tensor:
         """Log-probs summed over each response's scored tokens, fp32 or wider.

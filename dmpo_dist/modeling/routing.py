@@ -1,12 +1,36 @@
 """Which attention backend a model can use on a device, and why."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.attention import DENSE, TWO_PART, register
+import torch
 
-Backend = Literal["two_part", "sdpa", "unshared"]
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.attention import DENSE, FLEX, TWO_PART, register
+from dmpo_dist.modeling.flash import varlen_obstacle
+
+Backend = Literal["two_part", "flex", "sdpa", "unshared"]
+
+BACKENDS: tuple[Backend, ...] = ("two_part", "flex", "sdpa", "unshared")
+"""Fastest first."""
+
+PROVEN: dict[str, frozenset[Backend]] = {
+    "cpu": frozenset({"two_part", "sdpa", "unshared"}),
+    "cuda": frozenset(),  # tests/gpu/prove.py has not run on a GPU; write here what its verdict names
+}
+"""For each device the backends whose log-probs and gradients were compared there with the oracle."""
+
+PLAIN: frozenset[Backend] = frozenset({"sdpa", "unshared"})
+"""Backends of torch's own masked attention and nothing of ours, which ``auto`` may take without proof."""
+
+_DESCRIPTION: dict[Backend, str] = {
+    "two_part": "full attention without masks",
+    "flex": "a mask by blocks",
+    "sdpa": "a dense mask",
+    "unshared": "each response runs as its own row",
+}
+_NO_CPU_FLEX = "flex attention has no backward pass on the CPU"
 
 
 @dataclass(frozen=True)
@@ -15,6 +39,27 @@ class Route:
 
     backend: Backend
     reason: str
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a model's attention asks of a backend.
+
+    Attributes:
+        obstacle: what keeps responses from sharing their prompt at all, None where nothing does.
+        window: the shortest sliding window among the layers, infinite where there is none.
+        softcap: whether the attention logits are soft-capped.
+        head_dim: the widest head.
+        narrow_values: whether values have another width than queries and keys.
+        dtype: of the weights.
+    """
+
+    obstacle: str | None = None
+    window: float = float("inf")
+    softcap: bool = False
+    head_dim: int = 64
+    narrow_values: bool = False
+    dtype: torch.dtype = torch.bfloat16
 
 
 def choose_backend(model: Any, device_type: str, max_length: int, requested: str = "auto") -> Route:
@@ -29,36 +74,103 @@ def choose_backend(model: Any, device_type: str, max_length: int, requested: str
     Raises:
         UserError: the requested backend would be wrong for the model.
     """
-    obstacle = _obstacle(model)
-    if obstacle:
-        best = Route("unshared", f"{obstacle}; prompts cannot be shared, each response runs as its own row")
-    elif _shortest_window(model) < max_length:
-        best = Route("sdpa", f"a sliding window of {_shortest_window(model)} is shorter than {max_length} positions")
-    elif device_type != "cpu":
-        best = Route("sdpa", "two_part has only been proven on the CPU")
-    else:
-        best = Route("two_part", "full attention without masks")
+    attention = attention_of(model)
+    best = route(attention, device_type, max_length)
     if requested in ("auto", best.backend):
         return best
-    if requested == "unshared":
-        return Route("unshared", "asked for by model.attention")
-    if requested == "sdpa" and not obstacle:
-        return Route("sdpa", "asked for by model.attention")
-    raise UserError(
-        f"model.attention={requested} would be wrong for this model: {best.reason}; "
-        f"use model.attention={best.backend} or auto"
-    )
+    wanted: Backend = next(backend for backend in BACKENDS if backend == requested)
+    obstacle = _obstacle(wanted, attention, device_type, max_length)
+    if obstacle:
+        raise UserError(
+            f"model.attention={wanted} would be wrong for this model: {obstacle}; "
+            f"use model.attention={best.backend} or auto"
+        )
+    proven = wanted in PROVEN[device_type] or wanted in PLAIN
+    doubt = "" if proven else f"; not yet proven on {device_type}: heed the check against separate rows at the start"
+    return Route(wanted, f"asked for by model.attention{doubt}")
+
+
+def route(attention: Attention, device_type: str, max_length: int) -> Route:
+    """What ``auto`` takes: the fastest backend without an obstacle that is proven on the device, or plain."""
+    passed_over, unproven = [], []
+    for backend in BACKENDS:
+        obstacle = _obstacle(backend, attention, device_type, max_length)
+        if obstacle is None and (backend in PROVEN[device_type] or backend in PLAIN):
+            if unproven:
+                passed_over.append(f"{' and '.join(unproven)} not yet proven on {device_type}")
+            return Route(backend, "; ".join([*passed_over, _DESCRIPTION[backend]]))
+        if obstacle is None:
+            unproven.append(backend)
+        elif obstacle not in passed_over and obstacle != _NO_CPU_FLEX:
+            passed_over.append(obstacle)
+    raise AssertionError("unshared has no obstacles")
+
+
+def typical_routes(device_type: str, dtype: torch.dtype) -> Iterator[tuple[str, Route]]:
+    """What ``auto`` takes on a device for kinds of model that differ in it."""
+    kinds = {
+        "full attention (Llama, Qwen, Phi)": Attention(dtype=dtype),
+        "short windows (Gemma 3, Mistral 0.1)": Attention(window=512, dtype=dtype),
+        "soft-capped (Gemma 2)": Attention(softcap=True, dtype=dtype),
+        "sinks or state (gpt-oss, Mamba)": Attention("they have sinks or a state that would leak", dtype=dtype),
+    }
+    for kind, attention in kinds.items():
+        yield kind, route(attention, device_type, 4096)
 
 
 def use_backend(model: Any, backend: Backend) -> None:
     """Make ``model`` (a transformers causal LM) compute its attention by ``backend``."""
     register()
-    names = {"two_part": TWO_PART, "sdpa": DENSE}
+    names = {"two_part": TWO_PART, "flex": FLEX, "sdpa": DENSE}
     model.set_attn_implementation(names.get(backend) or native_attention(model))
 
 
-def _obstacle(model: Any) -> str | None:
-    """What keeps responses of this model from sharing their prompt."""
+def attention_of(model: Any) -> Attention:
+    """What ``model`` (a transformers causal LM) asks of a backend."""
+    config = model.config
+    heads = [getattr(config, name, None) for name in ("head_dim", "global_head_dim", "qk_head_dim")]
+    known = [width for width in heads if isinstance(width, int)]
+    return Attention(
+        obstacle=_never_shared(model),
+        window=_shortest_window(config),
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+        head_dim=max(known) if known else config.hidden_size // max(1, getattr(config, "num_attention_heads", 0) or 1),
+        narrow_values=bool(getattr(config, "kv_lora_rank", None)),
+        dtype=model.dtype,
+    )
+
+
+def native_attention(model: Any) -> str:
+    """The implementation for separate rows: eager where SDPA would leave out soft-capping or sinks."""
+    eager = getattr(model.config, "attn_logit_softcapping", None) or _has_sinks(model)
+    return "eager" if eager or not getattr(model, "_supports_sdpa", True) else "sdpa"
+
+
+def _obstacle(backend: Backend, attention: Attention, device_type: str, max_length: int) -> str | None:
+    """Why ``backend`` would be wrong or impossible, None where it is neither."""
+    if backend == "unshared":
+        return None
+    if attention.obstacle:
+        return f"{attention.obstacle}; prompts cannot be shared"
+    if backend != "flex" and attention.softcap:
+        return "its attention logits are soft-capped"
+    if backend == "two_part":
+        if attention.window < max_length:
+            return f"a sliding window of {attention.window} is shorter than {max_length} positions"
+        if attention.narrow_values:
+            return "its values have another width than its keys"
+        return varlen_obstacle(attention.dtype, attention.head_dim) if device_type == "cuda" else None
+    if backend == "flex":
+        if device_type == "cpu":
+            return _NO_CPU_FLEX
+        return (
+            f"flex attention takes heads of 16 or more, not {attention.head_dim}" if attention.head_dim < 16 else None
+        )
+    return None
+
+
+def _never_shared(model: Any) -> str | None:
+    """What keeps responses of this model from sharing their prompt, by any backend."""
     config = model.config
     name = config.model_type
     if not getattr(model, "_supports_attention_backend", False):
@@ -66,27 +178,20 @@ def _obstacle(model: Any) -> str | None:
     odd = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if odd:
         return f"{name} has layers of type {', '.join(sorted(odd))}, whose state would leak between responses"
-    if any(part.endswith("sinks") for part, _ in model.named_parameters()):
+    if _has_sinks(model):
         return f"{name} has attention sinks"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{name} soft-caps its attention logits"
     if getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0):
         return f"{name} has attention dropout"
     return None
 
 
-def _shortest_window(model: Any) -> float:
+def _has_sinks(model: Any) -> bool:
+    return any(part.endswith("sinks") for part, _ in model.named_parameters())
+
+
+def _shortest_window(config: Any) -> float:
     """The shortest sliding window among the layers, infinite where there is none."""
-    config = model.config
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     in_use = "sliding_attention" in layer_types if layer_types else getattr(config, "use_sliding_window", True)
     return window if window and in_use else float("inf")
-
-
-def native_attention(model: Any) -> str:
-    """The implementation for separate rows: eager where SDPA would leave out soft-capping or sinks."""
-    eager = getattr(model.config, "attn_logit_softcapping", None) or any(
-        part.endswith("sinks") for part, _ in model.named_parameters()
-    )
-    return "eager" if eager or not getattr(model, "_supports_sdpa", True) else "sdpa"

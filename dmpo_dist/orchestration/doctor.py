@@ -33,8 +33,8 @@ def examine(config: RunConfig, console: Console) -> bool:
             '  (4-bit models need bitsandbytes: pip install "dmpo-dist[quant]")', markup=False, highlight=False
         )
     console.print(f"accelerator: {_accelerator(torch)}", highlight=False)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    console.print(f"collectives: {backend}; attention: {_attention(torch)}", highlight=False)
+    console.print(f"collectives: {'nccl' if torch.cuda.is_available() else 'gloo'}", highlight=False)
+    _show_attention(config, "cuda" if torch.cuda.is_available() else "cpu", console)
     console.print(f"CPUs: {os.cpu_count()}, memory: {psutil.virtual_memory().total / 2**30:.1f} GiB", highlight=False)
     problems += _shared_memory(console) + _writable(config, console)
     for problem in problems:
@@ -51,11 +51,18 @@ def _accelerator(torch: object) -> str:
     return ", ".join(f"{p.name} ({p.total_memory / 2**30:.0f} GiB)" for p in names)
 
 
-def _attention(torch: object) -> str:
-    """The backends by kind of model, as ``modeling/routing.py`` chooses them."""
-    if torch.cuda.is_available():  # type: ignore[attr-defined]
-        return "sdpa with a dense mask (two_part is proven on the CPU only); unshared rows for soft-capping, sinks, SSM layers"
-    return "two_part; sdpa for short sliding windows; unshared rows for soft-capping, sinks, SSM layers"
+def _show_attention(config: RunConfig, device_type: str, console: Console) -> None:
+    """What ``model.attention=auto`` takes here by kind of model, and what has been proven on the device."""
+    import torch
+
+    from dmpo_dist.modeling.routing import PROVEN, typical_routes
+
+    proven = ", ".join(sorted(PROVEN[device_type])) or "nothing yet: tests/gpu/prove.py has not run on a GPU"
+    console.print(f"attention in {config.model.dtype} on {device_type}; proven there: {proven}", highlight=False)
+    for kind, route in typical_routes(device_type, getattr(torch, config.model.dtype)):
+        console.print(f"  {kind:38} {route.backend:9} {route.reason}", highlight=False, soft_wrap=True)
+    if device_type == "cpu" and not PROVEN["cuda"]:
+        console.print("  on CUDA nothing has been proven yet: auto takes sdpa or unshared there", highlight=False)
 
 
 def _shared_memory(console: Console) -> list[str]:

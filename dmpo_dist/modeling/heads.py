@@ -1,0 +1,83 @@
+"""What a language model does between its last hidden state and its logits, and whether we do the same."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from dmpo_dist.errors import UserError
+
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, MiniCPM3; Inkling
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+INVERTED = {"hyperclovax"}  # multiplies by what others divide by
+
+
+class LogitTransform(NamedTuple):
+    """logits = cap(scale * (hidden @ weight.T + bias)), where cap(x) = softcap * tanh(x / softcap) or x."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitTransform":
+        """What a transformers configuration says of it."""
+        scale = 1.0
+        for names, power in ((MULTIPLIERS, 1), (DIVISORS, -1)):
+            for name in names:
+                scale *= (getattr(config, name, None) or 1.0) ** power
+        caps = [getattr(config, name, None) for name in SOFT_CAPS]
+        return cls(1 / scale if config.model_type in INVERTED else scale, next(filter(None, caps), None))
+
+    def logits(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(M, H) hidden states -> (M, V) logits, at least fp32."""
+        logits = linear(rows, weight, bias)
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def output_head(language_model: Any) -> Any:
+    """The module of ``language_model`` (a transformers causal LM) that holds the head's weight and bias.
+
+    Raises:
+        UserError: there is none, or it carries an adapter, which a head of our own would leave out.
+    """
+    head = language_model.get_output_embeddings()
+    name = language_model.config.model_type
+    if head is None or not isinstance(getattr(head, "weight", None), nn.Parameter):
+        raise UserError(f"{name}: has no output head with one weight; it cannot be trained by log-probabilities here")
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise UserError(
+            f"{name}: the adapter reaches the output head, which must stay as it is; "
+            'leave it out of model.lora.target_modules ("all-linear" does)'
+        )
+    return head
+
+
+@torch.no_grad()
+def check_head(language_model: Any) -> None:
+    """Compare ``LogitTransform`` with the model's own logits on a few tokens.
+
+    Costs two forwards of four tokens. A model on the meta device, or whose weights ZeRO-3 has partitioned already, is
+    not checked: it cannot run.
+
+    Raises:
+        UserError: the model's logits come about in another way.
+    """
+    head, config = output_head(language_model), language_model.config
+    if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
+        return
+    ids = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
+    expected = language_model(input_ids=ids, use_cache=False).logits[0].double()
+    backbone = getattr(language_model, language_model.base_model_prefix)
+    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+    seen = LogitTransform.of(config).logits(hidden.to(head.weight.dtype), head.weight, getattr(head, "bias", None))
+    exact = head.weight.dtype in (torch.float32, torch.float64)
+    tolerance = (1e-4 if exact else 2e-2) * max(1.0, expected.abs().max().item())
+    error = (seen.double() - expected).abs().max().item() if seen.shape == expected.shape else float("inf")
+    if not error <= tolerance:
+        raise UserError(
+            f"{config.model_type}: its logits differ by {error:.2g} from the scaled and soft-capped product of hidden "
+            "states and head, so log-probabilities would be wrong; this model type cannot be used, please report it"
+        )
