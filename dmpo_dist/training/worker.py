@@ -123,7 +123,9 @@ def load_module(job: Job, device: torch.device) -> Policy:
     route = choose_backend(language_model, device.type, config.max_length, config.attention)
     use_backend(language_model, route.backend)
     if config.compile and route.backend == "flex":
-        raise UserError("model.compile=true does not go with model.attention=flex, which compiles itself; set it to false")
+        raise UserError(
+            "model.compile=true does not go with model.attention=flex, which compiles itself; set it to false"
+        )
     if config.compile:
         compile_layers(language_model)
     module = LogProbModel(model, None if mode == "model_copy" else mode).to(device)
