@@ -5,7 +5,7 @@ The docstring below each field is its help text; ``dmpo config show`` prints the
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -141,6 +141,8 @@ class ModelConfig(Section):
     """Train adapters of this shape; None trains all weights. A stage that starts from an adapter keeps its shape."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile; pays on GPUs in long runs. Not with ZeRO-3."""
     attention: Literal["auto", "two_part", "flex", "sdpa", "unshared"] = "auto"
     """How K+1 responses share their prompt: auto picks by model and device (see ``dmpo doctor``); unshared runs
     separate rows; two_part and flex are not yet proven on a GPU."""
@@ -174,6 +176,20 @@ class ObjectiveConfig(Section):
         return self
 
 
+class ReferenceConfig(Section):
+    cache: Literal["off", "memory", "disk"] = "off"
+    """off runs the frozen reference in every step; memory and disk run it once over the training groups before the first
+    step, which pays from the second epoch on (and saves full fine-tuning its second copy of the model)."""
+    path: Path | None = None
+    """Folder for cache=disk, which runs on equal model, data and template share; None puts it in output_dir/reference."""
+
+    @model_validator(mode="after")
+    def _path_needs_disk(self) -> "ReferenceConfig":
+        if self.path is not None and self.cache != "disk":
+            raise ValueError(f"path has no effect with cache={self.cache}; set reference.cache=disk")
+        return self
+
+
 class StageConfig(Section):
     """What the two training stages have in common."""
 
@@ -183,8 +199,8 @@ class StageConfig(Section):
     """Passes over the training groups."""
     global_batch_size: int = Field(32, ge=1)
     """Preference groups per optimizer step, over all workers."""
-    token_budget: int = Field(4096, ge=16)
-    """Most tokens in one packed micro-batch row."""
+    token_budget: Annotated[int, Field(ge=16)] | Literal["auto"] = 4096
+    """Most tokens in one packed micro-batch row; auto finds the largest that fits into memory by a short probe."""
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up."""
@@ -253,6 +269,7 @@ class RunConfig(Section):
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     deepspeed: str = "zero2"

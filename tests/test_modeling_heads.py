@@ -1,15 +1,18 @@
 """Heads that scale, soft-cap, have a bias or tie their weights, against each family's own logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_groups
 from oracle import assert_equal_to_oracle, oracle
 from peft import LoraConfig, get_peft_model
 
+from dmpo_dist.batching.layout import prefix_layout
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling import logprobs
 from dmpo_dist.modeling.heads import LogitTransform
-from dmpo_dist.modeling.logprobs import LogProbModel
+from dmpo_dist.modeling.logprobs import LogProbHead, LogProbModel
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -98,3 +101,24 @@ def test_the_oracle_sees_the_transform():
     groups = random_groups(2, seed=3, prompt=8)
     plain, scaled = (oracle(family("granite", logits_scaling=scale), groups) for scale in (1.0, 4.0))
     assert (plain - scaled).abs().min() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_keep_their_logits_wide(monkeypatch, dtype):
+    """Against fp64 arithmetic on the same rounded numbers: the log-probs lose nothing to the type of the operands."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(32, 500, bias=False, dtype=dtype)
+    head.weight.data = (3 * torch.randn(500, 32, generator=generator)).to(dtype)
+    hidden = torch.randn(12, 32, generator=generator).to(dtype).requires_grad_()
+    layout = prefix_layout(random_groups(1, seed=1, vocab=500))
+    layout = replace(layout.targets, predict_index=layout.targets.predict_index % 12)
+    monkeypatch.setattr(logprobs, "MAX_CHUNK_LOGITS", 4 * 500)
+    seen = LogProbHead(head, LogitTransform())(hidden, layout)
+    (gradient,) = torch.autograd.grad(seen.sum(), hidden)
+    wide = hidden.detach().double().requires_grad_()
+    logits = wide[layout.predict_index] @ head.weight.double().T
+    expected = layout.summed(logits.log_softmax(-1)[layout.target_row, layout.target_ids])
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), wide)
+    assert seen.dtype == torch.float32
+    torch.testing.assert_close(seen.double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2e-2, atol=5e-2)

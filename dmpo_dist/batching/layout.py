@@ -10,10 +10,10 @@ Both leave out the last token of a response, which is only a target, and both de
 Built on the CPU, then moved to the accelerator with ``to``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, chain
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,9 +28,15 @@ class _Tensors:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         """The same on ``device`` (DeepSpeed calls it too, with its own idea of ``non_blocking``)."""
+        return self._mapped(lambda tensors: tensors.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> Self:
+        """The same in page-locked memory, from where copies to an accelerator do not block."""
+        return self._mapped(lambda tensors: tensors.pinned() if isinstance(tensors, _Tensors) else tensors.pin_memory())
+
+    def _mapped(self, change: Callable[[Any], Any]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: v.to(device, non_blocking=non_blocking) for name, v in values.items() if hasattr(v, "to")}
-        return replace(self, **moved)
+        return replace(self, **{n: change(v) for n, v in values.items() if isinstance(v, Tensor | _Tensors)})
 
 
 @dataclass(frozen=True)

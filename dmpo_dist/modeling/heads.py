@@ -32,8 +32,11 @@ class LogitTransform(NamedTuple):
 
     def logits(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(M, H) hidden states -> (M, V) logits, at least fp32."""
-        logits = linear(rows, weight, bias)
-        logits = (logits if logits.dtype == torch.float64 else logits.float()) * self.scale
+        logits = wide_product(rows, weight)
+        if bias is not None:
+            logits = logits + bias
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
@@ -47,6 +50,16 @@ def backbone_of(language_model: Any) -> Any:
         if hasattr(language_model, name):
             return getattr(language_model, name)
     raise UserError(f"{language_model.config.model_type}: its backbone cannot be found; this model type cannot be used")
+
+
+def wide_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """(M, H) and (V, H) -> (M, V), accumulated and kept in fp32 for half types: a logit of 20 rounded to bf16 is off by up
+    to 0.06, which log-probabilities then are too."""
+    if rows.dtype not in (torch.bfloat16, torch.float16):
+        return linear(rows, weight)
+    if rows.is_cuda:
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)  # not differentiable everywhere, see _ChunkedLogProbs
+    return linear(rows.float(), weight.float())
 
 
 def output_head(language_model: Any) -> Any:

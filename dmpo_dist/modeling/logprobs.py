@@ -31,7 +31,7 @@ class LogProbHead(nn.Module):
         rows = hidden[targets.predict_index]  # (M, H), each source position once
         chunk = max(1, MAX_CHUNK_LOGITS // self.weight.shape[0])
         arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.transform)
-        if rows.shape[0] <= chunk:
+        if rows.shape[0] <= chunk and rows.dtype in (torch.float32, torch.float64):
             logits = self.transform.logits(rows, self.weight, self.bias)
             log_probs = logits[targets.target_row, targets.target_ids] - logits.logsumexp(-1)[targets.target_row]
         else:
@@ -56,8 +56,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, rows.shape[0], chunk):
             logits = transform.logits(rows[start : start + chunk], weight, bias)
             lse[start : start + chunk] = logits.logsumexp(-1)
-            here = ((target_row >= start) & (target_row < start + chunk)).nonzero()[:, 0]
-            picked[here] = logits[target_row[here] - start, target_ids[here]]
+            local, inside = _within(target_row, start, logits.shape[0])
+            picked = torch.where(inside, logits[local, target_ids], picked)
         ctx.save_for_backward(rows, weight, bias, target_row, target_ids, lse)
         ctx.transform, ctx.chunk = transform, chunk
         return picked - lse[target_row]
@@ -75,12 +75,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = transform.logits(rows[part], weight, bias)
             # d log p / d logits = onehot - softmax, weighted by the upstream gradients of the row's targets
-            gradient = (logits - lse[part, None]).exp().mul_(-per_row[part, None])
-            here = ((target_row >= start) & (target_row < start + chunk)).nonzero()[:, 0]
-            gradient.index_put_((target_row[here] - start, target_ids[here]), upstream[here], accumulate=True)
-            if transform.softcap:
-                gradient *= 1 - (logits / transform.softcap).square()  # tanh' by the value of tanh
-            gradient *= transform.scale
+            slope = (
+                1 - (logits / transform.softcap).square() if transform.softcap else None
+            )  # tanh' by the value of tanh
+            gradient = logits.sub_(lse[part, None]).exp_().mul_(-per_row[part, None])
+            local, inside = _within(target_row, start, logits.shape[0])
+            gradient.index_put_((local, target_ids), torch.where(inside, upstream, 0.0), accumulate=True)
+            if slope is not None:
+                gradient *= slope
+            if transform.scale != 1.0:
+                gradient *= transform.scale
             if d_bias is not None:
                 d_bias += gradient.sum(0)
             if d_weight is not None:
@@ -93,6 +97,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
             None if d_bias is None else d_bias.to(bias.dtype),
             *(None,) * 4,
         )
+
+
+def _within(target_row: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Places of the targets in the chunk of ``rows`` rows from ``start`` on, and which are in it; without asking the device
+    how many, which would make the host wait."""
+    local = target_row - start
+    return local.clamp(0, rows - 1), (local >= 0) & (local < rows)
 
 
 class LogProbModel(nn.Module):

@@ -14,6 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 SCALARS_LEFT_OUT = {"kind", "step", "total_steps", "time"}
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
 class RunLog:
     """Takes a stage's records in order; shows them and writes them to ``folder``.
 
@@ -30,7 +33,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         self.start: dict[str, Any] = {}
         self.end: dict[str, Any] = {}
         self._file = self.path.open("a" if append else "w", encoding="utf-8")
@@ -129,7 +132,7 @@ def _start_line(record: dict[str, Any]) -> str:
         f"{record['groups']} groups, {record['steps']} steps on {record['world_size']} x {record['device']}, "
         f"ZeRO-{record['deepspeed']['zero_optimization']['stage']}, {record['trainable']:,} of "
         f"{record['parameters']:,} parameters, attention {record['route']} ({record['route_reason']}), "
-        f"reference {record['reference']}"
+        f"reference {record['reference']}, rows of up to {record['token_budget']} tokens"
         + (f", {record['truncated']} histories shortened" if record["truncated"] else "")
     )
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -22,10 +22,13 @@ from dmpo_dist.modeling.backbone import (
     write_stamp,
 )
 from dmpo_dist.orchestration.environment import describe_environment
-from dmpo_dist.orchestration.runlog import RunLog
+from dmpo_dist.orchestration.runlog import METRICS_FILE, RunLog
 from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.groups import make_schedule, require_negatives
 from dmpo_dist.training.job import Job, Kind
+from dmpo_dist.training.runtime import Runtime
+
+T = TypeVar("T")
 
 SCRATCH = "scratch"
 TITLE = {"sft": "sft", "train": "dmpo"}
@@ -46,7 +49,7 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     job = preflight(kind, config, resume)
     with ray_session(job.config.cluster), RunLog(job.output, _title(job), console, append=resume) as log:
         train_with_ray(job, log)
-    _finish(job, log.path)
+    _finish(job)
     return job.output / "model"
 
 
@@ -81,7 +84,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(update={"path": config.data.path.absolute()})
     is_file = config.deepspeed.endswith(".json")
     deepspeed = str(Path(config.deepspeed).absolute()) if is_file else config.deepspeed
-    return config.model_copy(update={"output_dir": config.output_dir.absolute(), "data": data, "deepspeed": deepspeed})
+    reference = config.reference
+    if reference.path is not None:
+        reference = reference.model_copy(update={"path": reference.path.absolute()})
+    paths = {"output_dir": config.output_dir.absolute(), "data": data, "deepspeed": deepspeed, "reference": reference}
+    return config.model_copy(update=paths)
 
 
 def template_of(model: str, config: RunConfig) -> TemplateConfig:
@@ -162,22 +169,28 @@ def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
 
 
 def _run_as_rank(kind: Kind, config: RunConfig, console: Console, resume: bool) -> Path:
-    """This process is a rank of torchrun or srun; rank 0 owns the run folder."""
-    from dmpo_dist.training.runtime import ProcessRuntime
     from dmpo_dist.training.worker import run
 
-    config = config.model_copy(
-        update={"cluster": config.cluster.model_copy(update={"workers": int(os.environ["WORLD_SIZE"])})}
-    )
+    job, _ = as_rank(kind, config, console, resume, run)
+    if os.environ["RANK"] == "0":
+        _finish(job)
+    return job.output / "model"
+
+
+def as_rank(
+    kind: Kind, config: RunConfig, console: Console, resume: bool, body: Callable[[Job, Runtime], T]
+) -> tuple[Job, T]:
+    """Run ``body`` in this process as one rank of torchrun or srun; rank 0 checks the job and owns the run folder."""
+    from dmpo_dist.training.runtime import ProcessRuntime
+
+    workers = {"workers": int(os.environ["WORLD_SIZE"])}
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=workers)})
     if os.environ["RANK"] == "0":
         job = _exchange(preflight(kind, config, resume))
         with RunLog(job.output, _title(job), console, append=resume) as log:
-            run(job, _process_runtime(ProcessRuntime, job, log))
-        _finish(job, log.path)
-    else:
-        job = _exchange(None)
-        run(job, _process_runtime(ProcessRuntime, job, lambda record: None))
-    return job.output / "model"
+            return job, body(job, _process_runtime(ProcessRuntime, job, log))
+    job = _exchange(None)
+    return job, body(job, _process_runtime(ProcessRuntime, job, lambda record: None))
 
 
 def _process_runtime(runtime: Any, job: Job, sink: Callable[[dict[str, Any]], None]) -> Any:
@@ -200,8 +213,8 @@ def _title(job: Job) -> str:
     return job.output.name
 
 
-def _finish(job: Job, metrics: Path) -> None:
+def _finish(job: Job) -> None:
     from dmpo_dist.training.curves import plot_curves
 
     selected = job.stage.select_metric if job.stage.select == "best" else None
-    plot_curves(metrics, job.output / "curves.png", selected)
+    plot_curves(job.output / METRICS_FILE, job.output / "curves.png", selected)

@@ -1,13 +1,17 @@
 """The batch of token groups each step trains on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dmpo_dist.batching.layout import Cost, Layout, group_cost, lay_out
 from dmpo_dist.batching.plan import MicroBatch, Schedule, Step, deal
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.training.job import Job
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,30 @@ class Batches:
         return group_cost(group, self.shared)
 
 
+def candidate_columns(stored: int, count: int, start: int) -> list[int]:
+    """The positive (0) and ``count`` of ``stored`` negatives from the ``start``-th on, cyclically; all if there are fewer."""
+    return [0, *(1 + (start + i) % stored for i in range(min(count, stored)))]
+
+
 def with_negatives(group: TokenGroup, count: int, start: int) -> TokenGroup:
-    """The positive and ``count`` negatives of ``group`` from the ``start``-th on, cyclically; all if there are fewer."""
-    stored = len(group.branches) - 1
-    chosen = [0, *(1 + (start + i) % stored for i in range(min(count, stored)))]
+    """``group`` with the candidates that ``candidate_columns`` names."""
+    chosen = candidate_columns(len(group.branches) - 1, count, start)
     return TokenGroup(
         group.prefix,
         tuple(group.branches[i] for i in chosen),
         tuple(group.scored_from[i] for i in chosen),
         group.prefix_scored,
     )
+
+
+def ahead(make: Callable[[int], T], first: int, last: int) -> Iterator[T]:
+    """``make(first)`` to ``make(last - 1)``, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="dmpo-data") as pool:
+        pending = [pool.submit(make, index) for index in range(first, min(first + 2, last))]
+        for index in range(first, last):
+            yield pending.pop(0).result()
+            if index + 2 < last:
+                pending.append(pool.submit(make, index + 2))
 
 
 def make_schedule(job: Job, n_groups: int, world_size: int) -> Schedule:

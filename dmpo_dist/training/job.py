@@ -37,6 +37,11 @@ class Job:
         return Objective(**self.config.objective.model_dump(exclude={"sft_loss_on"}))
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether training asks for reference log-probs."""
+        return self.kind == "train" and self.objective.needs_reference
+
+    @property
     def scores_history(self) -> bool:
         """Whether the titles of the history are scored next to the responses."""
         if self.kind == "sft":

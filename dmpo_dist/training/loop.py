@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmpo_dist.batching.layout import Layout, prefix_layout, rows_layout
-from dmpo_dist.batching.plan import Step
+from dmpo_dist.batching.plan import MicroBatch, Step
 from dmpo_dist.config import StageConfig
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
@@ -21,9 +22,10 @@ from dmpo_dist.modeling.backbone import replace_folder
 from dmpo_dist.objectives import Objective, sft_loss
 from dmpo_dist.training.checkpoint import load_state, save_model, save_state
 from dmpo_dist.training.engine import set_learning_rate
-from dmpo_dist.training.groups import Batches
+from dmpo_dist.training.groups import Batches, ahead
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.metrics import Meter
+from dmpo_dist.training.reference import Reference
 from dmpo_dist.training.runtime import Runtime
 from dmpo_dist.training.validation import rank_with_all
 
@@ -35,16 +37,21 @@ PREFERENCE_SUMS = (
 COUNTS = ("groups", "physical_tokens", "logical_tokens")
 
 
+def untimed(phase: str) -> AbstractContextManager[None]:
+    """No stop watch."""
+    return nullcontext()
+
+
 @dataclass
 class Trainer:
     """Everything a rank trains with.
 
     Attributes:
         objective: None for SFT.
-        frozen_reference: log-probs of a separate reference model; None where the engine's module holds the reference
-            or none is needed.
+        reference: log-probs of the frozen reference; None where none is needed.
         shared: whether prompts are shared in a row.
         stage3: whether parameters are partitioned.
+        phases: entered around the reference, policy, backward and optimizer part of a step; a benchmark's stop watch.
     """
 
     job: Job
@@ -53,17 +60,17 @@ class Trainer:
     engine: Any
     tokenizer: Any
     objective: Objective | None
-    frozen_reference: Callable[[Layout], Tensor] | None
+    reference: Reference | None
     batches: Batches
     validation: list[TokenGroup]
     shared: bool
     stage3: bool
     best: dict[str, float] = field(default_factory=dict)
+    phases: Callable[[str], AbstractContextManager[None]] = untimed
 
     def __post_init__(self) -> None:
         self.stage: StageConfig = self.job.stage
-        per_epoch = self.batches.schedule.steps_per_epoch
-        self.total_steps = self.stage.steps or max(1, round(self.stage.epochs * per_epoch))
+        self.total_steps = total_steps(self.stage, self.batches)
         self._meter = Meter(self.device)
         self._since = time.monotonic()
 
@@ -73,9 +80,8 @@ class Trainer:
         if first == 0:
             self._self_check()
             self._validate(0)
-        for index in range(first, self.total_steps):
-            step = self.batches.step(index)
-            self._train(index, step)
+        for index, (step, work) in enumerate(ahead(self.prepare, first, self.total_steps), start=first):
+            self.train_step(index, step, work)
             done = index + 1
             if index == 0 or done % self.stage.log_every == 0 or done == self.total_steps:
                 self._log(index, step)
@@ -85,40 +91,43 @@ class Trainer:
                 self._checkpoint(done)
         self._finish()
 
-    def _train(self, index: int, step: Step) -> None:
-        """Accumulate a step's micro-batches, then update the weights once."""
-        set_learning_rate(self.engine, learning_rate(index, self.total_steps, self.stage))
-        for micro_batch in step.micro_batches[self.runtime.rank]:
-            layout = self.batches.layout(micro_batch, step.epoch).to(self.device)
-            loss_sum, sums = self._loss(layout)
-            weight = 0.0 if micro_batch.filler else self.runtime.world_size / len(step.groups)
-            self.engine.backward(loss_sum * weight, scale_wrt_gas=False)  # exact mean over the global batch
-            if not micro_batch.filler:
-                targets = layout.targets
-                counts = (targets.n_groups, layout.physical_tokens, layout.logical_tokens)
-                self._meter.update({**sums, **dict(zip(COUNTS, counts, strict=True))})
-        self.engine.step()
+    def prepare(self, index: int) -> tuple[Step, list[tuple[MicroBatch, Layout]]]:
+        """Step ``index`` and this rank's micro-batches of it, laid out; runs in a thread of its own."""
+        step = self.batches.step(index)
+        cuda = self.device.type == "cuda"
+        layouts = ((m, self.batches.layout(m, step.epoch)) for m in step.micro_batches[self.runtime.rank])
+        return step, [(m, layout.pinned() if cuda else layout) for m, layout in layouts]
 
-    def _loss(self, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    def train_step(self, index: int, step: Step, work: list[tuple[MicroBatch, Layout]]) -> None:
+        """Accumulate a step's micro-batches, then update the weights once."""
+        phase = self.phases
+        set_learning_rate(self.engine, learning_rate(index, self.total_steps, self.stage))
+        for micro_batch, host_layout in work:
+            layout = host_layout.to(self.device)
+            with phase("reference"), torch.no_grad():
+                reference = self.reference(layout, micro_batch.groups, step.epoch) if self.reference else None
+            with phase("policy"):
+                loss_sum, sums = self.loss(layout, self.engine(layout), reference)
+            weight = 0.0 if micro_batch.filler else self.runtime.world_size / len(step.groups)
+            with phase("backward"):
+                self.engine.backward(loss_sum * weight, scale_wrt_gas=False)  # exact mean over the global batch
+            if not micro_batch.filler:
+                counts = (layout.targets.n_groups, layout.physical_tokens, layout.logical_tokens)
+                self._meter.update(sums, dict(zip(COUNTS, counts, strict=True)))
+        with phase("optimizer"):
+            self.engine.step()
+
+    def loss(self, layout: Layout, log_probs: Tensor, reference: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective, or SFT's, summed over the groups of ``layout``, and the sums worth watching."""
         targets = layout.targets
-        mask = torch.ones_like(targets.is_positive)
-        reference = self._reference(layout)
-        policy, history = targets.split(self.engine(layout))
+        policy, history = targets.split(log_probs)
         where = (
-            targets.response_lengths, targets.group_id, targets.is_positive, mask, targets.n_groups,
-            (history, targets.history_lengths),
+            targets.response_lengths, targets.group_id, targets.is_positive, torch.ones_like(targets.is_positive),
+            targets.n_groups, (history, targets.history_lengths),
         )  # fmt: skip
         if self.objective is None:
             return sft_loss(policy, *where)
         return self.objective(policy, reference, *where)
-
-    def _reference(self, layout: Layout) -> Tensor | None:
-        if self.objective is None or not self.objective.needs_reference:
-            return None
-        with torch.no_grad():
-            if self.frozen_reference is not None:
-                return self.frozen_reference(layout)
-            return self.engine(layout, "reference")
 
     def _log(self, index: int, step: Step) -> None:
         """Reduce what the meter gathered; every rank calls it, rank 0 writes."""
@@ -198,7 +207,7 @@ class Trainer:
 
     def _validate(self, done: int) -> None:
         metrics = rank_with_all(
-            self.engine, self.validation, self.runtime.rank, self.runtime.world_size, self.stage.token_budget,
+            self.engine, self.validation, self.runtime.rank, self.runtime.world_size, self.batches.token_budget,
             self.shared, self.device,
         )  # fmt: skip
         if metrics and done and self._improved(done, metrics) and self.stage.select == "best":
@@ -250,6 +259,11 @@ class Trainer:
     def _note(self, text: str) -> None:
         if self.runtime.rank == 0:
             self.runtime.log({"kind": "note", "text": text})
+
+
+def total_steps(stage: StageConfig, batches: Batches) -> int:
+    """Optimizer steps of a stage."""
+    return stage.steps or max(1, round(stage.epochs * batches.schedule.steps_per_epoch))
 
 
 def learning_rate(index: int, total: int, stage: StageConfig) -> float:

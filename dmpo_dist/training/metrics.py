@@ -1,5 +1,6 @@
 """Sums on the device, reduced over ranks only when a line is due."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -8,23 +9,28 @@ from torch import Tensor
 
 
 class Meter:
-    """Adds up dicts of scalar tensors without synchronising, then reduces them over all ranks at once."""
+    """Adds up dicts of scalars without synchronising, then reduces them over all ranks at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sums: dict[str, Tensor] = {}
+        self._on_device: dict[tuple[str, ...], Tensor] = {}
+        self._counts: Counter[str] = Counter()
 
-    def update(self, sums: Mapping[str, Tensor | float]) -> None:
-        """Add ``sums``; values may be tensors on the device or plain numbers."""
-        for name, value in sums.items():
-            if not isinstance(value, Tensor):
-                value = torch.tensor(float(value), dtype=torch.float64, device=self._device)
-            self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+    def update(self, sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        """Add ``sums``, scalar tensors on the device, and ``counts``, plain numbers that never leave the host."""
+        names = tuple(sums)
+        values = torch.stack([value.double() for value in sums.values()])
+        self._on_device[names] = self._on_device[names] + values if names in self._on_device else values
+        self._counts.update(counts)
 
     def reduce(self, names: tuple[str, ...]) -> dict[str, float]:
-        """Sums of ``names`` over all ranks since the last call; every rank calls it with the same names."""
-        zero = torch.zeros((), dtype=torch.float64, device=self._device)
-        packed = torch.stack([self._sums.get(name, zero) for name in names])
+        """Sums of ``names`` over all ranks since the last call, by one all-reduce and one copy to the host; every rank
+        calls it with the same names, also one that has seen nothing."""
+        packed = torch.tensor([float(self._counts[name]) for name in names], dtype=torch.float64, device=self._device)
+        for seen, values in self._on_device.items():
+            packed[[names.index(name) for name in seen if name in names]] += values[
+                [i for i, name in enumerate(seen) if name in names]
+            ]
         dist.all_reduce(packed)
-        self._sums = {}
+        self._on_device, self._counts = {}, Counter()
         return dict(zip(names, packed.tolist(), strict=True))

@@ -1,53 +1,72 @@
 """One rank of a training stage: set up, train, save. Runs unchanged under Ray Train and under torchrun."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from dmpo_dist.batching.layout import Layout
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_policy, load_tokenizer
+from dmpo_dist.modeling.backbone import (
+    ModelSource,
+    ReferenceMode,
+    find_model,
+    load_causal_lm,
+    load_policy,
+    load_tokenizer,
+)
+from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
+from dmpo_dist.training.budget import Probe
 from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
-from dmpo_dist.training.groups import Batches, make_schedule
+from dmpo_dist.training.groups import Batches, make_schedule, with_negatives
 from dmpo_dist.training.job import Job
-from dmpo_dist.training.loop import Trainer
+from dmpo_dist.training.loop import Trainer, total_steps
+from dmpo_dist.training.reference import Reference, ReferencePass, cache_key
 from dmpo_dist.training.runtime import Runtime
 
 
 def run(job: Job, runtime: Runtime) -> None:
-    """Train ``job`` on this rank, from the latest checkpoint if the runtime has one.
+    """Train ``job`` on this rank, from the latest checkpoint if the runtime has one; raises like ``set_up``."""
+    trainer = set_up(job, runtime)
+    try:
+        trainer.fit()
+    finally:
+        trainer.engine.destroy()
+
+
+def set_up(job: Job, runtime: Runtime) -> Trainer:
+    """Load everything this rank trains with, and log the run's first record.
 
     Raises:
         UserError: anything in data, model or configuration that keeps the run from starting or going on.
     """
     started = time.monotonic()
     device = start_process_group()
-    policy = _load_policy(job, device)
+    policy = load_module(job, device)
     data = _load_data(job, policy.tokenizer)
-    batches = _batches(job, data, policy.route.backend != "unshared", runtime.world_size)
     parameters = sum(p.numel() for p in policy.module.parameters())
     deepspeed = resolve_config(job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, parameters)
+    if job.config.model.compile and deepspeed["zero_optimization"]["stage"] == 3:
+        raise UserError("model.compile=true does not work with ZeRO-3; set it to false, or deepspeed=zero2")
+    engine = _start_engine(policy.module, deepspeed, job.config.deepspeed)
+    batches = _batches(job, policy, data, engine, runtime.world_size, device)
     trainer = Trainer(
         job=job,
         runtime=runtime,
         device=device,
-        engine=_start_engine(policy.module, deepspeed, job.config.deepspeed),
+        engine=engine,
         tokenizer=policy.tokenizer,
         objective=job.objective if job.kind == "train" else None,
-        frozen_reference=policy.frozen_reference,
+        reference=_reference(job, policy, engine, data, batches, runtime, device),
         batches=batches,
         validation=data.validation,
-        shared=policy.route.backend != "unshared",
+        shared=batches.shared,
         stage3=deepspeed["zero_optimization"]["stage"] == 3,
     )
     if runtime.rank == 0:
@@ -56,10 +75,11 @@ def run(job: Job, runtime: Runtime) -> None:
                 "kind": "start",
                 "route": policy.route.backend,
                 "route_reason": policy.route.reason,
-                "reference": policy.reference_mode,
+                "reference": _reference_name(job, policy),
                 "parameters": parameters,
                 "trainable": sum(p.numel() for p in policy.module.parameters() if p.requires_grad),
                 "groups": len(batches.groups),
+                "token_budget": batches.token_budget,
                 "validation_requests": len(data.validation),
                 "truncated": data.truncated,
                 "steps": trainer.total_steps,
@@ -69,10 +89,7 @@ def run(job: Job, runtime: Runtime) -> None:
                 "setup_seconds": time.monotonic() - started,
             }
         )
-    try:
-        trainer.fit()
-    finally:
-        trainer.engine.destroy()
+    return trainer
 
 
 def _start_engine(module: LogProbModel, deepspeed: dict[str, Any], name: str) -> Any:
@@ -86,36 +103,76 @@ def _start_engine(module: LogProbModel, deepspeed: dict[str, Any], name: str) ->
 
 
 @dataclass(frozen=True)
-class _Policy:
+class Policy:
+    """The trainable module and what it was made from."""
+
     module: LogProbModel
     tokenizer: Any
     route: Route
-    reference_mode: str
-    frozen_reference: Callable[[Layout], Tensor] | None
+    source: ModelSource
+    reference_mode: ReferenceMode
 
 
-def _load_policy(job: Job, device: torch.device) -> _Policy:
+def load_module(job: Job, device: torch.device) -> Policy:
+    """The starting model of ``job`` on ``device``, its attention routed."""
     config = job.config.model
     torch.manual_seed(job.config.seed)  # new adapters start alike on every rank
     source = find_model(job.start)
     model, mode = load_policy(source, config)
-    in_module = None if mode == "model_copy" else mode
     language_model = unwrap_peft(model)
     route = choose_backend(language_model, device.type, config.max_length, config.attention)
     use_backend(language_model, route.backend)
-    module = LogProbModel(model, in_module).to(device)
-    frozen = None
-    if job.kind == "train" and mode == "model_copy" and job.objective.needs_reference:
-        frozen = _frozen_copy(job, route, device)
-    return _Policy(module, load_tokenizer(source), route, mode if job.kind == "train" else "none", frozen)
+    if config.compile and route.backend == "flex":
+        raise UserError(
+            "model.compile=true does not go with model.attention=flex, which compiles itself; set it to false"
+        )
+    if config.compile:
+        compile_layers(language_model)
+    module = LogProbModel(model, None if mode == "model_copy" else mode).to(device)
+    return Policy(module, load_tokenizer(source), route, source, mode)
 
 
-def _frozen_copy(job: Job, route: Route, device: torch.device) -> Callable[[Layout], Tensor]:
+def _reference_name(job: Job, policy: Policy) -> str:
+    """What the run header says of the reference."""
+    if not job.needs_reference:
+        return "none"
+    cache = job.config.reference.cache
+    return policy.reference_mode if cache == "off" else f"{policy.reference_mode}, cached ({cache})"
+
+
+def _reference(
+    job: Job, policy: Policy, engine: Any, data: "_Data", batches: Batches, runtime: Runtime, device: torch.device
+) -> Reference | None:
+    """How the run has its reference log-probs. With a cache they are computed here, before any checkpoint is loaded, so
+    that in full fine-tuning the policy itself still is the reference and no second model is needed."""
+    if not job.needs_reference:
+        return None
+    copied, cache = policy.reference_mode == "model_copy", job.config.reference.cache
+    if cache == "off":
+        frozen = _frozen_copy(job, policy.route, device) if copied else engine
+        return lambda layout, groups, epoch: frozen(layout, "reference")
+    reference_pass = ReferencePass(
+        log_probs=(lambda layout: engine(layout)) if copied else (lambda layout: engine(layout, "reference")),
+        negatives=batches.negatives,
+        epochs=-(-total_steps(job.stage, batches) // batches.schedule.steps_per_epoch),
+        token_budget=batches.token_budget,
+        shared=batches.shared,
+        device=device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        say=lambda text: runtime.log({"kind": "note", "text": text}) if runtime.rank == 0 else None,
+    )
+    if cache == "memory":
+        return reference_pass.run(data.groups)
+    folder = job.config.reference.path or job.output / "reference"
+    return reference_pass.run(data.groups, folder, cache_key(job, policy.source, data.fingerprint))
+
+
+def _frozen_copy(job: Job, route: Route, device: torch.device) -> LogProbModel:
     """The starting weights once more, whole on every rank, for full fine-tuning."""
     model = load_causal_lm(find_model(job.start).base, job.config.model)
     use_backend(model, route.backend)
-    reference = LogProbModel(model.requires_grad_(False), "whole").to(device).train()
-    return lambda layout: reference(layout, "reference")
+    return LogProbModel(model.requires_grad_(False), "whole").to(device).train()
 
 
 @dataclass(frozen=True)
@@ -123,6 +180,7 @@ class _Data:
     groups: list[TokenGroup]
     validation: list[TokenGroup]
     truncated: int
+    fingerprint: str
 
 
 def _load_data(job: Job, tokenizer: Any) -> _Data:
@@ -136,10 +194,16 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
     groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
     truncated = encode.truncated
     encode = GroupTokenizer(tokenizer, template, config.model.max_length)
-    return _Data(groups, tokenize_rows(prepared.validation, encode), truncated)
+    return _Data(groups, tokenize_rows(prepared.validation, encode), truncated, prepared.fingerprint)
 
 
-def _batches(job: Job, data: _Data, shared: bool, world_size: int) -> Batches:
+def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int, device: torch.device) -> Batches:
     schedule = make_schedule(job, len(data.groups), world_size)
     negatives = job.config.train.negatives if job.kind == "train" else 0
-    return Batches(data.groups, schedule, negatives, world_size, job.stage.token_budget, shared)
+    shared = policy.route.backend != "unshared"
+    budget = job.stage.token_budget
+    if budget == "auto":
+        groups = [with_negatives(group, negatives, 0) for group in data.groups]
+        in_module = job.needs_reference and policy.reference_mode != "model_copy"
+        budget = Probe(engine, groups, shared, in_module, device).largest_budget()
+    return Batches(data.groups, schedule, negatives, world_size, budget, shared)

@@ -37,7 +37,10 @@ OTHER = [
     ("zero2", {"train": {"token_budget": 4096}}),  # one micro-batch
     ("zero3", {"model": {"attention": "unshared"}, "train": {"token_budget": 1000}}),
     ("zero3", {"model": {"gradient_checkpointing": True}}),
+    ("zero2", {"reference": {"cache": "memory"}}),
+    ("zero3", {"reference": {"cache": "disk"}}),
 ]
+LIKELIHOOD = {"objective": {"beta": 0.5, "sft_weight": 2.0, "sft_loss_on": "all_titles"}}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def job(world: Path, name: str, deepspeed: str, start: str = "model", lora: bool
             "weight_decay": 0.0,
         }
     for section, values in sections.items():
-        config[section] |= values
+        config[section] = config.get(section, {}) | values
     RunConfig.model_validate(config)
     return {"kind": "train", "start": str(world / start), "output": str(world / "runs" / name), "config": config}
 
@@ -138,11 +141,24 @@ def results(world):
         job(world, "one-gradient", str(world / f"{SGD}0.json")),
         job(world, "one-lora", "zero0", lora=True),
         job(world, "one-adapter", "zero0", start="adapter"),
+        job(world, "one-likelihood", "zero0", **LIKELIHOOD),
     ]
     two = [job(world, f"two-{i}-{name}", name, **more) for i, (name, more) in enumerate(FULL + OTHER)]
     two += [job(world, f"two-gradient-{stage}", str(world / f"{SGD}{stage}.json")) for stage in (0, 2, 3)]
     two += [job(world, f"two-lora-{name}", name, lora=True) for name in ("zero2", "zero3")]
+    two += [job(world, "two-lora-cached", "zero2", lora=True, reference={"cache": "memory"})]
     two += [job(world, f"two-adapter-{name}", name, start="adapter") for name in ("zero1", "zero3")]
+    two += [job(world, "two-adapter-cached", "zero3", start="adapter", reference={"cache": "memory"})]
+    two += [
+        job(
+            world,
+            "two-likelihood",
+            "zero2",
+            model={"attention": "unshared"},
+            train={"token_budget": 1000},
+            **LIKELIHOOD,
+        )
+    ]
     run_ranks(world, one, 1)
     run_ranks(world, two, 2)
     return {Path(entry["output"]).name: weights(Path(entry["output"]) / "model") for entry in one + two}
@@ -231,15 +247,21 @@ def test_weights_do_not_depend_on_the_split(results, name):
     assert largest_difference(results["one"], results[name]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["two-lora-zero2", "two-lora-zero3"])
+@pytest.mark.parametrize("name", ["two-lora-zero2", "two-lora-zero3", "two-lora-cached"])
 def test_new_adapter(results, name):
     assert largest_difference(results["one-lora"], results[name]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["two-adapter-zero1", "two-adapter-zero3"])
+@pytest.mark.parametrize("name", ["two-adapter-zero1", "two-adapter-zero3", "two-adapter-cached"])
 def test_going_on_from_an_adapter(world, results, name):
     assert largest_difference(results["one-adapter"], results[name]) < 1e-5
     assert largest_difference(results["one-adapter"], weights(world / "adapter")) > 1e-3
+
+
+def test_the_likelihood_of_all_titles(results):
+    """From the shared prompt at one rank as from separate rows at two; and it is not without effect."""
+    assert largest_difference(results["one-likelihood"], results["two-likelihood"]) < 1e-5
+    assert largest_difference(results["one-likelihood"], results["one"]) > 1e-3
 
 
 def test_records(world, results):

@@ -1,0 +1,226 @@
+"""Where an optimizer step's time goes, and what the training loop adds to the bare computation.
+
+Three measurements on one set-up run: every phase of a step by a synchronising stop watch; blocks of the whole loop
+(data thread, DeepSpeed engine, meter) in turn with blocks of the same fused forward and backward under a plain torch
+optimizer; and a profile of a few steps for collectives and for reads of device values by the host.
+"""
+
+import json
+import os
+import socket
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dmpo_dist.config import RunConfig
+from dmpo_dist.orchestration.stage import as_rank
+from dmpo_dist.training.groups import ahead
+from dmpo_dist.training.job import Job
+from dmpo_dist.training.loop import Trainer
+from dmpo_dist.training.runtime import Runtime
+from dmpo_dist.training.worker import load_module, set_up
+
+PHASES = ("data", "reference", "policy", "backward", "optimizer")
+PROFILED = 3
+COLLECTIVES = ("gloo:", "nccl:")
+HOST_READ = "aten::_local_scalar_dense"
+
+
+def run_bench_step(config: RunConfig, steps: int, rounds: int, console: Console) -> None:
+    """Measure the training stage of ``config`` in this process, or as a rank of torchrun, and write the result to its
+    output folder.
+
+    Raises:
+        UserError: as ``dmpo train``.
+    """
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": str(_free_port())}
+    job, result = as_rank("train", config, console, False, lambda job, runtime: bench_step(job, runtime, steps, rounds))
+    if os.environ["RANK"] == "0":
+        show(result, console)
+        write(result, job.output)
+        console.print(f"written to {job.output}/step.json and step.png", highlight=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str, Any]:
+    """Measure ``steps`` steps per block and ``rounds`` blocks of each kind; every rank calls it.
+
+    Returns:
+        ``phases_ms`` (median per step, this rank), ``reduce_ms`` (in collectives, part of backward and optimizer),
+        ``host_reads`` per step and phase, ``loop_ms`` and ``bare_ms`` per step and their ratio ``loop_over_bare``, all medians over
+        blocks, and the facts of the run.
+    """
+    trainer = set_up(job, runtime)
+    try:
+        trainer.train_step(0, *trainer.prepare(0))  # first calls allocate and compile
+        bare = _bare_loop(job, trainer)
+        bare([trainer.prepare(1)])
+        loop_ms, bare_ms, step = [], [], 2
+        for _ in range(rounds):
+            loop_ms.append(_loop_block(trainer, step, steps))
+            work = [trainer.prepare(index) for index in range(step, step + steps)]
+            bare_ms.append(_milliseconds(lambda work=work: bare(work), trainer.device) / steps)
+            step += steps
+        watched = _watched(trainer, step, steps)
+        collective_ms, host_reads = _profiled(trainer, step + steps)
+        loop, plain = statistics.median(loop_ms), statistics.median(bare_ms)
+        return {
+            "phases_ms": watched,
+            "reduce_ms": collective_ms,
+            "host_reads": host_reads,
+            "loop_ms": loop,
+            "bare_ms": plain,
+            "loop_over_bare": statistics.median([a / b for a, b in zip(loop_ms, bare_ms, strict=True)]),
+            "spread": [min(loop_ms) / loop, max(loop_ms) / loop],
+            "groups_per_step": job.stage.global_batch_size,
+            "world_size": runtime.world_size,
+            "device": str(trainer.device),
+            "deepspeed": job.config.deepspeed,
+            "steps": steps,
+            "rounds": rounds,
+        }
+    finally:
+        trainer.engine.destroy()
+
+
+def _loop_block(trainer: Trainer, first: int, steps: int) -> float:
+    """Milliseconds per step of the training loop as it is, its data prepared ahead."""
+
+    def run() -> None:
+        for index, (step, work) in enumerate(ahead(trainer.prepare, first, first + steps), start=first):
+            trainer.train_step(index, step, work)
+
+    return _milliseconds(run, trainer.device) / steps
+
+
+def _bare_loop(job: Job, trainer: Trainer) -> Callable[[list[Any]], None]:
+    """The same forward and backward without engine, meter and data thread."""
+    module = load_module(job, trainer.device).module
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job.stage.learning_rate)
+
+    def run(prepared: list[Any]) -> None:
+        for step, work in prepared:
+            for micro_batch, host_layout in work:
+                layout = host_layout.to(trainer.device)
+                with torch.no_grad():
+                    reference = trainer.reference(layout, micro_batch.groups, step.epoch) if trainer.reference else None
+                loss_sum, _ = trainer.loss(layout, module(layout), reference)
+                (loss_sum / len(step.groups)).backward()
+            torch.nn.utils.clip_grad_norm_(trained, job.stage.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def _watched(trainer: Trainer, first: int, steps: int) -> dict[str, float]:
+    """Median milliseconds per step in each phase."""
+    samples: dict[str, list[float]] = {name: [] for name in PHASES}
+    spent: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def watch(name: str) -> Iterator[None]:
+        _synchronize(trainer.device)
+        start = time.perf_counter()
+        yield
+        _synchronize(trainer.device)
+        spent[name] += 1000 * (time.perf_counter() - start)
+
+    before, trainer.phases = trainer.phases, watch
+    for index in range(first, first + steps):
+        spent.clear()
+        with watch("data"):
+            prepared = trainer.prepare(index)
+        trainer.train_step(index, *prepared)
+        for name in PHASES:
+            samples[name].append(spent[name])
+    trainer.phases = before
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _profiled(trainer: Trainer, first: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds in collectives, and how often the host reads a tensor in each phase, per step."""
+    prepared = [trainer.prepare(index) for index in range(first, first + PROFILED)]
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
+    before, trainer.phases = trainer.phases, record_function
+    with profile(activities=activities, acc_events=True) as record:
+        for index, (step, work) in enumerate(prepared, start=first):
+            trainer.train_step(index, step, work)
+    trainer.phases = before
+    events = record.events() or []
+    collectives = sum(e.time_range.elapsed_us() for e in events if e.name.startswith(COLLECTIVES))
+    reads = [e.time_range.start for e in events if e.name == HOST_READ]
+    spans = [(e.name, e.time_range) for e in events if e.name in PHASES]
+    inside = {name: sum(s.start <= t <= s.end for n, s in spans if n == name for t in reads) for name in PHASES[1:]}
+    inside["elsewhere"] = len(reads) - sum(inside.values())
+    return collectives / 1000 / PROFILED, {name: count / PROFILED for name, count in inside.items()}
+
+
+def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """A table of the phases and the loop's overhead."""
+    phases, total = result["phases_ms"], sum(result["phases_ms"].values())
+    table = Table("phase", "ms per step", "share", title="One optimizer step, rank 0")
+    for name in PHASES:
+        table.add_row(name, f"{phases[name]:.2f}", f"{phases[name] / total:.0%}")
+    table.add_row("  of these in collectives", f"{result['reduce_ms']:.2f}", f"{result['reduce_ms'] / total:.0%}")
+    console.print(table)
+    console.print(
+        f"whole loop {result['loop_ms']:.2f} ms a step, bare computation {result['bare_ms']:.2f} ms: "
+        f"{result['loop_over_bare']:.3f} times (data is prepared ahead in the loop)\n"
+        "host reads of tensors a step, between log lines: "
+        + ", ".join(f"{name} {count:.1f}" for name, count in result["host_reads"].items()),
+        highlight=False,
+    )
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """``step.json`` and ``step.png`` in ``folder``."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step.json").write_text(json.dumps(result, indent=1))
+    figure, axes = pyplot.subplots(figsize=(8, 2.2))
+    left = 0.0
+    for name in PHASES:
+        width = result["phases_ms"][name]
+        axes.barh(0, width, left=left, label=f"{name} {width:.1f} ms")
+        left += width
+    axes.set(yticks=[], xlabel="milliseconds per optimizer step", xlim=(0, left))
+    axes.set_title(
+        f"{result['groups_per_step']} groups on {result['world_size']} x {result['device']}, {result['deepspeed']}"
+    )
+    axes.legend(ncols=len(PHASES), loc="upper center", bbox_to_anchor=(0.5, -0.45), fontsize=8, frameon=False)
+    figure.savefig(folder / "step.png", dpi=150, bbox_inches="tight")
+    pyplot.close(figure)

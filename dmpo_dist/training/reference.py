@@ -1,0 +1,241 @@
+"""Reference log-probs computed once before training instead of in every step.
+
+The reference is frozen, so one pass over the training groups gives every value a run will ask for. All ranks share the
+pass; a value belongs to (group, stored candidate), so negatives that change from epoch to epoch find theirs.
+
+On disk a cache is a folder named by the digest of all it depends on, with one safetensors file per block of groups.
+Blocks appear whole, so an interrupted pass goes on where it stopped; ``complete.json`` is written last.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmpo_dist.batching.layout import Layout
+from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.scoring import deal_for_scoring, score_micro_batches
+from dmpo_dist.modeling.backbone import STAMP, ModelSource
+from dmpo_dist.training.groups import candidate_columns, with_negatives
+from dmpo_dist.training.job import Job
+
+Reference = Callable[[Layout, Sequence[int], int], Tensor]
+"""(layout, its groups, epoch) -> (R,) reference log-probs of its responses on the layout's device."""
+
+BLOCK = 4096
+"""Groups per block: what an interruption loses at most."""
+MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja")
+FORMAT = 1
+COMPLETE = "complete.json"
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """Reference log-probs of all training groups.
+
+    Attributes:
+        values: (n_groups, 1 + M) float32 on the CPU, the positive first, NaN where a group has fewer candidates.
+        stored: for each group how many negatives the data holds.
+        negatives: K of a step.
+    """
+
+    values: Tensor
+    stored: Sequence[int]
+    negatives: int
+
+    def __call__(self, layout: Layout, groups: Sequence[int], epoch: int) -> Tensor:
+        """(R,) log-probs of the responses of ``groups`` with the negatives of ``epoch``, in the order of the layout."""
+        columns = [candidate_columns(self.stored[g], self.negatives, epoch * self.negatives) for g in groups]
+        rows = [g for g, of_group in zip(groups, columns, strict=True) for _ in of_group]
+        values = self.values[rows, [column for of_group in columns for column in of_group]]
+        return values.to(layout.input_ids.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """What a pass needs: the reference itself, and how the ranks share the work.
+
+    Attributes:
+        log_probs: ``Layout -> (R,)`` reference log-probs; under ZeRO-3 a collective.
+        negatives: K of a step.
+        epochs: epochs of the run, which decides how many stored negatives are needed.
+        token_budget, shared, device: how a forward is laid out.
+        rank, world_size: this process among those that share the pass.
+        say: prints a line on rank 0.
+    """
+
+    log_probs: Callable[[Layout], Tensor]
+    negatives: int
+    epochs: int
+    token_budget: int
+    shared: bool
+    device: torch.device
+    rank: int
+    world_size: int
+    say: Callable[[str], None]
+
+    def run(
+        self, groups: Sequence[TokenGroup], folder: Path | None = None, key: dict[str, Any] | None = None
+    ) -> ReferenceCache:
+        """The cache of ``groups``; every rank calls it and gets all values.
+
+        Args:
+            groups: all training groups with every stored negative.
+            folder: where caches on disk live; None keeps this one in memory.
+            key: all the values depend on, JSON; names the cache in ``folder``.
+
+        Raises:
+            UserError: on every rank, if a complete cache is damaged or a log-prob is not finite.
+        """
+        stored = [len(group.branches) - 1 for group in groups]
+        needed = [replace(with_negatives(group, self.negatives * self.epochs, 0), prefix_scored=()) for group in groups]
+        width = max(len(group.branches) for group in needed)
+        place = None if folder is None else _Place(folder, {**(key or {}), "candidates": width, "groups": len(groups)})
+        blocks = [needed[start : start + BLOCK] for start in range(0, len(needed), BLOCK)]
+        values = torch.cat(
+            [self._block(number, block, width, place, len(blocks)) for number, block in enumerate(blocks)]
+        )
+        if place is not None and self.rank == 0:
+            place.finish(len(blocks))
+        return ReferenceCache(values, stored, self.negatives)
+
+    def _block(
+        self, number: int, groups: Sequence[TokenGroup], width: int, place: "_Place | None", count: int
+    ) -> Tensor:
+        """(len(groups), width) values, read by rank 0 where they are on disk, else computed by all."""
+        if place is not None:
+            values = self._read(place, number, (len(groups), width))
+            if values is not None:
+                return values
+        values = self._compute(groups, width)
+        if place is not None and self.rank == 0:
+            place.write(number, values)
+        self.say(f"reference log-probs: block {number + 1} of {count}")
+        return values
+
+    def _compute(self, groups: Sequence[TokenGroup], width: int) -> Tensor:
+        """All ranks score their share of ``groups``, then add up, each value being zero on all ranks but one."""
+        values = torch.zeros(len(groups), width, dtype=torch.float64)
+        mine = deal_for_scoring(groups, self.world_size, self.token_budget, self.shared)[self.rank]
+        for index, scores in score_micro_batches(self.log_probs, groups, mine, self.shared, self.device):
+            values[index, : len(scores)] = torch.from_numpy(np.asarray(scores, dtype=np.float64))
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        values = values.cpu().float()
+        absent = torch.arange(width) >= torch.tensor([len(group.branches) for group in groups])[:, None]
+        broken = (~torch.isfinite(values) & ~absent).any(1).nonzero()
+        if len(broken):
+            raise UserError(
+                f"the reference gives training group {int(broken[0])} of this block a log-probability that is not "
+                "finite; the starting model is broken, or overflows in this dtype: try model.dtype=float32"
+            )
+        return values.masked_fill(absent, torch.nan)
+
+    def _read(self, place: "_Place", number: int, shape: tuple[int, int]) -> Tensor | None:
+        """What rank 0 finds on disk, on every rank, and the same error on every rank."""
+        box: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                box = [place.read(number, shape)]
+            except UserError as error:
+                box = [error]
+        dist.broadcast_object_list(box, src=0)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]
+
+
+class _Place:
+    """The folder of one cache."""
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self._key = {"format": FORMAT, **key}
+        digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()
+        self._folder = folder / digest[:16]
+
+    def read(self, number: int, shape: tuple[int, int]) -> Tensor | None:
+        """Block ``number``; None where it has not been computed.
+
+        Raises:
+            UserError: the block is damaged, or missing from a cache that says it is complete.
+        """
+        path = self._path(number)
+        if not path.exists():
+            if (self._folder / COMPLETE).exists():
+                raise UserError(self._advice(path, "is missing from a complete reference cache"))
+            return None
+        try:
+            values = load_file(path)["log_probs"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(self._advice(path, f"cannot be read ({error})")) from None
+        if tuple(values.shape) != shape:
+            raise UserError(self._advice(path, f"holds {tuple(values.shape)} values instead of {shape}"))
+        return values
+
+    def write(self, number: int, values: Tensor) -> None:
+        """Block ``number``, whole or not at all; the key lies beside it for people to read."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "key.json").write_text(json.dumps(self._key, indent=1, sort_keys=True))
+        part = self._path(number).with_suffix(".part")
+        save_file({"log_probs": values.contiguous()}, part)
+        part.replace(self._path(number))
+
+    def finish(self, blocks: int) -> None:
+        (self._folder / COMPLETE).write_text(json.dumps({"blocks": blocks}))
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"block-{number:05d}.safetensors"
+
+    def _advice(self, path: Path, what: str) -> str:
+        return f"{path}: {what}; remove the folder {self._folder} and run again, or set reference.cache=memory"
+
+
+def cache_key(job: Job, source: ModelSource, rows: str) -> dict[str, Any]:
+    """Everything reference log-probs depend on but the candidates.
+
+    Args:
+        job: gives type, context and template.
+        source: the starting weights; the content of their files counts, not their place.
+        rows: fingerprint of the prepared data.
+    """
+    model = job.config.model
+    return {
+        "base": file_digests(source.base),
+        "adapter": file_digests(source.path) if source.is_adapter else {},
+        "rows": rows,
+        "template": job.config.template.model_dump(mode="json"),
+        "max_length": model.max_length,
+        "dtype": model.dtype,
+    }
+
+
+def file_digests(model: str) -> dict[str, str]:
+    """sha256 of the weights, configuration and tokenizer files of a model folder or downloaded hub id, by name.
+
+    Raises:
+        UserError: nothing is there to digest.
+    """
+    folder = Path(model)
+    if not folder.exists():
+        config = try_to_load_from_cache(model, "config.json")
+        folder = Path(config).parent if isinstance(config, str) else folder
+    files = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file())
+    if not files:
+        raise UserError(f"{model}: no model files to name a reference cache by; use reference.cache=memory")
+    return {path.name: _sha256(path) for path in files if path.name != STAMP}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
