@@ -40,6 +40,16 @@ class LogitTransform(NamedTuple):
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
+def wide_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """(M, H) and (V, H) -> (M, V), accumulated and kept in fp32 for half types: a logit of 20 rounded to bf16 is off by up
+    to 0.06, which log-probabilities then are too."""
+    if rows.dtype not in (torch.bfloat16, torch.float16):
+        return linear(rows, weight)
+    if rows.is_cuda:
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)  # not differentiable everywhere, see _ChunkedLogProbs
+    return linear(rows.float(), weight.float())
+
+
 def backbone_of(language_model: Any) -> Any:
     """The part of ``language_model`` (a transformers causal LM) that ends with the last hidden state.
 
@@ -50,16 +60,6 @@ def backbone_of(language_model: Any) -> Any:
         if hasattr(language_model, name):
             return getattr(language_model, name)
     raise UserError(f"{language_model.config.model_type}: its backbone cannot be found; this model type cannot be used")
-
-
-def wide_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """(M, H) and (V, H) -> (M, V), accumulated and kept in fp32 for half types: a logit of 20 rounded to bf16 is off by up
-    to 0.06, which log-probabilities then are too."""
-    if rows.dtype not in (torch.bfloat16, torch.float16):
-        return linear(rows, weight)
-    if rows.is_cuda:
-        return torch.mm(rows, weight.T, out_dtype=torch.float32)  # not differentiable everywhere, see _ChunkedLogProbs
-    return linear(rows.float(), weight.float())
 
 
 def output_head(language_model: Any) -> Any:
