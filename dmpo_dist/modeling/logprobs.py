@@ -5,7 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dmpo_dist.batching.layout import Layout, PrefixLayout, RowsLayout, Targets
+from dmpo_dist.batching.layout import Layout, PrefixLayout, RowsLayout
+from dmpo_dist.batching.targets import Targets
 from dmpo_dist.modeling.attention import no_mask
 from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, output_head
 
