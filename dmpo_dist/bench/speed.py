@@ -1,0 +1,237 @@
+"""The contest: who trains how many groups a second, in how much memory, on identical token ids in one run."""
+
+import platform
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import metadata
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from dmpo_dist.bench.contestants import LORA_RANK, Contestant, LayoutContestant, random_groups
+from dmpo_dist.bench.flops import Work, pairs_work, shape_of, shared_work, step_flops, unshared_work
+from dmpo_dist.bench.memory import peak_memory
+from dmpo_dist.bench.settings import Cell, Settings
+from dmpo_dist.bench.timing import fastest_batches, measure_peak, time_rounds
+from dmpo_dist.bench.trl_pairs import TrlContestant, head_everywhere
+from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.errors import UserError
+
+DISTINCT_GROUPS = 12
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
+"""Largest difference of a response's log-prob; bf16 rounds otherwise in every layout."""
+CONVENTION = (
+    "matrix products only, causal attention, no base-weight gradients under LoRA, recomputation excluded; "
+    "MFU: FLOPs of what passes through the model, by time, by peak"
+)
+Say = Callable[[str], None]
+
+
+def run(settings: Settings, environment: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Measure all cells.
+
+    Args:
+        settings: what to measure.
+        environment: versions and commit, for the record.
+        say: told what is going on, one line at a time.
+
+    Returns:
+        Plain JSON types: the settings, versions, and ``cells``, a list of what ``measure_cell`` gives.
+
+    Raises:
+        UserError: contestants disagree, or memory ran out.
+    """
+    torch.set_num_threads(settings.threads)
+    peak, source = measure_peak(settings.device, settings.dtype)
+    say(f"{settings.device}, {settings.dtype}, {settings.threads} threads, peak {peak / 1e9:,.0f} GFLOP/s: {source}")
+    names = ("torch", "transformers", "peft", *(["trl"] if settings.with_trl else []))
+    return {
+        "kind": "dmpo bench speed",
+        "commit": environment.get("git_commit"),
+        "versions": {name: metadata.version(name) for name in names},
+        "device": torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor() or "cpu",
+        "environment": environment,
+        "device_type": settings.device,
+        "dtype": settings.dtype,
+        "threads": settings.threads,
+        "rounds": settings.rounds,
+        "with_trl": settings.with_trl,
+        "groups_per_row": settings.groups_per_row,
+        "model": settings.model,
+        "lora_rank": LORA_RANK,
+        "peak_flops": {"value": peak, "source": source},
+        "flop_convention": CONVENTION,
+        "cells": [measure_cell(cell, settings, peak, say) for cell in settings.cells],
+    }
+
+
+def measure_cell(cell: Cell, settings: Settings, peak: float, say: Say) -> dict[str, Any]:
+    """One cell: agreement, TRL's best batching, speed in rounds, memory; plain JSON types.
+
+    Ratios are above 1 where ours is the faster or smaller one; those of speed are medians over rounds of the ratio
+    within a round. ``memory_ratio_trl`` has all K pairs of a group in TRL's batch, as ours has the group in its row;
+    ``memory_ratio_trl_fastest`` has the batch TRL was timed with.
+    """
+    spec, longest = settings.spec(cell), cell.prompt + cell.response
+    groups = random_groups(DISTINCT_GROUPS, cell.prompt, cell.response, cell.negatives, cell.vocab)
+    ours = LayoutContestant(spec, True, longest)
+    field: dict[str, Contestant] = {"ours": ours, "unshared": LayoutContestant(spec, False, longest)}
+    trl = TrlContestant(spec, cell.negatives) if settings.with_trl else None
+    if trl is not None:
+        field["trl"] = trl
+    difference = check_agreement(field, groups[0], TOLERANCE[settings.dtype])
+    for contestant in field.values():
+        contestant.step(groups[:1])  # warm-up
+    probe: dict[str, float] = {}
+    if trl is not None:
+        field["trl"], probe = fastest_batches(trl, groups, settings.device)
+    times = time_rounds(field, groups, settings.rounds, settings.device)
+    memory = _memory(cell, settings, field)
+    result = {
+        "prompt": cell.prompt,
+        "negatives": cell.negatives,
+        "vocab": cell.vocab,
+        "response": cell.response,
+        **_ratios(times, memory, cell, settings),
+        "trl_batch": min(probe, key=probe.__getitem__) if probe else None,
+        "trl_probe_seconds_per_group": probe,
+        "attention": ours.attention,
+        "largest_difference": difference,
+        "one_row": _one_row(ours, groups, settings),
+        "contestants": _figures(field, times, memory, groups[0], cell, settings, peak),
+    }
+    say(_line(cell, result))
+    return result
+
+
+def check_agreement(field: Mapping[str, Contestant], group: TokenGroup, tolerance: float) -> float:
+    """The largest difference between the contestants' policy log-probs of ``group``.
+
+    Raises:
+        UserError: it exceeds ``tolerance``, so that they do not compute the same thing and no ratio may be shown.
+    """
+    log_probs = {name: contestant.log_probs(group).double() for name, contestant in field.items()}
+    first = log_probs["ours"]
+    differences = {name: (values - first).abs().max().item() for name, values in log_probs.items()}
+    name = max(differences, key=differences.__getitem__)
+    if not differences[name] <= tolerance:
+        raise UserError(
+            f"log-probs of {name} differ from ours by {differences[name]:.2g}, more than {tolerance:g}: the contestants "
+            "do not compute the same, so no ratio is given; check versions against constraints.txt"
+        )
+    return differences[name]
+
+
+def cell_work(cell: Cell, settings: Settings) -> dict[str, Work]:
+    """What passes through the model for one group, by contestant; ``trl`` as its head works on this device."""
+    lengths = (cell.prompt, cell.response, cell.negatives)
+    work = {"ours": shared_work(*lengths), "unshared": unshared_work(*lengths)}
+    if settings.with_trl:
+        work["trl"] = pairs_work(*lengths, head_everywhere=head_everywhere(settings.device))
+    return work
+
+
+def _ratios(times: dict[str, list[float]], memory: dict[str, float], cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Speed-ups, their ceilings by the FLOP model, and ratios of memory; None for a contestant that did not run."""
+    shape = shape_of(settings.spec(cell).transformers_config, LORA_RANK)
+    flops = {name: step_flops(shape, work) for name, work in cell_work(cell, settings).items()}
+    ratios: dict[str, Any] = {}
+    for rival in ("trl", "unshared"):
+        ratio = [a / b for a, b in zip(times[rival], times["ours"], strict=True)] if rival in times else None
+        ratios[f"speedup_{rival}"] = median(ratio) if ratio else None
+        ratios[f"speedup_{rival}_quartiles"] = _quartiles(ratio) if ratio else None
+        ratios[f"ceiling_{rival}"] = flops[rival] / flops["ours"] if ratio else None
+        ratios[f"memory_ratio_{rival}"] = memory[rival] / memory["ours"] if ratio else None
+    completions_only = step_flops(shape, pairs_work(cell.prompt, cell.response, cell.negatives))
+    ratios["ceiling_trl_head_on_completions"] = completions_only / flops["ours"] if "trl" in times else None
+    ratios["memory_ratio_trl_fastest"] = memory["trl_fastest"] / memory["ours"] if "trl" in times else None
+    return ratios
+
+
+def _memory(cell: Cell, settings: Settings, field: Mapping[str, Contestant]) -> dict[str, float]:
+    """Peak MiB of a step, by contestant; ``trl`` with K pairs in a batch, ``trl_fastest`` as it was timed."""
+    spec, longest = settings.spec(cell), cell.prompt + cell.response
+    makers: dict[str, Callable[[], Contestant]] = {
+        "ours": partial(LayoutContestant, spec, True, longest),
+        "unshared": partial(LayoutContestant, spec, False, longest),
+    }
+    if isinstance(timed := field.get("trl"), TrlContestant):
+        makers["trl"] = partial(TrlContestant, spec, cell.negatives)
+        if (timed.pairs_per_batch, timed.groups_per_step) != (cell.negatives, 1):
+            makers["trl_fastest"] = partial(TrlContestant, spec, timed.pairs_per_batch, timed.groups_per_step)
+    memory = {name: peak_memory(make, cell, settings.device, settings.threads, name) for name, make in makers.items()}
+    return {"trl_fastest": memory["trl"], **memory} if "trl" in memory else memory
+
+
+def _one_row(ours: LayoutContestant, groups: list[TokenGroup], settings: Settings) -> dict[str, Any] | None:
+    """Ours with several groups in one row against the same groups in a row each, at one optimizer step for all."""
+    count = settings.groups_per_row
+    if count == 1:
+        return None
+    field = {"one_row": ours.with_rows(count, count), "row_each": ours.with_rows(1, count)}
+    for contestant in field.values():
+        contestant.step(groups[:1])
+    many = [groups[i % len(groups)] for i in range(count)]
+    times = time_rounds(field, many, settings.rounds, settings.device)
+    ratio = [a / b for a, b in zip(times["one_row"], times["row_each"], strict=True)]
+    return {
+        "groups": count,
+        "tokens": sum(ours.tokens(group).physical for group in many),
+        "seconds_per_group": {name: median(seconds) for name, seconds in times.items()},
+        "time_ratio": median(ratio),
+        "time_ratio_quartiles": _quartiles(ratio),
+    }
+
+
+def _figures(
+    field: Mapping[str, Contestant],
+    times: dict[str, list[float]],
+    memory: dict[str, float],
+    group: TokenGroup,
+    cell: Cell,
+    settings: Settings,
+    peak: float,
+) -> dict[str, dict[str, Any]]:
+    """Speed, tokens, memory and MFU of each contestant."""
+    shape, figures = shape_of(settings.spec(cell).transformers_config, LORA_RANK), {}
+    for name, work in cell_work(cell, settings).items():
+        seconds, tokens, flops = median(times[name]), field[name].tokens(group), step_flops(shape, work)
+        figures[name] = {
+            "seconds_per_group": seconds,
+            "seconds_per_group_quartiles": _quartiles(times[name]),
+            "groups_per_second": 1 / seconds,
+            "logical_tokens_per_second": tokens.logical / seconds,
+            "physical_tokens_per_second": tokens.physical / seconds,
+            "reuse": tokens.logical / tokens.physical,
+            "padding": tokens.padding / tokens.physical,
+            "flops_per_group": flops,
+            "mfu": flops / seconds / peak,
+            "peak_memory_mib": memory[name],
+        }
+        if name == "trl":
+            figures[name]["peak_memory_fastest_mib"] = memory["trl_fastest"]
+    return figures
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    """Lower and upper quartile."""
+    if len(values) == 1:
+        return [values[0], values[0]]
+    lower, _, upper = quantiles(values, n=4, method="inclusive")
+    return [lower, upper]
+
+
+def _line(cell: Cell, result: dict[str, Any]) -> str:
+    parts = [f"{cell}:"]
+    for rival in ("trl", "unshared"):
+        if result[f"speedup_{rival}"] is not None:
+            parts.append(
+                f"{result[f'speedup_{rival}']:.2f}x {rival} (ceiling {result[f'ceiling_{rival}']:.2f}), "
+                f"memory {result[f'memory_ratio_{rival}']:.1f}x;"
+            )
+    if result["one_row"]:
+        parts.append(
+            f"{result['one_row']['groups']} groups in one row: {result['one_row']['time_ratio']:.3f} of the time;"
+        )
+    return " ".join(parts).rstrip(";")
