@@ -69,8 +69,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
             _bars(grid[row, column], cells, rival)
             grid[row, column].set_title(f"against {RIVALS[rival]}, vocabulary {vocab:,}", fontsize=9)
     grid[0, 0].legend(loc="upper left", fontsize=8, frameon=False)
-    device = f"{result['device']}, {result['threads']} threads" if result["device_type"] == "cpu" else result["device"]
-    figure.suptitle(f"Speed-up of the shared-prefix step: {device}, {result['dtype']}", fontsize=10)
+    figure.suptitle(f"Speed-up of the shared-prefix step: {_device(result)}", fontsize=10)
     figure.savefig(file, format="png")
 
 
@@ -87,6 +86,11 @@ def _bars(axes: Axes, cells: list[dict[str, Any]], rival: str) -> None:
     ]
     axes.bar([x - BAR / 2 for x in places], measured, BAR, color=BLUE, label="measured", yerr=error, ecolor="black")
     axes.bar([x + BAR / 2 for x in places], ceilings, BAR, color=GREY, label="ceiling by FLOPs")
+    if rival == "trl":
+        lower = [cell["ceiling_trl_head_on_completions"] for cell in cells]
+        axes.plot(
+            [x + BAR / 2 for x in places], lower, "_k", markersize=10, label="ceiling, TRL's head on completions only"
+        )
     axes.plot(places, memory, "D", color=ORANGE, markersize=5, label="memory ratio")
     for x, value, (_, high) in zip(places, measured, spread, strict=True):
         axes.annotate(
@@ -94,16 +98,21 @@ def _bars(axes: Axes, cells: list[dict[str, Any]], rival: str) -> None:
         )
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xticks(list(places), [f"P={c['prompt']}\nK={c['negatives']}" for c in cells], fontsize=7)
-    axes.set_ylabel("times ours")
+    axes.set_ylabel("how many times ours")
     axes.set_ylim(0, 1.25 * max(*measured, *ceilings, *memory, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _device(result: dict[str, Any]) -> str:
+    threads = f", {result['threads']} thread{'s' * (result['threads'] > 1)}" if result["device_type"] == "cpu" else ""
+    return f"{result['device']}{threads}, {result['dtype']}"
 
 
 def _conditions(result: dict[str, Any]) -> str:
     versions = " ".join(f"{name} {version}" for name, version in result["versions"].items())
     peak = result["peak_flops"]
     return (
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}, {result['rounds']} rounds; {versions}; "
+        f"{_device(result)}, {result['rounds']} rounds; {versions}; "
         f"commit {(result['commit'] or 'unknown')[:12]}\nMFU of {peak['value'] / 1e9:,.0f} GFLOP/s, {peak['source']}; "
         f"{result['flop_convention'].split(';')[0]}"
     )

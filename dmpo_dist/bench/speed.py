@@ -28,13 +28,16 @@ CONVENTION = (
 Say = Callable[[str], None]
 
 
-def run(settings: Settings, environment: dict[str, Any], say: Say) -> dict[str, Any]:
+def run(
+    settings: Settings, environment: dict[str, Any], say: Say, save: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """Measure all cells.
 
     Args:
         settings: what to measure.
         environment: versions and commit, for the record.
         say: told what is going on, one line at a time.
+        save: given the result so far after each cell, so that a long run that is stopped leaves something.
 
     Returns:
         Plain JSON types: the settings, versions, and ``cells``, a list of what ``measure_cell`` gives.
@@ -45,8 +48,9 @@ def run(settings: Settings, environment: dict[str, Any], say: Say) -> dict[str, 
     torch.set_num_threads(settings.threads)
     peak, source = measure_peak(settings.device, settings.dtype)
     say(f"{settings.device}, {settings.dtype}, {settings.threads} threads, peak {peak / 1e9:,.0f} GFLOP/s: {source}")
+    say(f"{len(settings.cells)} cells, about {_expected_seconds(settings, peak) / 60:.0f} minutes or more")
     names = ("torch", "transformers", "peft", *(["trl"] if settings.with_trl else []))
-    return {
+    result: dict[str, Any] = {
         "kind": "dmpo bench speed",
         "commit": environment.get("git_commit"),
         "versions": {name: metadata.version(name) for name in names},
@@ -62,8 +66,12 @@ def run(settings: Settings, environment: dict[str, Any], say: Say) -> dict[str, 
         "lora_rank": LORA_RANK,
         "peak_flops": {"value": peak, "source": source},
         "flop_convention": CONVENTION,
-        "cells": [measure_cell(cell, settings, peak, say) for cell in settings.cells],
+        "cells": [],
     }
+    for cell in settings.cells:
+        result["cells"].append(measure_cell(cell, settings, peak, say))
+        save(result)
+    return result
 
 
 def measure_cell(cell: Cell, settings: Settings, peak: float, say: Say) -> dict[str, Any]:
@@ -130,6 +138,15 @@ def cell_work(cell: Cell, settings: Settings) -> dict[str, Work]:
     if settings.with_trl:
         work["trl"] = pairs_work(*lengths, head_everywhere=head_everywhere(settings.device))
     return work
+
+
+def _expected_seconds(settings: Settings, peak: float) -> float:
+    """At the machine's peak, counting 8 more groups than rounds for TRL's probe, warm-ups and memory."""
+    total = 0
+    for cell in settings.cells:
+        shape = shape_of(settings.spec(cell).transformers_config, LORA_RANK)
+        total += sum(step_flops(shape, work) for work in cell_work(cell, settings).values()) * (settings.rounds + 8)
+    return total / peak
 
 
 def _ratios(times: dict[str, list[float]], memory: dict[str, float], cell: Cell, settings: Settings) -> dict[str, Any]:

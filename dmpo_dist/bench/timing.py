@@ -13,8 +13,8 @@ from dmpo_dist.data.tokenization import TokenGroup
 
 MIN_TURN_SECONDS = 0.5
 """A turn repeats short steps for this long, so that a shared machine's moods hit all contestants alike."""
-MAX_PROBE_TOKENS = 2**14
-"""TRL is not tried with more tokens than this in a batch of two groups: their activations may not fit."""
+MAX_PROBE_TOKENS = 2**13
+"""TRL is tried with two groups in a batch up to here; more tokens fill any device, and may not fit its memory."""
 PROBE_TURNS = 2
 
 
