@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -54,7 +55,7 @@ def run(
         "kind": "dmpo bench speed",
         "commit": environment.get("git_commit"),
         "versions": {name: metadata.version(name) for name in names},
-        "device": torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor() or "cpu",
+        "device": _device_name(settings.device),
         "environment": environment,
         "device_type": settings.device,
         "dtype": settings.dtype,
@@ -138,6 +139,15 @@ def cell_work(cell: Cell, settings: Settings) -> dict[str, Work]:
     if settings.with_trl:
         work["trl"] = pairs_work(*lengths, head_everywhere=head_everywhere(settings.device))
     return work
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"
 
 
 def _expected_seconds(settings: Settings, peak: float) -> float:

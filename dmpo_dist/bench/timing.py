@@ -52,9 +52,9 @@ def measure_peak(device: str, dtype: str) -> tuple[float, str]:
         name = torch.cuda.get_device_name()
         if (peak := known_peak(name)) and dtype == "bfloat16":
             return peak, f"dense bf16 peak of {name}"
-    size, fastest = (8192 if device == "cuda" else 1024), float("inf")
+    size, fastest = (8192 if device == "cuda" else 1536), float("inf")
     a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
-    for _ in range(10):
+    for _ in range(20):
         _synchronize(device)
         start = time.perf_counter()
         a @ a
