@@ -173,6 +173,7 @@ def test_the_gate_refuses_other_files(tmp_path):
 @pytest.mark.integration
 def test_the_command_measures_draws_and_gates(tmp_path, monkeypatch, capsys):
     """A tiny grid through the real command; then the gate on its result, with a regression planted and without."""
+    monkeypatch.setattr("dmpo_dist.bench.timing.MIN_TURN_SECONDS", 0.1)
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     out = tmp_path / "speed.json"
     grid = ["--prompt", "16", "--negatives", "2", "--vocab", "97", "--rounds", "2", "--threads", "1", "--device", "cpu"]

@@ -11,7 +11,7 @@ from dmpo_dist.bench.flops import known_peak
 from dmpo_dist.bench.trl_pairs import TrlContestant
 from dmpo_dist.data.tokenization import TokenGroup
 
-MIN_TURN_SECONDS = 0.5
+MIN_TURN_SECONDS = 2.0
 """A turn repeats short steps for this long, so that a shared machine's moods hit all contestants alike."""
 MAX_PROBE_TOKENS = 2**13
 """TRL is tried with two groups in a batch up to here; more tokens fill any device, and may not fit its memory."""
