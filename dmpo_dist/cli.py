@@ -269,8 +269,7 @@ def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and exit status 2."""
     _quiet()
     try:
-        app(standalone_mode=False)
-        code = 0
+        code = app(standalone_mode=False) or 0  # click hands typer.Exit's code back instead of raising it
     except UserError as error:
         _tell(str(error))
         code = 2
@@ -280,8 +279,6 @@ def main() -> NoReturn:
         where = error.filename or "output_dir"
         _tell(f"{where}: {error.strerror}; check space and permissions, or write to another output_dir or data.path")
         code = 2
-    except typer.Exit as error:
-        code = error.exit_code
     except typer.Abort:
         code = 130
     except Exception as error:
