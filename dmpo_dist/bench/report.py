@@ -123,6 +123,11 @@ def _notes(result: dict[str, Any]) -> list[str]:
     notes = []
     for cell in result["cells"]:
         where = f"P={cell['prompt']} K={cell['negatives']} V={cell['vocab']}"
+        if result["device_type"] == "cpu":
+            parts = [
+                f"{cell[f'cpu_speedup_{r}']:.2f}x {label}" for r, label in RIVALS.items() if cell[f"cpu_speedup_{r}"]
+            ]
+            notes.append(f"{where}: by CPU seconds, which a busy machine disturbs less, {', '.join(parts)}")
         if cell["trl_batch"]:
             tried = ", ".join(
                 f"{name} {seconds:.3g} s" for name, seconds in cell["trl_probe_seconds_per_group"].items()
@@ -136,6 +141,6 @@ def _notes(result: dict[str, Any]) -> list[str]:
             row = cell["one_row"]
             notes.append(
                 f"{where}: {row['groups']} groups in one row of {row['tokens']} tokens take {row['time_ratio']:.3f} of the "
-                "time they take in a row each"
+                f"time they take in a row each (by CPU seconds {row['cpu_time_ratio']:.3f})"
             )
     return notes

@@ -14,7 +14,7 @@ from dmpo_dist.bench.contestants import LORA_RANK, Contestant, LayoutContestant,
 from dmpo_dist.bench.flops import Work, pairs_work, shape_of, shared_work, step_flops, unshared_work
 from dmpo_dist.bench.memory import peak_memory
 from dmpo_dist.bench.settings import Cell, Settings
-from dmpo_dist.bench.timing import fastest_batches, measure_peak, time_rounds
+from dmpo_dist.bench.timing import Turn, fastest_batches, measure_peak, time_rounds
 from dmpo_dist.bench.trl_pairs import TrlContestant, head_everywhere
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
@@ -79,7 +79,8 @@ def measure_cell(cell: Cell, settings: Settings, peak: float, say: Say) -> dict[
     """One cell: agreement, TRL's best batching, speed in rounds, memory; plain JSON types.
 
     Ratios are above 1 where ours is the faster or smaller one; those of speed are medians over rounds of the ratio
-    within a round. ``memory_ratio_trl`` has all K pairs of a group in TRL's batch, as ours has the group in its row;
+    within a round, by the clock; ``cpu_speedup_*`` is the same by CPU seconds, which a busy machine disturbs less but
+    which say nothing about a GPU. ``memory_ratio_trl`` has all K pairs of a group in TRL's batch, as ours has the group in its row;
     ``memory_ratio_trl_fastest`` has the batch TRL was timed with.
     """
     spec, longest = settings.spec(cell), cell.prompt + cell.response
@@ -159,14 +160,15 @@ def _expected_seconds(settings: Settings, peak: float) -> float:
     return total / peak
 
 
-def _ratios(times: dict[str, list[float]], memory: dict[str, float], cell: Cell, settings: Settings) -> dict[str, Any]:
+def _ratios(times: dict[str, list[Turn]], memory: dict[str, float], cell: Cell, settings: Settings) -> dict[str, Any]:
     """Speed-ups, their ceilings by the FLOP model, and ratios of memory; None for a contestant that did not run."""
     shape = shape_of(settings.spec(cell).transformers_config, LORA_RANK)
     flops = {name: step_flops(shape, work) for name, work in cell_work(cell, settings).items()}
     ratios: dict[str, Any] = {}
     for rival in ("trl", "unshared"):
-        ratio = [a / b for a, b in zip(times[rival], times["ours"], strict=True)] if rival in times else None
+        ratio, cpu_ratio = _round_ratios(times[rival], times["ours"]) if rival in times else ([], [])
         ratios[f"speedup_{rival}"] = median(ratio) if ratio else None
+        ratios[f"cpu_speedup_{rival}"] = median(cpu_ratio) if ratio else None
         ratios[f"speedup_{rival}_quartiles"] = _quartiles(ratio) if ratio else None
         ratios[f"ceiling_{rival}"] = flops[rival] / flops["ours"] if ratio else None
         ratios[f"memory_ratio_{rival}"] = memory[rival] / memory["ours"] if ratio else None
@@ -174,6 +176,12 @@ def _ratios(times: dict[str, list[float]], memory: dict[str, float], cell: Cell,
     ratios["ceiling_trl_head_on_completions"] = completions_only / flops["ours"] if "trl" in times else None
     ratios["memory_ratio_trl_fastest"] = memory["trl_fastest"] / memory["ours"] if "trl" in times else None
     return ratios
+
+
+def _round_ratios(slower: list[Turn], faster: list[Turn]) -> tuple[list[float], list[float]]:
+    """Ratios within each round, by the clock and by CPU seconds."""
+    both = list(zip(slower, faster, strict=True))
+    return [a.seconds / b.seconds for a, b in both], [a.cpu_seconds / b.cpu_seconds for a, b in both]
 
 
 def _memory(cell: Cell, settings: Settings, field: Mapping[str, Contestant]) -> dict[str, float]:
@@ -201,19 +209,20 @@ def _one_row(ours: LayoutContestant, groups: list[TokenGroup], settings: Setting
         contestant.step(groups[:1])
     many = [groups[i % len(groups)] for i in range(count)]
     times = time_rounds(field, many, settings.rounds, settings.device)
-    ratio = [a / b for a, b in zip(times["one_row"], times["row_each"], strict=True)]
+    ratio, cpu_ratio = _round_ratios(times["one_row"], times["row_each"])
     return {
         "groups": count,
         "tokens": sum(ours.tokens(group).physical for group in many),
-        "seconds_per_group": {name: median(seconds) for name, seconds in times.items()},
+        "seconds_per_group": {name: median(turn.seconds for turn in turns) for name, turns in times.items()},
         "time_ratio": median(ratio),
+        "cpu_time_ratio": median(cpu_ratio),
         "time_ratio_quartiles": _quartiles(ratio),
     }
 
 
 def _figures(
     field: Mapping[str, Contestant],
-    times: dict[str, list[float]],
+    times: dict[str, list[Turn]],
     memory: dict[str, float],
     group: TokenGroup,
     cell: Cell,
@@ -223,10 +232,12 @@ def _figures(
     """Speed, tokens, memory and MFU of each contestant."""
     shape, figures = shape_of(settings.spec(cell).transformers_config, LORA_RANK), {}
     for name, work in cell_work(cell, settings).items():
-        seconds, tokens, flops = median(times[name]), field[name].tokens(group), step_flops(shape, work)
+        turns, tokens, flops = times[name], field[name].tokens(group), step_flops(shape, work)
+        seconds = median(turn.seconds for turn in turns)
         figures[name] = {
             "seconds_per_group": seconds,
-            "seconds_per_group_quartiles": _quartiles(times[name]),
+            "seconds_per_group_quartiles": _quartiles([turn.seconds for turn in turns]),
+            "cpu_seconds_per_group": median(turn.cpu_seconds for turn in turns),
             "groups_per_second": 1 / seconds,
             "logical_tokens_per_second": tokens.logical / seconds,
             "physical_tokens_per_second": tokens.physical / seconds,

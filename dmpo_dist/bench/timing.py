@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 import torch
@@ -18,12 +19,20 @@ MAX_PROBE_TOKENS = 2**13
 PROBE_TURNS = 2
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Seconds per group in one turn: by the clock, and of this process's CPU threads together."""
+
+    seconds: float
+    cpu_seconds: float
+
+
 def time_rounds(
     field: Mapping[str, Contestant], groups: Sequence[TokenGroup], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds per group of each contestant in each round; they take turns, in the opposite order every other round."""
+) -> dict[str, list[Turn]]:
+    """A turn of each contestant in each round, in the opposite order every other round."""
     streams = {name: cycle(groups) for name in field}
-    times: dict[str, list[float]] = {name: [] for name in field}
+    times: dict[str, list[Turn]] = {name: [] for name in field}
     for number in range(rounds):
         order = list(field) if number % 2 == 0 else list(field)[::-1]
         for name in order:
@@ -42,7 +51,7 @@ def fastest_batches(trl: TrlContestant, groups: Sequence[TokenGroup], device: st
     if 2 * tokens <= MAX_PROBE_TOKENS:
         tried[f"{2 * pairs} pairs of 2 groups"] = trl.with_batches(2 * pairs, 2)
     times = time_rounds(tried, groups, PROBE_TURNS, device)
-    best = {name: min(seconds) for name, seconds in times.items()}
+    best = {name: min(turn.seconds for turn in turns) for name, turns in times.items()}
     return tried[min(best, key=best.__getitem__)], best
 
 
@@ -63,17 +72,17 @@ def measure_peak(device: str, dtype: str) -> tuple[float, str]:
     return 2 * size**3 / fastest, f"fastest {size} x {size} {dtype} product in this process"
 
 
-def _turn(contestant: Contestant, stream: Iterator[TokenGroup], device: str) -> float:
-    """Seconds per group over at least one step."""
+def _turn(contestant: Contestant, stream: Iterator[TokenGroup], device: str) -> Turn:
+    """At least one step."""
     done, elapsed = 0, 0.0
     _synchronize(device)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     while elapsed < MIN_TURN_SECONDS:
         contestant.step(list(islice(stream, contestant.groups_per_step)))
         _synchronize(device)
         done += contestant.groups_per_step
         elapsed = time.perf_counter() - start
-    return elapsed / done
+    return Turn(elapsed / done, (time.process_time() - cpu_start) / done)
 
 
 def _synchronize(device: str) -> None:
