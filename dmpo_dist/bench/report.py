@@ -68,7 +68,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
             cells = [cell for cell in result["cells"] if cell["vocab"] == vocab]
             _bars(grid[row, column], cells, rival)
             grid[row, column].set_title(f"against {RIVALS[rival]}, vocabulary {vocab:,}", fontsize=9)
-    grid[0, 0].legend(loc="upper left", fontsize=8, frameon=False)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(vocabs), fontsize=8, frameon=False)
     figure.suptitle(f"Speed-up of the shared-prefix step: {_device(result)}", fontsize=10)
     figure.savefig(file, format="png")
 
