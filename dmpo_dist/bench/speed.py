@@ -95,7 +95,7 @@ def measure_cell(cell: Cell, settings: Settings, peak: float, say: Say) -> dict[
         contestant.step(groups[:1])  # warm-up
     probe: dict[str, float] = {}
     if trl is not None:
-        field["trl"], probe = fastest_batches(trl, groups, settings.device)
+        field["trl"], probe = fastest_batches(trl, groups, settings.device, settings.threads)
     times = time_rounds(field, groups, settings.rounds, settings.device)
     memory = _memory(cell, settings, field)
     result = {

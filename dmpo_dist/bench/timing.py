@@ -40,18 +40,22 @@ def time_rounds(
     return times
 
 
-def fastest_batches(trl: TrlContestant, groups: Sequence[TokenGroup], device: str) -> tuple[TrlContestant, dict]:
+def fastest_batches(
+    trl: TrlContestant, groups: Sequence[TokenGroup], device: str, threads: int
+) -> tuple[TrlContestant, dict[str, float]]:
     """TRL with the number of pairs in a batch that is fastest for these groups, and seconds per group of all tried.
 
     One pair at a time, all pairs of a group, and the pairs of two groups, each with one optimizer step a group or two;
-    the better of two short turns counts.
+    the better of two turns counts, by the clock, or by CPU seconds where one CPU thread does all: a busy machine then
+    cannot pick the wrong one.
     """
     pairs, tokens = trl.pairs_per_batch, trl.tokens(groups[0]).physical
     tried = {f"{n} pairs": trl.with_batches(n, 1) for n in sorted({1, pairs})}
     if 2 * tokens <= MAX_PROBE_TOKENS:
         tried[f"{2 * pairs} pairs of 2 groups"] = trl.with_batches(2 * pairs, 2)
     times = time_rounds(tried, groups, PROBE_TURNS, device)
-    best = {name: min(turn.seconds for turn in turns) for name, turns in times.items()}
+    by_cpu = device == "cpu" and threads == 1
+    best = {name: min(t.cpu_seconds if by_cpu else t.seconds for t in turns) for name, turns in times.items()}
     return tried[min(best, key=best.__getitem__)], best
 
 
