@@ -199,6 +199,88 @@ def config_validate(config: Layers = None, overrides: Overrides = None) -> None:
     print("valid: " + (", ".join(str(layer) for layer in config) if config else "the defaults"))
 
 
+WithoutTrl = Annotated[bool, typer.Option("--without-trl", help="Compare with our own separate rows alone.")]
+
+
+@bench_app.command("speed")
+def bench_speed(
+    prompt: Annotated[list[int] | None, typer.Option(help="Prompt tokens; repeatable.  [64 256 1024]")] = None,
+    negatives: Annotated[list[int] | None, typer.Option(help="Negatives K; repeatable.  [1 3 7 15]")] = None,
+    vocab: Annotated[list[int] | None, typer.Option(help="Vocabulary; repeatable.  [4096 32000]")] = None,
+    response: Annotated[int, typer.Option(help="Response tokens, end token included.")] = 12,
+    rounds: Annotated[int, typer.Option(help="Turns of every contestant; medians over them are shown.")] = 5,
+    groups_per_row: Annotated[
+        int, typer.Option(help="Also time ours with that many groups in one row against a row each.")
+    ] = 1,
+    model_config: Annotated[
+        Path | None, typer.Option(help="A config.json to make the model from, with random weights.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu (fp32) or cuda (bf16).")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 for torch's default.")] = 0,
+    without_trl: WithoutTrl = False,
+    json: Annotated[Path | None, typer.Option(help="Result file.  [runs/bench-speed/speed.json]")] = None,
+    png: Annotated[Path | None, typer.Option(help="Chart.  [beside the result file]")] = None,
+) -> None:
+    """Ours, our separate rows and TRL's DPOTrainer on the same token ids: speed, memory and their FLOP ceilings.
+
+    Examples:
+
+        dmpo bench speed --prompt 256 --negatives 7 --vocab 4096
+
+        dmpo bench speed --prompt 256 --negatives 7 --model-config Llama-3-8B/config.json --device cuda
+    """
+    from dmpo_dist.bench import report, settings, speed
+    from dmpo_dist.orchestration.environment import describe_environment
+    from dmpo_dist.orchestration.runlog import make_console
+
+    asked = settings.make_settings(
+        prompt or [], negatives or [], vocab or [], response, model_config, device, threads, rounds,
+        not without_trl, groups_per_row,
+    )  # fmt: skip
+    json = json or _free(Path("runs/bench-speed")) / "speed.json"
+    png = png or json.with_suffix(".png")
+    settings.check_outputs(json, png)
+    console = make_console()
+    result = speed.run(asked, describe_environment(), console.print, lambda so_far: report.write_json(so_far, json))
+    report.draw(result, png)
+    report.show(result, console)
+    print(f"written: {json} and {png}")
+
+
+@bench_app.command("gate")
+def bench_gate(
+    baseline: Annotated[Path, typer.Option(help="What dmpo bench speed --json wrote.")],
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every contestant.  [the baseline's]")] = None,
+    without_trl: WithoutTrl = False,
+    json: Annotated[Path | None, typer.Option(help="Also write the new figures there.")] = None,
+) -> None:
+    """Measure a baseline's cells again; exit 1 where memory grew by over 5 % or a ratio of speed fell by over 25 %.
+
+    Examples:
+
+        dmpo bench gate --baseline tests/benchmarks/speed_cpu.json
+    """
+    from dmpo_dist.bench import gate, report, settings, speed
+    from dmpo_dist.orchestration.environment import describe_environment
+    from dmpo_dist.orchestration.runlog import make_console
+
+    before = gate.read_baseline(baseline)
+    asked = settings.settings_of(before, rounds, not without_trl)
+    if json:
+        settings.check_outputs(json)
+    console = make_console()
+    result = speed.run(asked, describe_environment(), console.print)
+    if json:
+        report.write_json(result, json)
+    report.show(result, console)
+    lines = gate.violations(before, result)
+    for line in lines:
+        print(f"worse: {line}")
+    if lines:
+        raise typer.Exit(1)
+    print(f"as good as {baseline} in all {len(asked.cells)} cells")
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -210,8 +292,7 @@ def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and exit status 2."""
     _quiet()
     try:
-        app(standalone_mode=False)
-        code = 0
+        code = app(standalone_mode=False) or 0  # click hands typer.Exit's code back instead of raising it
     except UserError as error:
         _tell(str(error))
         code = 2
@@ -221,8 +302,6 @@ def main() -> NoReturn:
         where = error.filename or "output_dir"
         _tell(f"{where}: {error.strerror}; check space and permissions, or write to another output_dir or data.path")
         code = 2
-    except typer.Exit as error:
-        code = error.exit_code
     except typer.Abort:
         code = 130
     except Exception as error:

@@ -1,0 +1,156 @@
+"""The FLOP model: what a training step on one preference group must compute.
+
+Convention, the same for every contestant:
+
+- a matrix product of (m, k) and (k, n) is 2 m k n FLOPs; nothing but matrix products counts.
+- attention is causal: a query meets the keys up to itself, two products of ``head_dim`` a pair and head.
+- a step is a reference forward without adapters, a policy forward with LoRA, and the policy's backward.
+- under LoRA base weights get no gradient, so their backward is the gradient of the input alone (1 x forward); the
+  adapters' own is 2 x forward, attention's 2 x forward (four products a pair).
+- recomputation (flash attention's, a chunked head's) does not count: it is how, not what.
+
+The first layer's query, key and value need no gradient of their input, which is not subtracted: 1 to 2 % of a small
+model's step, for all contestants alike.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+DENSE_BF16_PEAKS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12,
+}  # fmt: skip
+"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The matrix products of a decoder with a gated MLP.
+
+    Attributes:
+        hidden, layers, heads, kv_heads, head_dim, intermediate, vocab: as in the model's configuration.
+        lora_rank: rank of the adapters on every linear layer except the head.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    lora_rank: int
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of a layer's linear modules: q, k, v, o, gate, up, down."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        inner = [(self.hidden, queries), (self.hidden, keys), (self.hidden, keys), (queries, self.hidden)]
+        mlp = [(self.hidden, self.intermediate)] * 2 + [(self.intermediate, self.hidden)]
+        return inner + mlp
+
+
+@dataclass(frozen=True)
+class Work:
+    """What passes through the model: tokens through the layers, (query, key) pairs, rows through the head."""
+
+    tokens: int
+    pairs: int
+    head_rows: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs of one pass, by part."""
+
+    linear: int
+    adapters: int
+    attention: int
+    head: int
+
+
+def shape_of(config: Any, lora_rank: int) -> Shape:
+    """The shape of a transformers configuration.
+
+    Raises:
+        ValueError: a mixture of experts, or a configuration without the usual fields; this model would miscount it.
+    """
+    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        raise ValueError(f"{config.model_type} is a mixture of experts")
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    for name in needed:
+        if not isinstance(getattr(config, name, None), int):
+            raise ValueError(f"{config.model_type} has no {name}")
+    heads = config.num_attention_heads
+    return Shape(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        lora_rank=lora_rank,
+    )
+
+
+def forward_flops(shape: Shape, work: Work) -> Flops:
+    """Forward FLOPs of ``work``; ``adapters`` is what LoRA adds."""
+    per_token = sum(n * m for n, m in shape.linears)
+    per_token_adapters = sum(shape.lora_rank * (n + m) for n, m in shape.linears)
+    return Flops(
+        linear=2 * shape.layers * per_token * work.tokens,
+        adapters=2 * shape.layers * per_token_adapters * work.tokens,
+        attention=4 * shape.layers * shape.heads * shape.head_dim * work.pairs,
+        head=2 * shape.hidden * shape.vocab * work.head_rows,
+    )
+
+
+def step_flops(shape: Shape, work: Work) -> int:
+    """FLOPs of reference forward, policy forward and policy backward under LoRA; see the module's convention."""
+    f = forward_flops(shape, work)
+    reference = f.linear + f.attention + f.head
+    policy = reference + f.adapters
+    backward = f.linear + 2 * f.adapters + 2 * f.attention + f.head
+    return reference + policy + backward
+
+
+def shared_work(prompt: int, response: int, negatives: int) -> Work:
+    """One group with its prompt run once.
+
+    The last token of a response is only a target; the prompt's last hidden state predicts every response's first token.
+    """
+    rows, body = negatives + 1, response - 1
+    return Work(
+        tokens=prompt + rows * body,
+        pairs=_triangle(prompt) + rows * (body * prompt + _triangle(body)),
+        head_rows=1 + rows * body,
+    )
+
+
+def unshared_work(prompt: int, response: int, negatives: int) -> Work:
+    """One group as K+1 separate rows, without their last tokens; the head on predicting positions only."""
+    rows, length = negatives + 1, prompt + response - 1
+    return Work(tokens=rows * length, pairs=rows * _triangle(length), head_rows=rows * response)
+
+
+def pairs_work(prompt: int, response: int, negatives: int, head_everywhere: bool = False) -> Work:
+    """One group as K pairs of full rows, as TRL's DPOTrainer runs it.
+
+    Args:
+        prompt, response, negatives: tokens and K.
+        head_everywhere: TRL 1.16's fused head scores the completion's positions alone where Triton runs, and every
+            position of the row but its last elsewhere, as on a CPU.
+    """
+    rows, length = 2 * negatives, prompt + response
+    scored = length - 1 if head_everywhere else response
+    return Work(tokens=rows * length, pairs=rows * _triangle(length), head_rows=rows * scored)
+
+
+def known_peak(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name, None where the table does not know it."""
+    return next((peak for part, peak in DENSE_BF16_PEAKS.items() if part in device_name), None)
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2

@@ -1,0 +1,112 @@
+"""Peak memory of a contestant's step, each in a process of its own."""
+
+import ctypes
+import gc
+import multiprocessing
+import sys
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from dmpo_dist.bench.contestants import Contestant, random_groups
+from dmpo_dist.bench.settings import Cell
+from dmpo_dist.errors import UserError
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEASURED_STEPS = 2
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def peak_memory(make: Callable[[], Contestant], cell: Cell, device: str, threads: int, name: str) -> float:
+    """MiB that steps take above what is held once model and optimizer exist.
+
+    On CUDA what torch allocated at most; elsewhere the peak of the resident set. A first step on a tiny group makes
+    the optimizer's state and the libraries' buffers, which are not counted.
+
+    Args:
+        make: builds the contestant in the new process; picklable.
+        cell: what groups.
+        device, threads: as in the timed run.
+        name: what to call the contestant in an error.
+
+    Raises:
+        UserError: the process ended without a figure, as when memory ran out.
+    """
+    # A fork server imports once for all children. CUDA does not survive a fork, so there each child starts anew.
+    get_context = multiprocessing.get_context
+    context = get_context("spawn") if device == "cuda" else get_context("forkserver")
+    context.set_forkserver_preload([__name__, "dmpo_dist.bench.trl_pairs", "peft", *_trl()])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure, args=(make, cell, device, threads, sender), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        raise UserError(
+            f"--prompt {cell.prompt} --negatives {cell.negatives} --vocab {cell.vocab}: the process that measured the "
+            f"memory of {name} ended with exit code {child.exitcode} (-9: out of memory); choose smaller values"
+        ) from None
+    finally:
+        receiver.close()
+        child.join()
+
+
+def _trl() -> list[str]:
+    return ["trl.trainer.dpo_trainer"] if "trl" in sys.modules else []
+
+
+def _measure(make: Callable[[], Contestant], cell: Cell, device: str, threads: int, sender: Connection) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(threads)
+    if device == "cpu" and STATUS.exists():
+        # tensors get pages of their own and give them back when freed, so that the peak is what lives, not fragmentation
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    contestant = make()
+    contestant.step(random_groups(1, 8, 4, 1, cell.vocab))
+    count = contestant.groups_per_step * MEASURED_STEPS
+    groups = random_groups(count, cell.prompt, cell.response, cell.negatives, cell.vocab)
+    gc.collect()
+    before = _start_counting(device)
+    for start in range(0, len(groups), contestant.groups_per_step):
+        contestant.step(groups[start : start + contestant.groups_per_step])
+    sender.send((_peak(device) - before) / 2**20)
+
+
+def _start_counting(device: str) -> int:
+    """Forget the peak so far; bytes held now."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not STATUS.exists():
+        return _getrusage_peak()
+    # pages freed while the model was made would hide what the step allocates first
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR_REFS.write_text("5")  # resets VmHWM to VmRSS
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM") if STATUS.exists() else _getrusage_peak()
+
+
+def _status(field: str) -> int:
+    """Bytes from a line like ``VmHWM:   123 kB``."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _getrusage_peak() -> int:
+    """Peak resident bytes of the process so far (macOS counts bytes, other systems KiB)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

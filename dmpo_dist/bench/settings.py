@@ -1,0 +1,169 @@
+"""What a run of ``dmpo bench speed`` depends on, checked before anything is measured."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmpo_dist.bench.contestants import BENCH_MODEL, LORA_RANK, ModelSpec
+from dmpo_dist.bench.flops import shape_of
+from dmpo_dist.bench.trl_pairs import require_trl
+from dmpo_dist.errors import UserError
+
+PROMPTS, NEGATIVES, VOCABS = (64, 256, 1024), (1, 3, 7, 15), (4096, 32000)
+LEAST = {"prompt": 1, "negatives": 1, "vocab": 16, "response": 2, "rounds": 1, "groups-per-row": 1, "threads": 0}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Lengths of the groups of one measurement, in tokens, and the vocabulary."""
+
+    prompt: int
+    negatives: int
+    vocab: int
+    response: int = 12
+
+    def __str__(self) -> str:
+        return f"P={self.prompt} K={self.negatives} V={self.vocab}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on; the JSON holds it, so that a gate can repeat the run.
+
+    Attributes:
+        cells: what to measure.
+        model: a config.json's content; each cell sets its vocabulary.
+        device, dtype: of the models; ``cpu`` or ``cuda``.
+        threads: CPU threads of every contestant.
+        rounds: turns of every contestant in a cell.
+        with_trl: whether TRL takes part.
+        groups_per_row: also measure ours with that many groups in one row (1: not).
+    """
+
+    cells: tuple[Cell, ...]
+    model: dict[str, Any]
+    device: str
+    dtype: str
+    threads: int
+    rounds: int = 5
+    with_trl: bool = True
+    groups_per_row: int = 1
+
+    def spec(self, cell: Cell) -> ModelSpec:
+        """What the models of ``cell`` are made from."""
+        return ModelSpec({**self.model, "vocab_size": cell.vocab}, self.device, self.dtype)
+
+
+def make_settings(
+    prompts: Sequence[int],
+    negatives: Sequence[int],
+    vocabs: Sequence[int],
+    response: int,
+    model_config: Path | None,
+    device: str,
+    threads: int,
+    rounds: int,
+    with_trl: bool,
+    groups_per_row: int,
+) -> Settings:
+    """The command line's values, checked and completed; empty lists and 0 threads stand for the defaults.
+
+    Raises:
+        UserError: a value out of range, a model that cannot be used, a device that is not there, or no trl.
+    """
+    given = {"prompt": prompts, "negatives": negatives, "vocab": vocabs, "response": [response]}
+    given |= {"rounds": [rounds], "groups-per-row": [groups_per_row], "threads": [threads]}
+    for name, values in given.items():
+        if values and min(values) < LEAST[name]:
+            raise UserError(f"--{name} {min(values)} is too small; give at least {LEAST[name]}")
+    model = BENCH_MODEL if model_config is None else _read_model(model_config)
+    longest, context = max(prompts or PROMPTS) + response, model.get("max_position_embeddings")
+    if context and longest > context:
+        raise UserError(
+            f"--prompt {longest - response} with --response {response} exceeds the model's {context} positions; lower it"
+        )
+    if with_trl:
+        require_trl()
+    device = _device(device)
+    grid = product(
+        vocabs or ([model["vocab_size"]] if "vocab_size" in model else VOCABS),
+        prompts or PROMPTS,
+        negatives or NEGATIVES,
+    )
+    cells = tuple(Cell(prompt, k, vocab, response) for vocab, prompt, k in dict.fromkeys(grid))
+    settings = Settings(
+        cells=cells,
+        model=model,
+        device=device,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        threads=threads or torch.get_num_threads(),
+        rounds=rounds,
+        with_trl=with_trl,
+        groups_per_row=groups_per_row,
+    )
+    try:
+        shape_of(settings.spec(cells[0]).transformers_config, LORA_RANK)
+    except ValueError as error:
+        raise UserError(f"--model-config {model_config}: {error}; give a dense decoder such as a Llama") from None
+    return settings
+
+
+def settings_of(baseline: dict[str, Any], rounds: int | None, with_trl: bool) -> Settings:
+    """The settings that made the content of a JSON of ``dmpo bench speed``, for a run to compare with it.
+
+    Raises:
+        UserError: it was made on a device that is not here, or with trl, which is not installed.
+    """
+    cells = tuple(
+        Cell(cell["prompt"], cell["negatives"], cell["vocab"], cell["response"]) for cell in baseline["cells"]
+    )
+    with_trl = with_trl and baseline["with_trl"]
+    if with_trl:
+        require_trl()
+    return Settings(
+        cells=cells,
+        model=baseline["model"],
+        device=_device(baseline["device_type"]),
+        dtype=baseline["dtype"],
+        threads=baseline["threads"],
+        rounds=rounds or baseline["rounds"],
+        with_trl=with_trl,
+    )
+
+
+def check_outputs(*files: Path) -> None:
+    """Raise UserError for a file that exists or could not be written; folders are made."""
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists already and is kept; give another file or remove it")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{file.parent}: {error.strerror}; write to another folder") from None
+        if not os.access(file.parent, os.W_OK):
+            raise UserError(f"{file.parent} is not writable; write to another folder")
+
+
+def _device(asked: str) -> str:
+    if asked not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {asked} is not known; choose auto, cpu or cuda")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU; use --device cpu, or a baseline made on a CPU")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def _read_model(path: Path) -> dict[str, Any]:
+    """The content of a config.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model-config {path}: cannot be read ({error}); give a model's config.json") from None
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise UserError(f"--model-config {path}: names no model_type; give a transformers config.json")
+    return content

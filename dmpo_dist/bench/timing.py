@@ -1,0 +1,94 @@
+"""Clocks: turns in rounds, the batching TRL is fastest with, and the machine's peak."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import torch
+
+from dmpo_dist.bench.contestants import Contestant
+from dmpo_dist.bench.flops import known_peak
+from dmpo_dist.bench.trl_pairs import TrlContestant
+from dmpo_dist.data.tokenization import TokenGroup
+
+MIN_TURN_SECONDS = 2.0
+"""A turn repeats short steps for this long, so that a shared machine's moods hit all contestants alike."""
+MAX_PROBE_TOKENS = 2**13
+"""TRL is tried with two groups in a batch up to here; more tokens fill any device, and may not fit its memory."""
+PROBE_TURNS = 2
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds per group in one turn: by the clock, and of this process's CPU threads together."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def time_rounds(
+    field: Mapping[str, Contestant], groups: Sequence[TokenGroup], rounds: int, device: str
+) -> dict[str, list[Turn]]:
+    """A turn of each contestant in each round, in the opposite order every other round."""
+    streams = {name: cycle(groups) for name in field}
+    times: dict[str, list[Turn]] = {name: [] for name in field}
+    for number in range(rounds):
+        order = list(field) if number % 2 == 0 else list(field)[::-1]
+        for name in order:
+            times[name].append(_turn(field[name], streams[name], device))
+    return times
+
+
+def fastest_batches(
+    trl: TrlContestant, groups: Sequence[TokenGroup], device: str, threads: int
+) -> tuple[TrlContestant, dict[str, float]]:
+    """TRL with the number of pairs in a batch that is fastest for these groups, and seconds per group of all tried.
+
+    One pair at a time, all pairs of a group, and the pairs of two groups, each with one optimizer step a group or two;
+    the better of two turns counts, by the clock, or by CPU seconds where one CPU thread does all: a busy machine then
+    cannot pick the wrong one.
+    """
+    pairs, tokens = trl.pairs_per_batch, trl.tokens(groups[0]).physical
+    tried = {f"{n} pairs": trl.with_batches(n, 1) for n in sorted({1, pairs})}
+    if 2 * tokens <= MAX_PROBE_TOKENS:
+        tried[f"{2 * pairs} pairs of 2 groups"] = trl.with_batches(2 * pairs, 2)
+    times = time_rounds(tried, groups, PROBE_TURNS, device)
+    by_cpu = device == "cpu" and threads == 1
+    best = {name: min(t.cpu_seconds if by_cpu else t.seconds for t in turns) for name, turns in times.items()}
+    return tried[min(best, key=best.__getitem__)], best
+
+
+def measure_peak(device: str, dtype: str) -> tuple[float, str]:
+    """FLOP/s to relate to, and where it is from: a data sheet for known GPUs, else this process's fastest product."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        if (peak := known_peak(name)) and dtype == "bfloat16":
+            return peak, f"dense bf16 peak of {name}"
+    size, fastest = (8192 if device == "cuda" else 1536), float("inf")
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    for _ in range(20):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest, f"fastest {size} x {size} {dtype} product in this process"
+
+
+def _turn(contestant: Contestant, stream: Iterator[TokenGroup], device: str) -> Turn:
+    """At least one step."""
+    done, elapsed = 0, 0.0
+    _synchronize(device)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    while elapsed < MIN_TURN_SECONDS:
+        contestant.step(list(islice(stream, contestant.groups_per_step)))
+        _synchronize(device)
+        done += contestant.groups_per_step
+        elapsed = time.perf_counter() - start
+    return Turn(elapsed / done, (time.process_time() - cpu_start) / done)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
