@@ -7,15 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
 from dmpo_dist.bench.contestants import Contestant, random_groups
 from dmpo_dist.bench.settings import Cell
 from dmpo_dist.errors import UserError
+from dmpo_dist.training.memory import STATUS, held_bytes, peak_bytes, reset_peak
 
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MEASURED_STEPS = 2
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -71,42 +70,13 @@ def _measure(make: Callable[[], Contestant], cell: Cell, device: str, threads: i
     count = contestant.groups_per_step * MEASURED_STEPS
     groups = random_groups(count, cell.prompt, cell.response, cell.negatives, cell.vocab)
     gc.collect()
-    before = _start_counting(device)
+    place = torch.device(device)
+    if device == "cpu" and STATUS.exists():
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # pages freed while the model was made would hide what the step allocates first
+    reset_peak(place)
+    before = held_bytes(place)
     for start in range(0, len(groups), contestant.groups_per_step):
         contestant.step(groups[start : start + contestant.groups_per_step])
-    sender.send((_peak(device) - before) / 2**20)
-
-
-def _start_counting(device: str) -> int:
-    """Forget the peak so far; bytes held now."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if not STATUS.exists():
-        return _getrusage_peak()
-    # pages freed while the model was made would hide what the step allocates first
-    ctypes.CDLL(None).malloc_trim(0)
-    CLEAR_REFS.write_text("5")  # resets VmHWM to VmRSS
-    return _status("VmRSS")
-
-
-def _peak(device: str) -> int:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM") if STATUS.exists() else _getrusage_peak()
-
-
-def _status(field: str) -> int:
-    """Bytes from a line like ``VmHWM:   123 kB``."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def _getrusage_peak() -> int:
-    """Peak resident bytes of the process so far (macOS counts bytes, other systems KiB)."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    sender.send((peak_bytes(place) - before) / 2**20)

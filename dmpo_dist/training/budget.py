@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dmpo_dist.batching.layout import group_cost, lay_out
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
+from dmpo_dist.training.memory import peak_bytes, reset_peak
 
 PROBES = (1024, 2048)
 """Tokens of the two rows that give the slope."""
@@ -116,23 +117,3 @@ class Probe:
         box = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         dist.all_reduce(box, dist.ReduceOp.MIN)
         return box.item()
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start a new measurement of ``peak_bytes``."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        with open("/proc/self/clear_refs", "w") as control:
-            control.write("5")  # resets VmHWM, proc(5)
-    except OSError:
-        pass  # peaks then only grow, which makes the slope too small at worst; the row is still run before it is used
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most bytes held since ``reset_peak``: allocated on a GPU, resident memory of the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

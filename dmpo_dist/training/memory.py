@@ -1,0 +1,39 @@
+"""Memory of this process or its accelerator: held now, and at most since a reset."""
+
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def held_bytes(device: torch.device) -> int:
+    """Allocated by torch on a GPU, resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far; outside Linux a CPU peak cannot be forgotten and only grows."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")  # sets VmHWM to VmRSS, proc(5)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most of ``held_bytes`` since ``reset_peak``."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes
