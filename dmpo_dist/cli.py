@@ -153,6 +153,24 @@ def doctor(config: Layers = None, overrides: Overrides = None) -> None:
         raise typer.Exit(2)
 
 
+@app.command()
+def architectures(
+    output: Annotated[Path | None, typer.Option("--output", help="Also write the table to this file.")] = None,
+) -> None:
+    """Measure on tiny models which families share their prompt here and how exactly; print a Markdown table.
+
+    Examples:
+
+        dmpo architectures
+
+        dmpo architectures --output docs/ARCHITECTURES.md
+    """
+    from dmpo_dist.architectures import show_architectures
+
+    if not show_architectures(output):
+        raise typer.Exit(1)
+
+
 @bench_app.command("step")
 def bench_step(
     config: Layers = None,
