@@ -78,7 +78,7 @@ def export(
     _check_request(source, output, merge, shard_size)
     tokenizer = load_tokenizer(source)
     base_config = read_model_config(source.base, 0)
-    _check_model(source, base_config, tokenizer, merge)
+    _check_model(source, base_config, tokenizer)
     template = make_template(enforce_template(source.stamp, TemplateConfig(), model), tokenizer)
     prepared = PreparedData.load(data) if data else None
     origin = read_provenance(source, prepared.card if prepared else None)
@@ -89,13 +89,14 @@ def export(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         tokenizer.save_pretrained(part)
+        generation = _generation_config(tokenizer, template)
         requests = _requests(prepared, GroupTokenizer(tokenizer, template, trained.max_length))
         before = score_token_groups(model, trained, requests.groups, TOKEN_BUDGET)
         if source.is_adapter and not merge:
             written = _write_adapter(source, part, dtype)
         else:
-            written = _write_whole(source, part, dtype or "bfloat16", shard_size or SHARD_SIZE)
-        _write_generation_config(part, tokenizer, template)
+            written = _write_whole(source, part, dtype or "bfloat16", shard_size or SHARD_SIZE, generation)
+        generation.save_pretrained(part)
         as_written = trained if written.is_adapter else trained.model_copy(update={"dtype": written.dtype})
         after = score_token_groups(str(part), as_written, requests.groups, TOKEN_BUDGET)
         difference = compare_scores(before, after, requests, trained.dtype)
@@ -226,17 +227,15 @@ def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: s
         raise UserError(f"--shard-size {shard_size}: write a whole number and KB, MB, GB or TB, such as 5GB")
 
 
-def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: bool) -> None:
+def _check_model(source: ModelSource, base_config: Any, tokenizer: Any) -> None:
     """Whether base and tokenizer go with the model."""
-    whole = merge or not source.is_adapter
-    if whole and getattr(base_config, "quantization_config", None):
+    if getattr(base_config, "quantization_config", None):
         advice = (
-            f"set base_model_name_or_path in {source.path}/{ADAPTER} to the full-precision model it was made from, or leave "
-            "--merge out"
+            f"set base_model_name_or_path in {source.path}/{ADAPTER} to the full-precision model it was made from"
             if source.is_adapter
             else "export the adapter it was trained with instead"
         )
-        raise UserError(f"{source.base}: its weights are quantized, and merging would round them again; {advice}")
+        raise UserError(f"{source.base}: its weights are quantized, and a merge would round them again; {advice}")
     largest = max(tokenizer.get_vocab().values())
     rows = base_config.get_text_config().vocab_size
     if largest >= rows:
@@ -316,7 +315,7 @@ def _write_adapter(source: ModelSource, folder: Path, dtype: Dtype | None) -> Wr
     return Written(True, _name_of({tensor.dtype for tensor in tensors.values()}), 1)
 
 
-def _write_whole(source: ModelSource, folder: Path, dtype: Dtype, shard_size: str) -> Written:
+def _write_whole(source: ModelSource, folder: Path, dtype: Dtype, shard_size: str, generation: Any) -> Written:
     """The model in shards, an adapter merged in fp32; loaded back as plain transformers does."""
     from transformers import AutoModelForCausalLM
 
@@ -324,6 +323,7 @@ def _write_whole(source: ModelSource, folder: Path, dtype: Dtype, shard_size: st
     if source.is_adapter:
         model = model.merge_and_unload(safe_merge=True)
     model = model.to(getattr(torch, dtype))
+    model.generation_config = generation  # the base's own may be one that transformers refuses to save
     model.save_pretrained(folder, max_shard_size=shard_size)
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
@@ -346,16 +346,14 @@ def _require_same(expected: dict[str, torch.Tensor], seen: dict[str, torch.Tenso
             raise RuntimeError(f"{where}: {name} did not survive saving")
 
 
-def _write_generation_config(folder: Path, tokenizer: Any, template: Template) -> None:
+def _generation_config(tokenizer: Any, template: Template) -> Any:
     """Greedy decoding that ends where a response ends."""
     from transformers import GenerationConfig
 
     end = tokenizer.backend_tokenizer.encode(template.terminator, add_special_tokens=False).ids
     eos = end[0] if len(end) == 1 else tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-    GenerationConfig(
-        do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=pad
-    ).save_pretrained(folder)
+    return GenerationConfig(do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=pad)
 
 
 def _write_stamp(folder: Path, source: ModelSource, facts: dict[str, Any]) -> None:

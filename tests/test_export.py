@@ -227,6 +227,7 @@ REFUSED = {
     "other_depth": ("{world}/shallow {out}/x", ("{world}/shallow", "does not fit {world}/base_shallow", "layers.1")),
     "base_gone": ("{world}/base_gone {out}/x", ("base_gone/adapter_config.json", "{world}/nowhere", "base_model_name_or_path")),
     "quantized_base": ("{world}/on_4bit {out}/x --merge", ("{world}/base_4bit", "quantized", "full-precision")),
+    "quantized_base_of_an_adapter": ("{world}/on_4bit {out}/x", ("{world}/base_4bit", "quantized", "base_model_name_or_path")),
     "other_tokenizer": ("{world}/other_tokenizer {out}/x", ("{world}/other_tokenizer", "tokenizer", "embedding", "rows")),
     "whole_model_merged": ("{world}/whole {out}/x --merge", ("--merge", "{world}/whole", "whole model already")),
     "output_exists": ("{world}/whole {world}/file", ("{world}/file", "exists already", "choose another")),

@@ -130,7 +130,7 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
             setattr(model_config, key, 0.0)  # policy and reference must see the same network
     try:
         model = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=getattr(torch, config.dtype))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: could not be loaded as a causal language model: {_first_line(error)}") from None
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -199,7 +199,8 @@ def _require_same_adapter(peft: Any, source: ModelSource) -> None:
     if not file.exists():
         return
     with safe_open(file, framework="pt") as content:
-        differing = set(content.keys()) ^ get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
+        names = set(content.keys()) ^ get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
+    differing = [name for name in names if ".lora_" in name]  # embeddings may lie beside them
     if differing:
         raise ValueError(f"{len(differing)} weights are in one alone, such as {min(differing)}")
 
