@@ -50,7 +50,14 @@ DELTA_NET = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
-HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+HYBRID = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
 
 FAMILIES = (
     Family("Llama", "llama"),
@@ -71,7 +78,7 @@ FAMILIES = (
     Family("OLMo3, short window", "olmo3", SHORT | ALTERNATING),
     Family("gpt-oss, short window", "gpt_oss", SHORT | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     Family("GPT-2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
-    Family("Mamba2", "mamba2", {"state_size": 8, "num_heads": 8, "n_groups": 1}),
+    Family("Mamba2", "mamba2", {"state_size": 8, "num_heads": 8, "n_groups": 1, "chunk_size": 8}),
     Family("Granite", "granite", {"logits_scaling": 4.0}),
     Family("SmolLM3", "smollm3"),
     Family("GLM4", "glm4"),

@@ -92,6 +92,9 @@ def export(
         generation = _generation_config(tokenizer, template)
         requests = _requests(prepared, GroupTokenizer(tokenizer, template, trained.max_length))
         before = score_token_groups(model, trained, requests.groups, TOKEN_BUDGET)
+        _require_finite(
+            before, f"{model}: its scores", "its training diverged or its weights are damaged; train it again"
+        )
         if source.is_adapter and not merge:
             written = _write_adapter(source, part, dtype)
         else:
@@ -99,6 +102,7 @@ def export(
         generation.save_pretrained(part)
         as_written = trained if written.is_adapter else trained.model_copy(update={"dtype": written.dtype})
         after = score_token_groups(str(part), as_written, requests.groups, TOKEN_BUDGET)
+        _require_finite(after, f"{model}: scores in {written.dtype}", "it is too narrow a type; try --dtype float32")
         difference = compare_scores(before, after, requests, trained.dtype)
         facts = {
             "merged": merge,
@@ -180,18 +184,8 @@ class Difference:
 def compare_scores(
     before: Sequence[np.ndarray], after: Sequence[np.ndarray], requests: Requests, trained_dtype: str
 ) -> Difference:
-    """Difference of two models' log-probs, per request (1 + K,).
-
-    Raises:
-        UserError: a score is not finite.
-    """
+    """Difference of two models' log-probs, per request (1 + K,)."""
     old, new = np.concatenate(before), np.concatenate(after)
-    for scores, whose in ((old, "trained"), (new, "exported")):
-        if not np.isfinite(scores).all():
-            raise UserError(
-                f"scores of the {whose} model are not finite; its training diverged, or its weights are damaged or too "
-                "large for their type: try --dtype float32"
-            )
     pairs = list(zip(before, after, strict=True))
     nats = np.abs(old - new)
     real = [pair for pair in pairs if len(pair[0]) > 1] if requests.real else []
@@ -208,6 +202,11 @@ def compare_scores(
         order_changed=sum(bool((a.argsort(kind="stable") != b.argsort(kind="stable")).any()) for a, b in pairs),
         ndcg=(ndcg[0], ndcg[1]) if ndcg else None,
     )
+
+
+def _require_finite(scores: Sequence[np.ndarray], whose: str, advice: str) -> None:
+    if not np.isfinite(np.concatenate(scores)).all():
+        raise UserError(f"{whose} are not finite; {advice}")
 
 
 def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: str | None) -> None:

@@ -88,6 +88,8 @@ def break_models(folder):
     (copy_of(good, folder / "no_weights") / "adapter_model.safetensors").unlink()
     cut = copy_of(whole, folder / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
+    diverged = copy_of(whole, folder / "diverged") / "model.safetensors"
+    save_file({n: torch.full_like(t, torch.nan) for n, t in load_file(diverged).items()}, diverged, {"format": "pt"})
     save_file({}, copy_of(good, folder / "empty") / "adapter_model.safetensors")
     assert 8 < (folder / "empty/adapter_model.safetensors").stat().st_size <= 40
     (copy_of(good, folder / "no_stamp") / "dmpo.json").unlink()
@@ -210,6 +212,9 @@ def test_the_card_says_what_is_known_and_what_is_not(world, tmp_path):
     for words in ("base model", "licence", "config.yaml", "environment.json", "dataset.json", "Test metrics"):
         assert words in gaps
     assert str(tmp_path) not in text, "no paths of this machine"
+    tuned = copy_of(world / "whole", tmp_path / "tuned")
+    write_stamp(tuned, TemplateConfig(), stage="sft", start="Qwen/Qwen3-0.6B")
+    assert yaml.safe_load(card_of(tuned, tmp_path / "hub").split("---\n")[1])["base_model"] == "Qwen/Qwen3-0.6B"
 
 
 def card_of(model, out):
@@ -226,6 +231,7 @@ REFUSED = {
     "other_width": ("{world}/narrow {out}/x --merge", ("{world}/narrow", "does not fit {world}/base_narrow", "size mismatch")),
     "other_depth": ("{world}/shallow {out}/x", ("{world}/shallow", "does not fit {world}/base_shallow", "layers.1")),
     "base_gone": ("{world}/base_gone {out}/x", ("base_gone/adapter_config.json", "{world}/nowhere", "base_model_name_or_path")),
+    "not_finite": ("{world}/diverged {out}/x", ("{world}/diverged", "not finite", "train it again")),
     "quantized_base": ("{world}/on_4bit {out}/x --merge", ("{world}/base_4bit", "quantized", "full-precision")),
     "quantized_base_of_an_adapter": ("{world}/on_4bit {out}/x", ("{world}/base_4bit", "quantized", "base_model_name_or_path")),
     "other_tokenizer": ("{world}/other_tokenizer {out}/x", ("{world}/other_tokenizer", "tokenizer", "embedding", "rows")),
