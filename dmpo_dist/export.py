@@ -247,7 +247,7 @@ def _check_model(source: ModelSource, base_config: Any, tokenizer: Any) -> None:
 def _trained_as(origin: Provenance, base_config: Any) -> ModelConfig:
     """Type and length the model was trained in, as far as the run's config.yaml says."""
     run = origin.config.get("model") or {}
-    context = getattr(base_config, "max_position_embeddings", None) or 512
+    context = getattr(base_config.get_text_config(), "max_position_embeddings", None) or 512
     length = run.get("max_length") or 512
     known = run.get("dtype") if run.get("dtype") in ("float32", "bfloat16", "float16") else "float32"
     return ModelConfig(dtype=known, max_length=min(int(length), int(context)))

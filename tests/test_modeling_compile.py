@@ -20,6 +20,7 @@ def test_compiled_layers_match_eager_ones():
         use_backend(unwrap_peft(model), "two_part")
     compile_layers(unwrap_peft(compiled), backend="aot_eager")  # inductor runs a C++ compiler for minutes
     counters.clear()
+    graphs = []
     for count, seed in ((2, 0), (5, 1), (3, 2)):  # rows of three lengths
         layout = prefix_layout(random_groups(count, seed=seed))
         seen = []
@@ -34,5 +35,6 @@ def test_compiled_layers_match_eager_ones():
             seen.append((reference, policy, *gradients))
         for a, b in zip(*seen, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
-    graphs = counters["stats"]["unique_graphs"]
-    assert 0 < graphs <= 12, "layers and lengths share their graphs"
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[-1] == graphs[-2], "a row of another length needs no further graph"

@@ -8,6 +8,7 @@ from transformers import AttentionInterface
 
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.attention import DENSE, TWO_PART, dense_attention, two_part_attention
+from dmpo_dist.modeling.heads import backbone_of
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:
@@ -23,8 +24,7 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
     Raises:
         UserError: a model without a list of decoder layers.
     """
-    backbone = getattr(model, model.base_model_prefix)
-    layers = next((child for child in backbone.children() if isinstance(child, nn.ModuleList)), None)
+    layers = next((child for child in backbone_of(model).children() if isinstance(child, nn.ModuleList)), None)
     if layers is None:
         raise UserError(f"model.compile=true: {model.config.model_type} has no list of decoder layers; set it to false")
     for name, function in ((TWO_PART, two_part_attention), (DENSE, dense_attention)):

@@ -23,7 +23,7 @@ class LogitTransform(NamedTuple):
     @classmethod
     def of(cls, config: Any) -> "LogitTransform":
         """What a transformers configuration says of it."""
-        scale = 1.0
+        config, scale = config.get_text_config(), 1.0
         for names, power in ((MULTIPLIERS, 1), (DIVISORS, -1)):
             for name in names:
                 scale *= (getattr(config, name, None) or 1.0) ** power
@@ -48,6 +48,18 @@ def wide_product(rows: Tensor, weight: Tensor) -> Tensor:
     if rows.is_cuda:
         return torch.mm(rows, weight.T, out_dtype=torch.float32)  # not differentiable everywhere, see _ChunkedLogProbs
     return linear(rows.float(), weight.float())
+
+
+def backbone_of(language_model: Any) -> Any:
+    """The part of ``language_model`` (a transformers causal LM) that ends with the last hidden state.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    for name in (language_model.base_model_prefix, "model"):  # Llama 4 names a prefix it does not have
+        if hasattr(language_model, name):
+            return getattr(language_model, name)
+    raise UserError(f"{language_model.config.model_type}: its backbone cannot be found; this model type cannot be used")
 
 
 def output_head(language_model: Any) -> Any:
@@ -82,11 +94,11 @@ def check_head(language_model: Any) -> None:
     if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
         return
     ids = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
-    expected = language_model(input_ids=ids, use_cache=False).logits[0].double()
+    with torch.compiler.set_stance("force_eager"):  # compiled layers need no graphs for this
+        expected = language_model(input_ids=ids, use_cache=False).logits[0].double()
+        hidden = backbone_of(language_model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     if not expected.isfinite().all():
         return  # weights that diverged or are damaged say nothing of the head; whoever uses the log-probs finds out
-    backbone = getattr(language_model, language_model.base_model_prefix)
-    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
     seen = LogitTransform.of(config).logits(hidden.to(head.weight.dtype), head.weight, getattr(head, "bias", None))
     exact = head.weight.dtype in (torch.float32, torch.float64)
     tolerance = (1e-4 if exact else 2e-2) * max(1.0, expected.abs().max().item())

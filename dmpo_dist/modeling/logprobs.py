@@ -5,9 +5,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dmpo_dist.batching.layout import Layout, PrefixLayout, RowsLayout, Targets
+from dmpo_dist.batching.layout import Layout, PrefixLayout, RowsLayout
+from dmpo_dist.batching.targets import Targets
 from dmpo_dist.modeling.attention import no_mask
-from dmpo_dist.modeling.heads import LogitTransform, check_head, output_head
+from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, output_head
 
 MAX_CHUNK_LOGITS = 2**24
 """Most logits held at once: 64 MiB in fp32, whatever the vocabulary."""
@@ -153,8 +154,7 @@ class LogProbModel(nn.Module):
 
     def _log_probs(self, layout: Layout, targets: Targets) -> Tensor:
         language_model = unwrap_peft(self.causal_lm)
-        backbone = getattr(language_model, language_model.base_model_prefix)
-        hidden = backbone(**forward_arguments(layout), use_cache=False).last_hidden_state
+        hidden = backbone_of(language_model)(**forward_arguments(layout), use_cache=False).last_hidden_state
         return self.head(hidden.flatten(0, 1), targets)
 
 

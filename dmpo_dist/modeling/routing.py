@@ -127,7 +127,7 @@ def use_backend(model: Any, backend: Backend) -> None:
 
 def attention_of(model: Any) -> Attention:
     """What ``model`` (a transformers causal LM) asks of a backend."""
-    config = model.config
+    config = model.config.get_text_config()
     heads = [getattr(config, name, None) for name in ("head_dim", "global_head_dim", "qk_head_dim")]
     known = [width for width in heads if isinstance(width, int)]
     return Attention(
@@ -142,7 +142,7 @@ def attention_of(model: Any) -> Attention:
 
 def native_attention(model: Any) -> str:
     """The implementation for separate rows: eager where SDPA would leave out soft-capping or sinks."""
-    eager = getattr(model.config, "attn_logit_softcapping", None) or _has_sinks(model)
+    eager = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) or _has_sinks(model)
     return "eager" if eager or not getattr(model, "_supports_sdpa", True) else "sdpa"
 
 
@@ -171,7 +171,7 @@ def _obstacle(backend: Backend, attention: Attention, device_type: str, max_leng
 
 def _never_shared(model: Any) -> str | None:
     """What keeps responses of this model from sharing their prompt, by any backend."""
-    config = model.config
+    config = model.config.get_text_config()
     name = config.model_type
     if not getattr(model, "_supports_attention_backend", False):
         return f"{name} does not support registered attention functions"

@@ -1,0 +1,119 @@
+"""What a layout scores: which hidden states predict which tokens of which responses and histories."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Movable:
+    """A dataclass whose tensor fields move together."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """The same on ``device`` (DeepSpeed calls it too, with its own idea of ``non_blocking``)."""
+        return self._mapped(lambda tensors: tensors.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> Self:
+        """The same in page-locked memory, from where copies to an accelerator do not block."""
+        return self._mapped(lambda tensors: tensors.pinned() if isinstance(tensors, Movable) else tensors.pin_memory())
+
+    def _mapped(self, change: Callable[[Any], Any]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: change(v) for n, v in values.items() if isinstance(v, Tensor | Movable)})
+
+
+@dataclass(frozen=True)
+class Targets(Movable):
+    """Which hidden states predict which tokens of which responses.
+
+    Attributes:
+        predict_index: (M,) int64, the flat positions whose hidden states are projected, each once, ascending.
+        target_row: (N,) int64 into ``predict_index``.
+        target_ids: (N,) int64, the scored tokens.
+        target_branch: (N,) int64, the branch each scored token belongs to.
+        response_branch: (R,) int64, the branch of each response; equal responses of a group share one.
+        response_lengths: (R,) int64, scored tokens of each response.
+        history_branch: (G,) int64, for each group the branch that holds its scored history; (0,) where none is scored.
+        history_lengths: the same shape, scored tokens of each history.
+        group_id: (R,) int64 in [0, n_groups).
+        is_positive: (R,) bool; a group's positive comes first.
+        n_branches, n_groups: counts.
+    """
+
+    predict_index: Tensor
+    target_row: Tensor
+    target_ids: Tensor
+    target_branch: Tensor
+    response_branch: Tensor
+    response_lengths: Tensor
+    history_branch: Tensor
+    history_lengths: Tensor
+    group_id: Tensor
+    is_positive: Tensor
+    n_branches: int
+    n_groups: int
+
+    def summed(self, token_log_probs: Tensor) -> Tensor:
+        """(N,) log-probs of the scored tokens -> (R,) summed over each response, then, where scored, (G,) histories."""
+        branches = token_log_probs.new_zeros(self.n_branches).index_add(0, self.target_branch, token_log_probs)
+        return branches[torch.cat([self.response_branch, self.history_branch])]
+
+    def split(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``summed`` gives -> (R,) of the responses and (G,) or (0,) of the histories."""
+        responses = len(self.response_branch)
+        return log_probs[:responses], log_probs[responses:]
+
+
+class TargetCollector:
+    """Gathers (position, token) pairs branch by branch; scored histories become branches after all others."""
+
+    def __init__(self) -> None:
+        self.n_branches = 0
+        self._scored: list[list[tuple[int, int]]] = []
+        self._histories: list[list[tuple[int, int]]] = []
+        self._groups: list[list[int]] = []
+        self._group_start = 0
+
+    def add_branch(self, scored: list[tuple[int, int]]) -> None:
+        """Add the (position, token) pairs that are scored in the next branch."""
+        self._scored.append(scored)
+        self.n_branches += 1
+
+    def add_group(self, response_rows: list[int], history: list[tuple[int, int]]) -> None:
+        """Close a group whose responses are the given rows of the branches added since the last one."""
+        self._groups.append([self._group_start + row for row in response_rows])
+        self._group_start = self.n_branches
+        self._histories.append(history)
+
+    def targets(self) -> Targets:
+        """Everything added, histories included."""
+        return self._targets(self._histories if any(self._histories) else [])
+
+    def reference_targets(self) -> Targets | None:
+        """The same without histories; None where there are none."""
+        return self._targets([]) if any(self._histories) else None
+
+    def _targets(self, histories: list[list[tuple[int, int]]]) -> Targets:
+        branches = self._scored + histories
+        positions = torch.tensor([position for scored in branches for position, _ in scored])
+        predict_index, target_row = torch.unique(positions, return_inverse=True)
+        lengths = torch.tensor([len(scored) for scored in branches])
+        response_branch = torch.tensor([branch for group in self._groups for branch in group])
+        history_branch = torch.arange(len(self._scored), len(branches))
+        return Targets(
+            predict_index=predict_index,
+            target_row=target_row,
+            target_ids=torch.tensor([token for scored in branches for _, token in scored]),
+            target_branch=torch.arange(len(branches)).repeat_interleave(lengths),
+            response_branch=response_branch,
+            response_lengths=lengths[response_branch],
+            history_branch=history_branch,
+            history_lengths=lengths[history_branch],
+            group_id=torch.tensor([g for g, group in enumerate(self._groups) for _ in group]),
+            is_positive=torch.tensor([i == 0 for group in self._groups for i in range(len(group))]),
+            n_branches=len(branches),
+            n_groups=len(self._groups),
+        )
