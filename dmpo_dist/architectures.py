@@ -50,6 +50,15 @@ DELTA_NET = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
+CHUNKED = {
+    "attention_chunk_size": 8, "layer_types": ["chunked_attention", "full_attention"], "num_local_experts": 2,
+    "intermediate_size_mlp": 48,
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
 HYBRID = {
     "mamba_d_ssm": 32,
     "mamba_n_heads": 4,
@@ -61,6 +70,7 @@ HYBRID = {
 
 FAMILIES = (
     Family("Llama", "llama"),
+    Family("Llama 4, short chunks", "llama4_text", CHUNKED),
     Family("Mistral", "mistral", {"sliding_window": None}),
     Family("Mistral, short window", "mistral", SHORT),
     Family("Qwen2", "qwen2"),
@@ -82,6 +92,7 @@ FAMILIES = (
     Family("Granite", "granite", {"logits_scaling": 4.0}),
     Family("SmolLM3", "smollm3"),
     Family("GLM4", "glm4"),
+    Family("DeepSeek-V3", "deepseek_v3", LATENT),
     Family("Cohere2, short window", "cohere2", SHORT | ALTERNATING),
     Family("Falcon-H1", "falcon_h1", HYBRID),
     Family("ModernBERT decoder", "modernbert-decoder", {"cls_token_id": 1, "sep_token_id": 2}),
