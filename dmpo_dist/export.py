@@ -25,7 +25,7 @@ from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_row
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import ranking_metrics
 from dmpo_dist.evaluation.scoring import score_token_groups
-from dmpo_dist.model_card import Provenance, model_card, read_provenance
+from dmpo_dist.model_card import Evaluation, Provenance, model_card, read_provenance
 from dmpo_dist.modeling.backbone import (
     ADAPTER,
     STAMP,
@@ -274,23 +274,24 @@ def _requests(prepared: PreparedData | None, tokenizer: GroupTokenizer) -> Reque
     return Requests([tokenizer(group) for group in groups], f"{len(groups)} made-up requests", False)
 
 
-def _find_in_evaluation(file: Path, model: str) -> tuple[str, dict[str, Any]]:
+def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
     """The model's name in an evaluation.json, and its content.
 
     Raises:
         UserError: it is no such file, or ranks no model of that folder.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        folders = {name: path for name, path in content["folders"].items() if name in content["models"]}
+        content = Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--evaluation {file}: cannot be read ({error.strerror}); correct the path") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"--evaluation {file}: is no evaluation.json that `dmpo evaluate` wrote") from None
-    for name, path in folders.items():
-        if Path(path).resolve() == Path(model).resolve():
+    except ValueError:
+        raise UserError(
+            f"--evaluation {file}: is no evaluation.json that `dmpo evaluate` wrote; leave it out or give the right file"
+        ) from None
+    for name, path in content.folders.items():
+        if name in content.models and Path(path).resolve() == Path(model).resolve():
             return name, content
-    ranked = ", ".join(f"{name}={path}" for name, path in folders.items()) or "none"
+    ranked = ", ".join(f"{name}={path}" for name, path in content.folders.items()) or "none"
     raise UserError(
         f"--evaluation {file}: ranks no model of {model} (it has {ranked}); leave it out or give the right file"
     )

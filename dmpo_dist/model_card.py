@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from dmpo_dist.data.template import Template
 from dmpo_dist.errors import UserError
@@ -37,6 +38,26 @@ def log_prob(prompt: str, response: str) -> float:
 prompt = {prompt!r}
 responses = {{title: {response} for title in {titles!r}}}
 print(sorted(responses, key=lambda title: log_prob(prompt, responses[title]), reverse=True))'''
+
+
+class Interval(BaseModel):
+    """A metric's mean over users and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+class Evaluation(BaseModel):
+    """What a card needs of an ``evaluation.json``: intervals by model and metric, and which folder each model is."""
+
+    requests: int
+    negatives: dict[str, int]
+    models: dict[str, dict[str, Interval]]
+    folders: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,8 @@ def read_provenance(source: ModelSource, dataset: dict[str, Any] | None) -> Prov
     if dataset is None:
         place = (config.get("data") or {}).get("path")
         dataset = _read(Path(place) / "dataset.json") if place else {}
+        if not {"name", "counts", "fingerprint"} <= dataset.keys():
+            dataset = {}
     prints = environment.get("data_fingerprint"), dataset.get("fingerprint")
     stages, base, scratch = _lineage(source)
     return Provenance(
@@ -100,7 +123,7 @@ def model_card(
     origin: Provenance,
     template: Template,
     difference: str,
-    evaluation: tuple[str, dict[str, Any]] | None,
+    evaluation: tuple[str, Evaluation] | None,
 ) -> str:
     """The README.md of an exported model, with the YAML header that the Hugging Face hub reads.
 
@@ -141,7 +164,7 @@ def model_card(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _header(origin: Provenance, is_adapter: bool, evaluation: tuple[str, dict[str, Any]] | None) -> str:
+def _header(origin: Provenance, is_adapter: bool, evaluation: tuple[str, Evaluation] | None) -> str:
     tags = ["dmpo", "recommender-systems", "ranking"]
     if _stage(origin) == "train":
         tags += ["preference-optimization", (origin.config.get("objective") or {}).get("name")]
@@ -153,7 +176,7 @@ def _header(origin: Provenance, is_adapter: bool, evaluation: tuple[str, dict[st
         "license": origin.base_license,
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
         "datasets": [re.sub(r"[^\w.]+", "-", origin.dataset["name"].lower()).strip("-")] if origin.dataset else None,
-        "metrics": [metric for metric in METRICS if metric in evaluation[1]["models"][evaluation[0]]] if evaluation else None,
+        "metrics": list(evaluation[1].models[evaluation[0]]) if evaluation else None,
     }  # fmt: skip
     return yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False, allow_unicode=True)
 
@@ -178,7 +201,8 @@ def _training(origin: Provenance) -> list[str]:
             f"Objective: `{objective.get('name')}` ({shown}); see the docstrings of dmpo_dist's objectives.py."
         )
     elif stage == "sft":
-        lines.append(f"Objective: likelihood of the {str(section.get('loss_on', 'response')).replace('_', ' ')}.")
+        scored = "all titles, those of the history too" if section.get("loss_on") == "all_titles" else "the response"
+        lines.append(f"Objective: likelihood of {scored}.")
     if section:
         length = "epochs" if section.get("steps") is None else "steps"
         shown = [f"{key} {section[key]}" for key in (length, *SHOWN_STAGE) if section.get(key) is not None]
@@ -211,20 +235,21 @@ def _data(origin: Provenance) -> list[str]:
     return [*lines, notes] if notes else lines
 
 
-def _metrics(evaluation: tuple[str, dict[str, Any]] | None) -> list[str]:
+def _metrics(evaluation: tuple[str, Evaluation] | None) -> list[str]:
     if evaluation is None:
         return ["None given at export."]
     own, content = evaluation
-    negatives = content["negatives"]
-    lines = [
-        f"{content['requests']} test requests, one positive among {negatives['fewest']} to {negatives['most']} negatives, "
-        "95 % bootstrap intervals; measured on the model as trained, before export.",
-    ]
-    table = ["| model | " + " | ".join(METRICS) + " |", "|---|" + "---:|" * len(METRICS)]
-    for name, values in content["models"].items():
-        cells = [f"{values[m]['value']:.3f} ({values[m]['low']:.3f}-{values[m]['high']:.3f})" for m in METRICS]
+    metrics = list(content.models[own])
+    fewest, most = min(content.negatives.values()), max(content.negatives.values())
+    setting = (
+        f"{content.requests} test requests, one positive among {fewest if fewest == most else f'{fewest} to {most}'} "
+        "negatives, 95 % bootstrap intervals; measured on the model as trained, before export."
+    )
+    table = ["| model | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
+    for name, values in content.models.items():
+        cells = [str(values.get(metric, "-")) for metric in metrics]
         table.append(f"| {'**this model**' if name == own else name} | {' | '.join(cells)} |")
-    return [*lines, "\n".join(table)]
+    return [setting, "\n".join(table)]
 
 
 def _licences(origin: Provenance) -> list[str]:
@@ -240,7 +265,7 @@ def _licences(origin: Provenance) -> list[str]:
     ]
 
 
-def _gaps(origin: Provenance, evaluation: tuple[str, dict[str, Any]] | None) -> list[str]:
+def _gaps(origin: Provenance, evaluation: tuple[str, Evaluation] | None) -> list[str]:
     """What a reader would look for and not find."""
     gaps = {
         "The base model: it started from a folder that names none.": origin.base is None and not origin.scratch,
