@@ -23,9 +23,9 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import Template, make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.metrics import ranking_metrics
+from dmpo_dist.evaluation.difference import Difference, compare_scores
 from dmpo_dist.evaluation.scoring import score_token_groups
-from dmpo_dist.model_card import Evaluation, Provenance, model_card, read_provenance
+from dmpo_dist.model_card import Evaluation, model_card
 from dmpo_dist.modeling.backbone import (
     ADAPTER,
     STAMP,
@@ -36,6 +36,7 @@ from dmpo_dist.modeling.backbone import (
     load_tokenizer,
     read_model_config,
 )
+from dmpo_dist.provenance import Provenance, read_provenance
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -56,7 +57,7 @@ def export(
     data: Path | None = None,
     evaluation: Path | None = None,
     echo: Callable[[str], None] = print,
-) -> "Difference":
+) -> Difference:
     """Write the model folder ``model`` to ``output``, which appears whole or not at all.
 
     An adapter is merged in fp32 into its full-precision base and rounded once, which holds the base in fp32 in memory.
@@ -103,7 +104,7 @@ def export(
         as_written = trained if written.is_adapter else trained.model_copy(update={"dtype": written.dtype})
         after = score_token_groups(str(part), as_written, requests.groups, TOKEN_BUDGET)
         _require_finite(after, f"{model}: scores in {written.dtype}", "it is too narrow a type; try --dtype float32")
-        difference = compare_scores(before, after, requests, trained.dtype)
+        difference = compare_scores(before, after, requests.name, requests.real, trained.dtype)
         facts = {
             "merged": merge,
             "dtype": written.dtype,
@@ -147,61 +148,6 @@ class Requests:
     groups: list[TokenGroup]
     name: str
     real: bool
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far an exported model's log-probs are from the trained model's.
-
-    Attributes:
-        requests: what was scored, in words.
-        trained_dtype: type the trained model ran in.
-        candidates: how many log-probs were compared.
-        max_nats, mean_nats: of their absolute differences.
-        top_changed: requests whose best candidate is another one.
-        order_changed: requests in which any two candidates changed places.
-        ndcg: NDCG@10 before and after; None where the requests are made up.
-    """
-
-    requests: str
-    trained_dtype: str
-    candidates: int
-    max_nats: float
-    mean_nats: float
-    top_changed: int
-    order_changed: int
-    ndcg: tuple[float, float] | None
-
-    def __str__(self) -> str:
-        ndcg = f", NDCG@10 {self.ndcg[0]:.4f} -> {self.ndcg[1]:.4f}" if self.ndcg else ""
-        return (
-            f"Against the trained model in {self.trained_dtype} on {self.requests}: log-probs of {self.candidates} candidates differ by at most "
-            f"{self.max_nats:.2g} nats, on average {self.mean_nats:.2g}; another first place in {self.top_changed} "
-            f"requests, another order in {self.order_changed}{ndcg}."
-        )
-
-
-def compare_scores(
-    before: Sequence[np.ndarray], after: Sequence[np.ndarray], requests: Requests, trained_dtype: str
-) -> Difference:
-    """Difference of two models' log-probs, per request (1 + K,)."""
-    old, new = np.concatenate(before), np.concatenate(after)
-    pairs = list(zip(before, after, strict=True))
-    nats = np.abs(old - new)
-    real = [pair for pair in pairs if len(pair[0]) > 1] if requests.real else []
-    ndcg = (
-        [float(ranking_metrics([pair[side] for pair in real])["ndcg@10"].mean()) for side in (0, 1)] if real else None
-    )
-    return Difference(
-        requests=requests.name,
-        trained_dtype=trained_dtype,
-        candidates=len(nats),
-        max_nats=float(nats.max()),
-        mean_nats=float(nats.mean()),
-        top_changed=sum(int(a.argmax() != b.argmax()) for a, b in pairs),
-        order_changed=sum(bool((a.argsort(kind="stable") != b.argsort(kind="stable")).any()) for a, b in pairs),
-        ndcg=(ndcg[0], ndcg[1]) if ndcg else None,
-    )
 
 
 def _require_finite(scores: Sequence[np.ndarray], whose: str, advice: str) -> None:
