@@ -183,6 +183,11 @@ class ReferenceConfig(Section):
     path: Path | None = None
     """Folder for cache=disk, which runs on equal model, data and template share; None puts it in output_dir/reference."""
 
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads off as false
+
     @model_validator(mode="after")
     def _path_needs_disk(self) -> "ReferenceConfig":
         if self.path is not None and self.cache != "disk":

@@ -177,6 +177,14 @@ def test_unreadable_layers_are_named(tmp_path, content, expected):
     assert expected in text
 
 
+def test_off_is_a_word_in_files_and_on_the_command_line(tmp_path):
+    """YAML 1.1 reads it as false."""
+    (tmp_path / "a.yaml").write_text("reference: {cache: off}")
+    assert load_config([tmp_path / "a.yaml"]).reference.cache == "off"
+    assert load_config([], ["reference.cache=off"]).reference.cache == "off"
+    assert load_config([], ["reference.cache=disk"]).reference.cache == "disk"
+
+
 def test_a_missing_layer_is_named(tmp_path):
     assert f"{tmp_path / 'none.yaml'}: no such configuration file" in message([tmp_path / "none.yaml"])
     assert f"{tmp_path}: cannot be read" in message([tmp_path])

@@ -62,31 +62,33 @@ def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str,
 
     Returns:
         ``phases_ms`` (median per step, this rank), ``reduce_ms`` (in collectives, part of backward and optimizer),
-        ``host_reads`` per step and phase, ``loop_ms`` and ``bare_ms`` per step and their ratio ``loop_over_bare``, all medians over
-        blocks, and the facts of the run.
+        ``host_reads`` per step and phase, ``loop_ms`` and ``bare_ms`` per step by the clock, their ratio
+        ``loop_over_bare`` and the same by the CPU seconds of this process ``loop_over_bare_cpu`` (which a busy machine
+        disturbs less, and which count the data thread), all medians over blocks, and the facts of the run.
     """
     trainer = set_up(job, runtime)
     try:
         trainer.train_step(0, *trainer.prepare(0))  # first calls allocate and compile
         bare = _bare_loop(job, trainer)
         bare([trainer.prepare(1)])
-        loop_ms, bare_ms, step = [], [], 2
+        loops, bares, step = [], [], 2
         for _ in range(rounds):
-            loop_ms.append(_loop_block(trainer, step, steps))
+            loops.append(_timed(lambda first=step: _loop_block(trainer, first, steps), trainer.device))
             work = [trainer.prepare(index) for index in range(step, step + steps)]
-            bare_ms.append(_milliseconds(lambda work=work: bare(work), trainer.device) / steps)
+            bares.append(_timed(lambda work=work: bare(work), trainer.device))
             step += steps
         watched = _watched(trainer, step, steps)
         collective_ms, host_reads = _profiled(trainer, step + steps)
-        loop, plain = statistics.median(loop_ms), statistics.median(bare_ms)
+        clock, cpu = ([loop[i] / bare[i] for loop, bare in zip(loops, bares, strict=True)] for i in (0, 1))
         return {
             "phases_ms": watched,
             "reduce_ms": collective_ms,
             "host_reads": host_reads,
-            "loop_ms": loop,
-            "bare_ms": plain,
-            "loop_over_bare": statistics.median([a / b for a, b in zip(loop_ms, bare_ms, strict=True)]),
-            "spread": [min(loop_ms) / loop, max(loop_ms) / loop],
+            "loop_ms": 1000 * statistics.median(seconds for seconds, _ in loops) / steps,
+            "bare_ms": 1000 * statistics.median(seconds for seconds, _ in bares) / steps,
+            "loop_over_bare": statistics.median(clock),
+            "loop_over_bare_cpu": statistics.median(cpu),
+            "spread": [min(clock), max(clock)],
             "groups_per_step": job.stage.global_batch_size,
             "world_size": runtime.world_size,
             "device": str(trainer.device),
@@ -98,14 +100,10 @@ def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str,
         trainer.engine.destroy()
 
 
-def _loop_block(trainer: Trainer, first: int, steps: int) -> float:
-    """Milliseconds per step of the training loop as it is, its data prepared ahead."""
-
-    def run() -> None:
-        for index, (step, work) in enumerate(ahead(trainer.prepare, first, first + steps), start=first):
-            trainer.train_step(index, step, work)
-
-    return _milliseconds(run, trainer.device) / steps
+def _loop_block(trainer: Trainer, first: int, steps: int) -> None:
+    """The training loop as it is, its data prepared ahead."""
+    for index, (step, work) in enumerate(ahead(trainer.prepare, first, first + steps), start=first):
+        trainer.train_step(index, step, work)
 
 
 def _bare_loop(job: Job, trainer: Trainer) -> Callable[[list[Any]], None]:
@@ -172,12 +170,13 @@ def _profiled(trainer: Trainer, first: int) -> tuple[float, dict[str, float]]:
     return collectives / 1000 / PROFILED, {name: count / PROFILED for name, count in inside.items()}
 
 
-def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
+def _timed(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds by the clock and CPU seconds of this process."""
     _synchronize(device)
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     run()
     _synchronize(device)
-    return 1000 * (time.perf_counter() - start)
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def _synchronize(device: torch.device) -> None:
@@ -195,7 +194,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         f"whole loop {result['loop_ms']:.2f} ms a step, bare computation {result['bare_ms']:.2f} ms: "
-        f"{result['loop_over_bare']:.3f} times (data is prepared ahead in the loop)\n"
+        f"{result['loop_over_bare']:.3f} times by the clock ({result['spread'][0]:.3f} to {result['spread'][1]:.3f}), "
+        f"{result['loop_over_bare_cpu']:.3f} times by CPU seconds (which count the data thread)\n"
         "host reads of tensors a step, between log lines: "
         + ", ".join(f"{name} {count:.1f}" for name, count in result["host_reads"].items()),
         highlight=False,
