@@ -9,7 +9,7 @@ import time
 import warnings
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -151,6 +151,54 @@ def doctor(config: Layers = None, overrides: Overrides = None) -> None:
 
     if not examine(_settings(config, overrides, dry_run=False), make_console()):
         raise typer.Exit(2)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL_FOLDER", help="What a stage wrote, such as runs/dmpo/model.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT_FOLDER", help="Must not exist yet.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its full-precision base.")] = False,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None,
+        typer.Option(help="Type of the weights; left out, bfloat16 for a whole model and as trained for an adapter."),
+    ] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Largest file of weights (5GB).")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared data, to measure the difference on its validation requests.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="An evaluation.json that ranks the model, for its card.")
+    ] = None,
+) -> None:
+    """Write a trained model for others: adapter or whole weights, tokenizer, generation configuration, model card.
+
+    Examples:
+
+        dmpo export runs/dmpo/model exported --merge --data runs/ml/data --evaluation runs/ml/evaluation/evaluation.json
+
+        dmpo export runs/dmpo/model exported-adapter
+    """
+    from dmpo_dist.export import export as run
+
+    run(model, output, merge, dtype, shard_size, data, evaluation)
+
+
+@app.command()
+def architectures(
+    output: Annotated[Path | None, typer.Option("--output", help="Also write the table to this file.")] = None,
+) -> None:
+    """Measure on tiny models which families share their prompt here and how exactly; print a Markdown table.
+
+    Examples:
+
+        dmpo architectures
+
+        dmpo architectures --output docs/ARCHITECTURES.md
+    """
+    from dmpo_dist.architectures import show_architectures
+
+    if not show_architectures(output):
+        raise typer.Exit(1)
 
 
 @bench_app.command("step")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmpo_dist.batching.layout import Cost, Layout, group_cost, lay_out
 from dmpo_dist.batching.plan import MicroBatch, deal
-from dmpo_dist.config import RunConfig
+from dmpo_dist.config import ModelConfig, RunConfig
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_for_scoring, load_tokenizer
@@ -32,13 +32,19 @@ def score_requests(path: str, config: RunConfig, rows: Any) -> list[np.ndarray]:
     tokenizer = load_tokenizer(source)
     template = make_template(enforce_template(source.stamp, config.template, path), tokenizer)
     groups = tokenize_rows(rows, GroupTokenizer(tokenizer, template, config.model.max_length))
+    return score_token_groups(path, config.model, groups, config.evaluation.token_budget)
+
+
+def score_token_groups(
+    path: str, config: ModelConfig, groups: Sequence[TokenGroup], token_budget: int
+) -> list[np.ndarray]:
+    """The same for groups that are tokenized already."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_for_scoring(path, config.model).to(device)
+    model = load_for_scoring(path, config).to(device)
     language_model = unwrap_peft(model)
-    route = choose_backend(language_model, device.type, config.model.max_length, config.model.attention)
+    route = choose_backend(language_model, device.type, config.max_length, config.attention)
     use_backend(language_model, route.backend)
-    shared = route.backend != "unshared"
-    return score_groups(LogProbModel(model), groups, config.evaluation.token_budget, shared, device)
+    return score_groups(LogProbModel(model), groups, token_budget, route.backend != "unshared", device)
 
 
 def score_groups(

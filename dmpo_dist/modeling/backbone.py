@@ -65,6 +65,10 @@ def find_model(path: str) -> ModelSource:
             raise UserError(f"{folder / ADAPTER}: names no base model; set its base_model_name_or_path")
         _check_weights(folder)
         relative = folder / base
+        if base.startswith(("/", ".")) and not relative.exists():
+            raise UserError(
+                f"{folder / ADAPTER}: its base model {base} is not there; correct base_model_name_or_path to where it is"
+            )
         return ModelSource(path, str(relative.resolve()) if relative.exists() else base, True, stamp)
     if not (folder / "config.json").exists():
         raise UserError(f"{path}: holds neither config.json nor {ADAPTER}; is it a model folder?")
@@ -126,7 +130,7 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
             setattr(model_config, key, 0.0)  # policy and reference must see the same network
     try:
         model = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=getattr(torch, config.dtype))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: could not be loaded as a causal language model: {_first_line(error)}") from None
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -170,12 +174,35 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
 
     try:
         peft = PeftModel.from_pretrained(model, source.path, is_trainable=copy)
+        _require_same_adapter(peft, source)
         if copy:
             peft.load_adapter(source.path, "reference", is_trainable=False)
             peft.set_adapter("default")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{source.path}: the adapter does not fit {source.base}: {_first_line(error)}") from None
+        raise UserError(
+            f"{source.path}: the adapter does not fit {source.base} ({_first_line(error)}); name the base it was trained on "
+            f"as base_model_name_or_path in its {ADAPTER}"
+        ) from None
     return peft.train() if copy else peft
+
+
+def _require_same_adapter(peft: Any, source: ModelSource) -> None:
+    """PEFT leaves out what a file has too much of, and only warns of what it lacks.
+
+    Raises:
+        ValueError: the adapter's file holds other layers than the model has.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = Path(source.path) / "adapter_model.safetensors"
+    if not file.exists():
+        return
+    with safe_open(file, framework="pt") as content:
+        names = set(content.keys()) ^ get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
+    differing = [name for name in names if ".lora_" in name]  # embeddings may lie beside them
+    if differing:
+        raise ValueError(f"{len(differing)} weights are in one alone, such as {min(differing)}")
 
 
 def _with_new_adapter(model: Any, lora: LoraConfig) -> Any:
@@ -278,10 +305,12 @@ def _check_weights(folder: Path) -> None:
         raise UserError(f"{folder}: holds no weights (*.safetensors); was a copy cut off?")
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as content:
+                empty = not list(content.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: damaged ({_first_line(error)}); was a copy cut off? Copy it again") from None
+        if empty:
+            raise UserError(f"{file}: holds no weights; it was saved without them, so save or train the model again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -297,4 +326,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, without the list below it; with the list's first line where there is nothing else."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]

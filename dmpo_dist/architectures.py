@@ -1,0 +1,245 @@
+"""Which model families share their prompt here, and how exactly: measured on tiny random models of each.
+
+A family's attention says little in words. So each one is built small, its route taken as training would take it, and
+its log-probs and gradients compared with what no layout of ours has touched: one full, unpadded row for each response
+through the model's own logits.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmpo_dist.batching.layout import lay_out
+from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.logprobs import LogProbModel
+from dmpo_dist.modeling.routing import Backend, choose_backend, native_attention, use_backend
+
+LOG_PROB_LIMIT = 1e-5
+"""Largest relative error of the log-probs of a family that may be used, in fp32."""
+GRADIENT_LIMIT = 1e-4
+"""The same for the worst parameter's gradient."""
+
+VOCABULARY = 97
+
+
+class Family(NamedTuple):
+    """A tiny configuration: its name in the table, transformers' name of it, and what it sets beyond ``SMALL``."""
+
+    name: str
+    model_type: str
+    options: dict[str, Any] = {}  # noqa: RUF012  read only
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 48, "vocab_size": VOCABULARY, "max_position_embeddings": 128, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+SHORT: dict[str, Any] = {"sliding_window": 8}
+LONG: dict[str, Any] = {"sliding_window": 64}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
+QWEN_WINDOW = {"use_sliding_window": True, "max_window_layers": 1}  # layers from this one on have the window
+GEMMA = {"query_pre_attn_scalar": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DELTA_NET = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+CHUNKED = {
+    "attention_chunk_size": 8, "layer_types": ["chunked_attention", "full_attention"], "num_local_experts": 2,
+    "intermediate_size_mlp": 48,
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+HYBRID = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+
+FAMILIES = (
+    Family("Llama", "llama"),
+    Family("Llama 4, short chunks", "llama4_text", CHUNKED),
+    Family("Mistral", "mistral", {"sliding_window": None}),
+    Family("Mistral, short window", "mistral", SHORT),
+    Family("Qwen2", "qwen2"),
+    Family("Qwen2, short window", "qwen2", SHORT | QWEN_WINDOW),
+    Family("Qwen3", "qwen3"),
+    Family("Qwen3, short window", "qwen3", SHORT | QWEN_WINDOW),
+    Family("Qwen3-MoE", "qwen3_moe", EXPERTS),
+    Family("Qwen3-Next", "qwen3_next", EXPERTS | DELTA_NET),
+    Family("Gemma2, short window", "gemma2", SHORT | GEMMA),
+    Family("Gemma3, long window", "gemma3_text", LONG | GEMMA | ALTERNATING),
+    Family("Gemma3, short window", "gemma3_text", SHORT | GEMMA | ALTERNATING),
+    Family("Phi3", "phi3"),
+    Family("Phi3, short window", "phi3", SHORT),
+    Family("OLMo3, long window", "olmo3", LONG | ALTERNATING),
+    Family("OLMo3, short window", "olmo3", SHORT | ALTERNATING),
+    Family("gpt-oss, short window", "gpt_oss", SHORT | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Family("GPT-2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    Family("Mamba2", "mamba2", {"state_size": 8, "num_heads": 8, "n_groups": 1, "chunk_size": 8}),
+    Family("Granite", "granite", {"logits_scaling": 4.0}),
+    Family("SmolLM3", "smollm3"),
+    Family("GLM4", "glm4"),
+    Family("DeepSeek-V3", "deepseek_v3", LATENT),
+    Family("Cohere2, short window", "cohere2", SHORT | ALTERNATING),
+    Family("Falcon-H1", "falcon_h1", HYBRID),
+    Family("ModernBERT decoder", "modernbert-decoder", {"cls_token_id": 1, "sep_token_id": 2}),
+)
+
+GROUPS = (
+    TokenGroup(list(range(3, 23)), ([30, 31, 32], [33], [30, 34, 35, 36, 37, 38]), (0, 0, 0)),
+    TokenGroup([40, 41], ([42, 43], [44, 45, 46]), (1, 0)),  # a first token that is prompt for one candidate alone
+    TokenGroup(list(range(90, 50, -4)), ([60, 61], [62, 63, 64, 65], [62, 63, 64, 65], [66]), (0, 0, 0, 0)),
+)
+"""Ragged groups, one with equal candidates; the longest row is longer than the short windows."""
+LONGEST = max(len(group.prefix) + len(branch) for group in GROUPS for branch in group.branches)
+
+
+class Measurement(NamedTuple):
+    """How a family runs and how far it is from separate rows.
+
+    Attributes:
+        prompt: ``shared``, ``unshared`` or ``refused``.
+        backend: what ``model.attention=auto`` takes; None where refused.
+        reason: why.
+        nats: largest absolute error of a response's log-prob; not a number where refused, as the next two.
+        log_probs: relative error of all log-probs, |seen - expected| / |expected|.
+        gradients: relative error of the worst parameter's gradient; one below a thousandth of the whole is held to that.
+    """
+
+    family: str
+    prompt: str
+    backend: Backend | None
+    reason: str
+    nats: float = float("nan")
+    log_probs: float = float("nan")
+    gradients: float = float("nan")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the errors are rounding and nothing else."""
+        return self.log_probs <= LOG_PROB_LIMIT and self.gradients <= GRADIENT_LIMIT
+
+
+def measure(family: Family, device: torch.device, backend: Backend | None = None) -> Measurement:
+    """Route a family as training would on ``device`` and measure it in fp32; ``backend`` overrides the route."""
+    model = _tiny_model(family).to(device)
+    route = choose_backend(model, device.type, LONGEST)
+    taken = backend or route.backend
+    try:
+        module = LogProbModel(model)
+    except UserError as error:
+        return Measurement(family.name, "refused", None, str(error).removeprefix(f"{family.model_type}: "))
+    expected = _by_separate_rows(model)
+    expected_gradients = _gradients(model, expected)
+    use_backend(model, taken)
+    seen = module(lay_out(GROUPS, taken != "unshared").to(device))
+    gradients = _gradients(model, seen)
+    total = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
+    return Measurement(
+        family.name,
+        "unshared" if taken == "unshared" else "shared",
+        taken,
+        route.reason,
+        nats=(seen - expected).abs().max().item(),
+        log_probs=((seen - expected).norm() / expected.norm()).item(),
+        gradients=max(
+            ((gradients[name] - right).norm() / right.norm().clamp(min=1e-3 * total)).item()
+            for name, right in expected_gradients.items()
+        ),
+    )
+
+
+def show_architectures(output: Path | None) -> bool:
+    """Measure all families, print the table and write it to ``output``; False if any of them is wrong.
+
+    Raises:
+        UserError: ``output`` cannot be written; found before anything is measured.
+    """
+    if output is not None and not (os.access(output.parent, os.W_OK) and not output.is_dir()):
+        raise UserError(f"--output {output} cannot be written; name a file in a folder that exists and is writable")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    measurements = [measure(family, device) for family in FAMILIES]
+    text = markdown(measurements, device)
+    print(text, end="")
+    if output is not None:
+        part = output.with_name(output.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(output)
+    return all(m.exact or m.prompt == "refused" for m in measurements)
+
+
+def markdown(measurements: Sequence[Measurement], device: torch.device) -> str:
+    """The table with what it was measured on."""
+    import transformers
+
+    lines = [
+        "# Architectures",
+        "",
+        "Made by `dmpo architectures --output docs/ARCHITECTURES.md`: tiny random models of each family in fp32 on "
+        f"{device.type}, transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}.",
+        "",
+        "*Shared*: a group's prompt runs once, by the attention named. *Unshared*: each candidate runs as its own row, through "
+        "the same commands. *Refused*: an error that says why. Errors are against one full, unpadded row for each response "
+        "through the model's own logits: the largest of a response's log-probs in nats, and the worst parameter's gradient, "
+        f"relative. A test holds them to {LOG_PROB_LIMIT:g} (log-probs, relative) and {GRADIENT_LIMIT:g}. A *short* window is "
+        "shorter than the rows, a *long* one is not.",
+        "",
+        "| family | prompt | attention | log-probs (nats) | gradients | why |",
+        "|---|---|---|---:|---:|---|",
+    ]
+    for m in measurements:
+        errors = [f"{error:.0e}" if error == error else "-" for error in (m.nats, m.gradients)]
+        verdict = m.prompt if m.exact or m.prompt == "refused" else f"**{m.prompt}, wrong**"
+        lines.append(f"| {m.family} | {verdict} | {m.backend or '-'} | {' | '.join(errors)} | {m.reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def _tiny_model(family: Family) -> Any:
+    """A random model whose every weight matters, without dropout."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family.model_type, **SMALL | family.options)
+    for key, value in vars(config).items():
+        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.train()
+
+
+def _by_separate_rows(model: Any) -> Tensor:
+    """(R,) log-probs of all responses, each from a row of its own and the model's own logits."""
+    model.set_attn_implementation(native_attention(model))
+    out = []
+    for group in GROUPS:
+        for branch, start in zip(group.branches, group.scored_from, strict=True):
+            row = torch.tensor([group.prefix + branch], device=model.device)
+            log_probs = model(input_ids=row, use_cache=False).logits[0].log_softmax(-1)
+            first = len(group.prefix) + start
+            out.append(log_probs[torch.arange(first - 1, row.shape[1] - 1), row[0, first:]].sum())
+    return torch.stack(out)
+
+
+def _gradients(model: Any, log_probs: Tensor) -> dict[str, Tensor]:
+    """Gradients by parameter of a weighted sum of log-probs, 0 where a parameter has none."""
+    model.zero_grad(set_to_none=True)
+    (log_probs * torch.linspace(-1, 1, len(log_probs), device=log_probs.device)).sum().backward()
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
+    }
