@@ -1,5 +1,6 @@
 """A running Ray cluster: its Jobs API gets the configuration and a working directory, and runs the driver."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -71,21 +72,20 @@ def connect(settings: RayJobsConfig) -> tuple[Any, dict[str, str], str]:
             runs another version of Ray.
     """
     import logging
+    from importlib.util import find_spec
 
     import ray
+    import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     address, headers = _address(settings), _headers(settings)
+    if find_spec("aiohttp") is None:  # Ray's client wants it, and says so less clearly
+        raise UserError('--to ray needs Ray\'s client: pip install "dmpo-dist[submit]" (ray[default])')
     try:
-        import aiohttp  # noqa: F401  Ray's client wants it, and says so less clearly
-        import requests
-
         client = JobSubmissionClient(address, headers=dict(headers))
-        version = client.get_version()
-    except ImportError:
-        raise UserError('--to ray needs Ray\'s client: pip install "dmpo-dist[submit]" (ray[default])') from None
+        version = client._server_ray_version  # of the head; its get_version() is the API's version
     except AuthenticationError as error:
         raise UserError(_no_entry(address, str(error), bool(headers))) from None
     except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
@@ -263,10 +263,8 @@ def _reason(error: Exception) -> str:
     """The last line of a server's traceback."""
     text = str(error)
     if "{" in text:
-        try:
+        with contextlib.suppress(ValueError):
             text = json.loads(text[text.index("{") : text.rindex("}") + 1]).get("msg", text)
-        except ValueError:
-            pass
     return [line for line in text.strip().splitlines() if line.strip()][-1]
 
 
