@@ -79,7 +79,7 @@ def connect(settings: RayJobsConfig) -> tuple[Any, dict[str, str], str]:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
     address, headers = _address(settings), _headers(settings)
     if find_spec("aiohttp") is None:  # Ray's client wants it, and says so less clearly
         raise UserError('--to ray needs Ray\'s client: pip install "dmpo-dist[submit]" (ray[default])')

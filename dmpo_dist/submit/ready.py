@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import dmpo_dist
 from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.errors import UserError
 
@@ -54,7 +54,7 @@ def wait_until_ready(config: RunConfig, nodes: int, seconds: float, versions: di
     try:
         _wait(lambda: lacking(config, nodes, _alive(ray), ray.cluster_resources()), seconds)
         reports = _look(ray, [*versions], paths)
-        problems = [line for name, report in reports.items() for line in node_problems(name, report, versions)]
+        problems = [line for name, report in reports for line in node_problems(name, report, versions)]
         if problems:
             raise UserError("\n  ".join(["the cluster's nodes will not do:", *problems]))
         print(f"cluster ready: {len(reports)} nodes, {_amounts(ray.cluster_resources())}", flush=True)
@@ -102,33 +102,34 @@ def _alive(ray: Any) -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
-def _look(ray: Any, packages: list[str], paths: list[str]) -> dict[str, dict[str, Any]]:
-    """Node address -> what a task on that node reports."""
+def _look(ray: Any, packages: list[str], paths: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Each node's address, and what a task on it reports."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(_report)
-    tasks = {
-        f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})": task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(packages, paths)
-        for node in ray.nodes()
-        if node["Alive"]
-    }
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    names = [f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})" for node in nodes]
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    reports = [task.options(scheduling_strategy=place).remote(packages, paths) for place in places]
     try:
-        return {name: ray.get(reference, timeout=NODE_SECONDS) for name, reference in tasks.items()}
+        return list(zip(names, ray.get(reports, timeout=NODE_SECONDS), strict=True))
     except ray.exceptions.RayError as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"a node of the cluster runs no task of ours: {first}; is dmpo_dist installed there?") from None
 
 
 def _report(packages: list[str], paths: list[str]) -> dict[str, Any]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    versions = {package: _version(package) for package in packages}
     return {"versions": versions, "missing": [path for path in paths if not os.path.exists(path)]}
+
+
+def _version(package: str) -> str | None:
+    if package == "dmpo_dist":
+        return dmpo_dist.__version__  # of the code that runs, installed or in the working directory
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _amounts(resources: dict[str, float]) -> str:

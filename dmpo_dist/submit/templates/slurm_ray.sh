@@ -1,13 +1,13 @@
-# Ray: a head on the first node, which is this one, and a worker on every other. The token keeps strangers out; it is in no file.
+# Ray: a head on the first node and a worker on every other. The token keeps strangers out; it is in no file.
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 RAY_AUTH_TOKEN="$(python -c 'import secrets; print(secrets.token_hex(32))')"
-address="$(python -c 'import ray.util; print(ray.util.get_node_ip_address())'):$port"
+address="$head_address:$port"
 export RAY_AUTH_TOKEN RAY_ADDRESS="$address"
 
 # Worker ports of 0 are free ones, so that jobs which share a node do not meet.
 node=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus={{ submit.gpus_per_node }} --min-worker-port=0 --max-worker-port=0 --block)
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" \
-    ray start --head --node-ip-address="${address%:*}" --port="$port" --include-dashboard=false "${node[@]}" &
+    ray start --head --node-ip-address="$head_address" --port="$port" --include-dashboard=false "${node[@]}" &
 head=$!
 until ray health-check --address "$address" >/dev/null 2>&1; do
     kill -0 "$head" 2>/dev/null || { echo "error: the Ray head did not start; see above" >&2; exit 1; }
@@ -15,7 +15,8 @@ until ray health-check --address "$address" >/dev/null 2>&1; do
     sleep 1
 done
 if ((SLURM_NNODES > 1)); then
-    srun --overlap --nodes=$((SLURM_NNODES - 1)) --ntasks-per-node=1 --exclude="$head_node" \
+    others=$((SLURM_NNODES - 1))
+    srun --overlap --nodes="$others" --ntasks="$others" --exclude="$head_node" \
         ray start --address="$address" "${node[@]}" &
 fi
 
