@@ -79,7 +79,8 @@ def connect(settings: RayJobsConfig) -> tuple[Any, dict[str, str], str]:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # the second has a level of its own
+        logging.getLogger(name).setLevel(logging.ERROR)
     address, headers = _address(settings), _headers(settings)
     if find_spec("aiohttp") is None:  # Ray's client wants it, and says so less clearly
         raise UserError('--to ray needs Ray\'s client: pip install "dmpo-dist[submit]" (ray[default])')
