@@ -16,6 +16,7 @@ import typer
 from dmpo_dist import __version__
 from dmpo_dist.config import RunConfig, dump_config, load_config
 from dmpo_dist.errors import UserError
+from dmpo_dist.submit.job import Target, Verb
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 SECONDS_FOR_RANK_0 = 3
@@ -31,9 +32,11 @@ app = typer.Typer(
 data_app = typer.Typer(help="Turn interaction logs into preference groups.", no_args_is_help=True)
 config_app = typer.Typer(help="Look at and check configurations.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed and memory against the alternatives.", no_args_is_help=True)
+submit_app = typer.Typer(help="Hand a run to Slurm, a Ray cluster or Kubernetes.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
+app.add_typer(submit_app, name="submit")
 
 Layers = Annotated[
     list[Path] | None,
@@ -42,6 +45,10 @@ Layers = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as train.learning_rate=1e-4.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir from its latest checkpoint.")]
+To = Annotated[Target, typer.Option("--to", help="Kind of cluster.", show_default=False)]
+RenderOnly = Annotated[bool, typer.Option("--render-only", help="Write the files and submit nothing.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Do not follow the output (Slurm is never followed at once).")]
+Submitted = Annotated[Path, typer.Argument(help="output_dir or submit.folder of the submitted run.")]
 
 
 @data_app.command("prepare")
@@ -224,6 +231,65 @@ def bench_step(
     run_bench_step(settings, steps, rounds, make_console())
 
 
+@submit_app.command("sft")
+def submit_sft(
+    to: To, config: Layers = None, overrides: Overrides = None, resume: Resume = False,
+    render_only: RenderOnly = False, detach: Detach = False, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Run `dmpo sft` on a cluster; see `dmpo submit train`."""
+    _submit(to, "sft", _settings(config, overrides, dry_run), resume, render_only, detach)
+
+
+@submit_app.command("train")
+def submit_train(
+    to: To, config: Layers = None, overrides: Overrides = None, resume: Resume = False,
+    render_only: RenderOnly = False, detach: Detach = False, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Run `dmpo train` on a cluster: writes readable files to output_dir/submit and submits them.
+
+    Examples:
+
+        dmpo submit train --to slurm -c pretrained_lora submit.nodes=2 submit.gpus_per_node=4 submit.slurm.partition=gpu data.path=... output_dir=/shared/runs/a
+
+        dmpo submit train --to ray -c pretrained_lora submit.ray.address=http://head:8265 data.path=... output_dir=/shared/runs/a
+
+        dmpo submit train --to kubernetes --render-only -c pretrained_lora submit.folder=a submit.kubernetes.image=... output_dir=/checkpoints/a
+    """
+    _submit(to, "train", _settings(config, overrides, dry_run), resume, render_only, detach)
+
+
+@submit_app.command("doctor")
+def submit_doctor(
+    to: To, config: Layers = None, overrides: Overrides = None, render_only: RenderOnly = False, detach: Detach = False
+) -> None:
+    """Run `dmpo doctor` where a run's driver would: a first look at a cluster."""
+    _submit(to, "doctor", _settings(config, overrides, dry_run=False), False, render_only, detach)
+
+
+@submit_app.command("status")
+def submit_status(run: Submitted) -> None:
+    """Say what the cluster does with a submitted run."""
+    from dmpo_dist.submit.run import job_status
+
+    print(job_status(run))
+
+
+@submit_app.command("logs")
+def submit_logs(run: Submitted) -> None:
+    """Show a submitted run's output to its end; Ctrl-C leaves the run alone."""
+    from dmpo_dist.submit.run import job_logs
+
+    job_logs(run, _print_now)
+
+
+@submit_app.command("stop")
+def submit_stop(run: Submitted) -> None:
+    """Stop a submitted run; `dmpo submit ... --resume` goes on with it."""
+    from dmpo_dist.submit.run import stop_job
+
+    print(stop_job(run))
+
+
 @config_app.command("show")
 def config_show(config: Layers = None, overrides: Overrides = None) -> None:
     """Print the resolved configuration as YAML.
@@ -393,6 +459,20 @@ def _stage(kind: str, settings: RunConfig, resume: bool) -> None:
     from dmpo_dist.orchestration.stage import run_stage
 
     run_stage("sft" if kind == "sft" else "train", settings, make_console(), resume)
+
+
+def _submit(to: Target, verb: Verb, settings: RunConfig, resume: bool, render_only: bool, detach: bool) -> None:
+    from dmpo_dist.submit.run import follow_job, submit_job
+
+    record, folder = submit_job(to, verb, settings, resume, render_only, _print_now)
+    if record is not None and (detach or to == "slurm"):
+        print(f"dmpo submit status|logs|stop {folder} asks for it, shows its output, ends it")
+    elif record is not None:
+        follow_job(record, folder, _print_now)
+
+
+def _print_now(line: str) -> None:
+    print(line, flush=True)
 
 
 def _models(entries: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -137,7 +138,7 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
                 "run with another output_dir"
             )
         return
-    if output.exists() and not _is_empty_folder(output):
+    if output.exists() and not _is_free_folder(output):
         raise UserError(
             f"output_dir {output} exists already; choose another (output_dir=...), or go on with it by --resume"
         )
@@ -150,8 +151,9 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
         raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _is_free_folder(path: Path) -> bool:
+    """A folder without a run: empty, or with nothing but what ``dmpo submit`` wrote."""
+    return path.is_dir() and all(re.fullmatch(r"submit(-\d+)?", entry.name) for entry in path.iterdir())
 
 
 def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:

@@ -1,0 +1,205 @@
+"""What is submitted, where its files go, and what is remembered of it."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import dmpo_dist
+from dmpo_dist.config import RunConfig, SubmitConfig, dump_config
+from dmpo_dist.errors import UserError
+
+Target = Literal["slurm", "ray", "kubernetes"]
+Verb = Literal["sft", "train", "doctor"]
+
+CONFIG_FILE = "config.yaml"
+RECORD_FILE = "submitted.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of ours on a cluster.
+
+    Args:
+        verb: the command.
+        config: its configuration.
+        resume: go on with the run in output_dir from the start.
+        folder: where the rendered files lie.
+    """
+
+    verb: Verb
+    config: RunConfig
+    resume: bool
+    folder: Path
+
+    @property
+    def submit(self) -> SubmitConfig:
+        return self.config.submit
+
+    @property
+    def name(self) -> str:
+        """The job's name: as configured, or from the last two parts of output_dir."""
+        if self.submit.name is not None:
+            return self.submit.name
+        parts = [part for part in self.config.output_dir.parts if part not in ("/", "..", ".")][-2:]
+        slug = re.sub(r"[^a-z0-9]+", "-", "-".join(["dmpo", *parts, self.verb]).lower())
+        return slug[:47].strip("-")
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """As ``orchestration.ray_train`` decides on the cluster: one where there are GPUs, unless configured."""
+        given = self.config.cluster.gpus_per_worker
+        return given if given is not None else float(self.submit.gpus_per_node > 0)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths that every node must see: data, and the model and DeepSpeed file where these are paths."""
+        if self.verb == "doctor":
+            return []
+        return [str(path) for key, path in self.folders().items() if key != "output_dir"]
+
+    def folders(self) -> dict[str, Path]:
+        """Keys of the configuration that name files and folders, and these: not hub ids and names of ours."""
+        config = self.config
+        places = {"output_dir": config.output_dir}
+        if config.data.path is not None:
+            places["data.path"] = config.data.path
+        model = Path(config.model.path)
+        if config.model.path.startswith(("/", "./", "../")) or model.exists():
+            places["model.path"] = model
+        if config.deepspeed.endswith(".json"):
+            places["deepspeed"] = Path(config.deepspeed)
+        return places
+
+    def config_text(self) -> str:
+        """The configuration the cluster reads: without how it was submitted, which ``--resume`` may change."""
+        return dump_config(self.config, leave_out={"submit"})
+
+    def values(self) -> dict[str, Any]:
+        """What every template may use."""
+        import ray
+
+        return {
+            "job": self,
+            "submit": self.submit,
+            "cluster": self.config.cluster,
+            "output": str(self.config.output_dir),
+            "config_file": str(self.folder / CONFIG_FILE),
+            "dmpo_version": dmpo_dist.__version__,
+            "ray_version": ray.__version__,
+        }
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """A template of ``submit/templates`` filled in; ``sh`` quotes for the shell, ``tojson`` for YAML."""
+    import shlex
+
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    folder = resources.files("dmpo_dist.submit") / "templates"
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="{##",  # bash has ${#array[@]}
+        comment_end_string="##}",
+    )
+    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    return environment.get_template(template).render(values)
+
+
+def check(job: Job, target: Target) -> None:
+    """Refuse what no cluster could run.
+
+    Raises:
+        UserError: an odd folder name, no data.path, an address beside the target, more workers than the nodes asked for can hold.
+    """
+    config, submit = job.config, job.submit
+    if not re.fullmatch(r"[\w./+@=,-]+", str(job.folder)):
+        raise UserError(
+            f"submit.folder={job.folder}: a space or a sign that scripts trip over; choose another submit.folder"
+        )
+    if job.verb != "doctor" and config.data.path is None:
+        raise UserError("data.path is not set; give the folder of the prepared data as the cluster's nodes see it")
+    if config.cluster.address not in (None, "auto"):
+        raise UserError(
+            f"cluster.address={config.cluster.address}: a submitted job finds its own cluster; leave it out "
+            "(--to ray takes submit.ray.address, the head's http address)"
+        )
+    if target == "ray" or job.verb == "doctor":
+        return
+    cpus, gpus = config.cluster.cpus_per_worker, job.gpus_per_worker
+    fit = int(submit.cpus_per_node / cpus)
+    if gpus:
+        fit = min(fit, int(submit.gpus_per_node / gpus))
+    if config.cluster.workers > submit.nodes * fit:
+        raise UserError(
+            f"cluster.workers={config.cluster.workers} with {cpus:g} CPUs and {gpus:g} GPUs each do not fit on "
+            f"submit.nodes={submit.nodes} with submit.cpus_per_node={submit.cpus_per_node} and "
+            f"submit.gpus_per_node={submit.gpus_per_node}, which hold {submit.nodes * fit}; ask for more, or lower "
+            "cluster.workers"
+        )
+
+
+def choose_folder(config: RunConfig) -> Path:
+    """submit.folder, or output_dir/submit; where that holds files already, the first of submit-2, submit-3, ... free."""
+    first = config.submit.folder or config.output_dir / "submit"
+    candidates = (first, *(first.with_name(f"{first.name}-{n}") for n in range(2, 1000)))
+    return next(
+        folder for folder in candidates if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    )
+
+
+def write(job: Job, files: dict[str, str]) -> None:
+    """Write rendered files (name -> text) into the job's folder; scripts become executable.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        for name, text in files.items():
+            path = job.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            if text.startswith("#!"):
+                path.chmod(0o755)
+    except OSError as error:
+        raise UserError(
+            f"{job.folder}: {error.strerror}; where output_dir is not on this machine, say where to keep what is "
+            "rendered, as in submit.folder=submitted/my-run"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was submitted: enough to ask for it and to stop it."""
+
+    target: Target
+    id: str
+    where: str = ""
+    """Ray: the address; Kubernetes: the namespace."""
+    context: str | None = None
+    token_file: str | None = None
+
+    def save(self, folder: Path) -> None:
+        (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def find_record(run: Path) -> tuple[Record, Path]:
+    """The latest submission recorded in ``run`` (an output_dir or a folder of rendered files), and its folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    found = [path for path in (run / RECORD_FILE, *run.glob(f"submit*/{RECORD_FILE}")) if path.is_file()]
+    if not found:
+        raise UserError(f"{run}: nothing submitted is recorded there; give the run's output_dir, or its submit.folder")
+    latest = max(found, key=lambda path: path.stat().st_mtime)
+    try:
+        return Record(**json.loads(latest.read_text(encoding="utf-8"))), latest.parent
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{latest}: cannot be read ({error})") from None

@@ -1,0 +1,176 @@
+"""Kubernetes: a RayJob for the KubeRay operator, with the configuration in a ConfigMap."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from dmpo_dist.config import KubernetesConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.submit.commands import ask, attempt, failure, hand_over
+from dmpo_dist.submit.job import CONFIG_FILE, Job, Record, render
+
+MANIFEST = "rayjob.yaml"
+RUN_PATH = "/etc/dmpo"
+
+
+def files(job: Job) -> dict[str, str]:
+    """The manifest.
+
+    Raises:
+        UserError: no image or claim, or folders outside the mounted volume, which would be lost with the pods.
+    """
+    settings = job.submit.kubernetes
+    if settings.image is None:
+        raise UserError("submit.kubernetes.image is not set; name the image built from docker/Dockerfile")
+    if settings.volume_claim is None:
+        raise UserError(
+            "submit.kubernetes.volume_claim is not set; name a ReadWriteMany claim for data and checkpoints"
+        )
+    mount = PurePosixPath(settings.mount_path)
+    for key, path in job.folders().items():
+        if job.verb != "doctor" and (mount not in PurePosixPath(path).parents or ".." in path.parts):
+            raise UserError(
+                f"{key}={path}: must lie below submit.kubernetes.mount_path={mount}, where the claim "
+                f"{settings.volume_claim} is mounted"
+            )
+    shared = {"target": "kubernetes", "nodes": job.submit.nodes + 1, "retries": settings.retries}
+    values = job.values() | shared | {"kubernetes": settings, "run_path": RUN_PATH, "config_text": job.config_text()}
+    text = render(MANIFEST, values | {"driver": render("driver.sh", values)})
+    _require_whole(text, job)
+    return {MANIFEST: text, CONFIG_FILE: job.config_text()}
+
+
+def _require_whole(text: str, job: Job) -> None:
+    """What is rendered must be YAML that holds the configuration unchanged."""
+    config_map, ray_job = yaml.safe_load_all(text)
+    assert ray_job["kind"] == "RayJob"
+    assert yaml.safe_load(config_map["data"][CONFIG_FILE]) == yaml.safe_load(job.config_text())
+
+
+def _kubectl(namespace: str, context: str | None) -> list[str]:
+    return ["kubectl", *(["--context", context] if context else []), "--namespace", namespace, "--request-timeout=30s"]
+
+
+def check(job: Job) -> None:
+    """Refuse what this cluster cannot run.
+
+    Raises:
+        UserError: no kubectl or cluster, no KubeRay, a claim or secret that is not there, or more than its nodes have.
+    """
+    settings = job.submit.kubernetes
+    kubectl = _kubectl(settings.namespace, settings.context)
+    done = attempt(*kubectl, "get", "--raw", "/version")
+    if done.returncode:
+        raise UserError(
+            f"the Kubernetes cluster cannot be reached ({failure(('kubectl',), done.stderr)}); check `kubectl cluster-info` "
+            "and submit.kubernetes.context, or write the manifest with --render-only"
+        )
+    found = attempt(*kubectl, "get", "crd", "rayjobs.ray.io", "--output=name")
+    if found.returncode and "NotFound" in found.stderr:
+        raise UserError("the cluster has no RayJobs; install the KubeRay operator (1.6 or later) there")
+    for kind, name in _needed(settings):
+        done = attempt(*kubectl, "get", kind, name, "--output=name")
+        if done.returncode and "NotFound" in done.stderr:
+            raise UserError(
+                f"namespace {settings.namespace} has no {kind} {name}; create it, or correct submit.kubernetes"
+            )
+    if not settings.autoscaling:
+        done = attempt(*kubectl, "get", "nodes", "--output=json")
+        if done.returncode == 0:  # not everybody may list nodes
+            problem = unfit(job, json.loads(done.stdout)["items"])
+            if problem:
+                raise UserError(problem)
+
+
+def _needed(settings: KubernetesConfig) -> list[tuple[str, str]]:
+    named = [
+        ("persistentvolumeclaim", settings.volume_claim),
+        ("secret", settings.secret),
+        ("secret", settings.image_pull_secret),
+        ("serviceaccount", settings.service_account),
+    ]
+    return [(kind, name) for kind, name in named if name is not None]
+
+
+def unfit(job: Job, nodes: list[dict[str, Any]]) -> str | None:
+    """Why nodes (as kubectl lists them) cannot hold the workers; None when they can, other pods left aside."""
+    submit, resource = job.submit, job.submit.kubernetes.gpu_resource
+    wanted, room = submit.kubernetes.node_selector, 0
+    have: list[tuple[float, int]] = []
+    for node in nodes:
+        labels, size = node["metadata"].get("labels", {}), node["status"]["allocatable"]
+        if node.get("spec", {}).get("unschedulable") or any(labels.get(k) != v for k, v in wanted.items()):
+            continue
+        cpus, gpus = _cpus(size["cpu"]), int(size.get(resource, 0))
+        have.append((cpus, gpus))
+        fit = int(cpus // submit.cpus_per_node)
+        room += min(fit, gpus // submit.gpus_per_node) if submit.gpus_per_node else fit
+    if room >= submit.nodes:
+        return None
+    return (
+        f"submit.nodes={submit.nodes} pods with {submit.cpus_per_node} CPUs and {submit.gpus_per_node} {resource} each: the "
+        f"cluster has room for {room} ({len(have)} nodes to choose from, {sum(c for c, _ in have):g} CPUs and "
+        f"{sum(g for _, g in have)} GPUs in all); ask for less, or set submit.kubernetes.autoscaling=true if nodes are "
+        "added on demand"
+    )
+
+
+def _cpus(text: str) -> float:
+    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+
+
+def submit(job: Job, echo: Callable[[str], None]) -> Record:
+    """Create the objects of the manifest.
+
+    Raises:
+        UserError: kubectl refuses it, or was interrupted (then they are deleted).
+    """
+    settings = job.submit.kubernetes
+    kubectl, manifest = _kubectl(settings.namespace, settings.context), str(job.folder / MANIFEST)
+    if attempt(*kubectl, "get", "rayjob", job.name, "--output=name").returncode == 0:
+        raise UserError(
+            f"namespace {settings.namespace} has a RayJob {job.name} already; choose another submit.name, or remove it: "
+            f"kubectl --namespace {settings.namespace} delete rayjob,configmap {job.name}"
+        )
+    # apply, not create: a ConfigMap that an earlier, finished job left is no obstacle
+    hand_over(*kubectl, "apply", "-f", manifest, undo=lambda out: _delete(kubectl, job.name))
+    echo(f"RayJob {job.name} is created in namespace {settings.namespace}")
+    return Record("kubernetes", job.name, settings.namespace, context=settings.context)
+
+
+def _delete(kubectl: list[str], name: str) -> None:
+    attempt(*kubectl, "delete", "rayjob,configmap", name, "--ignore-not-found", "--wait=false")
+
+
+def status(record: Record) -> str:
+    """KubeRay's word for the job's state, with the driver's."""
+    fields = "{.status.jobDeploymentStatus} {.status.jobStatus} {.status.message}"
+    kubectl = _kubectl(record.where, record.context)
+    done = attempt(*kubectl, "get", "rayjob", record.id, f"--output=jsonpath={fields}")
+    if done.returncode and "NotFound" in done.stderr:
+        return "gone; the RayJob has been deleted"
+    if done.returncode:
+        raise UserError(failure(tuple(kubectl[:1]), done.stderr))
+    return done.stdout.strip() or "new; KubeRay has not taken it up yet"
+
+
+def follow(record: Record, folder: Path, echo: Callable[[str], None]) -> None:
+    """Show the output of the pod that hands the driver over and waits for it."""
+    import subprocess
+
+    kubectl = [part for part in _kubectl(record.where, record.context) if not part.startswith("--request-timeout")]
+    arguments = ("logs", "--follow", "--pod-running-timeout=30m", f"job/{record.id}")
+    if subprocess.run([*kubectl, *arguments]).returncode:
+        raise UserError(
+            f"no output yet: {status(record)}; the pods say why: kubectl --namespace {record.where} get pods"
+        )
+    echo(status(record))
+
+
+def stop(record: Record) -> None:
+    """Delete the RayJob, with its cluster, and the ConfigMap."""
+    kubectl = _kubectl(record.where, record.context)
+    ask(*kubectl, "delete", "rayjob,configmap", record.id, "--ignore-not-found")
