@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dmpo_dist
-from dmpo_dist.config import RunConfig, SubmitConfig, dump_config
+from dmpo_dist.config import RunConfig, dump_config
+from dmpo_dist.config_submit import SubmitConfig
 from dmpo_dist.errors import UserError
 
 Target = Literal["slurm", "ray", "kubernetes"]
