@@ -115,9 +115,13 @@ def test_a_damaged_cache_is_refused(llama, groups, blocks_of_three, tmp_path, da
         the_pass(Counted(llama)).run(groups, tmp_path, KEY)
 
 
-def test_a_broken_reference_is_refused(llama, groups):
-    def broken(layout):
-        return torch.full((len(layout.targets.response_branch),), torch.nan)
+def test_a_broken_reference_is_refused(llama, groups, blocks_of_three):
+    """The group is named by its number in the data, not in its block."""
+    log_probs = Counted(llama)
 
-    with pytest.raises(UserError, match="not finite"):
+    def broken(layout):
+        of_last = groups[6].prefix == layout.input_ids[0, : len(groups[6].prefix)].tolist()  # alone in its block
+        return log_probs(layout) * (torch.nan if of_last else 1.0)
+
+    with pytest.raises(UserError, match="training group 6 .*not finite"):
         the_pass(broken).run(groups)

@@ -118,14 +118,15 @@ class ReferencePass:
             values = self._read(place, number, (len(groups), width))
             if values is not None:
                 return values
-        values = self._compute(groups, width)
+        values = self._compute(groups, width, first=number * BLOCK)
         if place is not None and self.rank == 0:
             place.write(number, values)
         self.say(f"reference log-probs: block {number + 1} of {count}")
         return values
 
-    def _compute(self, groups: Sequence[TokenGroup], width: int) -> Tensor:
-        """All ranks score their share of ``groups``, then add up, each value being zero on all ranks but one."""
+    def _compute(self, groups: Sequence[TokenGroup], width: int, first: int) -> Tensor:
+        """All ranks score their share of ``groups``, the run's from ``first`` on, then add up, each value being zero on all
+        ranks but one."""
         values = torch.zeros(len(groups), width, dtype=torch.float64)
         mine = deal_for_scoring(groups, self.world_size, self.token_budget, self.shared)[self.rank]
         for index, scores in score_micro_batches(self.log_probs, groups, mine, self.shared, self.device):
@@ -137,7 +138,7 @@ class ReferencePass:
         broken = (~torch.isfinite(values) & ~absent).any(1).nonzero()
         if len(broken):
             raise UserError(
-                f"the reference gives training group {int(broken[0])} of this block a log-probability that is not "
+                f"the reference gives training group {first + int(broken[0])} a log-probability that is not "
                 "finite; the starting model is broken, or overflows in this dtype: try model.dtype=float32"
             )
         return values.masked_fill(absent, torch.nan)
