@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tokenizers import Encoding
+
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import group_from_row
 from dmpo_dist.data.template import Prompt, Template
@@ -73,14 +75,14 @@ class GroupTokenizer:
                 is empty. ``check_titles`` looks for special tokens in titles.
         """
         dropped, last = 0, len(group.history)
-        prompt, prompt_ids, rows = self._prompt_and_rows(group, 0)
+        prompt, encoded, rows = self._prompt_and_rows(group, 0)
         if _longest(rows) > self.max_length and last:
             fewer = range(1, last)
             fits = bisect_left(
                 fewer, True, key=lambda n: _longest(self._prompt_and_rows(group, n)[2]) <= self.max_length
             )
             dropped = 1 + fits
-            prompt, prompt_ids, rows = self._prompt_and_rows(group, dropped)
+            prompt, encoded, rows = self._prompt_and_rows(group, dropped)
         if _longest(rows) > self.max_length:
             raise UserError(
                 f"user {group.user!r}: the prompt and its longest candidate take {_longest(rows)} tokens, more than "
@@ -94,35 +96,37 @@ class GroupTokenizer:
                 f"user {group.user!r}: nothing stands before the response; the tokenizer has no begin token, "
                 "so set template.preamble or template.request to some text"
             )
+        prompt_ids = encoded.ids
         return TokenGroup(
             prefix=prompt_ids[:shared],
             branches=tuple(prompt_ids[shared:start] + rest for start, rest in rows),
             scored_from=tuple(start - shared for start, _ in rows),
-            prefix_scored=self._history_positions(prompt, shared) if self.score_history else (),
+            prefix_scored=_history_positions(prompt, encoded, shared) if self.score_history else (),
         )
 
     def _prompt_and_rows(
         self, group: PreferenceGroup, dropped: int
-    ) -> tuple[Prompt, list[int], list[tuple[int, list[int]]]]:
-        """The prompt without its ``dropped`` oldest titles, and what ``_rows`` gives for it."""
+    ) -> tuple[Prompt, Encoding, list[tuple[int, list[int]]]]:
+        """The prompt without its ``dropped`` oldest titles, tokenized, and what ``_rows`` gives for it."""
         history = group.history[dropped:]
         prompt = self.template.render(history) if group.prompt is None else self.template.wrap(group.prompt)
         candidates = (group.positive, *group.negatives)
-        return prompt, *self._rows(prompt, candidates, fixed_tail=group.prompt is None and bool(history))
+        encoded = self._encode(prompt.text)
+        rows = self._rows(prompt.text, encoded.ids, candidates, fixed_tail=group.prompt is None and bool(history))
+        return prompt, encoded, rows
 
     def _rows(
-        self, prompt: Prompt, candidates: Sequence[str], fixed_tail: bool
-    ) -> tuple[list[int], list[tuple[int, list[int]]]]:
-        """Ids of the prompt alone, and prompt + response of each candidate as (ids it shares with the prompt, the rest)."""
+        self, prompt: str, prompt_ids: list[int], candidates: Sequence[str], fixed_tail: bool
+    ) -> list[tuple[int, list[int]]]:
+        """Prompt + response of each candidate as (number of ids it shares with the prompt, the rest)."""
         responses = [self.template.render_response(title) for title in candidates]
-        prompt_ids = self._ids(prompt.text)
-        positive = self._whole(prompt.text, prompt_ids, responses[0])
+        positive = self._whole(prompt, prompt_ids, responses[0])
         look_up = fixed_tail and self._continue(prompt_ids, responses[0]) == positive
         rows = [positive]
         for response in responses[1:]:
             row = self._continue(prompt_ids, response) if look_up else None
-            rows.append(self._whole(prompt.text, prompt_ids, response) if row is None else row)
-        return prompt_ids, rows
+            rows.append(self._whole(prompt, prompt_ids, response) if row is None else row)
+        return rows
 
     def _whole(self, prompt: str, prompt_ids: list[int], response: str) -> tuple[int, list[int]]:
         """Prompt and response tokenized at once."""
@@ -145,21 +149,12 @@ class GroupTokenizer:
             return None
         return len(prompt_ids) - merged, rest
 
-    def _history_positions(self, prompt: Prompt, limit: int) -> tuple[int, ...]:
-        """Indices of prompt tokens inside a history title or its terminator, except the first token of all."""
-        offsets = self.tokenizer.backend_tokenizer.encode(prompt.text, add_special_tokens=False).offsets
-        positions, spans = [], iter(prompt.titles)
-        span = next(spans, None)
-        for index, (start, end) in enumerate(offsets[:limit]):
-            while span is not None and start >= span[1]:
-                span = next(spans, None)
-            if span is not None and index and start >= span[0] and end <= span[1]:
-                positions.append(index)
-        return tuple(positions)
-
     def _ids(self, text: str) -> list[int]:
+        return self._encode(text).ids
+
+    def _encode(self, text: str) -> Encoding:
         # the Rust tokenizer itself: the wrapper around it costs several times the tokenization of a short text
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
 
 
 def tokenize_rows(rows: Any, tokenizer: GroupTokenizer, negatives: int | None = None) -> list[TokenGroup]:
@@ -169,6 +164,18 @@ def tokenize_rows(rows: Any, tokenizer: GroupTokenizer, negatives: int | None = 
     if negatives is not None:
         groups = (replace(group, negatives=group.negatives[:negatives]) for group in groups)
     return [tokenizer(group) for group in groups]
+
+
+def _history_positions(prompt: Prompt, encoded: Encoding, limit: int) -> tuple[int, ...]:
+    """Indices of prompt tokens inside a history title or its terminator, except the first token of all."""
+    positions, spans = [], iter(prompt.titles)
+    span = next(spans, None)
+    for index, (start, end) in enumerate(encoded.offsets[:limit]):
+        while span is not None and start >= span[1]:
+            span = next(spans, None)
+        if span is not None and index and start >= span[0] and end <= span[1]:
+            positions.append(index)
+    return tuple(positions)
 
 
 def _longest(rows: list[tuple[int, list[int]]]) -> int:

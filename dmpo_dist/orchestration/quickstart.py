@@ -7,28 +7,46 @@ from rich.console import Console
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.orchestration.evaluate import evaluate
-from dmpo_dist.orchestration.ray_train import ray_session
-from dmpo_dist.orchestration.stage import open_run_folder, run_stage
+from dmpo_dist.orchestration.stage import open_run_folder, run_stages, say
 
 
 def quickstart(config: RunConfig, console: Console) -> None:
     """Run all stages into ``config.output_dir``; the comparison with SFT continued gives SFT as many further steps."""
     output = config.output_dir.absolute()
     open_run_folder(config, resume=False)
-    _say(console, "1/5 data: a simulated world whose best possible ranking is known")
+    say(console, "1/5 data: a simulated world whose best possible ranking is known")
     prepare(config.data, config.seed, output / "data", echo=lambda line: console.print(line, highlight=False))
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": output / "data"})})
-    with ray_session(config.cluster):
-        _say(console, "2/5 SFT: a small language model learns the catalogue from the users' histories")
-        sft = run_stage("sft", _into(config, output / "sft", "scratch"), console)
-        _say(console, "3/5 DMPO: one positive against K negatives per user")
-        dmpo = run_stage("train", _into(config, output / "dmpo", str(sft)), console)
-        _say(console, "4/5 SFT continued on the same groups for as many steps, for a fair comparison")
-        continued = run_stage("sft", continued_config(_into(config, output / "sft_continued", str(sft))), console)
-    _say(console, "5/5 evaluation on requests after the cut")
-    models = {"untuned": output / "sft" / "scratch", "sft": sft, "sft_continued": continued, "dmpo": dmpo}
+    models = {
+        "untuned": output / "sft" / "scratch",
+        "sft": output / "sft" / "model",
+        "sft_continued": output / "sft_continued" / "model",
+        "dmpo": output / "dmpo" / "model",
+    }
+    start = str(models["sft"])
+    run_stages(
+        [
+            (
+                "2/5 SFT: a small language model learns the catalogue from the users' histories",
+                "sft",
+                _into(config, output / "sft", "scratch"),
+            ),
+            (
+                "3/5 DMPO: one positive against K negatives per user",
+                "train",
+                _into(config, output / "dmpo", start),
+            ),
+            (
+                "4/5 SFT continued on the same groups for as many steps, for a fair comparison",
+                "sft",
+                continued_config(_into(config, output / "sft_continued", start)),
+            ),
+        ],
+        console,
+    )
+    say(console, "5/5 evaluation on requests after the cut")
     evaluate({name: str(path) for name, path in models.items()}, config, output, console)
-    _say(console, f"curves: {output}/dmpo/curves.png   model: {dmpo}")
+    say(console, f"curves: {output}/dmpo/curves.png   model: {models['dmpo']}")
 
 
 def continued_config(config: RunConfig) -> RunConfig:
@@ -42,7 +60,3 @@ def continued_config(config: RunConfig) -> RunConfig:
 
 def _into(config: RunConfig, folder: Path, start: str) -> RunConfig:
     return config.model_copy(update={"output_dir": folder, "model": config.model.model_copy(update={"path": start})})
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(f"[bold]{text}[/bold]", highlight=False)

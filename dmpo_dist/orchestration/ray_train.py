@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.training.job import Job
 
 POLL_SECONDS = 0.3
+OWNER_FILE = "dmpo-run"
+"""In a checkpoint: the run folder of the stage that wrote it."""
 
 
 @contextmanager
@@ -50,11 +52,15 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def train_with_ray(job: Job, sink: Callable[[dict[str, Any]], None]) -> None:
-    """Train ``job`` on ``cluster.workers`` Ray workers; call within ``ray_session``.
+def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], None]) -> None:
+    """Train ``jobs`` one after another on the same ``cluster.workers`` Ray workers; call within ``ray_session``.
 
     A worker that dies is replaced up to ``cluster.max_failures`` times, and training goes on from the latest
-    checkpoint. ``sink`` receives rank 0's records in order.
+    checkpoint of the job it was at. ``sink`` receives a job's index and rank 0's records of it, in order.
+
+    Args:
+        jobs: at least one; a later one may start from the model of an earlier one. The first one's configuration says
+            how many workers there are and where checkpoints go.
 
     Raises:
         UserError: raised by a worker, or the cluster lacks the resources, or workers kept failing.
@@ -63,6 +69,7 @@ def train_with_ray(job: Job, sink: Callable[[dict[str, Any]], None]) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    job = jobs[0]
     cluster = job.config.cluster
     gpus = _gpus_per_worker(cluster)
     _require_resources(cluster, gpus)
@@ -70,7 +77,7 @@ def train_with_ray(job: Job, sink: Callable[[dict[str, Any]], None]) -> None:
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "mailbox": mailbox},
+        train_loop_config={"jobs": tuple(jobs), "mailbox": mailbox},
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=bool(gpus), resources_per_worker=resources),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
@@ -96,14 +103,14 @@ class _Mailbox:
     """An actor between the workers and the driver."""
 
     def __init__(self) -> None:
-        self._records: list[dict[str, Any]] = []
+        self._records: list[tuple[int, dict[str, Any]]] = []
         self._failed = False
 
-    def put(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
+    def put(self, job: int, record: dict[str, Any]) -> None:
+        self._records.append((job, record))
         self._failed = self._failed or record["kind"] == "error"
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[tuple[int, dict[str, Any]]]:
         records, self._records = self._records, []
         return records
 
@@ -112,17 +119,17 @@ class _Mailbox:
 
 
 class _RayRuntime:
-    """A rank under Ray Train; see ``training.runtime.Runtime``."""
+    """A rank under Ray Train, at one of its jobs; see ``training.runtime.Runtime``."""
 
-    def __init__(self, mailbox: Any) -> None:
+    def __init__(self, index: int, job: Job, mailbox: Any) -> None:
         import ray.train
 
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._mailbox = mailbox
+        self._index, self._owner, self._mailbox = index, str(job.output), mailbox
 
     def log(self, record: dict[str, Any]) -> None:
-        self._mailbox.put.remote(record)
+        self._mailbox.put.remote(self._index, record)
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Every rank writes its part to a folder of its own; Ray joins them into one checkpoint."""
@@ -131,6 +138,7 @@ class _RayRuntime:
         folder = tempfile.mkdtemp(prefix="dmpo-checkpoint-")
         try:
             write(Path(folder))
+            Path(folder, OWNER_FILE).write_text(self._owner, encoding="utf-8")
             ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -144,7 +152,8 @@ class _RayRuntime:
             yield None
             return
         with checkpoint.as_directory() as folder:
-            yield Path(folder)
+            mine = Path(folder, OWNER_FILE).read_text(encoding="utf-8") == self._owner
+            yield Path(folder) if mine else None
 
 
 def _worker(payload: dict[str, Any]) -> None:
@@ -154,15 +163,18 @@ def _worker(payload: dict[str, Any]) -> None:
 
     from dmpo_dist.training.worker import run
 
-    job, mailbox = payload["job"], payload["mailbox"]
+    jobs, mailbox = payload["jobs"], payload["mailbox"]
     if ray.get(mailbox.failed.remote()):
         return
-    torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
-    try:
-        run(job, _RayRuntime(mailbox))
-    except (UserError, OSError) as error:
-        ray.get(mailbox.put.remote({"kind": "error", "text": _user_text(error)}))
-        raise
+    for index, job in enumerate(jobs):
+        if job is not jobs[-1] and (job.output / "model").exists():
+            continue  # done before a worker failed at a later job
+        torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
+        try:
+            run(job, _RayRuntime(index, job, mailbox))
+        except (UserError, OSError) as error:
+            ray.get(mailbox.put.remote(index, {"kind": "error", "text": _user_text(error)}))
+            raise
 
 
 def _user_text(error: Exception) -> str:
@@ -172,7 +184,7 @@ def _user_text(error: Exception) -> str:
 
 
 @contextmanager
-def _forwarded(mailbox: Any, sink: Callable[[dict[str, Any]], None]) -> Iterator[list[str]]:
+def _forwarded(mailbox: Any, sink: Callable[[int, dict[str, Any]], None]) -> Iterator[list[str]]:
     """Pass the mailbox's records to ``sink`` while inside; yields the list of the workers' error messages."""
     import ray
 
@@ -180,8 +192,8 @@ def _forwarded(mailbox: Any, sink: Callable[[dict[str, Any]], None]) -> Iterator
     done = threading.Event()
 
     def drain() -> None:
-        for record in ray.get(mailbox.take.remote()):
-            problems.append(record["text"]) if record["kind"] == "error" else sink(record)
+        for job, record in ray.get(mailbox.take.remote()):
+            problems.append(record["text"]) if record["kind"] == "error" else sink(job, record)
 
     def poll() -> None:
         while not done.wait(POLL_SECONDS):

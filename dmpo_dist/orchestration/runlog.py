@@ -51,10 +51,10 @@ class RunLog:
                 TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
                 console=self._console,
             )  # fmt: skip
-            self._task = self._progress.add_task(self._title, total=None, figures="starting workers")
+            self._task = self._progress.add_task(self._title, total=None, figures="setting up workers")
             self._progress.start()
         else:
-            self._print("starting workers")
+            self._print("setting up workers")
         return self
 
     def __exit__(

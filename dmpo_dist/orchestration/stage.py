@@ -4,9 +4,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
 
@@ -49,13 +50,76 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
 
     job = preflight(kind, config, resume)
     with ray_session(job.config.cluster), RunLog(job.output, _title(job), console, append=resume) as log:
-        train_with_ray(job, log)
+        train_with_ray([job], lambda _, record: log(record))
     _finish(job)
     return job.output / "model"
 
 
-def preflight(kind: Kind, config: RunConfig, resume: bool) -> Job:
+def run_stages(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> None:
+    """Run several training stages on one set of Ray workers, which then start only once.
+
+    Args:
+        stages: for each a heading to show, its kind and its configuration; ``model.path`` of a later one may be the
+            ``output_dir/model`` of an earlier one, whose template it must share.
+        console: where to show them.
+
+    Raises:
+        UserError: see ``run_stage``; what earlier stages wrote stays.
+    """
+    from dmpo_dist.orchestration.ray_train import ray_session, train_with_ray
+
+    jobs: list[Job] = []
+    for _, kind, config in stages:
+        jobs.append(preflight(kind, config, resume=False, earlier=jobs))
+    with ray_session(jobs[0].config.cluster), _StageLogs(jobs, [heading for heading, *_ in stages], console) as logs:
+        train_with_ray(jobs, logs)
+
+
+class _StageLogs:
+    """One ``RunLog`` at a time, for the job the workers are at; a job's curves are drawn when it ends."""
+
+    def __init__(self, jobs: Sequence[Job], headings: Sequence[str], console: Console) -> None:
+        self._jobs, self._headings, self._console = jobs, headings, console
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._begin(0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._open.close()
+        if kind is None:
+            _finish(self._jobs[self._current])
+
+    def __call__(self, job: int, record: dict[str, Any]) -> None:
+        if job != self._current:  # the end of the one before got lost with a worker
+            self._next(job)
+        self._log(record)
+        if record["kind"] == "end" and job + 1 < len(self._jobs):
+            self._next(job + 1)
+
+    def _next(self, job: int) -> None:
+        self._open.close()
+        _finish(self._jobs[self._current])
+        self._begin(job)
+
+    def _begin(self, job: int) -> None:
+        self._current = job
+        say(self._console, self._headings[job])
+        self._log = self._open.enter_context(RunLog(self._jobs[job].output, _title(self._jobs[job]), self._console))
+
+
+def say(console: Console, text: str) -> None:
+    """A line that announces a part of the work."""
+    console.print(f"[bold]{text}[/bold]", highlight=False)
+
+
+def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job] = ()) -> Job:
     """Check what can be checked before any worker starts, open the run folder and make a model from scratch if asked.
+
+    Args:
+        kind, config, resume: see ``run_stage``.
+        earlier: jobs that will run before, one of which may make the model this one starts from.
 
     Returns:
         The job, its configuration with absolute paths and the model's own template.
@@ -69,9 +133,11 @@ def preflight(kind: Kind, config: RunConfig, resume: bool) -> Job:
     if config.model.path == SCRATCH:
         start = str(config.output_dir / SCRATCH)
     else:
-        folder = Path(config.model.path)
-        start = str(folder.absolute()) if folder.exists() else config.model.path
-        config = config.model_copy(update={"template": template_of(start, config)})
+        folder = Path(config.model.path).absolute()
+        maker = next((job for job in earlier if job.output / "model" == folder), None)
+        start = str(folder) if folder.exists() or maker else config.model.path
+        template = maker.config.template if maker else template_of(start, config)
+        config = config.model_copy(update={"template": template})
     job = Job(kind, config, start, config.output_dir)
     _check_plan(job, data)
     open_run_folder(config, resume, data_fingerprint=data.fingerprint)
