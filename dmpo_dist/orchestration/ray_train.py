@@ -60,7 +60,8 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
 
     Args:
         jobs: at least one; a later one may start from the model of an earlier one. The first one's configuration says
-            how many workers there are and where checkpoints go.
+            how many workers there are. Unless ``cluster.storage_path`` says otherwise, checkpoints go to the folder that
+            holds all outputs.
 
     Raises:
         UserError: raised by a worker, or the cluster lacks the resources, or workers kept failing.
@@ -69,8 +70,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    job = jobs[0]
-    cluster = job.config.cluster
+    cluster = jobs[0].config.cluster
     gpus = _gpus_per_worker(cluster)
     _require_resources(cluster, gpus)
     mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
@@ -82,9 +82,9 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
             name="checkpoints",
-            storage_path=str(cluster.storage_path or job.output),
+            storage_path=str(cluster.storage_path or os.path.commonpath([job.output for job in jobs])),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.stage.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(num_to_keep=jobs[0].stage.keep_checkpoints),
         ),
     )
     failure: BaseException | None = None

@@ -1,4 +1,4 @@
-"""Two real Ray workers, one killed with SIGKILL: training goes back to the checkpoint and ends bit-identical."""
+"""Two real Ray workers, killed with SIGKILL, and their driver too: training goes on and ends bit-identical."""
 
 import json
 import os
@@ -16,112 +16,100 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.integration
 
 SETTINGS = [
-    "model.path=scratch", "model.max_length=128", "model.scratch.hidden_size=32", "model.scratch.layers=2",
-    "template.preamble=", "template.request=", "template.item={title}{end}", "sft.loss_on=all_titles", "sft.steps=300",
-    "sft.global_batch_size=8", "sft.checkpoint_every=50", "sft.validate_every=75", "sft.log_every=1",
-    "cluster.workers=2", "deepspeed=zero2",
+    "data.source.simulator.users=150", "data.source.simulator.items=40", "data.source.simulator.events_per_user=12",
+    "data.evaluation_negatives=5", "data.negatives_per_group=4", "model.max_length=128", "model.scratch.hidden_size=32",
+    "model.scratch.layers=2", "sft.steps=20", "sft.validate_every=20", "sft.global_batch_size=8", "train.negatives=3",
+    "train.steps=150", "train.global_batch_size=8", "train.validate_every=75", "train.checkpoint_every=15",
+    "train.log_every=1",
 ]  # fmt: skip
 
 
-def dmpo(*arguments: str, folder: Path, **more) -> subprocess.Popen:
+def start(*command: str, folder: Path, output: str) -> subprocess.Popen:
+    """``python -m command`` in ``folder``, its output in the file ``output`` there."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dmpo_dist", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
-    )
+    with (folder / output).open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
 
 
-def finish(process: subprocess.Popen, timeout: float = 240) -> str:
-    output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, output[-4000:]
-    return output
+def finish(process: subprocess.Popen, folder: Path, output: str) -> str:
+    status = process.wait(timeout=300)
+    text = (folder / output).read_text()
+    assert status == 0, text[-4000:]
+    return text
 
 
-def records(run: Path) -> list[dict]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def wait_for_checkpoint(run: Path, process: subprocess.Popen) -> None:
-    """Until Ray has taken note of a checkpoint; a report it has not seen yet dies with the worker."""
-    snapshot = run / "checkpoints" / "checkpoint_manager_snapshot.json"
+def wait_for_checkpoint(storage: Path, process: subprocess.Popen) -> None:
+    """Until Ray has taken note of two checkpoints; a report it has not seen yet dies with the worker."""
+    snapshot = storage / "checkpoints" / "checkpoint_manager_snapshot.json"
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
-        if snapshot.exists() and "checkpoint_20" in snapshot.read_text():
+        if len(kept_checkpoints(snapshot)) == 2:
             return
-        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.05)
     raise AssertionError("no checkpoint appeared")
 
 
-def kill_one_worker(driver: psutil.Process) -> int:
+def kept_checkpoints(snapshot: Path) -> list[str]:
+    if not snapshot.exists():
+        return []
+    return [entry["checkpoint_dir_name"] for entry in json.loads(snapshot.read_text())["checkpoint_results"]]
+
+
+def kill_one_worker(driver: psutil.Process) -> None:
     """SIGKILL the highest-numbered Ray Train worker below ``driver``, a process this test started."""
     workers = [p for p in driver.children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
     assert len(workers) == 2, [" ".join(p.cmdline())[:80] for p in driver.children(recursive=True)]
     workers[-1].send_signal(signal.SIGKILL)
-    return workers[-1].pid
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    small = [
-        "data.source.simulator.users=120",
-        "data.source.simulator.items=40",
-        "data.source.simulator.events_per_user=12",
-    ]
-    finish(
-        dmpo(
-            "data",
-            "prepare",
-            "data.path=data",
-            "data.evaluation_negatives=5",
-            "data.negatives_per_group=4",
-            *small,
-            folder=folder,
-        )
-    )
-    return folder
+def losses(run: Path) -> dict[int, float]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
 
 
-def test_killed_worker_and_resume(folder):
-    whole = dmpo("sft", "data.path=data", "output_dir=whole", *SETTINGS, folder=folder)
-    finish(whole)
-    broken = dmpo("sft", "data.path=data", "output_dir=broken", *SETTINGS, folder=folder)
-    wait_for_checkpoint(folder / "broken", broken)
-    kill_one_worker(psutil.Process(broken.pid))
-    output = finish(broken)
-    assert "resumed from step" in output
-    expected, seen = (load_file(folder / name / "model" / "model.safetensors") for name in ("whole", "broken"))
-    assert expected.keys() == seen.keys()
-    assert all(torch.equal(expected[name], seen[name]) for name in expected)
-    losses = {r["step"]: r["loss"] for r in records(folder / "whole") if r["kind"] == "train"}
-    assert {r["step"]: r["loss"] for r in records(folder / "broken") if r["kind"] == "train"} == losses
+def assert_same_weights(run: Path, expected: Path) -> None:
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
-    snapshot = json.loads((folder / "broken" / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
-    kept = [entry["checkpoint_dir_name"] for entry in snapshot["checkpoint_results"]]
+
+def test_killed_worker_and_killed_driver(tmp_path):
+    # the quickstart, which loses a worker in its second stage
+    quickstart = start("dmpo_dist", "quickstart", "output_dir=all", *SETTINGS, folder=tmp_path, output="all.log")
+    wait_for_checkpoint(tmp_path / "all", quickstart)
+    kill_one_worker(psutil.Process(quickstart.pid))
+    output = finish(quickstart, tmp_path, "all.log")
+    assert "[dmpo" in output.split("resumed from step")[0].splitlines()[-1]
+    assert output.count("2/5") == output.count("3/5") == output.count("4/5") == 1
+    assert {"dmpo", "sft", "sft_continued", "oracle"} < json.loads((tmp_path / "all/evaluation.json").read_text())[
+        "models"
+    ].keys()
+    checkpoints = tmp_path / "all" / "checkpoints"
+    kept = kept_checkpoints(checkpoints / "checkpoint_manager_snapshot.json")
     assert len(kept) == 2
-    assert all((folder / "broken" / "checkpoints" / name).is_dir() for name in kept)
+    assert all((checkpoints / name).is_dir() for name in kept)
 
-    # the driver itself is killed: --resume goes on from the checkpoint, with the same settings only
-    killed = dmpo("sft", "data.path=data", "output_dir=killed", *SETTINGS, folder=folder, start_new_session=True)
-    wait_for_checkpoint(folder / "killed", killed)
-    family = psutil.Process(killed.pid).children(recursive=True)
-    for process in [psutil.Process(killed.pid), *family]:
+    # the same stage undisturbed, and under torchrun: the same weights and the same losses on the way
+    stage = ["train", "-c", "all/dmpo/config.yaml"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dmpo_dist"]
+    whole = start(*torchrun, *stage, "output_dir=whole", folder=tmp_path, output="whole.log")
+    finish(whole, tmp_path, "whole.log")
+    assert_same_weights(tmp_path / "all" / "dmpo", tmp_path / "whole")
+    assert losses(tmp_path / "all" / "dmpo") == losses(tmp_path / "whole")
+
+    # the same stage again, the driver and all below it killed, then resumed
+    killed = start("dmpo_dist", *stage, "output_dir=killed", folder=tmp_path, output="killed.log")
+    wait_for_checkpoint(tmp_path / "killed", killed)
+    driver = psutil.Process(killed.pid)
+    for process in [*driver.children(recursive=True), driver]:
         if process.is_running():
             process.kill()
     killed.wait()
-    again = dmpo("sft", "data.path=data", "output_dir=killed", *SETTINGS, folder=folder)
-    refused = again.communicate(timeout=60)[0]
-    assert again.returncode == 2
-    assert "--resume" in refused
-    other = dmpo(
-        "sft", "data.path=data", "output_dir=killed", *SETTINGS, "sft.learning_rate=1", "--resume", folder=folder
-    )
-    assert "differs from" in other.communicate(timeout=60)[0]
-    assert other.returncode == 2
-    output = finish(dmpo("sft", "data.path=data", "output_dir=killed", *SETTINGS, "--resume", folder=folder))
-    assert "resumed from step" in output
-    seen = load_file(folder / "killed" / "model" / "model.safetensors")
-    assert all(torch.equal(expected[name], seen[name]) for name in expected)
-    assert (folder / "killed" / "curves.png").stat().st_size > 10_000
+    resumed = start("dmpo_dist", *stage, "output_dir=killed", "--resume", folder=tmp_path, output="resumed.log")
+    assert "resumed from step" in finish(resumed, tmp_path, "resumed.log")
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert (tmp_path / "killed" / "curves.png").stat().st_size > 10_000
