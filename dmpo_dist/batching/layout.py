@@ -296,11 +296,11 @@ def _offsets(lengths: Sequence[int]) -> Tensor:
 
 def _padded(bodies: Sequence[range]) -> tuple[Tensor, Tensor]:
     """(S, R) positions padded with 0, and which of them are real."""
-    width = max((len(body) for body in bodies), default=0)
-    rows = [[*body] + [0] * (width - len(body)) for body in bodies]
-    valid = [[True] * len(body) + [False] * (width - len(body)) for body in bodies]
-    shape = (len(bodies), width)
-    return torch.tensor(rows, dtype=torch.int64).view(shape), torch.tensor(valid, dtype=torch.bool).view(shape)
+    starts = torch.tensor([body.start for body in bodies], dtype=torch.int64)[:, None]
+    lengths = torch.tensor([len(body) for body in bodies], dtype=torch.int64)[:, None]
+    place = torch.arange(max(map(len, bodies), default=0))
+    valid = place < lengths
+    return torch.where(valid, starts + place, 0), valid
 
 
 def _logical_tokens(groups: Sequence[TokenGroup]) -> int:
