@@ -125,6 +125,8 @@ class LoraConfig(Section):
     r: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
     target_modules: str | list[str] = "all-linear"
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """rslora scales by alpha / sqrt(r); dora trains the length of each weight column beside its direction."""
 
 
 class ModelConfig(Section):
@@ -135,6 +137,11 @@ class ModelConfig(Section):
     """Type of the weights and the arithmetic."""
     lora: LoraConfig | None = None
     """Train adapters of this shape; None trains all weights. A stage that starts from an adapter keeps its shape."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Round the frozen base of an adapter to 4 bits (nf4) or 8 (int8, for scoring only), by bitsandbytes; policy and
+    reference share it."""
+    double_quantization: bool = True
+    """Also round the scales of nf4, which saves another 0.37 bits per weight."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False

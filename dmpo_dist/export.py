@@ -79,7 +79,7 @@ def export(
     _check_request(source, output, merge, shard_size)
     tokenizer = load_tokenizer(source)
     base_config = read_model_config(source.base, 0)
-    _check_model(source, base_config, tokenizer)
+    _check_model(source, base_config, tokenizer, merge)
     template = make_template(enforce_template(source.stamp, TemplateConfig(), model), tokenizer)
     prepared = PreparedData.load(data) if data else None
     origin = read_provenance(source, prepared.card if prepared else None)
@@ -101,10 +101,11 @@ def export(
         else:
             written = _write_whole(source, part, dtype or "bfloat16", shard_size or SHARD_SIZE, generation)
         generation.save_pretrained(part)
-        as_written = trained if written.is_adapter else trained.model_copy(update={"dtype": written.dtype})
+        whole = {"dtype": written.dtype, "quantization": "none"}
+        as_written = trained if written.is_adapter else trained.model_copy(update=whole)
         after = score_token_groups(str(part), as_written, requests.groups, TOKEN_BUDGET)
         _require_finite(after, f"{model}: scores in {written.dtype}", "it is too narrow a type; try --dtype float32")
-        difference = compare_scores(before, after, requests.name, requests.real, trained.dtype)
+        difference = compare_scores(before, after, requests.name, requests.real, _type_of(trained))
         facts = {
             "merged": merge,
             "dtype": written.dtype,
@@ -172,9 +173,9 @@ def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: s
         raise UserError(f"--shard-size {shard_size}: write a whole number and KB, MB, GB or TB, such as 5GB")
 
 
-def _check_model(source: ModelSource, base_config: Any, tokenizer: Any) -> None:
+def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: bool) -> None:
     """Whether base and tokenizer go with the model."""
-    if getattr(base_config, "quantization_config", None):
+    if getattr(base_config, "quantization_config", None) and (merge or not source.is_adapter):
         advice = (
             f"set base_model_name_or_path in {source.path}/{ADAPTER} to the full-precision model it was made from"
             if source.is_adapter
@@ -191,12 +192,20 @@ def _check_model(source: ModelSource, base_config: Any, tokenizer: Any) -> None:
 
 
 def _trained_as(origin: Provenance, base_config: Any) -> ModelConfig:
-    """Type and length the model was trained in, as far as the run's config.yaml says."""
+    """Type, quantization and length the model was trained in, as far as the run's config.yaml says."""
     run = origin.config.get("model") or {}
     context = getattr(base_config.get_text_config(), "max_position_embeddings", None) or 512
     length = run.get("max_length") or 512
     known = run.get("dtype") if run.get("dtype") in ("float32", "bfloat16", "float16") else "float32"
-    return ModelConfig(dtype=known, max_length=min(int(length), int(context)))
+    quantization = run.get("quantization") if run.get("quantization") in ("nf4", "int8") else "none"
+    double = bool(run.get("double_quantization", True))
+    return ModelConfig(
+        dtype=known, max_length=min(int(length), int(context)), quantization=quantization, double_quantization=double
+    )
+
+
+def _type_of(trained: ModelConfig) -> str:
+    return trained.dtype + ("" if trained.quantization == "none" else f" on a base in {trained.quantization}")
 
 
 def _requests(prepared: PreparedData | None, tokenizer: GroupTokenizer) -> Requests:

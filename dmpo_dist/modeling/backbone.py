@@ -18,6 +18,7 @@ from torch import nn
 from dmpo_dist import __version__
 from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.quantize import quantization_config, require_trainable
 
 STAMP = "dmpo.json"
 ADAPTER = "adapter_config.json"
@@ -97,6 +98,15 @@ def read_model_config(path: str, max_length: int) -> Any:
     return config
 
 
+def count_parameters(path: str) -> int:
+    """Parameters of the full model (or an adapter's base) in ``path``, from its config.json alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read_model_config(find_model(path).base, 0))
+    return sum(p.numel() for p in model.parameters())
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer beside the model, or its base's."""
     from transformers import AutoTokenizer
@@ -128,8 +138,10 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
     for key, value in vars(model_config).items():
         if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value:
             setattr(model_config, key, 0.0)  # policy and reference must see the same network
+    more = quantization_config(config, model_config, path)
+    options = {"dtype": getattr(torch, config.dtype)} | ({"quantization_config": more} if more else {})
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=getattr(torch, config.dtype))
+        model = AutoModelForCausalLM.from_pretrained(path, config=model_config, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: could not be loaded as a causal language model: {_first_line(error)}") from None
     for module in model.modules():
@@ -148,7 +160,11 @@ def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, Referenc
         The model (a PEFT model under LoRA) and the reference mode: ``adapter_off`` for a new adapter,
         ``adapter_copy`` where training goes on from an adapter (the frozen copy is the adapter "reference"),
         ``model_copy`` for full fine-tuning.
+
+    Raises:
+        UserError: see ``load_causal_lm``, an adapter that does not fit, a quantization that cannot be trained.
     """
+    require_trainable(config, source.is_adapter or config.lora is not None)
     model = load_causal_lm(source.base, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -212,7 +228,10 @@ def _with_new_adapter(model: Any, lora: LoraConfig) -> Any:
     try:
         return get_peft_model(
             model,
-            PeftLora(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"),
+            PeftLora(
+                r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM",
+                use_rslora=lora.variant == "rslora", use_dora=lora.variant == "dora",
+            ),
         ).train()  # fmt: skip
     except ValueError as error:
         raise UserError(f"model.lora.target_modules={lora.target_modules!r}: {_first_line(error)}") from None

@@ -51,7 +51,8 @@ def save_model(
     The folder appears whole or not at all, and what was written is read back and compared.
     """
     rank = dist.get_rank()
-    state = gathered_state(module.causal_lm, stage3, keep=rank == 0)
+    adapter_only = hasattr(module.causal_lm, "peft_config")
+    state = gathered_state(module.causal_lm, stage3, keep=rank == 0, trained_only=adapter_only)
     if rank == 0:
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""DeepSpeed behind four functions: the process group, the configuration, the engine, gathered weights.
+"""DeepSpeed behind a few functions: the process group, the configuration, loading in parts, engines, gathered weights.
 
 Everything that leans on how DeepSpeed behaves (checked on 0.19.8) is in this file.
 """
@@ -70,16 +70,52 @@ def resolve_config(name: str, stage: StageConfig, dtype: str, world_size: int, p
     return _fill(config, values, name)
 
 
+@contextmanager
+def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Within, each rank keeps only its part of the weights that ``from_pretrained`` reads, if ``config`` is ZeRO-3."""
+    if not is_stage3(config):
+        yield
+        return
+    _import_deepspeed()
+    from transformers.integrations import deepspeed as hooks
+
+    watched = hooks.HfDeepSpeedConfig(config)  # transformers only holds it weakly
+    try:
+        yield
+    finally:
+        del watched
+        hooks.unset_hf_deepspeed_config()
+
+
+def is_stage3(config: dict[str, Any]) -> bool:
+    """Whether a resolved configuration partitions parameters."""
+    return config["zero_optimization"]["stage"] == 3
+
+
 def start_engine(module: nn.Module, config: dict[str, Any]) -> Any:
     """Wrap ``module``; only parameters that require gradients are optimized, norms and biases without decay."""
     deepspeed = _import_deepspeed()
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1]},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if len(whole_shape(p)) > 1]},
+        {"params": [p for p in trainable if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
     ]
     engine, *_ = deepspeed.initialize(model=module, model_parameters=[g for g in groups if g["params"]], config=config)
     return engine
+
+
+def start_frozen_engine(module: nn.Module, config: dict[str, Any]) -> Any:
+    """An engine that only runs ``module`` forward, its parameters partitioned over the ranks (ZeRO-3)."""
+    deepspeed = _import_deepspeed()
+    forward_only = {key: value for key, value in config.items() if key != "optimizer"}
+    zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+    engine, *_ = deepspeed.initialize(model=module, config=forward_only | {"zero_optimization": zero})
+    return engine
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of ``parameter`` before ZeRO-3 took it apart."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
@@ -99,13 +135,16 @@ def whole(parameters: list[Tensor], gather: bool) -> Iterator[None]:
         yield
 
 
-def gathered_state(module: nn.Module, stage3: bool, keep: bool) -> dict[str, Tensor]:
-    """Names and CPU copies of all parameters (tied ones once) and buffers of ``module``, one at a time under ZeRO-3.
+def gathered_state(module: nn.Module, stage3: bool, keep: bool, trained_only: bool) -> dict[str, Tensor]:
+    """Names and CPU copies of parameters (tied ones once) and buffers of ``module``, one at a time under ZeRO-3.
 
-    All ranks take part; only those with ``keep`` get the copies (the others an empty dict).
+    All ranks take part; only those with ``keep`` get the copies (the others an empty dict). With ``trained_only`` frozen
+    parameters are left where they are.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
         with whole([parameter], stage3):
             if keep:
                 state[name] = parameter.detach().cpu().clone()

@@ -1,12 +1,14 @@
 """One rank of a training stage: set up, train, save. Runs unchanged under Ray Train and under torchrun."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from dmpo_dist.config import ModelConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
@@ -14,6 +16,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import (
     ModelSource,
     ReferenceMode,
+    count_parameters,
     find_model,
     load_causal_lm,
     load_policy,
@@ -21,9 +24,18 @@ from dmpo_dist.modeling.backbone import (
 )
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
+from dmpo_dist.modeling.quantize import require_partitioned
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.training.budget import Probe
-from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
+from dmpo_dist.training.engine import (
+    is_stage3,
+    partitioned_loading,
+    resolve_config,
+    start_engine,
+    start_frozen_engine,
+    start_process_group,
+    whole_shape,
+)
 from dmpo_dist.training.groups import Batches, make_schedule, with_negatives
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer, total_steps
@@ -48,13 +60,17 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
     """
     started = time.monotonic()
     device = start_process_group()
-    policy = load_module(job, device)
-    data = _load_data(job, policy.tokenizer)
-    parameters = sum(p.numel() for p in policy.module.parameters())
-    deepspeed = resolve_config(job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, parameters)
-    if job.config.model.compile and deepspeed["zero_optimization"]["stage"] == 3:
+    deepspeed = resolve_config(
+        job.config.deepspeed, job.stage, job.config.model.dtype, runtime.world_size, count_parameters(job.start)
+    )
+    stage3 = is_stage3(deepspeed)
+    if job.config.model.compile and stage3:
         raise UserError("model.compile=true does not work with ZeRO-3; set it to false, or deepspeed=zero2")
+    policy = load_module(job, device, deepspeed)
+    data = _load_data(job, policy.tokenizer)
     engine = _start_engine(policy.module, deepspeed, job.config.deepspeed)
+    if stage3 and runtime.world_size > 1:
+        require_partitioned(policy.module, runtime.world_size)
     batches = _batches(job, policy, data, engine, runtime.world_size, device)
     trainer = Trainer(
         job=job,
@@ -63,11 +79,11 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
         engine=engine,
         tokenizer=policy.tokenizer,
         objective=job.objective if job.kind == "train" else None,
-        reference=_reference(job, policy, engine, data, batches, runtime, device),
+        reference=_reference(job, policy, engine, data, batches, runtime, device, deepspeed),
         batches=batches,
         validation=data.validation,
         shared=batches.shared,
-        stage3=deepspeed["zero_optimization"]["stage"] == 3,
+        stage3=stage3,
     )
     if runtime.rank == 0:
         runtime.log(
@@ -76,8 +92,8 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
                 "route": policy.route.backend,
                 "route_reason": policy.route.reason,
                 "reference": _reference_name(job, policy),
-                "parameters": parameters,
-                "trainable": sum(p.numel() for p in policy.module.parameters() if p.requires_grad),
+                "parameters": sum(map(_numel, policy.module.parameters())),
+                "trainable": sum(_numel(p) for p in policy.module.parameters() if p.requires_grad),
                 "groups": len(batches.groups),
                 "token_budget": batches.token_budget,
                 "validation_requests": len(data.validation),
@@ -113,12 +129,16 @@ class Policy:
     reference_mode: ReferenceMode
 
 
-def load_module(job: Job, device: torch.device) -> Policy:
-    """The starting model of ``job`` on ``device``, its attention routed."""
+def load_module(job: Job, device: torch.device, deepspeed: dict[str, Any] | None = None) -> Policy:
+    """The starting model of ``job`` on ``device``, its attention routed; under a ZeRO-3 configuration this rank's part.
+
+    A quantized model is read whole (it is small) and taken apart by the engine.
+    """
     config = job.config.model
     torch.manual_seed(job.config.seed)  # new adapters start alike on every rank
     source = find_model(job.start)
-    model, mode = load_policy(source, config)
+    with _in_parts(config, deepspeed):
+        model, mode = load_policy(source, config)
     language_model = unwrap_peft(model)
     route = choose_backend(language_model, device.type, config.max_length, config.attention)
     use_backend(language_model, route.backend)
@@ -132,6 +152,16 @@ def load_module(job: Job, device: torch.device) -> Policy:
     return Policy(module, load_tokenizer(source), route, source, mode)
 
 
+def _in_parts(config: ModelConfig, deepspeed: dict[str, Any] | None) -> AbstractContextManager[None]:
+    return nullcontext() if deepspeed is None or config.quantization != "none" else partitioned_loading(deepspeed)
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    """Weights in ``parameter``, wherever they are and however packed."""
+    state = getattr(parameter, "quant_state", None)
+    return (state.shape if state is not None else whole_shape(parameter)).numel()
+
+
 def _reference_name(job: Job, policy: Policy) -> str:
     """What the run header says of the reference."""
     if not job.needs_reference:
@@ -141,15 +171,16 @@ def _reference_name(job: Job, policy: Policy) -> str:
 
 
 def _reference(
-    job: Job, policy: Policy, engine: Any, data: "_Data", batches: Batches, runtime: Runtime, device: torch.device
-) -> Reference | None:
+    job: Job, policy: Policy, engine: Any, data: "_Data", batches: Batches, runtime: Runtime, device: torch.device,
+    deepspeed: dict[str, Any],
+) -> Reference | None:  # fmt: skip
     """How the run has its reference log-probs. With a cache they are computed here, before any checkpoint is loaded, so
     that in full fine-tuning the policy itself still is the reference and no second model is needed."""
     if not job.needs_reference:
         return None
     copied, cache = policy.reference_mode == "model_copy", job.config.reference.cache
     if cache == "off":
-        frozen = _frozen_copy(job, policy.route, device) if copied else engine
+        frozen = _frozen_copy(job, policy.route, device, deepspeed) if copied else engine
         return lambda layout, groups, epoch: frozen(layout, "reference")
     reference_pass = ReferencePass(
         log_probs=(lambda layout: engine(layout)) if copied else (lambda layout: engine(layout, "reference")),
@@ -168,11 +199,13 @@ def _reference(
     return reference_pass.run(data.groups, folder, cache_key(job, policy.source, data.fingerprint))
 
 
-def _frozen_copy(job: Job, route: Route, device: torch.device) -> LogProbModel:
-    """The starting weights once more, whole on every rank, for full fine-tuning."""
-    model = load_causal_lm(find_model(job.start).base, job.config.model)
+def _frozen_copy(job: Job, route: Route, device: torch.device, deepspeed: dict[str, Any]) -> Any:
+    """The starting weights once more for full fine-tuning: in parts under ZeRO-3, else whole on every rank."""
+    with _in_parts(job.config.model, deepspeed):
+        model = load_causal_lm(find_model(job.start).base, job.config.model)
     use_backend(model, route.backend)
-    return LogProbModel(model.requires_grad_(False), "whole").to(device).train()
+    frozen = LogProbModel(model.requires_grad_(False), "whole").to(device).train()
+    return start_frozen_engine(frozen, deepspeed) if is_stage3(deepspeed) else frozen
 
 
 @dataclass(frozen=True)

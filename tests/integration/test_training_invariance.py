@@ -40,6 +40,7 @@ OTHER = [
     ("zero2", {"reference": {"cache": "memory"}}),
     ("zero3", {"reference": {"cache": "disk"}}),
 ]
+QLORA = {"lora": LoraConfig(r=4, alpha=8).model_dump(), "quantization": "nf4"}
 LIKELIHOOD = {"objective": {"beta": 0.5, "sft_weight": 2.0, "sft_loss_on": "all_titles"}}
 
 
@@ -141,11 +142,13 @@ def results(world):
         job(world, "one-gradient", str(world / f"{SGD}0.json")),
         job(world, "one-lora", "zero0", lora=True),
         job(world, "one-adapter", "zero0", start="adapter"),
+        job(world, "one-nf4", "zero0", model=QLORA),
         job(world, "one-likelihood", "zero0", **LIKELIHOOD),
     ]
     two = [job(world, f"two-{i}-{name}", name, **more) for i, (name, more) in enumerate(FULL + OTHER)]
     two += [job(world, f"two-gradient-{stage}", str(world / f"{SGD}{stage}.json")) for stage in (0, 2, 3)]
     two += [job(world, f"two-lora-{name}", name, lora=True) for name in ("zero2", "zero3")]
+    two += [job(world, f"two-nf4-{name}", name, model=QLORA) for name in ("zero2", "zero3")]
     two += [job(world, "two-lora-cached", "zero2", lora=True, reference={"cache": "memory"})]
     two += [job(world, f"two-adapter-{name}", name, start="adapter") for name in ("zero1", "zero3")]
     two += [job(world, "two-adapter-cached", "zero3", start="adapter", reference={"cache": "memory"})]
@@ -256,6 +259,13 @@ def test_new_adapter(results, name):
 def test_going_on_from_an_adapter(world, results, name):
     assert largest_difference(results["one-adapter"], results[name]) < 1e-5
     assert largest_difference(results["one-adapter"], weights(world / "adapter")) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["two-nf4-zero2", "two-nf4-zero3"])
+def test_an_adapter_on_4_bits(results, name):
+    """The base is whole under ZeRO-2 and in parts under ZeRO-3, which the worker itself checks."""
+    assert largest_difference(results["one-nf4"], results[name]) < 1e-5
+    assert largest_difference(results["one-nf4"], results["one-lora"]) > 1e-4
 
 
 def test_the_likelihood_of_all_titles(results):

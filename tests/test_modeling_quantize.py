@@ -1,0 +1,93 @@
+"""Backbones in 4 bits: one base for policy and reference, gradients by the adapters alone, and clear refusals."""
+
+import sys
+
+import pytest
+import torch
+from conftest import random_groups, tiny_model
+
+from dmpo_dist.batching.layout import prefix_layout
+from dmpo_dist.config import LoraConfig, ModelConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_for_scoring, load_policy
+from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
+from dmpo_dist.modeling.quantize import packed_weights, quantization_of, require_partitioned
+from dmpo_dist.modeling.routing import use_backend
+
+pytest.importorskip("bitsandbytes", reason='needs bitsandbytes: pip install "dmpo-dist[quant]"')
+
+NF4 = ModelConfig(quantization="nf4", max_length=128, lora=LoraConfig(r=4, alpha=8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_one_quantized_base_for_policy_and_reference(folder, variant):
+    config = NF4.model_copy(update={"lora": LoraConfig(r=4, alpha=8, variant=variant)})
+    model, mode = load_policy(find_model(str(folder)), config)
+    use_backend(unwrap_peft(model), "two_part")
+    module = LogProbModel(model, mode)
+    packed = packed_weights(module)
+    assert len(packed) == 14  # seven linear layers in each of two; embeddings and head stay whole
+    assert all(p.dtype == torch.float32 and not p.requires_grad for _, p in packed)
+    layout = prefix_layout(random_groups(4, seed=0))
+    policy = module(layout)
+    assert torch.equal(policy, module(layout, "reference"))
+    policy.sum().backward()
+    trained = {name for name, p in module.named_parameters() if p.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1)
+    assert not torch.allclose(module(layout), policy)
+    assert torch.equal(module(layout, "reference"), policy)
+
+
+def test_rounding_is_that_of_the_packed_weights(folder):
+    """The 4-bit model is the full one with its linear weights replaced by what the packed ones stand for."""
+    import bitsandbytes.functional as bnb
+
+    quantized = load_for_scoring(str(folder), NF4)
+    rounded = load_causal_lm(str(folder), ModelConfig(max_length=128))
+    for name, p in packed_weights(quantized):
+        target = rounded.get_parameter(name)
+        target.data = bnb.dequantize_4bit(p.data, p.quant_state).to(target.dtype)
+    layout = prefix_layout(random_groups(4, seed=1))
+    full = load_causal_lm(str(folder), ModelConfig(max_length=128))
+    for model in (quantized, rounded, full):
+        use_backend(model, "two_part")
+    with torch.no_grad():
+        seen, expected, full = (LogProbModel(model)(layout) for model in (quantized, rounded, full))
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-4)
+    assert (seen - full).abs().max() > 1e-3
+
+
+def test_weights_stored_in_4_bits_load_as_they_are(folder, tmp_path):
+    quantized = load_for_scoring(str(folder), NF4)
+    quantized.save_pretrained(tmp_path / "stored")
+    stored = load_for_scoring(str(tmp_path / "stored"), NF4)
+    assert quantization_of(stored.config) == "nf4"
+    for (_, a), (_, b) in zip(packed_weights(quantized), packed_weights(stored), strict=True):
+        assert torch.equal(a.data.view(torch.uint8), b.data.view(torch.uint8))
+    with pytest.raises(UserError, match=r"stored as nf4.*set model\.quantization=nf4"):
+        load_causal_lm(str(tmp_path / "stored"), ModelConfig(max_length=128))
+
+
+def test_refusals(folder, monkeypatch):
+    with pytest.raises(UserError, match=r"trains adapters only; set model\.lora\.r"):
+        load_policy(find_model(str(folder)), NF4.model_copy(update={"lora": None}))
+    with pytest.raises(UserError, match=r"int8 is for scoring.*nf4"):
+        load_policy(find_model(str(folder)), NF4.model_copy(update={"quantization": "int8"}))
+    model, _ = load_policy(find_model(str(folder)), NF4)
+    with pytest.raises(UserError, match=r"leaves the 4-bit weight .* whole.*deepspeed=zero2"):
+        require_partitioned(model, 2)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r'pip install "dmpo-dist\[quant\]"'):
+        load_policy(find_model(str(folder)), NF4)
