@@ -1,6 +1,8 @@
 """Every title of a catalogue scored for a prompt that runs once; see ``batching/trie.py``."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,28 +26,33 @@ class TitleScorer:
         token_budget: most tokens in a row.
         device: of the model.
         unshared: run each response as its own row, as models whose attention cannot share a prompt do anyway.
+        reference: as in ``LogProbModel``.
 
     Attributes:
         obstacle: why prompts are not shared; None where they are.
     """
 
-    def __init__(self, model: torch.nn.Module, token_budget: int, device: torch.device, unshared: bool = False) -> None:
+    def __init__(
+        self, model: torch.nn.Module, token_budget: int, device: torch.device, unshared: bool = False,
+        reference: Literal["adapter_off"] | None = None,
+    ) -> None:  # fmt: skip
         language_model = unwrap_peft(model)
         self.obstacle = "model.attention=unshared asks for separate rows" if unshared else trie_obstacle(language_model)
         if self.obstacle:
             use_backend(language_model, "unshared")
         else:
             use_trie_attention(language_model)
-        self._log_probs: LogProbs = LogProbModel(model)
+        self._log_probs = LogProbModel(model, reference)
         self._token_budget, self._device = token_budget, device
         self._last: tuple[TokenGroup, TitleTrie] | None = None
 
-    def __call__(self, group: TokenGroup) -> np.ndarray:
+    def __call__(self, group: TokenGroup, which: Literal["policy", "reference"] = "policy") -> np.ndarray:
         """(R,) float64, in the order of ``group.branches``."""
+        log_probs = partial(self._log_probs, which=which)
         if self.obstacle:
-            return score_rows(self._log_probs, group, self._token_budget, self._device)
+            return score_rows(log_probs, group, self._token_budget, self._device)
         trie = self.trie(group)
-        return trie.log_probs(node_log_probs(self._log_probs, group.prefix, trie, self._token_budget, self._device))
+        return trie.log_probs(node_log_probs(log_probs, group.prefix, trie, self._token_budget, self._device))
 
     def trie(self, group: TokenGroup) -> TitleTrie:
         """The trie of the group's responses; users of one catalogue mostly share it."""
