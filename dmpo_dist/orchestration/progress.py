@@ -11,7 +11,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class UserProgress:
-    """Counts users; the rate leaves out those of an earlier run.
+    """Counts users; the rate leaves out the workers' start and those of an earlier run.
 
     Args:
         title: what the job is called on screen.
@@ -21,8 +21,9 @@ class UserProgress:
     """
 
     def __init__(self, title: str, total: int, done: int, console: Console) -> None:
-        self._title, self._total, self._done, self._before = title, total, done, done
+        self._title, self._total, self._done = title, total, done
         self._console = console
+        self._first: tuple[int, float] | None = None
         self._bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total} users"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
@@ -50,11 +51,14 @@ class UserProgress:
             self._bar.update(self._task, completed=self._done)
             return
         now = time.monotonic()
-        if now - self._shown < SECONDS_BETWEEN_LINES and self._done < self._total:
+        if self._first and now - self._shown < SECONDS_BETWEEN_LINES and self._done < self._total:
             return
+        line = f"[{self._title} {now - self._began:5.0f}s] {self._done}/{self._total} users"
+        if self._first is None:
+            self._first = self._done, now
+        else:
+            rate = (self._done - self._first[0]) / max(now - self._first[1], 1e-9)
+            left = int((self._total - self._done) / rate)
+            line += f", {rate:.1f} users/s, ETA {left // 60}:{left % 60:02d}"
         self._shown = now
-        seconds = max(now - self._began, 1e-9)
-        rate = (self._done - self._before) / seconds
-        left = int((self._total - self._done) / rate)
-        line = f"[{self._title} {seconds:5.0f}s] {self._done}/{self._total} users, {rate:.1f} users/s"
-        self._console.print(f"{line} ETA {left // 60}:{left % 60:02d}", markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False)
