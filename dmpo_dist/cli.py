@@ -104,6 +104,9 @@ def evaluate(
     model: Annotated[
         list[str] | None, typer.Option("--model", "-m", help="NAME=FOLDER of a model to rank with; repeatable.")
     ] = None,
+    catalogue: Annotated[
+        bool, typer.Option("--catalogue", help="Also rank each positive among all items the user had not taken.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Rank the test requests with models and baselines on the same candidates; writes to output_dir.
@@ -121,7 +124,7 @@ def evaluate(
     models = _models(model or [])
     preflight(models, settings)  # before there is a folder
     open_run_folder(settings, resume=False)
-    run(models, settings, settings.output_dir, make_console())
+    run(models, settings, settings.output_dir, make_console(), catalogue)
 
 
 @app.command()

@@ -69,7 +69,7 @@ def rank(
     Raises:
         UserError: anything about files, model or options, or workers that keep failing; finished parts stay.
     """
-    job = preflight(model, requests, catalogue, top, output, config)
+    job = preflight(model, requests, catalogue, top, output, _within_context(model, config))
     store = PartStore(output, job.key)
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):
@@ -78,7 +78,7 @@ def rank(
         if missing:
             from dmpo_dist.orchestration.ray_train import ray_session
 
-            stack.enter_context(ray_session(config.cluster))
+            stack.enter_context(ray_session(job.config.cluster))
             done = sum(len(part) for number, part in enumerate(job.parts) if store.has(number))
             progress = stack.enter_context(UserProgress("rank", len(job.requests), done, console))
             for number, rows in _in_parallel(job, missing):
@@ -123,6 +123,14 @@ def preflight(
         **_options(config),
     }
     return RankJob(model, config, requests, catalogue, top, output, key)
+
+
+def _within_context(model: str, config: RunConfig) -> RunConfig:
+    """``config`` with its ``model.max_length`` lowered to the model's context, where nobody asked for another."""
+    context = getattr(read_model_config(find_model(model).base, 0), "max_position_embeddings", None)
+    if not context or "max_length" in config.model.model_fields_set or config.model.max_length <= context:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": context})})
 
 
 def _catalogue(
