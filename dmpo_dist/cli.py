@@ -104,6 +104,9 @@ def evaluate(
     model: Annotated[
         list[str] | None, typer.Option("--model", "-m", help="NAME=FOLDER of a model to rank with; repeatable.")
     ] = None,
+    catalogue: Annotated[
+        bool, typer.Option("--catalogue", help="Also rank each positive among all items the user had not taken.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Rank the test requests with models and baselines on the same candidates; writes to output_dir.
@@ -121,7 +124,7 @@ def evaluate(
     models = _models(model or [])
     preflight(models, settings)  # before there is a folder
     open_run_folder(settings, resume=False)
-    run(models, settings, settings.output_dir, make_console())
+    run(models, settings, settings.output_dir, make_console(), catalogue)
 
 
 @app.command()
@@ -393,6 +396,61 @@ def bench_gate(
     if lines:
         raise typer.Exit(1)
     print(f"as good as {baseline} in all {len(asked.cells)} cells")
+
+
+@app.command()
+def rank(
+    model: Annotated[str, typer.Option("--model", "-m", help="Model folder, trained or exported.")],
+    requests: Annotated[Path, typer.Option(help="Parquet or CSV: user, history (list, or titles separated by |) and, to rank these alone, candidates.")],
+    output: Annotated[Path, typer.Option(help="Parquet to write: user, titles best first, scores.")],
+    catalogue: Annotated[Path | None, typer.Option(help="Parquet or CSV with title (and popularity), or prepared data.  [data.path]")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Titles kept for each user.")] = 20,
+    config: Layers = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Rank given candidates or a whole catalogue for a file of users, over cluster.workers Ray actors.
+
+    Run it again after an interruption and it goes on where it stopped.
+
+    Examples:
+
+        dmpo rank -m exported --requests users.parquet --catalogue items.parquet --top 20 --output ranked.parquet cluster.workers=2
+
+        dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data --output ranked.parquet ranking.popularity_weight=0.2
+    """
+    settings = _settings(config, overrides, dry_run)
+    from dmpo_dist.orchestration.rank import rank as run
+    from dmpo_dist.orchestration.runlog import make_console
+
+    run(model, requests, catalogue, top, output, settings, make_console())
+
+
+@bench_app.command("catalogue")
+def bench_catalogue(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model folder.  [a random Llama of 6 layers]")] = None,
+    catalogue: Annotated[Path | None, typer.Option(help="As for dmpo rank.  [made-up titles]")] = None,
+    titles: Annotated[int, typer.Option(min=1, help="Titles scored.")] = 1700,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens, at least.")] = 256,
+    token_budget: Annotated[int, typer.Option(min=1, help="Most tokens in a row.")] = 1024,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's default.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of both ways; medians are shown.")] = 3,
+) -> None:  # fmt: skip
+    """Time a whole catalogue scored behind one shared prompt against separate rows, and compare the scores.
+
+    Examples:
+
+        dmpo bench catalogue --titles 1700 --prompt 256 --threads 1
+
+        dmpo bench catalogue -m runs/ml/dmpo/model --catalogue runs/ml/data
+    """
+    from dmpo_dist.bench.catalogue import bench_catalogue as run
+    from dmpo_dist.bench.catalogue import show
+    from dmpo_dist.data.requests import read_catalogue
+    from dmpo_dist.orchestration.runlog import make_console
+
+    names = list(read_catalogue(catalogue).titles) if catalogue else None
+    show(run(model, names, titles, prompt, token_budget, threads, rounds), make_console())
 
 
 @app.callback(invoke_without_command=True)

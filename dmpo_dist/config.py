@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from dmpo_dist.config_ranking import EvaluationConfig, RankingConfig
 from dmpo_dist.config_section import Section
 from dmpo_dist.config_submit import SubmitConfig
 from dmpo_dist.errors import UserError
@@ -256,15 +257,6 @@ class ClusterConfig(Section):
     """Shared folder or bucket for checkpoints; None uses the output folder (right for one machine or a shared file system)."""
 
 
-class EvaluationConfig(Section):
-    bootstrap_samples: int = Field(1000, ge=100)
-    """Resamples of the users for the 95 % intervals."""
-    token_budget: int = Field(8192, ge=16)
-    """Most tokens in one scoring row."""
-    knn_neighbours: int = Field(50, ge=1)
-    """Neighbours kept per item by the item-kNN baseline."""
-
-
 class RunConfig(Section):
     """Everything a run depends on."""
 
@@ -284,6 +276,7 @@ class RunConfig(Section):
     """Name of a file in deepspeed_configs/ (zero0 ... zero3, zero2_offload, ...) or a path to a DeepSpeed JSON."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    ranking: RankingConfig = Field(default_factory=RankingConfig)
     submit: SubmitConfig = Field(default_factory=SubmitConfig)
 
     @field_validator("version")

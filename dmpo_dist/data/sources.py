@@ -67,16 +67,16 @@ def _latest(ratings_file: Path, items_file: Path) -> tuple[pd.DataFrame, pd.Data
     advice = "this is not a MovieLens file: use data.source.kind=csv with data.source.columns"
     columns = {"user": "userid", "item": "movieid", "rating": "rating", "timestamp": "timestamp"}
     item_columns = {"item": "movieid", "title": "title", "genres": "genres"}
-    ratings, items = _read(ratings_file), _read(items_file)
+    ratings, items = read_text_table(ratings_file), read_text_table(items_file)
     ratings.columns, items.columns = ratings.columns.str.lower(), items.columns.str.lower()
     return _pick(ratings, columns, ratings_file, advice), _pick(items, item_columns, items_file, advice)
 
 
 def _hundred_k(ratings_file: Path, items_file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """100K: tab and pipe separated, latin-1, no headers; 19 genre flags."""
-    events = _read(ratings_file, sep="\t", names=EVENT_COLUMNS, encoding="latin-1")
+    events = read_text_table(ratings_file, sep="\t", names=EVENT_COLUMNS, encoding="latin-1")
     names = ["item", "title", "date", "video_date", "url", *GENRES_100K]
-    items = _read(items_file, sep="|", names=names, encoding="latin-1")
+    items = read_text_table(items_file, sep="|", names=names, encoding="latin-1")
     flags = (items[GENRES_100K] == "1").to_numpy()
     genres = ["|".join(g for g, on in zip(GENRES_100K, row, strict=True) if on) for row in flags]
     return events, items[["item", "title"]].assign(genres=genres)
@@ -84,13 +84,13 @@ def _hundred_k(ratings_file: Path, items_file: Path) -> tuple[pd.DataFrame, pd.D
 
 def _one_m(ratings_file: Path, items_file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """1M (titles in latin-1) and 10M (in UTF-8): fields separated by ``::``, no headers."""
-    events = _read(ratings_file, sep="::", names=EVENT_COLUMNS)
+    events = read_text_table(ratings_file, sep="::", names=EVENT_COLUMNS)
     try:
         items_file.read_bytes().decode()
         encoding = "utf-8"
     except UnicodeDecodeError:
         encoding = "latin-1"
-    return events, _read(items_file, sep="::", names=["item", "title", "genres"], encoding=encoding)
+    return events, read_text_table(items_file, sep="::", names=["item", "title", "genres"], encoding=encoding)
 
 
 def _csv_log(path: Path, source: Source) -> Interactions:
@@ -98,7 +98,7 @@ def _csv_log(path: Path, source: Source) -> Interactions:
     if unknown:
         raise UserError(f"data.source.columns.{unknown[0]}: unknown; the keys are {', '.join(CSV_COLUMNS)}")
     names = {column: source.columns.get(column, column) for column in CSV_COLUMNS}
-    frame = _read(path)
+    frame = read_text_table(path)
     advice = "set data.source.columns.{column} to the right one"
     events = _pick(frame, {c: names[c] for c in EVENT_COLUMNS}, path, advice)
     items_path, items_frame = path, frame
@@ -106,7 +106,7 @@ def _csv_log(path: Path, source: Source) -> Interactions:
         advice += ", or name a second file with the titles, data.source.items_path"
     else:
         items_path = _existing(source.items_path, "data.source.items_path")
-        items_frame = _read(items_path)
+        items_frame = read_text_table(items_path)
         if names["item"] not in items_frame:
             names["item"] = "item"  # the second file may use our own name
     wanted = ["item", "title"]
@@ -126,7 +126,9 @@ def _existing(path: Path | None, what: str) -> Path:
     return path
 
 
-def _read(path: Path, *, sep: str = ",", names: list[str] | None = None, encoding: str = "utf-8-sig") -> pd.DataFrame:
+def read_text_table(
+    path: Path, *, sep: str = ",", names: list[str] | None = None, encoding: str = "utf-8-sig"
+) -> pd.DataFrame:
     """All fields as strings, indexed by row number (the file's first row, header or not, is 1), without blank rows.
 
     ``names`` are given for files without a header, which also know no quotes.

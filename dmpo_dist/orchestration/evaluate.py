@@ -14,6 +14,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import item_knn_scores, oracle_scores, popularity_scores, random_scores
 from dmpo_dist.evaluation.report import comparison_lines, evaluate_scores, evaluation_table, write_evaluation
 from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue, catalogue_table, summary
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.orchestration.stage import template_of
 
@@ -40,18 +41,22 @@ def preflight(models: dict[str, str], config: RunConfig) -> PreparedData:
     return data
 
 
-def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
+def evaluate(
+    models: dict[str, str], config: RunConfig, folder: Path, console: Console, catalogue: bool = False
+) -> dict[str, Any]:
     """Rank the test requests by every model and baseline, write the figures to ``folder`` and show the table.
 
     Args:
         models: name in the table -> model folder or hub id.
         config: ``data.path`` says which requests.
         folder: gets evaluation.json, evaluation.md and scores.parquet.
+        catalogue: also rank among the whole catalogue, under the key ``catalogue`` of evaluation.json.
 
     Raises:
         UserError: see ``preflight``, or a model that cannot be loaded or whose scores are not finite.
     """
     data = preflight(models, config)
+    whole = WholeCatalogue(data) if catalogue else None
     scores = baseline_scores(data, config, console)
     torch.set_num_threads(os.cpu_count() or 1)
     for name, path in models.items():
@@ -65,10 +70,18 @@ def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: C
     evaluation = evaluate_scores(scores, data.test, config.evaluation.bootstrap_samples, config.seed)
     evaluation["data"] = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation["folders"] = models
+    if whole is not None:
+        metrics = whole.baselines(config)
+        for name, path in models.items():
+            with console.status(f"ranking the whole catalogue by {name}"):
+                metrics[name] = whole.model(path, config)
+        evaluation["catalogue"] = summary(metrics, len(whole.items), config.evaluation.bootstrap_samples, config.seed)
     write_evaluation(folder, evaluation, scores, data.test)
     console.print(evaluation_table(evaluation))
     for line in comparison_lines(evaluation):
         console.print(line, highlight=False)
+    if whole is not None:
+        console.print(catalogue_table(evaluation["catalogue"], evaluation["requests"]))
     console.print(f"written to {folder}/evaluation.json, evaluation.md and scores.parquet", highlight=False)
     return evaluation
 
