@@ -188,6 +188,8 @@ def load_for_scoring(path: str, config: ModelConfig) -> Any:
 def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
     from peft import PeftModel
 
+    if copy:
+        _require_low_rank_only(source)
     try:
         peft = PeftModel.from_pretrained(model, source.path, is_trainable=copy)
         _require_same_adapter(peft, source)
@@ -200,6 +202,17 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
             f"as base_model_name_or_path in its {ADAPTER}"
         ) from None
     return peft.train() if copy else peft
+
+
+def _require_low_rank_only(source: ModelSource) -> None:
+    """Refuse to train on from an adapter that also holds whole weights: policy and reference would share them."""
+    config = _read_json(Path(source.path) / ADAPTER)
+    for key, harmless in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
+        if config.get(key) not in (harmless, [], {}):
+            raise UserError(
+                f"{Path(source.path) / ADAPTER}: {key} is {config[key]!r}, so training it on would change the reference as "
+                "well; merge it into its base (dmpo export --merge) and start from that with model.lora set"
+            )
 
 
 def _require_same_adapter(peft: Any, source: ModelSource) -> None:

@@ -14,6 +14,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import item_knn_scores, oracle_scores, popularity_scores, random_scores
 from dmpo_dist.evaluation.report import comparison_lines, evaluate_scores, evaluation_table, write_evaluation
 from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.orchestration.stage import template_of
 
 BASELINES = ("random", "popularity", "item_knn", "oracle")
@@ -54,6 +55,7 @@ def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: C
     scores = baseline_scores(data, config, console)
     torch.set_num_threads(os.cpu_count() or 1)
     for name, path in models.items():
+        _note_quantization(name, path, config, console)
         with console.status(f"scoring {name}"):
             scores[name] = score_requests(path, config, data.test)
         _require_finite(f"--model {name}={path}", scores[name], config.model.dtype)
@@ -69,6 +71,15 @@ def evaluate(models: dict[str, str], config: RunConfig, folder: Path, console: C
         console.print(line, highlight=False)
     console.print(f"written to {folder}/evaluation.json, evaluation.md and scores.parquet", highlight=False)
     return evaluation
+
+
+def _note_quantization(name: str, path: str, config: RunConfig, console: Console) -> None:
+    """Say so where a model is ranked on another base than it was trained on."""
+    trained, now = find_model(path).stamp.get("quantization", "none"), config.model.quantization
+    if trained != now:
+        console.print(
+            f"note: {name} was trained with model.quantization={trained} and is scored with {now}", highlight=False
+        )
 
 
 def _require_finite(model: str, scores: list[np.ndarray], dtype: str) -> None:
