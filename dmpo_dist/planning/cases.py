@@ -97,9 +97,9 @@ CASES = (
     Case("zero2, full, large vocabulary", "zero2", layers=4, vocab=32000, budget=1536),
     Case("zero2, full, checkpointing, 2 ranks", "zero2", ranks=2, checkpointing=True, vocab=32000, budget=1024),
     Case("zero3, full, 2 ranks", "zero3", ranks=2, layers=6, vocab=16000, budget=1024),
-    Case("zero2, LoRA", "zero2", lora=16, budget=2048, negatives=3),
-    Case("zero2, LoRA, checkpointing", "zero2", lora=16, checkpointing=True, vocab=32000, budget=4096),
-    Case("zero3, LoRA, 2 ranks", "zero3", ranks=2, lora=16, layers=6, budget=1536, prompt=256, negatives=15),
+    Case("zero2, LoRA", "zero2", lora=16, budget=1536, negatives=3),
+    Case("zero2, LoRA, checkpointing", "zero2", lora=16, checkpointing=True, vocab=32000, budget=2048),
+    Case("zero3, LoRA, 2 ranks", "zero3", ranks=2, lora=16, layers=6, budget=1024, prompt=256, negatives=15),
 )
 SMALL = Case(
     "warm-up", "zero0", hidden=64, layers=2, heads=2, kv_heads=1, intermediate=128, vocab=256, prompt=16, budget=256

@@ -22,7 +22,7 @@ from dmpo_dist.training.memory import held_bytes, peak_bytes, reset_peak, return
 from dmpo_dist.training.runtime import ProcessRuntime
 from dmpo_dist.training.worker import frozen_copy, load_module
 
-WARM_UP, MEASURED = 2, 2
+WARM_UP, MEASURED = 2, 1
 """Steps: the first ones allocate the optimizer's state and teach ZeRO-3 the order of the layers."""
 
 

@@ -182,7 +182,7 @@ class Rank:
             numbers = f"({b} x {_count(plain)}{packed}){over}"
             held = self._weight_bytes()
             terms.append(Term("weights", formula, numbers, -(-held // n) if partitioned else held))
-        if partitioned:
+        if partitioned and (n > 1 or self.zero.offload_param):  # alone a rank has all weights at hand
             live = min(total, max(self.zero.live, self.sizes.largest))
             terms.append(
                 Term(
@@ -190,7 +190,7 @@ class Rank:
                     "b min(P, max(live, p))",
                     f"{b} x {_count(live)}",
                     b * live,
-                    frozenset(PHASES[:2]),
+                    frozenset(PHASES[:1]),
                 )
             )
         if self.nf4:
@@ -223,7 +223,7 @@ class Rank:
             # the shard comes and goes through buffers of the largest parameter
             return [_term("offload buffers", "b max(p)", b, self.sizes.largest_trained)]
         terms = [_term("AdamW's two moments", f"8{shard}", 8, s)]
-        if stage in (1, 2) or b != 4:
+        if stage or b != 4:  # ZeRO keeps its own even of fp32 weights
             terms.insert(0, _term("fp32 weights", f"4{shard}", 4, s))
         # AdamW on the CPU makes two tensors of a parameter's size at a time, on CUDA one for all parameters
         if stage == 0 and b == 4:
