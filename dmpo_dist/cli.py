@@ -453,6 +453,44 @@ def bench_catalogue(
     show(run(model, names, titles, prompt, token_budget, threads, rounds), make_console())
 
 
+@app.command()
+def plan(
+    config: Layers = None,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="GPU by name, such as h200-141g, or cpu.")] = "h100-80g",
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt.  [the longest allowed]")] = None,
+    response: Annotated[int, typer.Option(min=2, help="Tokens of a response, end token included.")] = 12,
+    groups: Annotated[int | None, typer.Option(min=1, help="Training groups.  [those in data.path]")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare predicted with measured memory on this machine's CPU; minutes.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Predict memory and time of `dmpo train` from the model's config.json, and say what to change.
+
+    Examples:
+
+        dmpo plan -c pretrained_lora model.path=Qwen/Qwen3-8B --gpu h200-141g --nodes 4 --groups 1000000
+
+        dmpo plan -c pretrained_lora model.path=Qwen/Qwen3-8B --gpu l40s-48g --explain
+
+        dmpo plan --verify
+    """
+    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.planning import command
+
+    if verify:
+        if not command.run_verify(make_console()):
+            raise typer.Exit(1)
+        return
+    request = command.Request(gpu, nodes, gpus_per_node, prompt, response, groups)
+    command.run_plan(_settings(config, overrides, dry_run), request, explain, json, make_console())
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

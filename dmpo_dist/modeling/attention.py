@@ -81,7 +81,7 @@ def two_part_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if flash_for(query) is CpuFlash:
         key, value = repeated(query, key, value)
-    out = _TwoPart.apply(query, key, value, flash_for(query)(layout, scale))
+    out = two_part(query, key, value, flash_for(query)(layout, scale))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -144,6 +144,11 @@ def dense_attention(
     key, value = repeated(query, key, value)
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def two_part(query: Tensor, key: Tensor, value: Tensor, flash: Any) -> Tensor:
+    """Both parts, merged: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, H, T, D); ``flash`` has the methods of ``Flash``."""
+    return _TwoPart.apply(query, key, value, flash)
 
 
 def flash_for(query: Tensor) -> type[Flash]:
