@@ -52,8 +52,15 @@ Submitted = Annotated[Path, typer.Argument(help="output_dir or submit.folder of 
 
 
 @data_app.command("prepare")
-def data_prepare(config: Layers = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Split interactions by time, draw negatives and write preference groups to data.path.
+def data_prepare(
+    config: Layers = None,
+    overrides: Overrides = None,
+    allow_leaks: Annotated[
+        bool, typer.Option("--allow-leaks", help="Write data with leaks; its card says so.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Split interactions by time, draw negatives, check for leaks and write preference groups to data.path.
 
     Examples:
 
@@ -66,7 +73,7 @@ def data_prepare(config: Layers = None, overrides: Overrides = None, dry_run: Dr
         raise UserError("data.path is not set; say where to write the prepared data, as in data.path=runs/data")
     from dmpo_dist.data.prepare import prepare
 
-    prepare(settings.data, settings.seed, settings.data.path, echo=print)
+    prepare(settings.data, settings.seed, settings.data.path, echo=_print_now, allow_leaks=allow_leaks)
 
 
 @app.command()
@@ -393,6 +400,19 @@ def bench_gate(
     if lines:
         raise typer.Exit(1)
     print(f"as good as {baseline} in all {len(asked.cells)} cells")
+
+
+@data_app.command("check")
+def data_check(path: Annotated[Path, typer.Argument(help="Prepared data.")]) -> None:
+    """Look for leaks in prepared data; exit 2 where there is one.
+
+    Examples:
+
+        dmpo data check runs/ml/data
+    """
+    from dmpo_dist.data.prepare import check
+
+    check(path, echo=_print_now)
 
 
 @app.callback(invoke_without_command=True)

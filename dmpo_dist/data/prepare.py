@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from dmpo_dist.config import DataConfig
+from dmpo_dist.config_data import DataConfig, Source
+from dmpo_dist.data.card import data_card, moment, summary
+from dmpo_dist.data.leaks import check_leaks, finding_lines, findings_to_json, leak_message, leaks
 from dmpo_dist.data.negatives import NegativeSampler
 from dmpo_dist.data.preferences import Preferences, load_preferences
+from dmpo_dist.data.released import load_released, load_sdpo
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.simulator import LIKE
-from dmpo_dist.data.sources import load_interactions
+from dmpo_dist.data.sources import READY_ROWS, load_interactions
 from dmpo_dist.data.splits import SPLITS, Requests, find_requests, time_cuts
 from dmpo_dist.data.store import FORMAT_VERSION, ROW_FEATURES, PreparedData
 from dmpo_dist.errors import UserError
@@ -27,31 +29,74 @@ from dmpo_dist.errors import UserError
 Rows = dict[str, list[dict[str, Any]]]  # split -> rows with the columns of ROW_FEATURES
 
 
-def prepare(config: DataConfig, seed: int, output: Path, echo: Callable[[str], None] = print) -> PreparedData:
+def prepare(
+    config: DataConfig,
+    seed: int,
+    output: Path,
+    echo: Callable[[str], None] = print,
+    allow_leaks: bool = False,
+) -> PreparedData:
     """Make preference groups from ``config.source`` and write them to ``output``, which appears whole or not at all.
 
+    Args:
+        allow_leaks: write data that the leak check finds fault with; its card says so.
+
     Raises:
-        UserError: ``output`` exists or cannot be written, the source is malformed, negatives run out, or filtering
-            leaves no training or test group.
+        UserError: ``output`` exists or cannot be written, the source is malformed, negatives run out, filtering
+            leaves no training or test group, or the leak check finds a leak.
     """
     output = Path(output)
     if output.exists() or output.is_symlink():
         raise UserError(f"{output}: exists already and is left as it is; remove it or choose another data.path")
-    if config.source.kind == "preferences":
-        preferences = load_preferences(config.source.path, seed)
+    tables: dict[str, pd.DataFrame] = {}
+    if config.source.kind in READY_ROWS:
+        preferences = _ready_rows(config.source, seed)
         rows = {split: _preference_rows(preferences, split) for split in SPLITS}
-        card = _card(config, seed, preferences.name, preferences.notes, rows, items=None)
-        tables: dict[str, pd.DataFrame] = {}
+        titles = preferences.catalogue()
+        if titles is not None:
+            tables["items"] = pd.DataFrame({"item": titles, "title": titles, "genres": ""})
+        card = _card(config, seed, preferences.name, preferences.notes, rows, tables)
+        card["shown_at"] = preferences.shown_at()
     else:
         log = load_interactions(config.source, seed)
         rows, facts, notes = _groups_of_log(log, config, seed)
-        card = _card(config, seed, log.name, [*log.notes, *notes], rows, items=log.items) | facts
         tables = {"items": log.items, "interactions": log.events}
+        card = _card(config, seed, log.name, [*log.notes, *notes], rows, tables) | facts
     for note in card["notes"]:
         echo(note)
-    echo(_summary(card))
+    card["leaks"] = _checked_for_leaks(rows, tables.get("interactions"), card, echo, allow_leaks)
+    echo(summary(card))
     _write(output, rows, tables, card)
     return PreparedData.load(output)
+
+
+def check(path: Path, echo: Callable[[str], None]) -> None:
+    """Look for leaks in the prepared folder ``path``.
+
+    Raises:
+        UserError: it is no such folder, or there is a leak.
+    """
+    data = PreparedData.load(path)
+    rows = {split: getattr(data, split).to_list() for split in SPLITS}
+    findings = check_leaks(rows, data.interactions, data.card.get("shown_at"))
+    for line in finding_lines(findings):
+        echo(line)
+    found = leaks(findings)
+    if found:
+        raise UserError(f"{path}: {leak_message(found)}")
+
+
+def _checked_for_leaks(
+    rows: Rows, events: pd.DataFrame | None, card: dict[str, Any], echo: Callable[[str], None], allow: bool
+) -> list[dict[str, Any]]:
+    """The findings for the card; raises UserError for leaks that are not allowed."""
+    findings = check_leaks(rows, events, card.get("shown_at"))
+    for line in finding_lines(findings):
+        echo(line)
+    found = leaks(findings)
+    if found and not allow:
+        raise UserError(leak_message(found) + "; mend the source, or pass --allow-leaks to write it all the same")
+    return findings_to_json(findings)
 
 
 def fingerprint(rows: Rows, items: pd.DataFrame | None) -> str:
@@ -90,7 +135,7 @@ def _groups_of_log(log: Interactions, config: DataConfig, seed: int) -> tuple[Ro
     requests["validation"] = _sampled(requests["validation"], config.max_validation_users, seed)
     rows = {split: _log_rows(requests[split], split, log, sampler, config) for split in SPLITS}
     facts = {
-        "cuts": {name: _moment(cut) for name, cut in zip(("validation", "test"), cuts, strict=True)},
+        "cuts": {name: moment(cut) for name, cut in zip(("validation", "test"), cuts, strict=True)},
         "dropped": {split: requests[split].dropped for split in SPLITS},
     }
     return rows, facts, _notes(log, config)
@@ -195,17 +240,23 @@ def _oracle_scores(log: Interactions) -> Callable[[str, list[str]], list[float]]
     return lambda user, items: oracle[row[user], [column[item] for item in items]].astype(float).tolist()
 
 
+def _ready_rows(source: Source, seed: int) -> Preferences:
+    if source.kind == "dmpo_released":
+        return load_released(source.path, source.released_negatives, source.prompts)
+    return load_sdpo(source.path, seed) if source.kind == "sdpo" else load_preferences(source.path, seed)
+
+
 def _preference_rows(preferences: Preferences, split: str) -> list[dict[str, Any]]:
     return [
         {
             "user": f"{split}-{number}",  # rows are independent: each is its own user in bootstraps
             "timestamp": 0,
-            "history": [],
-            "history_items": [],
+            "history": [] if group.prompt is not None else list(group.history),
+            "history_items": list(group.history),
             "positive": group.chosen,
-            "positive_item": "",
+            "positive_item": group.titles[0] if group.titles else "",
             "negatives": list(group.rejected),
-            "negative_items": [],
+            "negative_items": list(group.titles[1:]),
             "oracle": [],
             "prompt": group.prompt,
         }
@@ -214,7 +265,7 @@ def _preference_rows(preferences: Preferences, split: str) -> list[dict[str, Any
 
 
 def _card(
-    config: DataConfig, seed: int, name: str, notes: list[str], rows: Rows, items: pd.DataFrame | None
+    config: DataConfig, seed: int, name: str, notes: list[str], rows: Rows, tables: dict[str, pd.DataFrame]
 ) -> dict[str, Any]:
     """What ``dataset.json`` holds, but for the cuts and drops of a log."""
     return {
@@ -226,23 +277,11 @@ def _card(
         "cuts": None,
         "dropped": {split: {} for split in SPLITS},
         "notes": notes,
-        "items": items is not None,
-        "interactions": items is not None,
-        "fingerprint": fingerprint(rows, items),
+        "items": "items" in tables,
+        "interactions": "interactions" in tables,
+        "fingerprint": fingerprint(rows, tables.get("items")),
         "config": config.model_dump(mode="json"),
     }
-
-
-def _moment(timestamp: int) -> dict[str, Any]:
-    return {"timestamp": timestamp, "utc": pd.Timestamp(timestamp, unit="s").isoformat() + "Z"}
-
-
-def _summary(card: dict[str, Any]) -> str:
-    counts, users = card["counts"], card["users"]
-    return (
-        f"{card['name']}: {counts['train']} training groups of {users['train']} users; users to evaluate: "
-        f"{users['validation']} validation, {users['test']} test"
-    )
 
 
 def _write(output: Path, rows: Rows, tables: dict[str, pd.DataFrame], card: dict[str, Any]) -> None:
@@ -275,33 +314,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if not were_disabled:
             enable_progress_bars()
-
-
-def data_card(card: dict[str, Any]) -> str:
-    """The content of ``dataset.json`` as Markdown for people."""
-    config = card["config"]
-    lines = [f"# {card['name']}", "", "| split | groups | users | dropped likes |", "|---|---|---|---|"]
-    for split in SPLITS:
-        drops = ", ".join(f"{n} {reason}" for reason, n in card["dropped"][split].items() if n) or "-"
-        lines.append(f"| {split} | {card['counts'][split]} | {card['users'][split]} | {drops} |")
-    if card["cuts"]:
-        lines += [
-            "",
-            f"Split by global time: validation from {card['cuts']['validation']['utc']}, test from "
-            f"{card['cuts']['test']['utc']}. A request is a like (rating >= {config['rating_threshold']:g}) with at "
-            f"least {config['min_history']} earlier likes; its history is the latest {config['max_history']} of them, all "
-            "strictly before it.",
-            "",
-            f"Training negatives: {config['negatives_per_group']} per group, {config['negatives']}, among items seen by "
-            f"anybody before the request. Evaluation: {config['evaluation_negatives']} per group, uniform among such items "
-            "the user never took, neither before nor after.",
-            "",
-            "Dropped likes: `short_history` too few earlier likes; `unseen_positive` nobody took the item before; "
-            "`over_limit` the user has enough requests; `few_candidates` too few items to draw negatives from; "
-            "`over_max_validation_users` not in the validation sample.",
-        ]
-    if card["notes"]:
-        lines += ["", *(f"- {note}" for note in card["notes"])]
-    lines += ["", f"Fingerprint: `{card['fingerprint']}` (seed {card['seed']}).", ""]
-    lines += ["```yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip(), "```", ""]
-    return "\n".join(lines)
