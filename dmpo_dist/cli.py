@@ -415,6 +415,27 @@ def data_check(path: Annotated[Path, typer.Argument(help="Prepared data.")]) -> 
     check(path, echo=_print_now)
 
 
+@data_app.command("download")
+def data_download(
+    name: Annotated[str, typer.Argument(help="ml-latest-small, ml-100k, ... ml-32m, amazon-2018 or amazon-2023.")],
+    folder: Annotated[Path, typer.Argument(help="Where to put it.")] = Path("datasets"),
+    category: Annotated[str | None, typer.Option(help="For Amazon Reviews, such as Video_Games.")] = None,
+    accept_terms: Annotated[bool, typer.Option("--accept-terms", help="You accept the terms this prints.")] = False,
+    mirror: Annotated[str | None, typer.Option(help="Address in place of the official one, same paths below.")] = None,
+) -> None:
+    """Download a public dataset; a broken download goes on when the command is run again.
+
+    Examples:
+
+        dmpo data download ml-1m --accept-terms
+
+        dmpo data download amazon-2023 datasets/games --category Video_Games --accept-terms
+    """
+    from dmpo_dist.data.download import download, find_download
+
+    download(find_download(name, category, mirror), folder, accept_terms, echo=_print_now)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
