@@ -72,23 +72,40 @@ class DataConfig(Section):
     """A request needs at least this many likes before it."""
     max_history: int = Field(20, ge=1)
     """Keep at most this many of the latest likes as history."""
+    k_core: int = Field(1, ge=1)
+    """Keep users and items with at least this many interactions each, repeatedly; it looks at the whole log, future and all."""
+    split: Literal["time", "leave_one_out"] = "time"
+    """time: one cut for all users; leave_one_out: each user's last like is for testing and the one before for validation,
+    so that training knows events from after the requests (the leak check counts them)."""
     validation_quantile: float = Field(0.8, gt=0, lt=1)
-    """Requests before this quantile of all timestamps are for training."""
+    """Requests before this quantile of all timestamps are for training (split=time)."""
     test_quantile: float = Field(0.9, gt=0, lt=1)
     """Requests after this quantile are for testing; those between the two cuts are for validation."""
     train_requests_per_user: int = Field(1, ge=1)
     """Up to this many of a user's latest requests before the cut become training groups."""
-    negatives: Literal["uniform", "dislikes", "popularity"] = "uniform"
-    """Training negatives: uniform among unseen items, the user's own low ratings (filled up with uniform), or in proportion to popularity."""
+    negatives: Literal["uniform", "dislikes", "popularity", "in_batch"] = "uniform"
+    """Training negatives: uniform among unseen items, the user's own low ratings (filled up with uniform), in proportion to
+    popularity, or the positives of other training requests, as a random batch holds them (filled up with uniform).
+    Hard ones are made of prepared data by ``dmpo data hard-negatives``."""
+    popularity_exponent: float = Field(1.0, gt=0)
+    """With negatives=popularity: draw in proportion to popularity to this power."""
     negatives_per_group: int = Field(32, ge=1)
     """Negatives stored with each training group; each epoch trains on the next ``train.negatives`` of them."""
     evaluation_negatives: int = Field(19, ge=1)
     """Negatives next to the positive in each validation and test request."""
     max_validation_users: int | None = Field(None, ge=1)
     """Keep at most this many validation requests (a seeded sample); None keeps all."""
+    shots: int | None = Field(None, ge=1)
+    """Train on this many of the prepared training groups; a smaller number's groups are among a larger one's."""
 
     @model_validator(mode="after")
     def _cuts_in_order(self) -> "DataConfig":
         if self.validation_quantile >= self.test_quantile:
             raise ValueError("validation_quantile must be smaller than test_quantile")
+        return self
+
+    @model_validator(mode="after")
+    def _exponent_needs_popularity(self) -> "DataConfig":
+        if self.popularity_exponent != 1.0 and self.negatives != "popularity":
+            raise ValueError("popularity_exponent has no effect; set data.negatives=popularity")
         return self

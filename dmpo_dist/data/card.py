@@ -30,11 +30,14 @@ def data_card(card: dict[str, Any]) -> str:
     for split in SPLITS:
         drops = ", ".join(f"{n} {reason}" for reason, n in card["dropped"][split].items() if n) or "-"
         lines.append(f"| {split} | {card['counts'][split]} | {card['users'][split]} | {drops} |")
-    if card["cuts"]:
+    if card["interactions"]:
+        split = "Leave-one-out: each user's last like is for testing, the one before for validation"
+        if card["cuts"]:
+            cuts = [card["cuts"][name]["utc"] for name in ("validation", "test")]
+            split = f"Split by global time: validation from {cuts[0]}, test from {cuts[1]}"
         lines += [
             "",
-            f"Split by global time: validation from {card['cuts']['validation']['utc']}, test from "
-            f"{card['cuts']['test']['utc']}. A request is a like (rating >= {config['rating_threshold']:g}) with at "
+            f"{split}. A request is a like (rating >= {config['rating_threshold']:g}) with at "
             f"least {config['min_history']} earlier likes; its history is the latest {config['max_history']} of them, all "
             "strictly before it.",
             "",

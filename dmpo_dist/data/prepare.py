@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 
 from dmpo_dist.config_data import DataConfig, Source
 from dmpo_dist.data.card import data_card, moment, summary
-from dmpo_dist.data.leaks import check_leaks, finding_lines, findings_to_json, leak_message, leaks
+from dmpo_dist.data.leaks import Finding, check_leaks, finding_lines, findings_to_json, leak_message, leaks
 from dmpo_dist.data.negatives import NegativeSampler
 from dmpo_dist.data.preferences import Preferences, load_preferences
 from dmpo_dist.data.released import load_released, load_sdpo
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.simulator import LIKE
 from dmpo_dist.data.sources import READY_ROWS, load_interactions
-from dmpo_dist.data.splits import SPLITS, Requests, find_requests, time_cuts
+from dmpo_dist.data.splits import SPLITS, Requests, find_requests, k_core, time_cuts
 from dmpo_dist.data.store import FORMAT_VERSION, ROW_FEATURES, PreparedData
 from dmpo_dist.errors import UserError
 
@@ -58,7 +59,7 @@ def prepare(
         card = _card(config, seed, preferences.name, preferences.notes, rows, tables)
         card["shown_at"] = preferences.shown_at()
     else:
-        log = load_interactions(config.source, seed)
+        log = _core(load_interactions(config.source, seed), config.k_core)
         rows, facts, notes = _groups_of_log(log, config, seed)
         tables = {"items": log.items, "interactions": log.events}
         card = _card(config, seed, log.name, [*log.notes, *notes], rows, tables) | facts
@@ -78,21 +79,26 @@ def check(path: Path, echo: Callable[[str], None]) -> None:
     """
     data = PreparedData.load(path)
     rows = {split: getattr(data, split).to_list() for split in SPLITS}
-    findings = check_leaks(rows, data.interactions, data.card.get("shown_at"))
-    for line in finding_lines(findings):
-        echo(line)
-    found = leaks(findings)
+    found = leaks(_say_findings(rows, data.interactions, data.card, echo))
     if found:
         raise UserError(f"{path}: {leak_message(found)}")
+
+
+def _say_findings(
+    rows: Rows, events: pd.DataFrame | None, card: dict[str, Any], echo: Callable[[str], None]
+) -> list[Finding]:
+    leave_one_out = card["config"].get("split") == "leave_one_out"
+    findings = check_leaks(rows, events, card.get("shown_at"), leave_one_out)
+    for line in finding_lines(findings):
+        echo(line)
+    return findings
 
 
 def _checked_for_leaks(
     rows: Rows, events: pd.DataFrame | None, card: dict[str, Any], echo: Callable[[str], None], allow: bool
 ) -> list[dict[str, Any]]:
     """The findings for the card; raises UserError for leaks that are not allowed."""
-    findings = check_leaks(rows, events, card.get("shown_at"))
-    for line in finding_lines(findings):
-        echo(line)
+    findings = _say_findings(rows, events, card, echo)
     found = leaks(findings)
     if found and not allow:
         raise UserError(leak_message(found) + "; mend the source, or pass --allow-leaks to write it all the same")
@@ -118,9 +124,32 @@ def fingerprint(rows: Rows, items: pd.DataFrame | None) -> str:
     return digest.hexdigest()
 
 
+def _core(log: Interactions, k: int) -> Interactions:
+    """The k-core of ``log``, with what it cost as a note."""
+    if k == 1:
+        return log
+    events = k_core(log.events, k)
+    if events.empty:
+        raise UserError(f"data.k_core={k} leaves nothing of {len(log.events)} interactions; lower it")
+    kept = log.items["item"].isin(events["item"])
+    note = (
+        f"{k}-core of the whole log: {len(events)} of {len(log.events)} interactions, "
+        f"{events['user'].nunique()} of {log.events['user'].nunique()} users, {int(kept.sum())} of {len(kept)} items."
+    )
+    return replace(
+        log,
+        events=events.reset_index(drop=True),
+        items=log.items[kept].reset_index(drop=True),
+        notes=[*log.notes, note],
+        oracle=None if log.oracle is None else log.oracle[:, kept.to_numpy()],
+    )
+
+
 def _groups_of_log(log: Interactions, config: DataConfig, seed: int) -> tuple[Rows, dict[str, Any], list[str]]:
     """Rows by split, what the card says about the cuts and drops, and notes."""
-    cuts = time_cuts(log.events["timestamp"].to_numpy(), config.validation_quantile, config.test_quantile)
+    cuts = None
+    if config.split == "time":
+        cuts = time_cuts(log.events["timestamp"].to_numpy(), config.validation_quantile, config.test_quantile)
     requests = find_requests(
         log.events,
         cuts,
@@ -130,12 +159,16 @@ def _groups_of_log(log: Interactions, config: DataConfig, seed: int) -> tuple[Ro
         train_requests_per_user=config.train_requests_per_user,
     )
     _require_groups(requests, log.events, config)
-    sampler = NegativeSampler(log.events, config.rating_threshold, seed)
+    sampler = NegativeSampler(
+        log.events, config.rating_threshold, seed, config.popularity_exponent, requests["train"].table["item"].tolist()
+    )
     requests["train"] = _with_enough_candidates(requests["train"], sampler, config)
+    if cuts is None:  # some users left long before others came
+        requests |= {split: _with_enough_to_rank(requests[split], sampler, config) for split in SPLITS[1:]}
     requests["validation"] = _sampled(requests["validation"], config.max_validation_users, seed)
     rows = {split: _log_rows(requests[split], split, log, sampler, config) for split in SPLITS}
     facts = {
-        "cuts": {name: moment(cut) for name, cut in zip(("validation", "test"), cuts, strict=True)},
+        "cuts": cuts and {name: moment(cut) for name, cut in zip(SPLITS[1:], cuts, strict=True)},
         "dropped": {split: requests[split].dropped for split in SPLITS},
     }
     return rows, facts, _notes(log, config)
@@ -188,6 +221,16 @@ def _with_enough_candidates(requests: Requests, sampler: NegativeSampler, config
     if not enough.any():
         best = requests.table.iloc[int(available.argmax())]
         sampler.training(config.negatives, best["user"], int(best["timestamp"]), config.negatives_per_group)
+    dropped = requests.dropped | {"few_candidates": int((~enough).sum())}
+    return Requests(requests.table[enough].reset_index(drop=True), dropped)
+
+
+def _with_enough_to_rank(requests: Requests, sampler: NegativeSampler, config: DataConfig) -> Requests:
+    """Drop requests of leave-one-out from before there were enough items to rank."""
+    pairs = zip(requests.table["user"], requests.table["timestamp"], strict=True)
+    enough = np.array(
+        [sampler.available_for_evaluation(user, t) >= config.evaluation_negatives for user, t in pairs], dtype=bool
+    )
     dropped = requests.dropped | {"few_candidates": int((~enough).sum())}
     return Requests(requests.table[enough].reset_index(drop=True), dropped)
 
