@@ -436,6 +436,29 @@ def data_download(
     download(find_download(name, category, mirror), folder, accept_terms, echo=_print_now)
 
 
+@data_app.command("hard-negatives")
+def data_hard_negatives(
+    model: Annotated[str, typer.Argument(metavar="MODEL_FOLDER", help="The model that scores.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT_FOLDER", help="Must not exist yet.")],
+    config: Layers = None,
+    overrides: Overrides = None,
+    keep: Annotated[int, typer.Option(min=1, help="Negatives per training group.")] = 7,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out that many of the very hardest.")] = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Keep of the prepared training negatives those that a model scores highest; evaluation stays as it is.
+
+    Examples:
+
+        dmpo data hard-negatives runs/ml/sft/model runs/ml/hard -c movielens data.path=runs/ml/data
+    """
+    settings = _settings(config, overrides, dry_run)
+    from dmpo_dist.orchestration.hard_negatives import mine_hard_negatives
+
+    mine_hard_negatives(model, settings, output, keep, skip, echo=_print_now)
+    print(f"written to {output}")
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

@@ -47,8 +47,7 @@ def prepare(
             leaves no training or test group, or the leak check finds a leak.
     """
     output = Path(output)
-    if output.exists() or output.is_symlink():
-        raise UserError(f"{output}: exists already and is left as it is; remove it or choose another data.path")
+    _require_free(output)
     tables: dict[str, pd.DataFrame] = {}
     if config.source.kind in READY_ROWS:
         preferences = _ready_rows(config.source, seed)
@@ -82,6 +81,27 @@ def check(path: Path, echo: Callable[[str], None]) -> None:
     found = leaks(_say_findings(rows, data.interactions, data.card, echo))
     if found:
         raise UserError(f"{path}: {leak_message(found)}")
+
+
+def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Callable[[str], None]) -> PreparedData:
+    """Write ``data`` to ``output`` with other rows in the splits ``changed``; ``note`` goes into the card.
+
+    Raises:
+        UserError: ``output`` exists or cannot be written.
+    """
+    _require_free(output)
+    rows = {split: changed[split] if split in changed else getattr(data, split).to_list() for split in SPLITS}
+    found = {"items": data.items, "interactions": data.interactions}
+    tables = {name: table for name, table in found.items() if table is not None}
+    card = data.card | {"notes": [*data.card["notes"], note], "fingerprint": fingerprint(rows, data.items)}
+    card["leaks"] = _checked_for_leaks(rows, data.interactions, card, echo, allow=True)
+    _write(output, rows, tables, card)
+    return PreparedData.load(output)
+
+
+def _require_free(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output}: exists already and is left as it is; remove it or choose another data.path")
 
 
 def _say_findings(
