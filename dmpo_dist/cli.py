@@ -410,7 +410,7 @@ def data_check(path: Annotated[Path, typer.Argument(help="Prepared data.")]) -> 
 
         dmpo data check runs/ml/data
     """
-    from dmpo_dist.data.prepare import check
+    from dmpo_dist.data.folder import check
 
     check(path, echo=_print_now)
 

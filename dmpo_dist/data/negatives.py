@@ -6,6 +6,7 @@ tell which item was the target.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -23,17 +24,48 @@ def request_stream(seed: int, user: str, timestamp: int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
-class NegativeSampler:
-    """Draws negatives from a log; items are numbered by (first time anybody took them, name).
+@dataclass(frozen=True)
+class World:
+    """All items, numbered by (first time anybody took them, name), and the log in order of time.
 
     That numbering makes "in the world before t" a range(n), and later events never renumber earlier items.
 
+    Attributes:
+        names: (n_items,) item names.
+        first_seen: (n_items,) first time anybody took each, ascending.
+        log_time, log_code: (n_events,) time and item number of all events, sorted by (time, user, item number); only
+            popularity needs them.
+    """
+
+    names: np.ndarray
+    first_seen: np.ndarray
+    log_time: np.ndarray
+    log_code: np.ndarray
+
+    @classmethod
+    def of(cls, events: pd.DataFrame) -> "World":
+        """From a whole log, columns user, item and timestamp."""
+        first = events.groupby("item")["timestamp"].min().reset_index().sort_values(["timestamp", "item"])
+        names = first["item"].to_numpy(dtype=object)
+        log = events.assign(code=codes_of(events["item"], names)).sort_values(["timestamp", "user", "code"])
+        return cls(names, first["timestamp"].to_numpy(), log["timestamp"].to_numpy(), log["code"].to_numpy())
+
+
+def codes_of(items: pd.Series, names: np.ndarray) -> pd.Series:
+    """The numbers of ``items`` in ``names``."""
+    return items.map(pd.Series(np.arange(len(names)), index=names))
+
+
+class NegativeSampler:
+    """Draws negatives for the users of a log.
+
     Args:
-        events: the whole log, columns user, item, rating, timestamp.
+        events: columns user, item, rating, timestamp; every event of the users to draw for.
         rating_threshold: ratings below it are dislikes.
         seed: seed of all request streams.
         exponent: popularity negatives are drawn in proportion to popularity to this power.
         batch: the positives of all training requests, for in-batch negatives.
+        world: items and log, where ``events`` are not all of it.
     """
 
     def __init__(
@@ -43,19 +75,18 @@ class NegativeSampler:
         seed: int,
         exponent: float = 1.0,
         batch: Sequence[str] = (),
+        world: World | None = None,
     ) -> None:
-        first = events.groupby("item")["timestamp"].min().reset_index().sort_values(["timestamp", "item"])
-        self._names: np.ndarray = first["item"].to_numpy(dtype=object)
-        self._first_seen = first["timestamp"].to_numpy()
+        self._world = world or World.of(events)
+        self._names, self._first_seen = self._world.names, self._world.first_seen
         self._seed = seed
-        code = pd.Series(np.arange(len(first)), index=first["item"])
-        log = events.assign(code=events["item"].map(code)).sort_values(["timestamp", "user", "code"])
-        self._log_time = log["timestamp"].to_numpy()
-        self._log_code = log["code"].to_numpy()
+        log = events.assign(code=codes_of(events["item"], self._names)).sort_values(["timestamp", "user", "code"])
+        self._time = log["timestamp"].to_numpy()
+        self._code = log["code"].to_numpy()
         self._disliked = (log["rating"] < rating_threshold).to_numpy()
         self._exponent = exponent
-        self._batch = code.loc[list(batch)].to_numpy(dtype=np.int64)
-        self._counted, self._counter = 0, np.zeros(len(first), dtype=np.int64)
+        self._batch = codes_of(pd.Series(list(batch), dtype=object), self._names).to_numpy(dtype=np.int64)
+        self._counted, self._counter = 0, np.zeros(len(self._names), dtype=np.int64)
         self._rows_of_user: dict[str, np.ndarray] = log.reset_index(drop=True).groupby("user").indices
 
     def training(self, kind: Kind, user: str, timestamp: int, count: int) -> list[str]:
@@ -107,12 +138,12 @@ class NegativeSampler:
         """Items the user took, at or before ``until`` where given."""
         rows = self._rows_of_user[user]
         if until is not None:
-            rows = rows[self._log_time[rows] <= until]
-        return self._log_code[rows]
+            rows = rows[self._time[rows] <= until]
+        return self._code[rows]
 
     def _dislike_codes(self, user: str, timestamp: int) -> np.ndarray:
         rows = self._rows_of_user[user]
-        return self._log_code[rows[(self._log_time[rows] < timestamp) & self._disliked[rows]]]
+        return self._code[rows[(self._time[rows] < timestamp) & self._disliked[rows]]]
 
     def _dislikes(self, user: str, timestamp: int, count: int, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(self._dislike_codes(user, timestamp))[:count]
@@ -151,7 +182,7 @@ class NegativeSampler:
         At power 1 an event drawn uniformly from the log names an item in that proportion; skipping what is taken or drawn already
         leaves the right distribution over the rest. Where the rest is rare, it is counted instead.
         """
-        n_events = int(np.searchsorted(self._log_time, timestamp, side="left"))
+        n_events = int(np.searchsorted(self._world.log_time, timestamp, side="left"))
         n_known = self._n_known(timestamp)
         if self._exponent != 1.0:
             return self._weighted(self._counts(n_events, n_known) ** self._exponent, count, taken, rng)
@@ -160,7 +191,7 @@ class NegativeSampler:
         for _ in range(MAX_ROUNDS):
             if len(chosen) >= count:
                 break
-            for code in self._log_code[rng.integers(n_events, size=2 * count)].tolist():
+            for code in self._world.log_code[rng.integers(n_events, size=2 * count)].tolist():
                 if code not in excluded:
                     chosen[code] = None
         if len(chosen) < count:
@@ -173,7 +204,7 @@ class NegativeSampler:
         """(n_known,) interactions of each item in the first ``n_events`` of the log; cheap where calls come in time order."""
         if n_events < self._counted:
             self._counted, self._counter = 0, np.zeros_like(self._counter)
-        self._counter += np.bincount(self._log_code[self._counted : n_events], minlength=len(self._counter))
+        self._counter += np.bincount(self._world.log_code[self._counted : n_events], minlength=len(self._counter))
         self._counted = n_events
         return self._counter[:n_known].astype(float)
 

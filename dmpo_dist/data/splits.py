@@ -52,6 +52,7 @@ def find_requests(
     min_history: int,
     max_history: int,
     train_requests_per_user: int,
+    first_seen: pd.Series | None = None,
 ) -> dict[str, Requests]:
     """The requests of each split, from the whole log.
 
@@ -64,8 +65,11 @@ def find_requests(
         events: columns user, item, rating, timestamp; any order.
         cuts: None is leave-one-out: a user's last like is the test request, the one before it validation, whatever
             others do later.
+        first_seen: item -> first time anybody took it, where ``events`` holds only some users.
     """
-    table = _like_table(events, rating_threshold, max_history)
+    if first_seen is None:
+        first_seen = events.groupby("item")["timestamp"].min()
+    table = _like_table(events, rating_threshold, max_history, first_seen)
     if cuts is None:
         period = 2 - np.minimum(table.groupby("user", sort=False).cumcount(ascending=False).to_numpy(), 2)
     else:
@@ -79,13 +83,12 @@ def find_requests(
     return requests
 
 
-def _like_table(events: pd.DataFrame, rating_threshold: float, max_history: int) -> pd.DataFrame:
+def _like_table(events: pd.DataFrame, rating_threshold: float, max_history: int, first_seen: pd.Series) -> pd.DataFrame:
     """All likes sorted by (user, timestamp, item) with what was known strictly before each.
 
     Added columns: ``n_before`` (the user's earlier likes), ``history_start`` and ``history_stop`` (its history is these
     rows of the table), ``seen`` (somebody interacted with the item before).
     """
-    first_seen = events.groupby("item")["timestamp"].min()
     table = likes(events, rating_threshold).sort_values(["user", "timestamp", "item"], ignore_index=True)
     user = pd.factorize(table["user"])[0]
     timestamp = table["timestamp"].to_numpy()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dmpo_dist.config import RunConfig
-from dmpo_dist.data.prepare import rewrite
+from dmpo_dist.data.folder import rewrite
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.scoring import score_requests
