@@ -95,6 +95,11 @@ class DataConfig(Section):
     """Negatives next to the positive in each validation and test request."""
     max_validation_users: int | None = Field(None, ge=1)
     """Keep at most this many validation requests (a seeded sample); None keeps all."""
+    stream: bool = False
+    """Prepare a log larger than memory: kind=parquet with a folder of shards, which are sorted and split on disk (needs
+    duckdb, the extra ``stream``). The groups are those of the same log read at once."""
+    stream_memory: str = "1GB"
+    """Memory for sorting and joining the shards; Python and the share of users at work come on top, about as much."""
     shots: int | None = Field(None, ge=1)
     """Train on this many of the prepared training groups; a smaller number's groups are among a larger one's."""
 
@@ -102,6 +107,14 @@ class DataConfig(Section):
     def _cuts_in_order(self) -> "DataConfig":
         if self.validation_quantile >= self.test_quantile:
             raise ValueError("validation_quantile must be smaller than test_quantile")
+        return self
+
+    @model_validator(mode="after")
+    def _stream_is_possible(self) -> "DataConfig":
+        if self.stream and self.source.kind != "parquet":
+            raise ValueError("stream reads Parquet shards; set data.source.kind=parquet")
+        if self.stream and self.negatives == "in_batch":
+            raise ValueError("in_batch negatives need all requests at once; set data.stream=false or other negatives")
         return self
 
     @model_validator(mode="after")

@@ -42,8 +42,8 @@ def assemble(
     timestamps = _numbers(events["timestamp"], events_file)
     ratings = _numbers(events["rating"], events_file)
     _check_seconds(timestamps, events_file)
-    items = _items_of_events(events, items, events_file, items_file, notes)
-    items, renamed = _unique_titles(items, items_file, duplicate_titles, notes)
+    items = items_of_events(events, items, events_file, items_file, notes)
+    items, renamed = unique_titles(items, items_file, duplicate_titles, notes)
     clean = pd.DataFrame(
         {
             "user": events["user"],
@@ -109,7 +109,7 @@ def _check_seconds(timestamps: pd.Series, path: Path) -> None:
         raise UserError(f"{path}, row {row}: timestamp {timestamps[row]:.0f} is out of range; write seconds since 1970")
 
 
-def _items_of_events(
+def items_of_events(
     events: pd.DataFrame, items: pd.DataFrame, events_file: Path, items_file: Path, notes: list[str]
 ) -> pd.DataFrame:
     """The items somebody took, each with a sound title."""
@@ -155,7 +155,7 @@ def one_title_per_item(items: pd.DataFrame, path: Path) -> pd.DataFrame:
     return items.drop_duplicates("item")
 
 
-def _unique_titles(
+def unique_titles(
     items: pd.DataFrame, path: Path, duplicate_titles: str, notes: list[str]
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """Items with unique titles, and item -> item that stands for it (empty where nothing was merged)."""

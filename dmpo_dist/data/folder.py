@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -19,6 +19,14 @@ from dmpo_dist.data.leaks import Finding, check_leaks, finding_lines, findings_t
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.store import FORMAT_VERSION, ROW_FEATURES, PreparedData
 from dmpo_dist.errors import UserError
+
+
+class SplitRows(Protocol):
+    """Rows to count and to go over, in memory or read as they are needed."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
 
 
 def check(path: Path, echo: Callable[[str], None]) -> None:
@@ -100,7 +108,7 @@ def make_card(
     seed: int,
     name: str,
     notes: list[str],
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    rows: Mapping[str, SplitRows],
     tables: Mapping[str, pd.DataFrame],
 ) -> dict[str, Any]:
     """What ``dataset.json`` holds, but for the cuts and drops of a log."""

@@ -35,6 +35,11 @@ def prepare(
     """
     output = Path(output)
     require_free(output)
+    if config.stream:
+        from dmpo_dist.data.streaming import prepare_stream
+
+        prepare_stream(config, seed, output, echo, allow_leaks)
+        return PreparedData.load(output)
     tables: dict[str, pd.DataFrame] = {}
     if config.source.kind in READY_ROWS:
         preferences = _ready_rows(config.source, seed)
