@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from dmpo_dist.data.sources import read_text_table
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.tables import read_delimited
 from dmpo_dist.errors import UserError
 
 SEPARATOR = "|"
@@ -131,7 +131,7 @@ def _read(
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; correct the path")
     if path.suffix.lower() in (".csv", ".tsv"):
-        frame = read_text_table(path)
+        frame = read_delimited(path)
         columns, rows = {name: frame[name].tolist() for name in frame.columns}, frame.index.tolist()
     else:
         try:

@@ -111,7 +111,10 @@ def baseline_scores(data: PreparedData, config: RunConfig, console: Console) -> 
     if data.interactions is None:
         console.print("no popularity and item-kNN baselines: the data came as ready preferences, without a log")
         return scores
-    cut = data.card["cuts"]["test"]["timestamp"]
     scores["popularity"] = popularity_scores(data.test, data.interactions)
+    if data.card["cuts"] is None:
+        console.print("no item-kNN baseline: with leave-one-out there is no moment that parts training from test")
+        return scores
+    cut = data.card["cuts"]["test"]["timestamp"]
     scores["item_knn"] = item_knn_scores(data.test, data.interactions, config.evaluation.knn_neighbours, cut)
     return scores

@@ -219,7 +219,7 @@ class _Data:
 def _load_data(job: Job, tokenizer: Any) -> _Data:
     config = job.config
     assert config.data.path is not None
-    prepared = PreparedData.load(config.data.path)
+    prepared = PreparedData.load(config.data.path, config.data.shots)
     template = make_template(config.template, tokenizer)
     if prepared.items is not None:
         check_titles(prepared.items["title"].tolist(), tokenizer)
