@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from dmpo_dist.config_section import Section
 from dmpo_dist.config_submit import SubmitConfig
+from dmpo_dist.config_tracking import TrackingConfig
 from dmpo_dist.errors import UserError
 
 CONFIG_VERSION = 1
@@ -285,6 +286,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     submit: SubmitConfig = Field(default_factory=SubmitConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @field_validator("version")
     @classmethod
