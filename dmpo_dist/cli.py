@@ -395,6 +395,43 @@ def bench_gate(
     print(f"as good as {baseline} in all {len(asked.cells)} cells")
 
 
+@bench_app.command("scaling")
+def bench_scaling(
+    config: Layers = None,
+    overrides: Overrides = None,
+    workers: Annotated[list[int] | None, typer.Option(min=1, help="Workers; repeatable.  [1 2]")] = None,
+    zero: Annotated[list[int] | None, typer.Option(min=0, max=3, help="ZeRO stage; repeatable.  [0 1 2 3]")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Also stages 2 and 3 with offload to host memory.")
+    ] = False,
+    budget: Annotated[list[int] | None, typer.Option(min=16, help="Token budget; repeatable.  [4096]")] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Preference groups a step at the fewest workers.")] = 16,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before measuring.")] = 3,
+    steps: Annotated[int, typer.Option(min=3, help="Steps measured.")] = 10,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in output_dir.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Strong and weak scaling of `dmpo train`, each cell a Ray Train job: throughput, efficiency, memory, communication.
+
+    Examples:
+
+        dmpo bench scaling -c quickstart output_dir=runs/scaling
+
+        dmpo bench scaling -c pretrained_lora --workers 1 --workers 8 --zero 2 --zero 3 --offload --groups 64 cluster.address=auto data.path=... output_dir=/shared/scaling
+    """
+    settings = _settings(config, overrides, dry_run)
+    from dmpo_dist.bench.scaling import Sweep, run_scaling
+    from dmpo_dist.bench.scaling_report import report_scaling
+    from dmpo_dist.orchestration.runlog import make_console
+
+    sweep = Sweep(
+        sorted(set(workers or [1, 2])), sorted(set(zero or range(4))), [False, True] if offload else [False],
+        sorted(set(budget or [4096])), groups,
+    )  # fmt: skip
+    console = make_console()
+    report_scaling(run_scaling(settings, sweep, warmup, steps, resume, console), settings.output_dir, console)
+
+
 runs_app = typer.Typer(help="Look at and compare the runs below a folder.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 Compared = Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="output_dirs of training runs.")]

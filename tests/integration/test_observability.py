@@ -61,12 +61,13 @@ def test_the_slowest_rank_is_named_by_the_one_reduction(tmp_path):
         assert busy < 0.5 * wall
 
 
-def test_prometheus_reads_the_latest_figures_from_the_ray_node(tmp_path):
+def test_prometheus_reads_the_latest_figures_from_the_ray_node(tmp_path, monkeypatch):
     pytest.importorskip("prometheus_client", reason="the endpoint needs ray[default]: pip install -e .[submit]")
     import ray
 
     from dmpo_dist.orchestration.gauges import RayGauges
 
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "180")  # the agents of ray[default] are slow to import
     job = Job("train", RunConfig(), "scratch", tmp_path / "a-run")
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
