@@ -555,6 +555,106 @@ def data_hard_negatives(
     print(f"written to {output}")
 
 
+@bench_app.command("scaling")
+def bench_scaling(
+    config: Layers = None,
+    overrides: Overrides = None,
+    workers: Annotated[list[int] | None, typer.Option(min=1, help="Workers; repeatable.  [1 2]")] = None,
+    zero: Annotated[list[int] | None, typer.Option(min=0, max=3, help="ZeRO stage; repeatable.  [0 1 2 3]")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Also stages 2 and 3 with offload to host memory.")
+    ] = False,
+    budget: Annotated[list[int] | None, typer.Option(min=16, help="Token budget; repeatable.  [4096]")] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Preference groups a step at the fewest workers.")] = 16,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before measuring.")] = 3,
+    steps: Annotated[int, typer.Option(min=3, help="Steps measured.")] = 10,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in output_dir.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Strong and weak scaling of `dmpo train`, each cell a Ray Train job: throughput, efficiency, memory, communication.
+
+    Examples:
+
+        dmpo bench scaling -c quickstart output_dir=runs/scaling
+
+        dmpo bench scaling -c pretrained_lora --workers 1 --workers 8 --zero 2 --zero 3 --offload --groups 64 cluster.address=auto data.path=... output_dir=/shared/scaling
+    """
+    settings = _settings(config, overrides, dry_run)
+    from dmpo_dist.bench.scaling import Sweep, run_scaling
+    from dmpo_dist.bench.scaling_report import report_scaling
+    from dmpo_dist.orchestration.runlog import make_console
+
+    sweep = Sweep(
+        sorted(set(workers or [1, 2])), sorted(set(zero or range(4))), [False, True] if offload else [False],
+        sorted(set(budget or [4096])), groups,
+    )  # fmt: skip
+    console = make_console()
+    report_scaling(run_scaling(settings, sweep, warmup, steps, resume, console), settings.output_dir, console)
+
+
+runs_app = typer.Typer(help="Look at and compare the runs below a folder.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+Compared = Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="output_dirs of training runs.")]
+
+
+@runs_app.command("list")
+def runs_list(root: Annotated[Path, typer.Argument(help="Folder that holds runs.")] = Path("runs")) -> None:
+    """All training runs below a folder: stage, steps, best validation, test figures, speed, commit, finished or not.
+
+    Examples:
+
+        dmpo runs list runs/ml
+    """
+    from dmpo_dist.orchestration.compare import show_runs
+    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.orchestration.runs import find_runs
+
+    show_runs(find_runs(root), root, make_console())
+
+
+@runs_app.command("compare")
+def runs_compare(
+    runs: Compared,
+    evaluations: Annotated[
+        Path | None, typer.Option(help="Folder that holds evaluations.  [the folder that holds all runs]")
+    ] = None,
+) -> None:
+    """Settings that differ, final figures, and paired differences on the test requests where `dmpo evaluate` ranked both.
+
+    Examples:
+
+        dmpo runs compare runs/ml/sft runs/ml/dmpo
+    """
+    from dmpo_dist.orchestration.compare import find_evaluations, run_names, show_comparison
+    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.orchestration.runs import read_run
+
+    found, root = [read_run(folder) for folder in _several(runs)], _common(runs)
+    show_comparison(found, run_names(found, root), find_evaluations(evaluations or root), make_console())
+
+
+@runs_app.command("plot")
+def runs_plot(
+    runs: Compared,
+    metric: Annotated[str, typer.Option(help="Validation metric.")] = "ndcg@10",
+    output: Annotated[Path, typer.Option("--output", help="PNG to write.")] = Path("runs.png"),
+) -> None:
+    """Loss, margin and validation of several runs in one picture.
+
+    Examples:
+
+        dmpo runs plot runs/ml/dmpo runs/ml/sdpo --output runs/ml/compare.png
+    """
+    from dmpo_dist.bench.settings import check_outputs
+    from dmpo_dist.orchestration.compare import plot_runs, run_names
+    from dmpo_dist.orchestration.runs import read_run
+
+    found = [read_run(folder) for folder in _several(runs)]
+    check_outputs(output)
+    plot_runs(found, run_names(found, _common(runs)), metric, output)
+    print(f"written: {output}")
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -648,6 +748,17 @@ def _models(entries: list[str]) -> dict[str, str]:
             raise UserError(f"--model {name}= is given twice, for {models[name]} and {path}; choose another name")
         models[name] = path
     return models
+
+
+def _several(runs: list[Path]) -> list[Path]:
+    if len(set(runs)) < max(2, len(runs)):
+        raise UserError(f"{' '.join(map(str, runs))}: give two or more different runs; `dmpo runs list` shows them")
+    return runs
+
+
+def _common(folders: list[Path]) -> Path:
+    """The deepest folder that holds all of ``folders``."""
+    return Path(os.path.commonpath(folders))
 
 
 def _free(folder: Path) -> Path:

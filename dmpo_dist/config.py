@@ -16,6 +16,7 @@ from dmpo_dist.config_data import Source as Source
 from dmpo_dist.config_ranking import EvaluationConfig, RankingConfig
 from dmpo_dist.config_section import Section
 from dmpo_dist.config_submit import SubmitConfig
+from dmpo_dist.config_tracking import TrackingConfig
 from dmpo_dist.errors import UserError
 
 CONFIG_VERSION = 1
@@ -214,6 +215,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     ranking: RankingConfig = Field(default_factory=RankingConfig)
     submit: SubmitConfig = Field(default_factory=SubmitConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @field_validator("version")
     @classmethod

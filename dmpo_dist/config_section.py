@@ -1,5 +1,8 @@
 """What every section of the configuration is."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -7,3 +10,14 @@ class Section(BaseModel):
     """A configuration section: unknown keys are errors, field docstrings are help texts."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level, ``{"train.steps": 20}``; an empty section is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

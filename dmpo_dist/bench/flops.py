@@ -107,11 +107,15 @@ def forward_flops(shape: Shape, work: Work) -> Flops:
 
 
 def step_flops(shape: Shape, work: Work) -> int:
-    """FLOPs of reference forward, policy forward and policy backward under LoRA; see the module's convention."""
+    """FLOPs of reference forward, policy forward and policy backward under LoRA; see the module's convention.
+
+    With ``lora_rank`` 0 all weights are trained, and their backward is 2 x forward.
+    """
     f = forward_flops(shape, work)
     reference = f.linear + f.attention + f.head
     policy = reference + f.adapters
-    backward = f.linear + 2 * f.adapters + 2 * f.attention + f.head
+    base = 1 if shape.lora_rank else 2
+    backward = base * (f.linear + f.head) + 2 * f.adapters + 2 * f.attention
     return reference + policy + backward
 
 

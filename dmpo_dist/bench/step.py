@@ -77,8 +77,8 @@ def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str,
             work = [trainer.prepare(index) for index in range(step, step + steps)]
             bares.append(_timed(lambda work=work: bare(work), trainer.device))
             step += steps
-        watched = _watched(trainer, step, steps)
-        collective_ms, host_reads = _profiled(trainer, step + steps)
+        watched = watched_phases(trainer, step, steps)
+        collective_ms, host_reads = profiled_collectives(trainer, step + steps)
         clock, cpu = ([loop[i] / bare[i] for loop, bare in zip(loops, bares, strict=True)] for i in (0, 1))
         return {
             "phases_ms": watched,
@@ -127,8 +127,8 @@ def _bare_loop(job: Job, trainer: Trainer) -> Callable[[list[Any]], None]:
     return run
 
 
-def _watched(trainer: Trainer, first: int, steps: int) -> dict[str, float]:
-    """Median milliseconds per step in each phase."""
+def watched_phases(trainer: Trainer, first: int, steps: int) -> dict[str, float]:
+    """Median milliseconds per step in each of ``PHASES`` on this rank, by a stop watch that synchronises."""
     samples: dict[str, list[float]] = {name: [] for name in PHASES}
     spent: dict[str, float] = defaultdict(float)
 
@@ -152,8 +152,9 @@ def _watched(trainer: Trainer, first: int, steps: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _profiled(trainer: Trainer, first: int) -> tuple[float, dict[str, float]]:
-    """Milliseconds in collectives, and how often the host reads a tensor in each phase, per step."""
+def profiled_collectives(trainer: Trainer, first: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds in collectives, and how often the host reads a tensor in each phase, per step on this rank; runs
+    ``PROFILED`` steps."""
     prepared = [trainer.prepare(index) for index in range(first, first + PROFILED)]
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
     before, trainer.phases = trainer.phases, record_function

@@ -13,6 +13,9 @@ from typing import Any
 from dmpo_dist.config import ClusterConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.training.job import Job
+from dmpo_dist.training.runtime import Runtime
+
+Body = Callable[[Job, Runtime], None]
 
 POLL_SECONDS = 0.3
 OWNER_FILE = "dmpo-run"
@@ -52,7 +55,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], None]) -> None:
+def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], None], body: Body | None = None) -> None:
     """Train ``jobs`` one after another on the same ``cluster.workers`` Ray workers; call within ``ray_session``.
 
     A worker that dies is replaced up to ``cluster.max_failures`` times, and training goes on from the latest
@@ -62,6 +65,8 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
         jobs: at least one; a later one may start from the model of an earlier one. The first one's configuration says
             how many workers there are. Unless ``cluster.storage_path`` says otherwise, checkpoints go to the folder that
             holds all outputs.
+        sink: called from a thread.
+        body: what each rank does with a job instead of ``training.worker.run``.
 
     Raises:
         UserError: raised by a worker, or the cluster lacks the resources, or workers kept failing.
@@ -77,7 +82,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"jobs": tuple(jobs), "mailbox": mailbox},
+        train_loop_config={"jobs": tuple(jobs), "mailbox": mailbox, "body": body},
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=bool(gpus), resources_per_worker=resources),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
@@ -163,7 +168,7 @@ def _worker(payload: dict[str, Any]) -> None:
 
     from dmpo_dist.training.worker import run
 
-    jobs, mailbox = payload["jobs"], payload["mailbox"]
+    jobs, mailbox, body = payload["jobs"], payload["mailbox"], payload["body"] or run
     if ray.get(mailbox.failed.remote()):
         return
     for index, job in enumerate(jobs):
@@ -171,7 +176,7 @@ def _worker(payload: dict[str, Any]) -> None:
             continue  # done before a worker failed at a later job
         torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
         try:
-            run(job, _RayRuntime(index, job, mailbox))
+            body(job, _RayRuntime(index, job, mailbox))
         except (UserError, OSError) as error:
             ray.get(mailbox.put.remote(index, {"kind": "error", "text": _user_text(error)}))
             raise

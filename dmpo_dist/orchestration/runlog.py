@@ -1,44 +1,46 @@
-"""What a run tells: JSONL and TensorBoard for later, one display for now."""
+"""What a run tells: its sinks for later, one display for now."""
 
-import json
-import math
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-SCALARS_LEFT_OUT = {"kind", "step", "total_steps", "time"}
+from dmpo_dist.orchestration.runs import METRICS_FILE, read_run
+from dmpo_dist.orchestration.sinks import JsonLines, Sink, TensorBoard
+from dmpo_dist.orchestration.tracking import open_trackers
+from dmpo_dist.training.curves import CURVES_FILE, plot_curves
+from dmpo_dist.training.job import Job
 
-
-METRICS_FILE = "metrics.jsonl"
+NOTABLY_SLOW = 1.1
+"""A slowest rank's share from which the display names it."""
 
 
 class RunLog:
-    """Takes a stage's records in order; shows them and writes them to ``folder``.
+    """Takes a stage's records in order, shows them and passes them to the run's sinks; draws its curves at the end.
 
     On a terminal there is one progress bar with the latest figures; elsewhere one plain line per record.
 
     Args:
-        folder: gets ``metrics.jsonl`` and ``tensorboard/``.
-        title: what the stage is called on screen.
+        job: its output folder gets ``metrics.jsonl``, ``tensorboard/`` and ``curves.png``; its configuration names
+            further trackers.
         console: where to show it.
         append: go on with the files of an interrupted run.
+        sinks: more of them.
     """
 
-    def __init__(self, folder: Path, title: str, console: Console, append: bool = False) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, job: Job, console: Console, append: bool = False, sinks: Sequence[Sink] = ()) -> None:
+        folder = job.output
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / METRICS_FILE
-        self.start: dict[str, Any] = {}
-        self.end: dict[str, Any] = {}
-        self._file = self.path.open("a" if append else "w", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._title, self._console = title, console
+        self._job, self._title, self._console = job, folder.name, console
+        self._sinks: list[Sink] = [
+            JsonLines(folder / METRICS_FILE, append), TensorBoard(folder / "tensorboard"), *sinks,
+            *open_trackers(job, lambda text: self._print(f"warning: {text}")),
+        ]  # fmt: skip
+        self._trained = self._finished = False
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._began = time.monotonic()
@@ -62,31 +64,36 @@ class RunLog:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        self._file.close()
-        self._board.close()
+        result: dict[str, float] = {}
+        if self._trained:
+            stage, folder = self._job.stage, self._job.output
+            plot_curves(
+                folder / METRICS_FILE, folder / CURVES_FILE, stage.select_metric if stage.select == "best" else None
+            )
+            result = read_run(folder).result()
+        for sink in self._sinks:
+            sink.close(result, self._finished)
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Take one record."""
         record = {"time": time.time(), **record}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        for sink in self._sinks:
+            sink.write(record)
         match record["kind"]:
             case "start":
-                self.start = record
                 self._print(_start_line(record))
                 if self._progress is not None and self._task is not None:
                     self._progress.update(self._task, total=record["steps"], figures="first step")
             case "train":
-                self._to_board("train", record)
+                self._trained = True
                 self._show_step(record)
             case "validation":
-                self._to_board("validation", record)
                 names = [n for n in ("ndcg@10", "hr@1", "mrr", "auc") if n in record]
                 self._print(f"step {record['step']} validation " + " ".join(f"{n} {record[n]:.4f}" for n in names))
             case "note":
                 self._print(record["text"])
             case "end":
-                self.end = record
+                self._finished = True
                 self._print(f"done: the weights of step {record['selected_step']} are in {record['model']}")
 
     def _show_step(self, record: dict[str, Any]) -> None:
@@ -109,11 +116,6 @@ class RunLog:
         line = f"[{self._title} {time.monotonic() - self._began:5.0f}s] {text}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _to_board(self, group: str, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name not in SCALARS_LEFT_OUT and isinstance(value, int | float) and math.isfinite(value):
-                self._board.add_scalar(f"{group}/{name}", value, record["step"])
-
 
 def _figures(record: dict[str, Any]) -> str:
     parts = [f"loss {record['loss']:.4f}"]
@@ -124,6 +126,8 @@ def _figures(record: dict[str, Any]) -> str:
         f"{record['tokens_per_second']:,.0f} tok/s",
         f"{record['memory_gib']:.2f} GiB",
     ]
+    if record["slowest_share"] >= NOTABLY_SLOW:
+        parts.append(f"rank {record['slowest_rank']} busiest, {record['slowest_share']:.2f} x the mean")
     return " ".join(parts)
 
 

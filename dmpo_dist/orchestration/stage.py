@@ -24,7 +24,8 @@ from dmpo_dist.modeling.backbone import (
     write_stamp,
 )
 from dmpo_dist.orchestration.environment import describe_environment
-from dmpo_dist.orchestration.runlog import METRICS_FILE, RunLog
+from dmpo_dist.orchestration.runlog import RunLog
+from dmpo_dist.orchestration.tracking import check_tracking
 from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.groups import make_schedule, require_negatives
 from dmpo_dist.training.job import Job, Kind
@@ -33,7 +34,6 @@ from dmpo_dist.training.runtime import Runtime
 T = TypeVar("T")
 
 SCRATCH = "scratch"
-TITLE = {"sft": "sft", "train": "dmpo"}
 
 
 def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = False) -> Path:
@@ -46,12 +46,12 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_as_rank(kind, config, console, resume)
+    from dmpo_dist.orchestration.gauges import RayGauges
     from dmpo_dist.orchestration.ray_train import ray_session, train_with_ray
 
     job = preflight(kind, config, resume)
-    with ray_session(job.config.cluster), RunLog(job.output, _title(job), console, append=resume) as log:
+    with ray_session(job.config.cluster), RunLog(job, console, resume, [RayGauges(job)]) as log:
         train_with_ray([job], lambda _, record: log(record))
-    _finish(job)
     return job.output / "model"
 
 
@@ -76,7 +76,7 @@ def run_stages(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) 
 
 
 class _StageLogs:
-    """One ``RunLog`` at a time, for the job the workers are at; a job's curves are drawn when it ends."""
+    """One ``RunLog`` at a time, for the job the workers are at."""
 
     def __init__(self, jobs: Sequence[Job], headings: Sequence[str], console: Console) -> None:
         self._jobs, self._headings, self._console = jobs, headings, console
@@ -86,10 +86,8 @@ class _StageLogs:
         self._begin(0)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
-        if kind is None:
-            _finish(self._jobs[self._current])
 
     def __call__(self, job: int, record: dict[str, Any]) -> None:
         if job != self._current:  # the end of the one before got lost with a worker
@@ -100,13 +98,15 @@ class _StageLogs:
 
     def _next(self, job: int) -> None:
         self._open.close()
-        _finish(self._jobs[self._current])
         self._begin(job)
 
     def _begin(self, job: int) -> None:
+        from dmpo_dist.orchestration.gauges import RayGauges
+
         self._current = job
         say(self._console, self._headings[job])
-        self._log = self._open.enter_context(RunLog(self._jobs[job].output, _title(self._jobs[job]), self._console))
+        log = RunLog(self._jobs[job], self._console, sinks=[RayGauges(self._jobs[job])])
+        self._log = self._open.enter_context(log)
 
 
 def say(console: Console, text: str) -> None:
@@ -140,6 +140,7 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
         config = config.model_copy(update={"template": template})
     job = Job(kind, config, start, config.output_dir)
     _check_plan(job, data)
+    check_tracking(config.tracking)
     open_run_folder(config, resume, data_fingerprint=data.fingerprint)
     if config.model.path == SCRATCH and not Path(start).exists():
         make_start(Path(start), config, data)
@@ -240,8 +241,6 @@ def _run_as_rank(kind: Kind, config: RunConfig, console: Console, resume: bool) 
     from dmpo_dist.training.worker import run
 
     job, _ = as_rank(kind, config, console, resume, run)
-    if os.environ["RANK"] == "0":
-        _finish(job)
     return job.output / "model"
 
 
@@ -255,7 +254,7 @@ def as_rank(
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update=workers)})
     if os.environ["RANK"] == "0":
         job = _exchange(preflight(kind, config, resume))
-        with RunLog(job.output, _title(job), console, append=resume) as log:
+        with RunLog(job, console, append=resume) as log:
             return job, body(job, _process_runtime(ProcessRuntime, job, log))
     job = _exchange(None)
     return job, body(job, _process_runtime(ProcessRuntime, job, lambda record: None))
@@ -275,14 +274,3 @@ def _exchange(job: Job | None) -> Job:
     box: list[Any] = [job]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-def _title(job: Job) -> str:
-    return job.output.name
-
-
-def _finish(job: Job) -> None:
-    from dmpo_dist.training.curves import plot_curves
-
-    selected = job.stage.select_metric if job.stage.select == "best" else None
-    plot_curves(job.output / METRICS_FILE, job.output / "curves.png", selected)

@@ -1,7 +1,9 @@
 """Training curves of one run as a PNG."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,7 @@ TRAIN_PANELS = {
     "Gradient norm": {"grad_norm": ("gradient norm", GREY)},
 }
 VALIDATION_PANEL = "Validation"
+CURVES_FILE = "curves.png"
 
 
 def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "ndcg@10") -> None:
@@ -34,9 +37,9 @@ def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "n
         output: the PNG; its folder is made.
         select_metric: the best step of this validation metric is marked; None marks none.
     """
-    train, validation = _read(Path(metrics_file))
-    panels = {title: s for title, s in TRAIN_PANELS.items() if any(_has_values(train, column) for column in s)}
-    metrics = {name: (name, colour) for name, colour in VALIDATION_COLOURS.items() if _has_values(validation, name)}
+    train, validation = series(read_records(Path(metrics_file)))
+    panels = {title: s for title, s in TRAIN_PANELS.items() if any(has_values(train, column) for column in s)}
+    metrics = {name: (name, colour) for name, colour in VALIDATION_COLOURS.items() if has_values(validation, name)}
     if metrics:
         panels[VALIDATION_PANEL] = metrics
 
@@ -45,9 +48,11 @@ def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "n
     figure = Figure(figsize=(4.4 * columns, 3.2 * rows), dpi=160, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     last_step = max([1, *train.index, *validation.index])
-    for place, (title, series) in enumerate(panels.items(), start=1):
+    for place, (title, lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
-        _draw(axes, title, validation if title == VALIDATION_PANEL else train, series)
+        draw_panel(axes, title, validation if title == VALIDATION_PANEL else train, lines)
+        if len(lines) > 1:
+            axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, -0.34), ncols=4)
         if title == VALIDATION_PANEL:
             _mark_best(axes, validation, select_metric)
         axes.set_xlim(0, 1.02 * last_step)
@@ -57,17 +62,23 @@ def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "n
     figure.savefig(output, format="png")
 
 
-def _read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train and validation rows by step; where a resumed run logged a step again, its last line counts."""
+def read_records(metrics_file: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in order, without the half line that a run killed while writing leaves."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in metrics_file.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            continue  # a worker killed while writing leaves half a line
-        if isinstance(record, dict) and record.get("step") is not None:
+            continue
+        if isinstance(record, dict) and "kind" in record:
             records.append(record)
-    frame = pd.DataFrame(records, columns=sorted({"kind", "step"}.union(*records)))
+    return records
+
+
+def series(records: Sequence[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train and validation figures by step; where a resumed run logged a step again, its last record counts."""
+    stepped = [record for record in records if record.get("step") is not None]
+    frame = pd.DataFrame(stepped, columns=sorted({"kind", "step"}.union(*stepped)))
     numbers = frame.drop(columns="kind").apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan)
     train, validation = (
         numbers[frame["kind"] == kind].drop_duplicates("step", keep="last").sort_values("step").set_index("step")
@@ -76,13 +87,15 @@ def _read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return train, validation
 
 
-def _has_values(frame: pd.DataFrame, column: str) -> bool:
+def has_values(frame: pd.DataFrame, column: str) -> bool:
+    """Whether ``column`` is there and not all gaps."""
     return column in frame and bool(frame[column].notna().any())
 
 
-def _draw(axes: Axes, title: str, frame: pd.DataFrame, series: dict[str, tuple[str, str]]) -> None:
-    for column, (label, colour) in series.items():
-        if not _has_values(frame, column):
+def draw_panel(axes: Axes, title: str, frame: pd.DataFrame, lines: dict[str, tuple[str, str]]) -> None:
+    """Draw columns of ``frame``, which is indexed by step: column -> (label, colour); long ones with a running mean."""
+    for column, (label, colour) in lines.items():
+        if not has_values(frame, column):
             continue
         values = frame[column].dropna()
         marker = "o" if len(values) <= 25 else None
@@ -98,12 +111,10 @@ def _draw(axes: Axes, title: str, frame: pd.DataFrame, series: dict[str, tuple[s
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.08)
-    if len(series) > 1:
-        axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, -0.34), ncols=4)
 
 
 def _mark_best(axes: Axes, validation: pd.DataFrame, select_metric: str | None) -> None:
-    if select_metric is None or not _has_values(validation, select_metric):
+    if select_metric is None or not has_values(validation, select_metric):
         return
     step = validation[select_metric].idxmax()
     axes.axvline(step, color=GREY, linewidth=1, linestyle=(0, (4, 3)))

@@ -1,9 +1,8 @@
 """The training loop: plan, log-probs, objective, exact global mean, step."""
 
 import math
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import replace_folder
 from dmpo_dist.objectives import Objective, sft_loss
+from dmpo_dist.training.busy import Stopwatch
 from dmpo_dist.training.checkpoint import load_state, save_model, save_state
 from dmpo_dist.training.engine import set_learning_rate
 from dmpo_dist.training.groups import Batches, ahead
@@ -37,11 +37,6 @@ PREFERENCE_SUMS = (
 COUNTS = ("groups", "physical_tokens", "logical_tokens")
 
 
-def untimed(phase: str) -> AbstractContextManager[None]:
-    """No stop watch."""
-    return nullcontext()
-
-
 @dataclass
 class Trainer:
     """Everything a rank trains with.
@@ -51,7 +46,7 @@ class Trainer:
         reference: log-probs of the frozen reference; None where none is needed.
         shared: whether prompts are shared in a row.
         stage3: whether parameters are partitioned.
-        phases: entered around the reference, policy, backward and optimizer part of a step; a benchmark's stop watch.
+        phases: entered around the reference, policy, backward and optimizer part of a step; a benchmark puts its own.
     """
 
     job: Job
@@ -66,13 +61,14 @@ class Trainer:
     shared: bool
     stage3: bool
     best: dict[str, float] = field(default_factory=dict)
-    phases: Callable[[str], AbstractContextManager[None]] = untimed
+    phases: Callable[[str], AbstractContextManager[None]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.stage: StageConfig = self.job.stage
         self.total_steps = total_steps(self.stage, self.batches)
         self._meter = Meter(self.device)
-        self._since = time.monotonic()
+        self._watch = Stopwatch(self.device)
+        self.phases = self._watch.phase
 
     def fit(self) -> None:
         """Train to the last step and leave the result in ``output/model``."""
@@ -80,15 +76,18 @@ class Trainer:
         if first == 0:
             self._self_check()
             self._validate(0)
+        self._watch.lap()  # what came before is not training
         for index, (step, work) in enumerate(ahead(self.prepare, first, self.total_steps), start=first):
             self.train_step(index, step, work)
             done = index + 1
             if index == 0 or done % self.stage.log_every == 0 or done == self.total_steps:
                 self._log(index, step)
             if done % self.stage.validate_every == 0 or done == self.total_steps:
-                self._validate(done)
+                with self._watch.paused():
+                    self._validate(done)
             if done % self.stage.checkpoint_every == 0 and done < self.total_steps:
-                self._checkpoint(done)
+                with self._watch.paused():
+                    self._checkpoint(done)
         self._finish()
 
     def prepare(self, index: int) -> tuple[Step, list[tuple[MicroBatch, Layout]]]:
@@ -132,8 +131,9 @@ class Trainer:
     def _log(self, index: int, step: Step) -> None:
         """Reduce what the meter gathered; every rank calls it, rank 0 writes."""
         names = SFT_SUMS if self.objective is None else PREFERENCE_SUMS
-        sums = self._meter.reduce((*names, *COUNTS))
-        elapsed, self._since = time.monotonic() - self._since, time.monotonic()
+        elapsed, busy = self._watch.lap()
+        sums, busy_of_ranks = self._meter.reduce((*names, *COUNTS), busy)
+        slowest = max(busy_of_ranks)
         means = {name: sums[name] / sums["groups"] for name in names}
         norm = self.engine.get_global_grad_norm()
         self._require_finite(index, means["loss"], None if norm is None else float(norm))
@@ -150,6 +150,8 @@ class Trainer:
             "tokens_per_second": sums["physical_tokens"] / elapsed,
             "reuse": sums["logical_tokens"] / sums["physical_tokens"],
             "imbalance": step.imbalance,
+            "slowest_rank": busy_of_ranks.index(slowest),
+            "slowest_share": slowest * len(busy_of_ranks) / sum(busy_of_ranks),
             "memory_gib": memory_gib(self.device),
         }
         if self.runtime.rank == 0:
@@ -214,7 +216,6 @@ class Trainer:
             self._save(self.job.output / "best", {"step": done, **metrics})
         if metrics and self.runtime.rank == 0:
             self.runtime.log({"kind": "validation", "step": done, **metrics})
-        self._since = time.monotonic()  # validation is not training time
 
     def _improved(self, done: int, metrics: dict[str, float]) -> bool:
         value = metrics[self.stage.select_metric]
@@ -228,7 +229,6 @@ class Trainer:
         self.runtime.save(done, lambda folder: save_state(self.engine, folder, state))
         if self.runtime.rank == 0:
             self.runtime.log({"kind": "checkpoint", "step": done})
-        self._since = time.monotonic()
 
     def _resume(self) -> int:
         with self.runtime.restore() as folder:

@@ -89,6 +89,7 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
         runtime.log(
             {
                 "kind": "start",
+                "stage": job.kind,
                 "route": policy.route.backend,
                 "route_reason": policy.route.reason,
                 "reference": _reference_name(job, policy),

@@ -1,0 +1,129 @@
+"""What `dmpo bench scaling` writes: a row per cell as Parquet and Markdown, and four plots."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dmpo_dist.training.curves import BLUE, GREEN, GREY, ORANGE, PURPLE
+
+SETTING = ["zero", "offload", "token_budget"]
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+PANELS = {
+    "groups_per_second": "Preference groups per second",
+    "efficiency": "Efficiency: throughput over the fewest workers' times their ratio",
+    "memory_gib_per_worker": "Peak memory of a worker (GiB)",
+    "communication_share": "Share of a step in collectives (profiled)",
+}
+COLUMNS = {
+    "mode": "{}", "setting": "{}", "workers": "{}", "groups": "{}", "step_ms": "{:.0f}", "step_ms_spread": "{}",
+    "groups_per_second": "{:.1f}", "efficiency": "{:.2f}", "efficiency_cpu": "{:.2f}", "memory_gib_per_worker": "{:.2f}",
+    "communication_share": "{:.0%}", "waiting_share": "{:.0%}",
+}  # fmt: skip
+EXPLANATION = (
+    "step_ms: median, spread: quartiles; efficiency: groups/s over those of the fewest workers times the ratio of workers; "
+    "efficiency_cpu: the same by CPU seconds per group, which a busy machine disturbs less; communication: time in "
+    "collectives, waiting for other ranks included; waiting: share of the step a rank's thread slept"
+)
+
+
+def scaling_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """A row per cell and kind of scaling it belongs to; a cell at the fewest workers belongs to both.
+
+    Args:
+        results: what ``scaling.run_scaling`` returns.
+
+    Returns:
+        The figures of ``scaling.measure`` with ``mode`` (strong or weak), ``step_ms`` (median) and its quartiles,
+        ``memory_gib_per_worker`` (the largest), ``efficiency`` and ``efficiency_cpu``.
+    """
+    cells = pd.DataFrame(results)
+    seconds = [np.percentile(steps, [25, 50, 75]) for steps in cells["step_seconds"]]
+    for column, place in (("step_ms_low", 0), ("step_ms", 1), ("step_ms_high", 2)):
+        cells[column] = [1000 * quartiles[place] for quartiles in seconds]
+    cells["memory_gib_per_worker"] = cells["memory_gib"].map(max)
+    cells["groups_per_cpu_second"] = cells["groups"] / (cells["cpu_seconds"] * cells["workers"])
+    fewest = cells["workers"].min()
+    first = cells[cells["workers"] == fewest].set_index(SETTING)
+    base_groups = first["groups"].iloc[0]
+    rows = []
+    for mode, groups in (("strong", base_groups), ("weak", base_groups * cells["workers"] // fewest)):
+        members = cells[cells["groups"] == groups].assign(mode=mode)
+        base = first.loc[pd.MultiIndex.from_frame(members[SETTING])]
+        ratio = members["workers"] / fewest
+        members["efficiency"] = members["groups_per_second"] / (base["groups_per_second"].to_numpy() * ratio)
+        members["efficiency_cpu"] = members["groups_per_cpu_second"] / base["groups_per_cpu_second"].to_numpy()
+        rows.append(members)
+    return pd.concat(rows).sort_values(["mode", *SETTING, "workers"]).reset_index(drop=True)
+
+
+def report_scaling(results: Sequence[dict[str, Any]], folder: Path, console: Console) -> None:
+    """Write scaling.parquet, scaling.md and scaling.png to ``folder`` and show the table."""
+    table = scaling_table(results)
+    table.drop(columns=["kind"], errors="ignore").to_parquet(folder / "scaling.parquet")
+    shown = table.assign(
+        setting=[_setting(row) for row in table[SETTING].itertuples(index=False)],
+        step_ms_spread=[
+            f"{low:.0f} – {high:.0f}" for low, high in zip(table["step_ms_low"], table["step_ms_high"], strict=True)
+        ],
+    )
+    cells = [[form.format(row[name]) for name, form in COLUMNS.items()] for _, row in shown.iterrows()]
+    headings = [name.replace("_", " ").removesuffix(" per worker").removesuffix(" share") for name in COLUMNS]
+    lines = [
+        "# Scaling",
+        "",
+        f"{results[0]['device']}, {results[0]['parameters']:,} parameters, commit {results[0]['commit']}.",
+    ]
+    lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells] + ["", EXPLANATION + "."]
+    (folder / "scaling.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw_scaling(table, folder / "scaling.png")
+    terminal = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in cells:
+        terminal.add_row(*row)
+    console.print(terminal)
+    console.print(EXPLANATION, highlight=False)
+    console.print(f"written to {folder}/scaling.parquet, scaling.md and scaling.png", highlight=False)
+
+
+def draw_scaling(table: pd.DataFrame, file: Path) -> None:
+    """A PNG: throughput, efficiency, memory and communication over workers, a line a setting; weak scaling is dashed."""
+    settings = list(dict.fromkeys(table[SETTING].itertuples(index=False, name=None)))
+    figure = Figure(figsize=(10, 7.2), dpi=160, layout="constrained")
+    for axes, (column, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        for number, setting in enumerate(settings):
+            chosen = table[(table[SETTING] == list(setting)).all(axis=1)]
+            for mode, style in (("strong", "-"), ("weak", "--")):
+                rows = chosen[chosen["mode"] == mode]
+                label = f"{_setting(setting)}, {mode}"
+                marker, colour = "osD^"[number // len(COLOURS) % 4], COLOURS[number % len(COLOURS)]
+                axes.plot(rows["workers"], rows[column], style, marker=marker, color=colour, markersize=4, label=label)
+        _finish(axes, title, sorted(table["workers"].unique()))
+        if column == "efficiency":
+            axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(file, format="png")
+
+
+def _finish(axes: Axes, title: str, workers: Sequence[int]) -> None:
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(workers, [str(n) for n in workers])
+    axes.set_xlabel("workers", fontsize=9)
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _setting(setting: Sequence[Any]) -> str:
+    zero, offload, budget = setting
+    return f"ZeRO-{zero}" + (" offload" if offload else "") + f", {budget} tokens"

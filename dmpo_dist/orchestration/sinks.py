@@ -1,0 +1,112 @@
+"""Where a run's records go: one small protocol, the two sinks every run has, and a thread for those that may fail."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol
+
+NOT_FIGURES = {"kind", "step", "total_steps", "time"}
+CLOSE_SECONDS = 60
+
+
+class Sink(Protocol):
+    """Takes the records of one run."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record; ``kind`` says what it is, and ``train`` and ``validation`` have a ``step``."""
+        ...
+
+    def close(self, result: Mapping[str, float], finished: bool) -> None:
+        """Take the run's final figures and whether it reached its last step; called once, at the end."""
+        ...
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a train or validation record, named "train/loss" and so on; empty for other records."""
+    if record["kind"] not in ("train", "validation"):
+        return {}
+    return {
+        f"{record['kind']}/{name}": value
+        for name, value in record.items()
+        if name not in NOT_FIGURES and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+class JsonLines:
+    """One line per record, complete after every record.
+
+    Args:
+        path: the file.
+        append: go on with the file of an interrupted run.
+    """
+
+    def __init__(self, path: Path, append: bool) -> None:
+        self._file = path.open("a" if append else "w", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self, result: Mapping[str, float], finished: bool) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name, value in figures(record).items():
+            self._board.add_scalar(name, value, record["step"])
+
+    def close(self, result: Mapping[str, float], finished: bool) -> None:
+        self._board.close()
+
+
+class Background:
+    """A sink in a thread of its own, which may be slow or fail without harm to the run: the first failure is told and
+    ends it.
+
+    Args:
+        name: what to call it in a warning.
+        open_sink: makes it, in that thread, when the first record comes.
+        warn: shows a line.
+    """
+
+    def __init__(self, name: str, open_sink: Callable[[], Sink], warn: Callable[[str], None]) -> None:
+        self._name, self._open_sink, self._warn = name, open_sink, warn
+        self._work: SimpleQueue[Callable[[Sink], None] | None] = SimpleQueue()
+        self._thread: Thread | None = None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name=f"dmpo-{self._name}", daemon=True)
+            self._thread.start()
+        self._work.put(lambda sink: sink.write(record))
+
+    def close(self, result: Mapping[str, float], finished: bool) -> None:
+        if self._thread is None:
+            return
+        self._work.put(lambda sink: sink.close(result, finished))
+        self._work.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._warn(
+                f"{self._name} did not take the last figures within {CLOSE_SECONDS} s; they are in the run's folder"
+            )
+
+    def _run(self) -> None:
+        try:
+            sink = self._open_sink()
+            for work in iter(self._work.get, None):
+                work(sink)
+        except Exception as error:  # whatever a tracker's client or server comes up with
+            first = (str(error).strip() or repr(error)).splitlines()[0]
+            self._warn(f"{self._name} failed ({first}); the run goes on without it, its figures are in its folder")
