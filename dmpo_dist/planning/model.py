@@ -38,7 +38,6 @@ class Sizes:
         linear: those of the frozen linear layers, which a quantization packs.
         largest: of one parameter.
         largest_linear, largest_trained: of one frozen linear layer, of one trainable parameter.
-        layers: decoder layers.
     """
 
     total: int
@@ -47,7 +46,6 @@ class Sizes:
     largest: int
     largest_linear: int
     largest_trained: int
-    layers: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Row:
     Attributes:
         prompt, response, negatives: tokens and K of a group.
         tokens: of the whole row.
+        shared: whether the prompt runs once.
     """
 
     prompt: int
@@ -119,7 +118,6 @@ class Blueprint:
             largest=max(p.numel() for p in parameters),
             largest_linear=max(linear, default=0),
             largest_trained=max(p.numel() for p in parameters if p.requires_grad),
-            layers=self.config.get_text_config().num_hidden_layers,
         )
         rank = adapter.r if adapter else model.lora.r if model.lora else 0
         self.shape = _shape(self.config, model.path, rank)

@@ -22,7 +22,7 @@ from dmpo_dist.training.job import Job
 RESERVED = 0.05
 """Share of a device's memory that stays free, for what the allocator loses between blocks; assumed."""
 SMALLEST_BUDGET = 256
-NO_TRACE = Trace(0, 0, 0)
+NO_TRACE = Trace(0, 0)
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,10 @@ class Trace:
 
     Attributes:
         saved: at the end of the forward pass: what the backward pass needs.
-        forward: at most during the forward pass.
         peak: at most at all.
     """
 
     saved: int
-    forward: int
     peak: int
 
 
@@ -58,14 +56,14 @@ def trace_row(module: nn.Module, layout: Layout, kernel: Kernel, keep_gradients:
     try:
         with _attention(kernel), meter:
             log_probs = module(layout)
-            saved, forward = meter.alive, meter.peak
+            saved = meter.alive
             log_probs.sum().backward()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter in trainable:
             parameter.grad = None
-    return Trace(saved, forward, meter.peak)
+    return Trace(saved, meter.peak)
 
 
 def register() -> None:
