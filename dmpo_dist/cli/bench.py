@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dmpo_dist.cli.options import DryRun, Layers, Overrides, free_folder, read_settings
+from dmpo_dist.errors import UserError
 
 bench_app = typer.Typer(help="Measure speed and memory against the alternatives.", no_args_is_help=True)
 
@@ -176,3 +177,65 @@ def bench_scaling(
     )  # fmt: skip
     console = make_console()
     report_scaling(run_scaling(settings, sweep, warmup, steps, resume, console), settings.output_dir, console)
+
+
+@bench_app.command("simulate")
+def bench_simulate(
+    cells: Annotated[
+        Path | None, typer.Option(help="Output folder of `dmpo bench scaling`: check the model against its cells.")
+    ] = None,
+    model_config: Annotated[Path | None, typer.Option(help="A config.json: simulate it from 1 to 4,096 GPUs.")] = None,
+    gpu: Annotated[str, typer.Option(help="GPU, for its peak.")] = "H100",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak it achieves.")] = 0.35,
+    zero: Annotated[list[int] | None, typer.Option(min=0, max=3, help="ZeRO stage; repeatable.  [2 3]")] = None,
+    lora_rank: Annotated[int, typer.Option(min=0, help="Rank of the adapters; 0 trains all weights.")] = 0,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 256,
+    response: Annotated[int, typer.Option(min=2, help="Response tokens.")] = 12,
+    negatives: Annotated[int, typer.Option(min=1, help="Negatives K.")] = 7,
+    groups: Annotated[int, typer.Option(min=1, help="Groups a GPU and step.")] = 32,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches a GPU and step.")] = 4,
+    node_bandwidth: Annotated[float, typer.Option(help="GB/s a GPU within a node.")] = 300,
+    fabric_bandwidth: Annotated[float, typer.Option(help="GB/s a GPU between nodes.")] = 40,
+    overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of the collectives that is hidden.")] = 0.5,
+    jitter: Annotated[float, typer.Option(min=0, help="Spread of computing times over their mean.")] = 0.02,
+    failure_hours: Annotated[float, typer.Option(help="Hours between failures of a GPU.")] = 50_000,
+    checkpoint_seconds: Annotated[float, typer.Option(help="To write a checkpoint.")] = 60,
+    restart_seconds: Annotated[float, typer.Option(help="From a failure to training again.")] = 300,
+    output: Annotated[Path, typer.Option(help="Result file; the plot lies beside it.")] = Path("runs/simulation.json"),
+) -> None:
+    """Model steps on N GPUs: checked against measured cells, and from 1 to 4,096 GPUs with failures and checkpoints.
+
+    Examples:
+
+        dmpo bench simulate --cells runs/scaling
+
+        dmpo bench simulate --model-config Llama-3-8B/config.json --gpu H100 --zero 2 --zero 3
+    """
+    from dmpo_dist.bench import simulation
+    from dmpo_dist.bench.flops import DENSE_BF16_PEAKS, known_peak
+    from dmpo_dist.bench.settings import check_outputs
+    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.planning.network import Link, Network
+    from dmpo_dist.planning.simulate import Machine
+
+    peak = known_peak(gpu)
+    if cells is None and model_config is None:
+        raise UserError("give --cells to check the model, --model-config to simulate one, or both")
+    if peak is None:
+        raise UserError(f"--gpu {gpu} is not known; known are {', '.join(DENSE_BF16_PEAKS)}")
+    console = make_console()
+    if cells is not None:
+        measured = simulation.read_cells(cells)
+        simulation.show_calibration(measured, simulation.calibrate_cells(measured), console)
+    if model_config is not None:
+        check_outputs(output, output.with_suffix(".png"))
+        network = Network(Link(3e-6, 1e9 * node_bandwidth), Link(10e-6, 1e9 * fabric_bandwidth), gpus_per_node=8)
+        machine = Machine(
+            peak * mfu, 0.005, network, overlap, jitter, failure_hours, checkpoint_seconds, restart_seconds
+        )
+        works = [
+            simulation.make_workload(model_config, prompt, response, negatives, groups, micro_batches, lora_rank, stage)
+            for stage in sorted(set(zero or [2, 3]))
+        ]
+        title = f"{model_config.parent.name or model_config}, {gpu} at {mfu:.0%} of its peak, P={prompt} R={response} K={negatives}"
+        simulation.run_simulation(works, machine, title, output, console)

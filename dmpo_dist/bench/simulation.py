@@ -1,0 +1,216 @@
+"""`dmpo bench simulate`: the model of planning/simulate.py against measured cells, and from 1 to 4,096 GPUs."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from dmpo_dist.bench.flops import shape_of, shared_work, step_flops
+from dmpo_dist.bench.scaling import CELLS
+from dmpo_dist.bench.scaling_report import COLOURS
+from dmpo_dist.errors import UserError
+from dmpo_dist.planning.simulate import (
+    Calibration,
+    Machine,
+    Workload,
+    calibrate,
+    daly_interval,
+    simulate,
+    young_interval,
+)
+from dmpo_dist.training.curves import GREY
+
+COUNTS = tuple(2**power for power in range(13))
+PANELS = {
+    "useful_groups_per_second": "Groups per second that last",
+    "efficiency": "Efficiency of a GPU",
+    "communication_share": "Share of a step in exposed collectives",
+    "goodput": "Goodput: share of the time that lasts",
+    "checkpoint_interval": "Best checkpoint interval (s)",
+}
+
+
+def read_cells(folder: Path) -> list[dict[str, Any]]:
+    """What `dmpo bench scaling` measured in ``folder``.
+
+    Raises:
+        UserError: there are fewer cells than the model has constants.
+    """
+    cells = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / CELLS).glob("*.json"))]
+    cells = [cell for cell in cells if not cell["offload"]]
+    if len(cells) < 6:
+        raise UserError(
+            f"--cells {folder}: holds {len(cells)} measured cells without offload, and 6 are needed; run dmpo bench "
+            "scaling into it"
+        )
+    return cells
+
+
+def calibrate_cells(cells: Sequence[dict[str, Any]]) -> Calibration:
+    """Fit the model to the median steps of ``cells``."""
+    works = [
+        Workload(
+            flops=cell["flops"],
+            groups=cell["groups"] / cell["workers"],
+            micro_batches=cell["micro_batches"],
+            parameters=cell["parameters"],
+            trained=cell["trained_parameters"],
+            parameter_bytes=cell["bytes_per_parameter"],
+            layers=cell["layers"],
+            zero=cell["zero"],
+        )
+        for cell in cells
+    ]
+    return calibrate(works, [cell["workers"] for cell in cells], [_median(cell) for cell in cells])
+
+
+def show_calibration(cells: Sequence[dict[str, Any]], fit: Calibration, console: Console) -> None:
+    """Each cell as measured, as fitted, and as predicted by a fit that has not seen it."""
+    table = Table("cell", "measured ms", "fitted ms", "left out ms", "error", box=box.SIMPLE_HEAD, pad_edge=False)
+    errors = []
+    for cell, fitted, predicted in zip(cells, fit.fitted, fit.held_out, strict=True):
+        measured = _median(cell)
+        errors.append(abs(predicted / measured - 1))
+        name = f"{cell['workers']} x ZeRO-{cell['zero']}, {cell['groups']} groups"
+        table.add_row(
+            name,
+            f"{1000 * measured:.0f}",
+            f"{1000 * fitted:.0f}",
+            f"{1000 * predicted:.0f}",
+            f"{predicted / measured - 1:+.0%}",
+        )
+    console.print(table)
+    constants = ", ".join(f"{value:.3g} s per {name.rstrip('s')}" for name, value in fit.coefficients.items())
+    console.print(f"fitted: {constants}", highlight=False)
+    console.print(
+        f"error of a cell left out of the fit: median {statistics.median(errors):.0%}, largest {max(errors):.0%}",
+        highlight=False,
+    )
+
+
+def make_workload(
+    model_config: Path,
+    prompt: int,
+    response: int,
+    negatives: int,
+    groups: int,
+    micro_batches: int,
+    lora_rank: int,
+    zero: int,
+) -> Workload:
+    """A GPU's part of a step in bf16.
+
+    Raises:
+        UserError: ``model_config`` cannot be read, or has no shape we can count.
+    """
+    try:
+        shape = shape_of(AutoConfig.from_pretrained(model_config), lora_rank)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--model-config {model_config}: {str(error).splitlines()[0]}; give the config.json of a dense decoder"
+        ) from None
+    adapters = shape.layers * sum(shape.lora_rank * (n + m) for n, m in shape.linears)
+    base = shape.layers * sum(n * m for n, m in shape.linears) + 2 * shape.vocab * shape.hidden
+    return Workload(
+        flops=groups * step_flops(shape, shared_work(prompt, response, negatives)),
+        groups=groups,
+        micro_batches=micro_batches,
+        parameters=base + adapters,
+        trained=adapters if lora_rank else base,
+        parameter_bytes=2,
+        layers=shape.layers,
+        zero=zero,
+    )
+
+
+def run_simulation(works: Sequence[Workload], machine: Machine, title: str, output: Path, console: Console) -> None:
+    """Simulate every ZeRO stage of ``works`` from 1 to 4,096 GPUs; writes ``output`` (JSON) and a PNG beside it."""
+    results = {work.zero: simulate(work, machine, COUNTS) for work in works}
+    for zero, rows in results.items():
+        table = Table(title=f"ZeRO-{zero}: {title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in (
+            "GPUs",
+            "step s",
+            "groups/s",
+            "efficiency",
+            "exposed",
+            "goodput",
+            "interval s",
+            "Young",
+            "Daly",
+        ):
+            table.add_column(heading, justify="right")
+        for row in rows[::2]:
+            between = machine.failure_hours * 3600 / row["gpus"]
+            table.add_row(
+                f"{row['gpus']:,}", f"{row['step_seconds']:.3f}", f"{row['groups_per_second']:,.1f}",
+                f"{row['efficiency']:.2f}", f"{row['communication_share']:.0%}", f"{row['goodput']:.1%}",
+                f"{row['checkpoint_interval']:,.0f}", f"{young_interval(machine.checkpoint_seconds, between):,.0f}",
+                f"{daly_interval(machine.checkpoint_seconds, between):,.0f}",
+            )  # fmt: skip
+        console.print(table)
+    content = {"workloads": [asdict(work) for work in works], "machine": asdict(machine), "zero": results}
+    output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    picture = output.with_suffix(".png")
+    draw_simulation(results, _assumptions(works[0], machine, title), picture)
+    console.print(f"a model, not a measurement; written to {output} and {picture}", highlight=False)
+
+
+def draw_simulation(results: dict[int, list[dict[str, Any]]], assumptions: str, file: Path) -> None:
+    """A PNG: a panel a figure over the number of GPUs, a line a ZeRO stage, the assumptions in the last panel."""
+    figure = Figure(figsize=(13, 6.6), dpi=160, layout="constrained")
+    *panels, last = figure.subplots(2, 3).flat
+    for axes, (column, title) in zip(panels, PANELS.items(), strict=True):
+        for number, (zero, rows) in enumerate(results.items()):
+            values = [row[column] for row in rows]
+            axes.plot([row["gpus"] for row in rows], values, color=COLOURS[number], marker="osD^"[number], markersize=3,
+                      label=f"ZeRO-{zero}")  # fmt: skip
+        _finish(axes, title, logarithmic=column in ("useful_groups_per_second", "checkpoint_interval"))
+    panels[0].legend(fontsize=8, frameon=False)
+    last.axis("off")
+    last.text(0, 1, assumptions, va="top", fontsize=8.5, color=GREY, linespacing=1.5, transform=last.transAxes)
+    figure.savefig(file, format="png")
+
+
+def _finish(axes: Axes, title: str, logarithmic: bool) -> None:
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(COUNTS[::2], [f"{count:,}" for count in COUNTS[::2]])
+    axes.set_xlabel("GPUs", fontsize=9)
+    if logarithmic:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.02)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _assumptions(work: Workload, machine: Machine, title: str) -> str:
+    network = machine.network
+    return "\n".join(
+        [
+            "Assumed, not measured:", title,
+            f"{work.flops / 1e12:,.1f} TFLOP and {work.groups:g} groups a GPU and step, in {work.micro_batches:g} micro-batches",
+            f"{work.parameters / 1e9:.2f} G parameters, {work.trained / 1e6:,.1f} M trained",
+            f"a GPU achieves {machine.flops_per_second / 1e12:,.0f} TFLOP/s; {1000 * machine.overhead:g} ms a micro-batch beside",
+            f"in a node of {network.gpus_per_node}: {network.node.bandwidth / 1e9:g} GB/s, {1e6 * network.node.latency:g} µs",
+            f"between nodes: {network.fabric.bandwidth / 1e9:g} GB/s a GPU, {1e6 * network.fabric.latency:g} µs",
+            f"{machine.overlap:.0%} of the collectives hidden; computing times spread by {machine.jitter:.0%}",
+            f"a GPU fails every {machine.failure_hours:,.0f} h; checkpoint {machine.checkpoint_seconds:g} s, restart {machine.restart_seconds:g} s",
+            "groups a GPU stay the same (weak scaling)",
+        ]
+    )  # fmt: skip
+
+
+def _median(cell: dict[str, Any]) -> float:
+    return statistics.median(cell["step_seconds"])
