@@ -198,8 +198,8 @@ class PartStore:
         self._output, self._folder = output, output.with_name(output.name + ".parts")
         place = self._folder / KEY_FILE
         self._folder.mkdir(exist_ok=True)
-        if place.exists():
-            self._require_same(json.loads(place.read_text(encoding="utf-8")), key)
+        if any(self._folder.glob("part-*.parquet")):
+            self._require_same(self._read_key(place), key)
         else:
             _write_whole(place, lambda path: path.write_text(json.dumps(key, indent=1), encoding="utf-8"))
 
@@ -234,6 +234,14 @@ class PartStore:
     def _require_users(self, written: list[str], users: list[str]) -> None:
         if written != users:
             raise UserError(f"{self._folder}: its parts do not hold each user once; remove the folder and run again")
+
+    def _read_key(self, place: Path) -> dict[str, Any]:
+        try:
+            return json.loads(place.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(
+                f"{place}: missing or damaged, so what the parts beside it hold is not known; remove {self._folder}"
+            ) from None
 
     def _require_same(self, before: dict[str, Any], key: dict[str, Any]) -> None:
         names = [name for name in {**before, **key} if before.get(name) != key.get(name)]
