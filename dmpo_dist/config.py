@@ -10,79 +10,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from dmpo_dist.config_data import DataConfig
+from dmpo_dist.config_data import Simulator as Simulator
+from dmpo_dist.config_data import Source as Source
+from dmpo_dist.config_ranking import EvaluationConfig, RankingConfig
 from dmpo_dist.config_section import Section
 from dmpo_dist.config_submit import SubmitConfig
 from dmpo_dist.config_tracking import TrackingConfig
 from dmpo_dist.errors import UserError
 
 CONFIG_VERSION = 1
-
-
-class Simulator(Section):
-    """The built-in world of made-up titles, latent tastes and popularity skew (see ``data/simulator.py``)."""
-
-    users: int = Field(2000, ge=2)
-    """Number of simulated users."""
-    items: int = Field(400, ge=10)
-    """Number of items in the catalogue."""
-    events_per_user: int = Field(24, ge=2)
-    """Mean number of interactions per user."""
-    taste_dim: int = Field(8, ge=1)
-    """Number of latent taste dimensions; each is carried by a few words of the titles."""
-    popularity_exponent: float = Field(0.8, ge=0)
-    """Zipf exponent of item popularity; 0 makes all items equally popular."""
-    taste_strength: float = Field(1.5, ge=0)
-    """Weight of taste against popularity in a user's choices."""
-
-
-class Source(Section):
-    """Where interactions (or ready preference rows) come from."""
-
-    kind: Literal["simulator", "movielens", "csv", "preferences"] = "simulator"
-    """simulator | movielens (a folder in the latest-small, 100K or 1M layout) | csv | preferences (TRL rows as JSONL or Parquet)."""
-    path: Path | None = None
-    """File or folder to read; not used by the simulator."""
-    items_path: Path | None = None
-    """CSV with item, title and optional genres, when the interactions file holds no titles."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """For CSV: our column name -> the file's column name, for user, item, rating, timestamp, title, genres."""
-    duplicate_titles: Literal["error", "merge"] = "error"
-    """What to do when two items share one title: stop, or merge them into one item (the number is printed)."""
-    simulator: Simulator = Field(default_factory=Simulator)
-
-
-class DataConfig(Section):
-    """From interactions to preference groups."""
-
-    path: Path | None = None
-    """Folder of the prepared data: ``dmpo data prepare`` writes it, the other commands read it."""
-    source: Source = Field(default_factory=Source)
-    rating_threshold: float = 4.0
-    """A rating at or above this is a like: only likes become positives and history."""
-    min_history: int = Field(3, ge=1)
-    """A request needs at least this many likes before it."""
-    max_history: int = Field(20, ge=1)
-    """Keep at most this many of the latest likes as history."""
-    validation_quantile: float = Field(0.8, gt=0, lt=1)
-    """Requests before this quantile of all timestamps are for training."""
-    test_quantile: float = Field(0.9, gt=0, lt=1)
-    """Requests after this quantile are for testing; those between the two cuts are for validation."""
-    train_requests_per_user: int = Field(1, ge=1)
-    """Up to this many of a user's latest requests before the cut become training groups."""
-    negatives: Literal["uniform", "dislikes", "popularity"] = "uniform"
-    """Training negatives: uniform among unseen items, the user's own low ratings (filled up with uniform), or in proportion to popularity."""
-    negatives_per_group: int = Field(32, ge=1)
-    """Negatives stored with each training group; each epoch trains on the next ``train.negatives`` of them."""
-    evaluation_negatives: int = Field(19, ge=1)
-    """Negatives next to the positive in each validation and test request."""
-    max_validation_users: int | None = Field(None, ge=1)
-    """Keep at most this many validation requests (a seeded sample); None keeps all."""
-
-    @model_validator(mode="after")
-    def _cuts_in_order(self) -> "DataConfig":
-        if self.validation_quantile >= self.test_quantile:
-            raise ValueError("validation_quantile must be smaller than test_quantile")
-        return self
 
 
 class TemplateConfig(Section):
@@ -257,15 +194,6 @@ class ClusterConfig(Section):
     """Shared folder or bucket for checkpoints; None uses the output folder (right for one machine or a shared file system)."""
 
 
-class EvaluationConfig(Section):
-    bootstrap_samples: int = Field(1000, ge=100)
-    """Resamples of the users for the 95 % intervals."""
-    token_budget: int = Field(8192, ge=16)
-    """Most tokens in one scoring row."""
-    knn_neighbours: int = Field(50, ge=1)
-    """Neighbours kept per item by the item-kNN baseline."""
-
-
 class RunConfig(Section):
     """Everything a run depends on."""
 
@@ -285,6 +213,7 @@ class RunConfig(Section):
     """Name of a file in deepspeed_configs/ (zero0 ... zero3, zero2_offload, ...) or a path to a DeepSpeed JSON."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    ranking: RankingConfig = Field(default_factory=RankingConfig)
     submit: SubmitConfig = Field(default_factory=SubmitConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 

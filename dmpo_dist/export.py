@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from dmpo_dist.config import ModelConfig, TemplateConfig
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.data.template import Template, make_template
+from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.difference import Difference, compare_scores
+from dmpo_dist.evaluation.generation import greedy_config
 from dmpo_dist.evaluation.scoring import score_token_groups
 from dmpo_dist.model_card import Evaluation, model_card
 from dmpo_dist.modeling.backbone import (
@@ -90,7 +91,7 @@ def export(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         tokenizer.save_pretrained(part)
-        generation = _generation_config(tokenizer, template)
+        generation = greedy_config(tokenizer, template)
         requests = _requests(prepared, GroupTokenizer(tokenizer, template, trained.max_length))
         before = score_token_groups(model, trained, requests.groups, TOKEN_BUDGET)
         _require_finite(
@@ -299,16 +300,6 @@ def _require_same(expected: dict[str, torch.Tensor], seen: dict[str, torch.Tenso
     for name, tensor in expected.items():
         if not torch.equal(tensor.double(), seen[name].double()):  # a few models keep some weights in fp32
             raise RuntimeError(f"{where}: {name} did not survive saving")
-
-
-def _generation_config(tokenizer: Any, template: Template) -> Any:
-    """Greedy decoding that ends where a response ends."""
-    from transformers import GenerationConfig
-
-    end = tokenizer.backend_tokenizer.encode(template.terminator, add_special_tokens=False).ids
-    eos = end[0] if len(end) == 1 else tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-    return GenerationConfig(do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=pad)
 
 
 def _write_stamp(folder: Path, source: ModelSource, facts: dict[str, Any]) -> None:

@@ -59,14 +59,16 @@ def test_prepared_from_a_folder(tmp_path: Path) -> None:
     (folder / "test.json").write_text(json.dumps([row("q"), row("new")]))
     said: list[str] = []
     config = DataConfig(source=Source(kind="preferences", path=folder))
-    data = prepare(config, seed=0, output=tmp_path / "out", echo=said.append)
+    with pytest.raises(UserError, match=r"1 of 2 training histories also occur in evaluation(?s:.*)--allow-leaks"):
+        prepare(config, seed=0, output=tmp_path / "out", echo=said.append)
+    data = prepare(config, seed=0, output=tmp_path / "out", echo=said.append, allow_leaks=True)
     assert data.card["counts"] == {"train": 2, "validation": 0, "test": 2}
     assert data.items is None
     assert data.interactions is None
     group = group_from_row(data.train[0])
     assert (group.prompt, group.history, group.positive, group.negatives) == ("p", (), "yes", ("a", "b"))
     assert len({*data.train["user"], *data.test["user"]}) == 4
-    assert "1 of 2 test prompts occur in training too." in said
+    assert "**leak**" in (tmp_path / "out" / "card.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import load_from_disk
 
@@ -123,7 +124,39 @@ def test_early_requests_without_candidates_are_counted(tmp_path: Path) -> None:
     assert "1 users with one interaction give no request." in data.card["notes"]
 
 
-@pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity"])
+def test_few_shot_subsets_are_nested(prepared: PreparedData) -> None:
+    rows = [
+        {json.dumps(row, sort_keys=True) for row in PreparedData.load(prepared.path, shots=n).train.to_list()}
+        for n in (4, 16, 64)
+    ]
+    assert [len(part) for part in rows] == [4, 16, 64]
+    assert rows[0] < rows[1] < rows[2] < {json.dumps(row, sort_keys=True) for row in prepared.train.to_list()}
+    few = PreparedData.load(prepared.path, shots=4)
+    assert few.test.to_list() == prepared.test.to_list()
+    assert few.fingerprint != prepared.fingerprint
+    with pytest.raises(UserError, match=r"data\.shots=9999, but .* holds \d+ training groups"):
+        PreparedData.load(prepared.path, shots=9999)
+
+
+def test_leave_one_out_warns_of_the_future(tmp_path: Path) -> None:
+    said: list[str] = []
+    data = prepare(small(split="leave_one_out", k_core=5), seed=0, output=tmp_path / "loo", echo=said.append)
+    finding = next(f for f in data.card["leaks"] if f["check"] == "training after requests")
+    train, asked = (
+        np.array(data.train["timestamp"]),
+        np.array(data.validation["timestamp"][:] + data.test["timestamp"][:]),
+    )
+    assert finding["verdict"] == "warning"
+    assert finding["figures"]["training_rows_in_the_future"] == (train >= asked.min()).sum() > 0
+    assert any("WARNING" in line and "leave-one-out" in line for line in said)
+    assert data.card["cuts"] is None
+    assert "Leave-one-out" in (tmp_path / "loo" / "card.md").read_text()
+    assert data.interactions["item"].value_counts().min() >= 5
+    assert all(len(row["oracle"]) == 20 for row in data.test)
+    assert any("5-core of the whole log" in note for note in data.card["notes"])
+
+
+@pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity", "in_batch"])
 def test_negatives_do_not_depend_on_the_target(tmp_path: Path, kind: str) -> None:
     """Two likes in one second are two requests of one user and time: they get the same negatives, neither of the two."""
     lines = ["user,item,rating,timestamp,title"]

@@ -1,10 +1,13 @@
 """Reading logs: every layout gives the same log, and every kind of bad input one clear error."""
 
+import gzip
+import json
 import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from datasets import Dataset
 
 from dmpo_dist.config import Source
 from dmpo_dist.data.schema import Interactions
@@ -68,6 +71,84 @@ def test_the_movielens_layouts_give_one_log(tmp_path: Path) -> None:
     for log in logs[1:]:
         pd.testing.assert_frame_equal(log.events, logs[0].events)
         pd.testing.assert_frame_equal(log.items, logs[0].items)
+
+
+def test_every_format_gives_the_same_log(tmp_path: Path) -> None:
+    """CSV, JSON lines, Parquet with typed columns and Hugging Face folders, under one column map."""
+    columns = {"user": "who", "item": "what", "timestamp": "when"}
+    rows = [
+        {"who": 7, "what": "007", "rating": 4.5, "when": 1_600_000_000, "title": "Golden, Eye"},
+        {"who": 8, "what": "b", "rating": 3.0, "when": 1_500_000_000, "title": "Beta"},
+    ]
+    frame = pd.DataFrame(rows)
+    (tmp_path / "hub").mkdir()
+    frame.to_csv(tmp_path / "log.csv", index=False)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    frame.to_parquet(tmp_path / "hub" / "train.parquet")
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    frame.assign(when=pd.to_datetime(frame["when"], unit="s", utc=True)).to_parquet(tmp_path / "log.parquet")
+    places = {"csv": ["log.csv"], "jsonl": ["log.jsonl"], "parquet": ["log.parquet"], "huggingface": ["hub", "saved"]}
+    logs = [
+        load_interactions(Source(kind=kind, path=tmp_path / name, columns=columns), seed=0)
+        for kind, names in places.items()
+        for name in names
+    ]
+    assert logs[0].events["timestamp"].tolist() == [1_500_000_000, 1_600_000_000]
+    assert logs[0].items["item"].tolist() == ["007", "b"]
+    for log in logs[1:]:
+        pd.testing.assert_frame_equal(log.events, logs[0].events)
+        pd.testing.assert_frame_equal(log.items, logs[0].items)
+    with pytest.raises(UserError, match=r"hub: no split 'test', it has train"):
+        load_interactions(Source(kind="huggingface", path=tmp_path / "hub", split="test"), seed=0)
+    with pytest.raises(UserError, match=r"nowhere: `datasets` cannot load it"):
+        load_interactions(Source(kind="huggingface", path=tmp_path / "nowhere"), seed=0)
+
+
+def gzipped(path: Path, rows: list[dict]) -> None:
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
+def test_the_amazon_editions_give_one_log(tmp_path: Path) -> None:
+    """Reviews joined with metadata: titles on one line and un-escaped, milliseconds made seconds, untitled products out."""
+    old, new = tmp_path / "2018", tmp_path / "2023"
+    old.mkdir()
+    new.mkdir()
+    reviews = [("u1", "A1", 5.0, 1_400_000_000), ("u2", "B2", 2.0, 1_300_000_000), ("u2", "C3", 4.0, 1_350_000_000)]
+    titles = {"A1": "Tom &amp; Jerry", "B2": " <span class='x'>Two\nlines</span>", "C3": "var aPageStart = getTime()"}
+    keys = ("reviewerID", "asin", "overall", "unixReviewTime")
+    gzipped(
+        old / "Video_Games_5.json.gz", [dict(zip(keys, review, strict=True)) | {"summary": "!"} for review in reviews]
+    )
+    gzipped(old / "meta_Video_Games.json.gz", [{"asin": item, "title": title} for item, title in titles.items()] * 2)
+    keys = ("user_id", "parent_asin", "rating", "timestamp")
+    rows = [dict(zip(keys, (u, i, r, 1000 * t + 7), strict=True)) | {"asin": "other"} for u, i, r, t in reviews]
+    (new / "Video_Games.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gzipped(
+        new / "meta_Video_Games.jsonl.gz", [{"parent_asin": item, "title": title} for item, title in titles.items()]
+    )
+    logs = [load_interactions(Source(kind="amazon", path=folder), seed=0) for folder in (old, new)]
+    assert [log.name for log in logs] == ["Amazon Video Games 2018", "Amazon Video Games 2023"]
+    assert logs[0].items["title"].tolist() == ["Tom & Jerry", "Two lines"]
+    assert logs[0].events["timestamp"].tolist() == [1_300_000_000, 1_400_000_000]
+    assert "1 reviews of products without a title left out." in logs[0].notes
+    pd.testing.assert_frame_equal(logs[0].events, logs[1].events)
+    pd.testing.assert_frame_equal(logs[0].items, logs[1].items)
+    with pytest.raises(UserError, match=r"set data\.source\.category to one of the categories there: Video_Games"):
+        load_interactions(Source(kind="amazon", path=old, category="Books"), seed=0)
+    whole = (old / "meta_Video_Games.json.gz").read_bytes()
+    (old / "meta_Video_Games.json.gz").write_bytes(whole[:-12])
+    with pytest.raises(UserError, match=r"meta_Video_Games\.json\.gz: cut off after row \d+; download it again"):
+        load_interactions(Source(kind="amazon", path=old), seed=0)
+
+
+def test_few_malformed_rows_are_skipped_and_counted(tmp_path: Path) -> None:
+    text = GOOD + "u1,c,good,5,Gamma\n,c,5,6,Gamma\nu1,c,5,1600000000000,Gamma\nu3,c,5,7,Gamma\n"
+    with pytest.raises(UserError, match=r"row 6: column 'user' is empty"):
+        read_csv(tmp_path, text, tolerated_rows=0.4)
+    log = read_csv(tmp_path, text, tolerated_rows=0.45)
+    assert len(log.events) == 4
+    assert "3 malformed rows skipped" in log.notes[0]
+    assert "the first in row 5" in log.notes[0]
 
 
 def test_a_repeated_event_keeps_the_first_in_time(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmpo_dist.data.negatives import NegativeSampler, request_stream
-from dmpo_dist.data.splits import SPLITS, Requests, find_requests, time_cuts
+from dmpo_dist.data.splits import SPLITS, Requests, find_requests, k_core, time_cuts
 from dmpo_dist.errors import UserError
 
 CUTS = (20, 30)
 LIMITS = {"rating_threshold": 4.0, "min_history": 1, "max_history": 3, "train_requests_per_user": 2}
-KINDS = st.sampled_from(["uniform", "dislikes", "popularity"])
+KINDS = st.sampled_from(["uniform", "dislikes", "popularity", "in_batch"])
 
 
 def random_events(seed: int, size: int, first: int, last: int) -> pd.DataFrame:
@@ -128,6 +128,66 @@ def test_popularity_negatives_follow_the_counts(n_items: int, n_crowd: int) -> N
     chi2 = ((drawn.reindex(counts.index, fill_value=0) - expected) ** 2 / expected).sum()
     assert drawn.sum() == n_requests
     assert chi2 < n_items + 4 * np.sqrt(2 * n_items)  # mean n - 1, variance 2 (n - 1)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 2.0])
+def test_popularity_to_a_power(exponent: float) -> None:
+    """First draws against counts ** a of what was taken before the request; requests come in any order of time."""
+    n_requests, n_items = 600, 30
+    counts = pd.Series({f"i{item}": 1 + item % 5 for item in range(n_items)})
+    log = [(f"u{n}", item, 5.0, 0) for item, count in counts.items() for n in range(count)]
+    log += [(f"q{n}", "hit", 5.0, 2) for n in range(n_requests)] + [(f"later{n}", "i0", 5.0, 1) for n in range(500)]
+    events = pd.DataFrame(log, columns=["user", "item", "rating", "timestamp"])
+    sampler = NegativeSampler(events, 4.0, seed=0, exponent=exponent)
+    sampler.training("popularity", "q0", 2, 1)
+    drawn = pd.Series([sampler.training("popularity", f"q{n}", 1, 1)[0] for n in range(n_requests)]).value_counts()
+    expected = counts**exponent / (counts**exponent).sum() * n_requests
+    chi2 = ((drawn.reindex(counts.index, fill_value=0) - expected) ** 2 / expected).sum()
+    assert chi2 < n_items + 4 * np.sqrt(2 * n_items)
+
+
+def test_in_batch_negatives_are_other_requests_positives() -> None:
+    events = pd.DataFrame(
+        [(f"u{n}", f"i{n}", 5.0, n) for n in range(40)] + [("q", "i1", 5.0, 50)],
+        columns=["user", "item", "rating", "timestamp"],
+    )
+    batch = ["i1", "i2", "i3", "i4", "i30"]
+    sampler = NegativeSampler(events, 4.0, seed=0, batch=batch)
+    assert set(sampler.training("in_batch", "q", 50, 4)) == {"i2", "i3", "i4", "i30"}
+    drawn = sampler.training("in_batch", "q", 50, 10)
+    assert set(drawn) > {"i2", "i3", "i4", "i30"}, "filled up with others"
+    assert len(set(drawn)) == 10
+    assert "i1" not in drawn
+
+
+@settings(deadline=None, max_examples=20)
+@given(LOGS)
+def test_leave_one_out_asks_for_the_last_two_likes(events: pd.DataFrame) -> None:
+    requests = find_requests(events, None, **(LIMITS | {"train_requests_per_user": 100}))
+    liked = events[events["rating"] >= 4].sort_values(["timestamp", "item"])
+    for split, place in (("test", -1), ("validation", -2)):
+        for user, t, item, history in requests[split].table.itertuples(index=False, name=None):
+            last = liked[liked["user"] == user].iloc[place]
+            assert (last["item"], last["timestamp"]) == (item, t)
+            assert item not in history
+    found = all_requests(requests)
+    assert len({(user, item) for _, user, _, item, _ in found}) == len(found)
+    total = sum(len(requests[s].table) + sum(requests[s].dropped.values()) for s in SPLITS)
+    assert total == len(liked)
+
+
+@settings(deadline=None, max_examples=20)
+@given(LOGS, st.integers(1, 5))
+def test_the_k_core_is_the_largest_dense_part(events: pd.DataFrame, k: int) -> None:
+    core = k_core(events, k)
+    if len(core):
+        assert min(core["user"].value_counts().min(), core["item"].value_counts().min()) >= k
+    left_out = events.drop(core.index).sample(frac=1, random_state=0)
+    kept = core
+    for index in left_out.index:  # no removed event could have stayed with the core alone
+        tried = pd.concat([kept, events.loc[[index]]])
+        assert min(tried["user"].value_counts().min(), tried["item"].value_counts().min()) < k
+    assert k_core(core, k).equals(core)
 
 
 def test_cuts_are_moments_of_the_log() -> None:

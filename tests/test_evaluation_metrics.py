@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score, roc_auc_score
 
-from dmpo_dist.evaluation.metrics import METRICS, bootstrap_interval, paired_bootstrap, ranking_metrics
+from dmpo_dist.evaluation.metrics import (
+    CUTOFFS,
+    METRICS,
+    bootstrap_interval,
+    paired_bootstrap,
+    ranking_metrics,
+    top_metrics,
+)
 
 # Few distinct values: ties are common. Ragged K.
 requests = st.lists(st.lists(st.integers(-4, 4), min_size=2, max_size=14), min_size=1, max_size=6).map(
@@ -48,6 +55,21 @@ def test_ties_are_the_mean_over_all_tie_breaks(scores):
     tied = ranking_metrics([np.array(scores, dtype=float)])
     for metric in METRICS:
         assert tied[metric][0] == pytest.approx(broken[metric].mean(), abs=1e-12), metric
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests)
+def test_top_metrics_are_the_ranking_metrics_cut(scores):
+    cut, whole = top_metrics(scores), ranking_metrics(scores)
+    assert list(cut) == [f"{name}@{k}" for name in ("hr", "ndcg", "recall", "mrr") for k in CUTOFFS]
+    for metric in ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10"):
+        np.testing.assert_array_equal(cut[metric], whole[metric])
+    for k in CUTOFFS:
+        np.testing.assert_array_equal(cut[f"recall@{k}"], cut[f"hr@{k}"])
+    longest = max(map(len, scores))
+    assert longest <= max(CUTOFFS)
+    np.testing.assert_allclose(cut["mrr@20"], whole["mrr"])  # nothing is cut off
+    np.testing.assert_allclose(cut["mrr@1"], whole["hr@1"])
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,6 +16,9 @@ from dmpo_dist.modeling.routing import use_backend
 
 pytest.importorskip("bitsandbytes", reason='needs bitsandbytes: pip install "dmpo-dist[quant]"')
 
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+)
 NF4 = ModelConfig(quantization="nf4", max_length=128, lora=LoraConfig(r=4, alpha=8))
 
 
@@ -26,16 +29,18 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
-def test_one_quantized_base_for_policy_and_reference(folder, variant):
-    config = NF4.model_copy(update={"lora": LoraConfig(r=4, alpha=8, variant=variant)})
+def test_one_quantized_base_for_policy_and_reference(folder, variant, device):
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    config = NF4.model_copy(update={"lora": LoraConfig(r=4, alpha=8, variant=variant), "dtype": dtype})
     model, mode = load_policy(find_model(str(folder)), config)
     use_backend(unwrap_peft(model), "two_part")
-    module = LogProbModel(model, mode)
+    module = LogProbModel(model, mode).to(device)
     packed = packed_weights(module)
     assert len(packed) == 14  # seven linear layers in each of two; embeddings and head stay whole
-    assert all(p.dtype == torch.float32 and not p.requires_grad for _, p in packed)
-    layout = prefix_layout(random_groups(4, seed=0))
+    assert all(p.dtype == getattr(torch, dtype) and not p.requires_grad for _, p in packed)
+    layout = prefix_layout(random_groups(4, seed=0)).to(device)
     policy = module(layout)
     assert torch.equal(policy, module(layout, "reference"))
     policy.sum().backward()

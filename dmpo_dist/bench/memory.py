@@ -1,7 +1,5 @@
 """Peak memory of a contestant's step, each in a process of its own."""
 
-import ctypes
-import gc
 import multiprocessing
 import sys
 import warnings
@@ -13,10 +11,9 @@ import torch
 from dmpo_dist.bench.contestants import Contestant, random_groups
 from dmpo_dist.bench.settings import Cell
 from dmpo_dist.errors import UserError
-from dmpo_dist.training.memory import STATUS, held_bytes, peak_bytes, reset_peak
+from dmpo_dist.training.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory, trim
 
 MEASURED_STEPS = 2
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def peak_memory(make: Callable[[], Contestant], cell: Cell, device: str, threads: int, name: str) -> float:
@@ -62,19 +59,15 @@ def _trl() -> list[str]:
 def _measure(make: Callable[[], Contestant], cell: Cell, device: str, threads: int, sender: Connection) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(threads)
-    if device == "cpu" and STATUS.exists():
-        # tensors get pages of their own and give them back when freed, so that the peak is what lives, not fragmentation
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    if device == "cpu":
+        return_freed_memory()
     contestant = make()
     contestant.step(random_groups(1, 8, 4, 1, cell.vocab))
     count = contestant.groups_per_step * MEASURED_STEPS
     groups = random_groups(count, cell.prompt, cell.response, cell.negatives, cell.vocab)
-    gc.collect()
     place = torch.device(device)
-    if device == "cpu" and STATUS.exists():
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # pages freed while the model was made would hide what the step allocates first
+    if device == "cpu":
+        trim()
     reset_peak(place)
     before = held_bytes(place)
     for start in range(0, len(groups), contestant.groups_per_step):

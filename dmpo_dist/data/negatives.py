@@ -5,6 +5,8 @@ tell which item was the target.
 """
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,7 +14,7 @@ import pandas as pd
 
 from dmpo_dist.errors import UserError
 
-Kind = Literal["uniform", "dislikes", "popularity"]
+Kind = Literal["uniform", "dislikes", "popularity", "in_batch"]
 MAX_ROUNDS = 8  # of drawing from the log before ``_by_popularity`` counts the rest exactly
 
 
@@ -22,27 +24,69 @@ def request_stream(seed: int, user: str, timestamp: int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
-class NegativeSampler:
-    """Draws negatives from a log; items are numbered by (first time anybody took them, name).
+@dataclass(frozen=True)
+class World:
+    """All items, numbered by (first time anybody took them, name), and the log in order of time.
 
     That numbering makes "in the world before t" a range(n), and later events never renumber earlier items.
 
-    Args:
-        events: the whole log, columns user, item, rating, timestamp.
-        rating_threshold: ratings below it are dislikes.
-        seed: seed of all request streams.
+    Attributes:
+        names: (n_items,) item names.
+        first_seen: (n_items,) first time anybody took each, ascending.
+        log_time, log_code: (n_events,) time and item number of all events, sorted by (time, user, item number); only
+            popularity needs them.
     """
 
-    def __init__(self, events: pd.DataFrame, rating_threshold: float, seed: int) -> None:
+    names: np.ndarray
+    first_seen: np.ndarray
+    log_time: np.ndarray
+    log_code: np.ndarray
+
+    @classmethod
+    def of(cls, events: pd.DataFrame) -> "World":
+        """From a whole log, columns user, item and timestamp."""
         first = events.groupby("item")["timestamp"].min().reset_index().sort_values(["timestamp", "item"])
-        self._names: np.ndarray = first["item"].to_numpy(dtype=object)
-        self._first_seen = first["timestamp"].to_numpy()
+        names = first["item"].to_numpy(dtype=object)
+        log = events.assign(code=codes_of(events["item"], names)).sort_values(["timestamp", "user", "code"])
+        return cls(names, first["timestamp"].to_numpy(), log["timestamp"].to_numpy(), log["code"].to_numpy())
+
+
+def codes_of(items: pd.Series, names: np.ndarray) -> pd.Series:
+    """The numbers of ``items`` in ``names``."""
+    return items.map(pd.Series(np.arange(len(names)), index=names))
+
+
+class NegativeSampler:
+    """Draws negatives for the users of a log.
+
+    Args:
+        events: columns user, item, rating, timestamp; every event of the users to draw for.
+        rating_threshold: ratings below it are dislikes.
+        seed: seed of all request streams.
+        exponent: popularity negatives are drawn in proportion to popularity to this power.
+        batch: the positives of all training requests, for in-batch negatives.
+        world: items and log, where ``events`` are not all of it.
+    """
+
+    def __init__(
+        self,
+        events: pd.DataFrame,
+        rating_threshold: float,
+        seed: int,
+        exponent: float = 1.0,
+        batch: Sequence[str] = (),
+        world: World | None = None,
+    ) -> None:
+        self._world = world or World.of(events)
+        self._names, self._first_seen = self._world.names, self._world.first_seen
         self._seed = seed
-        code = pd.Series(np.arange(len(first)), index=first["item"])
-        log = events.assign(code=events["item"].map(code)).sort_values(["timestamp", "user", "code"])
-        self._log_time = log["timestamp"].to_numpy()
-        self._log_code = log["code"].to_numpy()
+        log = events.assign(code=codes_of(events["item"], self._names)).sort_values(["timestamp", "user", "code"])
+        self._time = log["timestamp"].to_numpy()
+        self._code = log["code"].to_numpy()
         self._disliked = (log["rating"] < rating_threshold).to_numpy()
+        self._exponent = exponent
+        self._batch = codes_of(pd.Series(list(batch), dtype=object), self._names).to_numpy(dtype=np.int64)
+        self._counted, self._counter = 0, np.zeros(len(self._names), dtype=np.int64)
         self._rows_of_user: dict[str, np.ndarray] = log.reset_index(drop=True).groupby("user").indices
 
     def training(self, kind: Kind, user: str, timestamp: int, count: int) -> list[str]:
@@ -55,7 +99,12 @@ class NegativeSampler:
         """
         taken = self._taken(user, timestamp)
         rng = request_stream(self._seed, user, timestamp)
-        chosen = self._dislikes(user, timestamp, count, rng) if kind == "dislikes" else np.empty(0, dtype=np.int64)
+        chosen = np.empty(0, dtype=np.int64)
+        if kind == "dislikes":
+            chosen = self._dislikes(user, timestamp, count, rng)
+        elif kind == "in_batch":
+            chosen = self._in_batch(timestamp, count, taken, rng)
+            taken = np.concatenate([taken, chosen])
         missing = count - len(chosen)
         self._require(missing, taken, user, timestamp, "data.negatives_per_group")
         draw = self._by_popularity if kind == "popularity" else self._uniform
@@ -77,6 +126,10 @@ class NegativeSampler:
         dislikes = len(self._dislike_codes(user, timestamp)) if kind == "dislikes" else 0
         return dislikes + self._available(timestamp, self._taken(user, timestamp))
 
+    def available_for_evaluation(self, user: str, timestamp: int) -> int:
+        """How many negatives ``evaluation`` can give this request at most."""
+        return self._available(timestamp, self._taken(user, None))
+
     def _n_known(self, timestamp: int) -> int:
         """Items 0 .. n - 1 were first taken strictly before ``timestamp``."""
         return int(np.searchsorted(self._first_seen, timestamp, side="left"))
@@ -85,12 +138,12 @@ class NegativeSampler:
         """Items the user took, at or before ``until`` where given."""
         rows = self._rows_of_user[user]
         if until is not None:
-            rows = rows[self._log_time[rows] <= until]
-        return self._log_code[rows]
+            rows = rows[self._time[rows] <= until]
+        return self._code[rows]
 
     def _dislike_codes(self, user: str, timestamp: int) -> np.ndarray:
         rows = self._rows_of_user[user]
-        return self._log_code[rows[(self._log_time[rows] < timestamp) & self._disliked[rows]]]
+        return self._code[rows[(self._time[rows] < timestamp) & self._disliked[rows]]]
 
     def _dislikes(self, user: str, timestamp: int, count: int, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(self._dislike_codes(user, timestamp))[:count]
@@ -115,24 +168,48 @@ class NegativeSampler:
         order = rng.choice(n_known, enough, replace=False)
         return order[~np.isin(order, taken)][:count]
 
-    def _by_popularity(self, timestamp: int, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Distinct items, drawn one after the other in proportion to their interactions before ``timestamp``.
+    def _in_batch(self, timestamp: int, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Up to ``count`` distinct positives of a random batch of training requests that were in the world by then."""
+        if not len(self._batch):
+            return self._batch
+        batch = self._batch[rng.integers(len(self._batch), size=MAX_ROUNDS * count)]
+        usable = batch[(batch < self._n_known(timestamp)) & ~np.isin(batch, taken)]
+        return np.array(list(dict.fromkeys(usable.tolist())), dtype=np.int64)[:count]
 
-        An event drawn uniformly from the log names an item in that proportion; skipping what is taken or drawn already
+    def _by_popularity(self, timestamp: int, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Distinct items, drawn one after the other in proportion to their interactions before ``timestamp``, to a power.
+
+        At power 1 an event drawn uniformly from the log names an item in that proportion; skipping what is taken or drawn already
         leaves the right distribution over the rest. Where the rest is rare, it is counted instead.
         """
-        n_events = int(np.searchsorted(self._log_time, timestamp, side="left"))
+        n_events = int(np.searchsorted(self._world.log_time, timestamp, side="left"))
+        n_known = self._n_known(timestamp)
+        if self._exponent != 1.0:
+            return self._weighted(self._counts(n_events, n_known) ** self._exponent, count, taken, rng)
         chosen: dict[int, None] = {}
         excluded = set(taken.tolist())
         for _ in range(MAX_ROUNDS):
             if len(chosen) >= count:
                 break
-            for code in self._log_code[rng.integers(n_events, size=2 * count)].tolist():
+            for code in self._world.log_code[rng.integers(n_events, size=2 * count)].tolist():
                 if code not in excluded:
                     chosen[code] = None
         if len(chosen) < count:
-            weights = np.bincount(self._log_code[:n_events], minlength=self._n_known(timestamp)).astype(float)
-            weights[[code for code in (*excluded, *chosen) if code < len(weights)]] = 0.0
-            rest = rng.choice(len(weights), count - len(chosen), replace=False, p=weights / weights.sum())
+            without = np.array([*excluded, *chosen], dtype=np.int64)
+            rest = self._weighted(self._counts(n_events, n_known), count - len(chosen), without, rng)
             chosen.update(dict.fromkeys(rest.tolist()))
         return np.fromiter(chosen, dtype=np.int64, count=len(chosen))[:count]
+
+    def _counts(self, n_events: int, n_known: int) -> np.ndarray:
+        """(n_known,) interactions of each item in the first ``n_events`` of the log; cheap where calls come in time order."""
+        if n_events < self._counted:
+            self._counted, self._counter = 0, np.zeros_like(self._counter)
+        self._counter += np.bincount(self._world.log_code[self._counted : n_events], minlength=len(self._counter))
+        self._counted = n_events
+        return self._counter[:n_known].astype(float)
+
+    @staticmethod
+    def _weighted(weights: np.ndarray, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """``count`` distinct items in proportion to ``weights`` (n_known,), without ``taken``."""
+        weights[taken[taken < len(weights)]] = 0.0
+        return rng.choice(len(weights), count, replace=False, p=weights / weights.sum())

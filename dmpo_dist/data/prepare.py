@@ -1,198 +1,71 @@
 """From a source to a folder of preference groups: read, split, draw negatives, write."""
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import yaml
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from dmpo_dist.config import DataConfig
-from dmpo_dist.data.negatives import NegativeSampler
+from dmpo_dist.config_data import DataConfig, Source
+from dmpo_dist.data.card import summary
+from dmpo_dist.data.folder import checked_for_leaks, make_card, require_free, write_folder
+from dmpo_dist.data.groups import core, groups_of_log
 from dmpo_dist.data.preferences import Preferences, load_preferences
-from dmpo_dist.data.schema import Interactions
-from dmpo_dist.data.simulator import LIKE
-from dmpo_dist.data.sources import load_interactions
-from dmpo_dist.data.splits import SPLITS, Requests, find_requests, time_cuts
-from dmpo_dist.data.store import FORMAT_VERSION, ROW_FEATURES, PreparedData
-from dmpo_dist.errors import UserError
-
-Rows = dict[str, list[dict[str, Any]]]  # split -> rows with the columns of ROW_FEATURES
+from dmpo_dist.data.released import load_released, load_sdpo
+from dmpo_dist.data.sources import READY_ROWS, load_interactions
+from dmpo_dist.data.splits import SPLITS
+from dmpo_dist.data.store import PreparedData
 
 
-def prepare(config: DataConfig, seed: int, output: Path, echo: Callable[[str], None] = print) -> PreparedData:
+def prepare(
+    config: DataConfig,
+    seed: int,
+    output: Path,
+    echo: Callable[[str], None] = print,
+    allow_leaks: bool = False,
+) -> PreparedData:
     """Make preference groups from ``config.source`` and write them to ``output``, which appears whole or not at all.
 
+    Args:
+        allow_leaks: write data that the leak check finds fault with; its card says so.
+
     Raises:
-        UserError: ``output`` exists or cannot be written, the source is malformed, negatives run out, or filtering
-            leaves no training or test group.
+        UserError: ``output`` exists or cannot be written, the source is malformed, negatives run out, filtering
+            leaves no training or test group, or the leak check finds a leak.
     """
     output = Path(output)
-    if output.exists() or output.is_symlink():
-        raise UserError(f"{output}: exists already and is left as it is; remove it or choose another data.path")
-    if config.source.kind == "preferences":
-        preferences = load_preferences(config.source.path, seed)
+    require_free(output)
+    if config.stream:
+        from dmpo_dist.data.streaming import prepare_stream
+
+        prepare_stream(config, seed, output, echo, allow_leaks)
+        return PreparedData.load(output)
+    tables: dict[str, pd.DataFrame] = {}
+    if config.source.kind in READY_ROWS:
+        preferences = _ready_rows(config.source, seed)
         rows = {split: _preference_rows(preferences, split) for split in SPLITS}
-        card = _card(config, seed, preferences.name, preferences.notes, rows, items=None)
-        tables: dict[str, pd.DataFrame] = {}
+        titles = preferences.catalogue()
+        if titles is not None:
+            tables["items"] = pd.DataFrame({"item": titles, "title": titles, "genres": ""})
+        card = make_card(config, seed, preferences.name, preferences.notes, rows, tables)
+        card["shown_at"] = preferences.shown_at()
     else:
-        log = load_interactions(config.source, seed)
-        rows, facts, notes = _groups_of_log(log, config, seed)
-        card = _card(config, seed, log.name, [*log.notes, *notes], rows, items=log.items) | facts
+        log = core(load_interactions(config.source, seed), config.k_core)
+        rows, facts, notes = groups_of_log(log, config, seed)
         tables = {"items": log.items, "interactions": log.events}
+        card = make_card(config, seed, log.name, [*log.notes, *notes], rows, tables) | facts
     for note in card["notes"]:
         echo(note)
-    echo(_summary(card))
-    _write(output, rows, tables, card)
+    card["leaks"] = checked_for_leaks(rows, tables.get("interactions"), card, echo, allow_leaks)
+    echo(summary(card))
+    write_folder(output, rows, tables, card)
     return PreparedData.load(output)
 
 
-def fingerprint(rows: Rows, items: pd.DataFrame | None) -> str:
-    """sha256 over items and rows in order; equal on every machine for equal content.
-
-    Oracle scores are left out: no model sees them, and their last bits depend on the machine's linear algebra.
-    """
-    digest = hashlib.sha256()
-
-    def add(record: object) -> None:
-        digest.update(json.dumps(record, ensure_ascii=True, separators=(",", ":"), sort_keys=True).encode() + b"\n")
-
-    for item in [] if items is None else items[["item", "title", "genres"]].itertuples(index=False, name=None):
-        add(item)
-    for split in SPLITS:
-        add(split)
-        for row in rows[split]:
-            add({key: value for key, value in row.items() if key != "oracle"})
-    return digest.hexdigest()
-
-
-def _groups_of_log(log: Interactions, config: DataConfig, seed: int) -> tuple[Rows, dict[str, Any], list[str]]:
-    """Rows by split, what the card says about the cuts and drops, and notes."""
-    cuts = time_cuts(log.events["timestamp"].to_numpy(), config.validation_quantile, config.test_quantile)
-    requests = find_requests(
-        log.events,
-        cuts,
-        rating_threshold=config.rating_threshold,
-        min_history=config.min_history,
-        max_history=config.max_history,
-        train_requests_per_user=config.train_requests_per_user,
-    )
-    _require_groups(requests, log.events, config)
-    sampler = NegativeSampler(log.events, config.rating_threshold, seed)
-    requests["train"] = _with_enough_candidates(requests["train"], sampler, config)
-    requests["validation"] = _sampled(requests["validation"], config.max_validation_users, seed)
-    rows = {split: _log_rows(requests[split], split, log, sampler, config) for split in SPLITS}
-    facts = {
-        "cuts": {name: _moment(cut) for name, cut in zip(("validation", "test"), cuts, strict=True)},
-        "dropped": {split: requests[split].dropped for split in SPLITS},
-    }
-    return rows, facts, _notes(log, config)
-
-
-def _notes(log: Interactions, config: DataConfig) -> list[str]:
-    notes = []
-    singles = int((log.events["user"].value_counts() == 1).sum())
-    if singles:
-        notes.append(f"{singles} users with one interaction give no request.")
-    if log.oracle is not None and config.rating_threshold != LIKE:
-        notes.append(
-            f"The oracle assumes likes at {LIKE}, not at {config.rating_threshold}: it is not the best ranking here."
-        )
-    return notes
-
-
-def _require_groups(requests: dict[str, Requests], events: pd.DataFrame, config: DataConfig) -> None:
-    """Stop when a split that must not be empty is, with the count at every stage."""
-    empty = [split for split in ("train", "test") if requests[split].table.empty]
-    if not empty:
-        return
-    liked = int((events["rating"] >= config.rating_threshold).sum())
-    lines = [
-        f"no {' and no '.join(empty)} requests are left after filtering:",
-        f"  {len(events)} interactions of {events['user'].nunique()} users",
-        f"  {liked} likes (rating >= data.rating_threshold={config.rating_threshold:g})",
-    ]
-    for split in SPLITS:
-        dropped = requests[split].dropped
-        in_period = len(requests[split].table) + sum(dropped.values())
-        with_history = in_period - dropped["short_history"]
-        lines.append(
-            f"  {split}: {in_period} likes in its period, {with_history} of them with at least "
-            f"data.min_history={config.min_history} likes before, {with_history - dropped['unseen_positive']} of them of an "
-            f"item somebody took before, {len(requests[split].table)} kept"
-        )
-    lines.append(
-        "loosen data.rating_threshold or data.min_history, or move the cuts data.validation_quantile="
-        f"{config.validation_quantile:g} and data.test_quantile={config.test_quantile:g}"
-    )
-    raise UserError("\n".join(lines))
-
-
-def _with_enough_candidates(requests: Requests, sampler: NegativeSampler, config: DataConfig) -> Requests:
-    """Drop training requests so early in the log that too few items were in the world; all of them: an error."""
-    pairs = zip(requests.table["user"], requests.table["timestamp"], strict=True)
-    available = np.array([sampler.available_for_training(config.negatives, user, t) for user, t in pairs])
-    enough = available >= config.negatives_per_group
-    if not enough.any():
-        best = requests.table.iloc[int(available.argmax())]
-        sampler.training(config.negatives, best["user"], int(best["timestamp"]), config.negatives_per_group)
-    dropped = requests.dropped | {"few_candidates": int((~enough).sum())}
-    return Requests(requests.table[enough].reset_index(drop=True), dropped)
-
-
-def _sampled(requests: Requests, limit: int | None, seed: int) -> Requests:
-    """A seeded sample of at most ``limit`` requests."""
-    table = requests.table
-    if limit is not None and len(table) > limit:
-        kept = np.random.default_rng(seed).choice(len(table), limit, replace=False)
-        table = table.iloc[np.sort(kept)].reset_index(drop=True)
-    return Requests(table, requests.dropped | {"over_max_validation_users": len(requests.table) - len(table)})
-
-
-def _log_rows(
-    requests: Requests, split: str, log: Interactions, sampler: NegativeSampler, config: DataConfig
-) -> list[dict[str, Any]]:
-    title = dict(zip(log.items["item"], log.items["title"], strict=True))
-    score = _oracle_scores(log)
-    rows = []
-    for user, timestamp, positive, history in requests.table.itertuples(index=False, name=None):
-        if split == "train":
-            negatives = sampler.training(config.negatives, user, timestamp, config.negatives_per_group)
-        else:
-            negatives = sampler.evaluation(user, timestamp, config.evaluation_negatives)
-        assert positive not in negatives, "a positive was drawn as its own negative"
-        rows.append(
-            {
-                "user": user,
-                "timestamp": timestamp,
-                "history": [title[item] for item in history],
-                "history_items": history,
-                "positive": title[positive],
-                "positive_item": positive,
-                "negatives": [title[item] for item in negatives],
-                "negative_items": negatives,
-                "oracle": score(user, [positive, *negatives]),
-                "prompt": None,
-            }
-        )
-    return rows
-
-
-def _oracle_scores(log: Interactions) -> Callable[[str, list[str]], list[float]]:
-    """A function that scores candidates of a user; it returns [] where the world is unknown."""
-    if log.oracle is None or log.oracle_users is None:
-        return lambda user, items: []
-    oracle = log.oracle
-    row = {user: number for number, user in enumerate(log.oracle_users)}
-    column = {item: number for number, item in enumerate(log.items["item"])}
-    return lambda user, items: oracle[row[user], [column[item] for item in items]].astype(float).tolist()
+def _ready_rows(source: Source, seed: int) -> Preferences:
+    if source.kind == "dmpo_released":
+        return load_released(source.path, source.released_negatives, source.prompts)
+    return load_sdpo(source.path, seed) if source.kind == "sdpo" else load_preferences(source.path, seed)
 
 
 def _preference_rows(preferences: Preferences, split: str) -> list[dict[str, Any]]:
@@ -200,108 +73,14 @@ def _preference_rows(preferences: Preferences, split: str) -> list[dict[str, Any
         {
             "user": f"{split}-{number}",  # rows are independent: each is its own user in bootstraps
             "timestamp": 0,
-            "history": [],
-            "history_items": [],
+            "history": [] if group.prompt is not None else list(group.history),
+            "history_items": list(group.history),
             "positive": group.chosen,
-            "positive_item": "",
+            "positive_item": group.titles[0] if group.titles else "",
             "negatives": list(group.rejected),
-            "negative_items": [],
+            "negative_items": list(group.titles[1:]),
             "oracle": [],
             "prompt": group.prompt,
         }
         for number, group in enumerate(preferences.splits[split], start=1)
     ]
-
-
-def _card(
-    config: DataConfig, seed: int, name: str, notes: list[str], rows: Rows, items: pd.DataFrame | None
-) -> dict[str, Any]:
-    """What ``dataset.json`` holds, but for the cuts and drops of a log."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "name": name,
-        "seed": seed,
-        "counts": {split: len(rows[split]) for split in SPLITS},
-        "users": {split: len({row["user"] for row in rows[split]}) for split in SPLITS},
-        "cuts": None,
-        "dropped": {split: {} for split in SPLITS},
-        "notes": notes,
-        "items": items is not None,
-        "interactions": items is not None,
-        "fingerprint": fingerprint(rows, items),
-        "config": config.model_dump(mode="json"),
-    }
-
-
-def _moment(timestamp: int) -> dict[str, Any]:
-    return {"timestamp": timestamp, "utc": pd.Timestamp(timestamp, unit="s").isoformat() + "Z"}
-
-
-def _summary(card: dict[str, Any]) -> str:
-    counts, users = card["counts"], card["users"]
-    return (
-        f"{card['name']}: {counts['train']} training groups of {users['train']} users; users to evaluate: "
-        f"{users['validation']} validation, {users['test']} test"
-    )
-
-
-def _write(output: Path, rows: Rows, tables: dict[str, pd.DataFrame], card: dict[str, Any]) -> None:
-    """Write a sibling folder and rename it, so that ``output`` is never half there."""
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        with _quiet():
-            for split in (split for split in SPLITS if rows[split]):  # ``datasets`` cannot read an empty one back
-                columns = {name: [row[name] for row in rows[split]] for name in ROW_FEATURES}
-                Dataset.from_dict(columns, features=ROW_FEATURES).save_to_disk(str(partial / split))
-        for name, table in tables.items():
-            table.to_parquet(partial / f"{name}.parquet", index=False)
-        (partial / "dataset.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (partial / "card.md").write_text(data_card(card), encoding="utf-8")
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error}); choose another data.path") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of ``datasets`` for writes that take a moment."""
-    were_disabled = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_disabled:
-            enable_progress_bars()
-
-
-def data_card(card: dict[str, Any]) -> str:
-    """The content of ``dataset.json`` as Markdown for people."""
-    config = card["config"]
-    lines = [f"# {card['name']}", "", "| split | groups | users | dropped likes |", "|---|---|---|---|"]
-    for split in SPLITS:
-        drops = ", ".join(f"{n} {reason}" for reason, n in card["dropped"][split].items() if n) or "-"
-        lines.append(f"| {split} | {card['counts'][split]} | {card['users'][split]} | {drops} |")
-    if card["cuts"]:
-        lines += [
-            "",
-            f"Split by global time: validation from {card['cuts']['validation']['utc']}, test from "
-            f"{card['cuts']['test']['utc']}. A request is a like (rating >= {config['rating_threshold']:g}) with at "
-            f"least {config['min_history']} earlier likes; its history is the latest {config['max_history']} of them, all "
-            "strictly before it.",
-            "",
-            f"Training negatives: {config['negatives_per_group']} per group, {config['negatives']}, among items seen by "
-            f"anybody before the request. Evaluation: {config['evaluation_negatives']} per group, uniform among such items "
-            "the user never took, neither before nor after.",
-            "",
-            "Dropped likes: `short_history` too few earlier likes; `unseen_positive` nobody took the item before; "
-            "`over_limit` the user has enough requests; `few_candidates` too few items to draw negatives from; "
-            "`over_max_validation_users` not in the validation sample.",
-        ]
-    if card["notes"]:
-        lines += ["", *(f"- {note}" for note in card["notes"])]
-    lines += ["", f"Fingerprint: `{card['fingerprint']}` (seed {card['seed']}).", ""]
-    lines += ["```yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip(), "```", ""]
-    return "\n".join(lines)

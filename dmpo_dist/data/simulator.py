@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from dmpo_dist.config import Simulator
+from dmpo_dist.config_data import Simulator
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.errors import UserError
 

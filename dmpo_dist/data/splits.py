@@ -1,4 +1,4 @@
-"""Which requests a log can be asked, split by global time: a like, and what was known strictly before it."""
+"""Which requests a log can be asked, split by global time or per user: a like, and what was known strictly before it."""
 
 from dataclasses import dataclass
 
@@ -29,6 +29,16 @@ def time_cuts(timestamps: np.ndarray, validation_quantile: float, test_quantile:
     return int(cuts[0]), int(cuts[1])
 
 
+def k_core(events: pd.DataFrame, k: int) -> pd.DataFrame:
+    """The largest part of ``events`` in which every user and every item has at least ``k`` of them; maybe none."""
+    while True:
+        few = [events.groupby(column, sort=False)[column].transform("size") < k for column in ("user", "item")]
+        thin = few[0] | few[1]
+        if not thin.any():
+            return events
+        events = events[~thin]
+
+
 def likes(events: pd.DataFrame, rating_threshold: float) -> pd.DataFrame:
     """The events with a rating at or above the threshold."""
     return events[events["rating"] >= rating_threshold]
@@ -36,12 +46,13 @@ def likes(events: pd.DataFrame, rating_threshold: float) -> pd.DataFrame:
 
 def find_requests(
     events: pd.DataFrame,
-    cuts: tuple[int, int],
+    cuts: tuple[int, int] | None,
     *,
     rating_threshold: float,
     min_history: int,
     max_history: int,
     train_requests_per_user: int,
+    first_seen: pd.Series | None = None,
 ) -> dict[str, Requests]:
     """The requests of each split, from the whole log.
 
@@ -52,9 +63,17 @@ def find_requests(
 
     Args:
         events: columns user, item, rating, timestamp; any order.
+        cuts: None is leave-one-out: a user's last like is the test request, the one before it validation, whatever
+            others do later.
+        first_seen: item -> first time anybody took it, where ``events`` holds only some users.
     """
-    table = _like_table(events, rating_threshold, max_history)
-    period = np.searchsorted(np.array(cuts), table["timestamp"].to_numpy(), side="right")
+    if first_seen is None:
+        first_seen = events.groupby("item")["timestamp"].min()
+    table = _like_table(events, rating_threshold, max_history, first_seen)
+    if cuts is None:
+        period = 2 - np.minimum(table.groupby("user", sort=False).cumcount(ascending=False).to_numpy(), 2)
+    else:
+        period = np.searchsorted(np.array(cuts), table["timestamp"].to_numpy(), side="right")
     requests = {}
     for number, split in enumerate(SPLITS):
         keep = "latest" if split == "train" else "first"
@@ -64,13 +83,12 @@ def find_requests(
     return requests
 
 
-def _like_table(events: pd.DataFrame, rating_threshold: float, max_history: int) -> pd.DataFrame:
+def _like_table(events: pd.DataFrame, rating_threshold: float, max_history: int, first_seen: pd.Series) -> pd.DataFrame:
     """All likes sorted by (user, timestamp, item) with what was known strictly before each.
 
     Added columns: ``n_before`` (the user's earlier likes), ``history_start`` and ``history_stop`` (its history is these
     rows of the table), ``seen`` (somebody interacted with the item before).
     """
-    first_seen = events.groupby("item")["timestamp"].min()
     table = likes(events, rating_threshold).sort_values(["user", "timestamp", "item"], ignore_index=True)
     user = pd.factorize(table["user"])[0]
     timestamp = table["timestamp"].to_numpy()

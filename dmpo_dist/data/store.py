@@ -1,5 +1,6 @@
 """The prepared folder: reading it back, and one row as a preference group."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,11 +57,15 @@ class PreparedData:
     path: Path
 
     @classmethod
-    def load(cls, path: Path) -> "PreparedData":
+    def load(cls, path: Path, shots: int | None = None) -> "PreparedData":
         """Read a folder that ``dmpo data prepare`` wrote.
 
+        Args:
+            shots: keep this many training groups, a part of those that any larger number keeps.
+
         Raises:
-            UserError: no such folder, not a prepared folder, another format version, or damaged files.
+            UserError: no such folder, not a prepared folder, another format version, damaged files, or fewer training
+                groups than ``shots``.
         """
         path = Path(path)
         card = _read_card(path)
@@ -68,7 +73,11 @@ class PreparedData:
         tables = {
             name: _read_table(path / f"{name}.parquet") if card[name] else None for name in ("items", "interactions")
         }
-        return cls(**splits, **tables, card=card, fingerprint=card["fingerprint"], path=path)
+        fingerprint = card["fingerprint"]
+        if shots is not None:
+            splits["train"] = _few(splits["train"], shots, path)
+            fingerprint = hashlib.sha256(f"{fingerprint} {shots} shots".encode()).hexdigest()
+        return cls(**splits, **tables, card=card, fingerprint=fingerprint, path=path)
 
     def stored_negatives(self) -> list[int]:
         """How many negatives each training group has."""
@@ -85,6 +94,15 @@ def group_from_row(row: Mapping[str, Any]) -> PreferenceGroup:
         negatives=tuple(row["negatives"]),
         prompt=row["prompt"],
     )
+
+
+def _few(train: Dataset, shots: int, path: Path) -> Dataset:
+    """The ``shots`` groups that come first by a hash of their content, in their old order: nested for any two numbers."""
+    if shots > len(train):
+        raise UserError(f"data.shots={shots}, but {path} holds {len(train)} training groups; lower data.shots")
+    keys = zip(*(train[name][:] for name in ("user", "timestamp", "history", "positive", "prompt")), strict=True)
+    rank = [hashlib.blake2b(repr(key).encode(), digest_size=16).digest() for key in keys]
+    return train.select(sorted(sorted(range(len(rank)), key=rank.__getitem__)[:shots]))
 
 
 def _read_card(path: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import pandas as pd
 from datasets import Dataset
 from scipy import sparse
 
+from dmpo_dist.data.popularity import counts_before
+
 # Above the rounding error of a sum of cosines, far below any difference between two of them.
 TIE_BREAK = 1e-9
 ITEMS_PER_BLOCK = 256
@@ -29,17 +31,7 @@ def popularity_scores(rows: Dataset, interactions: pd.DataFrame) -> list[np.ndar
     """How often each candidate was taken strictly before the request's timestamp."""
     items, first = _candidate_items(rows)
     request_times = np.repeat(np.asarray(_columns(rows, "timestamp")[0]), np.diff(first))
-    catalogue = pd.Index(interactions["item"].unique())
-    event_times = interactions["timestamp"].to_numpy()
-    start = event_times.min()
-    span = event_times.max() - start + 2
-    # One sorted array of (item, time) as item * span + time: two searches count any item before any time. An unknown
-    # item has code -1, which lies before all keys and counts 0.
-    events = np.sort(catalogue.get_indexer(interactions["item"]) * span + (event_times - start))
-    item_start = catalogue.get_indexer(items) * span
-    until = item_start + np.clip(request_times - start, 0, span - 1)
-    counts = np.searchsorted(events, until) - np.searchsorted(events, item_start)
-    return _by_request(counts, first)
+    return _by_request(counts_before(items, request_times, interactions), first)
 
 
 def item_knn_scores(rows: Dataset, interactions: pd.DataFrame, neighbours: int, before: int) -> list[np.ndarray]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+CUTOFFS = (1, 5, 10, 20)
+"""Of ``top_metrics``."""
+
 METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr", "auc", "pair_accuracy")
 
 
@@ -28,17 +31,7 @@ def ranking_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: no requests, a request without negatives, or a score that is not finite (names the request).
     """
-    sizes = _checked_sizes(scores)
-    flat = np.concatenate(scores).astype(np.float64, copy=False)
-    first = np.cumsum(sizes) - sizes
-    if not np.isfinite(flat).all():
-        bad = int(np.flatnonzero(~np.isfinite(flat))[0])
-        request = int(np.searchsorted(first, bad, side="right")) - 1
-        raise ValueError(f"request {request}: score {flat[bad]} of candidate {bad - first[request]} is not finite")
-
-    positive = np.repeat(flat[first], sizes)
-    above = np.add.reduceat((flat > positive).astype(np.int64), first)
-    tied = np.add.reduceat((flat == positive).astype(np.int64), first) - 1  # the positive equals itself
+    sizes, above, tied = _places(scores)
     negatives = sizes - 1
     auc = (negatives - above - tied / 2) / negatives
     pooled = negatives @ auc / negatives.sum()
@@ -51,6 +44,21 @@ def ranking_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         "mrr": _expected_gain(1 / rank, above, tied),
         "auc": auc,
         "pair_accuracy": pooled + negatives * (auc - pooled) / negatives.mean(),
+    }
+
+
+def top_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """hr@k, ndcg@k, recall@k and mrr@k for each k in ``CUTOFFS``: arguments, ties and errors as in ``ranking_metrics``.
+
+    With one relevant item recall@k is hr@k; mrr@k is 1 / rank within the first k, else 0.
+    """
+    sizes, above, tied = _places(scores)
+    rank = np.arange(1, sizes.max() + 1)
+    gains = {"hr": np.ones(len(rank)), "ndcg": 1 / np.log2(1 + rank), "recall": np.ones(len(rank)), "mrr": 1 / rank}
+    return {
+        f"{name}@{k}": _expected_gain(np.where(rank <= k, gain, 0), above, tied)
+        for name, gain in gains.items()
+        for k in CUTOFFS
     }
 
 
@@ -88,6 +96,21 @@ def paired_bootstrap(
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
     smaller_side = np.minimum((means <= 0).sum(axis=0), (means >= 0).sum(axis=0))
     return (a - b).mean(axis=0), low, high, np.minimum(1.0, 2 * (1 + smaller_side) / (samples + 1))
+
+
+def _places(scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each request its candidates, the negatives above its positive, and those level with it."""
+    sizes = _checked_sizes(scores)
+    flat = np.concatenate(scores).astype(np.float64, copy=False)
+    first = np.cumsum(sizes) - sizes
+    if not np.isfinite(flat).all():
+        bad = int(np.flatnonzero(~np.isfinite(flat))[0])
+        request = int(np.searchsorted(first, bad, side="right")) - 1
+        raise ValueError(f"request {request}: score {flat[bad]} of candidate {bad - first[request]} is not finite")
+    positive = np.repeat(flat[first], sizes)
+    above = np.add.reduceat((flat > positive).astype(np.int64), first)
+    tied = np.add.reduceat((flat == positive).astype(np.int64), first) - 1  # the positive equals itself
+    return sizes, above, tied
 
 
 def _checked_sizes(scores: Sequence[np.ndarray]) -> np.ndarray:

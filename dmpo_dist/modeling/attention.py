@@ -74,14 +74,14 @@ def two_part_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    _refuse(dropout, kwargs, "softcap")
+    refuse_unknown(dropout, kwargs, "softcap")
     window = _window_that_cuts(layout, sliding_window)
     if window is not None:
         raise ValueError(f"two_part cannot cut a window of {window} out of {layout.longest} positions")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if flash_for(query) is CpuFlash:
-        key, value = _repeated(query, key, value)
-    out = _TwoPart.apply(query, key, value, flash_for(query)(layout, scale))
+        key, value = repeated(query, key, value)
+    out = two_part(query, key, value, flash_for(query)(layout, scale))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -108,12 +108,12 @@ def flex_layout_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    _refuse(dropout, kwargs)
+    refuse_unknown(dropout, kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if layout is None:
         assert softcap is not None
         assert attention_mask is not None
-        return _soft_capped(query, *_repeated(query, key, value), attention_mask, scale, softcap), None
+        return _soft_capped(query, *repeated(query, key, value), attention_mask, scale, softcap), None
     out = flex_for(query)(
         query, key, value, score_mod=_soft_cap(softcap), scale=scale, enable_gqa=query.shape[1] != key.shape[1],
         block_mask=layout.block_mask(_window_that_cuts(layout, sliding_window)),
@@ -139,11 +139,16 @@ def dense_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    _refuse(dropout, kwargs, "softcap")
+    refuse_unknown(dropout, kwargs, "softcap")
     mask = layout.mask(_window_that_cuts(layout, sliding_window))
-    key, value = _repeated(query, key, value)
+    key, value = repeated(query, key, value)
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def two_part(query: Tensor, key: Tensor, value: Tensor, flash: Any) -> Tensor:
+    """Both parts, merged: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, H, T, D); ``flash`` has the methods of ``Flash``."""
+    return _TwoPart.apply(query, key, value, flash)
 
 
 def flash_for(query: Tensor) -> type[Flash]:
@@ -163,7 +168,7 @@ def compiled_flex(backend: Any = "inductor") -> Any:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
 
 
-def _refuse(dropout: float, kwargs: dict[str, Any], *also: str) -> None:
+def refuse_unknown(dropout: float, kwargs: dict[str, Any], *also: str) -> None:
     """What would be silently wrong here; ``modeling/routing.py`` keeps such models away."""
     for name in ("s_aux", "position_bias", *also):
         if kwargs.get(name) is not None:
@@ -176,7 +181,7 @@ def _window_that_cuts(layout: PrefixLayout, window: int | None) -> int | None:
     return window if window is not None and layout.longest > window else None
 
 
-def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values once for each query head."""
     repeats = query.shape[1] // key.shape[1]
     return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)

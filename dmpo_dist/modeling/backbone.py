@@ -172,7 +172,7 @@ def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, Referenc
     if source.is_adapter:
         return _with_adapter(model, source), "adapter_copy"
     if config.lora is not None:
-        return _with_new_adapter(model, config.lora), "adapter_off"
+        return with_new_adapter(model, config.lora), "adapter_off"
     return model.train(), "model_copy"
 
 
@@ -188,6 +188,8 @@ def load_for_scoring(path: str, config: ModelConfig) -> Any:
 def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
     from peft import PeftModel
 
+    if copy:
+        _require_low_rank_only(source)
     try:
         peft = PeftModel.from_pretrained(model, source.path, is_trainable=copy)
         _require_same_adapter(peft, source)
@@ -200,6 +202,17 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
             f"as base_model_name_or_path in its {ADAPTER}"
         ) from None
     return peft.train() if copy else peft
+
+
+def _require_low_rank_only(source: ModelSource) -> None:
+    """Refuse to train on from an adapter that also holds whole weights: policy and reference would share them."""
+    config = _read_json(Path(source.path) / ADAPTER)
+    for key, harmless in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
+        if config.get(key) not in (harmless, [], {}):
+            raise UserError(
+                f"{Path(source.path) / ADAPTER}: {key} is {config[key]!r}, so training it on would change the reference as "
+                "well; merge it into its base (dmpo export --merge) and start from that with model.lora set"
+            )
 
 
 def _require_same_adapter(peft: Any, source: ModelSource) -> None:
@@ -221,7 +234,7 @@ def _require_same_adapter(peft: Any, source: ModelSource) -> None:
         raise ValueError(f"{len(differing)} weights are in one alone, such as {min(differing)}")
 
 
-def _with_new_adapter(model: Any, lora: LoraConfig) -> Any:
+def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 
@@ -237,10 +250,27 @@ def _with_new_adapter(model: Any, lora: LoraConfig) -> Any:
         raise UserError(f"model.lora.target_modules={lora.target_modules!r}: {_first_line(error)}") from None
 
 
+def scratch_config(scratch: ScratchModel, vocab_size: int, max_length: int, **special: int) -> Any:
+    """The transformers configuration of a small Llama; ``special`` are ids of tokens."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=scratch.hidden_size,
+        num_hidden_layers=scratch.layers,
+        num_attention_heads=scratch.heads,
+        num_key_value_heads=scratch.heads,
+        intermediate_size=scratch.intermediate_size,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        **special,
+    )
+
+
 def make_scratch_model(folder: Path, scratch: ScratchModel, texts: Sequence[str], max_length: int, seed: int) -> None:
     """Write a small random Llama and a byte-level BPE tokenizer learned from ``texts`` to ``folder``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -256,21 +286,8 @@ def make_scratch_model(folder: Path, scratch: ScratchModel, texts: Sequence[str]
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=max_length
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=scratch.hidden_size,
-            num_hidden_layers=scratch.layers,
-            num_attention_heads=scratch.heads,
-            num_key_value_heads=scratch.heads,
-            intermediate_size=scratch.intermediate_size,
-            vocab_size=backend.get_vocab_size(),
-            max_position_embeddings=max_length,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            tie_word_embeddings=True,
-        )
-    )
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    model = LlamaForCausalLM(scratch_config(scratch, backend.get_vocab_size(), max_length, **special))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -5,10 +5,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dmpo_dist.batching.layout import Layout, PrefixLayout, RowsLayout
+from dmpo_dist.batching.layout import Layout, RowsLayout
 from dmpo_dist.batching.targets import Targets
+from dmpo_dist.batching.trie import PromptPart, TriePart
 from dmpo_dist.modeling.attention import no_mask
 from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, output_head
+
+AnyLayout = Layout | PromptPart | TriePart
 
 MAX_CHUNK_LOGITS = 2**24
 """Most logits held at once: 64 MiB in fp32, whatever the vocabulary."""
@@ -130,7 +133,7 @@ class LogProbModel(nn.Module):
         check_head(language_model)
         self.head = LogProbHead(output_head(language_model), LogitTransform.of(language_model.config))
 
-    def forward(self, layout: Layout, which: Literal["policy", "reference"] = "policy") -> Tensor:
+    def forward(self, layout: AnyLayout, which: Literal["policy", "reference"] = "policy") -> Tensor:
         """Log-probs summed over each response's scored tokens, fp32 or wider.
 
         Returns:
@@ -152,26 +155,25 @@ class LogProbModel(nn.Module):
                 self.causal_lm.base_model.set_adapter("default")
         raise RuntimeError("this model holds no reference")
 
-    def _log_probs(self, layout: Layout, targets: Targets) -> Tensor:
+    def _log_probs(self, layout: AnyLayout, targets: Targets) -> Tensor:
         language_model = unwrap_peft(self.causal_lm)
         hidden = backbone_of(language_model)(**forward_arguments(layout), use_cache=False).last_hidden_state
         return self.head(hidden.flatten(0, 1), targets)
 
 
-def forward_arguments(layout: Layout) -> dict[str, Any]:
+def forward_arguments(layout: AnyLayout) -> dict[str, Any]:
     """The keywords of a backbone's forward for ``layout``."""
-    if isinstance(layout, PrefixLayout):
+    if isinstance(layout, RowsLayout):
         return {
             "input_ids": layout.input_ids,
             "position_ids": layout.position_ids,
-            "attention_mask": no_mask(layout.input_ids.device),
-            "layout": layout,
+            "attention_mask": layout.attention_mask,
         }
-    assert isinstance(layout, RowsLayout)
     return {
         "input_ids": layout.input_ids,
         "position_ids": layout.position_ids,
-        "attention_mask": layout.attention_mask,
+        "attention_mask": no_mask(layout.input_ids.device),
+        "layout": layout,
     }
 
 

@@ -76,8 +76,8 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cluster = jobs[0].config.cluster
-    gpus = _gpus_per_worker(cluster)
-    _require_resources(cluster, gpus)
+    gpus = gpus_per_worker_of(cluster)
+    require_resources(cluster, gpus)
     mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
@@ -214,7 +214,7 @@ def _forwarded(mailbox: Any, sink: Callable[[int, dict[str, Any]], None]) -> Ite
         drain()
 
 
-def _gpus_per_worker(cluster: ClusterConfig) -> float:
+def gpus_per_worker_of(cluster: ClusterConfig) -> float:
     import ray
 
     if cluster.gpus_per_worker is not None:
@@ -222,7 +222,7 @@ def _gpus_per_worker(cluster: ClusterConfig) -> float:
     return 1.0 if ray.cluster_resources().get("GPU") else 0.0
 
 
-def _require_resources(cluster: ClusterConfig, gpus: float) -> None:
+def require_resources(cluster: ClusterConfig, gpus: float) -> None:
     import ray
 
     have = ray.cluster_resources()

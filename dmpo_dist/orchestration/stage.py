@@ -128,7 +128,7 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
         raise UserError(
             "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
         )
-    data = PreparedData.load(config.data.path)
+    data = PreparedData.load(config.data.path, config.data.shots)
     config = _with_absolute_paths(config)
     if config.model.path == SCRATCH:
         start = str(config.output_dir / SCRATCH)

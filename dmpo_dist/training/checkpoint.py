@@ -59,7 +59,8 @@ def save_model(
         part.mkdir(parents=True)
         _write_weights(module.causal_lm, part, state)
         tokenizer.save_pretrained(part)
-        write_stamp(part, job.config.template, stage=job.kind, start=job.start, **facts)
+        base = {"quantization": job.config.model.quantization}
+        write_stamp(part, job.config.template, stage=job.kind, start=job.start, **base, **facts)
         replace_folder(part, folder)
     dist.barrier()
 

@@ -1,11 +1,14 @@
 """Memory of this process or its accelerator: held now, and at most since a reset."""
 
+import ctypes
+import gc
 import sys
 from pathlib import Path
 
 import psutil
 import torch
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -37,3 +40,17 @@ def peak_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes
+
+
+def return_freed_memory() -> None:
+    """From here on tensors on the CPU get pages of their own and give them back when freed, so that a peak is what lives,
+    not fragmentation; Linux only."""
+    if STATUS.exists():
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+
+
+def trim() -> None:
+    """Give freed pages back, which would hide what is allocated next; Linux only."""
+    gc.collect()
+    if STATUS.exists():
+        ctypes.CDLL(None).malloc_trim(0)

@@ -181,7 +181,7 @@ def _reference(
         return None
     copied, cache = policy.reference_mode == "model_copy", job.config.reference.cache
     if cache == "off":
-        frozen = _frozen_copy(job, policy.route, device, deepspeed) if copied else engine
+        frozen = frozen_copy(job, policy.route, device, deepspeed) if copied else engine
         return lambda layout, groups, epoch: frozen(layout, "reference")
     reference_pass = ReferencePass(
         log_probs=(lambda layout: engine(layout)) if copied else (lambda layout: engine(layout, "reference")),
@@ -200,7 +200,7 @@ def _reference(
     return reference_pass.run(data.groups, folder, cache_key(job, policy.source, data.fingerprint))
 
 
-def _frozen_copy(job: Job, route: Route, device: torch.device, deepspeed: dict[str, Any]) -> Any:
+def frozen_copy(job: Job, route: Route, device: torch.device, deepspeed: dict[str, Any]) -> Any:
     """The starting weights once more for full fine-tuning: in parts under ZeRO-3, else whole on every rank."""
     with _in_parts(job.config.model, deepspeed):
         model = load_causal_lm(find_model(job.start).base, job.config.model)
@@ -220,7 +220,7 @@ class _Data:
 def _load_data(job: Job, tokenizer: Any) -> _Data:
     config = job.config
     assert config.data.path is not None
-    prepared = PreparedData.load(config.data.path)
+    prepared = PreparedData.load(config.data.path, config.data.shots)
     template = make_template(config.template, tokenizer)
     if prepared.items is not None:
         check_titles(prepared.items["title"].tolist(), tokenizer)

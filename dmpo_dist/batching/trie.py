@@ -1,0 +1,203 @@
+"""All titles of a catalogue behind one prompt: a trie of their tokens, run in parts that share the prompt's keys.
+
+Titles share beginnings, so a catalogue has fewer trie nodes than tokens. A token sees the prompt and its ancestors. The
+prompt runs once as a ``PromptPart``; then ``TriePart`` rows follow, each with some nodes in preorder and the ancestors
+of its first, so that no part needs another one's keys. Only nodes with children run: a leaf is a target and nothing
+else, and all children of a node are predicted by one row of logits.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmpo_dist.batching.targets import Movable, Targets
+
+PromptMemory = dict[nn.Module, tuple[Tensor, Tensor]]
+"""Attention module -> keys (1, H_kv, P, D) and values of the prompt."""
+
+
+@dataclass(frozen=True)
+class TitleTrie:
+    """The distinct beginnings of R token sequences; N nodes in preorder.
+
+    Attributes:
+        token: (N,) int64.
+        parent: (N,) int64, -1 where that is the prompt.
+        depth: (N,) int64, 0 behind the prompt.
+        scored: (N,) bool; False for ids that are prompt but differ between titles.
+        ends: (R,) int64, the node at which each sequence ends.
+    """
+
+    token: np.ndarray
+    parent: np.ndarray
+    depth: np.ndarray
+    scored: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, branches: Sequence[Sequence[int]], scored_from: Sequence[int]) -> "TitleTrie":
+        """Out of the branches of a ``TokenGroup``; equal ones share their nodes.
+
+        Raises:
+            ValueError: there are none, or one is empty.
+        """
+        if not branches or not all(branches):
+            raise ValueError("a trie needs titles, each of at least one token")
+        rows = [[(t >= s, id_) for t, id_ in enumerate(row)] for row, s in zip(branches, scored_from, strict=True)]
+        nodes: list[tuple[bool, int]] = []
+        parent: list[int] = []
+        depth: list[int] = []
+        ends = np.empty(len(rows), dtype=np.int64)
+        path: list[int] = []
+        previous: list[tuple[bool, int]] = []
+        for index in sorted(range(len(rows)), key=rows.__getitem__):
+            row = rows[index]
+            same = next((t for t, pair in enumerate(zip(previous, row, strict=False)) if pair[0] != pair[1]), None)
+            del path[min(len(previous), len(row)) if same is None else same :]
+            for node in row[len(path) :]:
+                parent.append(path[-1] if path else -1)
+                depth.append(len(path))
+                path.append(len(nodes))
+                nodes.append(node)
+            ends[index] = path[-1]
+            previous = row
+        return cls(
+            token=np.array([token for _, token in nodes], dtype=np.int64),
+            parent=np.array(parent, dtype=np.int64),
+            depth=np.array(depth, dtype=np.int64),
+            scored=np.array([scored for scored, _ in nodes]),
+            ends=ends,
+        )
+
+    @cached_property
+    def inner(self) -> np.ndarray:
+        """Nodes with children, in preorder."""
+        return np.unique(self.parent[self.parent >= 0])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(R,) int64, scored tokens of each sequence."""
+        return self._along_paths(self.scored.astype(np.int64))[self.ends]
+
+    def children(self, nodes: np.ndarray) -> np.ndarray:
+        """All children of ``nodes``, in preorder; those of -1 follow the prompt."""
+        return np.flatnonzero(np.isin(self.parent, nodes))
+
+    def path_log_probs(self, node_log_probs: np.ndarray) -> np.ndarray:
+        """(N,) log-probs of the nodes' tokens -> (N,) float64, summed over the scored tokens from the prompt to each."""
+        return self._along_paths(np.where(self.scored, node_log_probs, 0.0))
+
+    def log_probs(self, node_log_probs: np.ndarray) -> np.ndarray:
+        """(N,) log-probs of the nodes' tokens -> (R,) float64 of the sequences."""
+        return self.path_log_probs(node_log_probs)[self.ends]
+
+    def chunks(self, token_budget: int) -> Iterator[np.ndarray]:
+        """The inner nodes in runs whose parts take at most ``token_budget`` tokens each, or one node and its ancestors."""
+        size = max(1, token_budget - int(self.depth.max()))
+        for start in range(0, len(self.inner), size):
+            yield self.inner[start : start + size]
+
+    def with_ancestors(self, nodes: np.ndarray) -> np.ndarray:
+        """``nodes`` and all above them, in preorder."""
+        seen, level = nodes, nodes
+        while (level := np.unique(self.parent[level])).max(initial=-1) >= 0:
+            level = level[level >= 0]
+            seen = np.concatenate([seen, level])
+        return np.unique(seen)
+
+    def _along_paths(self, values: np.ndarray) -> np.ndarray:
+        totals = values.copy()
+        for depth in range(1, int(self.depth.max()) + 1):
+            level = np.flatnonzero(self.depth == depth)
+            totals[level] += totals[self.parent[level]]
+        return totals
+
+
+@dataclass(frozen=True)
+class PromptPart(Movable):
+    """A prompt of P tokens, whose keys and values are kept for the parts of the trie behind it.
+
+    Attributes:
+        input_ids, position_ids: (1, P) int64.
+        targets: the children of the root, predicted by the last token; each is a response of its own.
+        memory: filled when the part runs.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Targets
+    memory: PromptMemory
+    reference_targets: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
+class TriePart(Movable):
+    """Some nodes of a trie and their ancestors, T tokens in one row.
+
+    Attributes:
+        input_ids, position_ids: (1, T) int64; positions go on from the prompt's end.
+        ancestors: (T, D) int64, the row's places of each token, its parent, and so on; -1 once they end.
+        targets: the children of the nodes; each is a response of its own.
+        memory: what the prompt left.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    ancestors: Tensor
+    targets: Targets
+    memory: PromptMemory
+    reference_targets: ClassVar[None] = None
+
+
+def prompt_part(prefix: Sequence[int], trie: TitleTrie, memory: PromptMemory) -> PromptPart:
+    """``prefix`` as a part that predicts the children of the root, ``trie.children(-1)``."""
+    children = trie.children(np.array([-1]))
+    return PromptPart(
+        input_ids=torch.tensor([prefix]),
+        position_ids=torch.arange(len(prefix))[None],
+        targets=_targets(np.full(len(children), len(prefix) - 1), trie.token[children]),
+        memory=memory,
+    )
+
+
+def trie_part(trie: TitleTrie, nodes: np.ndarray, prefix_length: int, memory: PromptMemory) -> TriePart:
+    """Inner ``nodes`` of the trie (ascending) as a part that predicts ``trie.children(nodes)``."""
+    row = trie.with_ancestors(nodes)
+    columns, level = [], row
+    while level.max() >= 0:
+        columns.append(np.where(level >= 0, np.searchsorted(row, level), -1))
+        level = np.where(level >= 0, trie.parent[level], -1)
+    children = trie.children(nodes)
+    return TriePart(
+        input_ids=torch.from_numpy(trie.token[row])[None],
+        position_ids=torch.from_numpy(trie.depth[row] + prefix_length)[None],
+        ancestors=torch.from_numpy(np.stack(columns, axis=1)),
+        targets=_targets(np.searchsorted(row, trie.parent[children]), trie.token[children]),
+        memory=memory,
+    )
+
+
+def _targets(at: np.ndarray, tokens: np.ndarray) -> Targets:
+    """Each of ``tokens`` as a response of one token, predicted by the row's place ``at``."""
+    predict_index, target_row = torch.unique(torch.from_numpy(at), return_inverse=True)
+    each = torch.arange(len(tokens))
+    none = torch.empty(0, dtype=torch.int64)
+    return Targets(
+        predict_index=predict_index,
+        target_row=target_row,
+        target_ids=torch.from_numpy(tokens),
+        target_branch=each,
+        response_branch=each,
+        response_lengths=torch.ones_like(each),
+        history_branch=none,
+        history_lengths=none,
+        group_id=torch.zeros_like(each),
+        is_positive=torch.zeros_like(each, dtype=torch.bool),
+        n_branches=len(tokens),
+        n_groups=1,
+    )

@@ -1,0 +1,181 @@
+"""How much faster a whole catalogue is scored behind one shared prompt than row by row, and whether that is equal."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dmpo_dist.config import ModelConfig, ScratchModel, Simulator, TemplateConfig
+from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.data.simulator import simulate
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.catalogue import TitleScorer
+from dmpo_dist.modeling.backbone import (
+    enforce_template,
+    find_model,
+    load_for_scoring,
+    load_tokenizer,
+    make_scratch_model,
+)
+from dmpo_dist.training.memory import held_bytes, peak_bytes, reset_peak
+
+SUBSET = 64
+"""Titles that separate rows are timed and compared on; their time is scaled up to all titles."""
+BENCH_SCRATCH = ScratchModel(hidden_size=384, layers=6, heads=6, intermediate_size=1024, vocab_size=4096)
+LONGEST_RESPONSE = 256
+
+
+@dataclass(frozen=True)
+class CatalogueBench:
+    """What was measured; times are medians of the rounds, in seconds for all titles of one user.
+
+    Attributes:
+        titles, tokens, nodes, inner: titles, their tokens, distinct beginnings, and those that run.
+        prompt: tokens of the prompt.
+        shared, separate: seconds by the clock; ``separate`` is ``scaled`` times what a subset took.
+        shared_cpu, separate_cpu: the same in CPU seconds of this process.
+        scaled: all titles / titles in the subset.
+        error: largest relative difference of a title's log-prob on the subset.
+        shared_mib, separate_mib: memory above what the model holds.
+    """
+
+    titles: int
+    tokens: int
+    nodes: int
+    inner: int
+    prompt: int
+    shared: float
+    separate: float
+    shared_cpu: float
+    separate_cpu: float
+    scaled: float
+    error: float
+    shared_mib: float
+    separate_mib: float
+
+
+def bench_catalogue(
+    model: str | None, titles: list[str] | None, count: int, prompt: int, token_budget: int, threads: int, rounds: int
+) -> CatalogueBench:
+    """Time both ways in turn on one user.
+
+    Args:
+        model: model folder; None makes a Llama of 6 layers with random weights.
+        titles: the catalogue; None makes titles up.
+        count: titles used.
+        prompt: tokens of the prompt at least; titles are added to the history until it has them.
+        token_budget: most tokens in a row, of both ways.
+        threads: CPU threads; 0 for torch's default.
+        rounds: turns.
+
+    Raises:
+        UserError: a model that cannot be loaded or whose prompt cannot be shared, or too few titles.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    titles = titles or simulate(Simulator(users=2, items=count, events_per_user=2), 0).items["title"].tolist()
+    if len(titles) < count:
+        raise UserError(f"--titles {count}: the catalogue has {len(titles)}; lower it")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = ModelConfig(max_length=prompt + LONGEST_RESPONSE)
+    with tempfile.TemporaryDirectory(prefix="dmpo-bench-") as folder:
+        if model is None:
+            model = folder
+            make_scratch_model(Path(folder), BENCH_SCRATCH, titles, config.max_length, seed=0)
+        group = _group(model, titles[:count], prompt, config.max_length)
+        shared = TitleScorer(load_for_scoring(model, config).to(device), token_budget, device)
+        separate = TitleScorer(load_for_scoring(model, config).to(device), token_budget, device, unshared=True)
+    if shared.obstacle:
+        raise UserError(f"{model}: {shared.obstacle}, so there is nothing to compare")
+    size = min(SUBSET, count)
+    pick = np.linspace(0, count - 1, size).astype(int)
+    subset = TokenGroup(group.prefix, tuple(group.branches[i] for i in pick), tuple(group.scored_from[i] for i in pick))
+    return _measure(shared, separate, group, subset, pick, device, rounds)
+
+
+def _measure(
+    shared: TitleScorer, separate: TitleScorer, group: TokenGroup, subset: TokenGroup, pick: np.ndarray,
+    device: torch.device, rounds: int,
+) -> CatalogueBench:  # fmt: skip
+    few = TokenGroup(group.prefix, subset.branches[:2], subset.scored_from[:2])
+    shared(few), separate(few)  # first calls allocate
+    mine, shared_mib = _peak(lambda: shared(group), device)
+    theirs, separate_mib = _peak(lambda: separate(subset), device)
+    error = float(np.max(np.abs(mine[pick] - theirs) / np.abs(theirs)))
+    turns = [(_timed(lambda: shared(group), device), _timed(lambda: separate(subset), device)) for _ in range(rounds)]
+    scaled = len(group.branches) / len(subset.branches)
+    ours, cpu, other, other_cpu = (
+        statistics.median(turn[way][kind] for turn in turns) for way, kind in ((0, 0), (0, 1), (1, 0), (1, 1))
+    )
+    trie = shared.trie(group)
+    return CatalogueBench(
+        titles=len(group.branches),
+        tokens=sum(map(len, group.branches)),
+        nodes=len(trie.token),
+        inner=len(trie.inner),
+        prompt=len(group.prefix),
+        shared=ours,
+        separate=other * scaled,
+        shared_cpu=cpu,
+        separate_cpu=other_cpu * scaled,
+        scaled=scaled,
+        error=error,
+        shared_mib=shared_mib,
+        separate_mib=separate_mib,
+    )
+
+
+def show(result: CatalogueBench, console: Console) -> None:
+    """A table and what it rests on."""
+    table = Table("", "seconds", "CPU seconds", "MiB above the model", title="One user, all titles")
+    table.add_row("prompt shared", f"{result.shared:.2f}", f"{result.shared_cpu:.2f}", f"{result.shared_mib:.0f}")
+    table.add_row("separate rows", f"{result.separate:.1f}", f"{result.separate_cpu:.1f}", f"{result.separate_mib:.0f}")
+    table.add_row(
+        "ratio", f"{result.separate / result.shared:.1f}", f"{result.separate_cpu / result.shared_cpu:.1f}", ""
+    )
+    console.print(table)
+    console.print(
+        f"{result.titles} titles of {result.tokens} tokens, {result.nodes} distinct beginnings, {result.inner} of them run; "
+        f"prompt of {result.prompt} tokens. Separate rows were timed on {round(result.titles / result.scaled)} titles and "
+        f"scaled by {result.scaled:.1f}; their log-probs differ by at most {result.error:.1e} of their size.",
+        highlight=False,
+    )
+
+
+def _group(model: str, titles: list[str], prompt: int, max_length: int) -> TokenGroup:
+    source = find_model(model)
+    tokenizer = load_tokenizer(source)
+    template = make_template(enforce_template(source.stamp, TemplateConfig(), model), tokenizer)
+    group_tokenizer = GroupTokenizer(tokenizer, template, max_length)
+    for length in range(1, len(titles) + 1):
+        history = tuple(titles[:length])
+        if len(group_tokenizer(PreferenceGroup("bench", 0, history, titles[0], ())).prefix) >= prompt:
+            return group_tokenizer(PreferenceGroup("bench", 0, history, titles[0], tuple(titles[1:])))
+    raise UserError(f"--prompt {prompt}: all titles together are shorter; lower it")
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds by the clock and CPU seconds of this process."""
+    start = time.perf_counter(), time.process_time()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def _peak(run: Callable[[], np.ndarray], device: torch.device) -> tuple[np.ndarray, float]:
+    """What ``run`` gives, and the MiB it took above what was held."""
+    reset_peak(device)
+    before = held_bytes(device)
+    result = run()
+    return result, (peak_bytes(device) - before) / 2**20

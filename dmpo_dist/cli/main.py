@@ -1,0 +1,95 @@
+"""The command line: one thin function per verb in the modules beside; the work is done below, in orchestration and data."""
+
+import errno
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from typing import Annotated, NoReturn
+
+import typer
+
+from dmpo_dist import __version__
+from dmpo_dist.cli.bench import bench_app
+from dmpo_dist.cli.config import config_app
+from dmpo_dist.cli.data import data_app
+from dmpo_dist.cli.models import models_app
+from dmpo_dist.cli.runs import runs_app
+from dmpo_dist.cli.stages import stages_app
+from dmpo_dist.cli.submit import submit_app
+from dmpo_dist.errors import UserError
+
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+SECONDS_FOR_RANK_0 = 3
+
+app = typer.Typer(
+    name="dmpo",
+    help="Fine-tune language models into personalised rankers by Direct Multi-Preference Optimization, on Ray and DeepSpeed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data_app, name="data")
+app.add_typer(stages_app)
+app.add_typer(models_app)
+app.add_typer(runs_app, name="runs")
+app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
+app.add_typer(submit_app, name="submit")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"dmpo_dist {__version__}")
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's mistake is one message and exit status 2."""
+    _quiet()
+    try:
+        code = app(standalone_mode=False) or 0  # click hands typer.Exit's code back instead of raising it
+    except UserError as error:
+        _tell(str(error))
+        code = 2
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        where = error.filename or "output_dir"
+        _tell(f"{where}: {error.strerror}; check space and permissions, or write to another output_dir or data.path")
+        code = 2
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not a usage error of click's
+            raise
+        if error.format_message():  # nothing where the help was shown instead
+            _tell(f"{error.format_message()}; see dmpo --help")
+        code = 2
+    sys.exit(code)
+
+
+def _tell(message: str) -> None:
+    """Print an error: rank 0 at once; another rank only if torchrun, seeing rank 0 gone, has not ended it by then."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr)
+
+
+def _quiet() -> None:
+    """Silence what third-party imports print; our own lines say what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if shutil.which("nvidia-smi") is None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("ray", "deepspeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

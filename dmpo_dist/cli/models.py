@@ -1,0 +1,124 @@
+"""`dmpo export`, `rank`, `plan`, `architectures`: models in use and in the planning."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dmpo_dist.cli.options import DryRun, Layers, Overrides, read_settings
+
+models_app = typer.Typer()
+
+
+@models_app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL_FOLDER", help="What a stage wrote, such as runs/dmpo/model.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT_FOLDER", help="Must not exist yet.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its full-precision base.")] = False,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None,
+        typer.Option(help="Type of the weights; left out, bfloat16 for a whole model and as trained for an adapter."),
+    ] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Largest file of weights (5GB).")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared data, to measure the difference on its validation requests.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="An evaluation.json that ranks the model, for its card.")
+    ] = None,
+) -> None:
+    """Write a trained model for others: adapter or whole weights, tokenizer, generation configuration, model card.
+
+    Examples:
+
+        dmpo export runs/dmpo/model exported --merge --data runs/ml/data --evaluation runs/ml/evaluation/evaluation.json
+
+        dmpo export runs/dmpo/model exported-adapter
+    """
+    from dmpo_dist.export import export as run
+
+    run(model, output, merge, dtype, shard_size, data, evaluation)
+
+
+@models_app.command()
+def rank(
+    model: Annotated[str, typer.Option("--model", "-m", help="Model folder, trained or exported.")],
+    requests: Annotated[Path, typer.Option(help="Parquet or CSV: user, history (list, or titles separated by |) and, to rank these alone, candidates.")],
+    output: Annotated[Path, typer.Option(help="Parquet to write: user, titles best first, scores.")],
+    catalogue: Annotated[Path | None, typer.Option(help="Parquet or CSV with title (and popularity), or prepared data.  [data.path]")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Titles kept for each user.")] = 20,
+    config: Layers = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Rank given candidates or a whole catalogue for a file of users, over cluster.workers Ray actors.
+
+    Run it again after an interruption and it goes on where it stopped.
+
+    Examples:
+
+        dmpo rank -m exported --requests users.parquet --catalogue items.parquet --top 20 --output ranked.parquet cluster.workers=2
+
+        dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data --output ranked.parquet ranking.popularity_weight=0.2
+    """
+    settings = read_settings(config, overrides, dry_run)
+    from dmpo_dist.orchestration.rank import rank as run
+    from dmpo_dist.orchestration.runlog import make_console
+
+    run(model, requests, catalogue, top, output, settings, make_console())
+
+
+@models_app.command()
+def plan(
+    config: Layers = None,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="GPU by name, such as h200-141g, or cpu.")] = "h100-80g",
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt.  [the longest allowed]")] = None,
+    response: Annotated[int, typer.Option(min=2, help="Tokens of a response, end token included.")] = 12,
+    groups: Annotated[int | None, typer.Option(min=1, help="Training groups.  [those in data.path]")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare predicted with measured memory on this machine's CPU; minutes.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Predict memory and time of `dmpo train` from the model's config.json, and say what to change.
+
+    Examples:
+
+        dmpo plan -c pretrained_lora model.path=Qwen/Qwen3-8B --gpu h200-141g --nodes 4 --groups 1000000
+
+        dmpo plan -c pretrained_lora model.path=Qwen/Qwen3-8B --gpu l40s-48g --explain
+
+        dmpo plan --verify
+    """
+    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.planning import command
+
+    if verify:
+        if not command.run_verify(make_console()):
+            raise typer.Exit(1)
+        return
+    request = command.Request(gpu, nodes, gpus_per_node, prompt, response, groups)
+    command.run_plan(read_settings(config, overrides, dry_run), request, explain, json, make_console())
+
+
+@models_app.command()
+def architectures(
+    output: Annotated[Path | None, typer.Option("--output", help="Also write the table to this file.")] = None,
+) -> None:
+    """Measure on tiny models which families share their prompt here and how exactly; print a Markdown table.
+
+    Examples:
+
+        dmpo architectures
+
+        dmpo architectures --output docs/ARCHITECTURES.md
+    """
+    from dmpo_dist.architectures import show_architectures
+
+    if not show_architectures(output):
+        raise typer.Exit(1)

@@ -1,0 +1,128 @@
+"""`dmpo sft`, `train`, `evaluate`, `quickstart`, `doctor`: from prepared data to a measured ranking."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dmpo_dist.cli.options import DryRun, Layers, Overrides, Resume, free_folder, read_settings
+from dmpo_dist.config import RunConfig
+from dmpo_dist.errors import UserError
+
+stages_app = typer.Typer()
+
+
+@stages_app.command()
+def sft(config: Layers = None, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """First stage: supervised fine-tuning on the positives (and, if asked, the histories).
+
+    Examples:
+
+        dmpo sft -c movielens data.path=runs/ml/data output_dir=runs/ml/sft
+
+        torchrun --nproc-per-node 2 -m dmpo_dist sft -c movielens data.path=runs/ml/data output_dir=runs/ml/sft
+    """
+    _stage("sft", read_settings(config, overrides, dry_run), resume)
+
+
+@stages_app.command()
+def train(config: Layers = None, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Second stage: preference optimization, one positive against K negatives per group.
+
+    Examples:
+
+        dmpo train -c movielens model.path=runs/ml/sft/model data.path=runs/ml/data output_dir=runs/ml/dmpo
+
+        dmpo train -c movielens objective.name=sdpo cluster.workers=4 deepspeed=zero3 output_dir=runs/ml/sdpo
+
+        dmpo train -c movielens output_dir=runs/ml/dmpo --resume
+    """
+    _stage("train", read_settings(config, overrides, dry_run), resume)
+
+
+@stages_app.command()
+def evaluate(
+    config: Layers = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="NAME=FOLDER of a model to rank with; repeatable.")
+    ] = None,
+    catalogue: Annotated[
+        bool, typer.Option("--catalogue", help="Also rank each positive among all items the user had not taken.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Rank the test requests with models and baselines on the same candidates; writes to output_dir.
+
+    Examples:
+
+        dmpo evaluate -c movielens -m sft=runs/ml/sft/model -m dmpo=runs/ml/dmpo/model data.path=runs/ml/data output_dir=runs/ml/evaluation
+    """
+    from dmpo_dist.orchestration.evaluate import evaluate as run
+    from dmpo_dist.orchestration.evaluate import preflight
+    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.orchestration.stage import open_run_folder
+
+    settings = read_settings(config, overrides, dry_run)
+    models = _models(model or [])
+    preflight(models, settings)  # before there is a folder
+    open_run_folder(settings, resume=False)
+    run(models, settings, settings.output_dir, make_console(), catalogue)
+
+
+@stages_app.command()
+def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Simulate users, train SFT and DMPO on two local Ray workers, and measure the ranking: a few minutes on two cores.
+
+    Examples:
+
+        dmpo quickstart
+
+        dmpo quickstart seed=1 output_dir=runs/quickstart-seed1
+    """
+    from dmpo_dist.orchestration.quickstart import quickstart as run
+    from dmpo_dist.orchestration.runlog import make_console
+
+    settings = read_settings([Path("quickstart")], overrides, dry_run)
+    if not any(o.startswith("output_dir=") for o in overrides or []):
+        settings = settings.model_copy(update={"output_dir": free_folder(settings.output_dir)})
+    run(settings, make_console())
+
+
+@stages_app.command()
+def doctor(config: Layers = None, overrides: Overrides = None) -> None:
+    """Show versions, accelerator, attention backends, shared memory and writable paths; exit 2 if something is missing.
+
+    Examples:
+
+        dmpo doctor
+
+        dmpo doctor -c movielens output_dir=/shared/runs
+    """
+    from dmpo_dist.orchestration.doctor import examine
+    from dmpo_dist.orchestration.runlog import make_console
+
+    if not examine(read_settings(config, overrides, dry_run=False), make_console()):
+        raise typer.Exit(2)
+
+
+def _stage(kind: str, settings: RunConfig, resume: bool) -> None:
+    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.orchestration.stage import run_stage
+
+    run_stage("sft" if kind == "sft" else "train", settings, make_console(), resume)
+
+
+def _models(entries: list[str]) -> dict[str, str]:
+    """Name -> folder."""
+    models: dict[str, str] = {}
+    for entry in entries:
+        name, sep, path = entry.partition("=")
+        if not sep or not name or not path:
+            raise UserError(
+                f"--model {entry!r} is not of the form NAME=FOLDER, for example --model dmpo=runs/dmpo/model"
+            )
+        if name in models:
+            raise UserError(f"--model {name}= is given twice, for {models[name]} and {path}; choose another name")
+        models[name] = path
+    return models

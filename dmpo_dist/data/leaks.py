@@ -1,0 +1,396 @@
+"""Leak check: can an evaluation of these preference groups be won by anything but knowing the user?
+
+Every check looks at finished rows, whatever their source, and gives a ``Finding``. A leak makes figures on the data
+worthless; a warning is a property that readers of the figures should know.
+"""
+
+import html
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy.stats import chisquare
+
+from dmpo_dist.data.popularity import counts_before
+
+Row = Mapping[str, Any]  # the columns of ``ROW_FEATURES``
+Verdict = Literal["ok", "warning", "leak", "not checked"]
+
+EVALUATED = ("validation", "test")
+TOLERATED = 0.01  # share of rows or titles below which a blemish is a warning
+COINCIDENCE = 3  # two users may well share a history shorter than this
+STYLE_GAP = 0.2  # difference between two shares of titles in one style that needs an explanation
+ENOUGH = 20  # rows or titles below which a share says nothing
+PROBE_GAIN = 0.05  # HR@1 over popularity from which a look at the candidates alone counts as an answer
+UNLIKELY = 1e-3  # p-value of positions at least as uneven, were the positive put anywhere with equal chance
+Z = 1.96
+EXAMPLES = 3
+STYLES: dict[str, Callable[[str], bool]] = {
+    "an HTML entity": lambda t: html.unescape(t) != t,
+    "space around it": lambda t: t != t.strip(),
+    "quotes around it": lambda t: len(t) > 1 and t[0] in "\"'“" and t[-1] in "\"'”",
+    "a year in brackets": lambda t: re.search(r"\(\d{4}\)\s*$", t) is not None,
+    "its article last": lambda t: re.search(r", (The|A|An)\b", t) is not None,
+    "capitals only": str.isupper,
+    "no capitals": str.islower,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: name of the check.
+        verdict: ``not checked`` where the rows lack what it needs; ``text`` says what.
+        text: one sentence with the figures.
+        figures: the same for programs.
+        examples: a few cases.
+    """
+
+    check: str
+    verdict: Verdict
+    text: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+
+
+def check_leaks(
+    rows: Mapping[str, Sequence[Row]],
+    events: pd.DataFrame | None,
+    shown_at: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    leave_one_out: bool = False,
+) -> list[Finding]:
+    """All checks on the rows of train, validation and test.
+
+    Args:
+        events: the log (user, item, timestamp) the rows were made from, if there was one.
+        shown_at: split -> number of candidates -> how often the positive stood at each place, where prompts list them.
+        leave_one_out: training events later than a test request are then known and only warned of.
+    """
+    return [
+        _shared_histories(rows, known_users=events is not None),
+        _future_items(rows, events),
+        _trained_on_the_future(rows, events is not None, leave_one_out),
+        _candidate_lookup(rows, events),
+        _title_formats(rows),
+        _title_styles(rows),
+        _duplicate_titles(rows),
+        _positions(shown_at, any(row["prompt"] is not None for split in rows.values() for row in split)),
+    ]
+
+
+def leaks(findings: Sequence[Finding]) -> list[Finding]:
+    """Those that make figures on the data worthless."""
+    return [finding for finding in findings if finding.verdict == "leak"]
+
+
+def leak_message(found: Sequence[Finding]) -> str:
+    """For an error: how many, which, and with what figures."""
+    listed = "".join(f"\n  {finding.check}: {finding.text}" for finding in found)
+    return (
+        f"the leak check found {len(found)} leak{'s' * (len(found) > 1)}:{listed}\nfigures on this data would mislead"
+    )
+
+
+def finding_lines(findings: Sequence[Finding]) -> list[str]:
+    """For the terminal: what is wrong first, one line each, then what is right in one."""
+    lines = []
+    for finding in findings:
+        if finding.verdict in ("leak", "warning"):
+            shown = f" For example {'; '.join(finding.examples)}." if finding.examples else ""
+            lines.append(f"leak check, {finding.check}: {finding.verdict.upper()}. {finding.text}{shown}")
+    for verdict in ("ok", "not checked"):
+        named = ", ".join(f.check for f in findings if f.verdict == verdict)
+        if named:
+            lines.append(f"leak check {verdict}: {named}")
+    return lines
+
+
+def findings_table(findings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown lines for the data card, from what ``findings_to_json`` gave."""
+    lines = ["| leak check | verdict | finding |", "|---|---|---|"]
+    for finding in findings:
+        verdict = f"**{finding['verdict']}**" if finding["verdict"] == "leak" else finding["verdict"]
+        examples = f" For example {'; '.join(finding['examples'])}." if finding["examples"] else ""
+        lines.append(f"| {finding['check']} | {verdict} | {(finding['text'] + examples).replace('|', '/')} |")
+    return lines
+
+
+def findings_to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """For ``dataset.json``."""
+    return [asdict(finding) for finding in findings]
+
+
+def canonical(title: str) -> str:
+    """What stays of a title when case, HTML, punctuation and the place of its article are taken away."""
+    text = unicodedata.normalize("NFKC", html.unescape(title)).casefold()
+    text = re.sub(r"^(.*?), (the|a|an)\b", r"\2 \1", text)
+    return " ".join(re.findall(r"\w+", text)) or text.strip()
+
+
+def _evaluated(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
+    return [row for split in EVALUATED for row in rows[split]]
+
+
+def _no_evaluation(check: str) -> Finding:
+    return Finding(check, "not checked", "There are no validation or test rows.")
+
+
+def _shared_histories(rows: Mapping[str, Sequence[Row]], known_users: bool) -> Finding:
+    """Requests with the history (or finished prompt) of a training group; of the same user where users are known."""
+    check = "histories shared by splits"
+    evaluated = _evaluated(rows)
+    if not evaluated:
+        return _no_evaluation(check)
+
+    def key(row: Row) -> Any:
+        if not row["history_items"]:
+            return row["prompt"]
+        return (row["user"] if known_users else "", tuple(row["history_items"]))
+
+    train = {key(row) for row in rows["train"] if row["prompt"] is not None or len(row["history_items"]) >= COINCIDENCE}
+    shared = [row for row in evaluated if key(row) in train]
+    distinct = len({key(row) for row in shared})
+    text = (
+        f"{distinct} of {len({key(row) for row in rows['train']})} training histories also occur in evaluation, in "
+        f"{len(shared)} of its {len(evaluated)} rows."
+    )
+    figures = {"histories": distinct, "evaluation_rows": len(shared)}
+    return Finding(check, "leak" if shared else "ok", text, figures, [_describe(row) for row in shared[:EXAMPLES]])
+
+
+def _describe(row: Row) -> str:
+    if not row["history_items"]:
+        return _short(row["prompt"])
+    titles = row["history"] or row["history_items"]
+    return f"user {row['user']}, history {_short(', '.join(titles))}"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _future_items(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None) -> Finding:
+    """History items the user had not taken strictly before the request, and targets in their own history."""
+    check = "future items in histories"
+    every = [row for split in rows.values() for row in split]
+    own = [row for row in every if (row["positive_item"] or row["positive"]) in row["history_items"]]
+    figures = {"target_in_own_history": len(own)}
+    examples = [f"{row['positive']!r} in the history of user {row['user']}" for row in own[:EXAMPLES]]
+    text = f"{len(own)} of {len(every)} rows hold their target in the history"
+    if events is None:
+        untimed = "; the rows have no times, so later items cannot be told."
+        return Finding(check, "leak" if own else "not checked", text + untimed, figures, examples)
+    late = _late_history(every, events)
+    examples += [f"{item!r} in the history of user {user} at {time}" for user, item, time in late[:EXAMPLES]]
+    text += f"; {len(late)} history items were taken at the time of the request or after it, or never."
+    return Finding(check, "leak" if own or late else "ok", text, figures | {"late_items": len(late)}, examples)
+
+
+def _late_history(rows: Sequence[Row], events: pd.DataFrame) -> list[tuple[str, str, int]]:
+    """(user, item, request time) of history items that were not known then."""
+    history = pd.DataFrame(
+        [(row["user"], item, row["timestamp"]) for row in rows for item in row["history_items"]],
+        columns=["user", "item", "asked"],
+    )
+    users = events["user"].isin(history["user"].unique())
+    taken = events.loc[users].groupby(["user", "item"], as_index=False)["timestamp"].min()
+    merged = history.merge(taken, on=["user", "item"], how="left")
+    late = merged[~(merged["timestamp"] < merged["asked"])]  # also those without a time
+    return list(late[["user", "item", "asked"]].itertuples(index=False, name=None))
+
+
+def _trained_on_the_future(rows: Mapping[str, Sequence[Row]], timed: bool, leave_one_out: bool) -> Finding:
+    """Requests that are earlier than something trained on; with leave-one-out that is most of them."""
+    check = "training after requests"
+    evaluated = _evaluated(rows)
+    if not evaluated or not rows["train"]:
+        return _no_evaluation(check)
+    if not timed:
+        return Finding(check, "not checked", "The rows have no times.")
+    asked = np.array([row["timestamp"] for row in evaluated])
+    trained = np.array([row["timestamp"] for row in rows["train"]])
+    early = int((asked <= trained.max()).sum())
+    future = int((trained >= asked.min()).sum())
+    text = (
+        f"{early} of {len(asked)} validation and test requests are not later than all of training, and {future} of "
+        f"{len(trained)} training rows know events from after the first of these requests."
+    )
+    figures = {"requests_before_training_ends": early, "training_rows_in_the_future": future}
+    if leave_one_out:
+        text += " That is how leave-one-out works; do not compare with figures of a time split."
+    return Finding(check, "ok" if not early else "warning" if leave_one_out else "leak", text, figures)
+
+
+def _candidate_lookup(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None) -> Finding:
+    """A classifier that sees the candidates and no user: naive Bayes over items, learnt from the training candidates.
+
+    Popular items are likelier targets than random negatives whatever the user likes, so HR@1 above chance is a leak only
+    where it is also above counting popularity.
+    """
+    check = "candidate look-up"
+    tested = rows["test"] or rows["validation"]
+    if min(len(tested), len(rows["train"])) < ENOUGH:
+        return Finding(check, "not checked", f"Fewer than {ENOUGH} rows to learn from or to try it on.")
+    candidates = [_candidates(row) for row in tested]
+    weight = _target_weights([_candidates(row) for row in rows["train"]])
+    probe = np.array([_hit(np.array([weight[item] for item in items])) for items in candidates])
+    popular = _popularity_hits(rows, tested, candidates, events)
+    chance = float(np.mean([1 / len(items) for items in candidates]))
+    low, high = _interval(probe)
+    gain_low, gain_high = _interval(probe - popular)
+    verdict: Verdict = "leak" if gain_low > PROBE_GAIN else "warning" if low > chance + PROBE_GAIN else "ok"
+    text = (
+        f"From the candidates alone HR@1 is {probe.mean():.3f} [{low:.3f}, {high:.3f}] on {len(tested)} requests; chance is "
+        f"{chance:.3f}, counting popularity gives {popular.mean():.3f} (difference [{gain_low:.3f}, {gain_high:.3f}])."
+    )
+    if verdict == "warning":
+        text += " Random negatives are less popular than targets: show a popularity baseline beside every figure."
+    figures = {
+        "hr@1": float(probe.mean()),
+        "low": low,
+        "high": high,
+        "chance": chance,
+        "popularity_hr@1": float(popular.mean()),
+        "requests": len(tested),
+    }
+    return Finding(check, verdict, text, figures)
+
+
+def _candidates(row: Row) -> list[str]:
+    """Positive first."""
+    if row["positive_item"]:
+        return [row["positive_item"], *row["negative_items"]]
+    return [row["positive"], *row["negatives"]]
+
+
+def _target_weights(sets: Sequence[Sequence[str]]) -> defaultdict[str, float]:
+    """item -> log-odds of being the target; 0 for an item never seen. Positives come first in each set."""
+    positive = Counter(items[0] for items in sets)
+    negative = Counter(item for items in sets for item in items[1:])
+    negatives_per_positive = negative.total() / len(sets)
+    weights: defaultdict[str, float] = defaultdict(float)
+    for item in positive | negative:
+        weights[item] = float(np.log((positive[item] + 1) / (negative[item] / negatives_per_positive + 1)))
+    return weights
+
+
+def _hit(scores: np.ndarray) -> float:
+    """Chance that the first of ``scores`` (n,) ranks first, ties broken at random."""
+    best = scores == scores.max()
+    return float(best[0] / best.sum())
+
+
+def _popularity_hits(
+    rows: Mapping[str, Sequence[Row]],
+    tested: Sequence[Row],
+    candidates: Sequence[list[str]],
+    events: pd.DataFrame | None,
+) -> np.ndarray:
+    """(n,) hits of ranking by popularity: events before the request, else occurrences in the histories of other rows."""
+    if events is not None:
+        times = np.repeat([row["timestamp"] for row in tested], [len(items) for items in candidates])
+        flat = counts_before([item for items in candidates for item in items], times, events)
+        bounds = np.cumsum([len(items) for items in candidates])[:-1]
+        return np.array([_hit(counts) for counts in np.split(flat, bounds)])
+    total = Counter(item for split in rows.values() for row in split for item in set(row["history_items"]))
+    own = [set(row["history_items"]) for row in tested]
+    scores = [[total[i] - (i in mine) for i in items] for mine, items in zip(own, candidates, strict=True)]
+    return np.array([_hit(np.array(row)) for row in scores])
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean, by its standard error."""
+    half = Z * float(values.std()) / len(values) ** 0.5
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def _titles(rows: Sequence[Row]) -> set[str]:
+    return {title for row in rows for title in (*row["history"], row["positive"], *row["negatives"])}
+
+
+def _title_formats(rows: Mapping[str, Sequence[Row]]) -> Finding:
+    """Titles that training writes in one way and evaluation in another."""
+    check = "titles written differently"
+    evaluated = _evaluated(rows)
+    if not evaluated:
+        return _no_evaluation(check)
+    forms = {name: defaultdict(set) for name in ("train", "evaluation")}
+    for name, part in (("train", rows["train"]), ("evaluation", evaluated)):
+        for title in _titles(part):
+            forms[name][canonical(title)].add(title)
+    both = sorted(forms["train"].keys() & forms["evaluation"].keys())
+    differs = [key for key in both if not forms["train"][key] & forms["evaluation"][key]]
+    examples = [f"{min(forms['train'][k])!r} and {min(forms['evaluation'][k])!r}" for k in differs[:EXAMPLES]]
+    text = f"{len(differs)} of {len(both)} titles in training and evaluation are written differently there."
+    verdict: Verdict = "ok" if not differs else "leak" if len(differs) > TOLERATED * len(both) else "warning"
+    return Finding(check, verdict, text, {"titles": len(differs), "of": len(both)}, examples)
+
+
+def _title_styles(rows: Mapping[str, Sequence[Row]]) -> Finding:
+    """A style of titles that is common in one split and rare in another, or tells targets from negatives."""
+    check = "style of titles"
+    evaluated = _evaluated(rows)
+    if not evaluated:
+        return _no_evaluation(check)
+    pairs = [
+        ("training", sorted(_titles(rows["train"])), "evaluation", sorted(_titles(evaluated))),
+        *(
+            (f"{name} targets", [r["positive"] for r in part], "negatives", [n for r in part for n in r["negatives"]])
+            for name, part in (("training", rows["train"]), ("evaluation", evaluated))
+        ),
+    ]
+    gaps = []
+    for one, titles, other, other_titles in pairs:
+        if min(len(titles), len(other_titles)) < ENOUGH:
+            continue
+        for style, has in STYLES.items():
+            a, b = (float(np.mean([has(title) for title in part])) for part in (titles, other_titles))
+            if abs(a - b) > STYLE_GAP:
+                gaps.append(f"{style}: {a:.0%} of {one}, {b:.0%} of {other}")
+    text = f"{len(gaps)} styles tell splits or targets apart{': ' + '; '.join(gaps) if gaps else ''}."
+    return Finding(check, "leak" if gaps else "ok", text, {"gaps": gaps})
+
+
+def _duplicate_titles(rows: Mapping[str, Sequence[Row]]) -> Finding:
+    """Candidates that are one title twice, and titles equal up to case, HTML and punctuation."""
+    check = "duplicate titles"
+    every = [row for split in rows.values() for row in split]
+    names: dict[str, str] = {title: canonical(title) for title in _titles(every)}
+    twice = [row for row in every if names[row["positive"]] in {names[title] for title in row["negatives"]}]
+    forms = Counter(names.values())
+    alike = sorted(title for title, name in names.items() if forms[name] > 1)
+    text = (
+        f"{len(twice)} of {len(every)} rows have the target a second time among the negatives; {len(alike)} of {len(names)} "
+        "titles equal another one up to case, HTML and punctuation."
+    )
+    verdict: Verdict = "leak" if len(twice) > TOLERATED * len(every) else "warning" if twice or alike else "ok"
+    figures = {"rows_with_the_target_twice": len(twice), "titles_alike": len(alike)}
+    return Finding(check, verdict, text, figures, [repr(title) for title in alike[:EXAMPLES]])
+
+
+def _positions(shown_at: Mapping[str, Mapping[str, Sequence[int]]] | None, in_prompt: bool) -> Finding:
+    """Uneven places of the target among the candidates as the source lists them."""
+    check = "position of the target"
+    if not shown_at:
+        return Finding(
+            check, "ok" if not in_prompt else "not checked", "Prompts list no candidates that could be found."
+        )
+    uneven, parts = [], []
+    for split, by_size in shown_at.items():
+        for counts in by_size.values():
+            shares = ", ".join(f"{count / sum(counts):.0%}" for count in counts)
+            parts.append(f"{split} {shares} of {sum(counts)}")
+            if sum(counts) >= ENOUGH and float(chisquare(counts).pvalue) < UNLIKELY:
+                uneven.append(split)
+    text = f"The target's place among the listed candidates: {'; '.join(parts)}."
+    if uneven and not in_prompt:
+        text += " The prompts made here list no candidates, so no model sees it."
+    verdict: Verdict = "ok" if not uneven else "leak" if in_prompt else "warning"
+    return Finding(check, verdict, text, {split: dict(by_size) for split, by_size in shown_at.items()})

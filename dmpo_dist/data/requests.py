@@ -1,0 +1,179 @@
+"""What `dmpo rank` reads: users with their histories, and the catalogue."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.tables import read_delimited
+from dmpo_dist.errors import UserError
+
+SEPARATOR = "|"
+NAMED = 5
+"""How many of the rows with one mistake are named."""
+
+
+@dataclass(frozen=True)
+class RankingRequest:
+    """A user to rank titles for.
+
+    Attributes:
+        user: unique among the requests.
+        history: titles, oldest first; at least one.
+        candidates: the titles to rank; None for the whole catalogue.
+    """
+
+    user: str
+    history: tuple[str, ...]
+    candidates: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Distinct titles, and (R,) int64 how often each was taken where that is known."""
+
+    titles: tuple[str, ...]
+    counts: np.ndarray | None
+
+
+def read_requests(path: Path) -> list[RankingRequest]:
+    """Parquet or CSV with the columns user, history and, where not the whole catalogue is ranked, candidates.
+
+    Lists are lists in Parquet and titles separated by ``|`` in CSV.
+
+    Raises:
+        UserError: no such file or column, no rows, a user twice, an empty history, no candidates or one of them twice; the
+            message names file, user and row.
+    """
+    columns, rows = _read(path, "--requests", ("user", "history"), ("candidates",))
+    users = [None if user is None else str(user).strip() for user in columns["user"]]
+    histories = _lists(columns["history"], path, "history", rows)
+    candidates = _lists(columns["candidates"], path, "candidates", rows) if "candidates" in columns else None
+    _refuse(path, "no user", [f"row {row}" for user, row in zip(users, rows, strict=True) if not user], "fill it in")
+    where = [f"{user!r} (row {row})" for user, row in zip(users, rows, strict=True)]
+    counts = Counter(users)
+    twice = [place for place, user in zip(where, users, strict=True) if counts[user] > 1]
+    _refuse(path, "a user who occurs more than once", twice, "the output has one row a user: keep one row of each")
+    empty = [place for place, history in zip(where, histories, strict=True) if not history]
+    _refuse(path, "an empty history", empty, "a prompt needs at least one title: remove these rows or fill them")
+    if candidates is not None:
+        none = [place for place, row in zip(where, candidates, strict=True) if not row]
+        advice = "give each user candidates, or leave the column out to rank a whole catalogue"
+        _refuse(path, "no usable candidates", none, advice)
+        equal = [
+            f"{place}: {Counter(row).most_common(1)[0][0]!r}"
+            for place, row in zip(where, candidates, strict=True)
+            if len(set(row)) < len(row)
+        ]
+        _refuse(path, "a candidate that occurs twice", equal, "keep one of each")
+    lists = candidates or [None] * len(users)
+    return [RankingRequest(str(u), h, c) for u, h, c in zip(users, histories, lists, strict=True)]
+
+
+def read_catalogue(path: Path) -> Catalogue:
+    """Parquet or CSV with the column title and, where it is known, popularity (a count); or a folder of prepared data.
+
+    Raises:
+        UserError: no such file or column, no titles, an empty one, one twice, or a popularity that is no count.
+    """
+    if path.is_dir():
+        return _prepared(path)
+    columns, rows = _read(path, "--catalogue", ("title",), ("popularity",))
+    titles = ["" if title is None else str(title).strip() for title in columns["title"]]
+    _refuse(
+        path, "no title", [f"row {row}" for title, row in zip(titles, rows, strict=True) if not title], "fill it in"
+    )
+    counts = Counter(titles)
+    twice = [f"{t!r} (row {row})" for t, row in zip(titles, rows, strict=True) if counts[t] > 1]
+    _refuse(path, "a title that occurs more than once", twice, "a response must name one item: make the titles differ")
+    popularity = None
+    if "popularity" in columns:
+        popularity = np.array([_count(value) for value in columns["popularity"]])
+        bad = [f"row {rows[i]}: {columns['popularity'][i]!r}" for i in np.flatnonzero(popularity < 0)]
+        _refuse(path, "a popularity that is not a count", bad, "write how often the item was taken, 0 or more")
+    return Catalogue(tuple(titles), popularity)
+
+
+def check_against(requests: Sequence[RankingRequest], catalogue: Catalogue, path: Path, exclude_history: bool) -> None:
+    """Raise UserError for candidates that the catalogue lacks, and for users whose history leaves nothing to rank."""
+    known = set(catalogue.titles)
+    strange = [
+        f"{request.user!r}: {next(t for t in request.candidates or () if t not in known)!r}"
+        for request in requests
+        if not known.issuperset(request.candidates or ())
+    ]
+    _refuse(path, "a candidate that is not in the catalogue", strange, "add it to --catalogue or leave --catalogue out")
+    if exclude_history:
+        done = [repr(r.user) for r in requests if r.candidates is None and known.issubset(r.history)]
+        _refuse(path, "no usable candidates", done, "their history holds all titles: set ranking.exclude_history=false")
+
+
+def _prepared(folder: Path) -> Catalogue:
+    data = PreparedData.load(folder)
+    if data.items is None:
+        raise UserError(f"{folder}: was made from ready preferences and has no catalogue; give --catalogue a file")
+    titles = tuple(data.items["title"].tolist())
+    if data.interactions is None:
+        return Catalogue(titles, None)
+    taken = data.interactions["item"].value_counts()
+    return Catalogue(titles, data.items["item"].map(taken).fillna(0).to_numpy(np.int64))
+
+
+def _read(
+    path: Path, flag: str, needed: tuple[str, ...], optional: tuple[str, ...]
+) -> tuple[dict[str, list[Any]], list[int]]:
+    """Columns by name, and the row number of each value in the file."""
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file; correct the path")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        frame = read_delimited(path)
+        columns, rows = {name: frame[name].tolist() for name in frame.columns}, frame.index.tolist()
+    else:
+        try:
+            table = pq.read_table(path)
+        except (OSError, ValueError) as error:  # pyarrow's errors for malformed files are ValueErrors
+            advice = "write Parquet, or CSV under a name that ends in .csv"
+            raise UserError(f"{flag} {path}: not a readable Parquet file ({error}); {advice}") from None
+        columns = {name: table.column(name).to_pylist() for name in table.column_names if name in needed + optional}
+        rows = list(range(1, table.num_rows + 1))
+    for name in needed:
+        if name not in columns:
+            exist = ", ".join(map(repr, columns)) or "none of ours"
+            raise UserError(f"{flag} {path}: no column {name!r} (it has {exist}); it needs {', '.join(needed)}")
+    if not rows:
+        raise UserError(f"{flag} {path}: holds no rows; is this the right file?")
+    return columns, rows
+
+
+def _lists(values: list[Any], path: Path, column: str, rows: list[int]) -> list[tuple[str, ...]]:
+    """Lists of stripped, non-empty titles; a missing one is empty."""
+    out = []
+    for value, row in zip(values, rows, strict=True):
+        if isinstance(value, str) and path.suffix.lower() in (".csv", ".tsv"):
+            value = value.split(SEPARATOR)
+        if not isinstance(value, list | None) or not all(isinstance(title, str) for title in value or ()):
+            raise UserError(f"{path}, row {row}: {column} is {value!r}; it must be a list of titles")
+        out.append(tuple(title.strip() for title in value or () if title.strip()))
+    return out
+
+
+def _count(value: Any) -> int:
+    """-1 where it is no count."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return -1
+    return int(number) if number >= 0 and number.is_integer() else -1
+
+
+def _refuse(path: Path, what: str, where: list[str], advice: str) -> None:
+    if where:
+        more = f" and {len(where) - NAMED} more" if len(where) > NAMED else ""
+        raise UserError(
+            f"{path}: {len(where)} row{'s' * (len(where) > 1)} with {what}: {', '.join(where[:NAMED])}{more}; {advice}"
+        )

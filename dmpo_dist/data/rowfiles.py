@@ -1,0 +1,82 @@
+"""Files of ready rows: JSON lines, a JSON list or Parquet, and folders with one file per split."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dmpo_dist.data.splits import SPLITS
+from dmpo_dist.data.tables import read_json_lines
+from dmpo_dist.errors import UserError
+
+EXTENSIONS = (".jsonl", ".json", ".parquet")
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Numbered rows: lines of JSONL, elements of a JSON list, or rows of Parquet, from 1.
+
+    Raises:
+        UserError: an unknown format or a file that cannot be read as what its name says.
+    """
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+        ".jsonl": read_json_lines,
+        ".json": _read_json,
+        ".parquet": _read_parquet,
+    }
+    if file.suffix not in readers:
+        raise UserError(f"{file}: unknown format {file.suffix!r}; ready rows come as {', '.join(EXTENSIONS)}")
+    try:
+        yield from readers[file.suffix](file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error}); convert the file") from None
+
+
+def split_files(folder: Path) -> dict[str, Path]:
+    """The files named train, validation and test in ``folder``; the last two may be missing.
+
+    Raises:
+        UserError: no training file, or two of one split.
+    """
+    files = {}
+    for split in SPLITS:
+        found = [folder / f"{split}{ext}" for ext in EXTENSIONS if (folder / f"{split}{ext}").is_file()]
+        if len(found) > 1:
+            raise UserError(f"{folder}: both {found[0].name} and {found[1].name} exist; keep one file per split")
+        if found:
+            files[split] = found[0]
+    if "train" not in files:
+        wanted = ", ".join(f"train{ext}" for ext in EXTENSIONS)
+        raise UserError(f"{folder}: no training rows; looked for {wanted} (and validation, test beside it)")
+    return files
+
+
+def shorten(value: Any) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
+    text = file.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file}, row {error.lineno}: not valid JSON ({error.msg}); a .json file is one list of objects, one object "
+            "per line is .jsonl"
+        ) from None
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: holds a {type(rows).__name__}; it must be a list of objects, one per row")
+    yield from enumerate(rows, start=1)
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        table = pq.read_table(file)
+    except ValueError as error:  # pyarrow's errors for malformed files are ValueErrors
+        raise UserError(f"{file}: not a readable Parquet file ({error})") from None
+    yield from enumerate(table.to_pylist(), start=1)

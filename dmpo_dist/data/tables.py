@@ -1,0 +1,152 @@
+"""Tables of strings out of CSV, Parquet and JSON lines, indexed by row number for messages."""
+
+import csv
+import gzip
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dmpo_dist.errors import UserError
+
+EVENT_COLUMNS = ["user", "item", "rating", "timestamp"]
+SUFFIX_KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+
+
+def read_table(path: Path, kind: str | None = None) -> pd.DataFrame:
+    """All fields as strings; ``kind`` csv, jsonl or parquet, by the file's name where it is left out."""
+    kind = kind or SUFFIX_KINDS.get(path.suffix.removesuffix(".gz"), "csv")
+    if kind == "parquet":
+        return as_strings(_read_parquet(path))
+    if kind == "jsonl":
+        rows = dict(read_json_lines(path))
+        return as_strings(pd.DataFrame(list(rows.values()), index=list(rows), dtype=object))
+    return read_delimited(path)
+
+
+def read_json_lines(path: Path, keys: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of a file that may be gzipped; only ``keys`` of each object where given.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no JSON object.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, row {number}: {row!r} is not an object")
+                yield number, row if keys is None else {key: row[key] for key in keys if key in row}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, row {number}: not valid JSON ({error}); each line is one object") from None
+    except EOFError:
+        raise UserError(f"{path}: cut off after row {number}; download it again") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); convert the file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
+    if number == 0:
+        raise UserError(f"{path}: the file is empty; is this the right file?")
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors for malformed files are ValueErrors
+        raise UserError(f"{path}: not a readable Parquet file ({error})") from None
+    if frame.empty:
+        raise UserError(f"{path}: holds no rows; is this the right file?")
+    frame.index = pd.RangeIndex(1, len(frame) + 1)
+    return frame
+
+
+def as_strings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every column as text: whole numbers without a point, moments as seconds since 1970, nothing as ""."""
+    return pd.DataFrame({name: _column_as_strings(frame[name]) for name in frame.columns}, index=frame.index)
+
+
+def _column_as_strings(column: pd.Series) -> pd.Series:
+    missing = column.isna()
+    if pd.api.types.is_datetime64_any_dtype(column):
+        epoch = pd.Timestamp(0, tz=getattr(column.dtype, "tz", None))
+        text = ((column - epoch) // pd.Timedelta(1, "s")).astype("Int64").astype(str)
+    elif pd.api.types.is_float_dtype(column) and (column[~missing] % 1 == 0).all():
+        text = column.astype("Int64").astype(str)
+    elif pd.api.types.is_numeric_dtype(column):
+        text = column.astype(str)
+    else:
+        text = column.map(str)
+    return text.mask(missing, "")
+
+
+def read_delimited(
+    path: Path, *, sep: str = ",", names: list[str] | None = None, encoding: str = "utf-8-sig"
+) -> pd.DataFrame:
+    """All fields as strings, indexed by row number (the file's first row, header or not, is 1), without blank rows.
+
+    ``names`` are given for files without a header, which also know no quotes.
+    """
+    content = _read_bytes(path, encoding)
+    if path.suffix == ".tsv":
+        sep = "\t"
+    if sep == "::":  # two characters would need pandas' slow parser; a tab does not occur in these files
+        content, sep = content.replace(b"::", b"\t"), "\t"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            frame = pd.read_csv(
+                BytesIO(content),
+                sep=sep,
+                header=None if names else 0,
+                names=names,
+                index_col=False,
+                encoding=encoding,
+                dtype=str,
+                na_filter=False,
+                skip_blank_lines=False,
+                quoting=csv.QUOTE_NONE if names else csv.QUOTE_MINIMAL,
+            )
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise UserError(f"{path}: malformed table; quote fields that contain {sep!r}: {str(error).strip()}") from None
+    frame.index += 1 if names else 2
+    blank = (frame == "").all(axis=1)
+    if blank.all():
+        raise UserError(f"{path}: a header but no rows; is this the right file?")
+    return frame[~blank]
+
+
+def _read_bytes(path: Path, encoding: str) -> bytes:
+    try:
+        content = path.read_bytes()
+        content.decode(encoding)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); correct the path or its permissions"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not {encoding.removesuffix('-sig')} text ({error}); convert the file") from None
+    if not content.strip():
+        raise UserError(f"{path}: the file is empty; is this the right file?")
+    return content
+
+
+def pick(frame: pd.DataFrame, columns: dict[str, str], path: Path, advice: str) -> pd.DataFrame:
+    """The columns under our names; ``advice`` says how to mend a missing one, with our name for {column}."""
+    for ours, theirs in columns.items():
+        if theirs not in frame.columns:
+            exist = ", ".join(map(repr, frame.columns))
+            todo = advice.format(column=ours)
+            if ours == "rating":
+                todo += "; a log without ratings wants a column of ones and data.rating_threshold=1"
+            if len(frame.columns) == 1:
+                todo = "fields must be separated by commas (by tabs in a .tsv file)"
+            raise UserError(f"{path}: no column {theirs!r}; the file has {exist}; {todo}")
+    return frame[list(columns.values())].set_axis(list(columns), axis=1)

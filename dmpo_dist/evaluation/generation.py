@@ -1,0 +1,124 @@
+"""Titles as a model would generate them: beam search inside a catalogue's trie, and free text that may be no title."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dmpo_dist.batching.trie import PromptMemory, TitleTrie, prompt_part, trie_part
+from dmpo_dist.data.template import Template
+from dmpo_dist.evaluation.catalogue import LogProbs
+
+
+class Beam(NamedTuple):
+    """A finished title: its index in the catalogue and its summed log-prob."""
+
+    title: int
+    log_prob: float
+
+
+@torch.no_grad()
+def beam_search(
+    log_probs: LogProbs, prefix: list[int], trie: TitleTrie, beams: int, device: torch.device
+) -> list[Beam]:
+    """At most ``beams`` titles, best first, each a title of the trie.
+
+    Level by level the ``beams`` best unfinished beginnings are kept, so with as many beams as titles nothing is lost and
+    the result is the full ranking.
+
+    Args:
+        log_probs: a ``LogProbModel`` whose attention is ``trie_attention``.
+        prefix: ids of the prompt.
+        trie: of all titles.
+        beams: kept beginnings; at least one.
+        device: of the model.
+    """
+    memory: PromptMemory = {}
+    titles_at: dict[int, list[int]] = {}
+    for title, node in enumerate(trie.ends.tolist()):
+        titles_at.setdefault(node, []).append(title)
+    totals = np.zeros(len(trie.token))
+    finished: list[Beam] = []
+    level, part = trie.children(np.array([-1])), prompt_part(prefix, trie, memory)
+    while True:
+        values = log_probs(part.to(device)).double().cpu().numpy()
+        before = np.where(trie.parent[level] >= 0, totals[trie.parent[level]], 0.0)
+        totals[level] = before + np.where(trie.scored[level], values, 0.0)
+        finished += [Beam(title, totals[n]) for n in level.tolist() for title in titles_at.get(n, ())]
+        finished = sorted(finished, key=lambda beam: (-beam.log_prob, beam.title))[:beams]
+        live = level[np.isin(level, trie.inner)]
+        if not len(live):
+            return finished
+        live = np.sort(live[np.argsort(-totals[live], kind="stable")[:beams]])
+        level, part = trie.children(live), trie_part(trie, live, len(prefix), memory)
+
+
+def greedy_config(tokenizer: Any, template: Template) -> Any:
+    """A generation configuration that decodes greedily and ends where a response ends."""
+    from transformers import GenerationConfig
+
+    end = tokenizer.backend_tokenizer.encode(template.terminator, add_special_tokens=False).ids
+    eos = end[0] if len(end) == 1 else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+    return GenerationConfig(do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=pad)
+
+
+@torch.no_grad()
+def generate_freely(
+    model: Any, tokenizer: Any, template: Template, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 16
+) -> list[str]:
+    """What ``model`` writes greedily after each prompt, up to the end of a response.
+
+    transformers fills what a generation configuration leaves open from the model's own (sampling, temperature, penalties,
+    suppressed tokens); so the model's own is put aside meanwhile.
+
+    Args:
+        model: a transformers causal LM or a PEFT model around one, with the attention of ordinary rows
+            (``use_backend(model, "unshared")``).
+        tokenizer: of the model.
+        template: says what ends a response.
+        prompts: rendered prompts.
+        max_new_tokens: a response that does not end is cut there.
+        batch_size: prompts at a time.
+    """
+    config = greedy_config(tokenizer, template)
+    config.max_new_tokens = max_new_tokens
+    stops = [] if template.terminator in tokenizer.all_special_tokens else [template.terminator]
+    options = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
+    own, model.generation_config = model.generation_config, config
+    try:
+        texts: list[str] = []
+        for start in range(0, len(prompts), batch_size):
+            rows = [
+                tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+                for prompt in prompts[start : start + batch_size]
+            ]
+            width = max(map(len, rows))
+            ids = torch.tensor([[config.pad_token_id or 0] * (width - len(row)) + row for row in rows])
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                **options,
+            )
+            texts += [
+                _written(tokenizer, template, row, new.tolist()) for row, new in zip(rows, out[:, width:], strict=True)
+            ]
+        return texts
+    finally:
+        model.generation_config = own
+
+
+def valid_ratio(generated: Sequence[str], template: Template, titles: Sequence[str]) -> float:
+    """The share of ``generated`` that is letter by letter the response of one of ``titles``."""
+    responses = {template.render_response(title).removesuffix(template.terminator) for title in titles}
+    return sum(text in responses for text in generated) / len(generated)
+
+
+def _written(tokenizer: Any, template: Template, prompt: list[int], new: list[int]) -> str:
+    """The text of ``new`` behind ``prompt``, without its end; decoded together, as a decoder may drop a leading space."""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    before, whole = tokenizer.decode(prompt, **options), tokenizer.decode(prompt + new, **options)
+    return whole[len(before) :].split(template.terminator, 1)[0]

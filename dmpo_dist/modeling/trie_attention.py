@@ -1,0 +1,125 @@
+"""Attention of the parts of a title trie: each token sees the prompt, whose keys are kept, and its ancestors.
+
+One softmax over both kinds of keys in plain arithmetic, so windows (by position) and soft-capping are a mask and a tanh,
+and one function serves every device and type. For scoring only: the prompt's keys carry no gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dmpo_dist.batching.trie import PromptPart, TriePart
+from dmpo_dist.modeling.attention import refuse_unknown, repeated
+from dmpo_dist.modeling.routing import attention_of
+
+TRIE = "dmpo_trie"
+
+MAX_SCORES = 2**23
+"""Most attention scores and gathered keys held at once, whatever the length of a part."""
+
+
+def trie_obstacle(model: Any) -> str | None:
+    """What keeps titles from sharing a prompt in ``model`` (a transformers causal LM), None where nothing does."""
+    return attention_of(model).obstacle
+
+
+def use_trie_attention(model: Any) -> None:
+    """Make ``model`` (a transformers causal LM) compute ``PromptPart`` and ``TriePart`` rows."""
+    AttentionInterface.register(TRIE, trie_attention)
+    AttentionMaskInterface.register(TRIE, sdpa_mask)
+    model.set_attn_implementation(TRIE)
+
+
+def trie_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: PromptPart | TriePart | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function in transformers' form: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, T, H, D)."""
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **kwargs,
+        )  # fmt: skip
+    refuse_unknown(dropout, kwargs)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if isinstance(layout, PromptPart):
+        layout.memory[module] = key, value
+        out = _causal(query, key, value, scale, sliding_window, softcap)
+    else:
+        out = _behind_prompt(query, key, value, layout, layout.memory[module], scale, sliding_window, softcap)
+    return out, None
+
+
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """(1, H, P, D) -> (1, P, H, D), each token to those before it."""
+    key, value = repeated(query, key, value)
+    length = query.shape[2]
+    if softcap is None and (window is None or window >= length):
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    else:
+        place = torch.arange(length, device=query.device)
+        seen = place <= place[:, None]
+        if window is not None:
+            seen &= place > place[:, None] - window
+        weights = _softmax(_capped(query @ key.transpose(2, 3) * scale, softcap).masked_fill(~seen, -torch.inf), value)
+        out = weights @ value
+    return out.transpose(1, 2).contiguous()
+
+
+def _behind_prompt(
+    query: Tensor, key: Tensor, value: Tensor, part: TriePart, prompt: tuple[Tensor, Tensor], scale: float,
+    window: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """(1, H, T, D) -> (1, T, H, D), some tokens at a time."""
+    kv_heads, per_kv = key.shape[1], query.shape[1] // key.shape[1]
+    queries = query[0].unflatten(0, (kv_heads, per_kv)).transpose(1, 2)  # (H_kv, T, G, D)
+    far_keys, far_values = prompt[0][0], prompt[1][0]  # (H_kv, P, D)
+    length, deep = far_keys.shape[1], part.ancestors.shape[1]
+    per_token = query.shape[1] * (length + deep) + deep * kv_heads * (key.shape[-1] + value.shape[-1])
+    step = max(1, MAX_SCORES // per_token)
+    out = []
+    for start in range(0, query.shape[2], step):
+        q, ancestors = queries[:, start : start + step], part.ancestors[start : start + step]
+        own_keys, own_values = key[0][:, ancestors], value[0][:, ancestors]  # (H_kv, t, D_anc, D)
+        far = (q.flatten(1, 2) @ far_keys.transpose(1, 2)).unflatten(1, q.shape[1:3])  # (H_kv, t, G, P)
+        own = q @ own_keys.transpose(2, 3)  # (H_kv, t, G, D_anc)
+        unseen = ancestors < 0
+        if window is not None:
+            unseen = unseen | (torch.arange(deep, device=q.device) >= window)
+            position = part.position_ids[0, start : start + step, None]
+            beyond = torch.arange(length, device=q.device) <= position - window
+            unseen = torch.cat([beyond, unseen], dim=1)
+        else:
+            unseen = torch.nn.functional.pad(unseen, (length, 0))
+        scores = _capped(torch.cat([far, own], dim=-1) * scale, softcap)
+        weights = _softmax(scores.masked_fill_(unseen[:, None], -torch.inf), value)
+        mixed = weights[..., length:] @ own_values
+        mixed += (weights[..., :length].flatten(1, 2) @ far_values).unflatten(1, q.shape[1:3])
+        out.append(mixed.transpose(0, 1).flatten(1, 2))  # (t, H, D)
+    return torch.cat(out)[None]
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _softmax(scores: Tensor, like: Tensor) -> Tensor:
+    """Over the last dimension, in fp32 for half types."""
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return torch.softmax(scores, dim=-1, dtype=wide).to(like.dtype)

@@ -1,0 +1,64 @@
+"""How far a long job over users is: a bar on a terminal, elsewhere a line now and then."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class UserProgress:
+    """Counts users; the rate leaves out the workers' start and those of an earlier run.
+
+    Args:
+        title: what the job is called on screen.
+        total: users in all.
+        done: of them, those of an earlier run.
+        console: where to show it.
+    """
+
+    def __init__(self, title: str, total: int, done: int, console: Console) -> None:
+        self._title, self._total, self._done = title, total, done
+        self._console = console
+        self._first: tuple[int, float] | None = None
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total} users"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+        ) if console.is_terminal else None  # fmt: skip
+        self._task = self._bar.add_task(title, total=total, completed=done) if self._bar else None
+
+    def __enter__(self) -> Self:
+        self._began = self._shown = time.monotonic()
+        if self._bar:
+            self._bar.start()
+        else:
+            self._console.print(f"[{self._title}] starting workers", markup=False, highlight=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, users: int) -> None:
+        """Say that so many more are done."""
+        self._done += users
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=self._done)
+            return
+        now = time.monotonic()
+        if self._first and now - self._shown < SECONDS_BETWEEN_LINES and self._done < self._total:
+            return
+        line = f"[{self._title} {now - self._began:5.0f}s] {self._done}/{self._total} users"
+        if self._first is None:
+            self._first = self._done, now
+        else:
+            rate = (self._done - self._first[0]) / max(now - self._first[1], 1e-9)
+            left = int((self._total - self._done) / rate)
+            line += f", {rate:.1f} users/s, ETA {left // 60}:{left % 60:02d}"
+        self._shown = now
+        self._console.print(line, markup=False, highlight=False)

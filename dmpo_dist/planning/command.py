@@ -1,0 +1,89 @@
+"""``dmpo plan``: plan, print, advise."""
+
+import json
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from dmpo_dist.config import RunConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.planning.cases import CASES
+from dmpo_dist.planning.gpus import find_gpu
+from dmpo_dist.planning.plan import Cluster, Lengths, Plan, data_groups, make_plan
+from dmpo_dist.planning.recommend import Advice, elsewhere, faster, smallest_change
+from dmpo_dist.planning.report import GIB, as_dict, show_advice, show_outcomes, show_plan
+from dmpo_dist.planning.verify import Outcome, verify
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line.
+
+    Attributes:
+        gpu, nodes, gpus_per_node: the cluster.
+        prompt, response: tokens; None for the longest prompt that ``model.max_length`` allows.
+        groups: in the training data; None asks ``data.path``.
+    """
+
+    gpu: str
+    nodes: int
+    gpus_per_node: int
+    prompt: int | None
+    response: int
+    groups: int | None
+
+
+def run_plan(config: RunConfig, request: Request, explain: bool, as_json: bool, console: Console) -> None:
+    """Print the plan of ``dmpo train`` with ``config``.
+
+    Raises:
+        UserError: unknown GPU, a model or settings that cannot be planned, or a run that does not fit, with what to
+            change.
+    """
+    cluster = Cluster(request.gpu, find_gpu(request.gpu, request.gpus_per_node), request.nodes, request.gpus_per_node)
+    lengths = _lengths(config, request)
+    plan = make_plan(config, cluster, lengths)
+    advice = faster(plan, lengths) if plan.fits else smallest_change(plan, lengths)
+    if as_json:
+        print(json.dumps(as_dict(plan, advice), indent=1))
+    else:
+        show_plan(plan, explain, console)
+        if advice is not None:
+            show_advice("faster" if plan.fits else "to fit", advice, console)
+    if not plan.fits:
+        raise UserError(_what_to_change(plan, advice, lengths))
+
+
+def run_verify(console: Console) -> bool:
+    """Predict and measure ``CASES`` and print the table; whether all are within the tolerance."""
+    outcomes: list[Outcome] = []
+    for outcome in verify(CASES):
+        outcomes.append(outcome)
+        console.print(
+            f"{len(outcomes)} of {len(CASES)}: {outcome.case.name}, predicted {outcome.predicted / 2**20:,.0f} MiB, "
+            f"measured {outcome.measured / 2**20:,.0f} MiB",
+            highlight=False,
+        )
+    show_outcomes(outcomes, console)
+    return all(outcome.good for outcome in outcomes)
+
+
+def _lengths(config: RunConfig, request: Request) -> Lengths:
+    longest = config.model.max_length
+    prompt = longest - request.response if request.prompt is None else request.prompt
+    if prompt < 1 or prompt + request.response > longest:
+        raise UserError(
+            f"--prompt {prompt} and --response {request.response} do not fit into model.max_length={longest}; lower them "
+            "or raise it"
+        )
+    return Lengths(prompt, request.response, data_groups(config, request.groups))
+
+
+def _what_to_change(plan: Plan, advice: Advice | None, lengths: Lengths) -> str:
+    short = (plan.peak - plan.cluster.capacity) / GIB
+    what = f"the run needs {short:.1f} GiB more than a {plan.cluster.name} has to give"
+    if advice is not None:
+        return f"{what}; it fits with {' '.join(advice.change.keys)}"
+    places = elsewhere(plan, lengths)
+    where = f"it would fit with {' or '.join(places)} at its smallest" if places else "no GPU in the table would do"
+    return f"{what}, and no ZeRO stage, row length, quantization, offload or adapter makes it fit; {where}"

@@ -1,0 +1,195 @@
+"""The model of a run on the meta device: built from its config.json, without weights."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmpo_dist.batching.layout import lay_out
+from dmpo_dist.bench.contestants import random_groups
+from dmpo_dist.bench.flops import Shape, shape_of
+from dmpo_dist.config import ModelConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import (
+    ADAPTER,
+    ReferenceMode,
+    find_model,
+    read_model_config,
+    scratch_config,
+    with_new_adapter,
+)
+from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
+from dmpo_dist.modeling.routing import Route, choose_backend
+from dmpo_dist.planning import trace
+
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters.
+
+    Attributes:
+        total: all, a frozen copy of an adapter included.
+        trainable: those with gradients.
+        linear: those of the frozen linear layers, which a quantization packs.
+        largest: of one parameter.
+        largest_linear, largest_trained: of one frozen linear layer, of one trainable parameter.
+    """
+
+    total: int
+    trainable: int
+    linear: int
+    largest: int
+    largest_linear: int
+    largest_trained: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One micro-batch: ``groups`` preference groups, their prompts made longer until it holds ``tokens``.
+
+    Attributes:
+        prompt, response, negatives: tokens and K of a group.
+        tokens: of the whole row.
+        shared: whether the prompt runs once.
+    """
+
+    prompt: int
+    response: int
+    negatives: int
+    tokens: int
+    shared: bool
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of one group."""
+        body = self.response - 1
+        if self.shared:
+            return self.prompt + (self.negatives + 1) * body
+        return (self.negatives + 1) * (self.prompt + body)
+
+    @property
+    def groups(self) -> int:
+        return max(1, self.tokens // self.group_tokens)
+
+    def layout(self, vocab: int) -> Any:
+        """The row with random ids."""
+        spare = max(0, self.tokens - self.groups * self.group_tokens) // (1 if self.shared else self.negatives + 1)
+        each, rest = divmod(spare, self.groups)
+        groups = [
+            random_groups(1, self.prompt + each + (i < rest), self.response, self.negatives, vocab, seed=i)[0]
+            for i in range(self.groups)
+        ]
+        return lay_out(groups, self.shared)
+
+
+class Blueprint:
+    """A model that takes no memory.
+
+    Attributes:
+        module: as it is trained, on the meta device.
+        sizes: see there.
+        shape: for the FLOP model.
+        reference: how the reference is had.
+        config: of transformers.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.config, adapter = _read(model)
+        base = _base(self.config, model)
+        sizes_of_base = [(m, m.weight.numel()) for m in base.modules() if type(m) is nn.Linear]
+        head = base.get_output_embeddings()
+        linear = [n for m, n in sizes_of_base if m is not head]
+        self.reference: ReferenceMode = "adapter_copy" if adapter else "adapter_off" if model.lora else "model_copy"
+        wrapped = _adapted(base, model, adapter).to(getattr(torch, model.dtype))
+        base.set_attn_implementation(trace.NAME)
+        self.module = LogProbModel(wrapped.train())
+        parameters = list(self.module.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        copied = trainable if adapter else 0
+        self.sizes = Sizes(
+            total=sum(p.numel() for p in parameters) + copied,
+            trainable=trainable,
+            linear=sum(linear),
+            largest=max(p.numel() for p in parameters),
+            largest_linear=max(linear, default=0),
+            largest_trained=max(p.numel() for p in parameters if p.requires_grad),
+        )
+        rank = adapter.r if adapter else model.lora.r if model.lora else 0
+        self.shape = _shape(self.config, model.path, rank)
+        self._traced: dict[tuple[Row, str, bool], trace.Trace] = {}
+
+    def route(self, cuda: bool, max_length: int, requested: str) -> Route:
+        """The attention backend of a run."""
+        return choose_backend(unwrap_peft(self.module.causal_lm), "cuda" if cuda else "cpu", max_length, requested)
+
+    def trace(self, row: Row, backend: str, cuda: bool, keep_gradients: bool) -> trace.Trace:
+        """What ``row`` allocates."""
+        kernel: trace.Kernel = "masked" if backend in ("sdpa", "unshared") else "varlen" if cuda else "cpu"
+        key = (row, kernel, keep_gradients)
+        if key not in self._traced:
+            layout = row.layout(self.config.get_text_config().vocab_size).to("meta")
+            self._traced[key] = trace.trace_row(self.module, layout, kernel, keep_gradients)
+        return self._traced[key]
+
+
+def blueprint(model: ModelConfig) -> Blueprint:
+    """The blueprint of a configuration; the same object for the same model.
+
+    Raises:
+        UserError: no such model, not one transformers knows, or not a dense decoder.
+    """
+    return _blueprint(model.model_dump_json(exclude={"quantization", "double_quantization", "attention", "compile"}))
+
+
+@lru_cache(maxsize=8)
+def _blueprint(content: str) -> Blueprint:
+    trace.register()
+    return Blueprint(ModelConfig.model_validate_json(content))
+
+
+def _read(model: ModelConfig) -> tuple[Any, Any]:
+    """The transformers configuration and, where training starts from an adapter, the adapter's."""
+    if model.path == SCRATCH:
+        return scratch_config(model.scratch, model.scratch.vocab_size, model.max_length), None
+    folder = Path(model.path)
+    if (folder / ADAPTER).exists():
+        from peft import PeftConfig
+
+        return read_model_config(find_model(model.path).base, model.max_length), PeftConfig.from_pretrained(model.path)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UserError(f"{model.path}: holds neither config.json nor {ADAPTER}; a plan needs one of them")
+    return read_model_config(model.path, model.max_length), None
+
+
+def _base(config: Any, model: ModelConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+    if not getattr(base, "_supports_attention_backend", False):
+        raise UserError(f"{model.path}: {config.model_type} cannot be planned; the planner knows dense decoders")
+    if model.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    return base
+
+
+def _adapted(base: Any, model: ModelConfig, adapter: Any) -> Any:
+    if adapter is not None:
+        from peft import get_peft_model
+
+        adapter.inference_mode = False
+        return get_peft_model(base, adapter)
+    return with_new_adapter(base, model.lora) if model.lora is not None else base
+
+
+def _shape(config: Any, path: str, lora_rank: int) -> Shape:
+    try:
+        return shape_of(config.get_text_config(), lora_rank)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; the planner knows dense decoders such as Llama and Qwen") from None

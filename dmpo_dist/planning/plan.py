@@ -1,0 +1,247 @@
+"""One configuration on one cluster: what it takes, and how long."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+from dmpo_dist.config import RunConfig
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.quantize import require_trainable
+from dmpo_dist.modeling.routing import Route
+from dmpo_dist.planning.gpus import Gpu
+from dmpo_dist.planning.memory import WIDTHS, Rank, Term, Zero, peak_bytes, phase_bytes
+from dmpo_dist.planning.model import Blueprint, Row, blueprint
+from dmpo_dist.planning.speed import Network, Part, Step
+from dmpo_dist.planning.trace import Trace
+from dmpo_dist.training.budget import LIMITS
+from dmpo_dist.training.engine import resolve_config
+from dmpo_dist.training.job import Job
+
+RESERVED = 0.05
+"""Share of a device's memory that stays free, for what the allocator loses between blocks; assumed."""
+SMALLEST_BUDGET = 256
+NO_TRACE = Trace(0, 0)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``nodes`` of ``per_node`` devices called ``name``."""
+
+    name: str
+    gpu: Gpu
+    nodes: int
+    per_node: int
+
+    @property
+    def network(self) -> Network:
+        return Network(self.gpu, self.nodes, self.per_node)
+
+    @property
+    def world_size(self) -> int:
+        """N."""
+        return self.nodes * self.per_node
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of a device that a plan may take."""
+        return int(self.gpu.memory * (1 - RESERVED))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a preference group's prompt and of each response, and how many groups the data holds."""
+
+    prompt: int
+    response: int
+    groups: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration takes on a cluster.
+
+    Attributes:
+        config: with the budget of rows resolved.
+        cluster: where.
+        blueprint: the model.
+        route: the attention backend.
+        zero: how it is partitioned.
+        step: what decides its time.
+        steps: of the run, None where nothing says.
+    """
+
+    config: RunConfig
+    cluster: Cluster
+    blueprint: Blueprint
+    route: Route
+    zero: Zero
+    step: Step
+    steps: int | None
+
+    @cached_property
+    def rank(self) -> Rank:
+        """What decides the memory; runs the model on the meta device."""
+        return make_rank(self.config, self.step.row, self.cluster.world_size, self.cluster.gpu.cuda, self.route.backend)
+
+    @cached_property
+    def terms(self) -> list[Term]:
+        """Memory of a device."""
+        return self.rank.device_terms()
+
+    @cached_property
+    def host_terms(self) -> list[Term]:
+        """Memory of a node, beside its devices'."""
+        return self.rank.host_terms(self.cluster.per_node)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device."""
+        return peak_bytes(self.terms)
+
+    @property
+    def phase(self) -> str:
+        """When the peak is reached."""
+        phases = phase_bytes(self.terms)
+        return max(phases, key=phases.__getitem__)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.cluster.capacity
+
+    @cached_property
+    def may_fit(self) -> bool:
+        """Whether all but the activations fits, which needs no trace to know."""
+        rank = make_rank(self.config, self.step.row, self.cluster.world_size, self.cluster.gpu.cuda, None)
+        return peak_bytes(rank.device_terms()) <= self.cluster.capacity
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """A step's seconds."""
+        return self.step.parts(self.cluster.network)
+
+    @property
+    def seconds(self) -> float:
+        """Of an optimizer step."""
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def groups_per_second(self) -> float:
+        """Over all devices."""
+        return self.config.train.global_batch_size / self.seconds
+
+    @property
+    def hours(self) -> float | None:
+        """Of the run, validation and start left out."""
+        return None if self.steps is None else self.steps * self.seconds / 3600
+
+
+def make_plan(config: RunConfig, cluster: Cluster, lengths: Lengths) -> Plan:
+    """Plan ``dmpo train`` with ``config``; ``train.token_budget=auto`` takes the largest row that fits.
+
+    Raises:
+        UserError: a model that cannot be planned, settings that cannot be trained, a group longer than a row.
+    """
+    if config.train.token_budget != "auto":
+        return _plan(config, cluster, lengths, config.train.token_budget)
+    budget = LIMITS["cuda" if cluster.gpu.cuda else "cpu"]
+    plan = None
+    while budget >= max(SMALLEST_BUDGET, _row(config, lengths, 0, shared=True).group_tokens):
+        plan = _plan(config, cluster, lengths, budget)
+        if plan.fits:
+            break
+        budget //= 2
+    return plan or _plan(config, cluster, lengths, _row(config, lengths, 0, shared=True).group_tokens)
+
+
+def make_rank(config: RunConfig, row: Row, world_size: int, cuda: bool, backend: str | None) -> Rank:
+    """What decides the memory of a rank that trains rows like ``row``; without a backend no activations are counted."""
+    model, zero = blueprint(config.model), _zero(config, world_size)
+    copies = model.reference == "model_copy" and _needs_reference(config) and config.reference.cache == "off"
+    return Rank(
+        sizes=model.sizes,
+        zero=zero,
+        world_size=world_size,
+        width=WIDTHS[config.model.dtype],
+        nf4=config.model.quantization == "nf4",
+        double_quantization=config.model.double_quantization,
+        reference_copy=copies,
+        cuda=cuda,
+        trace=model.trace(row, backend, cuda, not cuda and zero.stage in (1, 2)) if backend else NO_TRACE,
+        tokens=row.tokens,
+    )
+
+
+def data_groups(config: RunConfig, asked: int | None) -> int | None:
+    """Training groups: as asked, or as the prepared data holds; None where neither is there."""
+    if asked is not None or config.data.path is None or not config.data.path.exists():
+        return asked
+    return len(PreparedData.load(config.data.path).train)
+
+
+def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int) -> Plan:
+    model = blueprint(config.model)
+    require_trainable(config.model, model.reference != "model_copy")
+    batch, world = config.train.global_batch_size, cluster.world_size
+    if batch < world:
+        raise UserError(
+            f"train.global_batch_size={batch} gives fewer groups than the {world} devices of {cluster.nodes} nodes of "
+            f"{cluster.per_node}; raise it to at least {world}, or lower --nodes or --gpus-per-node"
+        )
+    route = model.route(cluster.gpu.cuda, config.model.max_length, config.model.attention)
+    row = _row(config, lengths, budget, route.backend != "unshared")
+    if row.group_tokens > budget:
+        raise UserError(
+            f"train.token_budget={budget}: a preference group takes {row.group_tokens} tokens (prompt {lengths.prompt}, "
+            f"response {lengths.response}, K={config.train.negatives}); raise it, or lower --prompt or train.negatives"
+        )
+    on_rank = ceil(batch / world)
+    row = _row(config, lengths, min(budget, on_rank * row.group_tokens), row.shared)
+    zero = _zero(config, world)
+    step = Step(
+        shape=model.shape,
+        sizes=model.sizes,
+        zero=zero,
+        row=row,
+        micro_batches=ceil(on_rank / row.groups),
+        groups=batch / world,
+        full=model.reference == "model_copy",
+        reference=_needs_reference(config) and config.reference.cache == "off",
+        recompute=config.model.gradient_checkpointing,
+        nf4=config.model.quantization == "nf4",
+        dtype=config.model.dtype,
+    )
+    resolved = config.model_copy(update={"train": config.train.model_copy(update={"token_budget": budget})})
+    return Plan(resolved, cluster, model, route, zero, step, _steps(config, lengths.groups))
+
+
+def _zero(config: RunConfig, world_size: int) -> Zero:
+    parameters = blueprint(config.model).sizes.total
+    return Zero.of(resolve_config(config.deepspeed, config.train, config.model.dtype, world_size, parameters))
+
+
+def _row(config: RunConfig, lengths: Lengths, tokens: int, shared: bool) -> Row:
+    return Row(lengths.prompt, lengths.response, config.train.negatives, tokens, shared)
+
+
+def _needs_reference(config: RunConfig) -> bool:
+    return Job("train", config, config.model.path, config.output_dir).needs_reference
+
+
+def _steps(config: RunConfig, groups: int | None) -> int | None:
+    if config.train.steps is not None:
+        return config.train.steps
+    return None if groups is None else ceil(config.train.epochs * ceil(groups / config.train.global_batch_size))
+
+
+def changed(config: RunConfig, **keys: Any) -> RunConfig:
+    """``config`` with dotted keys set, dots written as two underscores: ``model__quantization="nf4"``."""
+    for key, value in keys.items():
+        section, _, name = key.rpartition("__")
+        if section:
+            part = getattr(config, section).model_copy(update={name: value})
+            config = config.model_copy(update={section: part})
+        else:
+            config = config.model_copy(update={key: value})
+    return config

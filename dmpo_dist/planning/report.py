@@ -1,0 +1,155 @@
+"""What ``dmpo plan`` prints."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dmpo_dist.planning.memory import PHASES, Term, phase_bytes
+from dmpo_dist.planning.plan import RESERVED, Plan
+from dmpo_dist.planning.recommend import Advice
+from dmpo_dist.planning.verify import TOLERANCE, Outcome
+
+GIB = 2**30
+
+
+def show_plan(plan: Plan, explain: bool, console: Console) -> None:
+    """The model, the memory of a device and of a node, and the time of a step and of the run."""
+    config, cluster, row, sizes = plan.config, plan.cluster, plan.step.row, plan.blueprint.sizes
+    lora = f" ({config.model.lora.variant} r={config.model.lora.r})" if config.model.lora else ""
+    _line(
+        console,
+        "model",
+        f"{config.model.path}: {sizes.total / 1e6:,.1f} M parameters, {sizes.trainable / 1e6:,.1f} M trained{lora}",
+    )
+    reference = plan.blueprint.reference if plan.rank.reference_copy or plan.step.reference else "not run in a step"
+    quantization = "" if config.model.quantization == "none" else f", {config.model.quantization}"
+    recompute = ", gradient checkpointing" if config.model.gradient_checkpointing else ""
+    _line(
+        console,
+        "run",
+        f"{config.deepspeed}, {config.model.dtype}{quantization}{recompute}, reference: {reference}, attention: {plan.route.backend}",
+    )
+    groups = "preference group" if row.groups == 1 else "preference groups"
+    _line(
+        console,
+        "row",
+        f"{row.tokens} tokens: {row.groups} {groups} of prompt {row.prompt}, {row.negatives + 1} responses of {row.response}",
+    )
+    _line(
+        console,
+        "on",
+        f"{cluster.nodes} x {cluster.per_node} {cluster.name}, {plan.step.micro_batches} rows a device in a step of {config.train.global_batch_size} groups",
+    )
+    console.print()
+    console.print(_memory_table(plan.terms, explain))
+    short = plan.peak - cluster.capacity
+    verdict = f"fits, {-short / GIB:.1f} GiB left" if plan.fits else f"does NOT fit, {short / GIB:.1f} GiB too much"
+    usable = f"{cluster.capacity / GIB:.1f} GiB usable ({1 - RESERVED:.0%} of {cluster.gpu.memory / GIB:.1f})"
+    _line(console, "device", f"peak {plan.peak / GIB:.1f} GiB in {plan.phase} of {usable}: {verdict}")
+    host = sum(term.bytes for term in plan.host_terms)
+    _line(
+        console,
+        "host",
+        f"up to {host / GIB:.1f} GiB a node: " + "; ".join(f"{t.name} {t.bytes / GIB:.1f}" for t in plan.host_terms),
+    )
+    if explain:
+        for term in plan.host_terms:
+            _line(console, "", f"{term.name} = {term.formula} = {term.numbers} = {term.bytes / GIB:.2f} GiB")
+    console.print()
+    _line(
+        console, "step", f"{plan.seconds:.3g} s: " + ", ".join(f"{part.name} {part.seconds:.3g}" for part in plan.parts)
+    )
+    if explain:
+        for part in plan.parts:
+            _line(console, "", f"{part.name} = {part.numbers} = {part.seconds:.3g} s")
+    _line(
+        console,
+        "speed",
+        f"{plan.groups_per_second:,.1f} groups/s at an assumed MFU of {cluster.gpu.mfu:g}, no communication hidden",
+    )
+    if plan.hours is None:
+        _line(console, "run time", "unknown: give --groups, train.steps or a data.path that exists")
+    else:
+        _line(console, "run time", f"{plan.hours:.2g} h for {plan.steps} steps, without validation")
+
+
+def show_advice(title: str, advice: Advice, console: Console) -> None:
+    """What to change, why, and what it leads to."""
+    console.print()
+    plan = advice.plan
+    _line(console, title, " ".join(advice.change.keys))
+    for key, reason in zip(advice.change.keys, advice.change.reasons, strict=True):
+        _line(console, "", f"{key}: {reason}")
+    _line(
+        console,
+        "",
+        f"then {plan.peak / GIB:.1f} of {plan.cluster.capacity / GIB:.1f} GiB, {plan.groups_per_second:,.1f} groups/s",
+    )
+
+
+def show_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
+    """Predicted and measured peaks."""
+    table = Table("configuration", "row", "predicted MiB", "measured MiB", "error", f"within {TOLERANCE:.0%}")
+    for o in outcomes:
+        sizes = (f"{x / 2**20:,.0f}" for x in (o.predicted, o.measured))
+        table.add_row(o.case.name, f"{o.case.row.tokens} tokens", *sizes, f"{o.error:+.1%}", "yes" if o.good else "NO")
+    console.print(table)
+
+
+def as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
+    """The plan as JSON; bytes and seconds."""
+    return {
+        "model": plan.config.model.path,
+        "parameters": plan.blueprint.sizes.total,
+        "trainable": plan.blueprint.sizes.trainable,
+        "gpu": plan.cluster.name,
+        "nodes": plan.cluster.nodes,
+        "gpus_per_node": plan.cluster.per_node,
+        "deepspeed": plan.config.deepspeed,
+        "token_budget": plan.config.train.token_budget,
+        "attention": plan.route.backend,
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "capacity_bytes": plan.cluster.capacity,
+        "phases": phase_bytes(plan.terms),
+        "device": _dicts(plan.terms),
+        "host": _dicts(plan.host_terms),
+        "step_seconds": plan.seconds,
+        "step": [vars(part) for part in plan.parts],
+        "groups_per_second": plan.groups_per_second,
+        "steps": plan.steps,
+        "hours": plan.hours,
+        "recommendation": None
+        if advice is None
+        else {
+            "changes": advice.change.keys,
+            "reasons": advice.change.reasons,
+            "peak_bytes": advice.plan.peak,
+            "groups_per_second": advice.plan.groups_per_second,
+        },
+    }
+
+
+def _dicts(terms: Iterable[Term]) -> list[dict[str, Any]]:
+    return [vars(term) | {"phases": [phase for phase in PHASES if phase in term.phases]} for term in terms]
+
+
+def _memory_table(terms: Sequence[Term], explain: bool) -> Table:
+    """GiB of each term in each phase."""
+    headers = ["on a device, GiB", *(phase.replace("_", "-") for phase in PHASES)]
+    table = Table(*headers, *(["how"] if explain else []))
+    for term in terms:
+        cells = [f"{term.bytes / GIB:.2f}" if phase in term.phases else "" for phase in PHASES]
+        how = [f"{term.formula} = {term.numbers}"] if explain else []
+        table.add_row(term.name, *cells, *how)
+    table.add_section()
+    table.add_row("sum", *(f"{size / GIB:.2f}" for size in phase_bytes(terms).values()), *([""] if explain else []))
+    for column in table.columns[1 : 1 + len(PHASES)]:
+        column.justify = "right"
+    return table
+
+
+def _line(console: Console, name: str, text: str) -> None:
+    console.print(f"{name:<10} {text}", highlight=False, markup=False, soft_wrap=True)

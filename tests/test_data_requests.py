@@ -1,0 +1,87 @@
+"""What users and catalogues are read from, and what is refused, with user, title or row named."""
+
+import pandas as pd
+import pytest
+
+from dmpo_dist.data.requests import RankingRequest, check_against, read_catalogue, read_requests
+from dmpo_dist.errors import UserError
+
+ROWS = {
+    "user": ["u1", "u2"],
+    "history": [["Heat", "Up"], ["Alien"]],
+    "candidates": [["Tron", "Alien"], ["Heat"]],
+}
+
+
+def write(folder, columns, kind):
+    """A table as Parquet, or as CSV with lists joined."""
+    frame, path = pd.DataFrame(columns), folder / f"table.{kind}"
+    if kind == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.map(lambda cell: "|".join(cell) if isinstance(cell, list) else cell).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_requests(tmp_path, kind):
+    expected = [RankingRequest("u1", ("Heat", "Up"), ("Tron", "Alien")), RankingRequest("u2", ("Alien",), ("Heat",))]
+    assert read_requests(write(tmp_path, ROWS, kind)) == expected
+    without = {name: ROWS[name] for name in ("user", "history")}
+    assert [request.candidates for request in read_requests(write(tmp_path, without, kind))] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"user": ["u1", "u1"]}, r"2 rows with a user who occurs more than once: 'u1' \(row \d\), 'u1' \(row \d\)"),
+        ({"user": ["u1", " "]}, r"1 row with no user: row \d"),
+        ({"history": [[], ["Up"]]}, r"1 row with an empty history: 'u1' \(row \d\)"),
+        ({"history": [["", " "], ["Up"]]}, r"1 row with an empty history: 'u1' \(row \d\)"),
+        ({"candidates": [["Tron"], []]}, r"1 row with no usable candidates: 'u2' \(row \d\)"),
+        ({"candidates": [["Tron", "Up", "Tron"], ["Up"]]}, r"a candidate that occurs twice: 'u1' \(row \d\): 'Tron'"),
+    ],
+)
+def test_bad_requests_are_named(tmp_path, kind, change, message):
+    with pytest.raises(UserError, match=message):
+        read_requests(write(tmp_path, ROWS | change, kind))
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_requests(tmp_path / "none.parquet")
+    with pytest.raises(UserError, match="no column 'history' .*it has 'user'"):
+        read_requests(write(tmp_path, {"user": ["u1"]}, "parquet"))
+    (tmp_path / "text.parquet").write_text("user,history\n")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        read_requests(tmp_path / "text.parquet")
+    with pytest.raises(UserError, match="row 1: history is 'Heat'; it must be a list"):
+        read_requests(write(tmp_path, {"user": ["u1"], "history": ["Heat"]}, "parquet"))
+    with pytest.raises(UserError, match="holds no rows"):
+        read_requests(write(tmp_path, {"user": [], "history": []}, "parquet"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_catalogue(tmp_path, kind):
+    read = read_catalogue(write(tmp_path, {"title": ["Heat", "Up"], "popularity": [3, 0]}, kind))
+    assert (read.titles, read.counts.tolist()) == (("Heat", "Up"), [3, 0])
+    assert read_catalogue(write(tmp_path, {"title": ["Heat"]}, kind)).counts is None
+    for columns, message in [
+        ({"title": ["Heat", "Up", "Heat"]}, r"2 rows with a title that occurs more than once: 'Heat' \(row \d\)"),
+        ({"title": ["Heat", " "]}, r"1 row with no title: row \d"),
+        ({"title": ["Heat", "Up"], "popularity": [1.5, -1]}, "2 rows with a popularity that is not a count: row"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_catalogue(write(tmp_path, columns, kind))
+
+
+def test_requests_against_the_catalogue(tmp_path):
+    catalogue = read_catalogue(write(tmp_path, {"title": ["Heat", "Up"]}, "csv"))
+    strange = [RankingRequest("u1", ("Up",), ("Heat", "Tron"))]
+    with pytest.raises(UserError, match="not in the catalogue: 'u1': 'Tron'"):
+        check_against(strange, catalogue, tmp_path, exclude_history=True)
+    full = [RankingRequest("u7", ("Up", "Heat", "Tron"), None)]
+    with pytest.raises(UserError, match="no usable candidates: 'u7'"):
+        check_against(full, catalogue, tmp_path, exclude_history=True)
+    check_against(full, catalogue, tmp_path, exclude_history=False)

@@ -1,0 +1,89 @@
+"""Beam search against the full ranking, and free generation against a plain loop over arg-maxima."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_evaluation_catalogue import GROUP, MODEL, titles
+
+from dmpo_dist.config import ModelConfig, ScratchModel, TemplateConfig
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.evaluation.catalogue import TitleScorer
+from dmpo_dist.evaluation.generation import beam_search, generate_freely, valid_ratio
+from dmpo_dist.modeling.backbone import find_model, load_for_scoring, load_tokenizer, make_scratch_model
+from dmpo_dist.modeling.logprobs import LogProbModel
+
+CPU = torch.device("cpu")
+
+
+def searched(model, group, beams):
+    """What beam search finds, and the full ranking's scores."""
+    scorer = TitleScorer(model, 64, CPU)
+    scores, trie = scorer(group), scorer.trie(group)
+    return beam_search(LogProbModel(model), group.prefix, trie, beams, CPU), scores
+
+
+@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("gpt2", {}), ("gemma3", {"window": 7})])
+def test_as_many_beams_as_titles_are_the_full_ranking(kind, options):
+    found, scores = searched(tiny_model(kind, **options).eval(), GROUP, len(GROUP.branches))
+    assert sorted(beam.title for beam in found) == list(range(len(scores)))
+    np.testing.assert_allclose([beam.log_prob for beam in found], np.sort(scores)[::-1], rtol=1e-5)
+
+
+@given(titles=titles, beams=st.integers(1, 14))
+@settings(max_examples=40, deadline=None)
+def test_any_beams_find_titles_by_their_own_scores(titles, beams):
+    group = TokenGroup([5, 9, 3], tuple(titles), (0,) * len(titles))
+    found, scores = searched(MODEL, group, beams)
+    assert len({beam.title for beam in found}) == len(found) <= beams
+    np.testing.assert_allclose([beam.log_prob for beam in found], scores[[beam.title for beam in found]], rtol=1e-10)
+    assert [b.log_prob for b in found] == sorted((b.log_prob for b in found), reverse=True)
+    if beams >= len(titles):
+        assert len(found) == len(titles)
+
+
+@pytest.mark.parametrize("terminator", ["{eos}", "\n"])
+def test_free_generation_is_greedy_whatever_the_folder_asks_for(tmp_path, terminator):
+    scratch = ScratchModel(hidden_size=16, layers=1, heads=2, intermediate_size=24, vocab_size=290)
+    make_scratch_model(tmp_path, scratch, ["Heat", "Alien", "The Thing"], 128, 0)
+    asks = {"do_sample": True, "temperature": 50.0, "num_beams": 3, "repetition_penalty": 9.0, "min_new_tokens": 11,
+            "suppress_tokens": list(range(100, 280)), "num_return_sequences": 2}  # fmt: skip
+    (tmp_path / "generation_config.json").write_text(json.dumps(asks))
+    tokenizer = load_tokenizer(find_model(str(tmp_path)))
+    template = make_template(TemplateConfig(terminator=terminator), tokenizer)
+    model = load_for_scoring(str(tmp_path), ModelConfig(max_length=128))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0)  # away from ties
+    own = model.generation_config
+    prompts = [template.render(history).text for history in (("Heat",), ("The Thing", "Alien"), ())]
+    expected = [greedy(model, tokenizer, template, prompt, 9) for prompt in prompts]
+    assert generate_freely(model, tokenizer, template, prompts, 9, batch_size=2) == expected
+    assert len(set(expected)) > 1
+    assert model.generation_config is own
+    assert own.do_sample, "the folder's wish was read, and put aside"
+
+
+@torch.no_grad()
+def greedy(model, tokenizer, template, prompt, count):
+    """One token at a time, without a cache."""
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = list(start)
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        text = tokenizer.decode(ids)[len(tokenizer.decode(start)) :]
+        if template.terminator in text:
+            break
+    return text.split(template.terminator)[0]
+
+
+def test_valid_is_letter_by_letter():
+    tokenizer = type("Tokenizer", (), {"eos_token": "</s>", "bos_token": "<s>", "chat_template": None})()
+    template = make_template(TemplateConfig(response="Next: {title}"), tokenizer)
+    generated = ["Next: Heat", "Next: Heat ", "Next: heat", "Heat", "Next: Up"]
+    assert valid_ratio(generated, template, ["Heat", "Up"]) == 0.4

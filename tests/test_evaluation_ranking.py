@@ -1,0 +1,98 @@
+"""A user's ranking against plain arithmetic on separately scored titles, and what decides it besides the model."""
+
+import numpy as np
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dmpo_dist.config import RunConfig, ScratchModel, TemplateConfig
+from dmpo_dist.data.requests import Catalogue, RankingRequest
+from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.ranking import Ranker, reference_of
+from dmpo_dist.evaluation.scoring import score_token_groups
+from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model, write_stamp
+
+TITLES = ("Heat", "Alien", "Alien 3", "Aliens", "The Thing", "The Fly", "The Fly (1958)", "Up")
+COUNTS = np.array([9, 0, 3, 1, 80, 2, 0, 5])
+CATALOGUE = Catalogue(TITLES, COUNTS)
+HISTORY = ("Alien", "The Fly", "Tron")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole model, another of the same tokenizer, and an adapter of the first that says it started from the second."""
+    folder = tmp_path_factory.mktemp("models")
+    scratch = ScratchModel(hidden_size=16, layers=2, heads=2, intermediate_size=24, vocab_size=300)
+    for seed, name in enumerate(("base", "other")):
+        make_scratch_model(folder / name, scratch, list(TITLES), 128, seed)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, lora).save_pretrained(folder / "adapter")
+    write_stamp(folder / "adapter", TemplateConfig(), stage="train", start=str(folder / "other"))
+    return folder
+
+
+def config(**ranking):
+    return RunConfig.model_validate({"model": {"max_length": 128}, "ranking": ranking})
+
+
+def log_probs(model, titles):
+    """By the layouts that training and evaluation use, and the numbers of scored tokens."""
+    tokenizer = load_tokenizer(find_model(str(model)))
+    encode = GroupTokenizer(tokenizer, make_template(TemplateConfig(), tokenizer), 128)
+    group = encode(PreferenceGroup("u", 0, HISTORY, titles[0], tuple(titles[1:])))
+    lengths = [len(branch) - start for branch, start in zip(group.branches, group.scored_from, strict=True)]
+    return score_token_groups(str(model), config().model, [group], 4096)[0], np.array(lengths)
+
+
+def ranked(model, request, top=20, **ranking):
+    out = Ranker(str(model), config(**ranking), CATALOGUE, top)(request)
+    assert out.user == request.user
+    assert out.scores == sorted(out.scores, reverse=True)
+    return dict(zip(out.titles, out.scores, strict=True))
+
+
+WHOLE = RankingRequest("u", HISTORY, None)
+
+
+def test_the_whole_catalogue_without_the_history(folder):
+    scores, _ = log_probs(folder / "adapter", TITLES)
+    expected = {title: score for title, score in zip(TITLES, scores, strict=True) if title not in HISTORY}
+    assert ranked(folder / "adapter", WHOLE) == pytest.approx(expected, rel=1e-5)
+    with_history = ranked(folder / "adapter", WHOLE, exclude_history=False)
+    assert with_history == pytest.approx(dict(zip(TITLES, scores, strict=True)), rel=1e-5)
+    best = ranked(folder / "adapter", WHOLE, top=2)
+    assert list(best) == sorted(expected, key=expected.__getitem__, reverse=True)[:2]
+
+
+def test_given_candidates_are_ranked_as_they_are(folder):
+    few = ("Up", "Alien", "Heat")
+    scores, _ = log_probs(folder / "adapter", few)
+    expected = dict(zip(few, scores, strict=True))
+    assert ranked(folder / "adapter", RankingRequest("u", HISTORY, few)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("reference", "model"), [("base", "base"), ("start", "other"), (None, None)])
+def test_reference_length_and_popularity(folder, reference, model):
+    scores, lengths = log_probs(folder / "adapter", TITLES)
+    if model:
+        scores = scores - log_probs(folder / model, TITLES)[0]
+    expected = dict(zip(TITLES, scores / lengths - 0.3 * np.log1p(COUNTS), strict=True))
+    options = {"reference": reference, "length_normalize": True, "popularity_weight": 0.3, "exclude_history": False}
+    seen = ranked(folder / "adapter", WHOLE, **options)
+    assert seen == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_references_that_cannot_be(folder, tmp_path):
+    whole = find_model(str(folder / "base"))
+    with pytest.raises(UserError, match="ranking.reference=base: .*whole model without a base"):
+        reference_of(whole, "base")
+    with pytest.raises(UserError, match="does not say what it was started from"):
+        reference_of(whole, "start")
+    scratch = ScratchModel(hidden_size=16, layers=1, heads=2, intermediate_size=24, vocab_size=280)
+    make_scratch_model(tmp_path / "tokens", scratch, ["quite other words"], 128, 0)
+    with pytest.raises(UserError, match="has another tokenizer"):
+        Ranker(str(folder / "base"), config(reference=str(tmp_path / "tokens")), CATALOGUE, 1)

@@ -1,0 +1,75 @@
+"""Ranks among the whole catalogue by hand: candidates from the log, scores from one response at a time."""
+
+import numpy as np
+import pytest
+
+from dmpo_dist.config import DataConfig, RunConfig, ScratchModel
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer
+from dmpo_dist.evaluation.metrics import top_metrics
+from dmpo_dist.evaluation.scoring import score_token_groups
+from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
+from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    source = {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}
+    sizes = {"negatives_per_group": 6, "evaluation_negatives": 4}
+    data = prepare(DataConfig.model_validate({"source": source, **sizes}), 0, folder / "data", echo=lambda _: None)
+    scratch = ScratchModel(hidden_size=16, layers=1, heads=2, intermediate_size=16, vocab_size=300)
+    make_scratch_model(folder / "model", scratch, data.items["title"].tolist(), 256, seed=0)
+    return data, str(folder / "model")
+
+
+CONFIG = RunConfig.model_validate({"model": {"max_length": 256}, "evaluation": {"bootstrap_samples": 100}})
+
+
+def candidates(data, row):
+    """Item and title of the positive, then of all that the log does not show with the user before the request."""
+    log = data.interactions
+    taken = set(log[(log["user"] == row["user"]) & (log["timestamp"] < row["timestamp"])]["item"])
+    titles = dict(zip(data.items["item"], data.items["title"], strict=True))
+    left = [item for item in titles if item not in taken and item != row["positive_item"]]
+    return [row["positive_item"], *left], [row["positive"], *(titles[item] for item in left)]
+
+
+def assert_equal(seen, expected):
+    assert seen.keys() == expected.keys()
+    for metric, values in expected.items():
+        np.testing.assert_allclose(seen[metric], values, atol=1e-12, err_msg=metric)
+
+
+def test_a_model(world):
+    data, model = world
+    tokenizer = load_tokenizer(find_model(model))
+    encode = GroupTokenizer(tokenizer, make_template(CONFIG.template, tokenizer), 256)
+    groups = []
+    for row in data.test:
+        titles = candidates(data, row)[1]
+        groups.append(encode(PreferenceGroup(row["user"], 0, tuple(row["history"]), titles[0], tuple(titles[1:]))))
+    expected = top_metrics(score_token_groups(model, CONFIG.model, groups, 4096))
+    assert_equal(WholeCatalogue(data).model(model, CONFIG), expected)
+
+
+def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
+    data, _ = world
+    scores = []
+    for row in data.test:
+        log = data.interactions[data.interactions["timestamp"] < row["timestamp"]]
+        counts = log["item"].value_counts()
+        scores.append(np.array([float(counts.get(item, 0)) for item in candidates(data, row)[0]]))
+    expected = top_metrics(scores)
+    seen = WholeCatalogue(data).baselines(CONFIG)
+    assert_equal(seen["popularity"], expected)
+    assert set(seen) == {"random", "popularity", "item_knn"}
+    assert CANDIDATES_AT_ONCE > 3 * 40
+    monkeypatch.setattr("dmpo_dist.evaluation.whole_catalogue.CANDIDATES_AT_ONCE", 3 * 40)
+    for name, metrics in WholeCatalogue(data).baselines(CONFIG).items():
+        assert_equal(metrics, seen[name])
+    shown = summary(seen, 40, 100, 0)["models"]["popularity"]["hr@10"]
+    assert shown["value"] == pytest.approx(expected["hr@10"].mean())
+    assert shown["low"] <= shown["value"] <= shown["high"]

@@ -1,0 +1,218 @@
+"""The planner against real models, and what must hold of any plan."""
+
+import json
+from dataclasses import replace
+from math import ceil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dmpo_dist.bench.flops import forward_flops, shared_work, step_flops
+from dmpo_dist.cli import app
+from dmpo_dist.config import LoraConfig, ModelConfig, RunConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import find_model, load_policy
+from dmpo_dist.modeling.logprobs import LogProbModel
+from dmpo_dist.modeling.routing import use_backend
+from dmpo_dist.planning.gpus import GPUS, find_gpu
+from dmpo_dist.planning.memory import Zero
+from dmpo_dist.planning.model import Row, blueprint
+from dmpo_dist.planning.plan import Cluster, Lengths, changed, make_plan, make_rank
+from dmpo_dist.planning.recommend import faster, smallest_change
+from tests.conftest import tiny_model
+
+MIDDLE = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+LENGTHS = Lengths(prompt=500, response=12, groups=10_000)
+ROW = Row(prompt=20, response=5, negatives=3, tokens=144, shared=True)
+
+
+@pytest.fixture(scope="module")
+def middle(tmp_path_factory):
+    """A folder with the config.json of a model of 2.4 G parameters."""
+    folder = tmp_path_factory.mktemp("middle")
+    (folder / "config.json").write_text(json.dumps(MIDDLE))
+    return folder
+
+
+def run_config(folder, lora=True, **model) -> RunConfig:
+    adapters = LoraConfig().model_dump() if lora else None
+    model = {"path": str(folder), "dtype": "bfloat16", "lora": adapters, "max_length": 1024} | model
+    return RunConfig.model_validate({"model": model, "train": {"global_batch_size": 256, "token_budget": 4096}})
+
+
+def cluster(name="rtx4090-24g", nodes=1) -> Cluster:
+    return Cluster(name, find_gpu(name, 8), nodes, 8)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=4), LoraConfig(r=4, variant="dora")])
+def test_parameters_are_those_of_the_loaded_model(kind, lora, tmp_path):
+    tiny_model(kind).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), lora=lora, max_length=64)
+    model, mode = load_policy(find_model(str(tmp_path)), config)
+    plan = blueprint(config)
+    assert plan.sizes.total == sum(p.numel() for p in model.parameters())
+    assert plan.sizes.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.reference == mode
+
+
+def test_an_adapter_to_go_on_from_is_there_twice(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    config = ModelConfig(path=str(tmp_path / "base"), lora=LoraConfig(r=4), max_length=64)
+    model, _ = load_policy(find_model(config.path), config)
+    model.save_pretrained(tmp_path / "adapter")
+    config = ModelConfig(path=str(tmp_path / "adapter"), max_length=64)
+    model, mode = load_policy(find_model(config.path), config)
+    plan = blueprint(config)
+    assert plan.reference == mode == "adapter_copy"
+    assert plan.sizes.total == sum(p.numel() for p in model.parameters())
+    assert plan.sizes.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=4)])
+def test_what_the_trace_keeps_is_what_autograd_saves(lora, checkpointing, tmp_path):
+    """The oracle runs the loaded model on the CPU and adds up the storages that autograd saves."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), lora=lora, max_length=64, gradient_checkpointing=checkpointing)
+    model, _ = load_policy(find_model(str(tmp_path)), config)
+    use_backend(model.get_base_model() if lora else model, "two_part")
+    module, layout = LogProbModel(model), ROW.layout(97)
+    given = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *vars(layout).values(), *vars(layout.targets).values()] if isinstance(p, torch.Tensor)}  # fmt: skip
+    saved: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        log_probs = module(layout)
+    trace = blueprint(config).trace(ROW, "two_part", cuda=False, keep_gradients=False)
+    angles = (
+        2 * ROW.tokens * 8 * 4 if checkpointing else 0
+    )  # cosines and sines, kept as an argument to run a layer again
+    assert trace.saved == pytest.approx(sum(saved.values()) + angles, rel=0.03)
+    assert log_probs.requires_grad
+
+
+def test_activations_grow_in_proportion_to_the_row(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    plan = blueprint(ModelConfig(path=str(tmp_path), max_length=64))
+    one, two, four = (
+        plan.trace(replace(ROW, tokens=n * ROW.group_tokens), "two_part", False, False).saved for n in (2, 4, 8)
+    )
+    assert four - two == pytest.approx(2 * (two - one), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_shards_sum_to_the_whole(stage, middle):
+    """Terms that are divided give, times the ranks, what one rank alone holds; the others stay as they are."""
+    config = changed(run_config(middle, lora=False), deepspeed=stage)
+    alone, *many = (
+        {t.name: t.bytes for t in make_rank(config, ROW, n, cuda=True, backend=None).device_terms()} for n in (1, 2, 8)
+    )
+    divided = {"AdamW's two moments", "fp32 weights", "gradients, this rank's part"}
+    divided |= {"weights", "frozen reference"} if stage == "zero3" else set()
+    for n, terms in zip((2, 8), many, strict=True):
+        for name in divided:
+            assert n * terms[name] == pytest.approx(alone[name], abs=32 * n)
+        assert (terms["weights"] == alone["weights"]) == (stage != "zero3")
+
+
+def test_nf4_takes_what_the_format_says(middle):
+    """Per weight 4 bits and a scale for 64: in fp32, or in 8 bits with an fp32 scale for 256 of them."""
+    config = run_config(middle)
+    sizes = blueprint(config.model).sizes
+    for double, bits in ((False, 4 + 32 / 64), (True, 4 + 8 / 64 + 32 / 64 / 256)):
+        config = changed(config, model__quantization="nf4", model__double_quantization=double)
+        weights = make_rank(config, ROW, 8, True, None).device_terms()[0].bytes
+        assert weights == pytest.approx(2 * (sizes.total - sizes.linear) + sizes.linear * bits / 8, rel=1e-6)
+    assert sizes.linear == 6 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+
+
+def test_more_gpus_and_smaller_groups_never_cost_more(middle):
+    config = changed(run_config(middle), deepspeed="zero3")
+    plans = [make_plan(config, cluster("h100-80g", nodes), LENGTHS) for nodes in (1, 2, 4)]
+    peaks, speeds = [p.peak for p in plans], [p.groups_per_second for p in plans]
+    assert peaks == sorted(peaks, reverse=True)
+    assert speeds == sorted(speeds)
+    for name, values in {"negatives": (1, 3, 7), "prompt": (100, 300, 900)}.items():
+        seconds = []
+        for value in values:
+            lengths = replace(LENGTHS, prompt=value) if name == "prompt" else LENGTHS
+            other = changed(config, train__negatives=value) if name == "negatives" else config
+            seconds.append(make_plan(other, cluster("h100-80g"), lengths).seconds)
+        assert seconds == sorted(seconds)
+
+
+def test_time_is_the_flop_models(middle):
+    """With LoRA and no recomputation but the head's, a group takes what ``bench.flops`` says and one more head."""
+    plan = make_plan(run_config(middle), cluster("h100-80g"), LENGTHS)
+    work = shared_work(500, 12, 7)
+    expected = step_flops(plan.blueprint.shape, work) + forward_flops(plan.blueprint.shape, work).head
+    assert sum(plan.step.flops().values()) == expected
+    assert plan.steps == ceil(10_000 / 256)
+
+
+def test_a_recommendation_fits_when_planned_again(middle):
+    plan = make_plan(run_config(middle, lora=False), cluster(), LENGTHS)
+    assert not plan.fits
+    advice = smallest_change(plan, LENGTHS)
+    assert advice is not None
+    overrides = [f"model.path={middle}", "model.dtype=bfloat16", "model.max_length=1024", "train.global_batch_size=256"]
+    options = ["--gpu", "rtx4090-24g", "--prompt", "500", "--groups", "10000", "--json"]
+    again = CliRunner().invoke(app, ["plan", *options, *overrides, "train.token_budget=4096", *advice.change.keys])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["peak_bytes"] == advice.plan.peak <= cluster().capacity
+
+
+def test_room_is_used(middle):
+    plan = make_plan(run_config(middle, gradient_checkpointing=True), cluster("h200-141g"), LENGTHS)
+    assert plan.fits
+    advice = faster(plan, LENGTHS)
+    assert advice is not None
+    assert advice.plan.fits
+    assert advice.plan.seconds < plan.seconds
+    assert "model.gradient_checkpointing=false" in advice.change.keys
+
+
+def test_buckets_of_a_configuration_count(middle):
+    """ZeRO-2 as shipped overlaps: two buckets of 500 M elements."""
+    plan = make_plan(run_config(middle), cluster("h100-80g"), LENGTHS)
+    assert plan.zero == Zero(2, False, False, 500_000_000, 2, 1_050_000_000)
+    bucket = next(t for t in plan.terms if t.name == "gradient bucket")
+    assert bucket.bytes == 2 * 2 * 500_000_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "h200"], "the nearest is h200-141g"),
+        (["--nodes", "64"], "raise it to at least 512"),
+        (["train.token_budget=100"], "raise it, or lower --prompt"),
+        (["--prompt", "1020"], "model.max_length=1024"),
+        (["model.path=./nowhere"], "config.json"),
+        (["--gpu", "rtx4090-24g", "--gpus-per-node", "1", "model.lora=null", "deepspeed=zero3_offload",
+          "model.gradient_checkpointing=true", "model.scratch={hidden_size: 65536, layers: 2, heads: 64, intermediate_size: 262144}"], "at its smallest"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_says_what_to_do(options, message, middle):
+    path = "scratch" if any("scratch" in o for o in options) else str(middle)
+    fixed = ["-c", "pretrained_lora", f"model.path={path}", "train.global_batch_size=256"]
+    result = CliRunner().invoke(app, ["plan", *fixed, *options])
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+
+
+def test_every_gpu_has_a_data_sheet_peak():
+    for gpu in GPUS.values():
+        assert gpu.peak("bfloat16") > gpu.peak("float32") > 1e13
+        assert gpu.memory > 20 * 2**30
+        assert gpu.intra > gpu.inter
