@@ -76,8 +76,8 @@ def test_the_table_says_what_each_run_is(world):
     root, evaluation, _ = world
     lines = shown(show_runs, find_runs(root), root).splitlines()
     a, bb, ccc = (next(line.split() for line in lines if line.split()[:1] == [name]) for name in ("a", "bb", "ccc"))
-    assert a[1:3] == ["sft", "scratch"]
-    assert bb[1:4] == ["train", "scratch", "sdpo"]
+    assert a[1:3] == ["scratch", "sft"]
+    assert bb[1:4] == ["scratch", "train", "sdpo"]
     test = f"{evaluation['models']['dmpo']['ndcg@10']['value']:.3f}"
     assert " ".join(bb[4:]).startswith(f"40/40 0.500 20 {test} 8.0 2001-09-09")
     assert bb[-2:] == ["01234567*", "finished"]

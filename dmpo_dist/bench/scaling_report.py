@@ -23,14 +23,15 @@ PANELS = {
     "communication_share": "Share of a step in collectives (profiled)",
 }
 COLUMNS = {
-    "mode": "{}", "setting": "{}", "workers": "{}", "groups": "{}", "step_ms": "{:.0f}", "step_ms_spread": "{}",
-    "groups_per_second": "{:.1f}", "efficiency": "{:.2f}", "efficiency_cpu": "{:.2f}", "memory_gib_per_worker": "{:.2f}",
-    "communication_share": "{:.0%}", "waiting_share": "{:.0%}",
+    "mode": ("scaling", "{}"), "setting": ("setting", "{}"), "workers": ("workers", "{}"), "groups": ("groups", "{}"),
+    "step_ms": ("step ms", "{:.0f}"), "spread": ("spread", "{}"), "groups_per_second": ("groups/s", "{:.1f}"),
+    "efficiency": ("eff.", "{:.2f}"), "efficiency_cpu": ("CPU eff.", "{:.2f}"), "memory_gib_per_worker": ("GiB", "{:.2f}"),
+    "communication_share": ("comm.", "{:.0%}"), "waiting_share": ("waits", "{:.0%}"),
 }  # fmt: skip
 EXPLANATION = (
-    "step_ms: median, spread: quartiles; efficiency: groups/s over those of the fewest workers times the ratio of workers; "
-    "efficiency_cpu: the same by CPU seconds per group, which a busy machine disturbs less; communication: time in "
-    "collectives, waiting for other ranks included; waiting: share of the step a rank's thread slept"
+    "setting: ZeRO stage, token budget; step: median, spread: quartiles; eff.: groups/s over those of the fewest workers times the ratio of workers; "
+    "CPU eff.: the same by CPU seconds per group, which a busy machine disturbs less; comm.: time in "
+    "collectives, waiting for other ranks included; waits: share of the step a rank's thread slept"
 )
 
 
@@ -70,12 +71,10 @@ def report_scaling(results: Sequence[dict[str, Any]], folder: Path, console: Con
     table.drop(columns=["kind"], errors="ignore").to_parquet(folder / "scaling.parquet")
     shown = table.assign(
         setting=[_setting(row) for row in table[SETTING].itertuples(index=False)],
-        step_ms_spread=[
-            f"{low:.0f} – {high:.0f}" for low, high in zip(table["step_ms_low"], table["step_ms_high"], strict=True)
-        ],
+        spread=[f"{low:.0f}–{high:.0f}" for low, high in zip(table["step_ms_low"], table["step_ms_high"], strict=True)],
     )
-    cells = [[form.format(row[name]) for name, form in COLUMNS.items()] for _, row in shown.iterrows()]
-    headings = [name.replace("_", " ").removesuffix(" per worker").removesuffix(" share") for name in COLUMNS]
+    cells = [[form.format(row[name]) for name, (_, form) in COLUMNS.items()] for _, row in shown.iterrows()]
+    headings = [heading for heading, _ in COLUMNS.values()]
     lines = [
         "# Scaling",
         "",
@@ -85,7 +84,9 @@ def report_scaling(results: Sequence[dict[str, Any]], folder: Path, console: Con
     lines += ["| " + " | ".join(row) + " |" for row in cells] + ["", EXPLANATION + "."]
     (folder / "scaling.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw_scaling(table, folder / "scaling.png")
-    terminal = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
+    terminal = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        terminal.add_column(heading, no_wrap=True)
     for row in cells:
         terminal.add_row(*row)
     console.print(terminal)
@@ -126,4 +127,4 @@ def _finish(axes: Axes, title: str, workers: Sequence[int]) -> None:
 
 def _setting(setting: Sequence[Any]) -> str:
     zero, offload, budget = setting
-    return f"ZeRO-{zero}" + (" offload" if offload else "") + f", {budget} tokens"
+    return f"ZeRO-{zero}" + (" offload" if offload else "") + f", {budget}"

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ from dmpo_dist.planning.simulate import (
 from dmpo_dist.training.curves import GREY
 
 COUNTS = tuple(2**power for power in range(13))
+CONSTANTS = {
+    "flops": "a FLOP", "micro_batches": "a micro-batch", "gathers": "a gathered module", "messages": "a message",
+    "bytes": "a byte",
+}  # fmt: skip
 PANELS = {
     "useful_groups_per_second": "Groups per second that last",
     "efficiency": "Efficiency of a GPU",
@@ -55,8 +59,8 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
     return cells
 
 
-def calibrate_cells(cells: Sequence[dict[str, Any]]) -> Calibration:
-    """Fit the model to the median steps of ``cells``."""
+def calibrate_cells(cells: Sequence[dict[str, Any]], seconds: Callable[[dict[str, Any]], float]) -> Calibration:
+    """Fit the model to ``seconds`` of each of ``cells``."""
     works = [
         Workload(
             flops=cell["flops"],
@@ -70,31 +74,42 @@ def calibrate_cells(cells: Sequence[dict[str, Any]]) -> Calibration:
         )
         for cell in cells
     ]
-    return calibrate(works, [cell["workers"] for cell in cells], [_median(cell) for cell in cells])
+    return calibrate(works, [cell["workers"] for cell in cells], [seconds(cell) for cell in cells])
 
 
-def show_calibration(cells: Sequence[dict[str, Any]], fit: Calibration, console: Console) -> None:
-    """Each cell as measured, as fitted, and as predicted by a fit that has not seen it."""
-    table = Table("cell", "measured ms", "fitted ms", "left out ms", "error", box=box.SIMPLE_HEAD, pad_edge=False)
-    errors = []
-    for cell, fitted, predicted in zip(cells, fit.fitted, fit.held_out, strict=True):
-        measured = _median(cell)
-        errors.append(abs(predicted / measured - 1))
-        name = f"{cell['workers']} x ZeRO-{cell['zero']}, {cell['groups']} groups"
-        table.add_row(
-            name,
-            f"{1000 * measured:.0f}",
-            f"{1000 * fitted:.0f}",
-            f"{1000 * predicted:.0f}",
-            f"{predicted / measured - 1:+.0%}",
+def show_calibration(cells: Sequence[dict[str, Any]], console: Console) -> None:
+    """Each cell as measured, as fitted, and as predicted by a fit that has not seen it: by the clock, and by the CPU
+    seconds of a rank, which leave out waiting and what other programs take."""
+    for what, seconds in (("clock", clock_seconds), ("CPU", cpu_seconds)):
+        fit = calibrate_cells(cells, seconds)
+        table = Table(
+            "cell", "measured ms", "fitted ms", "left out ms", "error", title=f"A step by the {what}", title_justify="left",
+            box=box.SIMPLE_HEAD, pad_edge=False,
+        )  # fmt: skip
+        errors = []
+        for cell, fitted, predicted in zip(cells, fit.fitted, fit.held_out, strict=True):
+            measured = seconds(cell)
+            errors.append(abs(predicted / measured - 1))
+            times = [f"{1000 * value:.0f}" for value in (measured, fitted, predicted)]
+            name = f"{cell['workers']} x ZeRO-{cell['zero']}, {cell['groups']} groups"
+            table.add_row(name, *times, f"{predicted / measured - 1:+.0%}")
+        console.print(table)
+        constants = ", ".join(f"{CONSTANTS[name]} {value:.3g}" for name, value in fit.coefficients.items())
+        console.print(f"fitted seconds: {constants}", highlight=False)
+        console.print(
+            f"error of a cell left out of the fit: median {statistics.median(errors):.0%}, largest {max(errors):.0%}",
+            highlight=False,
         )
-    console.print(table)
-    constants = ", ".join(f"{value:.3g} s per {name.rstrip('s')}" for name, value in fit.coefficients.items())
-    console.print(f"fitted: {constants}", highlight=False)
-    console.print(
-        f"error of a cell left out of the fit: median {statistics.median(errors):.0%}, largest {max(errors):.0%}",
-        highlight=False,
-    )
+
+
+def clock_seconds(cell: dict[str, Any]) -> float:
+    """The median step by rank 0's clock."""
+    return statistics.median(cell["step_seconds"])
+
+
+def cpu_seconds(cell: dict[str, Any]) -> float:
+    """The CPU seconds of a rank's median step."""
+    return cell["cpu_seconds"]
 
 
 def make_workload(
@@ -210,7 +225,3 @@ def _assumptions(work: Workload, machine: Machine, title: str) -> str:
             "groups a GPU stay the same (weak scaling)",
         ]
     )  # fmt: skip
-
-
-def _median(cell: dict[str, Any]) -> float:
-    return statistics.median(cell["step_seconds"])

@@ -225,8 +225,7 @@ def bench_simulate(
         raise UserError(f"--gpu {gpu} is not known; known are {', '.join(DENSE_BF16_PEAKS)}")
     console = make_console()
     if cells is not None:
-        measured = simulation.read_cells(cells)
-        simulation.show_calibration(measured, simulation.calibrate_cells(measured), console)
+        simulation.show_calibration(simulation.read_cells(cells), console)
     if model_config is not None:
         check_outputs(output, output.with_suffix(".png"))
         network = Network(Link(3e-6, 1e9 * node_bandwidth), Link(10e-6, 1e9 * fabric_bandwidth), gpus_per_node=8)

@@ -40,8 +40,10 @@ def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
     names, evaluations = run_names(runs, root), find_evaluations(root)
     caption = f"best: {METRIC} on validation, at the step whose weights were selected; test: {METRIC} where evaluated"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-    for heading in ("run", "stage", "start", "objective"):
+    for heading in ("run", "start"):
         table.add_column(heading, overflow="fold")
+    for heading in ("stage", "objective"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("steps", "best", "at step", "test", "groups/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("when", "commit", ""):
@@ -50,8 +52,8 @@ def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
         done, total = run.steps
         table.add_row(
             name,
-            run.stage or "-",
             _start(run),
+            run.stage or "-",
             run.config["objective"]["name"] if run.stage == "train" else "-",
             f"{done}/{total}" if total else "-",
             _number(run.result().get(f"validation/{METRIC}"), ".3f"),
