@@ -21,7 +21,15 @@ from datasets import Dataset
 from dmpo_dist.config_data import DataConfig
 from dmpo_dist.data.assemble import LOG_COLUMNS, MILLISECONDS, items_of_events, unique_titles
 from dmpo_dist.data.card import summary
-from dmpo_dist.data.folder import checked_for_leaks, make_card, save_split, whole_folder, write_card
+from dmpo_dist.data.folder import (
+    CHECKED_ROWS,
+    checked_for_leaks,
+    make_card,
+    sample_rows,
+    save_split,
+    whole_folder,
+    write_card,
+)
 from dmpo_dist.data.groups import facts_of, log_rows, requests_of, require_groups, with_enough_candidates
 from dmpo_dist.data.negatives import NegativeSampler, World
 from dmpo_dist.data.sources import existing
@@ -31,7 +39,6 @@ from dmpo_dist.data.tables import read_table
 from dmpo_dist.errors import UserError
 
 EVENTS_AT_ONCE = 250_000  # of one share of the users
-CHECKED_ROWS = 10_000  # of each split, for the leak check
 BATCH = 1000
 
 
@@ -64,9 +71,13 @@ def prepare_stream(config: DataConfig, seed: int, output: Path, echo: Callable[[
         card = make_card(config, seed, log.name, log.notes, batched, tables) | facts_of(
             log.cuts, {split: dict(dropped[split]) for split in SPLITS}
         )
+        if max(map(len, rows.values())) > CHECKED_ROWS:
+            card["notes"].append(
+                f"Leak check on {CHECKED_ROWS} rows of a split at equal distances, and on their users' events."
+            )
         for note in card["notes"]:
             echo(note)
-        sample = {split: batched[split].sample(CHECKED_ROWS) for split in SPLITS}
+        sample = {split: sample_rows(rows[split]) for split in SPLITS}
         users = {row["user"] for part in sample.values() for row in part}
         card["leaks"] = checked_for_leaks(sample, log.events_of(users), card, echo, allow_leaks)
         for split in SPLITS:
@@ -373,8 +384,3 @@ class _Rows:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for first in range(0, len(self.table), BATCH):
             yield from self.table.select(range(first, min(first + BATCH, len(self.table)))).to_list()
-
-    def sample(self, limit: int) -> list[dict[str, Any]]:
-        """At most ``limit`` rows at equal distances."""
-        places = np.unique(np.linspace(0, len(self.table) - 1, min(limit, len(self.table))).astype(int))
-        return self.table.select(places).to_list() if len(self.table) else []
