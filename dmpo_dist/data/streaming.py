@@ -21,7 +21,15 @@ from datasets import Dataset
 from dmpo_dist.config_data import DataConfig
 from dmpo_dist.data.assemble import LOG_COLUMNS, MILLISECONDS, items_of_events, unique_titles
 from dmpo_dist.data.card import summary
-from dmpo_dist.data.folder import checked_for_leaks, make_card, save_split, whole_folder, write_card
+from dmpo_dist.data.folder import (
+    CHECKED_ROWS,
+    checked_for_leaks,
+    make_card,
+    sample_rows,
+    save_split,
+    whole_folder,
+    write_card,
+)
 from dmpo_dist.data.groups import facts_of, log_rows, requests_of, require_groups, with_enough_candidates
 from dmpo_dist.data.negatives import NegativeSampler, World
 from dmpo_dist.data.sources import existing
@@ -31,7 +39,6 @@ from dmpo_dist.data.tables import read_table
 from dmpo_dist.errors import UserError
 
 EVENTS_AT_ONCE = 250_000  # of one share of the users
-CHECKED_ROWS = 10_000  # of each split, for the leak check
 BATCH = 1000
 
 
@@ -56,7 +63,7 @@ def prepare_stream(config: DataConfig, seed: int, output: Path, echo: Callable[[
         )
         if not found["train"]:
             raise UserError("every training request has too few candidates; lower data.negatives_per_group")
-        rows = {split: _sorted_rows(log, work, split) for split in SPLITS}
+        rows = {split: _sorted_rows(work, split) for split in SPLITS}
         rows["validation"], left_out = _sampled(rows["validation"], config.max_validation_users, seed)
         dropped["validation"]["over_max_validation_users"] = left_out
         tables = {"items": log.items, "interactions": pd.DataFrame()}
@@ -64,9 +71,13 @@ def prepare_stream(config: DataConfig, seed: int, output: Path, echo: Callable[[
         card = make_card(config, seed, log.name, log.notes, batched, tables) | facts_of(
             log.cuts, {split: dict(dropped[split]) for split in SPLITS}
         )
+        if max(map(len, rows.values())) > CHECKED_ROWS:
+            card["notes"].append(
+                f"Leak check on {CHECKED_ROWS} rows of a split at equal distances, and on their users' events."
+            )
         for note in card["notes"]:
             echo(note)
-        sample = {split: batched[split].sample(CHECKED_ROWS) for split in SPLITS}
+        sample = {split: sample_rows(rows[split]) for split in SPLITS}
         users = {row["user"] for part in sample.values() for row in part}
         card["leaks"] = checked_for_leaks(sample, log.events_of(users), card, echo, allow_leaks)
         for split in SPLITS:
@@ -86,7 +97,7 @@ class _Log:
     """The cleaned log in a DuckDB file: table ``log`` (user, item, rating, timestamp), and facts about it."""
 
     def __init__(self, config: DataConfig, work: Path, echo: Callable[[str], None]) -> None:
-        self._sql = _connect(work, config.stream_memory)
+        self._sql, self._memory_error = _connect(work, config.stream_memory)
         folder = existing(config.source.path, "data.source.kind=parquet needs data.source.path")
         shards = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
         if not shards:
@@ -107,19 +118,23 @@ class _Log:
         echo(f"{self.size:,} interactions of {self.users:,} users and {len(self.items):,} items")
         self.cuts = None
         if config.split == "time":
-            times = self._sql.execute("SELECT timestamp FROM log").fetchnumpy()["timestamp"]
+            times = self._run("SELECT timestamp FROM log").fetchnumpy()["timestamp"]
             self.cuts = time_cuts(times, config.validation_quantile, config.test_quantile)
 
+    def _run(self, query: str, parameters: list[Any] | None = None) -> Any:
+        try:
+            return self._sql.execute(query, parameters)
+        except self._memory_error as error:
+            raise UserError(f"{_first_line(error)}; raise data.stream_memory") from None
+
     def _one(self, query: str) -> Any:
-        return self._sql.execute(query).fetchone()[0]
+        return self._run(query).fetchall()[0][0]
 
     def _read(self, shards: list[Path], config: DataConfig) -> None:
         """Table ``raw``: user and item as text, rating and seconds as numbers or null, file and row."""
         files = [str(shard) for shard in shards]
         try:
-            described = self._sql.execute(
-                "DESCRIBE SELECT * FROM read_parquet($1, union_by_name=true)", [files]
-            ).fetchall()
+            described = self._run("DESCRIBE SELECT * FROM read_parquet($1, union_by_name=true)", [files]).fetchall()
         except Exception as error:  # DuckDB's own errors for damaged files
             raise UserError(f"{shards[0].parent}: not readable Parquet files ({_first_line(error)})") from None
         types = {name: kind for name, kind, *_ in described}
@@ -139,7 +154,7 @@ class _Log:
             f"{_text(names[column])} AS {column}" if names[column] in types else f"'' AS {column}"
             for column in ("title", "genres")
         ]
-        self._sql.execute(
+        self._run(
             f"""CREATE TABLE raw AS SELECT {_text(names["user"])} AS user, {_text(names["item"])} AS item,
             TRY_CAST({_quoted(names["rating"])} AS DOUBLE) AS rating, floor({moment}) AS timestamp, {", ".join(titles)},
             filename, file_row_number AS row FROM read_parquet($1, union_by_name=true, filename=true, file_row_number=true)""",
@@ -155,19 +170,19 @@ class _Log:
             )
         sound = f"""user <> '' AND item <> '' AND isfinite(rating) AND isfinite(timestamp)
             AND abs(timestamp) <= {MILLISECONDS}"""
-        bad = self._sql.execute(
+        bad = self._run(
             f"""SELECT filename, row, user, item, rating, timestamp, count(*) OVER () FROM raw
             WHERE NOT coalesce({sound}, false) ORDER BY filename, row LIMIT 1"""
-        ).fetchone()
-        if bad is None:
+        ).fetchall()
+        if not bad:
             return
-        file, row, user, item, rating, moment, count = bad
+        file, row, user, item, rating, moment, count = bad[0]
         if count > tolerated * self._one("SELECT count(*) FROM raw"):
             raise UserError(
                 f"{file}, row {row + 1}: malformed (user {user!r}, item {item!r}, rating {rating}, timestamp {moment}; {count} "
                 "such rows); mend it or raise data.source.tolerated_rows"
             )
-        self._sql.execute(f"DELETE FROM raw WHERE NOT coalesce({sound}, false)")
+        self._run(f"DELETE FROM raw WHERE NOT coalesce({sound}, false)")
         self.notes.append(
             f"{count} malformed rows skipped (no user or item, or no number where one must be), the first in {file}, row "
             f"{row + 1}."
@@ -176,9 +191,9 @@ class _Log:
     def _items(self, config: DataConfig, folder: Path) -> pd.DataFrame:
         """One row per item with a unique title; table ``raw`` then names each by the item that stands for it."""
         source = config.source
-        taken = self._sql.execute("SELECT DISTINCT item FROM raw").df()
+        taken = self._run("SELECT DISTINCT item FROM raw").df()
         if source.items_path is None:
-            items = self._sql.execute(
+            items = self._run(
                 """SELECT item, min(title) AS title, min(genres) AS genres, max(title) AS other FROM raw GROUP BY item
                 ORDER BY min((filename, row))"""
             ).df()
@@ -197,32 +212,30 @@ class _Log:
         items, renamed = unique_titles(items, place, source.duplicate_titles, self.notes)
         if renamed:
             self._sql.register("renamed", pd.DataFrame({"old": list(renamed), "new": list(renamed.values())}))
-            self._sql.execute("UPDATE raw SET item = renamed.new FROM renamed WHERE raw.item = renamed.old")
+            self._run("UPDATE raw SET item = renamed.new FROM renamed WHERE raw.item = renamed.old")
         return items
 
     def _clean(self) -> None:
         """Table ``log``: the first event in time of each (user, item)."""
         rows = self._one("SELECT count(*) FROM raw")
-        self._sql.execute(
+        self._run(
             """CREATE TABLE log AS SELECT user, item, arg_min(rating, (timestamp, filename, row)) AS rating,
             CAST(min(timestamp) AS BIGINT) AS timestamp FROM raw GROUP BY user, item"""
         )
-        self._sql.execute("DROP TABLE raw")
+        self._run("DROP TABLE raw")
         repeated = rows - self.count("true")
         if repeated:
             self.notes.append(f"{repeated} repeated (user, item) events dropped, the first in time kept.")
 
     def _core(self, k: int) -> None:
         def facts() -> list[int]:
-            return list(
-                self._sql.execute("SELECT count(*), count(DISTINCT user), count(DISTINCT item) FROM log").fetchone()
-            )
+            return list(self._run("SELECT count(*), count(DISTINCT user), count(DISTINCT item) FROM log").fetchall()[0])
 
         before = after = facts()
         while True:
             size = after
             for column in ("user", "item"):
-                self._sql.execute(
+                self._run(
                     f"DELETE FROM log WHERE {column} IN (SELECT {column} FROM log GROUP BY {column} HAVING count(*) < {k})"
                 )
             after = facts()
@@ -230,7 +243,7 @@ class _Log:
                 break
         if not after[0]:
             raise UserError(f"data.k_core={k} leaves nothing of {before[0]} interactions; lower it")
-        kept = self._sql.execute("SELECT DISTINCT item FROM log").df()["item"]
+        kept = self._run("SELECT DISTINCT item FROM log").df()["item"]
         self.items = self.items[self.items["item"].isin(kept)].reset_index(drop=True)
         self.notes.append(
             f"{k}-core of the whole log: {after[0]} of {before[0]} interactions, {after[1]} of {before[1]} users, "
@@ -240,63 +253,56 @@ class _Log:
     def _order(self) -> None:
         """Each share of the users together on disk, so that one is read without the others."""
         self.shares = 1 + self.count("true") // EVENTS_AT_ONCE
-        self._sql.execute(
+        self._run(
             f"CREATE TABLE ordered AS SELECT *, hash(user) % {self.shares} AS share FROM log ORDER BY share, timestamp, user, item"
         )
-        self._sql.execute("DROP TABLE log")
-        self._sql.execute("ALTER TABLE ordered RENAME TO log")
+        self._run("DROP TABLE log")
+        self._run("ALTER TABLE ordered RENAME TO log")
 
     def count(self, condition: str) -> int:
         return int(self._one(f"SELECT count(*) FROM log WHERE {condition}"))
 
     def world(self, with_log: bool) -> World:
-        first = self._sql.execute("SELECT item, min(timestamp) AS t FROM log GROUP BY item ORDER BY t, item").df()
+        first = self._run("SELECT item, min(timestamp) AS t FROM log GROUP BY item ORDER BY t, item").df()
         names = first["item"].to_numpy(dtype=object)
         bare = {"timestamp": np.empty(0, dtype=np.int64), "code": np.empty(0, dtype=np.int32)}
         if with_log:
             self._sql.register("numbered", pd.DataFrame({"item": names, "code": np.arange(len(names), dtype=np.int32)}))
-            bare = self._sql.execute(
+            bare = self._run(
                 "SELECT timestamp, code FROM log JOIN numbered USING (item) ORDER BY timestamp, user, code"
             ).fetchnumpy()
         return World(names, first["t"].to_numpy(), bare["timestamp"], bare["code"])
 
     def share(self, number: int) -> pd.DataFrame:
         """All events of one share of the users, in the order of a log."""
-        return self._sql.execute(
+        return self._run(
             f"""SELECT user, item, rating, timestamp FROM log WHERE share = {number} ORDER BY timestamp, user, item"""
         ).df()
 
     def events_of(self, users: set[str]) -> pd.DataFrame:
         """All events of ``users``."""
         self._sql.register("asked", pd.DataFrame({"user": sorted(users)}))
-        return self._sql.execute("SELECT user, item, rating, timestamp FROM log SEMI JOIN asked USING (user)").df()
+        return self._run("SELECT user, item, rating, timestamp FROM log SEMI JOIN asked USING (user)").df()
 
     def write_interactions(self, file: Path) -> None:
-        self._sql.execute(
+        self._run(
             f"""COPY (SELECT user, item, rating, timestamp FROM log ORDER BY timestamp, user, item)
             TO '{str(file).replace("'", "''")}' (FORMAT parquet)"""
-        )
-
-    def sort_parquet(self, source: Path, target: Path) -> None:
-        """The rows of the files in ``source`` in the order of a split."""
-        pattern, file = (str(path).replace("'", "''") for path in (source / "*.parquet", target))
-        self._sql.execute(
-            f"""COPY (SELECT * FROM read_parquet('{pattern}') ORDER BY timestamp, user, positive_item)
-            TO '{file}' (FORMAT parquet)"""
         )
 
     def close(self) -> None:
         self._sql.close()
 
 
-def _connect(work: Path, memory: str) -> Any:
+def _connect(work: Path, memory: str) -> tuple[Any, type[Exception]]:
+    """A connection, and the error it raises when its memory is too small."""
     try:
         import duckdb
     except ImportError:
         raise UserError('data.stream=true needs duckdb; pip install "dmpo-dist[stream]"') from None
     settings = {"memory_limit": memory, "temp_directory": str(work / "spill"), "preserve_insertion_order": "false"}
     try:
-        return duckdb.connect(str(work / "log.duckdb"), config=settings)
+        return duckdb.connect(str(work / "log.duckdb"), config=settings), duckdb.OutOfMemoryException
     except duckdb.Error as error:
         raise UserError(f"data.stream_memory={memory}: {_first_line(error)}; write it as in 1GB") from None
 
@@ -343,14 +349,15 @@ def _write_shares(
     return found, dropped
 
 
-def _sorted_rows(log: _Log, work: Path, split: str) -> Dataset:
-    """The rows of a split in their order, read from disk as they are used."""
-    if not any((work / split).iterdir()):
+def _sorted_rows(work: Path, split: str) -> Dataset:
+    """The rows of a split in their order, read from disk as they are used; only their keys are sorted in memory."""
+    files = [str(file) for file in sorted((work / split).iterdir())]
+    if not files:
         return Dataset.from_dict({name: [] for name in ROW_FEATURES}, features=ROW_FEATURES)
-    file = work / f"{split}.parquet"
-    log.sort_parquet(work / split, file)
-    shutil.rmtree(work / split)
-    return Dataset.from_parquet(str(file), features=ROW_FEATURES, cache_dir=str(work / "cache"))
+    rows = Dataset.from_parquet(files, features=ROW_FEATURES, cache_dir=str(work / "cache"))
+    keys = rows.select_columns(["timestamp", "user", "positive_item"]).to_pandas()
+    order = keys.sort_values(["timestamp", "user", "positive_item"]).index.to_numpy()
+    return rows.select(order).flatten_indices(cache_file_name=str(work / f"{split}.arrow"))
 
 
 def _sampled(rows: Dataset, limit: int | None, seed: int) -> tuple[Dataset, int]:
@@ -373,8 +380,3 @@ class _Rows:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for first in range(0, len(self.table), BATCH):
             yield from self.table.select(range(first, min(first + BATCH, len(self.table)))).to_list()
-
-    def sample(self, limit: int) -> list[dict[str, Any]]:
-        """At most ``limit`` rows at equal distances."""
-        places = np.unique(np.linspace(0, len(self.table) - 1, min(limit, len(self.table))).astype(int))
-        return self.table.select(places).to_list() if len(self.table) else []
