@@ -37,6 +37,7 @@ from dmpo_dist.modeling.backbone import (
     load_tokenizer,
     read_model_config,
 )
+from dmpo_dist.modeling.quantize import quantization_of
 from dmpo_dist.provenance import Provenance, read_provenance
 
 Dtype = Literal["bfloat16", "float32"]
@@ -176,7 +177,8 @@ def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: s
 
 def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: bool) -> None:
     """Whether base and tokenizer go with the model."""
-    if getattr(base_config, "quantization_config", None) and (merge or not source.is_adapter):
+    stored = quantization_of(base_config)
+    if stored is not None and (merge or not source.is_adapter or stored not in ("nf4", "int8")):
         advice = (
             f"set base_model_name_or_path in {source.path}/{ADAPTER} to the full-precision model it was made from"
             if source.is_adapter
@@ -198,7 +200,8 @@ def _trained_as(origin: Provenance, base_config: Any) -> ModelConfig:
     context = getattr(base_config.get_text_config(), "max_position_embeddings", None) or 512
     length = run.get("max_length") or 512
     known = run.get("dtype") if run.get("dtype") in ("float32", "bfloat16", "float16") else "float32"
-    quantization = run.get("quantization") if run.get("quantization") in ("nf4", "int8") else "none"
+    asked = quantization_of(base_config) or run.get("quantization")
+    quantization = asked if asked in ("nf4", "int8") else "none"
     double = bool(run.get("double_quantization", True))
     return ModelConfig(
         dtype=known, max_length=min(int(length), int(context)), quantization=quantization, double_quantization=double

@@ -7,9 +7,9 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from dmpo_dist.bench.flops import Shape, Work, forward_flops, step_flops
 from dmpo_dist.bench.scaling import Cell, Sweep
 from dmpo_dist.bench.scaling_report import report_scaling, scaling_table
+from dmpo_dist.planning.flops import Shape, Work, forward_flops, step_flops
 
 SWEEP = Sweep(workers=(2, 4, 8), zero=(1, 3), offload=(False, True), token_budgets=(512, 2048), groups=16)
 

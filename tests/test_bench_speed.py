@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dmpo_dist.bench.contestants import BENCH_MODEL, LayoutContestant, ModelSpec, random_groups
+from dmpo_dist.batching.synthetic import random_groups
+from dmpo_dist.bench.contestants import BENCH_MODEL, LayoutContestant, ModelSpec
 from dmpo_dist.bench.gate import read_baseline, violations
 from dmpo_dist.bench.settings import Cell, check_outputs, make_settings
 from dmpo_dist.bench.speed import check_agreement

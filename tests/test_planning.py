@@ -8,13 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dmpo_dist.bench.flops import forward_flops, shared_work, step_flops
 from dmpo_dist.cli import app
 from dmpo_dist.config import LoraConfig, ModelConfig, RunConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, load_policy
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import use_backend
+from dmpo_dist.planning.flops import forward_flops, shared_work, step_flops
 from dmpo_dist.planning.gpus import GPUS, find_gpu
 from dmpo_dist.planning.memory import Zero
 from dmpo_dist.planning.model import Row, blueprint
@@ -153,7 +153,7 @@ def test_more_gpus_and_smaller_groups_never_cost_more(middle):
 
 
 def test_time_is_the_flop_models(middle):
-    """With LoRA and no recomputation but the head's, a group takes what ``bench.flops`` says and one more head."""
+    """With LoRA and no recomputation but the head's, a group takes what ``planning.flops`` says and one more head."""
     plan = make_plan(run_config(middle), cluster("h100-80g"), LENGTHS)
     work = shared_work(500, 12, 7)
     expected = step_flops(plan.blueprint.shape, work) + forward_flops(plan.blueprint.shape, work).head

@@ -4,7 +4,6 @@ All have the same random weights and adapters, read the same token ids, and take
 adapters off, policy forward, objective, backward, AdamW on the adapters. Laying out (ours) and collating (TRL) count.
 """
 
-import random
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmpo_dist.batching.layout import RowsLayout, lay_out
+from dmpo_dist.batching.synthetic import END_TOKEN, PAD_TOKEN
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.logprobs import LogProbModel
@@ -21,7 +21,6 @@ from dmpo_dist.modeling.routing import choose_backend, use_backend
 from dmpo_dist.objectives import Objective
 
 LORA_RANK = 16
-FIRST_TOKEN, END_TOKEN, PAD_TOKEN = 3, 2, 0
 BENCH_MODEL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6,
     "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1024, "max_position_embeddings": 8192,
@@ -86,25 +85,6 @@ class Contestant(Protocol):
 
     def tokens(self, group: TokenGroup) -> Tokens:
         """What ``group`` costs here."""
-
-
-def random_groups(
-    count: int, prompt: int, response: int, negatives: int, vocab: int, seed: int = 0
-) -> list[TokenGroup]:
-    """Groups of random ids with exactly these lengths, ``response`` counting the end token."""
-    rng = random.Random(f"{seed} {prompt} {response} {negatives} {vocab}")
-
-    def ids(n: int) -> list[int]:
-        return [rng.randrange(FIRST_TOKEN, vocab) for _ in range(n)]
-
-    return [
-        TokenGroup(
-            prefix=ids(prompt),
-            branches=tuple([*ids(response - 1), END_TOKEN] for _ in range(negatives + 1)),
-            scored_from=(0,) * (negatives + 1),
-        )
-        for _ in range(count)
-    ]
 
 
 def make_base(spec: ModelSpec) -> Any:

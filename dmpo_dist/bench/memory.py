@@ -8,7 +8,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from dmpo_dist.bench.contestants import Contestant, random_groups
+from dmpo_dist.batching.synthetic import random_groups
+from dmpo_dist.bench.contestants import Contestant
 from dmpo_dist.bench.settings import Cell
 from dmpo_dist.errors import UserError
 from dmpo_dist.training.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory, trim

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dmpo_dist.bench.contestants import BENCH_MODEL, LORA_RANK, ModelSpec
-from dmpo_dist.bench.flops import shape_of
 from dmpo_dist.bench.trl_pairs import require_trl
 from dmpo_dist.errors import UserError
+from dmpo_dist.planning.flops import shape_of
 
 PROMPTS, NEGATIVES, VOCABS = (64, 256, 1024), (1, 3, 7, 15), (4096, 32000)
 LEAST = {"prompt": 1, "negatives": 1, "vocab": 16, "response": 2, "rounds": 1, "groups-per-row": 1, "threads": 0}

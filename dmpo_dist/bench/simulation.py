@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from dmpo_dist.bench.flops import shape_of, shared_work, step_flops
 from dmpo_dist.bench.scaling import CELLS
 from dmpo_dist.bench.scaling_report import COLOURS
 from dmpo_dist.errors import UserError
+from dmpo_dist.planning.flops import shape_of, shared_work, step_flops
 from dmpo_dist.planning.simulate import (
     Calibration,
     Machine,

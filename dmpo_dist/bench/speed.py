@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from dmpo_dist.bench.contestants import LORA_RANK, Contestant, LayoutContestant, random_groups
-from dmpo_dist.bench.flops import Work, pairs_work, shape_of, shared_work, step_flops, unshared_work
+from dmpo_dist.batching.synthetic import random_groups
+from dmpo_dist.bench.contestants import LORA_RANK, Contestant, LayoutContestant
 from dmpo_dist.bench.memory import peak_memory
 from dmpo_dist.bench.settings import Cell, Settings
 from dmpo_dist.bench.timing import Turn, fastest_batches, measure_peak, time_rounds
 from dmpo_dist.bench.trl_pairs import TrlContestant, head_everywhere
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
+from dmpo_dist.planning.flops import Work, pairs_work, shape_of, shared_work, step_flops, unshared_work
 
 DISTINCT_GROUPS = 12
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}

@@ -212,9 +212,9 @@ def bench_simulate(
         dmpo bench simulate --model-config Llama-3-8B/config.json --gpu H100 --zero 2 --zero 3
     """
     from dmpo_dist.bench import simulation
-    from dmpo_dist.bench.flops import DENSE_BF16_PEAKS, known_peak
     from dmpo_dist.bench.settings import check_outputs
     from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.planning.flops import DENSE_BF16_PEAKS, known_peak
     from dmpo_dist.planning.network import Link, Network
     from dmpo_dist.planning.simulate import Machine
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from dmpo_dist.bench.flops import known_peak
 from dmpo_dist.errors import UserError
+from dmpo_dist.planning.flops import known_peak
 
 GB, MIB = 10**9, 2**20
 CPU_PEAK = 1e11
@@ -18,7 +18,7 @@ class Gpu:
     """One device.
 
     Attributes:
-        sheet: its name in ``bench.flops``, which holds the dense bf16 FLOP/s.
+        sheet: its name in ``planning.flops``, which holds the dense bf16 FLOP/s.
         fp32: FLOP/s in fp32, without tensor cores.
         memory: bytes, as the driver reports them.
         bandwidth: of its memory, bytes/s.

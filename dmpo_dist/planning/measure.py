@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dmpo_dist.batching.plan import Schedule
-from dmpo_dist.bench.contestants import random_groups
+from dmpo_dist.batching.synthetic import random_groups
 from dmpo_dist.planning.cases import SMALL, Case
 from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
 from dmpo_dist.training.groups import Batches

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from dmpo_dist.batching.layout import lay_out
-from dmpo_dist.bench.contestants import random_groups
-from dmpo_dist.bench.flops import Shape, shape_of
+from dmpo_dist.batching.synthetic import random_groups
 from dmpo_dist.config import ModelConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import (
@@ -24,6 +23,7 @@ from dmpo_dist.modeling.backbone import (
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend
 from dmpo_dist.planning import trace
+from dmpo_dist.planning.flops import Shape, shape_of
 
 SCRATCH = "scratch"
 

@@ -23,7 +23,7 @@ class Workload:
     """One rank's part of an optimizer step.
 
     Attributes:
-        flops: of reference, policy and backward (``bench.flops.step_flops``).
+        flops: of reference, policy and backward (``planning.flops.step_flops``).
         groups: preference groups of one rank.
         micro_batches: how many.
         parameters, trained: of the model, and how many get gradients.

@@ -6,7 +6,7 @@ node and 2 G / g (n - 1) / n over each GPU's share of the network; gathering or 
 
 from dataclasses import dataclass
 
-from dmpo_dist.bench.flops import Shape, forward_flops, shared_work, unshared_work
+from dmpo_dist.planning.flops import Shape, forward_flops, shared_work, unshared_work
 from dmpo_dist.planning.gpus import Gpu
 from dmpo_dist.planning.memory import WIDTHS, Zero
 from dmpo_dist.planning.model import Row, Sizes

@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmpo_dist.batching.layout import group_cost, lay_out
-from dmpo_dist.bench.contestants import random_groups
-from dmpo_dist.bench.flops import (
+from dmpo_dist.batching.synthetic import random_groups
+from dmpo_dist.planning.flops import (
     Shape,
     Work,
     forward_flops,
