@@ -1,5 +1,6 @@
-"""Backbones in 4 bits: one base for policy and reference, gradients by the adapters alone, and clear refusals."""
+"""Adapters on full and 4-bit backbones: one base for policy and reference, and clear refusals."""
 
+import json
 import sys
 
 import pytest
@@ -96,3 +97,17 @@ def test_refusals(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r'pip install "dmpo-dist\[quant\]"'):
         load_policy(find_model(str(folder)), NF4)
+
+
+def test_training_on_from_an_adapter_with_whole_weights_is_refused(folder, tmp_path):
+    """Policy and reference would share those weights, so the reference would move."""
+    model, _ = load_policy(find_model(str(folder)), NF4.model_copy(update={"quantization": "none"}))
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    plain = json.loads(file.read_text()) | {"base_model_name_or_path": str(folder)}
+    for key, value in (("modules_to_save", ["lm_head"]), ("bias", "all"), ("trainable_token_indices", [3])):
+        file.write_text(json.dumps(plain | {key: value}))
+        with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is .*--merge"):
+            load_policy(find_model(str(tmp_path / "adapter")), ModelConfig(max_length=128))
+    file.write_text(json.dumps(plain))
+    assert load_policy(find_model(str(tmp_path / "adapter")), ModelConfig(max_length=128))[1] == "adapter_copy"
