@@ -22,19 +22,40 @@ SETTINGS = [
     "train.steps=150", "train.global_batch_size=8", "train.validate_every=75", "train.checkpoint_every=15",
     "train.log_every=1",
 ]  # fmt: skip
+STARTED: list[subprocess.Popen] = []
 
 
 def start(*command: str, folder: Path, output: str) -> subprocess.Popen:
     """``python -m command`` in ``folder``, its output in the file ``output`` there."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (folder / output).open("w") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", *command], cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays():
+    """A test that failed halfway must not leave its cluster running beside the next one."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            kill_all(process)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL ``process``, which a test started, and all below it."""
+    driver = psutil.Process(process.pid)
+    for member in [*driver.children(recursive=True), driver]:
+        if member.is_running():
+            member.kill()
+    process.wait()
 
 
 def finish(process: subprocess.Popen, folder: Path, output: str) -> str:
-    status = process.wait(timeout=300)
+    status = process.wait(timeout=500)
     text = (folder / output).read_text()
     assert status == 0, text[-4000:]
     return text
@@ -43,7 +64,7 @@ def finish(process: subprocess.Popen, folder: Path, output: str) -> str:
 def wait_for_checkpoint(storage: Path, process: subprocess.Popen) -> None:
     """Until Ray has taken note of two checkpoints; a report it has not seen yet dies with the worker."""
     snapshot = storage / "checkpoints" / "checkpoint_manager_snapshot.json"
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if len(kept_checkpoints(snapshot)) == 2:
             return
@@ -103,11 +124,7 @@ def test_killed_worker_and_killed_driver(tmp_path):
     # the same stage again, the driver and all below it killed, then resumed
     killed = start("dmpo_dist", *stage, "output_dir=killed", folder=tmp_path, output="killed.log")
     wait_for_checkpoint(tmp_path / "killed", killed)
-    driver = psutil.Process(killed.pid)
-    for process in [*driver.children(recursive=True), driver]:
-        if process.is_running():
-            process.kill()
-    killed.wait()
+    kill_all(killed)
     resumed = start("dmpo_dist", *stage, "output_dir=killed", "--resume", folder=tmp_path, output="resumed.log")
     assert "resumed from step" in finish(resumed, tmp_path, "resumed.log")
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
