@@ -260,9 +260,11 @@ class _Log:
         self._run("ALTER TABLE ordered RENAME TO log")
 
     def count(self, condition: str) -> int:
+        """Events for which the SQL ``condition`` holds."""
         return int(self._one(f"SELECT count(*) FROM log WHERE {condition}"))
 
     def world(self, with_log: bool) -> World:
+        """The items by the time they were first seen, and with ``with_log`` every event's time and item."""
         first = self._run("SELECT item, min(timestamp) AS t FROM log GROUP BY item ORDER BY t, item").df()
         names = first["item"].to_numpy(dtype=object)
         bare = {"timestamp": np.empty(0, dtype=np.int64), "code": np.empty(0, dtype=np.int32)}

@@ -235,6 +235,11 @@ def _require_same_adapter(peft: Any, source: ModelSource) -> None:
 
 
 def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
+    """``model`` with a new, trainable adapter of this shape around its linear layers.
+
+    Raises:
+        UserError: ``lora.target_modules`` matches no layer.
+    """
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 

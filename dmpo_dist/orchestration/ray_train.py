@@ -215,6 +215,7 @@ def _forwarded(mailbox: Any, sink: Callable[[int, dict[str, Any]], None]) -> Ite
 
 
 def gpus_per_worker_of(cluster: ClusterConfig) -> float:
+    """GPUs a worker gets: as configured, else one where the joined Ray cluster has any."""
     import ray
 
     if cluster.gpus_per_worker is not None:
@@ -223,6 +224,7 @@ def gpus_per_worker_of(cluster: ClusterConfig) -> float:
 
 
 def require_resources(cluster: ClusterConfig, gpus: float) -> None:
+    """Raise UserError where the joined Ray cluster is too small for ``cluster.workers`` with ``gpus`` each."""
     import ray
 
     have = ray.cluster_resources()
