@@ -21,10 +21,12 @@ the same checks under pytest.
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -230,26 +232,46 @@ def time_backends(device: str, small: bool) -> Iterator[dict[str, Any]]:
         }
 
 
-def all_checks(device: str, only: str = "") -> Iterator[dict[str, Any]]:
-    """Every check whose name holds ``only``, with its name and backend; an exception is a failed check."""
-    wanted: list[tuple[str, Backend, Any, tuple[Any, ...]]] = []
+def all_checks(device: str, only: str, jobs: int) -> Iterator[dict[str, Any]]:
+    """Every check whose name holds ``only``, in as many processes as ``jobs`` says, each with the checks of one name."""
+    names = [*(f"models: {case}" for case in CASES), *map(_heads_name, HEADS), "sync"]
+    wanted = [name for name in names if only in name]
+    if jobs == 1:
+        return chain.from_iterable(map(partial(checks_named, device), wanted))
+    _exact_fp32()
+    pool = multiprocessing.get_context("spawn").Pool(jobs, initializer=_exact_fp32)
+    return chain.from_iterable(pool.imap_unordered(partial(checks_named, device), wanted))
+
+
+def checks_named(device: str, name: str) -> list[dict[str, Any]]:
+    """The checks called ``name``, one for each backend it concerns; an exception is a failed check."""
+    wanted: list[tuple[Backend, Any, tuple[Any, ...]]] = []
     for case in CASES:
-        wanted += [(f"models: {case}", backend, check_model, (case, backend, device)) for backend in BACKENDS]
+        if name == f"models: {case}":
+            wanted += [(backend, check_model, (case, backend, device)) for backend in BACKENDS]
     for shape in HEADS:
-        name = "heads: width {}, {} on {}".format(*shape)
-        for backend in ("two_part", "flex"):
-            if backend == "two_part" or device == "cuda":
-                wanted.append((name, backend, check_heads, (shape, backend, device)))
-    wanted.append(("sync", "two_part", check_sync, (device,)))
-    for name, backend, check, arguments in wanted:
-        if only not in name:
-            continue
+        if name == _heads_name(shape):
+            backends: tuple[Backend, ...] = ("two_part", "flex") if device == "cuda" else ("two_part",)
+            wanted += [(backend, check_heads, (shape, backend, device)) for backend in backends]
+    if name == "sync":
+        wanted.append(("two_part", check_sync, (device,)))
+    results = []
+    for backend, check, arguments in wanted:
         start = time.perf_counter()
         try:
             result = check(*arguments)
         except Exception as error:
             result = {"passed": False, "why": f"{type(error).__name__}: {str(error)[:500]}"}
-        yield {"check": name, "backend": backend, **result, "took": round(time.perf_counter() - start, 2)}
+        results.append({"check": name, "backend": backend, **result, "took": round(time.perf_counter() - start, 2)})
+    return results
+
+
+def _heads_name(shape: tuple[int, int, int]) -> str:
+    return "heads: width {}, {} on {}".format(*shape)
+
+
+def _exact_fp32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def main() -> int:
@@ -257,19 +279,20 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", help="also write the verdict to this file")
     parser.add_argument("--only", default="", help="run the checks whose name holds this, such as heads or gemma2")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; compiling flex kernels takes most of the time")
     parser.add_argument("--no-times", action="store_true", help="leave out the speed of a 1B model")
     arguments = parser.parse_args()
     device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    _exact_fp32()
     verdict: dict[str, Any] = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "checks": [],
         "times": [],
     }
-    for result in all_checks(device, arguments.only):
+    for result in all_checks(device, arguments.only, arguments.jobs):
         verdict["checks"].append(result)
         print(json.dumps(result), file=sys.stderr, flush=True)
     if not arguments.no_times:
