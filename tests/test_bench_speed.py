@@ -31,7 +31,9 @@ FIGURES = {
 
 def settings(**values):
     standard = {"prompts": [], "negatives": [], "vocabs": [], "response": 12, "model_config": None, "device": "cpu"}
-    return make_settings(**standard | {"threads": 1, "rounds": 2, "with_trl": False, "groups_per_row": 1} | values)
+    return make_settings(
+        **standard | {"threads": 1, "rounds": 2, "with_trl": False, "groups_per_row": 1, "compiled": False} | values
+    )
 
 
 @pytest.fixture(scope="module")

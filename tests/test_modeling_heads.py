@@ -67,7 +67,7 @@ def family(name, **options):
 @pytest.mark.parametrize("chunk", [2**24, 3 * 97], ids=["whole", "chunks"])
 @pytest.mark.parametrize(("name", "options", "transform", "backend"), FAMILIES, ids=[f[0] for f in FAMILIES])
 def test_each_family_keeps_its_own_logits(monkeypatch, name, options, transform, backend, chunk):
-    monkeypatch.setattr(logprobs, "MAX_CHUNK_LOGITS", chunk)
+    monkeypatch.setitem(logprobs.MAX_CHUNK_LOGITS, "cpu", chunk)
     model = family(name, **options)
     head = LogProbModel(model).head
     assert head.transform == transform
@@ -112,7 +112,7 @@ def test_half_types_keep_their_logits_wide(monkeypatch, dtype):
     hidden = torch.randn(12, 32, generator=generator).to(dtype).requires_grad_()
     layout = prefix_layout(random_groups(1, seed=1, vocab=500))
     layout = replace(layout.targets, predict_index=layout.targets.predict_index % 12)
-    monkeypatch.setattr(logprobs, "MAX_CHUNK_LOGITS", 4 * 500)
+    monkeypatch.setitem(logprobs.MAX_CHUNK_LOGITS, "cpu", 4 * 500)
     seen = LogProbHead(head, LogitTransform())(hidden, layout)
     (gradient,) = torch.autograd.grad(seen.sum(), hidden)
     wide = hidden.detach().double().requires_grad_()

@@ -10,23 +10,23 @@ from dmpo_dist.modeling.routing import choose_backend, typical_routes
 
 bf16 = {"head_dim": 16, "dtype": torch.bfloat16}
 
-# kind, options, device, what auto takes today, what it takes once two_part and flex are proven on CUDA
+# kind, options, device, what auto takes
 ROUTES = [
-    ("llama", {}, "cpu", "two_part", "two_part"),
-    ("mistral", {"window": 16}, "cpu", "sdpa", "sdpa"),
-    ("mistral", {"window": 512}, "cpu", "two_part", "two_part"),
-    ("gemma3", {"window": 16}, "cpu", "sdpa", "sdpa"),
-    ("gemma2", {}, "cpu", "unshared", "unshared"),
-    ("gpt_oss", {}, "cpu", "unshared", "unshared"),
-    ("mamba2", {}, "cpu", "unshared", "unshared"),
-    ("llama", {"attention_dropout": 0.1}, "cpu", "unshared", "unshared"),
-    ("llama", bf16, "cuda", "sdpa", "two_part"),
-    ("llama", {"head_dim": 16}, "cuda", "sdpa", "flex"),  # fp32
-    ("llama", {**bf16, "head_dim": 20}, "cuda", "sdpa", "flex"),
-    ("llama", {"head_dim": 8}, "cuda", "sdpa", "sdpa"),
-    ("gemma3", {**bf16, "window": 16}, "cuda", "sdpa", "flex"),
-    ("gemma2", bf16, "cuda", "unshared", "flex"),
-    ("gpt_oss", bf16, "cuda", "unshared", "unshared"),
+    ("llama", {}, "cpu", "two_part"),
+    ("mistral", {"window": 16}, "cpu", "sdpa"),
+    ("mistral", {"window": 512}, "cpu", "two_part"),
+    ("gemma3", {"window": 16}, "cpu", "sdpa"),
+    ("gemma2", {}, "cpu", "unshared"),
+    ("gpt_oss", {}, "cpu", "unshared"),
+    ("mamba2", {}, "cpu", "unshared"),
+    ("llama", {"attention_dropout": 0.1}, "cpu", "unshared"),
+    ("llama", bf16, "cuda", "two_part"),
+    ("llama", {"head_dim": 16}, "cuda", "flex"),  # fp32
+    ("llama", {**bf16, "head_dim": 20}, "cuda", "flex"),
+    ("llama", {"head_dim": 8}, "cuda", "sdpa"),
+    ("gemma3", {**bf16, "window": 16}, "cuda", "flex"),
+    ("gemma2", bf16, "cuda", "flex"),
+    ("gpt_oss", bf16, "cuda", "unshared"),
 ]
 
 
@@ -36,25 +36,21 @@ def model_of(kind, options):
     return tiny_model(kind, **options).to(dtype)
 
 
-@pytest.mark.parametrize(("kind", "options", "device", "today", "_proven"), ROUTES)
-def test_auto_takes_what_is_proven_or_plain(kind, options, device, today, _proven):
-    assert choose_backend(model_of(kind, options), device, 256).backend == today
+@pytest.mark.parametrize(("kind", "options", "device", "backend"), ROUTES)
+def test_auto_takes_the_fastest_without_an_obstacle(kind, options, device, backend):
+    assert choose_backend(model_of(kind, options), device, 256).backend == backend
 
 
-@pytest.mark.parametrize(("kind", "options", "device", "_today", "proven"), ROUTES)
-def test_one_line_makes_proven_backends_the_default(monkeypatch, kind, options, device, _today, proven):
-    monkeypatch.setitem(routing.PROVEN, "cuda", frozenset({"two_part", "flex"}))
-    assert choose_backend(model_of(kind, options), device, 256).backend == proven
-
-
-def test_an_unproven_backend_can_be_asked_for_and_says_so():
+def test_an_unproven_backend_is_passed_over_but_can_be_asked_for(monkeypatch):
+    monkeypatch.setitem(routing.PROVEN, "cuda", frozenset({"sdpa", "unshared"}))
     model = model_of("llama", bf16)
     for backend in ("two_part", "flex"):
         route = choose_backend(model, "cuda", 256, backend)
         assert route.backend == backend
         assert "not yet proven on cuda" in route.reason
-    assert "two_part and flex not yet proven on cuda" in choose_backend(model, "cuda", 256).reason
-    assert "proven" not in choose_backend(model, "cpu", 256, "two_part").reason
+    passed_over = choose_backend(model, "cuda", 256)
+    assert passed_over.backend == "sdpa"
+    assert "two_part and flex not yet proven on cuda" in passed_over.reason
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dmpo_dist.batching.layout import RowsLayout, lay_out
 from dmpo_dist.batching.synthetic import END_TOKEN, PAD_TOKEN
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import choose_backend, use_backend
 from dmpo_dist.objectives import Objective
@@ -37,12 +38,14 @@ class ModelSpec:
         config: the content of a config.json, with ``model_type`` and ``vocab_size``; weights are random.
         device: ``cpu`` or ``cuda``.
         dtype: name of a torch dtype, for weights and adapters.
+        compiled: whether our decoder layers go through torch.compile, as under ``model.compile``.
         seed: of weights and adapters.
     """
 
     config: dict[str, Any]
     device: str
     dtype: str
+    compiled: bool = False
     seed: int = 0
 
     @property
@@ -115,8 +118,9 @@ def fill_adapters(model: Any, spec: ModelSpec) -> None:
 
 
 def make_optimizer(model: Any) -> torch.optim.AdamW:
-    """AdamW on the adapters."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    """AdamW on the adapters, as one kernel where there is a GPU."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-5, fused=trained[0].is_cuda)
 
 
 class LayoutContestant:
@@ -136,6 +140,8 @@ class LayoutContestant:
         if shared and route.backend == "unshared":
             raise UserError(f"--model-config: prompts of this model cannot be shared: {route.reason}")
         use_backend(base, route.backend)
+        if spec.compiled:
+            compile_layers(base)
         peft = get_peft_model(base, make_lora()).train()
         fill_adapters(peft, spec)
         self.attention, self._shared, self._device = route.backend, shared, spec.device

@@ -1,4 +1,4 @@
-"""Peak memory of a contestant's step, each in a process of its own."""
+"""Peak memory of a contestant's step: on a CPU in a process of its own, on a GPU by torch's own count."""
 
 import multiprocessing
 import sys
@@ -17,27 +17,25 @@ from dmpo_dist.training.memory import held_bytes, peak_bytes, reset_peak, return
 MEASURED_STEPS = 2
 
 
-def peak_memory(make: Callable[[], Contestant], cell: Cell, device: str, threads: int, name: str) -> float:
-    """MiB that steps take above what is held once model and optimizer exist.
+def peak_memory(make: Callable[[], Contestant], cell: Cell, threads: int, name: str) -> float:
+    """MiB of this machine's memory that steps take above what is held once model and optimizer exist, at most.
 
-    On CUDA what torch allocated at most; elsewhere the peak of the resident set. A first step on a tiny group makes
-    the optimizer's state and the libraries' buffers, which are not counted.
+    Measured in a process of its own. A first step on a tiny group makes the optimizer's state and the libraries' buffers,
+    which are not counted.
 
     Args:
         make: builds the contestant in the new process; picklable.
         cell: what groups.
-        device, threads: as in the timed run.
+        threads: as in the timed run.
         name: what to call the contestant in an error.
 
     Raises:
         UserError: the process ended without a figure, as when memory ran out.
     """
-    # A fork server imports once for all children. CUDA does not survive a fork, so there each child starts anew.
-    get_context = multiprocessing.get_context
-    context = get_context("spawn") if device == "cuda" else get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")  # imports once for all children
     context.set_forkserver_preload([__name__, "dmpo_dist.bench.trl_pairs", "peft", *_trl()])
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(make, cell, device, threads, sender), daemon=True)
+    child = context.Process(target=_measure, args=(make, cell, threads, sender), daemon=True)
     child.start()
     sender.close()
     try:
@@ -53,17 +51,11 @@ def peak_memory(make: Callable[[], Contestant], cell: Cell, device: str, threads
         child.join()
 
 
-def _trl() -> list[str]:
-    return ["trl.trainer.dpo_trainer"] if "trl" in sys.modules else []
+def peak_of_steps(contestant: Contestant, cell: Cell, device: str) -> float:
+    """MiB that steps of ``contestant``, which has made a step before, take above what is held between them, at most.
 
-
-def _measure(make: Callable[[], Contestant], cell: Cell, device: str, threads: int, sender: Connection) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(threads)
-    if device == "cpu":
-        return_freed_memory()
-    contestant = make()
-    contestant.step(random_groups(1, 8, 4, 1, cell.vocab))
+    On a GPU what torch allocated, which tells contestants apart in one process; elsewhere the resident set.
+    """
     count = contestant.groups_per_step * MEASURED_STEPS
     groups = random_groups(count, cell.prompt, cell.response, cell.negatives, cell.vocab)
     place = torch.device(device)
@@ -73,4 +65,17 @@ def _measure(make: Callable[[], Contestant], cell: Cell, device: str, threads: i
     before = held_bytes(place)
     for start in range(0, len(groups), contestant.groups_per_step):
         contestant.step(groups[start : start + contestant.groups_per_step])
-    sender.send((peak_bytes(place) - before) / 2**20)
+    return (peak_bytes(place) - before) / 2**20
+
+
+def _trl() -> list[str]:
+    return ["trl.trainer.dpo_trainer"] if "trl" in sys.modules else []
+
+
+def _measure(make: Callable[[], Contestant], cell: Cell, threads: int, sender: Connection) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(threads)
+    return_freed_memory()
+    contestant = make()
+    contestant.step(random_groups(1, 8, 4, 1, cell.vocab))
+    sender.send(peak_of_steps(contestant, cell, "cpu"))

@@ -44,6 +44,7 @@ class Settings:
         rounds: turns of every contestant in a cell.
         with_trl: whether TRL takes part.
         groups_per_row: also measure ours with that many groups in one row (1: not).
+        compiled: ours with ``model.compile``; TRL has no part in it.
     """
 
     cells: tuple[Cell, ...]
@@ -54,10 +55,11 @@ class Settings:
     rounds: int = 5
     with_trl: bool = True
     groups_per_row: int = 1
+    compiled: bool = False
 
     def spec(self, cell: Cell) -> ModelSpec:
         """What the models of ``cell`` are made from."""
-        return ModelSpec({**self.model, "vocab_size": cell.vocab}, self.device, self.dtype)
+        return ModelSpec({**self.model, "vocab_size": cell.vocab}, self.device, self.dtype, self.compiled)
 
 
 def make_settings(
@@ -71,6 +73,7 @@ def make_settings(
     rounds: int,
     with_trl: bool,
     groups_per_row: int,
+    compiled: bool,
 ) -> Settings:
     """The command line's values, checked and completed; empty lists and 0 threads stand for the defaults.
 
@@ -106,6 +109,7 @@ def make_settings(
         rounds=rounds,
         with_trl=with_trl,
         groups_per_row=groups_per_row,
+        compiled=compiled,
     )
     try:
         shape_of(settings.spec(cells[0]).transformers_config, LORA_RANK)
@@ -134,6 +138,7 @@ def settings_of(baseline: dict[str, Any], rounds: int | None, with_trl: bool) ->
         threads=baseline["threads"],
         rounds=rounds or baseline["rounds"],
         with_trl=with_trl,
+        compiled=baseline.get("compiled", False),
     )
 
 

@@ -12,9 +12,9 @@ import torch
 
 from dmpo_dist.batching.synthetic import random_groups
 from dmpo_dist.bench.contestants import LORA_RANK, Contestant, LayoutContestant
-from dmpo_dist.bench.memory import peak_memory
+from dmpo_dist.bench.memory import peak_memory, peak_of_steps
 from dmpo_dist.bench.settings import Cell, Settings
-from dmpo_dist.bench.timing import Turn, fastest_batches, measure_peak, time_rounds
+from dmpo_dist.bench.timing import Turn, fastest_batches, fastest_rows, measure_peak, time_rounds
 from dmpo_dist.bench.trl_pairs import TrlContestant, head_everywhere
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
@@ -64,6 +64,7 @@ def run(
         "rounds": settings.rounds,
         "with_trl": settings.with_trl,
         "groups_per_row": settings.groups_per_row,
+        "compiled": settings.compiled,
         "model": settings.model,
         "lora_rank": LORA_RANK,
         "peak_flops": {"value": peak, "source": source},
@@ -87,18 +88,24 @@ def measure_cell(cell: Cell, settings: Settings, peak: float, say: Say) -> dict[
     spec, longest = settings.spec(cell), cell.prompt + cell.response
     groups = random_groups(DISTINCT_GROUPS, cell.prompt, cell.response, cell.negatives, cell.vocab)
     ours = LayoutContestant(spec, True, longest)
-    field: dict[str, Contestant] = {"ours": ours, "unshared": LayoutContestant(spec, False, longest)}
+    unshared = LayoutContestant(spec, False, longest)
+    field: dict[str, Contestant] = {"ours": ours, "unshared": unshared}
     trl = TrlContestant(spec, cell.negatives) if settings.with_trl else None
     if trl is not None:
         field["trl"] = trl
     difference = check_agreement(field, groups[0], TOLERANCE[settings.dtype])
     for contestant in field.values():
         contestant.step(groups[:1])  # warm-up
-    probe: dict[str, float] = {}
+    probes: dict[str, dict[str, float]] = {}
+    for contestant in (ours, unshared):
+        field[contestant.name], probes[contestant.name] = fastest_rows(
+            contestant, groups, settings.device, settings.threads
+        )
     if trl is not None:
-        field["trl"], probe = fastest_batches(trl, groups, settings.device, settings.threads)
+        field["trl"], probes["trl"] = fastest_batches(trl, groups, settings.device, settings.threads)
     times = time_rounds(field, groups, settings.rounds, settings.device)
     memory = _memory(cell, settings, field)
+    probe = probes.get("trl", {})
     result = {
         "prompt": cell.prompt,
         "negatives": cell.negatives,
@@ -107,6 +114,7 @@ def measure_cell(cell: Cell, settings: Settings, peak: float, say: Say) -> dict[
         **_ratios(times, memory, cell, settings),
         "trl_batch": min(probe, key=probe.__getitem__) if probe else None,
         "trl_probe_seconds_per_group": probe,
+        "rows": {name: probes[name] for name in ("ours", "unshared")},
         "attention": ours.attention,
         "largest_difference": difference,
         "one_row": _one_row(ours, groups, settings),
@@ -186,7 +194,10 @@ def _round_ratios(slower: list[Turn], faster: list[Turn]) -> tuple[list[float], 
 
 
 def _memory(cell: Cell, settings: Settings, field: Mapping[str, Contestant]) -> dict[str, float]:
-    """Peak MiB of a step, by contestant; ``trl`` with K pairs in a batch, ``trl_fastest`` as it was timed."""
+    """Peak MiB of a step, by contestant; ours with a group in a row, ``trl`` with K pairs in a batch, ``trl_fastest`` as it
+    was timed."""
+    if settings.device == "cuda":
+        return _memory_on_gpu(cell, field)
     spec, longest = settings.spec(cell), cell.prompt + cell.response
     makers: dict[str, Callable[[], Contestant]] = {
         "ours": partial(LayoutContestant, spec, True, longest),
@@ -196,8 +207,19 @@ def _memory(cell: Cell, settings: Settings, field: Mapping[str, Contestant]) -> 
         makers["trl"] = partial(TrlContestant, spec, cell.negatives)
         if (timed.pairs_per_batch, timed.groups_per_step) != (cell.negatives, 1):
             makers["trl_fastest"] = partial(TrlContestant, spec, timed.pairs_per_batch, timed.groups_per_step)
-    memory = {name: peak_memory(make, cell, settings.device, settings.threads, name) for name, make in makers.items()}
+    memory = {name: peak_memory(make, cell, settings.threads, name) for name, make in makers.items()}
     return {"trl_fastest": memory["trl"], **memory} if "trl" in memory else memory
+
+
+def _memory_on_gpu(cell: Cell, field: Mapping[str, Contestant]) -> dict[str, float]:
+    """The same for the contestants themselves, one after the other."""
+    measured: dict[str, Contestant] = {}
+    for name, contestant in field.items():
+        if isinstance(contestant, LayoutContestant):
+            measured[name] = contestant.with_rows(1, 1)
+        elif isinstance(contestant, TrlContestant):
+            measured |= {name: contestant.with_batches(cell.negatives, 1), f"{name}_fastest": contestant}
+    return {name: peak_of_steps(contestant, cell, "cuda") for name, contestant in measured.items()}
 
 
 def _one_row(ours: LayoutContestant, groups: list[TokenGroup], settings: Settings) -> dict[str, Any] | None:

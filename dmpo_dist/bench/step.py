@@ -2,7 +2,8 @@
 
 Three measurements on one set-up run: every phase of a step by a synchronising stop watch; blocks of the whole loop
 (data thread, DeepSpeed engine, meter) in turn with blocks of the same fused forward and backward under a plain torch
-optimizer; and a profile of a few steps for collectives and for reads of device values by the host.
+optimizer; and a profile of a few steps for collectives and for what makes the host wait: on a CPU reads of tensors as
+numbers, which would wait on a GPU, there the waits themselves.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dmpo_dist.config import RunConfig
@@ -32,7 +34,10 @@ from dmpo_dist.training.worker import load_module, set_up
 PHASES = ("data", "reference", "policy", "backward", "optimizer")
 PROFILED = 3
 COLLECTIVES = ("gloo:", "nccl:")
-HOST_READ = "aten::_local_scalar_dense"
+HOST_WAITS = {
+    "cpu": ("aten::_local_scalar_dense",),
+    "cuda": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+}
 
 
 def run_bench_step(config: RunConfig, steps: int, rounds: int, console: Console) -> None:
@@ -62,7 +67,7 @@ def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str,
 
     Returns:
         ``phases_ms`` (median per step, this rank), ``reduce_ms`` (in collectives, part of backward and optimizer),
-        ``host_reads`` per step and phase, ``loop_ms`` and ``bare_ms`` per step by the clock, their ratio
+        ``host_waits`` per step and phase, ``loop_ms`` and ``bare_ms`` per step by the clock, their ratio
         ``loop_over_bare`` and the same by the CPU seconds of this process ``loop_over_bare_cpu`` (which a busy machine
         disturbs less, and which count the data thread), all medians over blocks, and the facts of the run.
     """
@@ -78,12 +83,12 @@ def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str,
             bares.append(_timed(lambda work=work: bare(work), trainer.device))
             step += steps
         watched = watched_phases(trainer, step, steps)
-        collective_ms, host_reads = profiled_collectives(trainer, step + steps)
+        collective_ms, host_waits = profiled_collectives(trainer, step + steps)
         clock, cpu = ([loop[i] / bare[i] for loop, bare in zip(loops, bares, strict=True)] for i in (0, 1))
         return {
             "phases_ms": watched,
             "reduce_ms": collective_ms,
-            "host_reads": host_reads,
+            "host_waits": host_waits,
             "loop_ms": 1000 * statistics.median(seconds for seconds, _ in loops) / steps,
             "bare_ms": 1000 * statistics.median(seconds for seconds, _ in bares) / steps,
             "loop_over_bare": statistics.median(clock),
@@ -153,8 +158,8 @@ def watched_phases(trainer: Trainer, first: int, steps: int) -> dict[str, float]
 
 
 def profiled_collectives(trainer: Trainer, first: int) -> tuple[float, dict[str, float]]:
-    """Milliseconds in collectives, and how often the host reads a tensor in each phase, per step on this rank; runs
-    ``PROFILED`` steps."""
+    """Milliseconds in collectives, and how often the host waits (see ``HOST_WAITS``) in each phase, per step on this rank;
+    runs ``PROFILED`` steps."""
     prepared = [trainer.prepare(index) for index in range(first, first + PROFILED)]
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
     before, trainer.phases = trainer.phases, record_function
@@ -164,10 +169,10 @@ def profiled_collectives(trainer: Trainer, first: int) -> tuple[float, dict[str,
     trainer.phases = before
     events = record.events() or []
     collectives = sum(e.time_range.elapsed_us() for e in events if e.name.startswith(COLLECTIVES))
-    reads = [e.time_range.start for e in events if e.name == HOST_READ]
-    spans = [(e.name, e.time_range) for e in events if e.name in PHASES]
-    inside = {name: sum(s.start <= t <= s.end for n, s in spans if n == name for t in reads) for name in PHASES[1:]}
-    inside["elsewhere"] = len(reads) - sum(inside.values())
+    waits = [e.time_range.start for e in events if e.name in HOST_WAITS[trainer.device.type]]
+    spans = [(e.name, e.time_range) for e in events if e.name in PHASES and e.device_type == DeviceType.CPU]
+    inside = {name: sum(s.start <= t <= s.end for n, s in spans if n == name for t in waits) for name in PHASES[1:]}
+    inside["elsewhere"] = len(waits) - sum(inside.values())
     return collectives / 1000 / PROFILED, {name: count / PROFILED for name, count in inside.items()}
 
 
@@ -197,8 +202,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"whole loop {result['loop_ms']:.2f} ms a step, bare computation {result['bare_ms']:.2f} ms: "
         f"{result['loop_over_bare']:.3f} times by the clock ({result['spread'][0]:.3f} to {result['spread'][1]:.3f}), "
         f"{result['loop_over_bare_cpu']:.3f} times by CPU seconds (which count the data thread)\n"
-        "host reads of tensors a step, between log lines: "
-        + ", ".join(f"{name} {count:.1f}" for name, count in result["host_reads"].items()),
+        "what makes the host wait for a GPU, times a step between log lines: "
+        + ", ".join(f"{name} {count:.1f}" for name, count in result["host_waits"].items()),
         highlight=False,
     )
 

@@ -4,19 +4,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import TypeVar
 
 import torch
 
-from dmpo_dist.bench.contestants import Contestant
+from dmpo_dist.bench.contestants import Contestant, LayoutContestant
 from dmpo_dist.bench.trl_pairs import TrlContestant
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.planning.flops import known_peak
 
 MIN_TURN_SECONDS = 2.0
 """A turn repeats short steps for this long, so that a shared machine's moods hit all contestants alike."""
-MAX_PROBE_TOKENS = 2**13
-"""TRL is tried with two groups in a batch up to here; more tokens fill any device, and may not fit its memory."""
-PROBE_TURNS = 2
+MAX_TOKENS = {"cpu": 2**13, "cuda": 2**14}
+"""Several groups in a batch or row are tried up to here; more tokens fill any device, and may not fit its memory."""
+ROWS = (1, 4, 8, 16, 24)
+LONG_TURN_SECONDS = 5.0
+
+Timed = TypeVar("Timed", LayoutContestant, TrlContestant)
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,52 @@ def time_rounds(
 def fastest_batches(
     trl: TrlContestant, groups: Sequence[TokenGroup], device: str, threads: int
 ) -> tuple[TrlContestant, dict[str, float]]:
-    """TRL with the number of pairs in a batch that is fastest for these groups, and seconds per group of all tried.
+    """TRL with the number of pairs in a batch that is fastest, and seconds per group of all tried, see ``fastest``.
 
-    One pair at a time, all pairs of a group, and the pairs of two groups, each with one optimizer step a group or two;
-    the better of two turns counts, by the clock, or by CPU seconds where one CPU thread does all: a busy machine then
-    cannot pick the wrong one.
+    One pair at a time, all pairs of a group, and the pairs of two groups, each with one optimizer step a group or two.
     """
     pairs, tokens = trl.pairs_per_batch, trl.tokens(groups[0]).physical
     tried = {f"{n} pairs": trl.with_batches(n, 1) for n in sorted({1, pairs})}
-    if 2 * tokens <= MAX_PROBE_TOKENS:
+    if 2 * tokens <= MAX_TOKENS[device]:
         tried[f"{2 * pairs} pairs of 2 groups"] = trl.with_batches(2 * pairs, 2)
-    times = time_rounds(tried, groups, PROBE_TURNS, device)
+    return fastest(tried, groups, device, threads)
+
+
+def fastest_rows(
+    contestant: LayoutContestant, groups: Sequence[TokenGroup], device: str, threads: int
+) -> tuple[LayoutContestant, dict[str, float]]:
+    """Ours with the number of groups in a row that is fastest, an optimizer step a row, and seconds per group of all
+    tried; on a CPU one group, where more in a row are no faster."""
+    if device == "cpu":
+        return contestant, {}
+    tokens = contestant.tokens(groups[0]).physical
+    counts = [n for n in ROWS if n == 1 or n * tokens <= MAX_TOKENS[device]]
+    return fastest({str(n): contestant.with_rows(n, n) for n in counts}, groups, device, threads)
+
+
+def fastest(
+    tried: Mapping[str, Timed], groups: Sequence[TokenGroup], device: str, threads: int
+) -> tuple[Timed, dict[str, float]]:
+    """The fastest contestant, and seconds per group of each; one that does not fit into memory is passed over.
+
+    The better of two turns counts (one turn, where it takes long), by the clock, or by CPU seconds where one CPU thread
+    does all: a busy machine then cannot pick the wrong one.
+
+    Raises:
+        torch.OutOfMemoryError: not even the first, smallest one fits.
+    """
     by_cpu = device == "cpu" and threads == 1
-    best = {name: min(t.cpu_seconds if by_cpu else t.seconds for t in turns) for name, turns in times.items()}
+    best: dict[str, float] = {}
+    for name, contestant in tried.items():
+        try:
+            turns = time_rounds({name: contestant}, groups, 1, device)[name]
+            if turns[0].seconds * contestant.groups_per_step < LONG_TURN_SECONDS:
+                turns += time_rounds({name: contestant}, groups, 1, device)[name]
+        except torch.OutOfMemoryError:
+            if not best:
+                raise
+            continue
+        best[name] = min(t.cpu_seconds if by_cpu else t.seconds for t in turns)
     return tried[min(best, key=best.__getitem__)], best
 
 
@@ -77,8 +114,11 @@ def measure_peak(device: str, dtype: str) -> tuple[float, str]:
 
 
 def _turn(contestant: Contestant, stream: Iterator[TokenGroup], device: str) -> Turn:
-    """At least one step."""
+    """At least one step; on a GPU after one that is not counted, for memory that another contestant has left there."""
     done, elapsed = 0, 0.0
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        contestant.step(list(islice(stream, contestant.groups_per_step)))
     _synchronize(device)
     start, cpu_start = time.perf_counter(), time.process_time()
     while elapsed < MIN_TURN_SECONDS:

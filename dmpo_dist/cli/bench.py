@@ -28,6 +28,7 @@ def bench_speed(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu (fp32) or cuda (bf16).")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 for torch's default.")] = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Our decoder layers through torch.compile.")] = False,
     without_trl: WithoutTrl = False,
     json: Annotated[Path | None, typer.Option(help="Result file.  [runs/bench-speed/speed.json]")] = None,
     png: Annotated[Path | None, typer.Option(help="Chart.  [beside the result file]")] = None,
@@ -38,7 +39,7 @@ def bench_speed(
 
         dmpo bench speed --prompt 256 --negatives 7 --vocab 4096
 
-        dmpo bench speed --prompt 256 --negatives 7 --model-config Llama-3-8B/config.json --device cuda
+        dmpo bench speed --prompt 512 --negatives 7 --model-config Llama-3-8B/config.json --device cuda --compile
     """
     from dmpo_dist.bench import report, settings, speed
     from dmpo_dist.orchestration.environment import describe_environment
@@ -46,7 +47,7 @@ def bench_speed(
 
     asked = settings.make_settings(
         prompt or [], negatives or [], vocab or [], response, model_config, device, threads, rounds,
-        not without_trl, groups_per_row,
+        not without_trl, groups_per_row, compiled,
     )  # fmt: skip
     json = json or free_folder(Path("runs/bench-speed")) / "speed.json"
     png = png or json.with_suffix(".png")

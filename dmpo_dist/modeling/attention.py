@@ -32,6 +32,9 @@ TWO_PART, FLEX, DENSE = "dmpo_two_part", "dmpo_flex", "dmpo_sdpa"
 RECOMPILE_LIMIT = 64
 """How often flex attention may compile: for each mask, soft-cap, head width, type and pass there is a kernel."""
 
+FLEX_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
+"""For rows below 128 tokens flex attention would turn to its decoding kernel, which finds no configuration for them."""
+
 
 def no_mask(device: torch.device) -> Tensor:
     """A 4-D mask that transformers passes through as it is, so that it builds no T x T mask of its own."""
@@ -116,7 +119,7 @@ def flex_layout_attention(
         return _soft_capped(query, *repeated(query, key, value), attention_mask, scale, softcap), None
     out = flex_for(query)(
         query, key, value, score_mod=_soft_cap(softcap), scale=scale, enable_gqa=query.shape[1] != key.shape[1],
-        block_mask=layout.block_mask(_window_that_cuts(layout, sliding_window)),
+        block_mask=layout.block_mask(_window_that_cuts(layout, sliding_window)), kernel_options=FLEX_OPTIONS,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
@@ -165,6 +168,7 @@ def flex_for(query: Tensor) -> Any:
 def compiled_flex(backend: Any = "inductor") -> Any:
     """Flex attention whose kernels serve layouts of any length; past the limit it raises instead of running eagerly."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    torch._dynamo.config.specialize_float = True  # a soft-cap that is a tensor cannot be differentiated through
     return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
 
 

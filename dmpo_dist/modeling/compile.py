@@ -27,6 +27,7 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
     layers = next((child for child in backbone_of(model).children() if isinstance(child, nn.ModuleList)), None)
     if layers is None:
         raise UserError(f"model.compile=true: {model.config.model_type} has no list of decoder layers; set it to false")
+    torch._dynamo.config.specialize_float = True  # scales are constants, not tensors read by the host in every call
     for name, function in ((TWO_PART, two_part_attention), (DENSE, dense_attention)):
         AttentionInterface.register(name, torch.compiler.disable(function))
     for layer in layers:

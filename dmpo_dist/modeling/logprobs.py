@@ -13,15 +13,16 @@ from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, ou
 
 AnyLayout = Layout | PromptPart | TriePart
 
-MAX_CHUNK_LOGITS = 2**24
-"""Most logits held at once: 64 MiB in fp32, whatever the vocabulary."""
+MAX_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+"""Most logits held at once by kind of device: 64 or 256 MiB in fp32, whatever the vocabulary. A GPU reads the whole head
+for every chunk, so that a chunk must have rows enough to be worth it."""
 
 
 class LogProbHead(nn.Module):
     """The language model's head, run on the positions that predict a scored token and on nothing else.
 
     Shares ``weight`` and ``bias`` with the model's own head; being a module of its own lets ZeRO-3 gather them for
-    one call. Accumulates in fp32 (fp64 for fp64 input) and never holds more than ``MAX_CHUNK_LOGITS`` logits.
+    one call. Accumulates in fp32 (fp64 for fp64 input); ``MAX_CHUNK_LOGITS`` bounds the logits it holds.
     """
 
     def __init__(self, lm_head: Any, transform: LogitTransform) -> None:
@@ -29,11 +30,12 @@ class LogProbHead(nn.Module):
         self.weight: nn.Parameter = lm_head.weight
         self.bias: nn.Parameter | None = getattr(lm_head, "bias", None)
         self.transform = transform
+        self.max_logits: int | None = None  # None: by the device it runs on; a plan for another device sets it
 
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
         """(P, H) hidden states of all positions -> summed log-probs of responses and histories, see ``Targets.summed``."""
         rows = hidden[targets.predict_index]  # (M, H), each source position once
-        chunk = max(1, MAX_CHUNK_LOGITS // self.weight.shape[0])
+        chunk = max(1, (self.max_logits or MAX_CHUNK_LOGITS[rows.device.type]) // self.weight.shape[0])
         arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.transform)
         if rows.shape[0] <= chunk and rows.dtype in (torch.float32, torch.float64):
             logits = self.transform.logits(rows, self.weight, self.bias)

@@ -17,7 +17,7 @@ BACKENDS: tuple[Backend, ...] = ("two_part", "flex", "sdpa", "unshared")
 
 PROVEN: dict[str, frozenset[Backend]] = {
     "cpu": frozenset({"two_part", "sdpa", "unshared"}),
-    "cuda": frozenset(),  # tests/gpu/prove.py has not run on a GPU; write here what its verdict names
+    "cuda": frozenset({"two_part", "flex", "sdpa", "unshared"}),
 }
 """For each device the backends whose log-probs and gradients were compared there with the oracle."""
 

@@ -20,7 +20,7 @@ from dmpo_dist.modeling.backbone import (
     scratch_config,
     with_new_adapter,
 )
-from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
+from dmpo_dist.modeling.logprobs import MAX_CHUNK_LOGITS, LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend
 from dmpo_dist.planning import trace
 from dmpo_dist.planning.flops import Shape, shape_of
@@ -121,7 +121,7 @@ class Blueprint:
         )
         rank = adapter.r if adapter else model.lora.r if model.lora else 0
         self.shape = _shape(self.config, model.path, rank)
-        self._traced: dict[tuple[Row, str, bool], trace.Trace] = {}
+        self._traced: dict[tuple[Row, str, bool, bool], trace.Trace] = {}
 
     def route(self, cuda: bool, max_length: int, requested: str) -> Route:
         """The attention backend of a run."""
@@ -129,8 +129,9 @@ class Blueprint:
 
     def trace(self, row: Row, backend: str, cuda: bool, keep_gradients: bool) -> trace.Trace:
         """What ``row`` allocates."""
+        self.module.head.max_logits = MAX_CHUNK_LOGITS["cuda" if cuda else "cpu"]
         kernel: trace.Kernel = "masked" if backend in ("sdpa", "unshared") else "varlen" if cuda else "cpu"
-        key = (row, kernel, keep_gradients)
+        key = (row, kernel, cuda, keep_gradients)
         if key not in self._traced:
             layout = row.layout(self.config.get_text_config().vocab_size).to("meta")
             self._traced[key] = trace.trace_row(self.module, layout, kernel, keep_gradients)

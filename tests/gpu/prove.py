@@ -20,6 +20,7 @@ the same checks under pytest.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import sys
@@ -261,7 +262,8 @@ def checks_named(device: str, name: str) -> list[dict[str, Any]]:
         try:
             result = check(*arguments)
         except Exception as error:
-            result = {"passed": False, "why": f"{type(error).__name__}: {str(error)[:500]}"}
+            result = {"passed": False, "why": f"{type(error).__name__}: {str(error)[:2000]}"}
+            gc.collect()  # a checkpoint that failed half-way leaves its hooks on all that follows until it is collected
         results.append({"check": name, "backend": backend, **result, "took": round(time.perf_counter() - start, 2)})
     return results
 
