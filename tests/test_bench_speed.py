@@ -13,6 +13,7 @@ from dmpo_dist.bench.contestants import BENCH_MODEL, LayoutContestant, ModelSpec
 from dmpo_dist.bench.gate import read_baseline, violations
 from dmpo_dist.bench.settings import Cell, check_outputs, make_settings
 from dmpo_dist.bench.speed import check_agreement
+from dmpo_dist.bench.timing import Turn, fastest
 from dmpo_dist.cli import app, main
 from dmpo_dist.errors import UserError
 
@@ -122,6 +123,30 @@ def test_defaults_are_the_grid():
     assert len(asked.cells) == 24
     assert asked.cells[0] == Cell(64, 1, 4096, 12)
     assert asked.dtype == "float32"
+
+
+def test_what_does_not_fit_is_passed_over(monkeypatch):
+    """The fastest of what fits is found; nothing that fits is an error."""
+    monkeypatch.setattr("dmpo_dist.bench.timing.MIN_TURN_SECONDS", 0.0)
+    monkeypatch.setattr(
+        "dmpo_dist.bench.timing.time_rounds", lambda field, *_: {n: [c.turn()] for n, c in field.items()}
+    )
+
+    class Fake:
+        def __init__(self, seconds):
+            self.seconds, self.groups_per_step = seconds, 1
+
+        def turn(self):
+            if self.seconds is None:
+                raise torch.OutOfMemoryError
+            return Turn(self.seconds, self.seconds)
+
+    slow, fast, large = Fake(3.0), Fake(1.0), Fake(None)
+    best, seen = fastest({"1": slow, "8": fast, "32": large}, GROUPS, "cuda", 1)
+    assert best is fast
+    assert seen == {"1": 3.0, "8": 1.0}
+    with pytest.raises(torch.OutOfMemoryError):
+        fastest({"1": large}, GROUPS, "cuda", 1)
 
 
 def test_files_are_kept(tmp_path):

@@ -106,7 +106,8 @@ def _bars(axes: Axes, cells: list[dict[str, Any]], rival: str) -> None:
 
 def _device(result: dict[str, Any]) -> str:
     threads = f", {result['threads']} thread{'s' * (result['threads'] > 1)}" if result["device_type"] == "cpu" else ""
-    return f"{result['device']}{threads}, {result['dtype']}"
+    compiled = ", ours and separate rows compiled" if result["compiled"] else ""
+    return f"{result['device']}{threads}, {result['dtype']}{compiled}"
 
 
 def _conditions(result: dict[str, Any]) -> str:
@@ -138,6 +139,11 @@ def _notes(result: dict[str, Any]) -> list[str]:
                 f"{cell['memory_ratio_trl_fastest']:.1f}x, ceiling with TRL's head on completions alone "
                 f"{cell['ceiling_trl_head_on_completions']:.2f}"
             )
+        for name, probe in cell["rows"].items():
+            if len(probe) > 1:
+                tried = ", ".join(f"{count}: {seconds:.3g} s" for count, seconds in probe.items())
+                best = min(probe, key=probe.__getitem__)
+                notes.append(f"{where}: {name} ran {best} groups in a row (a group took, by groups in a row, {tried})")
         if cell["one_row"]:
             row = cell["one_row"]
             notes.append(

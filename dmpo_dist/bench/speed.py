@@ -48,8 +48,12 @@ def run(
         UserError: contestants disagree, or memory ran out.
     """
     torch.set_num_threads(settings.threads)
-    peak, source = measure_peak(settings.device, settings.dtype)
-    say(f"{settings.device}, {settings.dtype}, {settings.threads} threads, peak {peak / 1e9:,.0f} GFLOP/s: {source}")
+    peak_flops = measure_peak(settings.device, settings.dtype)
+    peak = peak_flops["value"]
+    say(
+        f"{settings.device}, {settings.dtype}, {settings.threads} threads, peak {peak / 1e9:,.0f} GFLOP/s: "
+        f"{peak_flops['source']}"
+    )
     say(f"{len(settings.cells)} cells, about {_expected_seconds(settings, peak) / 60:.0f} minutes or more")
     names = ("torch", "transformers", "peft", *(["trl"] if settings.with_trl else []))
     result: dict[str, Any] = {
@@ -67,7 +71,7 @@ def run(
         "compiled": settings.compiled,
         "model": settings.model,
         "lora_rank": LORA_RANK,
-        "peak_flops": {"value": peak, "source": source},
+        "peak_flops": peak_flops,
         "flop_convention": CONVENTION,
         "cells": [],
     }
