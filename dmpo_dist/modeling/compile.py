@@ -10,6 +10,10 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.attention import DENSE, TWO_PART, dense_attention, two_part_attention
 from dmpo_dist.modeling.heads import backbone_of
 
+RECOMPILE_LIMIT = 64
+"""Graphs of a part of a layer: the first layer or another, policy, reference or validation, one row length or any, each
+model of a benchmark. At torch's own limit of 8 a training run went on uncompiled after a few steps, with a warning only."""
+
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Compile each decoder layer of ``model`` (a transformers causal LM, before or after PEFT) in place.
@@ -27,6 +31,7 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
     layers = next((child for child in backbone_of(model).children() if isinstance(child, nn.ModuleList)), None)
     if layers is None:
         raise UserError(f"model.compile=true: {model.config.model_type} has no list of decoder layers; set it to false")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     torch._dynamo.config.specialize_float = True  # scales are constants, not tensors read by the host in every call
     for name, function in ((TWO_PART, two_part_attention), (DENSE, dense_attention)):
         AttentionInterface.register(name, torch.compiler.disable(function))

@@ -1,8 +1,8 @@
 """Whether the attention backends are right on a GPU, and how fast: one call, one JSON verdict. No Ray, no network.
 
-NOT YET RUN ON A GPU. On the CPU (``--device cpu``) it has run, which tries the script and not the CUDA kernels.
+On the CPU (``--device cpu``) it tries the script and not the CUDA kernels.
 
-    PYTHONPATH=.:tests python tests/gpu/prove.py --json verdict.json
+    PYTHONPATH=.:tests python tests/gpu/prove.py --jobs 12 --json verdict.json
 
 Three kinds of check, each by itself, so that one failure does not hide the others:
 

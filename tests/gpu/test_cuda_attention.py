@@ -1,4 +1,4 @@
-"""The checks of ``prove.py`` under pytest: every backend on a GPU against the oracle on the CPU. Not yet run on one."""
+"""The checks of ``prove.py`` under pytest: every backend on a GPU against the oracle on the CPU."""
 
 import prove
 import pytest
