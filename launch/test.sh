@@ -14,4 +14,7 @@ cd "$DMPO_ROOT"
 ruff check
 ruff format --check
 pyrefly check
+if [[ $# -eq 0 ]]; then # everything: two processes, integration tests in one of them
+    set -- --numprocesses 2 --dist loadgroup
+fi
 python -m pytest "$@"
