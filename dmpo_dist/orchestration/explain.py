@@ -1,0 +1,262 @@
+"""`dmpo explain`: why a title has its place for a user, and whether such explanations hold."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from dmpo_dist.config import RunConfig
+from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, read_requests
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.tokenization import check_titles
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.ranking import reference_of
+from dmpo_dist.explanation.contributions import Method, leave_one_out
+from dmpo_dist.explanation.explainer import Explainer, Subject
+from dmpo_dist.explanation.faithfulness import delete, summarise
+from dmpo_dist.explanation.questions import Question, asked, questions_of_data, questions_of_requests, sampled
+from dmpo_dist.explanation.view import show, show_faithfulness, to_json
+from dmpo_dist.modeling.backbone import ModelSource, find_model, load_tokenizer, read_model_config
+
+EXPLANATIONS_FILE = "explanations.json"
+FAITHFULNESS_FILE = "explain_faithfulness.json"
+FAITHFULNESS_PLOT = "explain_faithfulness.png"
+RANDOM_ORDERS = 5
+"""Random orders of each history that the order of contributions is held against."""
+VALUE_NAMES = {"margin": "margin over the other candidates", "log_prob": "log-probability"}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to explain, as the command line says it.
+
+    Attributes:
+        model: model folder or hub id.
+        user, item: one user, and a title or item id; None for the test positive, or in a file for the title ranked first.
+        users: instead, a sample of so many.
+        requests: file of users as ``dmpo rank`` takes it; None for the test requests of ``data.path``.
+        catalogue: rank among its titles; None for each request's own candidates.
+        reference: ``base``, ``start``, ``none``, a model folder or hub id; None takes what the model says of itself.
+        method: see ``title_values``.
+        top, budget: see ``nearest_counterfactual``.
+        faithfulness: of how many users to measure it; 0 for none.
+        output: folder for the files; None for the terminal alone.
+    """
+
+    model: str
+    user: str | None
+    item: str | None
+    users: int | None
+    requests: Path | None
+    catalogue: Path | None
+    reference: str | None
+    method: Method
+    top: int | None
+    budget: int
+    faithfulness: int
+    output: Path | None
+
+
+def explain(order: Order, config: RunConfig, console: Console) -> dict[str, Any]:
+    """Explain what ``order`` asks for on ``console`` and, where it names a folder, in files.
+
+    Returns:
+        What explanations.json holds: model, reference, method, requests, faithfulness (None where it is not measured).
+
+    Raises:
+        UserError: a contradiction in the order, unknown users or items, a model or reference that cannot be used.
+    """
+    _check(order)
+    source = find_model(order.model)
+    config = _within_context(source, config)
+    reference = _reference(source, order.reference, config, console)
+    questions, catalogue, titles = _questions(order, config, source)
+    chosen = _chosen(order, questions, titles, config.seed)
+    _check_top(order.top, chosen)
+    measured = sampled(questions, order.faithfulness, config.seed) if order.faithfulness else []
+    torch.set_num_threads(os.cpu_count() or 1)
+    explainer = Explainer(order.model, config, reference, catalogue, order.method)
+    with console.status("loading the model"):
+        explainer.load([*chosen, *measured])
+    content: dict[str, Any] = {"model": order.model, "reference": reference, "method": order.method}
+    content["requests"] = _explained(order, explainer, chosen, console)
+    for entry in content["requests"]:
+        show(entry, reference, order.method, console)
+    content["faithfulness"] = _measured(order, explainer, measured, config, console) if measured else None
+    if order.output is not None:
+        _write(order.output, content, console)
+    return content
+
+
+def _check(order: Order) -> None:
+    if order.user is not None and order.users is not None:
+        raise UserError(f"--user {order.user} and --users {order.users}: give one user by name, or how many to sample")
+    if order.item is not None and order.user is None:
+        raise UserError(f"--item {order.item!r}: say for whom with --user")
+    if order.user is None and order.users is None and not order.faithfulness:
+        raise UserError("say whom to explain: --user NAME, --users N for a sample, or --faithfulness to measure alone")
+    if order.faithfulness and order.output is None:
+        raise UserError("--faithfulness writes a table and a picture: give --output a folder for them")
+    if order.output is None:
+        return
+    if order.output.exists() and not order.output.is_dir():
+        raise UserError(f"--output {order.output}: is a file; give a folder")
+    for name in (EXPLANATIONS_FILE, FAITHFULNESS_FILE):
+        if (order.output / name).exists():
+            raise UserError(f"--output {order.output}: holds {name} already, which is kept; choose another folder")
+
+
+def _within_context(source: ModelSource, config: RunConfig) -> RunConfig:
+    """``config`` with its ``model.max_length`` lowered to the model's context, where nobody asked for another."""
+    context = getattr(read_model_config(source.base, 0), "max_position_embeddings", None)
+    if not context or "max_length" in config.model.model_fields_set or config.model.max_length <= context:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": context})})
+
+
+def _reference(source: ModelSource, flag: str | None, config: RunConfig, console: Console) -> str | None:
+    """Folder or hub id of the reference; says so where there is none."""
+    ranked_by = config.ranking.reference
+    if ranked_by is not None:
+        if flag not in (None, ranked_by):
+            raise UserError(
+                f"--reference {flag}: the ranking subtracts ranking.reference={ranked_by}; give one of the two"
+            )
+        return reference_of(source, ranked_by)
+    if flag == "none":
+        return None
+    if flag == "base" and not source.is_adapter:
+        raise UserError(f"--reference base: {source.path} is a whole model without a base; name a folder, or start")
+    start = source.stamp.get("start")
+    if flag == "start" and not start:
+        raise UserError(
+            f"--reference start: {source.path} does not say what it was started from; name that model's folder"
+        )
+    if flag is not None:
+        return reference_of(source, flag)
+    if start and (Path(start).exists() or not source.is_adapter):
+        try:
+            return find_model(start).path
+        except UserError:
+            lacks = f"it was trained from {start}, which is not there"
+    elif source.is_adapter:
+        return source.base
+    else:
+        lacks = "it does not say what it was trained from"
+    console.print(
+        f"note: {source.path} has no reference ({lacks}), so the title's words are not compared; name one by --reference",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    return None
+
+
+def _questions(
+    order: Order, config: RunConfig, source: ModelSource
+) -> tuple[list[Question], Catalogue | None, dict[str, str]]:
+    """All requests, the catalogue if one is in use, and item id -> title of everything known."""
+    exclude = config.ranking.exclude_history
+    catalogue = read_catalogue(order.catalogue) if order.catalogue else None
+    if order.requests is None:
+        if config.data.path is None:
+            raise UserError("say what to explain: data.path=FOLDER of `dmpo data prepare`, or --requests FILE")
+        data = PreparedData.load(config.data.path)
+        questions = questions_of_data(data, order.user, catalogue, exclude)
+        titles = {} if data.items is None else dict(zip(data.items["item"], data.items["title"], strict=True))
+        if catalogue is None and config.ranking.popularity_weight:
+            catalogue = read_catalogue(config.data.path)
+        return questions, catalogue, titles
+    requests = read_requests(order.requests)
+    if catalogue is not None and requests[0].candidates is not None and not config.ranking.popularity_weight:
+        raise UserError(
+            f"--catalogue {order.catalogue}: {order.requests} has candidates of its own; leave out --catalogue, or the column"
+        )
+    whole = requests[0].candidates is None
+    place = order.catalogue or (config.data.path if whole or config.ranking.popularity_weight else None)
+    catalogue = catalogue or (read_catalogue(place) if place else None)
+    if catalogue is not None:
+        check_against(requests, catalogue, order.requests, exclude)
+    known = set(catalogue.titles if catalogue else ())
+    known = known.union(*(r.history for r in requests), *(r.candidates or () for r in requests))
+    check_titles(sorted(known), load_tokenizer(source))
+    return questions_of_requests(requests, order.user, catalogue, exclude), catalogue, {title: title for title in known}
+
+
+def _chosen(order: Order, questions: list[Question], titles: dict[str, str], seed: int) -> list[Question]:
+    """The questions to be answered one by one."""
+    if order.user is not None:
+        return questions if order.item is None else [asked(question, order.item, titles) for question in questions]
+    return sampled(questions, order.users, seed) if order.users else []
+
+
+def _check_top(top: int | None, questions: list[Question]) -> None:
+    for question in questions:
+        if top is not None and top >= len(question.candidates):
+            raise UserError(
+                f"--top {top}: user {question.user!r} has {len(question.candidates)} candidates, so every title is always among "
+                "the first; give a smaller one"
+            )
+
+
+def _explained(order: Order, explainer: Explainer, questions: list[Question], console: Console) -> list[dict[str, Any]]:
+    subjects = [explainer.subject(question) for question in questions]
+    pairs = list(zip(subjects, explainer.words(subjects), strict=True))
+    answers = (explainer.answer(subject, words, order.top, order.budget) for subject, words in pairs)
+    return [to_json(answer) for answer in _with_bar(answers, "explaining", len(pairs), console)]
+
+
+def _measured(
+    order: Order, explainer: Explainer, questions: list[Question], config: RunConfig, console: Console
+) -> dict[str, Any]:
+    """Deletion curves over ``questions``, shown and ready for JSON."""
+    subjects = [explainer.subject(question) for question in questions]
+    enough = [subject for subject in subjects if len(subject.history) > 1]
+    if not enough:
+        raise UserError("--faithfulness: every history holds a single item; there is no order to compare")
+
+    def deletion(index: int, subject: Subject) -> Any:
+        values = subject.outcomes.values
+        rng = np.random.default_rng([config.seed, index])
+        contributions = leave_one_out(values, len(subject.history))
+        return delete(subject.question.user, values, contributions, RANDOM_ORDERS, rng)
+
+    curves = (deletion(index, subject) for index, subject in enumerate(enough))
+    deletions = list(_with_bar(curves, "taking history items away", len(enough), console))
+    result = {
+        "value": VALUE_NAMES[order.method],
+        "left_out": len(subjects) - len(enough),
+        **summarise(deletions, config.evaluation.bootstrap_samples, config.seed),
+    }
+    show_faithfulness(result, console)
+    return result
+
+
+def _with_bar(work: Iterable[Any], title: str, total: int, console: Console) -> Iterable[Any]:
+    """``work`` with a bar on a terminal."""
+    return track(work, title, total=total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _write(folder: Path, content: dict[str, Any], console: Console) -> None:
+    from dmpo_dist.explanation.plot import plot_faithfulness
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [EXPLANATIONS_FILE]
+    if content["faithfulness"] is not None:
+        _write_json(folder / FAITHFULNESS_FILE, content["faithfulness"])
+        plot_faithfulness(content["faithfulness"], folder / FAITHFULNESS_PLOT)
+        written += [FAITHFULNESS_FILE, FAITHFULNESS_PLOT]
+    _write_json(folder / EXPLANATIONS_FILE, content)
+    console.print(f"written to {folder}: {', '.join(written)}", highlight=False)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """``path`` appears whole or not at all."""
+    part = path.with_name(f".{path.name}.partial")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
