@@ -23,7 +23,7 @@ def explain(
     reference: Annotated[str | None, typer.Option(help="Compare the title's words with: base, start, none, or a model folder.  [what training started from, else an adapter's base]")] = None,
     method: Annotated[Literal["margin", "log_prob"], typer.Option(help="Value that history items add to: the title's margin over the mean of the other candidates, or its log-probability.")] = "margin",
     top: Annotated[int | None, typer.Option(min=1, help="The counterfactual takes the title out of the top so many, or into it.  [1, 5, 10 or 20: the first that holds it]")] = None,
-    budget: Annotated[int, typer.Option(min=0, help="Most pairs of history items tried for a counterfactual, and most larger sets.")] = 200,
+    budget: Annotated[int | None, typer.Option(min=0, help="Most pairs of history items tried for a counterfactual, and most larger sets.  [200, or 0 for whole catalogues]")] = None,
     faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Measure by deletion curves whether contributions say what the model does.")] = False,
     faithfulness_users: Annotated[int, typer.Option(min=2, help="Users it is measured on at most.")] = 200,
     output: Annotated[Path | None, typer.Option(help="Folder for explanations.json and the measurement.  [terminal alone]")] = None,

@@ -1,7 +1,7 @@
 """Questions answered by a model: contributions, counterfactuals and the words of a title; see ``contributions.py``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,9 @@ from dmpo_dist.explanation.questions import Question
 from dmpo_dist.explanation.scoring import LoadedModel, Which, needs_trie
 from dmpo_dist.explanation.tokens import Piece, readable_pieces, sum_pieces
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
+
+USUAL_BUDGET = 200
+"""Pairs of history items tried for a counterfactual: all of those of 20 items."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,10 @@ class Explainer:
         Raises:
             UserError: a prompt that does not fit into ``model.max_length``, or weights that cannot be loaded.
         """
-        groups = (
-            self._tokenize(_group(q.user, q.history, q.candidates)) for q in questions
-        )  # catalogues: one at a time
-        load = partial(
-            LoadedModel, config=self._config, catalogue=needs_trie(groups, self._config.evaluation.token_budget)
-        )
+        # a generator: of whole catalogues there is one in memory at a time
+        groups = (self._tokenize(_group(q.user, q.history, q.candidates)) for q in questions)
+        self._catalogue = needs_trie(groups, self._config.evaluation.token_budget)
+        load = partial(LoadedModel, config=self._config, catalogue=self._catalogue)
         self._policy = load(self._path, base_too=self._base)
         self._reference: LoadedModel | None = None
         if self._reference_path is not None:
@@ -127,7 +128,7 @@ class Explainer:
         history = question.history[self._tokenize.dropped_titles - before :]
         if question.item is None:
             best = int(self._scores([group], question)[0].argmax())
-            question = Question(**vars(question) | {"item": best})
+            question = replace(question, item=best)
 
         def score(removed: Sequence[Removed]) -> np.ndarray:
             kept = [tuple(title for i, title in enumerate(history) if i not in one) for one in removed]
@@ -138,7 +139,7 @@ class Explainer:
 
     def words(self, subjects: Sequence[Subject]) -> list[Words]:
         """For each subject what training did to its title; nothing without a reference."""
-        if self._reference is None:
+        if self._reference is None or not subjects:
             return [Words([], np.empty(0), None) for _ in subjects]
         groups = [
             self._tokenize(_group(s.question.user, s.history, (s.question.candidates[s.item],))) for s in subjects
@@ -153,12 +154,18 @@ class Explainer:
             words.append(Words([piece.text for piece in pieces], sum_pieces(pieces, ours - theirs), others))
         return words
 
-    def answer(self, subject: Subject, words: Words, top: int | None, budget: int) -> Answer:
-        """Contributions and the nearest counterfactual of ``subject``; ``top`` (None: the usual) and ``budget`` as there."""
+    def answer(self, subject: Subject, words: Words, top: int | None, budget: int | None) -> Answer:
+        """Contributions and the nearest counterfactual of ``subject``.
+
+        Args:
+            top: see ``nearest_counterfactual``; None takes ``usual_top``.
+            budget: likewise; None takes ``USUAL_BUDGET``, or 0 where a whole catalogue is scored for each set.
+        """
         rank = int(subject.outcomes.ranks([frozenset()])[0])
         top = top or usual_top(rank, len(subject.question.candidates))
+        budget = (0 if self._catalogue else USUAL_BUDGET) if budget is None else budget
         items = len(subject.history)
-        explained = items if items > 1 or self.allows_empty_history() else 0
+        explained = items if items > 1 or self._allows_empty_history() else 0
         return Answer(
             question=subject.question,
             cut_off=len(subject.question.history) - items,
@@ -168,10 +175,6 @@ class Explainer:
             ranks_without=subject.outcomes.ranks(singles(explained)),
             counterfactual=nearest_counterfactual(subject.outcomes, items, top, budget),
         )
-
-    def allows_empty_history(self) -> bool:
-        """Whether anything stands before a response whose prompt has no history: a begin token or the template's text."""
-        return bool(self._template.render(()).text)
 
     def _scores(self, groups: list[TokenGroup], question: Question) -> np.ndarray:
         """(n, R) what the candidates are ranked by, see ``adjusted``."""
@@ -191,6 +194,10 @@ class Explainer:
                 f"are damaged, or model.dtype={self._config.model.dtype} is too narrow: try model.dtype=float32"
             )
         return scores
+
+    def _allows_empty_history(self) -> bool:
+        """Whether anything stands before a response whose prompt has no history: a begin token or the template's text."""
+        return bool(self._template.render(()).text)
 
     def _popularity(self, question: Question) -> np.ndarray | None:
         """(R,) log(1 + count) of the candidates where rankings are corrected by it."""

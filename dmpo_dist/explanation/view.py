@@ -73,15 +73,13 @@ def notes(entry: dict[str, Any]) -> list[str]:
     if entry["cut_off"]:
         named = ", ".join(map(repr, entry["cut_off"]))
         lines.append(
-            f"The oldest {len(entry['cut_off'])} of {len(entry['cut_off']) + len(entry['history'])} history items did not fit "
-            f"into model.max_length, so the model never saw them and they have no contribution: {named}."
+            f"The {len(entry['cut_off'])} oldest history items did not fit into model.max_length, so the model never saw them "
+            f"and they have no contribution: {named}."
         )
     if len(entry["history"]) == 1:
-        lines.append("There is one history item: its contribution is against a prompt without any history.")
+        lines.append("The model saw one history item: its contribution is against a prompt without any history.")
     if not entry["history"]:
-        lines.append(
-            "There is one history item, and this template has no prompt without any, so nothing can be left out."
-        )
+        lines.append("The model saw no history item that could be taken away and leave a prompt.")
     return lines
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -45,7 +44,7 @@ class Order:
         catalogue: rank among its titles; None for each request's own candidates.
         reference: ``base``, ``start``, ``none``, a model folder or hub id; None takes what the model says of itself.
         method: see ``title_values``.
-        top, budget: see ``nearest_counterfactual``.
+        top, budget: see ``Explainer.answer``.
         faithfulness: of how many users to measure it; 0 for none.
         output: folder for the files; None for the terminal alone.
     """
@@ -59,7 +58,7 @@ class Order:
     reference: str | None
     method: Method
     top: int | None
-    budget: int
+    budget: int | None
     faithfulness: int
     output: Path | None
 
@@ -76,15 +75,16 @@ def explain(order: Order, config: RunConfig, console: Console) -> dict[str, Any]
     _check(order)
     source = find_model(order.model)
     config = _within_context(source, config)
-    reference = _reference(source, order.reference, config, console)
+    reference, note = _reference(source, order.reference, config)
     questions, catalogue, titles = _questions(order, config, source)
     chosen = _chosen(order, questions, titles, config.seed)
     _check_top(order.top, chosen)
     measured = sampled(questions, order.faithfulness, config.seed) if order.faithfulness else []
-    torch.set_num_threads(os.cpu_count() or 1)
     explainer = Explainer(order.model, config, reference, catalogue, order.method)
     with console.status("loading the model"):
         explainer.load([*chosen, *measured])
+    if note:
+        console.print(note, highlight=False, markup=False)
     content: dict[str, Any] = {"model": order.model, "reference": reference, "method": order.method}
     content["requests"] = _explained(order, explainer, chosen, console)
     for entry in content["requests"]:
@@ -121,40 +121,41 @@ def _within_context(source: ModelSource, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"max_length": context})})
 
 
-def _reference(source: ModelSource, flag: str | None, config: RunConfig, console: Console) -> str | None:
-    """Folder or hub id of the reference; says so where there is none."""
+def _reference(source: ModelSource, flag: str | None, config: RunConfig) -> tuple[str | None, str]:
+    """Folder or hub id of the reference, and what to say where there is none though nobody asked for that."""
     ranked_by = config.ranking.reference
     if ranked_by is not None:
         if flag not in (None, ranked_by):
             raise UserError(
                 f"--reference {flag}: the ranking subtracts ranking.reference={ranked_by}; give one of the two"
             )
-        return reference_of(source, ranked_by)
+        return reference_of(source, ranked_by), ""
     if flag == "none":
-        return None
+        return None, ""
     if flag == "base" and not source.is_adapter:
         raise UserError(f"--reference base: {source.path} is a whole model without a base; name a folder, or start")
-    start = source.stamp.get("start")
-    if flag == "start" and not start:
+    if flag == "start" and not source.stamp.get("start"):
         raise UserError(
             f"--reference start: {source.path} does not say what it was started from; name that model's folder"
         )
-    if flag is not None:
-        return reference_of(source, flag)
-    if start and (Path(start).exists() or not source.is_adapter):
+    return _usual_reference(source) if flag is None else (reference_of(source, flag), "")
+
+
+def _usual_reference(source: ModelSource) -> tuple[str | None, str]:
+    """What training started from if that is still there, else an adapter's base."""
+    start = source.stamp.get("start")
+    lacks = "it does not say what it was trained from"
+    if start:
         try:
-            return find_model(start).path
+            return find_model(start).path, ""
         except UserError:
             lacks = f"it was trained from {start}, which is not there"
-    elif source.is_adapter:
-        return source.base
-    else:
-        lacks = "it does not say what it was trained from"
-    console.print(
-        f"note: {source.path} has no reference ({lacks}), so the title's words are not compared; name one by --reference",
-        highlight=False, markup=False,
-    )  # fmt: skip
-    return None
+    if source.is_adapter:
+        return source.base, ""
+    return (
+        None,
+        f"note: {source.path} has no reference ({lacks}), so its words are not compared; name one by --reference",
+    )
 
 
 def _questions(
@@ -217,8 +218,11 @@ def _measured(
     """Deletion curves over ``questions``, shown and ready for JSON."""
     subjects = [explainer.subject(question) for question in questions]
     enough = [subject for subject in subjects if len(subject.history) > 1]
-    if not enough:
-        raise UserError("--faithfulness: every history holds a single item; there is no order to compare")
+    if len(enough) < 2:
+        raise UserError(
+            f"--faithfulness: {len(enough)} of {len(subjects)} requests have a history of two items or more, and an interval needs "
+            "several users; give more requests, and leave --user out"
+        )
 
     def deletion(index: int, subject: Subject) -> Any:
         values = subject.outcomes.values
@@ -238,7 +242,9 @@ def _measured(
 
 
 def _with_bar(work: Iterable[Any], title: str, total: int, console: Console) -> Iterable[Any]:
-    """``work`` with a bar on a terminal."""
+    """``work`` with a bar on a terminal, announced by a line elsewhere."""
+    if not console.is_terminal:
+        console.print(f"{title}: {total} requests", highlight=False)
     return track(work, title, total=total, console=console, transient=True, disable=not console.is_terminal)
 
 
