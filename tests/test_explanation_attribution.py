@@ -83,6 +83,7 @@ def test_random_numbers_are_not_faithful():
 def test_the_truth_is_faithful_and_its_inverse_the_contrary():
     truth, inverse = areas(lambda w, _: w, 0), areas(lambda w, _: -w, 0)
     assert truth["attribution_vs_random"]["low"] > 0.3
+    assert truth["attribution_vs_random_after_first"]["low"] > 0.3
     assert truth["inverse_vs_random"]["high"] < -0.3
     assert truth["inverse_vs_random"]["sign_test_p"] < 1e-6
     assert inverse["attribution_vs_random"]["area"] == pytest.approx(truth["inverse_vs_random"]["area"])

@@ -104,7 +104,10 @@ def test_a_file_of_requests(run, world):
     code, shown = run(*arguments, "--user=anna", f"--item={titles[2].upper()}")
     assert (code, f"Why is {titles[2]!r} at rank" in shown) == (0, True)
     code, shown = run(*arguments, "--user=ana")
-    assert (code, shown) == (2, "error: --user ana: not in --requests, the nearest is 'anna'\n")
+    assert (code, shown) == (
+        2,
+        "error: --user ana: not among the 1 users of users.csv, such as anna; the nearest name is 'anna'\n",
+    )
     code, shown = run(*arguments, "--faithfulness", "--output=none")
     assert (code, "0 of 1 requests have a history of two items or more" in shown, Path("none").exists()) == (
         2,
@@ -124,7 +127,7 @@ BAD = {
     "both": (["--user=USER", "--users=2"], "give one user by name, or how many to sample"),
     "item alone": (["--item=x", "--users=2"], "say for whom with --user"),
     "no folder": (["--faithfulness"], "give --output a folder"),
-    "unknown user": (["--user=nobody"], "--user nobody: no test request of data, where this user does not occur"),
+    "unknown user": (["--user=nobody"], "--user nobody: not among the"),
     "nearest title": (["--user=USER", "--item=NEARLY"], "no such title or item id, the nearest is 'POSITIVE'"),
     "not a candidate": (["--user=USER", "--item=OTHER"], "'OTHER' is not among the 5 candidates of user 'USER'"),
     "taken": (["--user=USER", "--item=TAKEN"], "has it in the history already"),

@@ -38,14 +38,21 @@ class Deletion:
 
     @property
     def areas(self) -> dict[str, float]:
-        """How far each comparison's first curve is below its second, see ``area_between``."""
+        """How far each comparison's first curve is below its second, see ``area_between``.
+
+        ``attribution_vs_random_after_first`` leaves out the first step, which leave-one-out wins by construction; it takes three
+        items.
+        """
         random = self.random.mean(axis=0)
-        return {
+        areas = {
             "attribution_vs_random": area_between(random, self.attribution),
             "attribution_vs_recent": area_between(self.recent, self.attribution),
             "recent_vs_random": area_between(random, self.recent),
             "inverse_vs_random": area_between(random, self.inverse),
         }
+        if len(random) > 2:
+            areas["attribution_vs_random_after_first"] = area_between(random, self.attribution, first=2)
+        return areas
 
 
 def deletion_curve(values: Values, order: Sequence[int]) -> np.ndarray:
@@ -53,9 +60,9 @@ def deletion_curve(values: Values, order: Sequence[int]) -> np.ndarray:
     return values([frozenset(order[:k]) for k in range(len(order))])
 
 
-def area_between(upper: np.ndarray, lower: np.ndarray) -> float:
-    """Mean of ``upper - lower`` over k = 1 .. n - 1, in units of the value; both start from the whole history."""
-    return float((upper - lower)[1:].mean())
+def area_between(upper: np.ndarray, lower: np.ndarray, first: int = 1) -> float:
+    """Mean of ``upper - lower`` over k = first .. n - 1, in units of the value; both start from the whole history."""
+    return float((upper - lower)[first:].mean())
 
 
 def delete(user: str, values: Values, contributions: np.ndarray, orders: int, rng: np.random.Generator) -> Deletion:
@@ -82,15 +89,16 @@ def summarise(deletions: Sequence[Deletion], samples: int, seed: int) -> dict[st
     A user's area is the mean over that user's requests. The sign test counts users whose area is above and below 0 (none
     of them at 0) and gives the two-sided binomial p-value of that split.
     """
-    users = list(dict.fromkeys(deletion.user for deletion in deletions))
-    areas: dict[str, Any] = {}
-    for name in deletions[0].areas:
-        by_user: dict[str, list[float]] = {user: [] for user in users}
-        for deletion in deletions:
-            by_user[deletion.user].append(deletion.areas[name])
-        areas[name] = _area(np.array([np.mean(of_user) for of_user in by_user.values()]), samples, seed)
+    of_user: dict[str, dict[str, list[float]]] = {}  # comparison -> user -> areas
+    for deletion in deletions:
+        for name, area in deletion.areas.items():
+            of_user.setdefault(name, {}).setdefault(deletion.user, []).append(area)
+    areas = {
+        name: _area(np.array([np.mean(one) for one in by_user.values()]), samples, seed)
+        for name, by_user in of_user.items()
+    }
     return {
-        "users": len(users),
+        "users": len({deletion.user for deletion in deletions}),
         "requests": len(deletions),
         "random_orders": len(deletions[0].random),
         "bootstrap": {"samples": samples, "seed": seed},

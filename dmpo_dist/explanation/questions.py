@@ -34,23 +34,19 @@ class Question:
 
 
 def questions_of_data(
-    data: PreparedData, user: str | None, catalogue: Catalogue | None, exclude_taken: bool = True
+    data: PreparedData, places: Sequence[int], catalogue: Catalogue | None, exclude_taken: bool = True
 ) -> list[Question]:
     """Test requests of ``data`` and their positives.
 
     Args:
-        user: whose; None for all.
+        places: which test requests, see ``places_of_user`` and ``sampled``.
         catalogue: rank among its titles; None for the request's own candidates.
         exclude_taken: leave the catalogue's titles out that the user took before.
 
     Raises:
-        UserError: an unknown user, no test requests, or rows that are finished prompts without a history.
+        UserError: rows that are finished prompts without a history.
     """
-    rows = data.test.to_list()
-    if not rows:
-        raise UserError(f"{data.path} holds no test requests to explain; see its card.md, or give --requests")
-    if user is not None:
-        rows = [row for row in rows if row["user"] == user] or _no_such_user(user, data)
+    rows = data.test.select(places).to_list()
     if any(row["prompt"] is not None for row in rows):
         raise UserError(
             f"{data.path} was made from ready preferences: their prompts are finished texts without a list of history items, "
@@ -66,23 +62,17 @@ def questions_of_data(
 
 
 def questions_of_requests(
-    requests: Sequence[RankingRequest], user: str | None, catalogue: Catalogue | None, exclude_taken: bool = True
+    requests: Sequence[RankingRequest], catalogue: Catalogue | None, exclude_taken: bool = True
 ) -> list[Question]:
     """Requests as ``dmpo rank`` reads them; each is about the title ranked first until ``asked`` names one.
 
     Args:
-        user: whose; None for all.
         catalogue: what requests without candidates choose from.
         exclude_taken: leave the catalogue's titles out that are in the history.
 
     Raises:
-        UserError: an unknown user, a request without candidates and no catalogue, or with fewer than two candidates.
+        UserError: a request without candidates and no catalogue, or with fewer than two candidates.
     """
-    if user is not None:
-        known = [request.user for request in requests]
-        if user not in known:
-            raise UserError(f"--user {user}: not in --requests{_nearest(user, known, ', the nearest is')}")
-        requests = [request for request in requests if request.user == user]
     out = []
     for request in requests:
         if request.candidates is None and catalogue is None:
@@ -93,18 +83,34 @@ def questions_of_requests(
         candidates = request.candidates or tuple(t for t in catalogue.titles if t not in taken)  # pyrefly: ignore
         if len(candidates) < 2:
             raise UserError(
-                f"--requests: user {request.user!r} has {len(candidates)} title to choose from, so there is no ranking to "
-                "explain; give two or more candidates"
+                f"--requests: user {request.user!r} has fewer than two titles to choose from ({len(candidates)}), so there is no "
+                "ranking to explain; give more candidates"
             )
         out.append(Question(request.user, request.history, request.history, candidates, candidates, None))
     return out
 
 
-def sampled(questions: list[Question], count: int, seed: int) -> list[Question]:
-    """A seeded sample of at most ``count``, in their order."""
-    if count >= len(questions):
-        return questions
-    return [questions[i] for i in np.sort(np.random.default_rng(seed).choice(len(questions), count, replace=False))]
+def places_of_user(user: str, users: Sequence[str], where: str) -> list[int]:
+    """The places of ``user`` among ``users``, those of the requests in ``where``.
+
+    Raises:
+        UserError: there is none (names the nearest).
+    """
+    places = [place for place, one in enumerate(users) if one == user]
+    if places:
+        return places
+    distinct = list(dict.fromkeys(users))
+    raise UserError(
+        f"--user {user}: not among the {len(distinct)} users of {where}, such as {', '.join(distinct[:5])}"
+        f"{_nearest(user, distinct, '; the nearest name is')}"
+    )
+
+
+def sampled(count: int, total: int, seed: int) -> list[int]:
+    """A seeded sample of at most ``count`` of ``total`` places, ascending."""
+    if count >= total:
+        return list(range(total))
+    return np.sort(np.random.default_rng(seed).choice(total, count, replace=False)).tolist()
 
 
 def asked(question: Question, wanted: str, titles: dict[str, str]) -> Question:
@@ -177,16 +183,6 @@ def _find(wanted: str, titles: dict[str, str]) -> str | None:
     if wanted in titles:
         return titles[wanted]
     return next((title for title in titles.values() if title.lower() == wanted.lower()), None)
-
-
-def _no_such_user(user: str, data: PreparedData) -> list[dict[str, Any]]:
-    users = dict.fromkeys(data.test["user"][:])
-    other = next((name for name in ("train", "validation") if user in set(getattr(data, name)["user"][:])), None)
-    where = f"occurs in {other} alone" if other else "does not occur in it"
-    raise UserError(
-        f"--user {user}: no test request of {data.path}, where this user {where}; it has {len(users)} users to test, such as "
-        f"{', '.join(list(users)[:5])}{_nearest(user, list(users), '; the nearest name is')}"
-    )
 
 
 def _nearest(wanted: str, known: Sequence[str], introduction: str) -> str:

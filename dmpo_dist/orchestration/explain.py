@@ -20,7 +20,14 @@ from dmpo_dist.evaluation.ranking import reference_of
 from dmpo_dist.explanation.contributions import Method, leave_one_out
 from dmpo_dist.explanation.explainer import Explainer, Subject
 from dmpo_dist.explanation.faithfulness import delete, summarise
-from dmpo_dist.explanation.questions import Question, asked, questions_of_data, questions_of_requests, sampled
+from dmpo_dist.explanation.questions import (
+    Question,
+    asked,
+    places_of_user,
+    questions_of_data,
+    questions_of_requests,
+    sampled,
+)
 from dmpo_dist.explanation.view import show, show_faithfulness, to_json
 from dmpo_dist.modeling.backbone import ModelSource, find_model, load_tokenizer, read_model_config
 
@@ -76,10 +83,8 @@ def explain(order: Order, config: RunConfig, console: Console) -> dict[str, Any]
     source = find_model(order.model)
     config = _within_context(source, config)
     reference, note = _reference(source, order.reference, config)
-    questions, catalogue, titles = _questions(order, config, source)
-    chosen = _chosen(order, questions, titles, config.seed)
+    chosen, measured, catalogue = _questions(order, config, source)
     _check_top(order.top, chosen)
-    measured = sampled(questions, order.faithfulness, config.seed) if order.faithfulness else []
     explainer = Explainer(order.model, config, reference, catalogue, order.method)
     with console.status("loading the model"):
         explainer.load([*chosen, *measured])
@@ -160,40 +165,57 @@ def _usual_reference(source: ModelSource) -> tuple[str | None, str]:
 
 def _questions(
     order: Order, config: RunConfig, source: ModelSource
-) -> tuple[list[Question], Catalogue | None, dict[str, str]]:
-    """All requests, the catalogue if one is in use, and item id -> title of everything known."""
-    exclude = config.ranking.exclude_history
+) -> tuple[list[Question], list[Question], Catalogue | None]:
+    """What is answered one by one, what faithfulness is measured on, and the catalogue if one is in use."""
+    if order.requests is not None:
+        return _questions_of_file(order, order.requests, config, source)
+    if config.data.path is None:
+        raise UserError("say what to explain: data.path=FOLDER of `dmpo data prepare`, or --requests FILE")
+    data = PreparedData.load(config.data.path)
     catalogue = read_catalogue(order.catalogue) if order.catalogue else None
-    if order.requests is None:
-        if config.data.path is None:
-            raise UserError("say what to explain: data.path=FOLDER of `dmpo data prepare`, or --requests FILE")
-        data = PreparedData.load(config.data.path)
-        questions = questions_of_data(data, order.user, catalogue, exclude)
-        titles = {} if data.items is None else dict(zip(data.items["item"], data.items["title"], strict=True))
-        if catalogue is None and config.ranking.popularity_weight:
-            catalogue = read_catalogue(config.data.path)
-        return questions, catalogue, titles
-    requests = read_requests(order.requests)
-    if catalogue is not None and requests[0].candidates is not None and not config.ranking.popularity_weight:
-        raise UserError(
-            f"--catalogue {order.catalogue}: {order.requests} has candidates of its own; leave out --catalogue, or the column"
-        )
-    whole = requests[0].candidates is None
-    place = order.catalogue or (config.data.path if whole or config.ranking.popularity_weight else None)
-    catalogue = catalogue or (read_catalogue(place) if place else None)
+    chosen, measured = _places(order, data.test["user"][:], f"the test requests in {data.path}", config.seed)
+    exclude = config.ranking.exclude_history
+    answered = questions_of_data(data, chosen, catalogue, exclude)
+    if order.item is not None and data.items is not None:
+        titles = dict(zip(data.items["item"], data.items["title"], strict=True))
+        answered = [asked(question, order.item, titles) for question in answered]
+    if catalogue is None and config.ranking.popularity_weight:
+        return answered, questions_of_data(data, measured, None), read_catalogue(config.data.path)
+    return answered, questions_of_data(data, measured, catalogue, exclude), catalogue
+
+
+def _questions_of_file(
+    order: Order, file: Path, config: RunConfig, source: ModelSource
+) -> tuple[list[Question], list[Question], Catalogue | None]:
+    """The same for requests as `dmpo rank` takes them, with its checks."""
+    requests = read_requests(file)
+    whole, weight = requests[0].candidates is None, config.ranking.popularity_weight
+    if order.catalogue and not whole and not weight:
+        raise UserError(f"--catalogue {order.catalogue}: {file} has candidates of its own; leave out one of the two")
+    place = order.catalogue or (config.data.path if whole or weight else None)
+    catalogue = read_catalogue(place) if place else None
+    exclude = config.ranking.exclude_history
     if catalogue is not None:
-        check_against(requests, catalogue, order.requests, exclude)
+        check_against(requests, catalogue, file, exclude)
     known = set(catalogue.titles if catalogue else ())
-    known = known.union(*(r.history for r in requests), *(r.candidates or () for r in requests))
+    known = known.union(*(request.history + (request.candidates or ()) for request in requests))
     check_titles(sorted(known), load_tokenizer(source))
-    return questions_of_requests(requests, order.user, catalogue, exclude), catalogue, {title: title for title in known}
+    chosen, measured = _places(order, [request.user for request in requests], str(file), config.seed)
+    answered = questions_of_requests([requests[i] for i in chosen], catalogue, exclude)
+    if order.item is not None:
+        answered = [asked(question, order.item, {title: title for title in known}) for question in answered]
+    return answered, questions_of_requests([requests[i] for i in measured], catalogue, exclude), catalogue
 
 
-def _chosen(order: Order, questions: list[Question], titles: dict[str, str], seed: int) -> list[Question]:
-    """The questions to be answered one by one."""
+def _places(order: Order, users: list[str], where: str, seed: int) -> tuple[list[int], list[int]]:
+    """Which of the requests, one for each of ``users``, are answered and which are measured."""
+    if not users:
+        raise UserError(f"{where}: there are none to explain; see its card.md, or give --requests")
     if order.user is not None:
-        return questions if order.item is None else [asked(question, order.item, titles) for question in questions]
-    return sampled(questions, order.users, seed) if order.users else []
+        chosen = places_of_user(order.user, users, where)
+    else:
+        chosen = sampled(order.users or 0, len(users), seed)
+    return chosen, sampled(order.faithfulness, len(users), seed)
 
 
 def _check_top(top: int | None, questions: list[Question]) -> None:
@@ -243,7 +265,7 @@ def _measured(
 
 def _with_bar(work: Iterable[Any], title: str, total: int, console: Console) -> Iterable[Any]:
     """``work`` with a bar on a terminal, announced by a line elsewhere."""
-    if not console.is_terminal:
+    if total and not console.is_terminal:
         console.print(f"{title}: {total} requests", highlight=False)
     return track(work, title, total=total, console=console, transient=True, disable=not console.is_terminal)
 
