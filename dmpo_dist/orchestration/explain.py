@@ -266,7 +266,7 @@ def _measured(
 def _with_bar(work: Iterable[Any], title: str, total: int, console: Console) -> Iterable[Any]:
     """``work`` with a bar on a terminal, announced by a line elsewhere."""
     if total and not console.is_terminal:
-        console.print(f"{title}: {total} requests", highlight=False)
+        console.print(f"{title}: {total} request{'s' * (total > 1)}", highlight=False)
     return track(work, title, total=total, console=console, transient=True, disable=not console.is_terminal)
 
 
