@@ -1,0 +1,79 @@
+"""A title token by token: which of its characters a token stands for, and log-probs that are not summed over the title."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dmpo_dist.batching.layout import Layout
+from dmpo_dist.batching.targets import Targets
+
+END = "(end)"
+"""Shown for the tokens that end a response."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A readable part of a response and the tokens, counted from the first scored one, that stand for it."""
+
+    text: str
+    tokens: slice
+
+
+def per_token(layout: Layout) -> Layout:
+    """``layout`` with every scored token as a response of its own, in the order branch by branch.
+
+    A ``LogProbModel`` then gives (N,) log-probs instead of (R,) sums, by the same forward pass. Meant for groups of one
+    response and without scored histories: group ids and positives have no meaning here.
+    """
+    targets = layout.targets
+    tokens = len(targets.target_ids)
+    each = torch.arange(tokens)
+    none = torch.empty(0, dtype=torch.int64)
+    single = Targets(
+        predict_index=targets.predict_index,
+        target_row=targets.target_row,
+        target_ids=targets.target_ids,
+        target_branch=each,
+        response_branch=each,
+        response_lengths=torch.ones_like(each),
+        history_branch=none,
+        history_lengths=none,
+        group_id=torch.zeros_like(each),
+        is_positive=torch.zeros_like(each, dtype=torch.bool),
+        n_branches=tokens,
+        n_groups=1,
+    )
+    return replace(layout, targets=single, reference_targets=None)
+
+
+def readable_pieces(text: str, spans: Sequence[tuple[int, int]], start: int, end: int) -> list[Piece]:
+    """Divide ``text[start:end]`` among tokens; joined, the pieces but ``END`` are that text again.
+
+    A token that adds no whole character, as where several bytes spell one, belongs to the piece before it; one that lies
+    in the prompt, as after a merge over the boundary, to the piece behind it.
+
+    Args:
+        text: prompt and response.
+        spans: for each scored token the characters of ``text`` that it covers, as a fast tokenizer gives them.
+        start, end: where the response begins and where its terminator does.
+    """
+    pieces: list[Piece] = []
+    done, first, ended = start, 0, False
+    for index, (_, stop) in enumerate(spans):
+        piece = text[done : min(stop, end)]
+        ends = stop > end and not piece and not ended
+        if piece or ends:
+            pieces.append(Piece(piece or END, slice(first, index + 1)))
+        elif pieces:
+            pieces[-1] = Piece(pieces[-1].text, slice(pieces[-1].tokens.start, index + 1))
+        if pieces:
+            first = index + 1
+        done, ended = max(done, min(stop, end)), ended or ends
+    return pieces
+
+
+def sum_pieces(pieces: Sequence[Piece], of_tokens: np.ndarray) -> np.ndarray:
+    """(N,) numbers of the tokens -> (pieces,) sums; their total is that of all tokens."""
+    return np.array([of_tokens[piece.tokens].sum() for piece in pieces])

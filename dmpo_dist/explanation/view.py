@@ -1,0 +1,159 @@
+"""Explanations for a terminal and as JSON."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from dmpo_dist.explanation.counterfactual import sentence
+from dmpo_dist.explanation.explainer import Answer
+from dmpo_dist.explanation.tokens import END
+
+BAR = 16
+"""Characters of the longest bar."""
+FOR, AGAINST = "green", "red"
+
+
+def to_json(answer: Answer) -> dict[str, Any]:
+    """One entry of ``requests`` in explanations.json; history items that were cut off are named apart."""
+    question, found = answer.question, answer.counterfactual
+    assert question.item is not None
+    seen_items, seen = question.history_items[answer.cut_off :], question.history[answer.cut_off :]
+    rows = zip(seen_items, seen, answer.contributions.tolist(), answer.ranks_without.tolist(), strict=False)
+    return {
+        "user": question.user,
+        "item": question.candidate_items[question.item],
+        "title": question.candidates[question.item],
+        "rank": answer.rank,
+        "candidates": len(question.candidates),
+        "tokens": [
+            {"text": text, "log_ratio": ratio}
+            for text, ratio in zip(answer.words.pieces, answer.words.log_ratios.tolist(), strict=True)
+        ],
+        "others_log_ratio": answer.words.others,
+        "history": [
+            {"item": item, "title": title, "contribution": contribution, "rank_without": rank}
+            for item, title, contribution, rank in rows
+        ],
+        "cut_off": list(question.history[: answer.cut_off]),
+        "counterfactual": {
+            "removed": [seen[index] for index in found.removed],
+            "rank_before": found.rank_before,
+            "rank_after": found.rank_after,
+            "sentence": sentence(found, seen),
+            "top": found.top,
+        },
+    }
+
+
+def show(entry: dict[str, Any], reference: str | None, method: str, console: Console) -> None:
+    """Print one entry of ``to_json`` so that no manual is needed."""
+    console.print()
+    console.print(
+        f"[bold]Why is {escape(repr(entry['title']))} at rank {entry['rank']} of {entry['candidates']} "
+        f"for user {escape(entry['user'])}?[/bold]",
+        highlight=False,
+    )
+    for note in notes(entry):
+        console.print(note, highlight=False, markup=False)
+    if entry["history"]:
+        console.print(_history_table(entry, method))
+    console.print(entry["counterfactual"]["sentence"], style="bold", highlight=False, markup=False)
+    if entry["tokens"]:
+        console.print(_words(entry, reference))
+
+
+def notes(entry: dict[str, Any]) -> list[str]:
+    """What a reader must know before the figures."""
+    lines = []
+    if entry["cut_off"]:
+        named = ", ".join(map(repr, entry["cut_off"]))
+        lines.append(
+            f"The {len(entry['cut_off'])} oldest history items did not fit into model.max_length, so the model never saw them "
+            f"and they have no contribution: {named}."
+        )
+    if len(entry["history"]) == 1:
+        lines.append("The model saw one history item: its contribution is against a prompt without any history.")
+    if not entry["history"]:
+        lines.append("The model saw no history item that could be taken away and leave a prompt.")
+    return lines
+
+
+def _history_table(entry: dict[str, Any], method: str) -> Table:
+    """The history, largest contribution first."""
+    unit = "margin over the other candidates" if method == "margin" else "log-probability"
+    table = Table(
+        "history item", "effect", "", "rank without it", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left",
+        title=f"What each history item adds to the title's {unit} (in nats; + speaks for it)",
+    )  # fmt: skip
+    table.columns[1].justify = table.columns[3].justify = "right"
+    largest = max(abs(row["contribution"]) for row in entry["history"]) or 1.0
+    for row in sorted(entry["history"], key=lambda row: -row["contribution"]):
+        amount = row["contribution"]
+        colour = FOR if amount > 0 else AGAINST
+        bar = Text("█" * round(BAR * abs(amount) / largest), style=colour)
+        moved = row["rank_without"] - entry["rank"]
+        rank = f"{row['rank_without']}" + (f" ({'down' if moved > 0 else 'up'} {abs(moved)})" if moved else "")
+        table.add_row(Text(row["title"]), Text(f"{amount:+.2f}", style=colour), bar, rank)
+    return table
+
+
+def _words(entry: dict[str, Any], reference: str | None) -> Text:
+    """What training did to the title against the other candidates, then to each of its words."""
+    total = sum(token["log_ratio"] for token in entry["tokens"])
+    others = entry["others_log_ratio"]
+    gained = "gained on" if total > others else "lost against"
+    text = Text(
+        f"Since the reference ({reference}) its log-probability changed by {total:+.2f}, that of the other candidates by "
+        f"{others:+.2f} on average: it {gained} them. Word by word:\n"
+    )
+    for word, ratio in by_word(entry["tokens"]):
+        text.append(word, style=f"bold {FOR if ratio > 0 else AGAINST}").append(f" {ratio:+.2f}  ", style="dim")
+    return text
+
+
+def by_word(tokens: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Tokens of explanations.json joined to words, their log-ratios summed."""
+    words: list[tuple[str, float]] = []
+    apart = True
+    for token in tokens:
+        text, ratio = token["text"], token["log_ratio"]
+        if apart or text == END or text[:1].isspace():
+            words.append((text.strip(), ratio))
+        else:
+            words[-1] = words[-1][0] + text.strip(), words[-1][1] + ratio
+        apart = text[-1:].isspace() and bool(text.strip())
+    return words
+
+
+def show_faithfulness(result: dict[str, Any], console: Console) -> None:
+    """The measured areas, in sentences."""
+    console.print()
+    console.print(
+        f"[bold]Do these contributions say what the model does?[/bold] {result['requests']} requests of {result['users']} users, "
+        f"{result['random_orders']} random orders each; items taken away one after another; mean distance between curves "
+        f"in nats, 95 % intervals over users.",
+        highlight=False,
+    )
+    table = Table("curves", "area", "95 % interval", "users +/-", "sign test p", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, area in result["areas"].items():
+        table.add_row(
+            name.replace("_", " "), f"{area['area']:+.3f}", f"{area['low']:+.3f} to {area['high']:+.3f}",
+            f"{area['users_above']}/{area['users_below']}", f"{area['sign_test_p']:.2g}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(verdict(result), style="bold", highlight=False, markup=False)
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """One sentence on ``attribution_vs_random`` and ``inverse_vs_random``."""
+    ours, inverse = result["areas"]["attribution_vs_random"], result["areas"]["inverse_vs_random"]
+    if ours["low"] > 0 and inverse["high"] < 0:
+        return "Faithful: the order of contributions pulls the title down faster than chance, and its inverse slower."
+    if ours["low"] > 0:
+        return "Partly: the order of contributions pulls the title down faster than chance, but its inverse not slower."
+    return "Not shown: the order of contributions does not pull the title down faster than a random order here."

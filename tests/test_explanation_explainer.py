@@ -1,0 +1,114 @@
+"""Explanations of a tiny model against plain scores of the same prompts, one at a time."""
+
+import numpy as np
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dmpo_dist.config import RunConfig, ScratchModel, TemplateConfig
+from dmpo_dist.data.requests import Catalogue, RankingRequest
+from dmpo_dist.evaluation.ranking import Ranker
+from dmpo_dist.explanation.explainer import Explainer
+from dmpo_dist.explanation.questions import Question
+from dmpo_dist.explanation.tokens import END
+from dmpo_dist.explanation.view import to_json
+from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
+
+TITLES = ("Heat", "Alien", "Alien 3", "Léon", "The Thing", "The Fly", "日本 🎬", "Up")
+HISTORY = ("Tron", "Alien Nation", "The Flying Fish", "Heathers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole model, another of the same tokenizer, and an adapter of the first."""
+    folder = tmp_path_factory.mktemp("models")
+    scratch = ScratchModel(hidden_size=16, layers=2, heads=2, intermediate_size=24, vocab_size=300)
+    for seed, name in enumerate(("base", "other")):
+        make_scratch_model(folder / name, scratch, list(TITLES), 128, seed)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, lora).save_pretrained(folder / "adapter")
+    write_stamp(folder / "adapter", TemplateConfig(), stage="train", start=str(folder / "other"))
+    return folder
+
+
+def config(budget=4096, length=128, **ranking):
+    settings = {"model": {"max_length": length}, "ranking": ranking, "evaluation": {"token_budget": budget}}
+    return RunConfig.model_validate(settings)
+
+
+def question(item=4, history=HISTORY, candidates=TITLES):
+    return Question("u", history, history, candidates, candidates, item)
+
+
+def answer(folder, settings, reference="base", asked=None, method="margin"):
+    catalogue = Catalogue(TITLES, np.arange(len(TITLES)))
+    explainer = Explainer(str(folder / "adapter"), settings, reference, catalogue, method)
+    asked = asked or question()
+    explainer.load([asked])
+    subject = explainer.subject(asked)
+    return explainer.answer(subject, explainer.words([subject])[0], top=4, budget=50)
+
+
+def plain(model, settings, history, candidates=TITLES):
+    ranker = Ranker(str(model), settings, Catalogue(TITLES, np.arange(len(TITLES))), top=1)
+    return ranker.scores(RankingRequest("u", history, None), np.array(candidates, dtype=object))
+
+
+@pytest.mark.parametrize(("budget", "method"), [(4096, "margin"), (32, "log_prob")], ids=["packed", "trie"])
+def test_contributions_are_those_of_single_prompts(folder, budget, method):
+    settings = config(budget)
+    seen = answer(folder, settings, str(folder / "base"), method=method)
+
+    def value(history):
+        scores = plain(folder / "adapter", settings, history)
+        return scores[4] - (np.delete(scores, 4).mean() if method == "margin" else 0), 1 + (scores > scores[4]).sum()
+
+    whole, rank = value(HISTORY)
+    without = [value(HISTORY[:i] + HISTORY[i + 1 :]) for i in range(4)]
+    assert seen.rank == rank
+    np.testing.assert_allclose(seen.contributions, [whole - v for v, _ in without], atol=1e-4)
+    assert seen.ranks_without.tolist() == [r for _, r in without]
+    found = seen.counterfactual
+    left = tuple(title for i, title in enumerate(HISTORY) if i not in found.removed)
+    assert found.rank_after == value(left)[1]
+
+
+@pytest.mark.parametrize(("reference", "budget"), [("base", 4096), ("base", 32), ("other", 32)])
+def test_the_words_sum_to_the_difference_of_log_probs(folder, reference, budget):
+    settings = config(budget)
+    seen = answer(folder, settings, str(folder / reference), question(item=6))
+    change = plain(folder / "adapter", settings, HISTORY) - plain(folder / reference, settings, HISTORY)
+    assert seen.words.log_ratios.sum() == pytest.approx(change[6], abs=1e-5)
+    assert seen.words.others == pytest.approx(np.delete(change, 6).mean(), abs=1e-5)
+    assert "".join(seen.words.pieces) == "日本 🎬" + END
+
+
+def test_a_ranking_by_reference_length_and_popularity_is_explained_as_it_is(folder):
+    settings = config(reference="base", length_normalize=True, popularity_weight=0.3)
+    seen = answer(folder, settings, str(folder / "base"))
+    scores = [plain(folder / "adapter", settings, HISTORY[:i] + HISTORY[i + 1 :]) for i in range(4)]
+    assert seen.ranks_without.tolist() == [1 + (s > s[4]).sum() for s in scores]
+    whole = plain(folder / "adapter", settings, HISTORY)
+    expected = [(whole - s)[4] - np.delete(whole - s, 4).mean() for s in scores]
+    np.testing.assert_allclose(seen.contributions, expected, atol=1e-4)
+
+
+def test_what_the_model_did_not_see_has_no_contribution(folder):
+    seen = answer(folder, config(length=95), str(folder / "base"))
+    entry = to_json(seen)
+    assert 0 < seen.cut_off < 4
+    assert entry["cut_off"] == list(HISTORY[: seen.cut_off])
+    assert [row["title"] for row in entry["history"]] == list(HISTORY[seen.cut_off :])
+    shorter = answer(folder, config(), str(folder / "base"), question(history=HISTORY[seen.cut_off :]))
+    np.testing.assert_allclose(seen.contributions, shorter.contributions, atol=1e-5)
+
+
+def test_one_item_no_reference_and_the_title_ranked_first(folder):
+    settings = config()
+    seen = answer(folder, settings, None, question(item=None, history=("Tron",)))
+    scores = plain(folder / "adapter", settings, ("Tron",))
+    assert (seen.question.item, seen.rank) == (int(scores.argmax()), 1)
+    assert (seen.words.pieces, seen.words.others) == ([], None)
+    assert seen.contributions.shape == (1,)
+    assert seen.counterfactual.removed == ()
