@@ -13,7 +13,14 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.catalogue import TitleScorer, adjusted
-from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_for_scoring, load_tokenizer
+from dmpo_dist.modeling.backbone import (
+    ModelSource,
+    enforce_template,
+    find_model,
+    load_for_scoring,
+    load_tokenizer,
+    read_model_config,
+)
 
 
 @dataclass(frozen=True)
@@ -127,3 +134,11 @@ def reference_of(source: ModelSource, asked: str | None) -> str | None:
         find_model(start)
         return start
     return find_model(asked).path if asked else None
+
+
+def within_context(source: ModelSource, config: RunConfig) -> RunConfig:
+    """``config`` with its ``model.max_length`` lowered to the context of ``source``, where nobody asked for another."""
+    context = getattr(read_model_config(source.base, 0), "max_position_embeddings", None)
+    if not context or "max_length" in config.model.model_fields_set or config.model.max_length <= context:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": context})})

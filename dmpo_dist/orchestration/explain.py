@@ -16,7 +16,7 @@ from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, re
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import reference_of
+from dmpo_dist.evaluation.ranking import reference_of, within_context
 from dmpo_dist.explanation.contributions import Method, leave_one_out
 from dmpo_dist.explanation.explainer import Explainer, Subject
 from dmpo_dist.explanation.faithfulness import delete, summarise
@@ -29,7 +29,7 @@ from dmpo_dist.explanation.questions import (
     sampled,
 )
 from dmpo_dist.explanation.view import show, show_faithfulness, to_json
-from dmpo_dist.modeling.backbone import ModelSource, find_model, load_tokenizer, read_model_config
+from dmpo_dist.modeling.backbone import ModelSource, find_model, load_tokenizer
 
 EXPLANATIONS_FILE = "explanations.json"
 FAITHFULNESS_FILE = "explain_faithfulness.json"
@@ -81,7 +81,7 @@ def explain(order: Order, config: RunConfig, console: Console) -> dict[str, Any]
     """
     _check(order)
     source = find_model(order.model)
-    config = _within_context(source, config)
+    config = within_context(source, config)
     reference, note = _reference(source, order.reference, config)
     chosen, measured, catalogue = _questions(order, config, source)
     _check_top(order.top, chosen)
@@ -116,14 +116,6 @@ def _check(order: Order) -> None:
     for name in (EXPLANATIONS_FILE, FAITHFULNESS_FILE):
         if (order.output / name).exists():
             raise UserError(f"--output {order.output}: holds {name} already, which is kept; choose another folder")
-
-
-def _within_context(source: ModelSource, config: RunConfig) -> RunConfig:
-    """``config`` with its ``model.max_length`` lowered to the model's context, where nobody asked for another."""
-    context = getattr(read_model_config(source.base, 0), "max_position_embeddings", None)
-    if not context or "max_length" in config.model.model_fields_set or config.model.max_length <= context:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": context})})
 
 
 def _reference(source: ModelSource, flag: str | None, config: RunConfig) -> tuple[str | None, str]:

@@ -25,7 +25,7 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import Ranker, reference_of
+from dmpo_dist.evaluation.ranking import Ranker, reference_of, within_context
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
 from dmpo_dist.orchestration.progress import UserProgress
 from dmpo_dist.training.reference import file_digests
@@ -69,7 +69,7 @@ def rank(
     Raises:
         UserError: anything about files, model or options, or workers that keep failing; finished parts stay.
     """
-    job = preflight(model, requests, catalogue, top, output, _within_context(model, config))
+    job = preflight(model, requests, catalogue, top, output, within_context(find_model(model), config))
     store = PartStore(output, job.key)
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):
@@ -123,14 +123,6 @@ def preflight(
         **_options(config),
     }
     return RankJob(model, config, requests, catalogue, top, output, key)
-
-
-def _within_context(model: str, config: RunConfig) -> RunConfig:
-    """``config`` with its ``model.max_length`` lowered to the model's context, where nobody asked for another."""
-    context = getattr(read_model_config(find_model(model).base, 0), "max_position_embeddings", None)
-    if not context or "max_length" in config.model.model_fields_set or config.model.max_length <= context:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": context})})
 
 
 def _catalogue(
