@@ -1,0 +1,196 @@
+"""`dmpo experiment`'s table as figures: K sweep, few-shot curves, transfer between datasets."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from dmpo_dist.report.svg import COLOURS, DASHES, Figure, Line, Panel, line_chart
+from dmpo_dist.report.tables import Cell, Table
+from dmpo_dist.report.words import metric_name, number
+
+MAIN_METRIC, SWEEP_METRIC = "ndcg@10", "hr@1"
+CELL = ["dataset", "evaluated_on", "shots", "k", "objective", "model", "free"]
+MOST_ROWS = 300
+SHADES = 5
+LEVELS = ("sft", "popularity")
+LEVEL_STYLE = 2 * COLOURS - 1  # grey, broken
+ALL_SHOTS = "all"
+
+
+def sweep_figures(study: pd.DataFrame) -> list[Figure]:
+    """HR@1 and, where it was logged, the loss against K, a line per objective; one figure per dataset and shots."""
+    at_home = _at_home(study)
+    metric = SWEEP_METRIC if (at_home["metric"] == SWEEP_METRIC).any() else MAIN_METRIC
+    figures = []
+    for (dataset, shots), part in at_home[at_home["metric"] == metric].groupby(["dataset", "shots"], dropna=False):
+        if part["k"].nunique() < 2:
+            continue
+        lines = _lines(part, "k", "value")
+        panels = [Panel(lines + _levels(at_home, dataset, shots, metric, lines), metric_name(metric))]
+        losses = _lines(part, "k", "loss")
+        if losses:
+            panels.append(Panel(losses, "training loss at the end"))
+        title = f"{dataset}, {_shots(shots)}: {metric_name(metric)}{' and loss' if losses else ''} by negatives K"
+        figures.append(_figure(title, panels, "negatives K", part))
+    return figures
+
+
+def shots_figures(study: pd.DataFrame) -> list[Figure]:
+    """NDCG@10 against the number of training examples, a line per objective and K; one figure per dataset."""
+    part = _at_home(study)
+    part = part.assign(shots=part["shots"].fillna(part["train_groups"]))  # all of them are a number too
+    part = part[(part["metric"] == MAIN_METRIC) & part["shots"].notna()]
+    return [
+        _figure(
+            f"{dataset}: {metric_name(MAIN_METRIC)} by training examples",
+            [Panel(_lines(of_dataset, "shots", "value", with_k=of_dataset["k"].nunique() > 1))],
+            "training examples (shots)",
+            of_dataset,
+        )
+        for dataset, of_dataset in part.groupby("dataset")
+        if of_dataset["shots"].nunique() > 1
+    ]
+
+
+def transfer_tables(study: pd.DataFrame) -> list[Table]:
+    """Per model a matrix of NDCG@10: rows are trained on, columns evaluated on; means over seeds, K and shots' largest."""
+    part = study[study["metric"] == MAIN_METRIC]
+    if (part["dataset"] == part["evaluated_on"]).all():
+        return []
+    low, high = float(part["value"].min()), float(part["value"].max())
+    tables = []
+    for label, of_label in part.groupby(_labels(part, with_k=part["k"].nunique() > 1), sort=False):
+        largest = (
+            of_label["shots"].isna() if of_label["shots"].isna().any() else of_label["shots"] == of_label["shots"].max()
+        )
+        matrix = of_label[largest].pivot_table("value", "dataset", "evaluated_on", "mean", sort=True)
+        away = matrix.stack()
+        if not any(trained_on != evaluated_on for trained_on, evaluated_on in away.index):
+            continue  # a baseline knows no other domain
+        rows = [
+            [Cell(str(name), kind="code"), *(_shaded(value, low, high) for value in row)]
+            for name, row in zip(matrix.index, matrix.to_numpy(), strict=True)
+        ]
+        tables.append(Table(str(label), ["trained on", *map(str, matrix.columns)], rows))
+    return tables
+
+
+def cells_table(study: pd.DataFrame) -> Table:
+    """Every cell of the grid: mean over its seeds, and from the lowest to the highest."""
+    metrics = [m for m in (MAIN_METRIC, SWEEP_METRIC, "auc") if (study["metric"] == m).any()] or sorted(
+        study["metric"].unique()
+    )[:3]
+    keys = [k for k in CELL if study[k].notna().any()]
+    rows = []
+    for key, part in study.groupby(keys, dropna=False, sort=False):
+        figures = [part.loc[part["metric"] == metric, "value"] for metric in metrics]
+        texts = [_key_cell(name, value) for name, value in zip(keys, key, strict=True)]
+        loss = part["loss"].mean()
+        rows.append(
+            [
+                *texts,
+                Cell(str(max(1, part["seed"].nunique()))),
+                *map(_spread_cell, figures),
+                Cell(number(loss), key=None if pd.isna(loss) else float(loss)),
+            ]
+        )
+    caption = f"All {len(rows)} cells: means over seeds, and from the lowest seed to the highest"
+    if len(rows) > MOST_ROWS:
+        caption += f"; the first {MOST_ROWS} are shown, all are in experiment.parquet"
+    headings = [*(k.replace("_", " ") for k in keys), "seeds", *map(metric_name, metrics), "loss"]
+    return Table(caption, headings, rows[:MOST_ROWS], text_columns=len(keys), sortable=True)
+
+
+def _figure(title: str, panels: Sequence[Panel], x_name: str, part: pd.DataFrame) -> Figure:
+    lines = panels[0].lines
+    words = [
+        f"{panel.name or title}, {line.label}: " + ", ".join(f"{y:.3f} at {x:g}" for x, y in line.points)
+        for panel in panels
+        for line in panel.lines
+    ]
+    seeds = part["seed"].nunique()
+    note = f"Means over {seeds} seeds; whiskers from the lowest seed to the highest." if seeds > 1 else ""
+    if seeds <= 1 and any(line.whiskers for line in lines):
+        note = "Whiskers are 95 % intervals over users; one seed."
+    legend = [(line.label, line.style) for line in lines]
+    return Figure(title, line_chart(panels, f"{title}. {'; '.join(words)}", x_name, "log"), legend, note)
+
+
+def _lines(part: pd.DataFrame, x: str, y: str, with_k: bool = False) -> list[Line]:
+    """A line per model over the mean of its seeds; a model without ``x`` (a baseline) has none."""
+    part = part[part[x].notna() & part[y].notna()]
+    lines = []
+    for style, (label, of_label) in enumerate(part.groupby(_labels(part, with_k), sort=False)):
+        at = of_label.groupby(x)
+        mean = at[y].mean()
+        points = [(float(place), float(value)) for place, value in mean.items()]
+        whiskers = _whiskers(of_label, at, y)
+        lines.append(Line(str(label), points, style % (COLOURS * DASHES), whiskers=whiskers))
+    return lines
+
+
+def _levels(home: pd.DataFrame, dataset: object, shots: float, metric: str, lines: Sequence[Line]) -> list[Line]:
+    """What does not depend on K, as a level line across: LEVELS, where they were evaluated."""
+    xs = [x for line in lines for x, _ in line.points]
+    here = home[(home["dataset"] == dataset) & (home["metric"] == metric) & home["k"].isna()]
+    levels = []
+    for name in LEVELS:
+        rows = here[here["model"] == name]
+        same = rows[rows["shots"].isna() if pd.isna(shots) else rows["shots"] == shots]
+        rows = same if len(same) else rows  # a baseline knows no shots
+        if len(rows):
+            value = float(rows["value"].mean())
+            ends = [(min(xs), value), (max(xs), value)]
+            levels.append(Line(name, ends, LEVEL_STYLE + COLOURS * len(levels), marked=False))
+    return levels
+
+
+def _whiskers(part: pd.DataFrame, at: "pd.core.groupby.DataFrameGroupBy", y: str) -> list[tuple[float, float, float]]:
+    if part["seed"].nunique() > 1:
+        low, high = at[y].min(), at[y].max()
+    elif y == "value" and part[["low", "high"]].notna().all(axis=None):
+        low, high = at["low"].mean(), at["high"].mean()
+    else:
+        return []
+    return [(float(place), float(low[place]), float(high[place])) for place in low.index]
+
+
+def _labels(part: pd.DataFrame, with_k: bool) -> pd.Series:
+    """What to call a row's model, so that no two are averaged; with K where several are shown."""
+    objective, model = part["objective"].astype(object), part["model"].astype(str)
+    names = model.where(objective.isna() | (objective == model), objective.astype(str) + ": " + model)
+    names = names + part["free"].map(lambda free: f", {free}" if isinstance(free, str) and free else "")
+    if not with_k:
+        return names
+    return names + part["k"].map(lambda k: "" if pd.isna(k) else f", K={k:g}")
+
+
+def _at_home(study: pd.DataFrame) -> pd.DataFrame:
+    """What was evaluated on the data it was trained on."""
+    return study[study["dataset"] == study["evaluated_on"]]
+
+
+def _shots(shots: float) -> str:
+    return "all training examples" if pd.isna(shots) else f"{shots:g} training examples"
+
+
+def _key_cell(name: str, value: object) -> Cell:
+    if pd.isna(value):
+        return Cell(ALL_SHOTS if name == "shots" else number(None))
+    if isinstance(value, float | int):
+        return Cell(f"{value:g}", key=float(value))
+    return Cell(str(value), kind="code")
+
+
+def _spread_cell(values: pd.Series) -> Cell:
+    if values.empty:
+        return Cell(number(None))
+    spread = f"{values.min():.3f} to {values.max():.3f}" if len(values) > 1 else ""
+    return Cell(number(float(values.mean())), spread, key=float(values.mean()))
+
+
+def _shaded(value: float, low: float, high: float) -> Cell:
+    if pd.isna(value):
+        return Cell(number(None))
+    shade = min(SHADES - 1, int((value - low) / ((high - low) or 1) * SHADES))
+    return Cell(number(value), kind=f"h{shade}", key=float(value))
