@@ -21,6 +21,8 @@ NASTY = [
     "Unbreakable" * 20,
     "{{ 7 * 7 }} {% raw %} \x0b half \ud83d",
 ]
+VISIBLE = [title.replace("\ud83d", "?") for title in NASTY]
+"""As the page has them: half a surrogate pair is no text."""
 MODELS = {"random": 0.0, "popularity": 0.9, "sft": 0.8, "dmpo": 1.4}
 STRATA = {"popularity": ["head", "middle", "tail"], "history": ["3-5", "6-12"], "item_cold": ["cold", "warm"]}
 

@@ -24,7 +24,8 @@ def runs_table(runs: Mapping[str, Run]) -> Table:
     rows = []
     for name, run in runs.items():
         result, (done, total) = run.result(), run.steps
-        when = datetime.fromtimestamp(run.start["time"], UTC).strftime("%Y-%m-%d %H:%M") if run.start else MISSING
+        time = run.start.get("time")
+        when = MISSING if time is None else datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M")
         metric = result.get(f"validation/{run.metric}")
         rows.append(
             [
@@ -114,7 +115,7 @@ def environment_table(environments: Mapping[str, dict[str, Any]]) -> Table | Non
         for key in keys
     ]
     headings = ["everywhere"] if len(sets) == 1 else [", ".join(names) for _, names in sets]
-    return Table("What it ran on", ["", *headings], rows, 1 + len(sets))
+    return Table("What it ran on", ["fact", *headings], rows, 1 + len(sets))
 
 
 def files_table(files: Sequence[tuple[str, int]]) -> Table:

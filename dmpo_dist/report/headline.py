@@ -90,7 +90,11 @@ def _result(evaluation: Evaluation) -> str:
 
 def _compared(evaluation: Evaluation, subject: str, metric: str) -> list[Comparison]:
     """With the fairest other model, and with the best baseline."""
-    mine = {c.b: c for c in evaluation.comparisons if c.a == subject and c.metric == metric}
+    mine = {
+        c.b: c
+        for c in evaluation.comparisons
+        if c.a == subject and c.metric == metric and metric in evaluation.models.get(c.b, {})
+    }
     fair = [mine[name] for name in FAIR if name in mine][:1]
     baselines = [n for n in mine if n in BASELINES or (n not in evaluation.folders and n not in ("oracle", *FAIR))]
     best = max(baselines, key=lambda name: evaluation.models[name][metric].value, default=None)

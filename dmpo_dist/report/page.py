@@ -30,10 +30,10 @@ def write_report(folders: Sequence[Path], output: Path, explanations: bool, echo
     Raises:
         UserError: see ``gather``; or ``output`` is something else than a report.
     """
-    if output.is_dir() or (output.exists() and not is_report(output)):
-        raise UserError(f"{output} exists already and is no report of ours; give another file by --output")
     if output.suffix != ".html":
         raise UserError(f"--output {output}: must end in .html")
+    if output.exists() and not is_report(output):
+        raise UserError(f"{output} exists already and is no report of ours; give another file by --output")
     material = gather(folders, explanations)
     content = render(material)
     output.parent.mkdir(parents=True, exist_ok=True)

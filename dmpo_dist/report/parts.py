@@ -39,6 +39,7 @@ WAYS = {
 }
 STAGES = {"sft": "SFT runs", "train": "Preference runs"}
 SHOWN, FOLDED = 5, 20  # of the requests of an explanations.json
+OPEN_RUNS = 4  # whose curves are not folded
 MOST_PAIRS = 10  # of runs, beyond those an evaluation compares
 
 
@@ -117,6 +118,7 @@ class Page:
     evaluations: dict[str, EvaluationPart]
     paired_runs: Sequence[str]
     runs: Table | None
+    open_runs: int
     described: dict[str, str]
     curves: dict[str, Sequence[Figure]]
     side_by_side: dict[str, Sequence[Figure]]
@@ -160,6 +162,7 @@ def make_page(material: Material) -> Page:
         evaluations=evaluations,
         paired_runs=paired,
         runs=facts.runs_table(material.runs) if material.runs else None,
+        open_runs=OPEN_RUNS,
         described={name: describe_run(run) for name, run in material.runs.items()},
         curves={name: curves.run_figures(run) for name, run in material.runs.items()},
         side_by_side={

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pandas as pd
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dmpo_dist.errors import UserError
 
@@ -32,7 +32,7 @@ class Interval(BaseModel):
         return {"value": data} if isinstance(data, int | float) else data
 
 
-Metrics = dict[str, Interval]
+Metrics = Annotated[dict[str, Interval], Field(min_length=1)]
 
 
 class Comparison(BaseModel):
@@ -77,8 +77,8 @@ class Evaluation(BaseModel):
     """``evaluation.json``."""
 
     requests: int
-    negatives: dict[str, int]
-    models: dict[str, Metrics]
+    negatives: Annotated[dict[str, int], Field(min_length=1)]
+    models: Annotated[dict[str, Metrics], Field(min_length=1)]
     comparisons: list[Comparison] = []
     data: dict[str, Any] = {}
     folders: dict[str, str] = {}
@@ -185,6 +185,8 @@ def read_study(file: Path) -> pd.DataFrame:
     missing = [name for name in STUDY_COLUMNS if name not in table]
     if missing:
         raise UserError(f"{file}: has no column {', '.join(missing)}; made by another version? run it again")
+    if table.empty:
+        raise UserError(f"{file}: holds no rows; no cell of the experiment is finished yet")
     loss = next((table[name] for name in STUDY_LOSSES if name in table), None)
     table = table.reindex(columns=[*STUDY_COLUMNS, *STUDY_OPTIONAL]).assign(loss=loss)
     numbers = [name for name in ("value", *STUDY_OPTIONAL) if name not in ("objective", "free")]

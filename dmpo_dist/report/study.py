@@ -64,8 +64,7 @@ def transfer_tables(study: pd.DataFrame) -> list[Table]:
             of_label["shots"].isna() if of_label["shots"].isna().any() else of_label["shots"] == of_label["shots"].max()
         )
         matrix = of_label[largest].pivot_table("value", "dataset", "evaluated_on", "mean", sort=True)
-        away = matrix.stack()
-        if not any(trained_on != evaluated_on for trained_on, evaluated_on in away.index):
+        if not any(name != other and matrix.loc[name, other] >= 0 for name in matrix.index for other in matrix):
             continue  # a baseline knows no other domain
         rows = [
             [Cell(str(name), kind="code"), *(_shaded(value, low, high) for value in row)]
