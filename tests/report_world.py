@@ -139,7 +139,7 @@ def study() -> pd.DataFrame:
                         rows += [cell | {"shots": shots, "value": value - 1 / shots} for shots in (16, 64)]
                 rows.append(common | {"evaluated_on": dataset, "model": "sft", "value": 0.45})
                 rows.append(common | {"evaluated_on": dataset, "model": "popularity", "value": 0.4, "seed": None})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"shots": "Int64", "k": "Int64", "seed": "Int64"})
 
 
 def card() -> dict:
@@ -171,5 +171,6 @@ def write_world(root: Path) -> Path:
     for name in ("data", "study"):
         (root / name).mkdir()
     (root / "data" / "dataset.json").write_text(json.dumps(card()))
+    write_run(root / "study" / "cells" / "one", "train")  # in the study's table, not among the runs
     study().to_parquet(root / "study" / "experiment.parquet")
     return root

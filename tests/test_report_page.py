@@ -87,6 +87,7 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world
     for c in evaluation["comparisons"]:
         assert number(c["difference"], "+.3f") in text
         assert f"[{number(c['low'], '+.3f')}, {number(c['high'], '+.3f')}]" in text
+    assert "It is one of 2 training runs here." in text
     assert "Not here" not in text
     assert "holds interaction data" in text
 

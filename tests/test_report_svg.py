@@ -10,7 +10,8 @@ from report_world import study
 
 from dmpo_dist.orchestration.runs import Run
 from dmpo_dist.report.curves import MOST_POINTS, run_figures
-from dmpo_dist.report.study import cells_table, shots_figures, sweep_figures, transfer_tables
+from dmpo_dist.report.records import read_study
+from dmpo_dist.report.study import cells_table, shots_figures, sweep_figures, transfer_table
 from dmpo_dist.report.svg import HEIGHT, WIDTH, IntervalRow, Line, Panel, interval_chart, line_chart
 
 
@@ -66,11 +67,12 @@ def test_a_long_series_keeps_its_spikes_and_few_points(tmp_path):
     assert "running mean" in figure.note.lower()
 
 
-def test_a_sweep_shows_seed_means_and_never_mixes_models():
+def test_a_sweep_shows_seed_means_and_never_mixes_models(tmp_path):
     rows = study()
     boundary = rows[rows["objective"] == "dmpo"].assign(free="objective.negative_selection=boundary")
     boundary["value"] += 0.1
-    rows = pd.concat([rows.assign(free=""), boundary]).reindex(columns=[*rows.columns, "free", "train_groups"])
+    pd.concat([rows.assign(free=""), boundary]).to_parquet(tmp_path / "experiment.parquet")
+    rows = read_study(tmp_path / "experiment.parquet")
     figures = sweep_figures(rows)
     assert {re.sub(",.*", "", f.title) for f in figures} == {"games", "films"}
     legend = {label for label, _ in figures[0].legend}
@@ -83,9 +85,9 @@ def test_a_sweep_shows_seed_means_and_never_mixes_models():
     expected = [f"{value:.3f} at {k:g}" for k, value in own.groupby("k")["value"].mean().items()]
     assert said.strip(", ").startswith(", ".join(expected))
     assert len(shots_figures(rows)) == 2
-    tables = transfer_tables(rows)
-    assert not {"sft", "popularity"} & {table.caption for table in tables}
-    by_name = {table.caption: table for table in tables}
-    own, away = (float(cell.text) for cell in by_name["sdpo, K=15"].rows[0][1:])
-    assert own - away == pytest.approx(0.2)
+    table = transfer_table(rows)
+    assert table.columns[1:] == ["films \u2192 films", "films \u2192 games", "games \u2192 films", "games \u2192 games"]
+    by_model = {row[0].text: [float(cell.text) for cell in row[1:]] for row in table.rows}
+    assert not {"sft", "popularity"} & by_model.keys()
+    assert np.diff(by_model["sdpo, K=15"]) == pytest.approx([-0.2, 0.0, 0.2])
     assert len(cells_table(rows).rows) == 3 * 4 * 2 * 4 + 2 * 2  # curves x K x data x (home, away, 2 sizes), 2 levels

@@ -17,7 +17,10 @@ def report(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="HTML file; an earlier report there is replaced.  [RUN/report.html]")
+        Path | None,
+        typer.Option(
+            "--output", help="HTML file; an earlier report there is replaced.  [report.html in the first RUN]"
+        ),
     ] = None,
     explanations: Annotated[
         bool, typer.Option(help="Show what `dmpo explain` left of single users: ids, titles, histories.")

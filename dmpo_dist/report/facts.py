@@ -114,7 +114,7 @@ def environment_table(environments: Mapping[str, dict[str, Any]]) -> Table | Non
         [Cell(key), *(Cell(facts.get(key, MISSING), kind="code" if key == "commit" else "") for facts, _ in sets)]
         for key in keys
     ]
-    headings = ["everywhere"] if len(sets) == 1 else [", ".join(names) for _, names in sets]
+    headings = ["everywhere"] if len(sets) == 1 else [_listed(names) for _, names in sets]
     return Table("What it ran on", ["fact", *headings], rows, 1 + len(sets))
 
 
@@ -128,6 +128,10 @@ def files_table(files: Sequence[tuple[str, int]]) -> Table:
 def _value(value: Any) -> str:
     text = MISSING if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 def _workers(run: Run) -> str:

@@ -27,18 +27,20 @@ from dmpo_dist.report.records import (
 
 BULK = ("checkpoints", "model", "scratch", "tensorboard", "train", "validation", "test")
 """Names of folders of many files that hold nothing to report: one line each in the list of files."""
+ENVIRONMENT_FILE = "environment.json"
 MOST_FILES = 120
 
 
 @dataclass(frozen=True)
 class Found:
-    """One folder that was given, and where in it what lies."""
+    """One folder that was given, and where in it what lies; ``cells`` are the runs of studies."""
 
     folder: Path
     runs: list[Path] = field(default_factory=list)
     evaluations: list[Path] = field(default_factory=list)
     explanations: list[Path] = field(default_factory=list)
     studies: list[Path] = field(default_factory=list)
+    cells: list[Path] = field(default_factory=list)
     cards: list[Path] = field(default_factory=list)
 
 
@@ -60,7 +62,8 @@ class Material:
         runs: by name, in order of their start.
         evaluations: by name.
         evaluation_folders: where each lies.
-        configs, environments: of the runs, then of the evaluations, where there is one.
+        configs, environments: of the runs, then of the evaluations, where there is one; of studies' cells one
+            configuration and all environments.
         explanations: by name.
         studies: rows of ``dmpo experiment``, by name.
         cards: of the data that the folders hold, or that their runs were trained on.
@@ -98,9 +101,14 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
     ranked = {_name(p, root): p for p in _unique([p for f in found for p in f.evaluations])}
     configs = {name: run.config for name, run in by_name.items()}
     environments = {name: run.environment for name, run in by_name.items()}
+    cells = _unique([p for f in found for p in f.cells])
+    for place in cells[:1]:  # an example: in what the others differ their study's table shows
+        configs.setdefault(_name(place, root), _mapping(place / CONFIG_FILE))
+    for place in cells:
+        environments.setdefault(_name(place, root), _mapping(place / ENVIRONMENT_FILE))
     for name, place in ranked.items():
         configs.setdefault(name, _mapping(place / CONFIG_FILE))
-        environments.setdefault(name, _mapping(place / "environment.json"))
+        environments.setdefault(name, _mapping(place / ENVIRONMENT_FILE))
     explained = _unique([p for f in found for p in f.explanations]) if explanations else []
     studies = {_name(p, root): read_study(p / STUDY_FILE) for p in _unique([p for f in found for p in f.studies])}
     notes = [note for name, run in by_name.items() for note in _damaged_lines(name, run.folder / METRICS_FILE)]
@@ -124,10 +132,13 @@ def _look(folder: Path) -> Found:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give what was output_dir, such as runs/quickstart")
     found = Found(folder)
-    for path, names, files in _walk(folder):
+    for path, files in _walk(folder):
         if STUDY_FILE in files:
             found.studies.append(path)
-            names.clear()  # the runs of its cells are in its table
+        if any(path != study and path.is_relative_to(study) for study in found.studies):
+            found.cards.extend([path] if CARD_FILE in files else [])
+            found.cells.extend([path] if METRICS_FILE in files else [])
+            continue  # the runs of a study's cells are in its table
         if METRICS_FILE in files and CONFIG_FILE in files:
             found.runs.append(path)
         for file, places in (
@@ -145,11 +156,11 @@ def _look(folder: Path) -> Found:
     return found
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Folders from the top down in a fixed order, but for bulk and hidden ones."""
     for place, names, files in os.walk(folder):
         names[:] = sorted(n for n in names if not n.startswith(".") and not _is_bulk(Path(place, n)))
-        yield Path(place), names, files
+        yield Path(place), files
 
 
 def _is_bulk(folder: Path) -> bool:

@@ -7,11 +7,12 @@ import pandas as pd
 from dmpo_dist.orchestration.runs import Run
 from dmpo_dist.report.gather import Material
 from dmpo_dist.report.intervals import BASELINES
-from dmpo_dist.report.records import Comparison, Evaluation
-from dmpo_dist.report.study import SWEEP_METRIC
+from dmpo_dist.report.records import Comparison, Evaluation, Explanations
+from dmpo_dist.report.study import SWEEP_METRIC, at_home, labels
 from dmpo_dist.report.words import candidates, interval, joined, metric_name, number, verdict
 
 METRIC = "ndcg@10"
+MOST_DATASETS = 3  # of a study that get a sentence each
 FAIR = ("sft_continued", "sft", "untuned")
 """What to compare a model with first: what had as many steps on the same data, then what it started from."""
 
@@ -24,6 +25,8 @@ def headline(material: Material) -> list[str]:
         sentences.append(_training(material, evaluations[0] if evaluations else None))
     sentences += map(_result, evaluations[:1])
     sentences += map(_study, studies[:1])
+    if not sentences:
+        sentences += map(_explanations, list(material.explanations.values())[:1])
     if len(evaluations) > 1:
         sentences.append(f"That is the first of {len(evaluations)} evaluations below.")
     return sentences or ["No training run and no evaluation lie here: this page shows what else was found."]
@@ -106,19 +109,61 @@ def _against(c: Comparison) -> str:
     return f"{verdict(c.low, c.high)} {c.b} ({difference} {interval(c.low, c.high, '+.3f')}, paired)"
 
 
+def _explanations(explanations: Explanations) -> str:
+    users = len({request.user for request in explanations.requests})
+    text = f"Why {explanations.model} ranks {len(explanations.requests)} titles of {users} users where it does"
+    area = explanations.faithfulness.areas.get("attribution_vs_random") if explanations.faithfulness else None
+    if not area or not {"area", "low", "high"} <= area.keys():
+        return f"{text}; how faithful these explanations are was not measured."
+    faster = "faster than" if area["low"] > 0 else "not clearly faster than"
+    figure = f"{number(area['area'], '+.3f')} {interval(area['low'], area['high'], '+.3f')} nats"
+    return f"{text}. Taking history items away by contribution pulls titles down {faster} at random ({figure})."
+
+
 def _study(study: pd.DataFrame) -> str:
-    """How many cells, and what more negatives did."""
+    """How many cells; what more negatives did; where that is not one curve per objective, the best setting of each dataset."""
     trained = study[study["objective"].notna()]
     cells = len(trained[["dataset", "shots", "k", "objective", "free", "seed"]].drop_duplicates())
-    text = f"A study of {cells} cells on {joined(sorted(map(str, study['dataset'].unique())))}"
+    datasets = list(study["dataset"].unique())
+    text = f"A study of {cells} cells on {joined(sorted(map(str, datasets)))}"
+    home = at_home(study)
+    if len(datasets) == 1 and trained["shots"].nunique(dropna=False) == 1 and trained["k"].nunique() > 1:
+        return f"{text}. {_sweep(home[(home['metric'] == SWEEP_METRIC) & home['k'].notna()])}"
+    best = [_best(home[(home["dataset"] == d) & (home["metric"] == METRIC)], str(d)) for d in datasets[:MOST_DATASETS]]
+    return " ".join([f"{text}.", *best]).strip()
+
+
+def _sweep(cells: pd.DataFrame) -> str:
     parts = []
-    home = trained[(trained["dataset"] == trained["evaluated_on"]) & (trained["metric"] == SWEEP_METRIC)]
-    for (objective, free), part in home[home["k"].notna()].groupby(["objective", "free"], sort=False, dropna=False):
+    for label, part in cells.groupby(labels(cells, with_k=False), sort=False):
         by_k = part.groupby("k")[["value", "loss"]].mean()
-        if len(by_k) < 2 or part["dataset"].nunique() > 1 or part["shots"].nunique(dropna=False) > 1:
-            continue
         (first, last), (low, high) = by_k.iloc[[0, -1]].itertuples(index=False), by_k.index[[0, -1]]
-        loss = "" if by_k["loss"].isna().any() else f" while its loss goes from {first.loss:.3f} to {last.loss:.3f}"
-        name = f"{objective} ({free})" if isinstance(free, str) and free else str(objective)
-        parts.append(f"{name} {first.value:.3f} to {last.value:.3f}{loss} (K={low:g} to {high:g})")
-    return f"{text}. {metric_name(SWEEP_METRIC)} with more negatives: {'; '.join(parts)}." if parts else f"{text}."
+        if low == high:
+            continue
+        loss = "" if by_k["loss"].isna().any() else f" while the loss goes from {first.loss:.3f} to {last.loss:.3f}"
+        parts.append(f"{label} from {first.value:.3f} at K={low:g} to {last.value:.3f} at K={high:g}{loss}")
+    return f"{metric_name(SWEEP_METRIC)} with more negatives: {'; '.join(parts)}." if parts else ""
+
+
+def _best(rows: pd.DataFrame, dataset: str) -> str:
+    """The best setting, and what SFT with as many examples and popularity reach; nothing where no cell was measured."""
+    cells = rows[rows["objective"].notna()]
+    if cells.empty:
+        return ""
+    named = cells.assign(label=labels(cells, with_k=True))
+    means = named.groupby(["label", "shots"], sort=False, dropna=False)["value"].mean()
+    label, shots = means.idxmax()
+    same = named[(named["label"] == label) & ((named["shots"] == shots) | (named["shots"].isna() & pd.isna(shots)))]
+    spread = interval(*same[["low", "high"]].iloc[0]) if len(same) == 1 else f"(mean of {len(same)} seeds)"
+    others = []
+    for name in ("sft", "popularity"):
+        of_model = rows[rows["model"] == name]
+        fitting = of_model[of_model["shots"].isna() if pd.isna(shots) else of_model["shots"] == shots]
+        if len(of_model):
+            others.append(f"{name} {(fitting if len(fitting) else of_model)['value'].mean():.3f}")
+    beside = f"; {', '.join(others)}" if others else ""
+    amount = "all examples" if pd.isna(shots) else f"{shots:g} examples"
+    return (
+        f"On {dataset} the best of {len(means)} settings, {label} on {amount}, has {metric_name(METRIC)} "
+        f"{means.max():.3f} {spread}{beside}."
+    )

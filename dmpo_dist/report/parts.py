@@ -70,7 +70,7 @@ class StudyPart:
 
     sweep: Sequence[Figure]
     shots: Sequence[Figure]
-    transfer: Sequence[Table]
+    transfer: Table | None
     cells: Table
 
 
@@ -79,6 +79,7 @@ class ExplainedPart:
     """One request that is explained."""
 
     request: ExplainedRequest
+    words: Sequence[tuple[str, float]]
     history: Table | None
 
 
@@ -211,11 +212,12 @@ def _other_pairs(material: Material) -> list[str]:
     """Paired differences of runs, by the scores their evaluations left, which no evaluation shown gives itself."""
     folders = material.evaluation_folders
     scored = [folder for folder in folders.values() if (folder / "scores.parquet").exists()]
-    places = {name: evaluation_of(run, scored) for name, run in material.runs.items()}
+    found = {name: evaluation_of(run, scored) for name, run in material.runs.items()}
+    places = {name: place for name, place in found.items() if place is not None}
     by_folder = {folder: material.evaluations[name] for name, folder in folders.items()}
     pairs = []
-    for a, b in combinations([name for name, place in places.items() if place is not None], 2):
-        (first, as_a), (second, as_b) = places[a], places[b]  # pyrefly: ignore
+    for a, b in combinations(places, 2):
+        (first, as_a), (second, as_b) = places[a], places[b]
         compared = {frozenset((c.a, c.b)) for c in by_folder[first].comparisons} if first == second else set()
         if frozenset((as_a, as_b)) not in compared:
             pairs.append((a, b))
@@ -232,13 +234,16 @@ def _study(table: pd.DataFrame) -> StudyPart:
     return StudyPart(
         sweep=study.sweep_figures(table),
         shots=study.shots_figures(table),
-        transfer=study.transfer_tables(table),
+        transfer=study.transfer_table(table),
         cells=study.cells_table(table),
     )
 
 
 def _explanations(x: Explanations) -> ExplanationsPart:
-    parts = [ExplainedPart(r, explained.history_table(r) if r.history else None) for r in x.requests]
+    parts = [
+        ExplainedPart(r, explained.words(r.tokens), explained.history_table(r) if r.history else None)
+        for r in x.requests
+    ]
     return ExplanationsPart(
         model=x.model,
         reference=x.reference,

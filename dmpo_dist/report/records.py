@@ -190,7 +190,7 @@ def read_study(file: Path) -> pd.DataFrame:
     loss = next((table[name] for name in STUDY_LOSSES if name in table), None)
     table = table.reindex(columns=[*STUDY_COLUMNS, *STUDY_OPTIONAL]).assign(loss=loss)
     numbers = [name for name in ("value", *STUDY_OPTIONAL) if name not in ("objective", "free")]
-    return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in numbers})
+    return table.assign(**{name: pd.to_numeric(table[name], errors="coerce").astype(float) for name in numbers})
 
 
 def _read(kind: type[Record], file: Path, advice: str) -> Record:

@@ -19,14 +19,14 @@ ALL_SHOTS = "all"
 
 def sweep_figures(study: pd.DataFrame) -> list[Figure]:
     """HR@1 and, where it was logged, the loss against K, a line per objective; one figure per dataset and shots."""
-    at_home = _at_home(study)
-    metric = SWEEP_METRIC if (at_home["metric"] == SWEEP_METRIC).any() else MAIN_METRIC
+    home = at_home(study)
+    metric = SWEEP_METRIC if (home["metric"] == SWEEP_METRIC).any() else MAIN_METRIC
     figures = []
-    for (dataset, shots), part in at_home[at_home["metric"] == metric].groupby(["dataset", "shots"], dropna=False):
+    for (dataset, shots), part in home[home["metric"] == metric].groupby(["dataset", "shots"], dropna=False):
         if part["k"].nunique() < 2:
             continue
         lines = _lines(part, "k", "value")
-        panels = [Panel(lines + _levels(at_home, dataset, shots, metric, lines), metric_name(metric))]
+        panels = [Panel(lines + _levels(home, dataset, shots, metric, lines), metric_name(metric))]
         losses = _lines(part, "k", "loss")
         if losses:
             panels.append(Panel(losses, "training loss at the end"))
@@ -37,7 +37,7 @@ def sweep_figures(study: pd.DataFrame) -> list[Figure]:
 
 def shots_figures(study: pd.DataFrame) -> list[Figure]:
     """NDCG@10 against the number of training examples, a line per objective and K; one figure per dataset."""
-    part = _at_home(study)
+    part = at_home(study)
     part = part.assign(shots=part["shots"].fillna(part["train_groups"]))  # all of them are a number too
     part = part[(part["metric"] == MAIN_METRIC) & part["shots"].notna()]
     return [
@@ -52,26 +52,27 @@ def shots_figures(study: pd.DataFrame) -> list[Figure]:
     ]
 
 
-def transfer_tables(study: pd.DataFrame) -> list[Table]:
-    """Per model a matrix of NDCG@10: rows are trained on, columns evaluated on; means over seeds, K and shots' largest."""
+def transfer_table(study: pd.DataFrame) -> Table | None:
+    """A row per model, a column for each pair of data trained on and evaluated on; of the largest shots, means over seeds.
+
+    None where nothing was evaluated on other data.
+    """
     part = study[study["metric"] == MAIN_METRIC]
-    if (part["dataset"] == part["evaluated_on"]).all():
-        return []
-    low, high = float(part["value"].min()), float(part["value"].max())
-    tables = []
-    for label, of_label in part.groupby(_labels(part, with_k=part["k"].nunique() > 1), sort=False):
-        largest = (
-            of_label["shots"].isna() if of_label["shots"].isna().any() else of_label["shots"] == of_label["shots"].max()
-        )
-        matrix = of_label[largest].pivot_table("value", "dataset", "evaluated_on", "mean", sort=True)
-        if not any(name != other and matrix.loc[name, other] >= 0 for name in matrix.index for other in matrix):
-            continue  # a baseline knows no other domain
-        rows = [
-            [Cell(str(name), kind="code"), *(_shaded(value, low, high) for value in row)]
-            for name, row in zip(matrix.index, matrix.to_numpy(), strict=True)
-        ]
-        tables.append(Table(str(label), ["trained on", *map(str, matrix.columns)], rows))
-    return tables
+    names = labels(part, with_k=part["k"].nunique() > 1)
+    away = set(names[part["dataset"] != part["evaluated_on"]])  # a baseline knows no other data
+    part = part.assign(label=names, shots=part["shots"].fillna(float("inf")))[names.isin(away)]
+    if part.empty:
+        return None
+    part = part[part["shots"] == part.groupby("label")["shots"].transform("max")]
+    means = part.groupby(["label", "dataset", "evaluated_on"], sort=False)["value"].mean()
+    pairs = sorted({(trained, evaluated) for _, trained, evaluated in means.index})
+    low, high = float(means.min()), float(means.max())
+    rows = [
+        [Cell(label, kind="code"), *(_shaded(means.get((label, *pair)), low, high) for pair in pairs)]
+        for label in dict.fromkeys(part["label"])
+    ]
+    caption = f"{metric_name(MAIN_METRIC)} by data trained on \u2192 evaluated on; means over seeds, deeper is better"
+    return Table(caption, ["model", *(f"{a} \u2192 {b}" for a, b in pairs)], rows, sortable=len(rows) > 2)
 
 
 def cells_table(study: pd.DataFrame) -> Table:
@@ -119,7 +120,7 @@ def _lines(part: pd.DataFrame, x: str, y: str, with_k: bool = False) -> list[Lin
     """A line per model over the mean of its seeds; a model without ``x`` (a baseline) has none."""
     part = part[part[x].notna() & part[y].notna()]
     lines = []
-    for style, (label, of_label) in enumerate(part.groupby(_labels(part, with_k), sort=False)):
+    for style, (label, of_label) in enumerate(part.groupby(labels(part, with_k), sort=False)):
         at = of_label.groupby(x)
         mean = at[y].mean()
         points = [(float(place), float(value)) for place, value in mean.items()]
@@ -154,7 +155,7 @@ def _whiskers(part: pd.DataFrame, at: "pd.core.groupby.DataFrameGroupBy", y: str
     return [(float(place), float(low[place]), float(high[place])) for place in low.index]
 
 
-def _labels(part: pd.DataFrame, with_k: bool) -> pd.Series:
+def labels(part: pd.DataFrame, with_k: bool) -> pd.Series:
     """What to call a row's model, so that no two are averaged; with K where several are shown."""
     objective, model = part["objective"].astype(object), part["model"].astype(str)
     names = model.where(objective.isna() | (objective == model), objective.astype(str) + ": " + model)
@@ -164,7 +165,7 @@ def _labels(part: pd.DataFrame, with_k: bool) -> pd.Series:
     return names + part["k"].map(lambda k: "" if pd.isna(k) else f", K={k:g}")
 
 
-def _at_home(study: pd.DataFrame) -> pd.DataFrame:
+def at_home(study: pd.DataFrame) -> pd.DataFrame:
     """What was evaluated on the data it was trained on."""
     return study[study["dataset"] == study["evaluated_on"]]
 
@@ -188,8 +189,8 @@ def _spread_cell(values: pd.Series) -> Cell:
     return Cell(number(float(values.mean())), spread, key=float(values.mean()))
 
 
-def _shaded(value: float, low: float, high: float) -> Cell:
-    if pd.isna(value):
+def _shaded(value: float | None, low: float, high: float) -> Cell:
+    if value is None or pd.isna(value):
         return Cell(number(None))
     shade = min(SHADES - 1, int((value - low) / ((high - low) or 1) * SHADES))
     return Cell(number(value), kind=f"h{shade}", key=float(value))

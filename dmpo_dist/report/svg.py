@@ -22,6 +22,7 @@ LETTERS = 18  # of a label that fits its column
 COLOURS, DASHES = 5, 3
 """How many the style sheet has: classes c0..c4 and d0..d2 tell COLOURS x DASHES lines apart."""
 MARKED_POINTS = 24
+DODGE = 4  # between the whiskers of lines at one place
 
 Scale = Callable[[float], float]
 
@@ -179,17 +180,23 @@ def _panel(svg: Element, panel: Panel, x: Scale, top: float, bottom: float) -> N
         _text(svg, _short(tick), LEFT - 6, y(tick) + 4, "end")
     if panel.mark is not None:
         _line(svg, x(panel.mark), top, x(panel.mark), bottom, "mark")
+    whiskered = [line for line in panel.lines if line.whiskers]
     for line in panel.lines:
-        group = SubElement(svg, "g", {"class": style_class(line.style)})
-        if line.raw:
-            _polyline(group, line.raw, x, y, "raw")
-        _polyline(group, line.points, x, y, "line")
-        for at, low, high in line.whiskers:
-            _line(group, x(at), y(low), x(at), y(high), "whisker")
-        if line.marked and len(line.points) <= MARKED_POINTS:
-            for at, value in line.points:
-                dot = SubElement(group, "circle", {"cx": _n(x(at)), "cy": _n(y(value)), "r": "3", "class": "dot"})
-                SubElement(dot, "title").text = f"{line.label}, {_short(at)}: {value:.4g}"
+        shift = DODGE * (whiskered.index(line) - (len(whiskered) - 1) / 2) if line.whiskers else 0.0
+        _draw_line(svg, line, lambda value, shift=shift: x(value) + shift, y)
+
+
+def _draw_line(svg: Element, line: Line, x: Scale, y: Scale) -> None:
+    group = SubElement(svg, "g", {"class": style_class(line.style)})
+    if line.raw:
+        _polyline(group, line.raw, x, y, "raw")
+    _polyline(group, line.points, x, y, "line")
+    for at, low, high in line.whiskers:
+        _line(group, x(at), y(low), x(at), y(high), "whisker")
+    if line.marked and len(line.points) <= MARKED_POINTS:
+        for at, value in line.points:
+            dot = SubElement(group, "circle", {"cx": _n(x(at)), "cy": _n(y(value)), "r": "3", "class": "dot"})
+            SubElement(dot, "title").text = f"{line.label}, {_short(at)}: {value:.4g}"
 
 
 def _horizontal(xs: Sequence[float], kind: Literal["linear", "log"]) -> tuple[Scale, list[float]]:
