@@ -136,7 +136,9 @@ def test_runs_alone_name_what_is_absent_and_what_is_damaged(tmp_path):
     lines = (first / "metrics.jsonl").read_text().splitlines()
     (first / "metrics.jsonl").write_text("\n".join([*lines[:3], lines[3][:20], '{"step": 1}', *lines[5:]]))
     (second / "metrics.jsonl").write_text("\n".join([*lines[:40], lines[40][:9]]))
+    (first / "link.txt").symlink_to(__file__)  # outside of what is reported on
     text = "".join(Page(render(gather([first, second]))).texts)
+    assert "a/link.txt" in text
     assert "a/metrics.jsonl: 2 of 126 lines are damaged and left out (line 4, 5)" in text
     assert "b/metrics.jsonl: its last line is cut off" in text
     assert "38 of 120 steps, not finished" in text

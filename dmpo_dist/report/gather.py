@@ -178,6 +178,11 @@ def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path != root else path.name
 
 
+def _below(place: Path, name: str, root: Path) -> str:
+    """The path of something in ``place``, which may be a link to elsewhere."""
+    return (place.resolve() / name).relative_to(root).as_posix()
+
+
 def _mapping(file: Path) -> dict[str, Any]:
     """A file of keys and values, in YAML or JSON, which is YAML too; empty where there is none."""
     if not file.is_file():
@@ -247,10 +252,10 @@ def _files(folders: Sequence[Path], root: Path) -> list[tuple[str, int]]:
             names[:] = sorted(name for name in names if name not in bulk and not name.startswith("."))
             for name in sorted(files):
                 if not name.startswith(".") and not is_report(path / name):
-                    entries[_name(path / name, root)] = (path / name).lstat().st_size
+                    entries[_below(path, name, root)] = (path / name).lstat().st_size
             for name in bulk:
                 sizes = [file.lstat().st_size for file in (path / name).rglob("*") if file.is_file()]
-                entries[f"{_name(path / name, root)}/ ({len(sizes)} files)"] = sum(sizes)
+                entries[f"{_below(path, name, root)}/ ({len(sizes)} files)"] = sum(sizes)
     shown = list(entries.items())[:MOST_FILES]
     rest = list(entries.values())[MOST_FILES:]
     return shown + ([(f"{len(rest)} more", sum(rest))] if rest else [])

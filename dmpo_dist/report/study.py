@@ -29,7 +29,7 @@ def sweep_figures(study: pd.DataFrame) -> list[Figure]:
         panels = [Panel(lines + _levels(home, dataset, shots, metric, lines), metric_name(metric))]
         losses = _lines(part, "k", "loss")
         if losses:
-            panels.append(Panel(losses, "training loss at the end"))
+            panels.append(Panel(losses, "loss at the end of training"))
         title = f"{dataset}, {_shots(shots)}: {metric_name(metric)}{' and loss' if losses else ''} by negatives K"
         figures.append(_figure(title, panels, "negatives K", part))
     return figures
@@ -71,7 +71,7 @@ def transfer_table(study: pd.DataFrame) -> Table | None:
         [Cell(label, kind="code"), *(_shaded(means.get((label, *pair)), low, high) for pair in pairs)]
         for label in dict.fromkeys(part["label"])
     ]
-    caption = f"{metric_name(MAIN_METRIC)} by data trained on \u2192 evaluated on; means over seeds, deeper is better"
+    caption = f"{metric_name(MAIN_METRIC)} by data trained on \u2192 evaluated on; means over seeds, a stronger shade is better"
     return Table(caption, ["model", *(f"{a} \u2192 {b}" for a, b in pairs)], rows, sortable=len(rows) > 2)
 
 

@@ -22,7 +22,7 @@ LETTERS = 18  # of a label that fits its column
 COLOURS, DASHES = 5, 3
 """How many the style sheet has: classes c0..c4 and d0..d2 tell COLOURS x DASHES lines apart."""
 MARKED_POINTS = 24
-DODGE = 4  # between the whiskers of lines at one place
+DODGE, MOST_DODGE = 4, 16  # between the whiskers of two lines at one place, and of all of them
 
 Scale = Callable[[float], float]
 
@@ -181,8 +181,9 @@ def _panel(svg: Element, panel: Panel, x: Scale, top: float, bottom: float) -> N
     if panel.mark is not None:
         _line(svg, x(panel.mark), top, x(panel.mark), bottom, "mark")
     whiskered = [line for line in panel.lines if line.whiskers]
+    apart = min(DODGE, MOST_DODGE / max(1, len(whiskered)))
     for line in panel.lines:
-        shift = DODGE * (whiskered.index(line) - (len(whiskered) - 1) / 2) if line.whiskers else 0.0
+        shift = apart * (whiskered.index(line) - (len(whiskered) - 1) / 2) if line.whiskers else 0.0
         _draw_line(svg, line, lambda value, shift=shift: x(value) + shift, y)
 
 
