@@ -156,6 +156,38 @@ def test_runs_of_two_evaluations_are_paired_by_their_scores(tmp_path):
     assert "That is the first of 2 evaluations below." in page.texts
 
 
+def test_an_evaluation_of_seeds_against_one_model_is_about_the_best_trained(tmp_path):
+    """``name@seed`` folders, comparisons that share their second model, metrics that this version does not know."""
+    models = {
+        name: {
+            "ndcg@10": {"value": v, "low": v - 0.01, "high": v + 0.01},
+            "hr@1": v,
+            "pooled_auc": 0.5,
+            "new@3": {"value": 0.1},
+        }
+        for name, v in (("popularity", 0.6), ("sdpo", 0.5), ("sft", 0.4))
+    }
+    compared = [
+        {"a": name, "b": "sft", "metric": "ndcg@10", "difference": 0.1, "low": 0.05, "high": 0.15, "p": 0.01}
+        for name in ("popularity", "sdpo")
+    ]
+    folders = {"sdpo@0": "a/model", "sdpo@1": "b/model", "sft@0": "c/model"}
+    evaluation = {
+        "requests": 9,
+        "negatives": {"fewest": 3, "most": 5},
+        "models": models,
+        "comparisons": compared,
+        "folders": folders,
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"order": {"unknown": [1]}}))
+    page = Page(render(gather([tmp_path])))
+    expected = (
+        "On 9 test requests among 1 + 3 to 5 candidates, sdpo ranks with NDCG@10 0.500 [0.490, 0.510]: ahead of sft"
+    )
+    assert any(text.startswith(expected) for text in page.texts)
+    assert {"minus sft", "sdpo", "popularity", "pooled AUC", "NEW@3"} <= set(page.texts)
+
+
 def test_a_card_of_other_data_is_said_to_be_that(tmp_path):
     write_run(tmp_path / "run", "train")
     (tmp_path / "data").mkdir()

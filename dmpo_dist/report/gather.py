@@ -29,6 +29,8 @@ BULK = ("checkpoints", "model", "scratch", "tensorboard", "train", "validation",
 """Names of folders of many files that hold nothing to report: one line each in the list of files."""
 ENVIRONMENT_FILE = "environment.json"
 MOST_FILES = 120
+MARK = '<meta name="generator" content="dmpo report">'
+"""By which a page is known to be one of these."""
 
 
 @dataclass(frozen=True)
@@ -259,9 +261,6 @@ def _files(folders: Sequence[Path], root: Path) -> list[tuple[str, int]]:
     shown = list(entries.items())[:MOST_FILES]
     rest = list(entries.values())[MOST_FILES:]
     return shown + ([(f"{len(rest)} more", sum(rest))] if rest else [])
-
-
-MARK = '<meta name="generator" content="dmpo report">'
 
 
 def is_report(file: Path) -> bool:

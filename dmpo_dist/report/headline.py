@@ -11,7 +11,7 @@ from dmpo_dist.report.records import Comparison, Evaluation, Explanations
 from dmpo_dist.report.study import SWEEP_METRIC, at_home, labels
 from dmpo_dist.report.words import candidates, interval, joined, metric_name, number, verdict
 
-METRIC = "ndcg@10"
+METRIC, SUBJECT = "ndcg@10", "dmpo"
 MOST_DATASETS = 3  # of a study that get a sentence each
 FAIR = ("sft_continued", "sft", "untuned")
 """What to compare a model with first: what had as many steps on the same data, then what it started from."""
@@ -33,7 +33,7 @@ def headline(material: Material) -> list[str]:
 
 
 def describe_run(run: Run) -> str:
-    """``dmpo with 7 negatives, from sft``, or what it is instead."""
+    """``objective dmpo with 7 negatives, from sft``, or that it is supervised fine-tuning."""
     start = Path(str((run.config.get("model") or {}).get("path", "?")))
     came = f"from {start.parent.name if start.name == 'model' else start}"
     if run.stage != "train":
@@ -46,22 +46,22 @@ def describe_run(run: Run) -> str:
 
 
 def subject_of(evaluation: Evaluation) -> str:
-    """The model an evaluation is about: the one that was compared with others, else the best trained one."""
-    if evaluation.comparisons and evaluation.comparisons[0].a in evaluation.models:
-        return evaluation.comparisons[0].a
-    trained = [name for name in evaluation.models if name in evaluation.folders]
+    """The model an evaluation is about: SUBJECT, else the one that all others were compared with, else the best trained."""
+    compared = {c.a for c in evaluation.comparisons} & evaluation.models.keys()
+    if SUBJECT in evaluation.models or len(compared) == 1:
+        return SUBJECT if SUBJECT in evaluation.models else compared.pop()
 
     def value(name: str) -> float:
         metrics = evaluation.models[name]
         return metrics[METRIC].value if METRIC in metrics else 0.0
 
-    return max(trained or evaluation.models, key=value)
+    return max(evaluation.trained or evaluation.models, key=value)
 
 
 def _training(material: Material, evaluation: Evaluation | None) -> str:
     """The run behind the result, else the last preference run, else the last."""
     runs = material.runs
-    model = evaluation.folders.get(subject_of(evaluation)) if evaluation else None
+    model = evaluation.trained.get(subject_of(evaluation)) if evaluation else None
     last = [name for name, run in runs.items() if run.stage == "train"] or list(runs)
     name = next((n for n, run in runs.items() if model and _made(run, model)), last[-1])
     run = runs[name]
@@ -99,7 +99,7 @@ def _compared(evaluation: Evaluation, subject: str, metric: str) -> list[Compari
         if c.a == subject and c.metric == metric and metric in evaluation.models.get(c.b, {})
     }
     fair = [mine[name] for name in FAIR if name in mine][:1]
-    baselines = [n for n in mine if n in BASELINES or (n not in evaluation.folders and n not in ("oracle", *FAIR))]
+    baselines = [n for n in mine if n in BASELINES or (n not in evaluation.trained and n not in ("oracle", *FAIR))]
     best = max(baselines, key=lambda name: evaluation.models[name][metric].value, default=None)
     return fair + ([mine[best]] if best is not None else [])
 

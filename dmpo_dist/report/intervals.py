@@ -17,25 +17,30 @@ STRATA_MODELS = 4
 def model_figures(evaluation: Evaluation) -> list[Figure]:
     """The main metrics with a row per model: trained ones blue, the others grey, the oracle hollow."""
     return [
-        _metric_figure(metric_name(metric), evaluation.models, metric, evaluation.folders)
+        _metric_figure(metric_name(metric), evaluation.models, metric, evaluation.trained)
         for metric in MAIN_METRICS
         if any(metric in metrics for metrics in evaluation.models.values())
     ]
 
 
 def comparison_figures(comparisons: Sequence[Comparison]) -> list[Figure]:
-    """Per metric the differences of each model to others; those to ENDS stay in the table, or nothing else could be seen."""
+    """Per metric the differences between models; those to ENDS stay in the table, or nothing else could be seen.
+
+    Rows are grouped by what fewer models stand on: one against many, or many against one.
+    """
+    comparisons = [c for c in comparisons if not {c.a, c.b} & {*ENDS}] or comparisons
+    by_second = len({c.b for c in comparisons}) < len({c.a for c in comparisons})
     figures = []
-    comparisons = [c for c in comparisons if c.b not in ENDS] or comparisons
     for metric in dict.fromkeys(c.metric for c in comparisons):
-        rows, words = [], []
         mine = [c for c in comparisons if c.metric == metric]
-        for a in dict.fromkeys(c.a for c in mine):
-            rows.append(IntervalRow(f"{a} minus"))
-            for c in (c for c in mine if c.a == a):
+        rows, words = [], []
+        for shared in dict.fromkeys(c.b if by_second else c.a for c in mine):
+            rows.append(IntervalRow(f"minus {shared}" if by_second else f"{shared} minus"))
+            for c in (c for c in mine if shared == (c.b if by_second else c.a)):
                 colour = GREY if c.low <= 0 <= c.high else BLUE if c.low > 0 else ORANGE
-                rows.append(IntervalRow(c.b, c.difference, c.low, c.high, colour))
-                words.append(f"{a} minus {c.b} {number(c.difference, '+.3f')} {interval(c.low, c.high, '+.3f')}")
+                rows.append(IntervalRow(c.a if by_second else c.b, c.difference, c.low, c.high, colour))
+                difference = f"{number(c.difference, '+.3f')} {interval(c.low, c.high, '+.3f')}"
+                words.append(f"{c.a} minus {c.b} {difference}")
         chart = interval_chart(rows, f"{metric_name(metric)}: {'; '.join(words)}", zero=True)
         figures.append(Figure(metric_name(metric), chart))
     return figures
@@ -68,8 +73,8 @@ def _strata_figure(metric: str, strata: Mapping[str, Stratum], shown: Sequence[s
 def _models_for_strata(evaluation: Evaluation) -> list[str]:
     """The best STRATA_MODELS - 1 trained models by the main metric, then the best of the others but the oracle."""
     ranked = sorted(evaluation.models, key=lambda name: -_main(evaluation.models[name]))
-    trained = [name for name in ranked if name in evaluation.folders]
-    others = [name for name in ranked if name not in evaluation.folders and name not in ENDS]
+    trained = [name for name in ranked if name in evaluation.trained]
+    others = [name for name in ranked if name not in evaluation.trained and name not in ENDS]
     return trained[: STRATA_MODELS - 1] + others[: max(1, STRATA_MODELS - len(trained))]
 
 

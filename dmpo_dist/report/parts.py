@@ -35,7 +35,7 @@ SECTIONS = {
 WAYS = {
     "popularity": "popularity of the target",
     "history": "length of the history",
-    "item_cold": "cold and warm items",
+    "item_cold": "how often the target was taken before",
 }
 STAGES = {"sft": "SFT runs", "train": "Preference runs"}
 SHOWN, FOLDED = 5, 20  # of the requests of an explanations.json
@@ -56,9 +56,11 @@ class EvaluationPart:
     """One evaluation."""
 
     models: Table
+    all_metrics: Table | None
     figures: Sequence[Figure]
     seeds: Table | None
     catalogue: Table | None
+    catalogue_all: Table | None
     comparisons: Table | None
     comparison_figures: Sequence[Figure]
     strata: dict[str, StrataPart]
@@ -181,10 +183,13 @@ def make_page(material: Material) -> Page:
 
 
 def _evaluation(e: Evaluation) -> EvaluationPart:
-    catalogue = None
+    catalogue, catalogue_all = None, None
     if e.catalogue is not None:
         items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
-        catalogue = tables.metrics_table(f"Among {items}, those a user had taken left out", e.catalogue.models)
+        few = tables.first_metrics(e.catalogue.models)
+        catalogue = tables.metrics_table(f"Among {items}, those a user had taken left out", few)
+        if few != e.catalogue.models:
+            catalogue_all = tables.metrics_table(f"All metrics among {items}", e.catalogue.models)
     strata = {
         WAYS.get(way, way.replace("_", " ")): StrataPart(
             figures,
@@ -195,13 +200,16 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
         )
         for way, figures in intervals.strata_figures(e).items()
     }
+    first = tables.first_metrics(e.models)
     return EvaluationPart(
         models=tables.metrics_table(
-            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates", e.models
+            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates", first
         ),
+        all_metrics=tables.metrics_table("All metrics", e.models) if first != e.models else None,
         figures=intervals.model_figures(e),
         seeds=tables.seeds_table(e) if e.seeds else None,
         catalogue=catalogue,
+        catalogue_all=catalogue_all,
         comparisons=tables.comparisons_table(e.comparisons, e.requests) if e.comparisons else None,
         comparison_figures=intervals.comparison_figures(e.comparisons),
         strata=strata,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pandas as pd
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from dmpo_dist.errors import UserError
 
@@ -22,9 +22,9 @@ Record = TypeVar("Record", bound=BaseModel)
 class Interval(BaseModel):
     """A figure and, where it was resampled, its 95 % interval; a bare number is a figure without one."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
+    value: FiniteFloat
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -41,10 +41,10 @@ class Comparison(BaseModel):
     a: str
     b: str
     metric: str
-    difference: float
-    low: float
-    high: float
-    p: float | None = None
+    difference: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    p: FiniteFloat | None = None
 
 
 class Stratum(BaseModel):
@@ -84,21 +84,27 @@ class Evaluation(BaseModel):
     folders: dict[str, str] = {}
     strata: dict[str, dict[str, Stratum]] = {}
     catalogue: Catalogue | None = None
-    seeds: dict[str, dict[str, dict[str, float]]] = {}
+    seeds: dict[str, dict[str, dict[str, FiniteFloat]]] = {}
+
+    @property
+    def trained(self) -> dict[str, str]:
+        """Language model -> its folder, of one of its seeds where ``folders`` has them as ``name@seed``."""
+        by_name = {name.partition("@")[0]: folder for name, folder in reversed(self.folders.items())} | self.folders
+        return {name: by_name[name] for name in self.models if name in by_name}
 
 
 class Token(BaseModel):
     """A token of the ranked title, and its log-probability under the model minus that under the reference."""
 
     text: str
-    log_ratio: float
+    log_ratio: FiniteFloat
 
 
 class HistoryItem(BaseModel):
     """An item of the history: what the score loses without it, and the rank then."""
 
     title: str
-    contribution: float
+    contribution: FiniteFloat
     rank_without: int | None = None
 
 
@@ -134,8 +140,8 @@ class Faithfulness(BaseModel):
 
     value: str = "score"
     users: int | None = None
-    curves: dict[str, list[float]] = {}
-    areas: dict[str, dict[str, float]] = {}
+    curves: dict[str, list[FiniteFloat]] = {}
+    areas: dict[str, dict[str, FiniteFloat]] = {}
 
 
 class Explanations(BaseModel):

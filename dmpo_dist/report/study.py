@@ -117,14 +117,16 @@ def _figure(title: str, panels: Sequence[Panel], x_name: str, part: pd.DataFrame
 
 
 def _lines(part: pd.DataFrame, x: str, y: str, with_k: bool = False) -> list[Line]:
-    """A line per model over the mean of its seeds; a model without ``x`` (a baseline) has none."""
-    part = part[part[x].notna() & part[y].notna()]
+    """A line per model over the mean of its seeds, in one style whatever ``y``; a model without ``x`` has none."""
+    part = part[part[x].notna()]
+    several = part["seed"].nunique() > 1
     lines = []
     for style, (label, of_label) in enumerate(part.groupby(labels(part, with_k), sort=False)):
-        at = of_label.groupby(x)
-        mean = at[y].mean()
-        points = [(float(place), float(value)) for place, value in mean.items()]
-        whiskers = _whiskers(of_label, at, y)
+        measured = of_label[of_label[y].notna()]
+        if measured.empty:
+            continue
+        points = [(float(place), float(value)) for place, value in measured.groupby(x)[y].mean().items()]
+        whiskers = _whiskers(measured, x, y, several)
         lines.append(Line(str(label), points, style % (COLOURS * DASHES), whiskers=whiskers))
     return lines
 
@@ -145,8 +147,10 @@ def _levels(home: pd.DataFrame, dataset: object, shots: float, metric: str, line
     return levels
 
 
-def _whiskers(part: pd.DataFrame, at: "pd.core.groupby.DataFrameGroupBy", y: str) -> list[tuple[float, float, float]]:
-    if part["seed"].nunique() > 1:
+def _whiskers(part: pd.DataFrame, x: str, y: str, several: bool) -> list[tuple[float, float, float]]:
+    """From the lowest seed to the highest where there are ``several``, else the intervals of a metric."""
+    at = part.groupby(x)
+    if several:
         low, high = at[y].min(), at[y].max()
     elif y == "value" and part[["low", "high"]].notna().all(axis=None):
         low, high = at["low"].mean(), at["high"].mean()

@@ -98,7 +98,7 @@ def style_class(style: int) -> str:
 
 
 def line_chart(panels: Sequence[Panel], alt: str, x_name: str, x_scale: Literal["linear", "log"] = "linear") -> Markup:
-    """Lines over a common horizontal axis; on a logarithmic one every x of the data is a tick, for a few powers of two.
+    """Lines over a common horizontal axis; on a logarithmic one every x of the data is a tick where there is room.
 
     Args:
         panels: one or more, with a point at least.
@@ -178,7 +178,7 @@ def _panel(svg: Element, panel: Panel, x: Scale, top: float, bottom: float) -> N
     for tick in ticks:
         _line(svg, LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid")
         _text(svg, _short(tick), LEFT - 6, y(tick) + 4, "end")
-    if panel.mark is not None:
+    if panel.mark is not None and LEFT <= x(panel.mark) <= WIDTH - RIGHT:
         _line(svg, x(panel.mark), top, x(panel.mark), bottom, "mark")
     whiskered = [line for line in panel.lines if line.whiskers]
     apart = min(DODGE, MOST_DODGE / max(1, len(whiskered)))

@@ -9,8 +9,11 @@ from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.report.records import Comparison, Evaluation, Metrics
 from dmpo_dist.report.words import interval, metric_name, number, verdict
 
-ORDER = tuple(dict.fromkeys(("ndcg@10", "hr@1", *METRICS)))
-"""Columns: what matters most is first, as a phone shows two."""
+NOT_BETTER = ("coverage@10", "gini@10")
+"""More of them is neither better nor worse."""
+FIRST = ("ndcg@10", "hr@1", "hr@5", "hr@10", "ndcg@5", "mrr", "auc", "pair_accuracy", *NOT_BETTER)
+"""Columns that are not folded; what matters most comes first, as a phone shows two."""
+ORDER = tuple(dict.fromkeys((*FIRST, *METRICS)))
 
 
 @dataclass(frozen=True)
@@ -49,27 +52,28 @@ class Table:
     sortable: bool = False
 
 
-def metrics_table(
-    caption: str,
-    models: Mapping[str, Metrics],
-    order: Sequence[str] = ORDER,
-    lower_is_better: Sequence[str] = ("gini@10",),
-) -> Table:
+def metrics_table(caption: str, models: Mapping[str, Metrics]) -> Table:
     """A row per model, a column per metric that one of them has; the best of each but the oracle's is strong."""
     there = dict.fromkeys(metric for metrics in models.values() for metric in metrics)
-    columns = [m for m in order if m in there] + [m for m in there if m not in order]
+    columns = [m for m in ORDER if m in there] + [m for m in there if m not in ORDER]
     best = {}
-    for metric in columns:
+    for metric in (m for m in columns if m not in NOT_BETTER):
         values = [m[metric].value for name, m in models.items() if name != "oracle" and metric in m]
-        best[metric] = (min if metric in lower_is_better else max)(values, default=None)
+        best[metric] = max(values, default=None)
     rows = [
         [
             Cell(name, kind="code"),
-            *(_metric_cell(metrics, metric, name != "oracle", best[metric]) for metric in columns),
+            *(_metric_cell(metrics, metric, name != "oracle", best.get(metric)) for metric in columns),
         ]
         for name, metrics in models.items()
     ]
     return Table(caption, ["model", *map(metric_name, columns)], rows, sortable=len(rows) > 2)
+
+
+def first_metrics(models: Mapping[str, Metrics]) -> dict[str, Metrics]:
+    """The models with FIRST alone, or with all where one has none of these."""
+    short = {name: {m: figure for m, figure in metrics.items() if m in FIRST} for name, metrics in models.items()}
+    return short if all(short.values()) else dict(models)
 
 
 def comparisons_table(comparisons: Sequence[Comparison], requests: int) -> Table:

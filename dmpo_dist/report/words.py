@@ -4,13 +4,19 @@ import math
 from collections.abc import Mapping
 
 MISSING = "\u2013"
-NAMES = {"pair_accuracy": "pair accuracy", "recall": "Recall", "coverage": "coverage", "gini": "Gini"}
+NAMES = {
+    "pair_accuracy": "pair accuracy",
+    "pooled_auc": "pooled AUC",
+    "recall": "Recall",
+    "coverage": "coverage",
+    "gini": "Gini",
+}
 
 
 def metric_name(metric: str) -> str:
     """``ndcg@10`` as people write it."""
     name, at, cutoff = metric.partition("@")
-    return NAMES.get(name, name.upper()) + at + cutoff
+    return NAMES.get(name, name.replace("_", " ").upper()) + at + cutoff
 
 
 def number(value: float | None, form: str = ".3f") -> str:
