@@ -41,7 +41,7 @@ def side_by_side(runs: dict[str, Run]) -> list[Figure]:
     frames[f"Validation {metric_name(metric)}"] = _columns({n: r.validation for n, r in shown.items()}, metric)
     lines = {name: (name, number) for number, name in enumerate(shown)}
     note = f"The first {MOST_RUNS} of {len(runs)} runs." if len(runs) > MOST_RUNS else ""
-    figures = [_lines_figure(title, frame, lines, None, note) for title, frame in frames.items()]
+    figures = [_lines_figure(title, frame, lines, None, note, raw=False) for title, frame in frames.items()]
     return [figure for figure in figures if figure is not None and len(figure.legend) > 1]
 
 
@@ -53,23 +53,25 @@ def _figure(
 
 
 def _lines_figure(
-    title: str, frame: pd.DataFrame, lines: dict[str, tuple[str, int]], mark: int | None, note: str
+    title: str, frame: pd.DataFrame, lines: dict[str, tuple[str, int]], mark: int | None, note: str, raw: bool = True
 ) -> Figure | None:
-    drawn = [_line(frame[c].dropna(), label, style) for c, (label, style) in lines.items() if has_values(frame, c)]
+    """A line per column; where there are many points their running mean, over themselves if ``raw``."""
+    shown = {column: look for column, look in lines.items() if has_values(frame, column)}
+    drawn = [_line(frame[column].dropna(), label, style, raw) for column, (label, style) in shown.items()]
     if not drawn:
         return None
-    if any(line.raw for line in drawn):
-        note = f"{note} Running means; pale: each log line.".strip()
+    if any(frame[column].count() >= NOISY for column in shown):
+        note = f"{note} Running means{'; pale: each log line' if raw else ''}.".strip()
     alt = f"{title}, by optimizer step: " + "; ".join(_in_words(line) for line in drawn)
     chart = line_chart([Panel(drawn, mark=mark)], alt, X_NAME)
     return Figure(title, chart, [(line.label, line.style) for line in drawn] if len(drawn) > 1 else (), note)
 
 
-def _line(values: pd.Series, label: str, style: int) -> Line:
+def _line(values: pd.Series, label: str, style: int, raw: bool) -> Line:
     if len(values) < NOISY:
         return Line(label, _points(values), style)
     smooth = values.ewm(span=max(5, len(values) / 20)).mean()
-    return Line(label, _points(_thinned(smooth)), style, raw=_points(_thinned(values)))
+    return Line(label, _points(_thinned(smooth)), style, raw=_points(_thinned(values)) if raw else ())
 
 
 def _thinned(values: pd.Series) -> pd.Series:

@@ -43,7 +43,7 @@ def history_table(request: ExplainedRequest) -> Table:
         for item in request.history
     ]
     caption = "History, oldest first: how much the title's score falls without the item (nats), and the rank then"
-    return Table(caption, ["item", "contribution", "rank without"], rows, sortable=len(rows) > 2)
+    return Table(caption, ["item", "effect", "rank without"], rows, sortable=len(rows) > 2)
 
 
 def faithfulness_figures(measured: Faithfulness) -> list[Figure]:
