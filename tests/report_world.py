@@ -78,19 +78,24 @@ def evaluation_of(folders: dict[str, str], users: int = 80) -> tuple[dict, dict,
     evaluation = evaluate_scores(scores, rows, 200, 0)
     evaluation["folders"] = folders
     evaluation["data"] = {"path": "runs/data", "fingerprint": "f1"}
+    return evaluation, scores, rows
+
+
+def with_more(evaluation: dict) -> dict:
+    """The evaluation with strata, catalogue and seeds, written out here as they may stand in the file."""
     models = evaluation["models"]
-    evaluation["strata"] = {
+    strata = {
         way: {name: {"requests": 20 + len(name), "models": models} for name in names} for way, names in STRATA.items()
     }
-    evaluation["catalogue"] = {
+    catalogue = {
         "items": 400, "models": {name: {"hr@10": m["hr@10"], "recall@20": m["hr@5"]} for name, m in models.items()},
         "coverage@10": {name: 0.4 for name in models}, "gini@10": {name: {"value": 0.7} for name in models},
     }  # fmt: skip
-    evaluation["seeds"] = {
+    seeds = {
         name: {str(seed): {"ndcg@10": models[name]["ndcg@10"]["value"] + seed / 100} for seed in range(3)}
         for name in ("sft", "dmpo")
     }
-    return evaluation, scores, rows
+    return evaluation | {"strata": strata, "catalogue": catalogue, "seeds": seeds}
 
 
 def explanations() -> dict:
@@ -167,6 +172,7 @@ def write_world(root: Path) -> Path:
     write_run(root / "dmpo", "train", model=start, objective={"name": "dmpo", "sft_weight": 0.5})
     evaluation, scores, rows = evaluation_of({"sft": "sft/model", "dmpo": "dmpo/model"})
     write_evaluation(root / "evaluation", evaluation, scores, rows)
+    (root / "evaluation" / "evaluation.json").write_text(json.dumps(with_more(evaluation)))
     (root / "explanations.json").write_text(json.dumps(explanations()))
     for name in ("data", "study"):
         (root / name).mkdir()
