@@ -114,7 +114,7 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
     explained = _unique([p for f in found for p in f.explanations]) if explanations else []
     studies = {_name(p, root): read_study(p / STUDY_FILE) for p in _unique([p for f in found for p in f.studies])}
     notes = [note for name, run in by_name.items() for note in _damaged_lines(name, run.folder / METRICS_FILE)]
-    cards, missing = _cards([p for f in found for p in f.cards], by_name)
+    cards, missing = _cards([p for f in found for p in f.cards], by_name, configs)
     return Material(
         title=", ".join(dict.fromkeys(f.folder.resolve().name for f in found)),
         runs=by_name,
@@ -221,17 +221,19 @@ def _is_record(line: str) -> bool:
     return isinstance(record, dict) and "kind" in record
 
 
-def _cards(places: Sequence[Path], runs: dict[str, Run]) -> tuple[list[DataCard], list[str]]:
-    """The cards found and those of the data the runs name, each once; and what is not there any more."""
+def _cards(
+    places: Sequence[Path], runs: dict[str, Run], configs: dict[str, dict[str, Any]]
+) -> tuple[list[DataCard], list[str]]:
+    """The cards found and those of the data that configurations name, each once; and what is not there any more."""
     notes: dict[str, None] = {}
     files = [place / CARD_FILE for place in places]
-    for run in runs.values():
-        path = (run.config.get("data") or {}).get("path")
+    for config in configs.values():
+        path = (config.get("data") or {}).get("path")
         file = Path(str(path)) / CARD_FILE
         if path is not None and file.is_file():
             files.append(file)
         elif path is not None and not places:
-            notes[f"the data card of {path}: there is no such folder any more"] = None
+            notes[f"the data card of {path}: no such folder is found from here"] = None
     contents = {card["fingerprint"]: card for card in map(read_card, _unique(files))}
     prints = {name: run.environment.get("data_fingerprint") for name, run in runs.items()}
     cards = [

@@ -93,7 +93,7 @@ def comparisons_table(comparisons: Sequence[Comparison], requests: int) -> Table
 def seeds_table(evaluation: Evaluation) -> Table:
     """Mean over seeds, the smallest and the largest."""
     seeds = evaluation.seeds
-    metrics = [m for m in METRICS if any(m in of_seed for of_model in seeds.values() for of_seed in of_model.values())]
+    metrics = [m for m in FIRST if any(m in of_seed for of_model in seeds.values() for of_seed in of_model.values())]
     rows = []
     for name, of_model in seeds.items():
         cells = [Cell(name, kind="code"), Cell(str(len(of_model)))]
