@@ -17,6 +17,7 @@ from dmpo_dist.cli.config import config_app
 from dmpo_dist.cli.data import data_app
 from dmpo_dist.cli.explain import explain_app
 from dmpo_dist.cli.models import models_app
+from dmpo_dist.cli.report import report_app
 from dmpo_dist.cli.runs import runs_app
 from dmpo_dist.cli.stages import stages_app
 from dmpo_dist.cli.submit import submit_app
@@ -38,6 +39,7 @@ app.add_typer(stages_app)
 app.add_typer(models_app)
 app.add_typer(explain_app)
 app.add_typer(runs_app, name="runs")
+app.add_typer(report_app)
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
 app.add_typer(submit_app, name="submit")

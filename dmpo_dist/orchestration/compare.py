@@ -181,7 +181,7 @@ def _commit(run: Run) -> str:
 
 
 def _test(run: Run, evaluations: Sequence[Path]) -> str:
-    found = _evaluation_of(run, evaluations)
+    found = evaluation_of(run, evaluations)
     if found is None:
         return "-"
     folder, name = found
@@ -189,7 +189,7 @@ def _test(run: Run, evaluations: Sequence[Path]) -> str:
     return f"{evaluation['models'][name][METRIC]['value']:.3f}"
 
 
-def _evaluation_of(run: Run, evaluations: Sequence[Path]) -> tuple[Path, str] | None:
+def evaluation_of(run: Run, evaluations: Sequence[Path]) -> tuple[Path, str] | None:
     """The latest evaluation that ranks the run's model, and its name there."""
     mine = (run.folder / "model").resolve()
     for folder in sorted(evaluations, key=lambda f: (f / EVALUATION_FILE).stat().st_mtime, reverse=True):
@@ -206,7 +206,7 @@ def _evaluation_of(run: Run, evaluations: Sequence[Path]) -> tuple[Path, str] | 
 
 def _test_scores(run: Run, evaluations: Sequence[Path]) -> pd.DataFrame | None:
     """The candidates of the test requests with the run's scores, in an order that does not depend on the evaluation."""
-    found = _evaluation_of(run, evaluations)
+    found = evaluation_of(run, evaluations)
     if found is None:
         return None
     folder, name = found

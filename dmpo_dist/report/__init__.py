@@ -1,0 +1,1 @@
+"""One HTML page about runs: gather what folders hold -> tables and figures -> page."""

@@ -1,0 +1,151 @@
+"""Tables of what a page says beside results: runs, data, configuration, environment, files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from dmpo_dist.config_section import dotted
+from dmpo_dist.data.splits import SPLITS
+from dmpo_dist.orchestration.runs import Run
+from dmpo_dist.report.gather import DataCard
+from dmpo_dist.report.tables import Cell, Table
+from dmpo_dist.report.words import MISSING, number, size
+
+NO_SETTING = "output_dir"
+VERDICTS = {"leak": "leak", "warning": "warn"}
+LONG = 60  # characters from which a value of the configuration is cut in a table of differences
+
+
+def runs_table(runs: Mapping[str, Run]) -> Table:
+    """Each run: stage, steps, validation at the selected step, speed, when, finished or not."""
+    rows = []
+    for name, run in runs.items():
+        result, (done, total) = run.result(), run.steps
+        time = run.start.get("time")
+        when = MISSING if time is None else datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M")
+        metric = result.get(f"validation/{run.metric}")
+        rows.append(
+            [
+                Cell(name, kind="code"),
+                Cell({"sft": "SFT", "train": "preferences"}.get(run.stage, MISSING)),
+                Cell(f"{done} of {total}" if total else str(done), key=done),
+                Cell(number(result.get("loss"), ".4g"), key=result.get("loss")),
+                Cell(number(metric), f"{run.metric}, step {run.best_step}" if metric is not None else "", key=metric),
+                Cell(number(run.groups_per_second, ".1f"), _workers(run), key=run.groups_per_second),
+                Cell(when),
+                Cell("finished" if run.end else "unfinished", kind="" if run.end else "warn"),
+            ]
+        )
+    columns = ["run", "stage", "steps", "last loss", "validation", "groups/s", "began (UTC)", "state"]
+    return Table("Training runs; validation at the step whose weights were selected", columns, rows, 2, len(rows) > 2)
+
+
+def counts_table(card: DataCard) -> Table:
+    """Groups, users and dropped likes of each split."""
+    content = card.content
+    rows = []
+    for split in [s for s in SPLITS if s in content["counts"]]:
+        dropped = (content.get("dropped") or {}).get(split) or {}
+        drops = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+        users = (content.get("users") or {}).get(split)
+        rows.append(
+            [
+                Cell(split),
+                Cell(str(content["counts"][split])),
+                Cell(MISSING if users is None else str(users)),
+                Cell(drops or MISSING, kind="title"),
+            ]
+        )
+    return Table("Preference groups by split", ["split", "groups", "users", "dropped likes"], rows, 4)
+
+
+def leaks_table(card: DataCard) -> Table | None:
+    """What the leak check found, worst first; None for data of before it."""
+    findings = card.content.get("leaks") or []
+    order = {"leak": 0, "warning": 1, "not checked": 2}
+    rows = [
+        [
+            Cell(str(f.get("check", "")), str(f.get("verdict", "")), VERDICTS.get(f.get("verdict", ""), "")),
+            Cell(str(f.get("text", "")), below="; ".join(map(str, f.get("examples") or [])), kind="title"),
+        ]
+        for f in sorted(findings, key=lambda f: order.get(f.get("verdict", ""), 3))
+    ]
+    return Table("Leak check", ["check", "finding"], rows, 2) if rows else None
+
+
+def differences_table(runs: Mapping[str, Run]) -> Table | None:
+    """Keys of the configuration in which the runs differ; None for one run, or where nothing does."""
+    configs = {name: dotted(run.config) for name, run in runs.items()}
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    differ = [
+        key
+        for key in keys
+        if key != NO_SETTING and len({json.dumps(c.get(key), default=str) for c in configs.values()}) > 1
+    ]
+    rows = [
+        [Cell(key, kind="code"), *(Cell(_value(config.get(key)), kind="code") for config in configs.values())]
+        for key in differ
+    ]
+    if len(runs) < 2 or not rows:
+        return None
+    return Table("Settings in which the runs differ", ["key", *configs], rows, len(configs) + 1)
+
+
+def config_texts(configs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Each whole configuration as YAML."""
+    return {name: yaml.safe_dump(config, sort_keys=False, allow_unicode=True) for name, config in configs.items()}
+
+
+def environment_table(environments: Mapping[str, dict[str, Any]]) -> Table | None:
+    """Versions, commit and hardware, a column for each set of places with the same; None where nothing is known."""
+    by_facts: dict[str, tuple[dict[str, str], list[str]]] = {}
+    for name, known in environments.items():
+        facts = _environment(known)
+        if facts:
+            by_facts.setdefault(json.dumps(facts), (facts, []))[1].append(name)
+    if not by_facts:
+        return None
+    sets = list(by_facts.values())
+    keys = dict.fromkeys(key for facts, _ in sets for key in facts)
+    rows = [
+        [Cell(key), *(Cell(facts.get(key, MISSING), kind="code" if key == "commit" else "") for facts, _ in sets)]
+        for key in keys
+    ]
+    headings = ["everywhere"] if len(sets) == 1 else [_listed(names) for _, names in sets]
+    return Table("What it ran on", ["fact", *headings], rows, 1 + len(sets))
+
+
+def files_table(files: Sequence[tuple[str, int]]) -> Table:
+    """What the folders hold."""
+    rows = [[Cell(path, kind="code"), Cell(size(count), key=count)] for path, count in files]
+    total = sum(count for _, count in files)
+    return Table(f"Files, {size(total)} in all", ["file", "size"], rows, sortable=len(rows) > 2)
+
+
+def _value(value: Any) -> str:
+    text = MISSING if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
+
+
+def _workers(run: Run) -> str:
+    start = run.start
+    return f"on {start['world_size']} x {start['device']}" if {"world_size", "device"} <= start.keys() else ""
+
+
+def _environment(known: dict[str, Any]) -> dict[str, str]:
+    facts = {
+        "dmpo_dist": known.get("dmpo_dist"),
+        "commit": known.get("git_commit"),
+        "Python": known.get("python"),
+        "machine": known.get("platform"),
+        "CPUs": known.get("cpus"),
+        **(known.get("packages") or {}),
+    }
+    return {key: str(value) for key, value in facts.items() if value is not None}

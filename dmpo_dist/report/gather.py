@@ -1,0 +1,273 @@
+"""What the folders given hold: training runs, evaluations, explanations, studies, data, files."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from dmpo_dist.errors import UserError
+from dmpo_dist.orchestration.runs import CONFIG_FILE, METRICS_FILE, Run, read_run
+from dmpo_dist.report.records import (
+    CARD_FILE,
+    EVALUATION_FILE,
+    EXPLANATIONS_FILE,
+    STUDY_FILE,
+    Evaluation,
+    Explanations,
+    read_card,
+    read_evaluation,
+    read_explanations,
+    read_study,
+)
+
+BULK = ("checkpoints", "model", "scratch", "tensorboard", "train", "validation", "test")
+"""Names of folders of many files that hold nothing to report: one line each in the list of files."""
+ENVIRONMENT_FILE = "environment.json"
+MOST_FILES = 120
+MARK = '<meta name="generator" content="dmpo report">'
+"""By which a page is known to be one of these."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One folder that was given, and where in it what lies; ``cells`` are the runs of studies."""
+
+    folder: Path
+    runs: list[Path] = field(default_factory=list)
+    evaluations: list[Path] = field(default_factory=list)
+    explanations: list[Path] = field(default_factory=list)
+    studies: list[Path] = field(default_factory=list)
+    cells: list[Path] = field(default_factory=list)
+    cards: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """``dataset.json`` of prepared data, and the runs that were trained on just that data, by fingerprint."""
+
+    content: dict[str, Any]
+    trained: list[str]
+    others: list[str]
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a page is made from. Names are paths below the folder that holds everything.
+
+    Attributes:
+        title: what the page is about.
+        runs: by name, in order of their start.
+        evaluations: by name.
+        evaluation_folders: where each lies.
+        configs, environments: of the runs, then of the evaluations, where there is one; of studies' cells one
+            configuration and all environments.
+        explanations: by name.
+        studies: rows of ``dmpo experiment``, by name.
+        cards: of the data that the folders hold, or that their runs were trained on.
+        files: path and bytes; a folder of many files is one entry that ends in "/ (n files)".
+        notes: what could not be read or is left out, for people.
+    """
+
+    title: str
+    runs: dict[str, Run]
+    evaluations: dict[str, Evaluation]
+    evaluation_folders: dict[str, Path]
+    configs: dict[str, dict[str, Any]]
+    environments: dict[str, dict[str, Any]]
+    explanations: dict[str, Explanations]
+    studies: dict[str, pd.DataFrame]
+    cards: list[DataCard]
+    files: list[tuple[str, int]]
+    notes: list[str]
+
+
+def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
+    """Read everything a report can show from ``folders`` and what lies below them.
+
+    Args:
+        folders: of training runs, evaluations, studies, or folders that hold several of them.
+        explanations: whether to read those of single users.
+
+    Raises:
+        UserError: a folder is missing or holds nothing to report, or a file in it is damaged or of another version.
+    """
+    found = [_look(folder) for folder in folders]
+    root = Path(os.path.commonpath([f.folder.resolve() for f in found]))
+    runs = sorted(map(read_run, _unique([p for f in found for p in f.runs])), key=lambda run: run.start.get("time", 0))
+    by_name = {_name(run.folder, root): run for run in runs}
+    ranked = {_name(p, root): p for p in _unique([p for f in found for p in f.evaluations])}
+    configs = {name: run.config for name, run in by_name.items()}
+    environments = {name: run.environment for name, run in by_name.items()}
+    cells = _unique([p for f in found for p in f.cells])
+    for place in cells[:1]:  # an example: in what the others differ their study's table shows
+        configs.setdefault(_name(place, root), _mapping(place / CONFIG_FILE))
+    for place in cells:
+        environments.setdefault(_name(place, root), _mapping(place / ENVIRONMENT_FILE))
+    for name, place in ranked.items():
+        configs.setdefault(name, _mapping(place / CONFIG_FILE))
+        environments.setdefault(name, _mapping(place / ENVIRONMENT_FILE))
+    explained = _unique([p for f in found for p in f.explanations]) if explanations else []
+    studies = {_name(p, root): read_study(p / STUDY_FILE) for p in _unique([p for f in found for p in f.studies])}
+    notes = [note for name, run in by_name.items() for note in _damaged_lines(name, run.folder / METRICS_FILE)]
+    cards, missing = _cards([p for f in found for p in f.cards], by_name, configs)
+    return Material(
+        title=", ".join(dict.fromkeys(f.folder.resolve().name for f in found)),
+        runs=by_name,
+        evaluations={name: read_evaluation(place / EVALUATION_FILE) for name, place in ranked.items()},
+        evaluation_folders=ranked,
+        configs={name: config for name, config in configs.items() if config},
+        environments={name: environment for name, environment in environments.items() if environment},
+        explanations={_name(p, root): read_explanations(p / EXPLANATIONS_FILE) for p in explained},
+        studies=studies,
+        cards=cards,
+        files=_files([f.folder for f in found], root),
+        notes=notes + missing,
+    )
+
+
+def _look(folder: Path) -> Found:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give what was output_dir, such as runs/quickstart")
+    found = Found(folder)
+    for path, files in _walk(folder):
+        if STUDY_FILE in files:
+            found.studies.append(path)
+        if any(path != study and path.is_relative_to(study) for study in found.studies):
+            found.cards.extend([path] if CARD_FILE in files else [])
+            found.cells.extend([path] if METRICS_FILE in files else [])
+            continue  # the runs of a study's cells are in its table
+        if METRICS_FILE in files and CONFIG_FILE in files:
+            found.runs.append(path)
+        for file, places in (
+            (EVALUATION_FILE, found.evaluations),
+            (EXPLANATIONS_FILE, found.explanations),
+            (CARD_FILE, found.cards),
+        ):
+            if file in files:
+                places.append(path)
+    if not (found.runs or found.evaluations or found.explanations or found.studies or found.cards):
+        raise UserError(
+            f"{folder} holds no run: no {CONFIG_FILE} with {METRICS_FILE}, no {EVALUATION_FILE}, no {STUDY_FILE}, "
+            f"in it or below; give what was output_dir (`dmpo runs list` shows training runs)"
+        )
+    return found
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders from the top down in a fixed order, but for bulk and hidden ones."""
+    for place, names, files in os.walk(folder):
+        names[:] = sorted(n for n in names if not n.startswith(".") and not _is_bulk(Path(place, n)))
+        yield Path(place), files
+
+
+def _is_bulk(folder: Path) -> bool:
+    """By its name, unless somebody called a run so."""
+    return folder.name in BULK and not (folder / CONFIG_FILE).exists()
+
+
+def _unique(paths: Sequence[Path]) -> list[Path]:
+    """Each place once, as it was given first."""
+    return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
+
+
+def _name(path: Path, root: Path) -> str:
+    path = path.resolve()
+    return path.relative_to(root).as_posix() if path != root else path.name
+
+
+def _below(place: Path, name: str, root: Path) -> str:
+    """The path of something in ``place``, which may be a link to elsewhere."""
+    return (place.resolve() / name).relative_to(root).as_posix()
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    """A file of keys and values, in YAML or JSON, which is YAML too; empty where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: damaged, it holds no keys and values; restore it, or remove it")
+    return content
+
+
+def _damaged_lines(name: str, file: Path) -> list[str]:
+    """Which lines of a metrics.jsonl ``read_records`` had to leave out."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    bad = [number for number, line in enumerate(lines, start=1) if line.strip() and not _is_record(line)]
+    if not bad:
+        return []
+    if bad == [len(lines)]:
+        return [f"{name}/{METRICS_FILE}: its last line is cut off, as when a run is killed while it writes; left out"]
+    listed = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+    return [
+        f"{name}/{METRICS_FILE}: {len(bad)} of {len(lines)} lines are damaged and left out (line {listed}); "
+        "the curves are of the others"
+    ]
+
+
+def _is_record(line: str) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "kind" in record
+
+
+def _cards(
+    places: Sequence[Path], runs: dict[str, Run], configs: dict[str, dict[str, Any]]
+) -> tuple[list[DataCard], list[str]]:
+    """The cards found and those of the data that configurations name, each once; and what is not there any more."""
+    notes: dict[str, None] = {}
+    files = [place / CARD_FILE for place in places]
+    for config in configs.values():
+        path = (config.get("data") or {}).get("path")
+        file = Path(str(path)) / CARD_FILE
+        if path is not None and file.is_file():
+            files.append(file)
+        elif path is not None and not places:
+            notes[f"the data card of {path}: no such folder is found from here"] = None
+    contents = {card["fingerprint"]: card for card in map(read_card, _unique(files))}
+    prints = {name: run.environment.get("data_fingerprint") for name, run in runs.items()}
+    cards = [
+        DataCard(
+            content=card,
+            trained=[name for name, of_run in prints.items() if of_run == key],
+            others=[name for name, of_run in prints.items() if of_run not in (None, *contents)],
+        )
+        for key, card in contents.items()
+    ]
+    return cards, list(notes)
+
+
+def _files(folders: Sequence[Path], root: Path) -> list[tuple[str, int]]:
+    entries: dict[str, int] = {}
+    for folder in folders:
+        for place, names, files in os.walk(folder):
+            path = Path(place)
+            bulk = sorted(name for name in names if _is_bulk(path / name))
+            names[:] = sorted(name for name in names if name not in bulk and not name.startswith("."))
+            for name in sorted(files):
+                if not name.startswith(".") and not is_report(path / name):
+                    entries[_below(path, name, root)] = (path / name).lstat().st_size
+            for name in bulk:
+                sizes = [file.lstat().st_size for file in (path / name).rglob("*") if file.is_file()]
+                entries[f"{_below(path, name, root)}/ ({len(sizes)} files)"] = sum(sizes)
+    shown = list(entries.items())[:MOST_FILES]
+    rest = list(entries.values())[MOST_FILES:]
+    return shown + ([(f"{len(rest)} more", sum(rest))] if rest else [])
+
+
+def is_report(file: Path) -> bool:
+    """Whether ``file`` is a page that this command wrote."""
+    if file.suffix != ".html" or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return MARK.encode() in opened.read(1000)

@@ -1,0 +1,89 @@
+"""From run folders to one HTML file that asks for nothing else."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+import dmpo_dist
+from dmpo_dist.errors import UserError
+from dmpo_dist.report.gather import MARK, Material, gather, is_report
+from dmpo_dist.report.parts import make_page
+from dmpo_dist.report.svg import swatch
+from dmpo_dist.report.words import number, size
+
+
+def write_report(folders: Sequence[Path], output: Path, explanations: bool, echo: Callable[[str], None]) -> None:
+    """Make the page about ``folders`` and write it to ``output``, in place of an earlier report there.
+
+    Args:
+        folders: see ``gather``.
+        output: an HTML file; its folder is made.
+        explanations: whether those of single users are shown where there are any.
+        echo: takes lines for the user.
+
+    Raises:
+        UserError: see ``gather``; or ``output`` is something else than a report.
+    """
+    if output.suffix != ".html":
+        raise UserError(f"--output {output}: must end in .html")
+    if output.exists() and not is_report(output):
+        raise UserError(f"{output} exists already and is no report of ours; give another file by --output")
+    material = gather(folders, explanations)
+    content = render(material)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(content)
+    for note in material.notes:
+        echo(f"note: {note}")
+    echo(f"written: {output} ({size(len(content))}, one file, nothing in it is loaded from elsewhere)")
+
+
+def render(material: Material) -> bytes:
+    """The page; equal material gives equal bytes.
+
+    Its policy lets a browser load nothing and run no script but its own, so that nothing in the data can.
+    """
+    style, script = _part("style.css"), _part("page.js")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    environment = Environment(
+        loader=PackageLoader("dmpo_dist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = _breakable
+    page = make_page(material)
+    text = environment.get_template("page.html.j2").render(
+        page=page,
+        sections=page.sections,
+        swatch=swatch,
+        number=number,
+        mark=Markup(MARK),
+        policy=policy,
+        style=Markup(style),
+        script=Markup(script),
+        version=dmpo_dist.__version__,
+    )
+    return text.encode("utf-8", errors="replace")  # half a surrogate pair in a title becomes a question mark
+
+
+def _breakable(text: str) -> Markup:
+    """``text`` with places where a long name or path may break."""
+    return Markup(re.sub(r"([._/]+)", r"\1<wbr>", str(escape(text))))
+
+
+def _part(name: str) -> str:
+    return (resources.files("dmpo_dist.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,55 @@
+"""How figures are named and written, everywhere on a page."""
+
+import math
+from collections.abc import Mapping
+
+MISSING = "\u2013"
+NAMES = {
+    "pair_accuracy": "pair accuracy",
+    "pooled_auc": "pooled AUC",
+    "recall": "Recall",
+    "coverage": "coverage",
+    "gini": "Gini",
+}
+
+
+def metric_name(metric: str) -> str:
+    """``ndcg@10`` as people write it."""
+    name, at, cutoff = metric.partition("@")
+    return NAMES.get(name, name.replace("_", " ").upper()) + at + cutoff
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """The figure with a real minus sign, or a dash where there is none."""
+    return MISSING if value is None or math.isnan(value) else format(value, form).replace("-", "\u2212")
+
+
+def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
+    """``[0.501, 0.532]``, or nothing."""
+    return "" if low is None or high is None else f"[{number(low, form)}, {number(high, form)}]"
+
+
+def verdict(low: float, high: float) -> str:
+    """What the interval of a difference says: ahead of, behind, or level with."""
+    return "ahead of" if low > 0 else "behind" if high < 0 else "level with"
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    if count < 1000:
+        return f"{count} B"
+    for unit, of_bytes in (("kB", 1e3), ("MB", 1e6)):
+        if count < 1000 * of_bytes:
+            return f"{count / of_bytes:.3g} {unit}"
+    return f"{count / 1e9:.3g} GB"
+
+
+def candidates(negatives: Mapping[str, int]) -> str:
+    """``1 + 19``, or from the fewest to the most."""
+    fewest, most = negatives.get("fewest", min(negatives.values())), negatives.get("most", max(negatives.values()))
+    return f"1 + {fewest}" if fewest == most else f"1 + {fewest} to {most}"
+
+
+def joined(names: list[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

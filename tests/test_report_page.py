@@ -1,0 +1,258 @@
+"""The page as a whole: everything found is on it and nothing else, whatever the data holds, the same bytes every time."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from report_world import VISIBLE, card, evaluation_of, write_run, write_world
+
+from dmpo_dist.cli import main
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.report import write_evaluation
+from dmpo_dist.report.gather import gather
+from dmpo_dist.report.page import render, write_report
+from dmpo_dist.report.parts import SECTIONS
+from dmpo_dist.report.words import number
+
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
+
+
+class Page(HTMLParser):
+    """What a browser would make of it: elements with attributes and text, and whether every tag is closed."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.feed(content.decode())
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.links += [
+            value for name, value in attributes if name in ("href", "src", "srcset", "action", "data", "style")
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_world(tmp_path_factory.mktemp("report") / "world")
+
+
+@pytest.fixture(scope="module")
+def content(world) -> bytes:
+    return render(gather([world]))
+
+
+def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world, content):
+    page = Page(content)
+    assert page.open == []
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert [key for key in ids if key in SECTIONS] == list(SECTIONS)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(ids)
+    charts = [a for a in page.all("svg") if a["class"] == "chart"]
+    assert len(charts) == len(page.all("figure")) == len(page.all("figcaption")) >= 30
+    assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in charts)
+    assert len(page.all("caption")) == len(page.all("table")) > 10
+    assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
+
+    evaluation = json.loads((world / "evaluation" / "evaluation.json").read_text())
+    text = "".join(page.texts)
+    dmpo = evaluation["models"]["dmpo"]["ndcg@10"]
+    assert f"dmpo ranks with NDCG@10 {dmpo['value']:.3f} [{dmpo['low']:.3f}, {dmpo['high']:.3f}]" in text
+    for c in evaluation["comparisons"]:
+        assert number(c["difference"], "+.3f") in text
+        assert f"[{number(c['low'], '+.3f')}, {number(c['high'], '+.3f')}]" in text
+    assert "It is one of 2 training runs here." in text
+    assert "Not here" not in text
+    assert "holds interaction data" in text
+
+
+def test_nothing_is_loaded_from_anywhere(content):
+    page = Page(content)
+    assert set(page.links) - {link for link in page.links if link.startswith("#")} == {"data:,"}
+    assert not re.search(r"@import|url\(|https?:", content.decode())
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def test_what_the_data_holds_is_text_and_nothing_but_text(content):
+    page = Page(content)
+    assert len(page.all("script")) == 1
+    assert page.all("img") == page.all("i") == page.all("b") == []
+    for title in VISIBLE:
+        assert title in page.texts
+    assert "films & <i>more</i>" in page.texts
+    assert "<u1>" in page.texts
+
+
+def test_the_same_folder_gives_the_same_bytes(world, content, tmp_path):
+    """Also from another process with other hashes, and when the report lies in the folder it is about."""
+    copy = shutil.copytree(world, tmp_path / "world")
+    command = [sys.executable, "-m", "dmpo_dist", "report", str(copy)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"written: {copy}/report.html" in done.stdout
+    assert (copy / "report.html").read_bytes() == content
+    write_report([copy], copy / "report.html", explanations=True, echo=lambda line: None)
+    assert (copy / "report.html").read_bytes() == content
+
+
+def test_explanations_of_users_can_be_left_out(world):
+    page = Page(render(gather([world], explanations=False)))
+    text = "".join(page.texts)
+    assert "Not here, as the folders hold none: Explanations" in text
+    assert "<u1>" not in text
+    assert VISIBLE[1] not in text
+
+
+def test_runs_alone_name_what_is_absent_and_what_is_damaged(tmp_path):
+    first, second = write_run(tmp_path / "a", "train", seed=1), write_run(tmp_path / "b", "train", seed=2)
+    lines = (first / "metrics.jsonl").read_text().splitlines()
+    (first / "metrics.jsonl").write_text("\n".join([*lines[:3], lines[3][:20], '{"step": 1}', *lines[5:]]))
+    (second / "metrics.jsonl").write_text("\n".join([*lines[:40], lines[40][:9]]))
+    (first / "link.txt").symlink_to(__file__)  # outside of what is reported on
+    text = "".join(Page(render(gather([first, second]))).texts)
+    assert "a/link.txt" in text
+    assert "a/metrics.jsonl: 2 of 126 lines are damaged and left out (line 4, 5)" in text
+    assert "b/metrics.jsonl: its last line is cut off" in text
+    assert "38 of 120 steps, not finished" in text
+    assert "Preference runs side by side" in text
+    assert "Not here, as the folders hold none: Results, Paired comparisons, Strata, K sweep" in text
+
+
+def test_runs_of_two_evaluations_are_paired_by_their_scores(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, "train")
+        evaluation, scores, rows = evaluation_of({"dmpo": str(tmp_path / name / "model")})
+        write_evaluation(tmp_path / name / "evaluation", evaluation, scores, rows)
+    page = Page(render(gather([tmp_path / "a", tmp_path / "b"])))
+    assert "b against a: ndcg@10 +0.000 [0.000, 0.000], paired over 80 users (no clear difference)" in page.texts
+    assert "That is the first of 2 evaluations below." in page.texts
+
+
+def test_an_evaluation_of_seeds_against_one_model_is_about_the_best_trained(tmp_path):
+    """``name@seed`` folders, comparisons that share their second model, metrics that this version does not know."""
+    models = {
+        name: {
+            "ndcg@10": {"value": v, "low": v - 0.01, "high": v + 0.01},
+            "hr@1": v,
+            "pooled_auc": 0.5,
+            "new@3": {"value": 0.1},
+        }
+        for name, v in (("popularity", 0.6), ("sdpo", 0.5), ("sft", 0.4))
+    }
+    compared = [
+        {"a": name, "b": "sft", "metric": "ndcg@10", "difference": 0.1, "low": 0.05, "high": 0.15, "p": 0.01}
+        for name in ("popularity", "sdpo")
+    ]
+    folders = {"sdpo@0": "a/model", "sdpo@1": "b/model", "sft@0": "c/model"}
+    evaluation = {
+        "requests": 9,
+        "negatives": {"fewest": 3, "most": 5},
+        "models": models,
+        "comparisons": compared,
+        "folders": folders,
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"order": {"unknown": [1]}}))
+    page = Page(render(gather([tmp_path])))
+    expected = (
+        "On 9 test requests among 1 + 3 to 5 candidates, sdpo ranks with NDCG@10 0.500 [0.490, 0.510]: ahead of sft"
+    )
+    assert any(text.startswith(expected) for text in page.texts)
+    assert {"minus sft", "sdpo", "popularity", "pooled AUC", "NEW@3"} <= set(page.texts)
+
+
+def test_a_card_of_other_data_is_said_to_be_that(tmp_path):
+    write_run(tmp_path / "run", "train")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(card() | {"fingerprint": "f2"}))
+    assert "Not what these runs were trained on: run." in Page(render(gather([tmp_path]))).texts
+
+
+def test_colours_can_be_read_in_both_schemes():
+    """WCAG AA: 4.5 for text on the page and on its boxes, 3 for lines and bars."""
+    style = (resources.files("dmpo_dist.report") / "templates" / "style.css").read_text()
+    schemes = [dict(re.findall(r"--(\w+): (#\w+);", block)) for block in re.findall(r":root \{.*?\}", style, re.S)]
+    assert len(schemes) == 3  # light, dark, print
+    for scheme in schemes:
+        for text in ("text", "soft", "link", "warn"):
+            assert min(contrast(scheme[text], scheme["page"]), contrast(scheme[text], scheme["box"])) >= 4.5
+        assert min(contrast(scheme[f"c{i}"], scheme["page"]) for i in range(5)) >= 3
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+        channels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", "sft")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine.html").write_text("<p>not a report")
+    broken = {}
+    for name, file, text in [
+        ("version", "evaluation.json", '{"requests": 2, "negatives": {"most": 4}, "models": {"sft": {"hr@1": [0.5]}}}'),
+        ("json", "evaluation.json", '{"requests": 2'),
+        ("explained", "explanations.json", '{"model": "m"}'),
+        ("card", "dataset.json", "{}"),
+        ("study", "experiment.parquet", "PAR"),
+        ("environment", "environment.json", "[]"),
+    ]:
+        broken[name] = (
+            shutil.copytree(run, tmp_path / name) if name != "environment" else write_run(tmp_path / name, "sft")
+        )
+        (broken[name] / file).write_text(text)
+    for arguments, message in [
+        ([tmp_path / "nowhere"], "nowhere: no such folder; give what was output_dir"),
+        ([tmp_path / "empty"], "empty holds no run: no config.yaml with metrics.jsonl, no evaluation.json"),
+        ([run, "--output", tmp_path / "mine.html"], "mine.html exists already and is no report of ours"),
+        ([run, "--output", tmp_path / "page.pdf"], "must end in .html"),
+        ([broken["version"]], "evaluation.json: models.sft.hr@1: input should be a valid dictionary"),
+        ([broken["json"]], "evaluation.json: cannot be read"),
+        ([broken["explained"]], "explanations.json: requests: field required; made by another version?"),
+        ([broken["card"]], "dataset.json: not the card of prepared data"),
+        ([broken["study"]], "experiment.parquet: cannot be read"),
+        ([broken["environment"]], "must hold a mapping of keys to values"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["dmpo", "report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        error = capsys.readouterr().err
+        assert (exit_.value.code, error.count("\n")) == (2, 1), error
+        assert message in error
+    write_report([broken["explained"]], tmp_path / "without.html", explanations=False, echo=lambda line: None)
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="run: cannot be read"):
+        gather([run])
