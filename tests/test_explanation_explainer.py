@@ -10,8 +10,8 @@ from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.evaluation.ranking import Ranker
 from dmpo_dist.explanation.explainer import Explainer
 from dmpo_dist.explanation.questions import Question
-from dmpo_dist.explanation.tokens import END
 from dmpo_dist.explanation.view import to_json
+from dmpo_dist.explanation.words import END
 from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
 
 TITLES = ("Heat", "Alien", "Alien 3", "Léon", "The Thing", "The Fly", "日本 🎬", "Up")

@@ -8,9 +8,7 @@ import torch
 
 from dmpo_dist.batching.layout import Layout
 from dmpo_dist.batching.targets import Targets
-
-END = "(end)"
-"""Shown for the tokens that end a response."""
+from dmpo_dist.explanation.words import END
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Explanations for a terminal and as JSON."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from dmpo_dist.explanation.counterfactual import sentence
 from dmpo_dist.explanation.explainer import Answer
-from dmpo_dist.explanation.tokens import END
+from dmpo_dist.explanation.words import by_word
 
 BAR = 16
 """Characters of the longest bar."""
@@ -111,23 +110,9 @@ def _words(entry: dict[str, Any], reference: str | None) -> Text:
         f"Since the reference ({reference}) its log-probability changed by {total:+.2f}, that of the other candidates by "
         f"{others:+.2f} on average: it {gained} them. Word by word:\n"
     )
-    for word, ratio in by_word(entry["tokens"]):
+    for word, ratio in by_word((token["text"], token["log_ratio"]) for token in entry["tokens"]):
         text.append(word, style=f"bold {FOR if ratio > 0 else AGAINST}").append(f" {ratio:+.2f}  ", style="dim")
     return text
-
-
-def by_word(tokens: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Tokens of explanations.json joined to words, their log-ratios summed."""
-    words: list[tuple[str, float]] = []
-    apart = True
-    for token in tokens:
-        text, ratio = token["text"], token["log_ratio"]
-        if apart or text == END or text[:1].isspace():
-            words.append((text.strip(), ratio))
-        else:
-            words[-1] = words[-1][0] + text.strip(), words[-1][1] + ratio
-        apart = text[-1:].isspace() and bool(text.strip())
-    return words
 
 
 def show_faithfulness(result: dict[str, Any], console: Console) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from dmpo_dist import __version__
 from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.quantize import quantization_config, require_trainable
+from dmpo_dist.modeling.quantize import keep_arithmetic, quantization_config, require_trainable
 
 STAMP = "dmpo.json"
 ADAPTER = "adapter_config.json"
@@ -147,6 +147,8 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if config.quantization == "nf4":
+        keep_arithmetic(model)
     return model
 
 

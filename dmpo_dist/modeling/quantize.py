@@ -89,6 +89,17 @@ def packed_weights(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, p) for name, p in module.named_parameters() if type(p).__name__ == "Params4bit"]
 
 
+def keep_arithmetic(model: nn.Module) -> None:
+    """Have 4-bit layers compute in the type asked for, in every mode.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call in evaluation mode and multiplies in bf16 from then
+    on: log-probs of an fp32 model moved by 0.1 % there, and policy and reference would differ between modes.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyrefly: ignore
+
+
 def require_partitioned(module: nn.Module, world_size: int) -> None:
     """Whether every packed weight of a ZeRO-3 engine's module is held in parts, by shapes and by bytes.
 

@@ -1,34 +1,16 @@
 """Explanations of single rankings, and how faithful they were measured to be."""
 
-from collections.abc import Sequence
-
-from dmpo_dist.report.records import ExplainedRequest, Faithfulness, Token
+from dmpo_dist.report.records import ExplainedRequest, Faithfulness
 from dmpo_dist.report.svg import Figure, IntervalRow, Line, Panel, bar, interval_chart, line_chart
 from dmpo_dist.report.tables import Cell, Table
 from dmpo_dist.report.words import MISSING, interval, number
 
-END = "(end)"
-"""How ``dmpo explain`` writes the end token."""
 SHARE = "share_removed"
 """The curves' common horizontal axis, where the file has it among them."""
 NAMES = {
     "attribution": "largest contribution first", "recent": "most recent first", "random": "random order",
     "inverse": "smallest contribution first",
 }  # fmt: skip
-
-
-def words(tokens: Sequence[Token]) -> list[tuple[str, float]]:
-    """Tokens joined to words, their log-ratios summed; what marks the end stays a word of its own."""
-    joined: list[tuple[str, float]] = []
-    apart = True
-    for token in tokens:
-        text = token.text.strip()
-        if apart or not joined or token.text == END or token.text[:1].isspace():
-            joined.append((text, token.log_ratio))
-        else:
-            joined[-1] = joined[-1][0] + text, joined[-1][1] + token.log_ratio
-        apart = bool(text) and token.text[-1:].isspace()  # a space alone goes with the word after it
-    return joined
 
 
 def history_table(request: ExplainedRequest) -> Table:

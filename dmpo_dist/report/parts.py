@@ -7,6 +7,7 @@ from itertools import combinations
 import pandas as pd
 import yaml
 
+from dmpo_dist.explanation.words import by_word
 from dmpo_dist.orchestration.compare import evaluation_of, paired_lines
 from dmpo_dist.report import curves, explained, facts, intervals, study, tables
 from dmpo_dist.report.gather import DataCard, Material
@@ -249,7 +250,11 @@ def _study(table: pd.DataFrame) -> StudyPart:
 
 def _explanations(x: Explanations) -> ExplanationsPart:
     parts = [
-        ExplainedPart(r, explained.words(r.tokens), explained.history_table(r) if r.history else None)
+        ExplainedPart(
+            r,
+            by_word((token.text, token.log_ratio) for token in r.tokens),
+            explained.history_table(r) if r.history else None,
+        )
         for r in x.requests
     ]
     return ExplanationsPart(

@@ -1,0 +1,20 @@
+"""Tokens joined to the words of a title."""
+
+from collections.abc import Iterable
+
+END = "(end)"
+"""Shown for the tokens that end a response."""
+
+
+def by_word(tokens: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    """(text, number) of tokens -> the same of words, numbers summed; what marks the end stays a word of its own."""
+    joined: list[tuple[str, float]] = []
+    apart = True
+    for text, number in tokens:
+        word = text.strip()
+        if apart or not joined or text == END or text[:1].isspace():
+            joined.append((word, number))
+        else:
+            joined[-1] = joined[-1][0] + word, joined[-1][1] + number
+        apart = bool(word) and text[-1:].isspace()  # a space alone goes with the word after it
+    return joined
