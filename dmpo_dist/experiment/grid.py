@@ -132,7 +132,7 @@ class Cell:
         shots: None is all.
         objective: the objective's name and what else its entry sets, such as ``dmpo-boundary``.
         free: the free axes, key -> value.
-        overrides: ``key=value`` for ``load_config``, without dataset and output_dir.
+        config: all its settings; data.path, model.path and output_dir are still to be set.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Cell:
     objective: str
     seed: int
     free: tuple[tuple[str, Any], ...]
-    overrides: tuple[str, ...]
+    config: RunConfig
 
 
 def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
@@ -209,7 +209,7 @@ def expand(grid: GridConfig) -> list[Cell]:
     """Every combination of every block once; those of equal dataset, shots and seed follow each other.
 
     Raises:
-        UserError: a combination comes up twice within a block, under one name or two.
+        UserError: a combination comes up twice, or a cell's configuration is not valid.
     """
     base = load_config(layers_of(grid), settings_of(grid))
     cells: dict[str, Cell] = {}
@@ -220,13 +220,8 @@ def expand(grid: GridConfig) -> list[Cell]:
                 raise UserError(f"the cell {cell.name} comes up twice in the grid; remove the repeated value")
             mine.add(cell.name)
             cells.setdefault(cell.name, cell)
-    _require_different(cells.values(), grid)
+    _require_different(cells.values())
     return sorted(cells.values(), key=lambda c: (list(grid.datasets).index(c.dataset), c.shots or 10**12, c.seed))
-
-
-def cell_config(grid: GridConfig, cell: Cell) -> RunConfig:
-    """The configuration of a cell; data.path, model.path and output_dir are still to be set."""
-    return load_config(layers_of(grid), [*settings_of(grid), *cell.overrides])
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -261,22 +256,28 @@ def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig
     for dataset, shots, seed, *others in product(*values[:3], *(block[axis] for axis in free), *values[3:]):
         k, objective = others[-2:]
         options = {"name": base.objective.name} | (objective if isinstance(objective, dict) else {"name": objective})
-        yield _make_cell(dataset, shots, seed, k, options, tuple(zip(free, others[:-2], strict=True)))
+        yield _make_cell(grid, dataset, shots, seed, k, options, tuple(zip(free, others[:-2], strict=True)))
 
 
 def _make_cell(
-    dataset: str, shots: Any, seed: Any, k: Any, options: dict[str, Any], free: tuple[tuple[str, Any], ...]
-) -> Cell:
+    grid: GridConfig, dataset: str, shots: Any, seed: Any, k: Any, options: dict[str, Any],
+    free: tuple[tuple[str, Any], ...],
+) -> Cell:  # fmt: skip
     label = "-".join(map(str, [options["name"], *(_option(*o) for o in options.items() if o[0] != "name")]))
     few = None if shots in (None, ALL_SHOTS) else shots
-    name = f"{dataset}_shots-{few or ALL_SHOTS}_k-{k}_{_as_file_name(label)}_seed-{seed}"
+    name = f"{dataset}_shots-{few or ALL_SHOTS}_k-{k}_{_as_file_name(label)}"
+    name = f"{name}_seed-{seed}{free_part(free)}"
     set_twice = sorted({f"objective.{key}" for key in options} & {key for key, _ in free})
     if set_twice:
         raise UserError(f"{set_twice[0]} is set by the axis objective and by an axis of its own; remove one of them")
     overrides = [override("data.shots", few), override("seed", seed), override("train.negatives", k)]
     overrides += [override(f"objective.{key}", value) for key, value in options.items()]
     overrides += [override(key, value) for key, value in free]
-    return Cell(name + free_part(free), dataset, few, k, label, seed, free, tuple(overrides))
+    try:
+        config = load_config(layers_of(grid), [*settings_of(grid), *overrides])
+    except UserError as error:
+        raise UserError(f"the cell {name}: {_last_line(error)}") from None
+    return Cell(name, dataset, few, k, label, seed, free, config)
 
 
 def free_part(free: Iterable[tuple[str, Any]]) -> str:
@@ -294,15 +295,11 @@ def _as_file_name(text: str) -> str:
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def _require_different(cells: Iterable[Cell], grid: GridConfig) -> None:
-    """No two cells train the same; each cell's configuration is valid."""
+def _require_different(cells: Iterable[Cell]) -> None:
+    """No two cells train the same."""
     seen: dict[str, str] = {}
     for cell in cells:
-        try:
-            settings = cell_config(grid, cell)
-        except UserError as error:
-            raise UserError(f"the cell {cell.name}: {_last_line(error)}") from None
-        content = f"{cell.dataset} {settings.model_dump_json()}"
+        content = f"{cell.dataset} {cell.config.model_dump_json()}"
         if content in seen:
             raise UserError(f"the cells {seen[content]} and {cell.name} have equal settings; remove one of them")
         seen[content] = cell.name

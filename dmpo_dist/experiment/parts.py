@@ -12,7 +12,7 @@ from dmpo_dist.config_section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import named_path
-from dmpo_dist.experiment.grid import ALL_SHOTS, Cell, GridConfig, cell_config, free_part
+from dmpo_dist.experiment.grid import ALL_SHOTS, Cell, GridConfig, free_part
 from dmpo_dist.orchestration.quickstart import continued_config
 from dmpo_dist.training.groups import require_negatives
 from dmpo_dist.training.job import Kind
@@ -98,7 +98,7 @@ def make_parts(grid: GridConfig, cells: Sequence[Cell], data: Mapping[str, Prepa
     """
     parts: dict[str, Part] = {}
     for cell in cells:
-        config = _on_dataset(cell_config(grid, cell), cell, grid, data)
+        config = _on_dataset(cell.config, cell, grid, data)
         if cell.dataset in data:
             _require_enough(config, cell, data[cell.dataset])
         start = _start(config, cell, grid, data)

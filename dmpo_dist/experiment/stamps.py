@@ -93,15 +93,15 @@ def stamp_failed(part: Part, error: str, trace: str = "") -> None:
 
 def require_unchanged(parts: Sequence[Part]) -> None:
     """Raise UserError where a model was trained, or begun, under other settings than the grid now asks for."""
-    changed = {part: lines for part in parts if (lines := _changes(part))}
+    changed = [(part, lines) for part in parts if (lines := _changes(part))]
     if not changed:
         return
-    first, lines = next(iter(changed.items()))
-    others = [part.title for part in changed][1 : 1 + SHOWN]
-    more = f" (as do {', '.join(others)}{' and more' if len(changed) > 1 + SHOWN else ''})" if others else ""
+    first, lines = changed[0]
+    others = [part.title for part, _ in changed[1 : 1 + SHOWN]]
+    more = f" (as were {', '.join(others)}{' and more' if len(changed) > 1 + SHOWN else ''})" if others else ""
     where = first.folder.parent.parent
     raise UserError(
-        f"{first.title} in {where} was trained with other settings than the grid now gives it{more}: {'; '.join(lines)}. "
+        f"{first.title} in {where} was trained with other settings than the grid now asks for{more}: {'; '.join(lines)}. "
         "Undo the change, remove these folders to train them again, or write to another output_dir"
     )
 
