@@ -39,7 +39,11 @@ def experiment(
     if dry_run:
         show_plan(settings, make_console())
         return
-    failures = run_experiment(settings, make_console())
+    try:
+        failures = run_experiment(settings, make_console())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here")
+        raise
     if failures:
         print(f"{len(failures)} failed; run the command again to try them once more:")
         print("\n".join(f"  {line}" for line in failures))

@@ -310,6 +310,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         fields = DatasetConfig.model_fields if path[0] == "datasets" else GridConfig.model_fields
         return f"  {'.'.join(path)}: unknown key; the nearest known key is {nearest(path[-1], list(fields))}"
+    if error["type"] == "missing":
+        return f"  {'.'.join(path)} is missing; it must be given"
     return f"  {'.'.join(path)}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
 
 

@@ -22,24 +22,20 @@ BASELINES = "baselines"
 SCORES_FILE = "scores.parquet"
 
 
-def measure_part(part: Part, data: Mapping[str, PreparedData], arms: set[str], console: Console) -> None:
+def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
     """Evaluate a trained part on each of its datasets that it has no evaluation on.
-
-    Args:
-        arms: which of an SFT start's two models to measure.
 
     Raises:
         UserError: the model cannot be loaded, or its scores are not finite.
     """
-    models = {name: path for name, path in part.evaluated_as.items() if part.role == "cell" or name in arms}
     for dataset in to_evaluate(part, data):
         scores: dict[str, list[np.ndarray]] = {}
-        for name, path in models.items():
+        for name, path in part.measured.items():
             with console.status(f"scoring {part.title} on {dataset}"):
                 scores[name] = score_requests(str(path), part.config, data[dataset].test)
             if not all(np.isfinite(candidates).all() for candidates in scores[name]):
                 raise UserError(f"{path}: scores on {dataset} are not finite; its training diverged")
-        _write(evaluation_folder(part, dataset), scores, data[dataset], part.config, models)
+        _write(evaluation_folder(part, dataset), scores, data[dataset], part.config, part.measured)
 
 
 def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: RunConfig, console: Console) -> None:

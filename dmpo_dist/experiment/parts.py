@@ -36,7 +36,8 @@ class Part:
         cell: the cell, or for the others one that needs it: they share dataset and seed.
         shots: its training groups, None for all.
         free: the free axes it depends on, key -> value.
-        evaluate_on: names of datasets.
+        measured: name in tables -> model, of those asked for; an SFT start also has what it started from, untuned.
+        evaluate_on: names of the datasets to measure them on.
         settings: what its weights depend on, dotted key -> value.
     """
 
@@ -48,6 +49,7 @@ class Part:
     cell: Cell
     shots: int | None
     free: tuple[tuple[str, Any], ...]
+    measured: dict[str, Path]
     evaluate_on: tuple[str, ...]
     settings: dict[str, Any]
 
@@ -75,16 +77,6 @@ class Part:
     def settings_hash(self) -> str:
         """Changes with everything its weights depend on."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def evaluated_as(self) -> dict[str, Path]:
-        """Name in tables -> model; the start also has what it started from, the model before training."""
-        if self.role == "cell":
-            return {self.cell.objective: self.model}
-        if self.role == "continued":
-            return {"sft_continued": self.model}
-        path = self.config.model.path
-        return {"untuned": self.run / "scratch" if path == "scratch" else Path(path), "sft": self.model}
 
 
 def make_parts(grid: GridConfig, cells: Sequence[Cell], data: Mapping[str, PreparedData]) -> list[Part]:
@@ -153,8 +145,8 @@ def _part(
     if start is not None:
         changes["model"] = config.model.model_copy(update={"path": str(start.model)})
     config = config.model_copy(update=changes)
-    arms = {"start": {"untuned", "sft"} & {*grid.arms}, "continued": {"sft_continued"}, "cell": {cell.objective}}
     where = tuple(grid.datasets) if grid.evaluate_on == "all" else (cell.dataset,)
+    measured = _measured(role, folder / stage, config.model.path, cell, grid)
     fingerprint = data[cell.dataset].fingerprint if cell.dataset in data else None
     return Part(
         role=role,
@@ -165,9 +157,19 @@ def _part(
         cell=cell,
         shots=shots,
         free=free,
-        evaluate_on=where if arms[role] else (),
+        measured=measured,
+        evaluate_on=where if measured else (),
         settings=_settings(config, stage, fingerprint, None if start is None else start.settings_hash),
     )
+
+
+def _measured(role: str, run: Path, start: str, cell: Cell, grid: GridConfig) -> dict[str, Path]:
+    if role == "cell":
+        return {cell.objective: run / "model"}
+    if role == "continued":
+        return {"sft_continued": run / "model"}
+    models = {"untuned": run / "scratch" if start == "scratch" else Path(start), "sft": run / "model"}
+    return {name: path for name, path in models.items() if name in grid.arms}
 
 
 def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str | None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
         console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
         if grid.baselines:
             measure_baselines(grid.output_dir / BASELINES, data, parts[0].config, console)
-        _train_and_measure(parts, data, grid, alone, console)
+        _train_and_measure(parts, data, alone, console)
         failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
         write_report(grid, parts, data, failures)
     say(console, f"written to {grid.output_dir}: experiment.md, experiment.parquet, curves.parquet and pictures")
@@ -68,9 +68,7 @@ def show_plan(grid: GridConfig, console: Console) -> None:
     console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
 
 
-def _train_and_measure(
-    parts: Sequence[Part], data: Mapping[str, PreparedData], grid: GridConfig, alone: bool, console: Console
-) -> None:
+def _train_and_measure(parts: Sequence[Part], data: Mapping[str, PreparedData], alone: bool, console: Console) -> None:
     number = {part.title: i for i, part in enumerate(parts, start=1)}
 
     def heading(part: Part) -> str:
@@ -84,13 +82,13 @@ def _train_and_measure(
                 train_parts([part for part in batch if not trained(part)], alone, heading, console)
                 for part in batch:
                     if trained(part) and progress(part, data).state != "done":
-                        _measure(part, data, grid, console)
+                        _measure(part, data, console)
 
 
-def _measure(part: Part, data: Mapping[str, PreparedData], grid: GridConfig, console: Console) -> None:
+def _measure(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
     try:
-        measure_part(part, data, {*grid.arms}, console)
-    except UserError as error:
+        measure_part(part, data, console)
+    except (UserError, RuntimeError) as error:  # of this part alone, as when training
         record_failure(part, error, console)
         return
     stamp(part)
@@ -114,7 +112,7 @@ def _placed(part: Part, grid: GridConfig, alone: bool) -> Part:
 def _only_one(folder: Path) -> Iterator[None]:
     """Keep a second command out of the folder while this process lives."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +62,7 @@ def to_evaluate(part: Part, data: Mapping[str, PreparedData]) -> list[str]:
     return [
         name
         for name in part.evaluate_on
-        if name not in data or not evaluated(evaluation_folder(part, name), data[name])
+        if name not in data or not evaluated(evaluation_folder(part, name), data[name], part.measured)
     ]
 
 
@@ -126,10 +126,11 @@ def _changes(part: Part) -> list[str]:
     return [f"{key} was {old.get(key, 'not set')}, is {new.get(key, 'not set')}" for key in keys]
 
 
-def evaluated(folder: Path, data: PreparedData) -> bool:
-    """Whether ``folder`` holds an evaluation on this very data."""
+def evaluated(folder: Path, data: PreparedData, models: Iterable[str] = ()) -> bool:
+    """Whether ``folder`` holds an evaluation of ``models`` on this very data."""
     file = folder / EVALUATION_FILE
-    return file.exists() and _read(file).get("data", {}).get("fingerprint") == data.fingerprint
+    found = _read(file) if file.exists() else {}
+    return found.get("data", {}).get("fingerprint") == data.fingerprint and {*models} <= found.get("models", {}).keys()
 
 
 def _read(file: Path) -> dict[str, Any]:
