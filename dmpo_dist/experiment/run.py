@@ -111,8 +111,12 @@ def _placed(part: Part, grid: GridConfig, alone: bool) -> Part:
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Keep a second command out of the folder while this process lives."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another output_dir") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

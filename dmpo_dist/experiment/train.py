@@ -78,22 +78,19 @@ def _train_together(parts: list[Part], heading: Callable[[Part], str], console: 
             begin(part)
         try:
             run_stages([(heading(part), part.stage, part.config) for part in parts], console)
-            failure = None
+            return
         except UserError as error:
-            failure = error
-        if failure is None:
-            return
-        parts = [part for part in parts if not trained(part)]
-        if parts and begun(parts[0]):
-            record_failure(parts[0], failure, console)
-        else:  # refused before any worker started: find out which
-            for part in parts:
-                _clear(part)
-                _train_one(part, False, heading, console)
-            return
-        parts = parts[1:]
+            parts = [part for part in parts if not trained(part)]
+            if parts and begun(parts[0]):
+                record_failure(parts[0], error, console)
+                parts = parts[1:]
+            else:  # refused before any worker started: by itself each says what is wrong with it
+                for part in parts:
+                    _clear(part)
+                    _train_one(part, False, heading, console)
+                return
         for part in parts:
-            _clear(part)
+            _clear(part)  # opened, and never begun
 
 
 def record_failure(part: Part, error: Exception, console: Console) -> None:
