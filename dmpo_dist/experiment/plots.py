@@ -16,6 +16,7 @@ ARMS = {"sft": ("SFT", "--"), "sft_continued": ("SFT continued", ":")}
 BASELINES = {"popularity": (0, (6, 2)), "random": (0, (1, 2))}
 METRIC_TITLES = {"hr@1": "HR@1", "ndcg@10": "NDCG@10"}
 HEAT = "cividis"
+MOST_PANELS = 12
 APART = 1.03  # factor on the logarithmic axis
 FEW_SHOT_FILE, K_SWEEP_FILE, MATRIX_FILE = "few_shot.png", "k_sweep.png", "cross_domain.png"
 
@@ -60,7 +61,8 @@ def draw_k_sweep(points: pd.DataFrame, output: Path) -> bool:
         for style, ((model, free), curve) in enumerate(group.groupby(["model", "free"], sort=False)):
             curve = curve.sort_values("k")
             _draw_curve(left, curve, "k", _label(model, None, free), style)
-            look = {"color": COLOURS[style % len(COLOURS)], "marker": MARKERS[style % len(MARKERS)], "markersize": 5}
+            colour, marker = _look(style)
+            look = {"color": colour, "marker": marker, "markersize": 5}
             k = curve["k"].astype(float) * APART**style
             right.plot(k, curve["final_preference_loss"], linewidth=1.8, **look)
             right.plot(k, curve["first_preference_loss"], linewidth=0.9, linestyle=":", markerfacecolor="white", **look)
@@ -79,7 +81,8 @@ def draw_k_sweep(points: pd.DataFrame, output: Path) -> bool:
 
 
 def draw_matrix(points: pd.DataFrame, output: Path, metric: str = "ndcg@10") -> bool:
-    """Trained on (rows) against evaluated on (columns), a panel for each model at the most shots; False without a matrix."""
+    """Trained on (rows) against evaluated on (columns), a panel for each of the first models at the most shots; False without
+    a matrix."""
     trained = points[(points["metric"] == metric) & points["train_groups"].notna()]
     if not (trained["dataset"] != trained["evaluated_on"]).any():
         return False
@@ -90,6 +93,7 @@ def draw_matrix(points: pd.DataFrame, output: Path, metric: str = "ndcg@10") -> 
         (_label(model, None if pd.isna(k) or not several_k else k, free), group)
         for (model, k, free), group in trained.groupby(["model", "k", "free"], dropna=False, sort=False)
     ]
+    panels = panels[:MOST_PANELS]
     names = list(dict.fromkeys(trained["evaluated_on"]))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
@@ -129,7 +133,7 @@ def _draw_heat(axes: Axes, group: pd.DataFrame, names: Sequence[str], low: float
 
 def _draw_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, style: int) -> None:
     """Mean over seeds with its interval, and each seed as a small point; curves stand a little apart, to be told apart."""
-    colour, marker = COLOURS[style % len(COLOURS)], MARKERS[style % len(MARKERS)]
+    colour, marker = _look(style)
     at = curve[x].astype(float) * APART**style
     bars = [curve["value"] - curve["low"], curve["high"] - curve["value"]]
     axes.errorbar(
@@ -178,6 +182,11 @@ def _finish(axes: Axes, title: str, below: str, ticks: pd.Series) -> None:
 def _legend(figure: Figure) -> None:
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+
+
+def _look(style: int) -> tuple[str, str]:
+    """Colour and marker, together different for 49 curves."""
+    return COLOURS[style % len(COLOURS)], MARKERS[(style + style // len(COLOURS)) % len(MARKERS)]
 
 
 def _label(model: str, k: float | None, free: str) -> str:
