@@ -72,9 +72,15 @@ def test_every_figure_once_and_means_and_differences_agree_with_them(study):
     assert set(means[(means["dataset"] == "a")]["seeds"]) == {2}
 
     gains = differences(found, 100)
-    assert set(gains["against"]) == {"sft", "sft_continued"}
+    assert set(gains["against"]) == {"sft", "sft_continued", "K=1"}
+    over_k = gains[gains["against"] == "K=1"]
+    assert set(over_k["k"]) == {3}
+    for gain in over_k.to_dict("records"):
+        point = [gain[name] for name in ("dataset", "evaluated_on", "train_groups")]
+        more, fewer = (values[*point, k, "dmpo", gain["free"], gain["metric"]] for k in (3, 1))
+        assert gain["value"] == pytest.approx(more - fewer)
     by_part = table.set_index(["part", "evaluated_on", "model", "metric"])["value"]
-    for gain in gains.to_dict("records"):
+    for gain in gains[gains["against"] != "K=1"].to_dict("records"):
         mine = [part for part in parts if part.role == "cell" and part.cell.objective == gain["model"]
                 and part.cell.k == gain["k"] and part.cell.dataset == gain["dataset"]
                 and ", ".join(f"{k}={v}" for k, v in part.free) == gain["free"]

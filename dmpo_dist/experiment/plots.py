@@ -16,6 +16,7 @@ ARMS = {"sft": ("SFT", "--"), "sft_continued": ("SFT continued", ":")}
 BASELINES = {"popularity": (0, (6, 2)), "random": (0, (1, 2))}
 METRIC_TITLES = {"hr@1": "HR@1", "ndcg@10": "NDCG@10"}
 HEAT = "cividis"
+BELOW_K = "negatives per group K (log scale)"
 MOST_PANELS = 12
 APART = 1.03  # factor on the logarithmic axis
 FEW_SHOT_FILE, K_SWEEP_FILE, MATRIX_FILE = "few_shot.png", "k_sweep.png", "cross_domain.png"
@@ -48,15 +49,16 @@ def draw_few_shot(points: pd.DataFrame, output: Path) -> bool:
 
 
 def draw_k_sweep(points: pd.DataFrame, output: Path) -> bool:
-    """HR@1 (left) and the preference loss (right) over K, a row for each dataset and number of groups; False without a sweep."""
+    """HR@1, the preference loss and how far it fell, over K; a row for each dataset and number of groups. False without a sweep."""
     own = points[(points["dataset"] == points["evaluated_on"]) & (points["metric"] == "hr@1")]
     cells = own[own["k"].notna()]
     groups = cells.groupby(["dataset", "train_groups"], sort=False)
     rows = [(key, group) for key, group in groups if group["k"].nunique() > 1]
     if not rows:
         return False
-    figure = Figure(figsize=(9.6, 0.9 + 3.9 * len(rows)), dpi=160, layout="constrained")
-    for ((dataset, n), group), (left, right) in zip(rows, figure.subplots(len(rows), 2, squeeze=False), strict=True):
+    figure = Figure(figsize=(13.2, 0.9 + 3.7 * len(rows)), dpi=160, layout="constrained")
+    panels = figure.subplots(len(rows), 3, squeeze=False)
+    for ((dataset, n), group), (left, loss, fall) in zip(rows, panels, strict=True):
         title = f"{dataset}, {n} training groups"
         for style, ((model, free), curve) in enumerate(group.groupby(["model", "free"], sort=False)):
             curve = curve.sort_values("k")
@@ -64,17 +66,21 @@ def draw_k_sweep(points: pd.DataFrame, output: Path) -> bool:
             colour, marker = _look(style)
             look = {"color": colour, "marker": marker, "markersize": 5}
             k = curve["k"].astype(float) * APART**style
-            right.plot(k, curve["final_preference_loss"], linewidth=1.8, **look)
-            right.plot(k, curve["first_preference_loss"], linewidth=0.9, linestyle=":", markerfacecolor="white", **look)
+            first, final = curve["first_preference_loss"], curve["final_preference_loss"]
+            loss.plot(k, final, linewidth=1.8, **look)
+            loss.plot(k, first, linewidth=0.9, linestyle=":", markerfacecolor="white", **look)
+            fall.plot(k, final - first, linewidth=1.8, **look)
         levels = own[(own["dataset"] == dataset) & own["k"].isna()]
         for arm, (label, line) in ARMS.items():
             mine = levels[(levels["model"] == arm) & (levels["free"] == "")]
             same = mine[mine["train_groups"] == n]
             if len(mine):
                 _draw_level(left, (same if len(same) else mine).iloc[0], label, line)
-        _draw_baselines(left, levels)
-        _finish(left, f"HR@1: {title}", "negatives per group K (log scale)", group["k"])
-        _finish(right, "Preference loss: filled at the end, hollow at the start", left.get_xlabel(), group["k"])
+        _draw_baselines(left, levels, ["popularity"])
+        fall.axhline(0, color=GREY, linewidth=0.8)
+        _finish(left, f"HR@1: {title}", BELOW_K, group["k"])
+        _finish(loss, "Preference loss: filled at the end, hollow at the start", BELOW_K, group["k"])
+        _finish(fall, "Preference loss: end minus start", BELOW_K, group["k"])
     _legend(figure)
     figure.savefig(output, format="png")
     return True
@@ -158,8 +164,8 @@ def _draw_level(axes: Axes, row: pd.Series, label: str, line: object, colour: st
     axes.axhline(row["value"], color=colour, linestyle=line, linewidth=1.4, label=label)
 
 
-def _draw_baselines(axes: Axes, here: pd.DataFrame) -> None:
-    for name, line in BASELINES.items():
+def _draw_baselines(axes: Axes, here: pd.DataFrame, names: Sequence[str] = tuple(BASELINES)) -> None:
+    for name, line in ((name, BASELINES[name]) for name in names):
         mine = here[here["model"] == name]
         if len(mine):
             _draw_level(axes, mine.iloc[0], name, line, "#999999")

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from dmpo_dist.config_section import dotted
@@ -24,7 +25,7 @@ from dmpo_dist.experiment.stamps import progress
 SHOWN = ("hr@1", "ndcg@10", "auc")
 PICTURES = {
     FEW_SHOT_FILE: (draw_few_shot, "Few-shot curves: means over seeds, bars 95 % over users, small points single seeds."),
-    K_SWEEP_FILE: (draw_k_sweep, "Accuracy and preference loss over the number of negatives; before training S-DPO's loss is log(1 + K), the others' log 2."),
+    K_SWEEP_FILE: (draw_k_sweep, "Accuracy, preference loss and how far it fell over the number of negatives; before training S-DPO's loss is log(1 + K), the others' log 2."),
     MATRIX_FILE: (draw_matrix, "Trained on one dataset, evaluated on another."),
 }  # fmt: skip
 
@@ -98,11 +99,11 @@ def _table_row(point: pd.DataFrame, gains: pd.DataFrame) -> dict[str, object]:
     if pd.notna(first["final_preference_loss"]):
         at_start, at_end = first["first_preference_loss"], first["final_preference_loss"]
         row["preference loss, start -> end"] = f"{at_start:.3f} -> {at_end:.3f}"
-    same = gains[gains["metric"] == "ndcg@10"]
+    same = gains[gains["metric"] == np.where(gains["against"].str.startswith("K="), "hr@1", "ndcg@10")]
     for name in ("dataset", "train_groups", "k", "model", "free"):
         same = same[same[name] == first[name]] if pd.notna(first[name]) else same[:0]
     for _, gain in same.iterrows():
-        row[f"ndcg@10 - {gain['against']}"] = _with_interval(gain, "+.3f")
+        row[f"{gain['metric']} - {gain['against']}"] = _with_interval(gain, "+.3f")
     return row
 
 

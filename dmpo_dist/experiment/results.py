@@ -18,6 +18,7 @@ from dmpo_dist.orchestration.runs import VALIDATION_METRICS, Run, read_run
 
 LAST_SHARE = 0.2
 """Of the steps: the final loss is the mean of the log lines in this last part of the training."""
+FEWEST_K = "the fewest K"
 COUNTS = ("shots", "train_groups", "k")
 LOSSES = ("loss", "preference_loss")
 POINT = ["dataset", "evaluated_on", "shots", "train_groups", "k", "model", "free"]
@@ -106,34 +107,27 @@ def points(found: pd.DataFrame, samples: int) -> pd.DataFrame:
 
 
 def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
-    """Cells against their SFT start and SFT continued, on the same users and the same seeds, on their own dataset.
+    """Cells against their SFT start, SFT continued and the same cell with the fewest K, on their own dataset.
 
-    Columns: dataset, shots, k, model, free, against, metric, value, low, high (95 % paired bootstrap of the mean over
-    seeds), seeds.
+    Columns: ``POINT``, against (sft, sft_continued or "K=1"), metric, value, low, high (95 % paired bootstrap over users of
+    the mean over seeds), seeds.
     """
     own = found[found["dataset"] == found["evaluated_on"]]
     rows = []
     for key, group in own[own["objective"].notna()].groupby(POINT, dropna=False, sort=False):
-        for against in ("sft", "sft_continued"):
-            pairs = [(row, _arm(own, row, against)) for row in group.to_dict("records")]
-            if any(other is None for _, other in pairs):
+        facts = dict(zip(POINT, key, strict=True))
+        for against in ("sft", "sft_continued", FEWEST_K):
+            found_others = [_counterpart(own, row, against) for row in group.to_dict("records")]
+            others = [other for other in found_others if other is not None]
+            if len(others) < len(group):
                 continue
-            gain = np.mean(
-                [
-                    request_metrics(row["folder"], row["model"]) - request_metrics(other["folder"], against)
-                    for row, other in pairs
-                    if other is not None
-                ],
-                axis=0,
-            )  # (n_requests, n_metrics)
+            name = f"K={others[0]['k']}" if against == FEWEST_K else against
+            gain = (_request_values(group) - _request_values(pd.DataFrame(others))).mean(axis=0)
             mean, low, high = bootstrap_interval(gain, samples, seed=0)
             for metric in COMPARED_METRICS:
                 i = METRICS.index(metric)
-                rows.append(
-                    dict(zip(POINT, key, strict=True))
-                    | {"against": against, "metric": metric, "value": mean[i], "low": low[i], "high": high[i]}
-                    | {"seeds": len(pairs)}
-                )
+                row = {"against": name, "metric": metric, "value": mean[i], "low": low[i], "high": high[i]}
+                rows.append(facts | row | {"seeds": len(others)})
     frame = pd.DataFrame(rows, columns=[*POINT, "against", "metric", "value", "low", "high", "seeds"])
     return frame.astype(dict.fromkeys(COUNTS, "Int64"))
 
@@ -174,15 +168,21 @@ def _mean_losses(group: pd.DataFrame) -> dict[str, float]:
     return found.rename(columns=names).mean().to_dict() if len(found.columns) else {}
 
 
-def _arm(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The model that a cell's is compared with: its SFT start, or that start trained on with the cell's groups and axes."""
+def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """What a cell's model is compared with: its SFT start, or that start trained on with the cell's groups and axes, or the
+    cell that differs in having the fewest negatives (None for that cell itself)."""
     if name == "sft":
         same = own[(own["model"] == name) & (own["part"] == f"{FOLDERS['start']}/{row['start']}")]
-    else:
+    elif name == "sft_continued":
         same = own[
             (own["model"] == name) & (own["start"] == row["start"]) & (own["train_groups"] == row["train_groups"])
         ]
         same = same[[set(free.split(", ")) <= {*row["free"].split(", "), ""} for free in same["free"]]]
+    else:
+        same = own[own["objective"].notna()]
+        for column in ("model", "dataset", "seed", "train_groups", "free"):
+            same = same[same[column] == row[column]]
+        same = same[same["k"] < row["k"]].sort_values("k")
     return same.to_dict("records")[0] if len(same) else None
 
 
