@@ -12,8 +12,9 @@ from dmpo_dist.config import DataConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import open_datasets
-from dmpo_dist.experiment.grid import GridConfig, expand, read_grid
+from dmpo_dist.experiment.grid import expand, read_grid
 from dmpo_dist.experiment.parts import make_parts
+from dmpo_dist.experiment.schema import GridConfig
 
 GRIDS = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("experiment*.yaml"))
 DATASETS = {"a": "runs/a", "b": "runs/b"}

@@ -11,10 +11,11 @@ from dmpo_dist.config import DataConfig, dump_config
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
-from dmpo_dist.experiment.grid import GridConfig, expand
+from dmpo_dist.experiment.grid import expand
 from dmpo_dist.experiment.parts import make_parts
 from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.results import differences, evaluations, figures, points
+from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import begin, evaluation_folder, stamp
 
 WORLD = {"source": {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}}

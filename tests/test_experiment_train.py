@@ -9,8 +9,9 @@ from rich.console import Console
 from dmpo_dist.config import dump_config
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment import train
-from dmpo_dist.experiment.grid import GridConfig, expand
+from dmpo_dist.experiment.grid import expand
 from dmpo_dist.experiment.parts import make_parts
+from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import failure, trained
 
 

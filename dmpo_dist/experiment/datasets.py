@@ -8,7 +8,7 @@ from dmpo_dist.config_section import dotted
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.experiment.grid import GridConfig, layers_of, override, settings_of
+from dmpo_dist.experiment.schema import GridConfig, layers_of, override, settings_of
 
 DATA = "data"
 NOT_IN_THE_ROWS = ("path", "shots", "stream_memory")

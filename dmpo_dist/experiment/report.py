@@ -9,7 +9,6 @@ import pandas as pd
 
 from dmpo_dist.config_section import dotted
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.experiment.grid import GridConfig
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.plots import (
     FEW_SHOT_FILE,
@@ -20,6 +19,7 @@ from dmpo_dist.experiment.plots import (
     draw_matrix,
 )
 from dmpo_dist.experiment.results import curves, differences, evaluations, figures, points
+from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import progress
 
 SHOWN = ("hr@1", "ndcg@10", "auc")

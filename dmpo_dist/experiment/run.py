@@ -13,10 +13,11 @@ from rich.console import Console
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import open_datasets
-from dmpo_dist.experiment.grid import GridConfig, expand
+from dmpo_dist.experiment.grid import expand
 from dmpo_dist.experiment.measure import BASELINES, measure_baselines, measure_part
 from dmpo_dist.experiment.parts import Part, make_parts
 from dmpo_dist.experiment.report import write_report
+from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import failure, progress, require_unchanged, stamp, trained
 from dmpo_dist.experiment.train import in_this_process, placed, record_failure, train_parts
 from dmpo_dist.orchestration.stage import say
