@@ -142,7 +142,9 @@ def _part(
     changes: dict[str, Any] = {"output_dir": folder / stage}
     if stage == "sft":  # shared by cells that differ in these
         changes |= {"train": TrainConfig(), "objective": ObjectiveConfig(), "reference": ReferenceConfig()}
-    changes["tracking"] = config.tracking.model_copy(update={"name": config.tracking.name or f"{FOLDERS[role]}/{name}"})
+    if config.tracking.wandb or config.tracking.mlflow:
+        shown = config.tracking.name or f"{FOLDERS[role]}/{name}"
+        changes["tracking"] = config.tracking.model_copy(update={"name": shown})
     if start is not None:
         changes["model"] = config.model.model_copy(update={"path": str(start.model)})
     config = config.model_copy(update=changes)
