@@ -101,7 +101,7 @@ def draw_matrix(points: pd.DataFrame, output: Path, metric: str = "ndcg@10") -> 
     ]
     panels = panels[:MOST_PANELS]
     names = list(dict.fromkeys(trained["evaluated_on"]))
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     size = 1.5 + 0.95 * len(names)
     figure = Figure(figsize=(columns * (size + 0.5), lines * size + 1.0), dpi=160, layout="constrained")
