@@ -12,6 +12,7 @@ from dmpo_dist.config import CONFIG_VERSION, RunConfig, dump_config, load_config
 from dmpo_dist.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml"))
+RECIPES = [recipe for recipe in RECIPES if not recipe.stem.startswith("experiment")]  # grids: test_experiment_grid.py
 
 
 def write(folder, name, text):

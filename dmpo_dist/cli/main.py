@@ -15,6 +15,7 @@ from dmpo_dist import __version__
 from dmpo_dist.cli.bench import bench_app
 from dmpo_dist.cli.config import config_app
 from dmpo_dist.cli.data import data_app
+from dmpo_dist.cli.experiment import experiment_app
 from dmpo_dist.cli.explain import explain_app
 from dmpo_dist.cli.models import models_app
 from dmpo_dist.cli.report import report_app
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(stages_app)
+app.add_typer(experiment_app)
 app.add_typer(models_app)
 app.add_typer(explain_app)
 app.add_typer(runs_app, name="runs")

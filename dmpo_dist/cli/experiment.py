@@ -1,0 +1,50 @@
+"""`dmpo experiment`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dmpo_dist.cli.options import Overrides
+
+experiment_app = typer.Typer()
+
+
+@experiment_app.command()
+def experiment(
+    grid: Annotated[
+        Path, typer.Argument(metavar="GRID", help="YAML file, or a recipe of launch/recipes named experiment_....")
+    ],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and how far each is, and stop.")] = False,
+) -> None:
+    """Train and measure every combination of a grid (datasets x shots x K x objective x seed); tables, curves, matrix.
+
+    Run it again after an interruption, or with a grown grid: finished cells stay, the interrupted one goes on from its
+    latest checkpoint. A cell that fails is noted and the others go on; exit status 1 then. See docs/EXPERIMENTS.md.
+
+    Examples:
+
+        dmpo experiment experiment_k_sweep --dry-run
+
+        dmpo experiment my_grid.yaml output_dir=/shared/study cluster.workers=8
+
+        torchrun --nproc-per-node 1 -m dmpo_dist experiment experiment_tiny     # one process, no Ray: tiny models
+    """
+    from dmpo_dist.experiment.grid import read_grid
+    from dmpo_dist.experiment.run import run_experiment, show_plan
+    from dmpo_dist.orchestration.runlog import make_console
+
+    settings = read_grid(grid, overrides or [])
+    if dry_run:
+        show_plan(settings, make_console())
+        return
+    try:
+        failures = run_experiment(settings, make_console())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here")
+        raise
+    if failures:
+        print(f"{len(failures)} failed; run the command again to try them once more:")
+        print("\n".join(f"  {line}" for line in failures))
+        raise typer.Exit(1)

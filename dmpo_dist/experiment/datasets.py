@@ -1,0 +1,69 @@
+"""The datasets of an experiment: folders that were prepared, or are prepared here once."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dmpo_dist.config import RunConfig, load_config
+from dmpo_dist.config_section import dotted
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+from dmpo_dist.experiment.schema import GridConfig, layers_of, override, settings_of
+
+DATA = "data"
+NOT_IN_THE_ROWS = ("path", "shots", "stream_memory")
+
+
+def open_datasets(grid: GridConfig, make: Callable[[str], None] | None) -> dict[str, PreparedData]:
+    """Every dataset of the grid that is there, by name.
+
+    Args:
+        make: prepares those that are to be prepared here and says so through it; None leaves them out.
+
+    Raises:
+        UserError: a folder holds no prepared data or no test requests, was prepared by other settings than the grid's, or
+            cannot be prepared.
+    """
+    found: dict[str, PreparedData] = {}
+    for name, dataset in grid.datasets.items():
+        path = named_path(found, name, grid)
+        settings = _preparation(grid, name) if dataset.prepare is not None else None
+        if settings is not None and not (path / "dataset.json").exists():
+            if make is None:
+                continue
+            make(f"preparing the dataset {name}")
+            prepare(settings.data, dataset.seed, path, echo=make)
+        try:
+            found[name] = PreparedData.load(path)
+        except UserError as error:
+            raise UserError(f"datasets.{name}: {error}") from None
+        if settings is not None:
+            _require_as_prepared(name, found[name], settings, dataset.seed)
+        if not len(found[name].test):
+            raise UserError(f"datasets.{name}: {path} holds no test requests to evaluate on; see its card.md")
+    return found
+
+
+def named_path(data: Mapping[str, PreparedData], name: str, grid: GridConfig) -> Path:
+    """The folder of a dataset, whether it is there yet or not."""
+    return data[name].path if name in data else (grid.datasets[name].path or grid.output_dir / DATA / name).absolute()
+
+
+def _preparation(grid: GridConfig, name: str) -> RunConfig:
+    keys = [override(f"data.{key}", value) for key, value in dotted(grid.datasets[name].prepare or {}).items()]
+    try:
+        return load_config(layers_of(grid), [*settings_of(grid), *keys])
+    except UserError as error:
+        raise UserError(f"datasets.{name}.prepare: {str(error).splitlines()[-1].strip()}") from None
+
+
+def _require_as_prepared(name: str, data: PreparedData, settings: RunConfig, seed: int) -> None:
+    wanted = dotted({"seed": seed, "data": settings.data.model_dump(mode="json", exclude=set(NOT_IN_THE_ROWS))})
+    used = {key: value for key, value in data.card["config"].items() if key not in NOT_IN_THE_ROWS}
+    there = dotted({"seed": data.card["seed"], "data": used})
+    for key, value in wanted.items():
+        if key in there and there[key] != value:
+            raise UserError(
+                f"datasets.{name}: {data.path} was prepared with {key}={there[key]}, the grid now says {value}; give the "
+                "dataset another name, or write to another output_dir"
+            )

@@ -1,0 +1,187 @@
+"""Reading a grid, and every combination in it as a cell."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dmpo_dist.config import RunConfig, load_config
+from dmpo_dist.config_section import dotted
+from dmpo_dist.errors import UserError
+from dmpo_dist.experiment.schema import (
+    ALL_SHOTS,
+    AXES,
+    DatasetConfig,
+    GridConfig,
+    find_recipe,
+    last_line,
+    layers_of,
+    nearest,
+    override,
+    settings_of,
+)
+
+LONGEST_VALUE = 40  # of a free axis in a cell's name
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the grid.
+
+    Attributes:
+        name: its folder, readable and made of its own values alone, so that a grown grid keeps the names it had.
+        shots: None is all.
+        objective: the objective's name and what else its entry sets, such as ``dmpo-boundary``.
+        free: the free axes, key -> value.
+        config: all its settings; data.path, model.path and output_dir are still to be set.
+    """
+
+    name: str
+    dataset: str
+    shots: int | None
+    k: int
+    objective: str
+    seed: int
+    free: tuple[tuple[str, Any], ...]
+    config: RunConfig
+
+
+def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
+    """The grid in a YAML file, or in the recipe of that name.
+
+    Args:
+        overrides: ``output_dir=...``, or ``key=value`` of the configuration, for all cells.
+
+    Raises:
+        UserError: it cannot be read, or a key or value is wrong; the message names the file.
+    """
+    path = find_recipe(str(file), "GRID")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); correct it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a mapping with datasets and grid, not a {type(content).__name__}")
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key == "output_dir" and value:
+            content["output_dir"] = value
+    try:
+        grid = GridConfig.model_validate(content)
+        more = [text for text in overrides if not text.startswith("output_dir=")]
+        grid = grid.model_copy(update={"settings": _with_overrides(grid.settings, more)})
+        load_config(layers_of(grid), settings_of(grid))
+        grid.check()
+    except ValidationError as error:
+        raise UserError(f"{path}:\n" + "\n".join(map(_explain, error.errors()))) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return grid
+
+
+def expand(grid: GridConfig) -> list[Cell]:
+    """Every combination of every block once; those of equal dataset, shots and seed follow each other.
+
+    Raises:
+        UserError: a combination comes up twice, or a cell's configuration is not valid.
+    """
+    base = load_config(layers_of(grid), settings_of(grid))
+    cells: dict[str, Cell] = {}
+    for block in grid.grid:
+        mine: set[str] = set()
+        for cell in _expand_block(block, grid, base):
+            if cell.name in mine:
+                raise UserError(f"the cell {cell.name} comes up twice in the grid; remove the repeated value")
+            mine.add(cell.name)
+            cells.setdefault(cell.name, cell)
+    _require_different(cells.values())
+    return sorted(cells.values(), key=lambda c: (list(grid.datasets).index(c.dataset), c.shots or 10**12, c.seed))
+
+
+def _with_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    flat = dotted(settings)
+    for text in overrides:
+        key, sep, raw = text.partition("=")
+        if not sep or not key:
+            raise UserError(f"{text!r} is not of the form key=value, for example train.learning_rate=1e-4")
+        flat[key] = yaml.safe_load(raw) if raw else ""
+    return flat
+
+
+def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig) -> Iterable[Cell]:
+    defaults = {
+        "dataset": list(grid.datasets),
+        "shots": [ALL_SHOTS],
+        "seed": [base.seed],
+        "k": [base.train.negatives],
+        "objective": [base.objective.name],
+    }
+    free = [axis for axis in block if axis not in AXES]
+    values = [block.get(axis, defaults[axis]) for axis in AXES]
+    for dataset, shots, seed, *others in product(*values[:3], *(block[axis] for axis in free), *values[3:]):
+        k, objective = others[-2:]
+        options = {"name": base.objective.name} | (objective if isinstance(objective, dict) else {"name": objective})
+        yield _make_cell(grid, dataset, shots, seed, k, options, tuple(zip(free, others[:-2], strict=True)))
+
+
+def _make_cell(
+    grid: GridConfig, dataset: str, shots: Any, seed: Any, k: Any, options: dict[str, Any],
+    free: tuple[tuple[str, Any], ...],
+) -> Cell:  # fmt: skip
+    label = "-".join(map(str, [options["name"], *(_option(*o) for o in options.items() if o[0] != "name")]))
+    few = None if shots in (None, ALL_SHOTS) else shots
+    name = f"{dataset}_shots-{few or ALL_SHOTS}_k-{k}_{_as_file_name(label)}"
+    name = f"{name}_seed-{seed}{free_part(free)}"
+    set_twice = sorted({f"objective.{key}" for key in options} & {key for key, _ in free})
+    if set_twice:
+        raise UserError(f"{set_twice[0]} is set by the axis objective and by an axis of its own; remove one of them")
+    overrides = [override("data.shots", few), override("seed", seed), override("train.negatives", k)]
+    overrides += [override(f"objective.{key}", value) for key, value in options.items()]
+    overrides += [override(key, value) for key, value in free]
+    try:
+        config = load_config(layers_of(grid), [*settings_of(grid), *overrides])
+    except UserError as error:
+        raise UserError(f"the cell {name}: {last_line(error)}") from None
+    return Cell(name, dataset, few, k, label, seed, free, config)
+
+
+def free_part(free: Iterable[tuple[str, Any]]) -> str:
+    """What free axes add to a name."""
+    return "".join(f"_{key}-{_as_file_name(v if isinstance(v, str) else json.dumps(v))}" for key, v in free)
+
+
+def _option(key: str, value: Any) -> str:
+    return value if isinstance(value, str) else key if value is True else f"{key}{value}"
+
+
+def _as_file_name(text: str) -> str:
+    """``text`` where it can stand in a file name, else what can, and a few digits that tell it from others."""
+    plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", text)[:LONGEST_VALUE]
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def _require_different(cells: Iterable[Cell]) -> None:
+    """No two cells train the same."""
+    seen: dict[str, str] = {}
+    for cell in cells:
+        content = f"{cell.dataset} {cell.config.model_dump_json()}"
+        if content in seen:
+            raise UserError(f"the cells {seen[content]} and {cell.name} have equal settings; remove one of them")
+        seen[content] = cell.name
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        fields = DatasetConfig.model_fields if path[0] == "datasets" else GridConfig.model_fields
+        return f"  {'.'.join(path)}: unknown key; the nearest known key is {nearest(path[-1], list(fields))}"
+    if error["type"] == "missing":
+        return f"  {'.'.join(path)} is missing; it must be given"
+    return f"  {'.'.join(path)}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"

@@ -1,0 +1,69 @@
+"""Every model of an experiment and every baseline on the same test candidates of each dataset."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from dmpo_dist.config import RunConfig
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.baselines import oracle_scores
+from dmpo_dist.evaluation.metrics import METRICS, ranking_metrics
+from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.experiment.parts import Part
+from dmpo_dist.experiment.stamps import evaluated, evaluation_folder, to_evaluate
+from dmpo_dist.orchestration.evaluate import baseline_scores
+
+BASELINES = "baselines"
+SCORES_FILE = "scores.parquet"
+
+
+def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
+    """Evaluate a trained part on each of its datasets that it has no evaluation on.
+
+    Raises:
+        UserError: the model cannot be loaded, or its scores are not finite.
+    """
+    for dataset in to_evaluate(part, data):
+        scores: dict[str, list[np.ndarray]] = {}
+        for name, path in part.measured.items():
+            with console.status(f"scoring {part.title} on {dataset}"):
+                scores[name] = score_requests(str(path), part.config, data[dataset].test)
+            if not all(np.isfinite(candidates).all() for candidates in scores[name]):
+                raise UserError(f"{path}: scores on {dataset} are not finite; its training diverged")
+        _write(evaluation_folder(part, dataset), scores, data[dataset], part.config, part.measured)
+
+
+def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: RunConfig, console: Console) -> None:
+    """Evaluate the baselines on every dataset that has no evaluation of them in ``folder``."""
+    for name, prepared in data.items():
+        if evaluated(folder / name, prepared):
+            continue
+        scores = baseline_scores(prepared, config, console)
+        oracle = oracle_scores(prepared.test)
+        _write(folder / name, scores | ({"oracle": oracle} if oracle is not None else {}), prepared, config, {})
+
+
+def request_metrics(folder: Path, model: str) -> np.ndarray:
+    """(n_requests, len(METRICS)) of a model's evaluation, in the order of the test requests, which all models share."""
+    table = pd.read_parquet(folder / SCORES_FILE, columns=["request", "score"], filters=[("model", "==", model)])
+    scores = [group.to_numpy() for _, group in table.groupby("request", sort=True)["score"]]
+    values = ranking_metrics(scores)
+    return np.stack([values[metric] for metric in METRICS], axis=1)
+
+
+def _write(
+    folder: Path,
+    scores: dict[str, list[np.ndarray]],
+    data: PreparedData,
+    config: RunConfig,
+    models: Mapping[str, Path],
+) -> None:
+    evaluation = evaluate_scores(scores, data.test, config.evaluation.bootstrap_samples, config.seed)
+    evaluation["data"] = {"path": str(data.path), "fingerprint": data.fingerprint}
+    evaluation["folders"] = {name: str(path) for name, path in models.items()}
+    write_evaluation(folder, evaluation, scores, data.test)

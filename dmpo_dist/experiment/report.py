@@ -1,0 +1,148 @@
+"""What an experiment leaves: Parquet for programs, Markdown and pictures for people."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dmpo_dist.config_section import dotted
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.experiment.parts import Part
+from dmpo_dist.experiment.plots import (
+    FEW_SHOT_FILE,
+    K_SWEEP_FILE,
+    MATRIX_FILE,
+    draw_few_shot,
+    draw_k_sweep,
+    draw_matrix,
+)
+from dmpo_dist.experiment.results import curves, differences, evaluations, figures, points
+from dmpo_dist.experiment.schema import GridConfig
+from dmpo_dist.experiment.stamps import progress
+
+SHOWN = ("hr@1", "ndcg@10", "auc")
+PICTURES = {
+    FEW_SHOT_FILE: (draw_few_shot, "Few-shot curves: means over seeds, bars 95 % over users, small points single seeds."),
+    K_SWEEP_FILE: (draw_k_sweep, "Accuracy, preference loss and how far it fell over the number of negatives; before training S-DPO's loss is log(1 + K), the others' log 2."),
+    MATRIX_FILE: (draw_matrix, "Trained on one dataset, evaluated on another."),
+}  # fmt: skip
+
+
+def write_report(
+    grid: GridConfig, parts: Sequence[Part], data: Mapping[str, PreparedData], failed: Sequence[str]
+) -> None:
+    """Write experiment.parquet, curves.parquet, experiment.md and the pictures that the grid gives, to ``output_dir``.
+
+    Models that are not finished are left out and named.
+    """
+    output, samples = grid.output_dir, parts[0].config.evaluation.bootstrap_samples
+    found = evaluations(parts, data, output)
+    _write(figures(found), output / "experiment.parquet")
+    _write(curves(parts, data), output / "curves.parquet")
+    means = points(found, samples)
+    drawn = []
+    for name, (draw, caption) in PICTURES.items():
+        (output / name).unlink(missing_ok=True)  # of a grid that had it
+        if draw(means, output / name):
+            drawn.append(f"![{caption}]({name})\n\n{caption}")
+    lines = [
+        *_head(grid, parts, data, failed),
+        *drawn,
+        *_tables(means, differences(found, samples)),
+        *_matrix(means),
+        HOW,
+    ]
+    (output / "experiment.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _head(
+    grid: GridConfig, parts: Sequence[Part], data: Mapping[str, PreparedData], failed: Sequence[str]
+) -> list[str]:
+    done = sum(progress(part, data).state == "done" for part in parts)
+    lines = [f"# {grid.output_dir.name}", f"{done} of {len(parts)} models are trained and measured."]
+    about = {name: f"{len(d.train)} training groups, {len(d.test)} test requests" for name, d in data.items()}
+    lines.append("Datasets:\n\n" + "\n".join(f"- {name}: {about[name]}, {d.card['name']}" for name, d in data.items()))
+    settings = {"config": ", ".join(grid.config), **dotted(grid.settings)}
+    shown = [f"`{key}={value}`" for key, value in settings.items() if value != ""]
+    lines.append("Settings of all cells: " + ", ".join(shown))
+    if failed:
+        lines.append("Failed, and so missing below:\n\n" + "\n".join(f"- {line}" for line in failed))
+    return lines
+
+
+def _tables(means: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
+    """For each dataset what was trained on it (and the baselines), measured on it."""
+    lines = []
+    own = means[means["dataset"] == means["evaluated_on"]]
+    for dataset, group in own.groupby("dataset", sort=False):
+        of_points = group.groupby(["model", "train_groups", "k", "free"], dropna=False, sort=False)
+        rows = [_table_row(point, gains) for _, point in of_points]
+        rows.sort(key=lambda row: ("K" in row, row.get("groups", 0)))
+        lines += [f"## {dataset}", _as_markdown(rows)]
+    return lines
+
+
+def _table_row(point: pd.DataFrame, gains: pd.DataFrame) -> dict[str, object]:
+    """One line of a table; ``point`` has a row for each metric."""
+    first = point.iloc[0]
+    row: dict[str, object] = {"model": first["model"]}
+    if first["free"]:
+        row["axes"] = first["free"]
+    if pd.notna(first["train_groups"]):
+        row |= {"groups": int(first["train_groups"]), "seeds": int(first["seeds"])}
+    if pd.notna(first["k"]):
+        row["K"] = int(first["k"])
+    for metric in SHOWN:
+        row[metric] = _with_interval(point[point["metric"] == metric].iloc[0])
+    if pd.notna(first["final_preference_loss"]):
+        at_start, at_end = first["first_preference_loss"], first["final_preference_loss"]
+        row["preference loss, start -> end"] = f"{at_start:.3f} -> {at_end:.3f}"
+    same = gains[gains["metric"] == np.where(gains["against"].str.startswith("K="), "hr@1", "ndcg@10")]
+    for name in ("dataset", "train_groups", "k", "model", "free"):
+        same = same[same[name] == first[name]] if pd.notna(first[name]) else same[:0]
+    for _, gain in same.iterrows():
+        row[f"{gain['metric']} - {gain['against']}"] = _with_interval(gain, "+.3f")
+    return row
+
+
+def _matrix(means: pd.DataFrame) -> list[str]:
+    away = means[(means["metric"] == "ndcg@10") & means["train_groups"].notna()]
+    if not (away["dataset"] != away["evaluated_on"]).any():
+        return []
+    rows = []
+    same = ["model", "train_groups", "k", "free", "dataset"]
+    for (model, groups, k, free, dataset), group in away.groupby(same, dropna=False, sort=False):
+        row: dict[str, object] = {"model": model, "K": "" if pd.isna(k) else int(k), "groups": int(groups)}
+        row["trained on"] = dataset
+        row |= {"axes": free} if free else {}
+        rows.append(row | {f"on {r['evaluated_on']}": _with_interval(r) for _, r in group.iterrows()})
+    return ["## Trained on one, evaluated on another (NDCG@10)", _as_markdown(rows)]
+
+
+def _with_interval(row: pd.Series, form: str = ".3f") -> str:
+    return f"{row['value']:{form}} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _as_markdown(rows: Sequence[dict[str, object]]) -> str:
+    last = [name for name in dict.fromkeys(name for row in rows for name in row)]
+    first = [name for name in ("model", "axes", "K", "groups", "seeds", "trained on") if name in last]
+    columns = [*first, *(name for name in last if name not in first)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |" for row in rows)])
+
+
+def _write(frame: pd.DataFrame, file: Path) -> None:
+    part = file.with_name(file.name + ".part")
+    frame.to_parquet(part, index=False)
+    os.replace(part, file)
+
+
+HOW = """## How to read it
+
+All models of a dataset rank the same test candidates. A figure is the mean over seeds (of training; data and candidates stay) and
+its interval a 95 % bootstrap over users of that mean: it says what other users would give, not what other seeds would; the
+pictures show each seed as a point. Differences are paired, user by user and seed by seed. Losses are means over the last fifth of
+the training steps. `experiment.parquet` has a row for every model, dataset and metric, `curves.parquet` validation and
+training loss by step; every model is a run folder that `dmpo runs list` reads."""

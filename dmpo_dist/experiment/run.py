@@ -1,0 +1,141 @@
+"""An experiment from its grid to its tables: what is missing is trained and measured, what is there is kept."""
+
+import fcntl
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+from dmpo_dist.experiment.datasets import open_datasets
+from dmpo_dist.experiment.grid import expand
+from dmpo_dist.experiment.measure import BASELINES, measure_baselines, measure_part
+from dmpo_dist.experiment.parts import Part, make_parts
+from dmpo_dist.experiment.report import write_report
+from dmpo_dist.experiment.schema import GridConfig
+from dmpo_dist.experiment.stamps import failure, progress, require_unchanged, stamp, trained
+from dmpo_dist.experiment.train import in_this_process, placed, record_failure, train_parts
+from dmpo_dist.orchestration.stage import say
+
+ROLES = {"start": "SFT start", "continued": "SFT continued", "cell": "cell"}
+
+
+def run_experiment(grid: GridConfig, console: Console) -> list[str]:
+    """Train and measure all that is missing, then write tables and pictures.
+
+    Returns:
+        A line for each model that failed.
+
+    Raises:
+        UserError: the grid, a dataset, or a model there under other settings; another command is at work in the folder.
+    """
+    alone = in_this_process()
+    cells = expand(grid)
+    make_parts(grid, cells, open_datasets(grid, None))  # what can be refused before data is prepared
+    with _only_one(grid.output_dir):
+        data = open_datasets(grid, make=lambda line: console.print(line, highlight=False))
+        parts = [_placed(part, grid, alone) for part in make_parts(grid, cells, data)]
+        require_unchanged(parts)
+        console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
+        if grid.baselines:
+            measure_baselines(grid.output_dir / BASELINES, data, parts[0].config, console)
+        _train_and_measure(parts, data, alone, console)
+        failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
+        write_report(grid, parts, data, failures)
+    say(console, f"written to {grid.output_dir}: experiment.md, experiment.parquet, curves.parquet and pictures")
+    return failures
+
+
+def show_plan(grid: GridConfig, console: Console) -> None:
+    """What the grid asks for and what of it is done; nothing is written.
+
+    Raises:
+        UserError: as ``run_experiment``.
+    """
+    data = open_datasets(grid, None)
+    parts = make_parts(grid, expand(grid), data)
+    require_unchanged(parts)
+    for name in grid.datasets:
+        console.print(f"dataset {name}: {_about(data[name]) if name in data else 'to be prepared'}", highlight=False)
+    for part in parts:
+        found = progress(part, data)
+        note = f" ({found.note})" if found.note else ""
+        console.print(f"{found.state:<12} {part.title}{note}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
+
+
+def _train_and_measure(parts: Sequence[Part], data: Mapping[str, PreparedData], alone: bool, console: Console) -> None:
+    number = {part.title: i for i, part in enumerate(parts, start=1)}
+
+    def heading(part: Part) -> str:
+        return f"{number[part.title]}/{len(parts)} {part.title}"
+
+    with nullcontext() if alone or all(map(trained, parts)) else _cluster(parts[0]):
+        for _, group in groupby(parts, key=lambda part: part.start or part.name):
+            members = list(group)
+            batches = [[part] for part in members] if alone else [members]
+            for batch in batches:
+                train_parts([part for part in batch if not trained(part)], alone, heading, console)
+                for part in batch:
+                    if trained(part) and progress(part, data).state != "done":
+                        _measure(part, data, console)
+
+
+def _measure(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
+    try:
+        measure_part(part, data, console)
+    except (UserError, RuntimeError) as error:  # of this part alone, as when training
+        record_failure(part, error, console)
+        return
+    stamp(part)
+    if part.evaluate_on:
+        console.print(f"measured {part.title} on {', '.join(part.evaluate_on)}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _cluster(part: Part) -> Iterator[None]:
+    from dmpo_dist.orchestration.ray_train import ray_session
+
+    with ray_session(part.config.cluster):
+        yield
+
+
+def _placed(part: Part, grid: GridConfig, alone: bool) -> Part:
+    return replace(part, config=placed(part.config, grid.output_dir.absolute(), alone))
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep a second command out of the folder while this process lives."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another output_dir") from None
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another dmpo experiment is at work there; wait for it or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _counted(parts: Sequence[Part]) -> str:
+    counts = Counter(ROLES[part.role] for part in parts)
+    return ", ".join(f"{n} {name}{'s' if n > 1 and name != 'SFT continued' else ''}" for name, n in counts.items())
+
+
+def _states(parts: Sequence[Part], data: Mapping[str, PreparedData]) -> str:
+    counts = Counter(progress(part, data).state for part in parts)
+    return ", ".join(f"{n} {state}" for state, n in counts.items())
+
+
+def _about(data: PreparedData) -> str:
+    return f"{len(data.train)} training groups, {len(data.test)} test requests, {data.path}"

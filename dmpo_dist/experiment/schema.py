@@ -1,0 +1,158 @@
+"""What ``dmpo experiment`` reads: the schema of a grid, and every check of it that needs no data."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dmpo_dist.config import RunConfig, load_config
+from dmpo_dist.config_section import Section, dotted
+from dmpo_dist.errors import UserError
+
+AXES = ("dataset", "shots", "seed", "k", "objective")
+KEY_OF_AXIS = {"shots": "data.shots", "seed": "seed", "k": "train.negatives", "objective": "objective.name"}
+NOT_TRAINING = ("output_dir", "version", "cluster", "submit", "tracking", "ranking", "evaluation")
+ALL_SHOTS = "all"
+
+
+class DatasetConfig(Section):
+    """Prepared data, or how to prepare it."""
+
+    path: Path | None = None
+    """Folder that ``dmpo data prepare`` wrote."""
+    prepare: dict[str, Any] | None = None
+    """Keys of the ``data`` section to prepare it by, over those of ``config`` and ``settings``; goes to output_dir/data."""
+    seed: int = Field(0, ge=0)
+    """Seed of that preparation. Cells of any seed share the data, so that they are measured on the same candidates."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "DatasetConfig":
+        if (self.path is None) == (self.prepare is None):
+            raise ValueError("give either path (a prepared folder) or prepare (settings of the data section)")
+        return self
+
+
+class GridConfig(Section):
+    """What ``dmpo experiment`` reads."""
+
+    output_dir: Path
+    """Folder of the experiment; running again goes on there."""
+    config: list[str] = Field(default_factory=list)
+    """Recipes or YAML files below all cells, as ``-c``; later ones win."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Configuration of all cells, over ``config``."""
+    datasets: dict[str, DatasetConfig] = Field(min_length=1)
+    """Name -> a prepared folder (a text), or ``prepare`` and ``seed``."""
+    grid: list[dict[str, list[Any]]] = Field(min_length=1)
+    """Axis -> values, or a list of such blocks whose cells add up. Axes: dataset, shots (numbers or all), k, objective (names,
+    or mappings of the objective section), seed, and any dotted key of the configuration."""
+    arms: list[Literal["untuned", "sft", "sft_continued"]] = Field(default_factory=lambda: ["sft"])
+    """Evaluated beside the cells: the model before training, after SFT, and after as many further SFT steps as the cell's."""
+    baselines: bool = True
+    """Evaluate random, popularity and item-kNN (and a simulator's oracle) on every dataset."""
+    evaluate_on: Literal["own", "all"] = "own"
+    """own: the dataset trained on; all: every other one too, for the cross-domain matrix."""
+    sft_shots: int | Literal["cell", "all"] = "cell"
+    """Training groups of the SFT start: as the cell's shots, all, or a number."""
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {str(name): {"path": v} if isinstance(v, str) else v for name, v in value.items()}
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _blocks(cls, value: Any) -> Any:
+        """One block is a list of one, one value a list of one."""
+        blocks = value if isinstance(value, list) else [value]
+        return [
+            {str(axis): v if isinstance(v, list) else [v] for axis, v in block.items()} if isinstance(block, dict) else block
+            for block in blocks
+        ]  # fmt: skip
+
+    def check(self) -> None:
+        """Raise UserError for what only the values show: names that are no file names, axes, empty lists."""
+        for name in self.datasets:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name):
+                raise UserError(
+                    f"datasets.{name}: a name of letters, digits, dots and hyphens is needed for its folders"
+                )
+        for key in dotted(self.settings):
+            if key in ("output_dir", "data.path", "seed", "data.shots"):
+                raise UserError(f"settings.{key}: not here; the grid's own output_dir, datasets, seed and shots say it")
+        for number, block in enumerate(self.grid):
+            where = "grid" if len(self.grid) == 1 else f"grid, block {number + 1}"
+            for axis, values in block.items():
+                self._check_axis(axis, values, f"{where}: {axis}")
+
+    def _check_axis(self, axis: str, values: list[Any], where: str) -> None:
+        if not values:
+            raise UserError(f"{where} is an empty list; give it a value or leave the axis out")
+        known = list(self.datasets)
+        for value in values if axis == "dataset" else []:
+            if value not in known:
+                raise UserError(f"{where}: no dataset {value!r}; the nearest is {nearest(str(value), known)}")
+        if axis == "dataset" or axis in KEY_OF_AXIS:
+            return
+        if axis in KEY_OF_AXIS.values():
+            short = next(name for name, key in KEY_OF_AXIS.items() if key == axis)
+            raise UserError(f"{where}: write it as the axis {short}")
+        if axis.split(".")[0] == "data":
+            raise UserError(f"{where}: decided when data is prepared; give a dataset for each value under datasets")
+        if axis.split(".")[0] in NOT_TRAINING:
+            raise UserError(f"{where}: does not change a trained model, so it is no axis; write it under settings")
+        keys = list(dotted(RunConfig().model_dump()))
+        if "." not in axis and axis not in keys:
+            raise UserError(f"{where}: unknown axis; the nearest is {nearest(axis, [*AXES, *keys])}")
+        for value in values:
+            try:
+                load_config(layers_of(self), [*settings_of(self), override(axis, value)])
+            except UserError as error:
+                raise UserError(f"{where}: {last_line(error)}") from None
+
+
+def find_recipe(name: str, what: str) -> Path:
+    """The file, or the recipe, of this name."""
+    folder = resources.files("dmpo_dist.recipes")
+    recipe = folder / f"{name}.yaml"
+    if Path(name).is_file() or recipe.is_file():
+        return Path(name) if Path(name).is_file() else Path(str(recipe))
+    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    if what == "GRID":
+        known = [name for name in known if name.startswith("experiment")]
+    raise UserError(f"{what} {name}: no such file, and no recipe of that name; recipes are {', '.join(known)}")
+
+
+def layers_of(grid: GridConfig) -> list[Path]:
+    """The files below all cells."""
+    return [find_recipe(name, "config") for name in grid.config]
+
+
+def settings_of(grid: GridConfig) -> list[str]:
+    """``settings`` as ``key=value``."""
+    return [override(key, value) for key, value in dotted(grid.settings).items()]
+
+
+def override(key: str, value: Any) -> str:
+    """``key=value`` for ``load_config``, which reads JSON as the same value."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The most similar of ``known``, a whole key or its last part."""
+    return max(known, key=lambda k: max(_similar(name, k), _similar(name, k.rsplit(".", 1)[-1])))
+
+
+def _similar(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def last_line(error: UserError) -> str:
+    return str(error).splitlines()[-1].strip()

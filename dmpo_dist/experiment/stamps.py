@@ -1,0 +1,143 @@
+"""How far each model of an experiment is, by what lies in its folder."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+from dmpo_dist.experiment.parts import Part
+from dmpo_dist.orchestration.runs import CONFIG_FILE, METRICS_FILE, read_run
+
+SETTINGS_FILE, DONE_FILE, FAILED_FILE = "settings.json", "done.json", "failed.json"
+EVALUATION, EVALUATION_FILE = "evaluation", "evaluation.json"
+SHOWN = 5  # changed cells named in an error
+
+State = Literal["done", "to evaluate", "interrupted", "failed", "to do"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A model's state, and a step or a reason that goes with it."""
+
+    state: State
+    note: str = ""
+
+
+def progress(part: Part, data: Mapping[str, PreparedData]) -> Progress:
+    """How far ``part`` is."""
+    if reason := failure(part):
+        return Progress("failed", reason)
+    if trained(part):
+        missing = to_evaluate(part, data)
+        done = (part.folder / DONE_FILE).exists() and not missing
+        return Progress("done") if done else Progress("to evaluate", ", ".join(missing))
+    if begun(part):
+        done, total = read_run(part.run).steps
+        return Progress("interrupted", f"at step {done} of {total or '?'}")
+    return Progress("to do")
+
+
+def trained(part: Part) -> bool:
+    """Whether the stage came to its end, where it writes the model."""
+    return part.model.is_dir()
+
+
+def failure(part: Part) -> str:
+    """Why it failed, "" if it did not."""
+    file = part.folder / FAILED_FILE
+    return _read(file).get("error", "for an unknown reason") if file.exists() else ""
+
+
+def begun(part: Part) -> bool:
+    """Whether the stage started to train."""
+    return (part.run / CONFIG_FILE).exists() and (part.run / METRICS_FILE).exists()
+
+
+def to_evaluate(part: Part, data: Mapping[str, PreparedData]) -> list[str]:
+    """Names of the datasets on which the model is still to be measured."""
+    return [
+        name
+        for name in part.evaluate_on
+        if name not in data or not evaluated(evaluation_folder(part, name), data[name], part.measured)
+    ]
+
+
+def evaluation_folder(part: Part, dataset: str) -> Path:
+    """Where the part's evaluation on a dataset is."""
+    return part.folder / EVALUATION / dataset
+
+
+def begin(part: Part) -> None:
+    """Note the settings, which bind whoever goes on."""
+    part.folder.mkdir(parents=True, exist_ok=True)
+    (part.folder / FAILED_FILE).unlink(missing_ok=True)
+    write_json(part.folder / SETTINGS_FILE, {"hash": part.settings_hash, "settings": part.settings})
+
+
+def stamp(part: Part) -> None:
+    """The model is trained and measured."""
+    (part.folder / FAILED_FILE).unlink(missing_ok=True)
+    write_json(part.folder / DONE_FILE, {"hash": part.settings_hash, "evaluated_on": list(part.evaluate_on)})
+
+
+def stamp_failed(part: Part, error: str, trace: str = "") -> None:
+    """The stage or its evaluation ended in an error; the next call tries again."""
+    part.folder.mkdir(parents=True, exist_ok=True)
+    content = {"error": error} | ({"traceback": trace} if trace else {})
+    write_json(part.folder / FAILED_FILE, content)
+
+
+def require_unchanged(parts: Sequence[Part]) -> None:
+    """Raise UserError where a model was trained, or begun, under other settings than the grid now asks for."""
+    changed = [(part, lines) for part in parts if (lines := _changes(part))]
+    if not changed:
+        return
+    first, lines = changed[0]
+    others = [part.title for part, _ in changed[1 : 1 + SHOWN]]
+    more = f" (as were {', '.join(others)}{' and more' if len(changed) > 1 + SHOWN else ''})" if others else ""
+    where = first.folder.parent.parent
+    raise UserError(
+        f"{first.title} in {where} was trained with other settings than the grid now asks for{more}: {'; '.join(lines)}. "
+        "Undo the change, remove these folders to train them again, or write to another output_dir"
+    )
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def _changes(part: Part) -> list[str]:
+    """Key by key, what differs; a model that failed, or whose training never began, may start under other settings."""
+    file = part.folder / SETTINGS_FILE
+    if not file.exists() or not (trained(part) or (begun(part) and not failure(part))):
+        return []
+    before = _read(file)
+    if before.get("hash") == part.settings_hash:
+        return []
+    old, new = before.get("settings", {}), part.settings
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key, 'not set')}, is {new.get(key, 'not set')}" for key in keys]
+
+
+def evaluated(folder: Path, data: PreparedData, models: Iterable[str] = ()) -> bool:
+    """Whether ``folder`` holds an evaluation of ``models`` on this very data."""
+    file = folder / EVALUATION_FILE
+    found = _read(file) if file.exists() else {}
+    return found.get("data", {}).get("fingerprint") == data.fingerprint and {*models} <= found.get("models", {}).keys()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: cannot be read; remove the folder {file.parent} to train it again")
+    return content

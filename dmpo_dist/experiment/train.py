@@ -1,0 +1,134 @@
+"""Training the models of an experiment: on one set of Ray workers, or in this process under torchrun."""
+
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from dmpo_dist.config import RunConfig
+from dmpo_dist.config_section import dotted
+from dmpo_dist.errors import UserError
+from dmpo_dist.experiment.parts import Part
+from dmpo_dist.experiment.stamps import begin, begun, stamp_failed, trained
+from dmpo_dist.orchestration.runs import CONFIG_FILE
+from dmpo_dist.orchestration.stage import run_stage, run_stages, say
+
+
+def in_this_process() -> bool:
+    """Whether torchrun started this process, which then trains in it, without Ray.
+
+    Raises:
+        UserError: it started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        raise UserError(
+            "dmpo experiment under torchrun trains in one process; use --nproc-per-node 1, or start it without torchrun and "
+            "set cluster.workers for that many Ray workers"
+        )
+    return "RANK" in os.environ
+
+
+def placed(config: RunConfig, output: Path, alone: bool) -> RunConfig:
+    """The cluster settings of a stage: one worker in this process, or checkpoints where ``run_stages`` and a resumed
+    ``run_stage`` both look for them."""
+    place = {"workers": 1} if alone else {"storage_path": config.cluster.storage_path or str(output)}
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=place)})
+
+
+def train_parts(parts: Sequence[Part], alone: bool, heading: Callable[[Part], str], console: Console) -> None:
+    """Train ``parts`` in order, those that were interrupted from their latest checkpoint.
+
+    A part that fails is stamped so, and the others go on; a part whose start is missing is stamped as failed.
+
+    Args:
+        parts: to be trained; starts come before what needs them, or are trained already.
+        alone: in this process, else on Ray workers, which start once for all that are new.
+        heading: the line that announces a part.
+    """
+    begun_before = [part for part in parts if _resumable(part)]
+    new = [part for part in parts if part not in begun_before]
+    if alone:
+        for part in parts:
+            _train_one(part, part in begun_before, heading, console)
+        return
+    for part in begun_before:
+        _train_one(part, True, heading, console)
+    _train_together(new, heading, console)
+
+
+def _train_one(part: Part, resume: bool, heading: Callable[[Part], str], console: Console) -> None:
+    if _without_start(part):
+        return
+    say(console, heading(part) + (", from its latest checkpoint" if resume else ""))
+    begin(part)
+    try:
+        run_stage(part.stage, part.config, console, resume)
+    except (UserError, RuntimeError) as error:  # of this part alone: diverged, out of memory
+        record_failure(part, error, console)
+
+
+def _train_together(parts: list[Part], heading: Callable[[Part], str], console: Console) -> None:
+    """On one set of workers. After a failure the rest starts again without the part that failed."""
+    while parts := [part for part in parts if not _without_start(part, among=parts)]:
+        for part in parts:
+            begin(part)
+        try:
+            run_stages([(heading(part), part.stage, part.config) for part in parts], console)
+            return
+        except UserError as error:
+            parts = [part for part in parts if not trained(part)]
+            if parts and begun(parts[0]):
+                record_failure(parts[0], error, console)
+                parts = parts[1:]
+            else:  # refused before any worker started: by itself each says what is wrong with it
+                for part in parts:
+                    _clear(part)
+                    _train_one(part, False, heading, console)
+                return
+        for part in parts:
+            _clear(part)  # opened, and never begun
+
+
+def record_failure(part: Part, error: Exception, console: Console) -> None:
+    """Stamp ``part`` as failed and say why in a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    expected = isinstance(error, UserError)
+    stamp_failed(part, text, "" if expected else "".join(traceback.format_exception(error)))
+    console.print(f"{part.title} failed: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _without_start(part: Part, among: Sequence[Part] = ()) -> bool:
+    """Whether the SFT start is neither there nor to be trained just before; stamped as failed then."""
+    if part.start is None:
+        return False
+    folder = Path(part.config.model.path)
+    if folder.is_dir() or any(other.model == folder for other in among):
+        return False
+    stamp_failed(part, f"its SFT start {part.start} failed")
+    return True
+
+
+def _resumable(part: Part) -> bool:
+    """Whether an interrupted run can go on; one that cannot, as the cluster is another now, makes way for a new one."""
+    if begun(part) and _as_saved(part.run / CONFIG_FILE) == _comparable(part.config.model_dump(mode="json")):
+        return True
+    _clear(part)
+    return False
+
+
+def _clear(part: Part) -> None:
+    shutil.rmtree(part.run, ignore_errors=True)
+
+
+def _as_saved(file: Path) -> dict[str, object]:
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return _comparable(content) if isinstance(content, dict) else {}
+
+
+def _comparable(content: dict[str, object]) -> dict[str, object]:
+    """A saved configuration but for the template, which is the start's."""
+    return {key: value for key, value in dotted(content).items() if not key.startswith("template.")}

@@ -1,0 +1,152 @@
+"""Grids of an experiment: every combination once, under names that stay; and what a mistaken grid says."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmpo_dist.config import DataConfig
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.errors import UserError
+from dmpo_dist.experiment.datasets import open_datasets
+from dmpo_dist.experiment.grid import expand, read_grid
+from dmpo_dist.experiment.parts import make_parts
+from dmpo_dist.experiment.schema import GridConfig
+
+GRIDS = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("experiment*.yaml"))
+DATASETS = {"a": "runs/a", "b": "runs/b"}
+BOUNDARY = {"name": "dmpo", "negative_selection": "boundary"}
+VALUES = {
+    "dataset": ["a", "b"],
+    "shots": [16, 64, "all"],
+    "k": [1, 3, 7],
+    "objective": ["dmpo", "sdpo", BOUNDARY],
+    "seed": [0, 1],
+    "train.learning_rate": [1e-3, 1e-5],
+    "model.lora": [{"r": 4}, {"r": 8}],
+    "template.preamble": ["", "a/b", "a b"],
+}  # fmt: skip  (of the free axes no default: in a second block it would be the same cell under another name)
+MORE = {"k": 2, "seed": 7, "shots": 32}
+AXES = {axis: st.lists(st.sampled_from(v), min_size=1, max_size=2, unique_by=str) for axis, v in VALUES.items()}
+BLOCKS = st.sets(st.sampled_from(sorted(AXES)), max_size=3).flatmap(
+    lambda chosen: st.fixed_dictionaries({axis: AXES[axis] for axis in sorted(chosen)})
+)
+
+
+def grid_of(blocks, **more) -> GridConfig:
+    return GridConfig.model_validate({"output_dir": "runs/x", "datasets": DATASETS, "grid": blocks, **more})
+
+
+@given(block=BLOCKS, other=BLOCKS, grown=st.sampled_from(sorted(MORE)))
+@settings(max_examples=12, deadline=None)
+def test_every_combination_is_one_cell_and_growing_keeps_the_cells_there_were(block, other, grown):
+    cells = expand(grid_of(block))
+    defaults = {"dataset": ["a", "b"], "shots": ["all"], "k": [7], "objective": ["dmpo"], "seed": [0]}
+    axes = defaults | block
+
+    def seen(cell):
+        """The values of a cell, read from the configuration it trains by."""
+        config = cell.config
+        objective = BOUNDARY if config.objective.negative_selection == "boundary" else config.objective.name
+        found = {"dataset": cell.dataset, "shots": config.data.shots or "all", "k": config.train.negatives,
+                 "objective": objective, "seed": config.seed, "train.learning_rate": config.train.learning_rate,
+                 "model.lora": config.model.lora and {"r": config.model.lora.r}, "template.preamble": config.template.preamble}  # fmt: skip
+        return str([found[axis] for axis in axes])
+
+    wanted = sorted(str(list(values)) for values in product(*axes.values()))
+    assert sorted(map(seen, cells)) == wanted
+    assert len({cell.name for cell in cells}) == len(wanted)
+    assert all("/" not in cell.name and " " not in cell.name for cell in cells)
+
+    named = {cell.name: cell for cell in cells}
+    both = {cell.name: cell for cell in expand(grid_of([block, other]))}
+    assert both == named | {cell.name: cell for cell in expand(grid_of(other))}
+    more = {cell.name: cell for cell in expand(grid_of(block | {grown: axes[grown] + [MORE[grown]]}))}
+    assert named.items() < more.items()
+
+
+def test_starts_are_shared_and_come_before_what_needs_them():
+    blocks = {"shots": [16, "all"], "k": [1, 3], "objective": ["dmpo", "sdpo"], "objective.beta": [0.5, 1.0],
+              "sft.learning_rate": [1e-3, 1e-4], "train.learning_rate": [1e-5, 1e-6]}  # fmt: skip
+    grid = grid_of(blocks, arms=["sft", "sft_continued"])
+    parts = make_parts(grid, expand(grid), {})
+    by_role = {role: [part for part in parts if part.role == role] for role in ("start", "continued", "cell")}
+    assert [len(by_role[role]) for role in ("start", "continued", "cell")] == [2 * 2 * 2, 2 * 2 * 2 * 2, 2 * 2**6]
+    assert len({part.title for part in parts}) == len({part.config.output_dir for part in parts}) == len(parts)
+    order = [part.title for part in parts]
+    for part in by_role["continued"] + by_role["cell"]:
+        assert order.index(f"sft/{part.start}") < order.index(part.title)
+        (start,) = (other for other in by_role["start"] if other.name == part.start)
+        assert Path(part.config.model.path) == start.model
+        assert (start.cell.dataset, start.shots, start.config.seed) == (part.cell.dataset, part.shots, part.config.seed)
+        assert start.config.sft.learning_rate == dict(part.cell.free)["sft.learning_rate"]
+    shared = grid_of(blocks, sft_shots="all")
+    assert sum(part.role == "start" for part in make_parts(shared, expand(shared), {})) == 2 * 2
+
+
+@pytest.mark.parametrize("recipe", GRIDS, ids=[recipe.stem for recipe in GRIDS])
+def test_the_grids_that_are_shipped_expand(recipe):
+    grid = read_grid(recipe)
+    assert make_parts(grid, expand(grid), {})
+
+
+MISTAKES = {
+    "axis": ({"grid": {"shot": [1]}}, ("grid: shot: unknown axis", "nearest is shots")),
+    "dotted_axis": ({"grid": {"train.learning_rat": [1]}}, ("train.learning_rat: unknown key", "train.learning_rate")),
+    "empty": ({"grid": {"k": []}}, ("grid: k is an empty list", "leave the axis out")),
+    "value": ({"grid": {"k": [0]}}, ("a_shots-all_k-0_dmpo_seed-0", "train.negatives", "greater than or equal to 1")),
+    "objective": ({"grid": {"objective": ["dmop"]}}, ("objective.name", "'dmop'")),
+    "twice": ({"grid": {"k": [1, 3, 1]}}, ("cell a_shots-all_k-1_dmpo_seed-0 comes up twice", "remove")),
+    "twice_in_other_words": (
+        {"grid": {"objective": ["dmpo", {"name": "dmpo", "beta": 1.0}]}},
+        ("a_shots-all_k-7_dmpo_seed-0 and a_shots-all_k-7_dmpo-beta1.0_seed-0 have equal settings", "remove one"),
+    ),
+    "set_twice": ({"grid": {"objective": [{"beta": 1}], "objective.beta": [2]}}, ("objective.beta is set by", "remove")),
+    "long_name_of_an_axis": ({"grid": {"train.negatives": [3]}}, ("train.negatives: write it as the axis k",)),
+    "of_the_data": ({"grid": {"data.negatives": ["uniform"]}}, ("data.negatives: decided when data is prepared", "datasets")),
+    "of_the_cluster": ({"grid": {"cluster.workers": [1, 2]}}, ("cluster.workers: does not change a trained model", "settings")),
+    "dataset": ({"grid": {"dataset": ["c"]}}, ("no dataset 'c'", "nearest is")),
+    "key": ({"grid": {}, "dataset": {}}, ("dataset: unknown key", "nearest known key is datasets")),
+    "setting": ({"grid": {}, "settings": {"train": {"step": 3}}}, ("train.step: unknown key", "train.steps")),
+    "path_as_setting": ({"grid": {}, "settings": {"data": {"path": "x"}}}, ("settings.data.path: not here", "datasets")),
+    "no_file": ({"grid": {}, "config": ["moovielens"]}, ("config moovielens", "movielens, ")),
+    "neither": ({"grid": {}, "datasets": {"a": {"seed": 1}}}, ("datasets.a", "either path", "or prepare")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistaken_grid_says_what_to_mend(tmp_path, content, words):
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": "x", "datasets": DATASETS} | content))
+    with pytest.raises(UserError) as error:
+        expand(read_grid(file))
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_datasets_that_are_missing_too_small_or_prepared_in_another_way(tmp_path):
+    world = {"source": {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}}
+    sizes = {"negatives_per_group": 4, "evaluation_negatives": 4}
+    prepare(DataConfig.model_validate(world | sizes), 0, tmp_path / "out/data/own", echo=lambda _: None)
+
+    def refused(message: str, blocks, **datasets) -> None:
+        grid = grid_of(blocks, output_dir=tmp_path / "out", datasets=datasets)
+        with pytest.raises(UserError, match=message):
+            make_parts(grid, expand(grid), open_datasets(grid, None))
+
+    own = {"prepare": world | sizes}
+    grid = grid_of({"k": 4}, output_dir=tmp_path / "out", datasets={"own": own})
+    assert make_parts(grid, expand(grid), open_datasets(grid, None))
+    refused(
+        "datasets.a: .*no such folder of prepared data; write it with `dmpo data prepare", {}, a=str(tmp_path / "none")
+    )
+    refused("own_shots-all_k-5_dmpo_seed-0: train.negatives=5, but the prepared data holds 4", {"k": [4, 5]}, own=own)
+    refused("own_shots-9999_k-4_dmpo_seed-0: shots=9999, but .* holds", {"k": 4, "shots": [16, 9999]}, own=own)
+    refused(
+        "was prepared with seed=0, the grid now says 1; give the dataset another name", {"k": 4}, own=own | {"seed": 1}
+    )
+    more = {"prepare": world | sizes | {"max_history": 5}}
+    refused("data.max_history=20, the grid now says 5", {"k": 4}, own=more)

@@ -1,0 +1,126 @@
+"""Tables of an experiment: every figure once, means over seeds, each cell paired with its own start."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+
+from dmpo_dist.config import DataConfig, dump_config
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.experiment.grid import expand
+from dmpo_dist.experiment.parts import make_parts
+from dmpo_dist.experiment.report import write_report
+from dmpo_dist.experiment.results import differences, evaluations, figures, points
+from dmpo_dist.experiment.schema import GridConfig
+from dmpo_dist.experiment.stamps import begin, evaluation_folder, stamp
+
+WORLD = {"source": {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}}
+AXES = {"shots": [8, "all"], "k": [1, 3], "seed": [0, 1], "objective.beta": [0.5, 2.0],
+        "sft.learning_rate": [1e-3, 1e-4]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A finished experiment whose models score at random, the cells' the better the larger K."""
+    root = tmp_path_factory.mktemp("study")
+    sizes = {"negatives_per_group": 4, "evaluation_negatives": 4}
+    data = {}
+    for seed, name in enumerate("ab"):
+        config = DataConfig.model_validate(WORLD | sizes)
+        data[name] = prepare(config, seed, root / name, echo=lambda _: None)
+    datasets = {name: str(root / name) for name in data}
+    grid = GridConfig.model_validate(
+        {"output_dir": root / "study", "datasets": datasets, "evaluate_on": "all", "arms": ["sft", "sft_continued"],
+         "grid": [{**AXES, "dataset": "a"}, {"dataset": "b", "k": 1}], "settings": {"evaluation": {"bootstrap_samples": 100}}}
+    )  # fmt: skip
+    parts = make_parts(grid, expand(grid), data)
+    for number, part in enumerate(parts):
+        begin(part)
+        part.model.mkdir(parents=True)
+        (part.run / "config.yaml").write_text(dump_config(part.config))
+        lines = [{"kind": "start", "steps": 40}]
+        lines += [{"kind": "train", "step": s, "loss": s / 10, "preference_loss": 1 / s} for s in (1, 10, 20, 30, 40)]
+        (part.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rng = np.random.default_rng(number)
+        for name in part.evaluate_on:
+            rows = data[name].test
+            lift = part.cell.k * np.eye(1, 5)[0] if part.role == "cell" else 0
+            scores = {model: [rng.normal(size=5) + lift for _ in range(len(rows))] for model in part.measured}
+            evaluation = evaluate_scores(scores, rows, 100, 0) | {"data": {"fingerprint": data[name].fingerprint}}
+            write_evaluation(evaluation_folder(part, name), evaluation, scores, rows)
+        stamp(part)
+    return grid, parts, data
+
+
+def test_every_figure_once_and_means_and_differences_agree_with_them(study):
+    grid, parts, data = study
+    found = evaluations(parts, data, grid.output_dir)
+    table = figures(found)
+    assert len(table) == 2 * len(parts) * len(METRICS)
+    assert not table.duplicated(["part", "evaluated_on", "model", "metric"]).any()
+    of_cells = table[table["objective"].notna()]
+    assert of_cells["final_train_loss"].unique().tolist() == [4.0]  # the last fifth of 40 steps is the line of step 40
+    means = points(found, 100)
+    key = ["dataset", "evaluated_on", "train_groups", "k", "model", "free", "metric"]
+    expected = table.groupby(key, dropna=False)["value"].mean()
+    assert len(expected) == len(means)
+    values = means.set_index(key)["value"]
+    pd.testing.assert_series_equal(values.sort_index(), expected.sort_index(), check_names=False)
+    assert set(means[(means["dataset"] == "a")]["seeds"]) == {2}
+
+    gains = differences(found, 100)
+    assert set(gains["against"]) == {"sft", "sft_continued", "K=1"}
+    over_k = gains[gains["against"] == "K=1"]
+    assert set(over_k["k"]) == {3}
+    for gain in over_k.to_dict("records"):
+        point = [gain[name] for name in ("dataset", "evaluated_on", "train_groups")]
+        more, fewer = (values[*point, k, "dmpo", gain["free"], gain["metric"]] for k in (3, 1))
+        assert gain["value"] == pytest.approx(more - fewer)
+    by_part = table.set_index(["part", "evaluated_on", "model", "metric"])["value"]
+    for gain in gains[gains["against"] != "K=1"].to_dict("records"):
+        mine = [part for part in parts if part.role == "cell" and part.cell.objective == gain["model"]
+                and part.cell.k == gain["k"] and part.cell.dataset == gain["dataset"]
+                and ", ".join(f"{k}={v}" for k, v in part.free) == gain["free"]
+                and (part.shots or len(data[part.cell.dataset].train)) == gain["train_groups"]]  # fmt: skip
+        wanted = []
+        for part in mine:
+            rate = [axis for axis in part.free if axis[0] == "sft.learning_rate"]
+            (other,) = (p for p in parts if p.role == {"sft": "start"}.get(gain["against"], "continued")
+                        and p.cell.dataset == part.cell.dataset and p.cell.seed == part.cell.seed
+                        and p.shots == part.shots and list(p.free) == rate)  # fmt: skip
+            own = (part.cell.dataset, gain["metric"])
+            wanted.append(
+                by_part[part.title, own[0], gain["model"], own[1]]
+                - by_part[other.title, own[0], gain["against"], own[1]]
+            )
+        assert gain["value"] == pytest.approx(np.mean(wanted))
+        assert gain["seeds"] == len(mine)
+
+
+def test_the_report_draws_what_the_grid_has_and_names_what_is_missing(study):
+    grid, parts, data = study
+    parts = [
+        part
+        for part in parts
+        if ("objective.beta", 2.0) not in part.free and ("sft.learning_rate", 1e-4) not in part.free
+    ]
+    (parts[-1].folder / "done.json").unlink()
+    write_report(grid, parts, data, ["cells/x: the loss became nan"])
+    text = (grid.output_dir / "experiment.md").read_text()
+    assert f"{len(parts) - 1} of {len(parts)} models" in text
+    assert "- cells/x: the loss became nan" in text
+    for name in ("few_shot.png", "k_sweep.png", "cross_domain.png"):
+        assert f"]({name})" in text
+        assert imread(grid.output_dir / name).std() > 0.05
+    rows = pd.read_parquet(grid.output_dir / "experiment.parquet")
+    assert parts[-1].title not in set(rows["part"])
+    stamp(parts[-1])
+    plain = grid.model_copy(update={"evaluate_on": "own"})
+    few = [part for part in parts if part.cell.k == 1 and part.shots is None]
+    write_report(plain, few, {"b": data["b"], "a": data["a"]}, [])
+    assert not (grid.output_dir / "few_shot.png").exists()
+    assert not (grid.output_dir / "k_sweep.png").exists()
