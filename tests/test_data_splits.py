@@ -80,7 +80,7 @@ def test_negatives_were_in_the_world_and_not_taken(events: pd.DataFrame, kind: s
         allowed = (known - taken) | (disliked if split == "train" else set())
 
         def draw(count: int, split: str = split, user: str = user, t: int = t) -> list[str]:
-            return sampler.training(kind, user, t, count) if split == "train" else sampler.evaluation(user, t, count)
+            return sampler.training(kind, user, t, count) if split == "train" else sampler.evaluation(user, t, count, t)
 
         everything = draw(len(allowed))
         assert len(everything) == len(allowed)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from dmpo_dist.evaluation import report
 from dmpo_dist.evaluation.metrics import METRICS
-from dmpo_dist.evaluation.report import comparison_lines, evaluate_scores, evaluation_table, write_evaluation
+from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.evaluation.tables import TABLE_METRICS, comparison_lines, evaluation_table
 
 N = 120
 
@@ -95,13 +96,13 @@ def test_table_fits_100_columns_and_marks_the_best_that_is_not_the_oracle(evalua
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "\u2026" not in text
     bold = {
-        name: [bool(cell.spans) and "bold" in [span.style for span in cell.spans] for cell in cells]
+        str(name): [bool(cell.spans) and "bold" in [span.style for span in cell.spans] for cell in cells]
         for name, *cells in zip(*(column._cells for column in evaluation_table(evaluation).columns), strict=True)
     }
     assert all(bold["dmpo"] + bold["sft"])
     assert not any(bold["oracle"])
     # With at most 7 candidates hr@10 is 1 for everybody, a tie that all share.
-    assert bold["random"] == bold["mine"] == [metric == "hr@10" for metric in report.TABLE_METRICS]
+    assert bold["random"] == bold["mine"] == [metric == "hr@10" for metric in TABLE_METRICS]
 
 
 def test_written_files(tmp_path, evaluation, scores, rows):
@@ -126,7 +127,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, evaluation, scores, rows,
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_evaluation(tmp_path, {**evaluation, "requests": float("nan")}, scores, rows)
     with monkeypatch.context() as patch:
-        patch.setattr(report, "_markdown", lambda evaluation: 1 / 0)
+        patch.setattr(report, "markdown", lambda evaluation: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_evaluation(tmp_path, evaluation, {"random": scores["random"]}, rows)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
