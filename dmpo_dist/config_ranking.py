@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dmpo_dist.config_section import Section
 
-Baseline = Literal["random", "popularity", "popularity_fitted", "item_knn", "ease", "sasrec", "bert4rec"]
+Baseline = Literal["random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec"]
 
 
 class TransformerBaseline(Section):
@@ -19,15 +19,15 @@ class TransformerBaseline(Section):
     heads: int = Field(2, ge=1)
     dropout: float = Field(0.2, ge=0, lt=1)
     learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(32, ge=1)
     """Users per step."""
     max_length: int = Field(50, ge=2)
     """Latest likes of a user to train on."""
-    max_epochs: int = Field(200, ge=1)
+    max_epochs: int = Field(100, ge=1)
     """Most epochs; how many is chosen by NDCG@10 on the validation requests, where there are any."""
-    epochs_per_check: int = Field(10, ge=1)
+    epochs_per_check: int = Field(5, ge=1)
     """Epochs between two looks at the validation requests."""
-    patience: int = Field(3, ge=1)
+    patience: int = Field(2, ge=1)
     """Looks without a new best after which training stops."""
 
     @model_validator(mode="after")
@@ -43,7 +43,7 @@ class EvaluationConfig(Section):
     token_budget: int = Field(8192, ge=16)
     """Most tokens in one scoring row."""
     baselines: list[Baseline] = Field(["random", "popularity", "item_knn"])
-    """Ranked beside the models. popularity counts before each request, popularity_fitted in what the others are fitted on;
+    """Ranked beside the models. popularity counts before each request, pop_fitted in what the others are fitted on;
     ease, sasrec and bert4rec come from RecTools, in an environment of their own that is made on first use."""
     baseline_environment: Path | None = None
     """Folder of that environment; None is one in the user's cache. Make it beforehand where compute nodes have no network."""

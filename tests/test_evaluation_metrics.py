@@ -140,7 +140,9 @@ def test_coverage_and_gini_in_closed_form():
     assert gini(np.tile(np.arange(40), 3), 40) == pytest.approx(0, abs=1e-12)
     shown = np.random.default_rng(0).zipf(1.5, size=500) % 60
     counts = np.bincount(shown, minlength=60)
-    pairs = np.abs(counts[:, None] - counts[None, :]).sum() / (2 * 60 * counts.sum())  # half the relative mean difference
+    pairs = np.abs(counts[:, None] - counts[None, :]).sum() / (
+        2 * 60 * counts.sum()
+    )  # half the relative mean difference
     assert gini(shown, 60) == pytest.approx(pairs)
 
 

@@ -26,7 +26,9 @@ def test_strata_part_the_requests():
         }
     )
     strata = strata_of(rows, log)
-    seen = {kind: {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()} for kind, masks in strata.items()}
+    seen = {
+        kind: {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()} for kind, masks in strata.items()
+    }
     assert seen == {
         "popularity": {"head": [0], "mid": [1], "tail": [2, 3, 4]},
         "item_cold": {"0": [4], "1-4": [2, 3], "20+": [0, 1]},

@@ -63,42 +63,27 @@ def classical_scores(
         UserError: no environment (see ``baseline_python``), or the runner failed.
     """
     python = baseline_python(config.baseline_environment, echo)
-    assert data.items is not None, "these baselines need a log, and a log has items"
-    items = data.items["item"].to_numpy(dtype=object)
-    threshold = data.card["config"]["rating_threshold"]
-    groups = [[p, *n] for p, n in zip(data.test["positive_item"][:], data.test["negative_items"][:], strict=True)]
+    job = {"seed": seed, "threads": 1, "models": {name: _settings(name, config) for name in names}}
     with tempfile.TemporaryDirectory(prefix="dmpo-baselines-") as temporary:
         folder = Path(temporary)
-        pd.DataFrame({"item": items}).to_parquet(folder / "items.parquet", index=False)
-        _write_log(folder, "test", likes(fitting_log(data, "test"), threshold))
-        asked = [None] * len(groups) if catalogue else [sorted(group) for group in groups]
-        _write_requests(folder, "test", data.test, asked)
-        if len(data.validation):
-            _write_log(folder, "validation", likes(fitting_log(data, "validation"), threshold))
-            validation = zip(data.validation["positive_item"][:], data.validation["negative_items"][:], strict=True)
-            _write_requests(folder, "validation", data.validation, [[p, *n] for p, n in validation])
-        job = {"seed": seed, "threads": 1, "models": {name: _settings(name, config) for name in names}}
+        _write_inputs(folder, data, catalogue)
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _run(python, folder, echo)
         found = {name: pd.read_parquet(folder / f"scores_{name}.parquet")["scores"].tolist() for name in names}
         facts = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    counts = likes(fitting_log(data, "test"), threshold)["item"].value_counts()
-    columns = pd.Index(items)
-    wholes: dict[str, np.ndarray] = {}
+    groups, columns = _groups(data.test), _catalogue(data)
+    counts = _likes(data, "test")["item"].value_counts().reindex(columns, fill_value=0).to_numpy(float)
     candidates: dict[str, list[np.ndarray]] = {}
+    wholes: dict[str, np.ndarray] = {}
     for name, scores in found.items():
+        places = [columns.get_indexer(pd.Index(group)) for group in groups]
         if catalogue:
-            own = [row[columns.get_indexer(pd.Index(group))] for row, group in zip(scores, groups, strict=True)]
-            popularity = columns.map(counts).fillna(0).to_numpy(float)
-            wholes[name] = np.stack([with_unknown(row, popularity) for row in scores])
+            own = [row[place] for row, place in zip(scores, places, strict=True)]
+            wholes[name] = np.stack([with_unknown(row, counts) for row in scores])
         else:
-            order = [np.searchsorted(sorted(group), group) for group in groups]
-            own = [row[at] for row, at in zip(scores, order, strict=True)]
-        taken = [np.array([counts.get(item, 0) for item in group], dtype=float) for group in groups]
-        candidates[name] = [with_unknown(row, popularity) for row, popularity in zip(own, taken, strict=True)]
-        unknown = [np.isnan(row) for row in own]
-        facts[name]["requests_with_unknown_history"] = int(sum(row.all() for row in unknown))
-        facts[name]["unknown_positives"] = int(sum(row[0] and not row.all() for row in unknown))
+            own = [row[np.searchsorted(sorted(group), group)] for row, group in zip(scores, groups, strict=True)]
+        candidates[name] = [with_unknown(row, counts[place]) for row, place in zip(own, places, strict=True)]
+        facts[name] |= _unknown(own)
     return ClassicalScores(candidates, wholes if catalogue else None, facts)
 
 
@@ -121,14 +106,43 @@ def _settings(name: str, config: EvaluationConfig) -> dict[str, Any]:
     return config.transformer.model_dump()
 
 
-def _write_log(folder: Path, part: str, log: pd.DataFrame) -> None:
-    log = log.sort_values(["timestamp", "user", "item"])
-    log[["user", "item", "timestamp"]].to_parquet(folder / f"{part}_log.parquet", index=False)
+def _write_inputs(folder: Path, data: PreparedData, catalogue: bool) -> None:
+    """The files that ``rectools_runner.py`` reads, but the job."""
+    pd.DataFrame({"item": _catalogue(data)}).to_parquet(folder / "items.parquet", index=False)
+    for part, rows in (("test", data.test), ("validation", data.validation)):
+        if not len(rows):
+            continue
+        asked: Sequence[list[str] | None] = _groups(rows)  # validation's positives come first
+        if part == "test":
+            asked = [None if catalogue else sorted(group) for group in _groups(rows)]
+        log = _likes(data, part).sort_values(["timestamp", "user", "item"])
+        log[["user", "item", "timestamp"]].to_parquet(folder / f"{part}_log.parquet", index=False)
+        requests = pd.DataFrame({"history": rows["history_items"][:], "candidates": asked})
+        requests.to_parquet(folder / f"{part}_requests.parquet", index=False)
 
 
-def _write_requests(folder: Path, part: str, rows: Dataset, candidates: Sequence[list[str] | None]) -> None:
-    frame = pd.DataFrame({"history": rows["history_items"][:], "candidates": list(candidates)})
-    frame.to_parquet(folder / f"{part}_requests.parquet", index=False)
+def _likes(data: PreparedData, part: str) -> pd.DataFrame:
+    return likes(fitting_log(data, part), data.card["config"]["rating_threshold"])
+
+
+def _groups(rows: Dataset) -> list[list[str]]:
+    """The candidates of each request, the positive first."""
+    return [[p, *n] for p, n in zip(rows["positive_item"][:], rows["negative_items"][:], strict=True)]
+
+
+def _catalogue(data: PreparedData) -> pd.Index:
+    assert data.items is not None, "these baselines need a log, and a log has items"
+    return pd.Index(data.items["item"].to_numpy(dtype=object))
+
+
+def _unknown(scores: Sequence[np.ndarray]) -> dict[str, int]:
+    """How many requests the model could say nothing of, and of how many others it did not know the positive."""
+    nothing = np.array([np.isnan(row).all() for row in scores])
+    positive = np.array([np.isnan(row[0]) for row in scores])
+    return {
+        "requests_with_unknown_history": int(nothing.sum()),
+        "unknown_positives": int((positive & ~nothing).sum()),
+    }
 
 
 def _run(python: Path, folder: Path, echo: Callable[[str], None]) -> None:

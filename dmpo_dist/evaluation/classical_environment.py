@@ -43,8 +43,8 @@ def baseline_python(folder: Path | None, echo: Callable[[str], None]) -> Path:
         if tried is None or tried.returncode:
             why = _end(tried.stderr) if tried else "it has no bin/python"
             raise UserError(
-                f"evaluation.baseline_environment={folder}: is no environment with RecTools ({why}); remove the folder, "
-                "and it is made again"
+                f"evaluation.baseline_environment={folder}: is no environment with RecTools ({why}); name one that "
+                "has it, or a folder that does not exist yet, where it is made"
             )
         return python
     echo(f"making an environment for {REQUIREMENTS[0]} in {folder} (once; some minutes, about 1.5 GB without CUDA)")

@@ -75,9 +75,12 @@ def strata_figures(
 
 
 def cells(metrics: Sequence[str], interval: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, dict[str, float]]:
-    """metric -> value, low, high."""
+    """metric -> value, low, high. Metrics lie between 0 and 1, which draws widened for few seeds can leave."""
     rows = np.stack(interval, axis=1).tolist()
-    return {m: {"value": v, "low": low, "high": high} for m, (v, low, high) in zip(metrics, rows, strict=True)}
+    return {
+        metric: {"value": value, "low": max(low, 0.0), "high": min(high, 1.0)}
+        for metric, (value, low, high) in zip(metrics, rows, strict=True)
+    }
 
 
 def _bins(numbers: np.ndarray, starts: Sequence[int]) -> Strata:

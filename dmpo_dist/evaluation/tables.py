@@ -10,7 +10,7 @@ from rich.text import Text
 from dmpo_dist.evaluation.metrics import METRICS
 
 MODEL_ORDER = (
-    "random", "popularity", "popularity_fitted", "item_knn", "ease", "sasrec", "bert4rec", "untuned", "zero_shot",
+    "random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec", "untuned", "zero_shot",
     "sft", "sft_continued", "dpo", "dpo_pairs", "sdpo", "dmpo", "oracle",
 )  # fmt: skip
 COMPARED_METRICS = ("ndcg@10", "hr@1", "auc")
@@ -67,18 +67,26 @@ def comparison_lines(evaluation: dict[str, Any]) -> list[str]:
 
 
 def comparison_table(evaluation: dict[str, Any]) -> Table:
-    """One row per pair of models; differences whose interval holds 0 are dim."""
+    """One row per pair of models, under what they have in common; differences whose interval holds 0 are dim."""
     title = f"Paired differences over {evaluation['requests']} users, 95 % intervals; dim where 0 is inside"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold")
     for metric in COMPARED_METRICS:
         table.add_column(metric, no_wrap=True)
-    for (a, b), cells in _pairs(evaluation).items():
+    pairs = _pairs(evaluation)
+    one_first = len({a for a, _ in pairs}) == 1
+    heading = ""
+    for (a, b), cells in pairs.items():
+        new = f"{a} against" if one_first else f"against {b}"
+        if new != heading:
+            table.add_row(Text(new, "bold"))
+            heading = new
         texts = [
             Text(_difference(c), "dim" if c["low"] <= 0 <= c["high"] else "")
-            for c in (cells[m] for m in COMPARED_METRICS)
+            for c in map(cells.get, COMPARED_METRICS)
+            if c
         ]
-        table.add_row(f"{a} against {b}", *texts)
+        table.add_row(f"  {b if one_first else a}", *texts)
     return table
 
 

@@ -77,7 +77,7 @@ class WholeCatalogue:
         systems: dict[str, Callable[[Dataset], list[np.ndarray]]] = {
             "random": lambda rows: random_scores(rows, config.seed),
             "popularity": lambda rows: popularity_scores(rows, self._log),
-            "popularity_fitted": lambda rows: fitted_popularity_scores(rows, self._fitting_log),
+            "pop_fitted": lambda rows: fitted_popularity_scores(rows, self._fitting_log),
             "item_knn": lambda rows: item_knn_scores(rows, self._fitting_log, config.evaluation.knn_neighbours),
         }
         systems = {name: system for name, system in systems.items() if name in names}

@@ -137,8 +137,8 @@ def baseline_scores(data: PreparedData, config: RunConfig) -> Scores:
     if "popularity" in names:
         scores["popularity"] = popularity_scores(test, log)
     known = fitting_log(data, "test")
-    if "popularity_fitted" in names:
-        scores["popularity_fitted"] = fitted_popularity_scores(test, known)
+    if "pop_fitted" in names:
+        scores["pop_fitted"] = fitted_popularity_scores(test, known)
     if "item_knn" in names:
         scores["item_knn"] = item_knn_scores(test, known, config.evaluation.knn_neighbours)
     return scores
