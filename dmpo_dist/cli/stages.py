@@ -80,9 +80,10 @@ def evaluate(
 
     settings = read_settings(config, overrides, dry_run)
     models = _models(model or [])
-    preflight(models, settings, against or [])  # before there is a folder
+    console = make_console()
+    preflight(models, settings, console, against or [])  # before there is a folder
     open_run_folder(settings, resume=False)
-    run(models, settings, settings.output_dir, make_console(), catalogue, against or [])
+    run(models, settings, settings.output_dir, console, catalogue, against or [])
 
 
 @stages_app.command()

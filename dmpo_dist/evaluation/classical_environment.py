@@ -16,7 +16,11 @@ from pathlib import Path
 from dmpo_dist.errors import UserError
 
 REQUIREMENTS = ("rectools[torch]==0.19.0", "torch==2.13.0", "pyarrow==21.0.0")
-PROBE = "import rectools.models, torch, pyarrow; print(torch.__version__)"
+PROBE = (
+    "import importlib.util, sys\n"
+    "lacks = [m for m in ('rectools', 'torch', 'pytorch_lightning', 'pyarrow') if importlib.util.find_spec(m) is None]\n"
+    "sys.exit('it lacks ' + ', '.join(lacks) if lacks else 0)"
+)
 SHOWN_LINES = 6
 
 

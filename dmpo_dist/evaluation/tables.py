@@ -108,8 +108,8 @@ def order_line(evaluation: dict[str, Any]) -> str | None:
         for kind in ("candidates", "packing")
     }
     return (
-        f"{order['requests']} requests scored again: log-probs moved by at most {worst['candidates']:.1e} nats with candidates "
-        f"in other orders, {worst['packing']:.1e} with requests packed otherwise"
+        f"{order['requests']} requests scored again: log-probs moved by at most {worst['candidates']:.1g} nats with candidates "
+        f"in other orders, {worst['packing']:.1g} with requests packed otherwise"
     )
 
 

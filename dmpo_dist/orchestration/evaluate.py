@@ -21,6 +21,7 @@ from dmpo_dist.evaluation.baselines import (
     random_scores,
 )
 from dmpo_dist.evaluation.classical import CLASSICAL, ClassicalScores, classical_scores
+from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
 from dmpo_dist.evaluation.order import ORDERS, order_spread
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
@@ -37,12 +38,12 @@ Scores = dict[str, list[np.ndarray]]
 """Model -> per request a float64 array (1 + K,), the positive first."""
 
 
-def preflight(models: dict[str, str], config: RunConfig, against: Sequence[str] = ()) -> PreparedData:
-    """Check data and models in every way that needs no weights; returns the data.
+def preflight(models: dict[str, str], config: RunConfig, console: Console, against: Sequence[str] = ()) -> PreparedData:
+    """Check data and models in every way that needs no weights, and make the baselines' environment; returns the data.
 
     Raises:
         UserError: no prepared data, no test requests, a model named like a baseline, a name in ``against`` that nothing
-            has; see also ``template_of``.
+            has; see also ``template_of`` and ``baseline_python``.
     """
     if config.data.path is None:
         raise UserError(
@@ -62,6 +63,8 @@ def preflight(models: dict[str, str], config: RunConfig, against: Sequence[str] 
             raise UserError(f"--against {name}: is not evaluated here; choose from {', '.join(known)}")
     for path in models.values():
         template_of(path, config)
+    if set(CLASSICAL).intersection(_baselines(data, config)):
+        baseline_python(config.evaluation.baseline_environment, console.print)
     return data
 
 
@@ -86,7 +89,7 @@ def evaluate(
         UserError: see ``preflight``, a model that cannot be loaded or whose scores are not finite, or baselines that
             cannot be run.
     """
-    data = preflight(models, config, against)
+    data = preflight(models, config, console, against)
     settings, seed = config.evaluation, config.seed
     whole = WholeCatalogue(data) if catalogue else None
     notes = _notes(data, config)
