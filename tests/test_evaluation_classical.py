@@ -127,7 +127,7 @@ def test_rectools_itself(tmp_path):
     pd.DataFrame({"item": items}).to_parquet(tmp_path / "items.parquet")
     log.to_parquet(tmp_path / "test_log.parquet")
     pd.DataFrame({"history": histories, "candidates": [None] * 3}).to_parquet(tmp_path / "test_requests.parquet")
-    settings = EvaluationConfig().transformer.model_dump() | {"max_epochs": 20, "dropout": 0.0, "factors": 32}
+    settings = EvaluationConfig().transformer.model_dump() | {"epochs": 20, "dropout": 0.0, "factors": 32}
     job = {"seed": 0, "threads": 1, "models": {"ease": {"regularization": [50.0]}, "sasrec": settings}}
     (tmp_path / "job.json").write_text(json.dumps(job))
     python = baseline_python(None, print)

@@ -2,18 +2,18 @@
 
 This file imports nothing of ours, and ours imports nothing of RecTools: RecTools needs an older numpy. ``FOLDER`` holds
 
-- ``job.json``: ``seed``, ``threads``, and ``models``: name -> the settings in ``SETTINGS``;
+- ``job.json``: ``seed``, ``threads``, and ``models``: ease -> ``regularization`` (a list to choose from), sasrec and bert4rec
+  -> the fields of ``TransformerBaseline`` in ``config_ranking.py``;
 - ``test_log.parquet`` (user, item, timestamp, in the order of time) and ``test_requests.parquet`` (history: list of items,
   oldest first; candidates: list of items, or null for all of ``items.parquet``);
 - ``validation_log.parquet`` and ``validation_requests.parquet``, the same for earlier requests, whose first candidate is the
-  positive; without them the first of the settings to choose from counts.
+  positive; without them the first regularization and ``epochs`` count.
 
 It writes ``scores_NAME.parquet`` (``scores``: list of float64 as long as the candidates, NaN where the model does not know
 the item or nothing of the history) and ``result.json`` (name -> chosen settings, validation NDCG@10 by setting, seconds).
 """
 
 import json
-import os
 import sys
 import time
 import warnings
@@ -29,12 +29,6 @@ from rectools.dataset import Dataset, IdMap, Interactions
 from rectools.models import BERT4RecModel, EASEModel, SASRecModel
 from scipy import sparse
 
-SETTINGS = {
-    "ease": ("regularization",),
-    "sasrec": ("factors", "blocks", "heads", "dropout", "learning_rate", "batch_size", "max_length", "max_epochs",
-               "epochs_per_check", "patience"),
-}  # fmt: skip
-"""What ``job.json`` says of each model; bert4rec has those of sasrec. ``regularization`` is a list to choose from."""
 SCORES_AT_ONCE = 5_000_000
 NETWORKS = {"sasrec": SASRecModel, "bert4rec": BERT4RecModel}
 
@@ -95,7 +89,7 @@ def choose_epochs(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The number of epochs with the best validation NDCG@10, and that after each check; stops after ``patience`` worse ones."""
     if validation is None:
-        return {"epochs": settings["max_epochs"]}, {}
+        return {"epochs": settings["epochs"]}, {}
     log, requests = validation
     tried: dict[int, float] = {}
     for epochs, model in train_network(name, settings, log, items, seed):
@@ -223,6 +217,5 @@ def _dataset(log: pd.DataFrame, item_ids: IdMap | None = None) -> Dataset:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.simplefilter("ignore")
     main(Path(sys.argv[1]))
