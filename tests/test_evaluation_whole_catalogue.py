@@ -1,7 +1,10 @@
 """Ranks among the whole catalogue by hand: candidates from the log, scores from one response at a time."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dmpo_dist.config import DataConfig, RunConfig, ScratchModel
 from dmpo_dist.data.prepare import prepare
@@ -10,7 +13,7 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.evaluation.metrics import top_metrics
 from dmpo_dist.evaluation.scoring import score_token_groups
-from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
+from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, catalogue_table, summary
 from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model
 
 
@@ -90,3 +93,6 @@ def test_lists_are_the_best_items_whichever_the_positive_is(world):
         assert shown.tolist() == best[:10]
     figures = summary({"one@0": whole.scored(scores), "one@1": whole.scored(-scores)}, 40, 100, 0)
     assert list(figures["models"]) == list(figures["coverage@10"]) == list(figures["gini@10"]) == ["one"]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(catalogue_table(summary({"sft_continued": whole.scored(scores)}, 40, 100, 0), 53))
+    assert "sft_continued" in console.file.getvalue(), "the longest usual name is in one piece at 100 columns"

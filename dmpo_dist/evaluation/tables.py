@@ -17,7 +17,7 @@ COMPARED_METRICS = ("ndcg@10", "hr@1", "auc")
 TABLE_METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@10", "mrr", "auc")
 """What fits into 100 columns; evaluation.json and evaluation.md hold more."""
 MARKDOWN_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "auc", "pair_accuracy", "pooled_auc")  # fmt: skip
-LINES_UP_TO = 5
+LINES_UP_TO = 3
 """With more comparisons than this they are shown as a table."""
 STRATA_TITLES = {
     "popularity": "By popularity of the positive (head, mid, tail: items that hold a third of the interactions each)",
