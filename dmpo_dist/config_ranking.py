@@ -25,11 +25,11 @@ class TransformerBaseline(Section):
     """Latest likes of a user to train on."""
     max_epochs: int = Field(100, ge=1)
     """Most epochs; how many is chosen by NDCG@10 on the validation requests."""
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(4, ge=1)
     """Epochs where there are no validation requests to choose by."""
-    epochs_per_check: int = Field(5, ge=1)
+    epochs_per_check: int = Field(2, ge=1)
     """Epochs between two looks at the validation requests."""
-    patience: int = Field(2, ge=1)
+    patience: int = Field(3, ge=1)
     """Looks without a new best after which training stops."""
 
     @model_validator(mode="after")

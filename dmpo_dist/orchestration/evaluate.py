@@ -161,8 +161,8 @@ def _notes(data: PreparedData, config: RunConfig) -> list[str]:
     fitted = [name for name in BASELINES if name in asked - {"random", "popularity"}]
     if fitted and knows_the_future(data):
         return [
-            f"leave-one-out: {', '.join(fitted)} know what other users did after a request, and of its own user nothing from it "
-            "on; popularity counts what came before it. Not comparable with figures of a time split"
+            f"leave-one-out: what is fitted ({', '.join(fitted)}) knows what other users did after a request, and of its own "
+            "user nothing from it on; popularity counts what came before it. Not comparable with figures of a time split"
         ]
     return []
 
