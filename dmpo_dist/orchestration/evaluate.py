@@ -92,11 +92,9 @@ def evaluate(
     data = preflight(models, config, console, against)
     settings, seed = config.evaluation, config.seed
     whole = WholeCatalogue(data) if catalogue else None
-    notes = _notes(data, config)
-    for note in notes:
-        console.print(f"note: {note}", highlight=False)
+    scores = baseline_scores(data, config, console)
     classical = _classical(data, config, catalogue, console)
-    scores = baseline_scores(data, config) | (classical.candidates if classical else {})
+    scores |= classical.candidates if classical else {}
     torch.set_num_threads(os.cpu_count() or 1)
     spreads = {}
     for name, path in models.items():
@@ -114,7 +112,7 @@ def evaluate(
     evaluation = evaluate_scores(scores, data.test, settings.bootstrap_samples, seed, strata, against)
     evaluation["data"] = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation["folders"] = models
-    evaluation["notes"] = notes
+    evaluation["notes"] = _notes(data, config)
     evaluation["baselines"] = classical.facts if classical else {}
     if spreads:
         evaluation["order"] = {
@@ -128,8 +126,10 @@ def evaluate(
     return evaluation
 
 
-def baseline_scores(data: PreparedData, config: RunConfig) -> Scores:
-    """The asked baselines that need no environment of their own and that the data allows."""
+def baseline_scores(data: PreparedData, config: RunConfig, console: Console) -> Scores:
+    """The asked baselines that need no environment of their own and that the data allows; says what to know of them."""
+    for note in _notes(data, config):
+        console.print(f"note: {note}", highlight=False)
     test, log = data.test, data.interactions
     names = _baselines(data, config)
     scores: Scores = {}
