@@ -93,6 +93,9 @@ class DataConfig(Section):
     """Negatives stored with each training group; each epoch trains on the next ``train.negatives`` of them."""
     evaluation_negatives: int = Field(19, ge=1)
     """Negatives next to the positive in each validation and test request."""
+    evaluation_candidates: Literal["known", "all"] = "known"
+    """Items that validation and test requests rank: those somebody took before the request, or, with leave_one_out alone,
+    all of the log, as protocols without a clock have it."""
     max_validation_users: int | None = Field(None, ge=1)
     """Keep at most this many validation requests (a seeded sample); None keeps all."""
     stream: bool = False
@@ -115,6 +118,15 @@ class DataConfig(Section):
             raise ValueError("stream reads Parquet shards; set data.source.kind=parquet")
         if self.stream and self.negatives == "in_batch":
             raise ValueError("in_batch negatives need all requests at once; set data.stream=false or other negatives")
+        return self
+
+    @model_validator(mode="after")
+    def _all_candidates_need_leave_one_out(self) -> "DataConfig":
+        if self.evaluation_candidates == "all" and (self.split != "leave_one_out" or self.stream):
+            raise ValueError(
+                "evaluation_candidates=all would rank items that nobody had taken yet; set data.split=leave_one_out and "
+                "data.stream=false, or data.evaluation_candidates=known"
+            )
         return self
 
     @model_validator(mode="after")

@@ -248,8 +248,14 @@ def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
             f"--evaluation {file}: is no evaluation.json that `dmpo evaluate` wrote; leave it out or give the right file"
         ) from None
     for name, path in content.folders.items():
-        if name in content.models and Path(path).resolve() == Path(model).resolve():
-            return name, content
+        if Path(path).resolve() == Path(model).resolve():
+            if name in content.models:
+                return name, content
+            if "@" in name:
+                raise UserError(
+                    f"--evaluation {file}: ranks {model} as {name}, one of several seeds, and its intervals are over all of "
+                    "them; evaluate it under a name without a seed"
+                )
     ranked = ", ".join(f"{name}={path}" for name, path in content.folders.items()) or "none"
     raise UserError(
         f"--evaluation {file}: ranks no model of {model} (it has {ranked}); leave it out or give the right file"

@@ -64,7 +64,7 @@ def test_the_oracle_ranks_best_and_titles_tell_tastes(world: Interactions) -> No
     column = {item: n for n, item in enumerate(world.items["item"])}
     auc = Counter()
     for user, timestamp, positive, history in requests.itertuples(index=False, name=None):
-        candidates = [positive, *sampler.evaluation(user, timestamp, 19)]
+        candidates = [positive, *sampler.evaluation(user, timestamp, 19, timestamp)]
         heard = Counter(word for item in history for word in words[item])
         scores = {
             "oracle": world.oracle[row[user], [column[i] for i in candidates]],

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmpo_dist.config import load_config
 from dmpo_dist.data.negatives import NegativeSampler, request_stream
 from dmpo_dist.data.splits import SPLITS, Requests, find_requests, k_core, time_cuts
 from dmpo_dist.errors import UserError
@@ -80,7 +81,7 @@ def test_negatives_were_in_the_world_and_not_taken(events: pd.DataFrame, kind: s
         allowed = (known - taken) | (disliked if split == "train" else set())
 
         def draw(count: int, split: str = split, user: str = user, t: int = t) -> list[str]:
-            return sampler.training(kind, user, t, count) if split == "train" else sampler.evaluation(user, t, count)
+            return sampler.training(kind, user, t, count) if split == "train" else sampler.evaluation(user, t, count, t)
 
         everything = draw(len(allowed))
         assert len(everything) == len(allowed)
@@ -174,6 +175,32 @@ def test_leave_one_out_asks_for_the_last_two_likes(events: pd.DataFrame) -> None
     assert len({(user, item) for _, user, _, item, _ in found}) == len(found)
     total = sum(len(requests[s].table) + sum(requests[s].dropped.values()) for s in SPLITS)
     assert total == len(liked)
+
+
+@settings(deadline=None, max_examples=20)
+@given(LOGS)
+def test_leave_one_out_shares_no_history_with_training(events: pd.DataFrame) -> None:
+    requests = find_requests(events, None, **(LIMITS | {"train_requests_per_user": 100}), unseen_positives=True)
+    likes = events[events["rating"] >= 4].groupby("user")["timestamp"].apply(lambda times: sorted(times)[-2:])
+    for user, t in requests["train"].table[["user", "timestamp"]].itertuples(index=False, name=None):
+        assert t < min(likes[user]), "a training request of the moment of a held-out like would have its history"
+    assert all(requests[split].dropped["unseen_positive"] == 0 for split in ("validation", "test"))
+
+
+def test_candidates_of_all_times() -> None:
+    log = [
+        ("u", "a", 5.0, 1),
+        ("u", "b", 5.0, 2),
+        ("u", "c", 5.0, 3),
+        *(("v", f"later{n}", 5.0, 9 + n) for n in range(5)),
+    ]
+    sampler = NegativeSampler(pd.DataFrame(log, columns=["user", "item", "rating", "timestamp"]), 4.0, seed=0)
+    assert sampler.available_for_evaluation("u", 3) == 0
+    assert set(sampler.evaluation("u", 3, 5, None)) == {f"later{n}" for n in range(5)}
+    with pytest.raises(UserError, match=r"user 'u': 6 negatives are asked for, but only 5 items are in the log"):
+        sampler.evaluation("u", 3, 6, None)
+    with pytest.raises(UserError, match=r"rank items that nobody had taken yet; set data.split=leave_one_out"):
+        load_config([], ["data.evaluation_candidates=all"])
 
 
 @settings(deadline=None, max_examples=20)

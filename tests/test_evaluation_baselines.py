@@ -5,7 +5,13 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from dmpo_dist.evaluation.baselines import item_knn_scores, oracle_scores, popularity_scores, random_scores
+from dmpo_dist.evaluation.baselines import (
+    fitted_popularity_scores,
+    item_knn_scores,
+    oracle_scores,
+    popularity_scores,
+    random_scores,
+)
 
 TIE = 1e-8  # above the tie-break of item-kNN
 
@@ -110,7 +116,7 @@ def test_item_knn_by_hand():
         ]
     )
     ab, bc = 2 / np.sqrt(6), 1 / np.sqrt(6)
-    scores = item_knn_scores(rows, EVENTS, neighbours=10, before=8)
+    scores = item_knn_scores(rows, EVENTS, neighbours=10)
     for got, expected in zip(scores, [[ab, 0, 0], [ab + bc, 0, 0], [0, 0, 0]], strict=True):
         np.testing.assert_allclose(got, expected, atol=TIE)
     # Where similarities tie, popularity decides: c was taken twice, d once, an unknown item never.
@@ -118,7 +124,7 @@ def test_item_knn_by_hand():
     assert scores[2][1] > scores[2][0] > scores[2][2] == 0
     # With one neighbour, b keeps a alone, while c keeps b.
     rows = make_rows([("u9", 8, ["b"], "a", ["c"]), ("u9", 8, ["c"], "b", ["a"])])
-    one = item_knn_scores(rows, EVENTS, neighbours=1, before=8)
+    one = item_knn_scores(rows, EVENTS, neighbours=1)
     np.testing.assert_allclose(one, [[ab, 0], [bc, 0]], atol=TIE)
 
 
@@ -131,22 +137,21 @@ def test_item_knn_agrees_with_dense_cosines():
     cosine = (unit.T @ unit).reindex(index=[f"i{i}" for i in range(23)], columns=[f"i{i}" for i in range(23)]).fillna(0)
     np.fill_diagonal(cosine_values := cosine.to_numpy(copy=True), 0)
     cosine.loc[:, :] = cosine_values
-    for row, scores in zip(rows, item_knn_scores(rows, events, neighbours=23, before=before), strict=True):
+    for row, scores in zip(rows, item_knn_scores(rows, past, neighbours=23), strict=True):
         candidates = [row["positive_item"], *row["negative_items"]]
         np.testing.assert_allclose(scores, cosine.loc[row["history_items"], candidates].sum(), atol=TIE)
 
 
-def test_baselines_do_not_see_the_request_or_anything_later():
+def test_popularity_does_not_see_the_request_or_anything_later():
     rows = make_rows([("u1", 10, ["a", "b"], "c", ["d", "new"]), ("u2", 10, ["b"], "d", ["c", "a"])])
     more = pd.concat([LATER, EVENTS])
-    for before, after in (
-        (popularity_scores(rows, EVENTS), popularity_scores(rows, more)),
-        (item_knn_scores(rows, EVENTS, 2, before=10), item_knn_scores(rows, more, 2, before=10)),
-    ):
-        for a, b in zip(before, after, strict=True):
-            np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match="before is 11, but a request is at 10"):
-        item_knn_scores(rows, more, 2, before=11)
+    for a, b in zip(popularity_scores(rows, EVENTS), popularity_scores(rows, more), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_fitted_popularity_counts_the_log_it_is_given():
+    rows = make_rows([("u1", 0, [], "b", ["a", "never", "d"]), ("u2", 99, [], "c", ["b"])])
+    assert [s.tolist() for s in fitted_popularity_scores(rows, EVENTS)] == [[3, 2, 0, 1], [2, 3]]
 
 
 def test_oracle_is_all_or_nothing():

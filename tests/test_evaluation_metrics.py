@@ -11,7 +11,10 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 from dmpo_dist.evaluation.metrics import (
     CUTOFFS,
     METRICS,
+    TOP_METRICS,
     bootstrap_interval,
+    coverage,
+    gini,
     paired_bootstrap,
     ranking_metrics,
     top_metrics,
@@ -35,12 +38,13 @@ def test_agree_with_scikit_learn_without_ties():
     ours = ranking_metrics(scores)
     for i, candidates in enumerate(scores):
         relevant = np.eye(1, len(candidates))
-        for k in (5, 10):
+        for k in CUTOFFS:
             assert ours[f"ndcg@{k}"][i] == pytest.approx(ndcg_score(relevant, [candidates], k=k), abs=1e-12)
         assert ours["auc"][i] == pytest.approx(roc_auc_score(relevant[0], candidates), abs=1e-12)
         rank = 1 + np.argsort(-candidates).tolist().index(0)
         assert ours["mrr"][i] == pytest.approx(1 / rank, abs=1e-12)
-        assert [ours[f"hr@{k}"][i] for k in (1, 5, 10)] == [rank <= k for k in (1, 5, 10)]
+        assert [ours[f"hr@{k}"][i] for k in CUTOFFS] == [rank <= k for k in CUTOFFS]
+        assert [ours[f"mrr@{k}"][i] for k in CUTOFFS] == pytest.approx([(rank <= k) / rank for k in CUTOFFS])
     pairs = np.concatenate([s[0] > s[1:] for s in scores])
     assert ours["pair_accuracy"].mean() == pytest.approx(pairs.mean(), abs=1e-12)
 
@@ -61,8 +65,8 @@ def test_ties_are_the_mean_over_all_tie_breaks(scores):
 @given(requests)
 def test_top_metrics_are_the_ranking_metrics_cut(scores):
     cut, whole = top_metrics(scores), ranking_metrics(scores)
-    assert list(cut) == [f"{name}@{k}" for name in ("hr", "ndcg", "recall", "mrr") for k in CUTOFFS]
-    for metric in ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10"):
+    assert tuple(cut) == TOP_METRICS
+    for metric in TOP_METRICS:
         np.testing.assert_array_equal(cut[metric], whole[metric])
     for k in CUTOFFS:
         np.testing.assert_array_equal(cut[f"recall@{k}"], cut[f"hr@{k}"])
@@ -79,10 +83,10 @@ def test_only_the_order_of_scores_counts(scores, random):
     assert_same(ranking_metrics([np.exp(s / 3) * 7 - 100 for s in scores]), expected)
     shuffled = [np.array([s[0], *random.sample(s[1:].tolist(), len(s) - 1)]) for s in scores]
     assert_same(ranking_metrics(shuffled), expected)
-    # Each request by itself: only pair_accuracy looks beyond it.
+    # Each request by itself: only the pooled ones look beyond it.
     for i, s in enumerate(scores):
         alone = ranking_metrics([s])
-        for metric in set(METRICS) - {"pair_accuracy"}:
+        for metric in set(METRICS) - {"pair_accuracy", "pooled_auc"}:
             assert alone[metric][0] == pytest.approx(expected[metric][i], abs=1e-12)
 
 
@@ -90,10 +94,10 @@ def test_only_the_order_of_scores_counts(scores, random):
 @given(st.integers(1, 30), st.floats(-1e6, 1e6))
 def test_constant_scores_give_chance(k, value):
     chance = {name: v[0] for name, v in ranking_metrics([np.full(1 + k, value)]).items()}
-    for at in (1, 5, 10):
+    for at in CUTOFFS:
         assert chance[f"hr@{at}"] == pytest.approx(min(at, 1 + k) / (1 + k))
     assert chance["mrr"] == pytest.approx(np.mean(1 / np.arange(1, k + 2)))
-    assert chance["auc"] == chance["pair_accuracy"] == 0.5
+    assert chance["auc"] == chance["pair_accuracy"] == chance["pooled_auc"] == 0.5
 
 
 def test_pair_accuracy_pools_pairs_and_its_bootstrap_is_that_of_the_ratio():
@@ -107,6 +111,39 @@ def test_pair_accuracy_pools_pairs_and_its_bootstrap_is_that_of_the_ratio():
     draws = rng.integers(300, size=(2000, 300))
     ratios = (k * metrics["auc"])[draws].sum(axis=1) / k[draws].sum(axis=1)
     np.testing.assert_allclose([low, high], np.percentile(ratios, [2.5, 97.5]), atol=5e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(requests)
+def test_pooled_auc_is_that_of_all_candidates(scores):
+    labels = np.concatenate([np.eye(1, len(s))[0] for s in scores])
+    expected = roc_auc_score(labels, np.concatenate(scores))
+    assert ranking_metrics(scores)["pooled_auc"].mean() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_bootstrap_of_pooled_auc_resamples_whole_requests():
+    rng = np.random.default_rng(2)
+    scores = [rng.normal() + rng.normal(size=1 + k) + np.eye(1, 1 + k)[0] for k in rng.integers(1, 9, size=100)]
+    _, low, high = bootstrap_interval(ranking_metrics(scores)["pooled_auc"], samples=2000, seed=0)
+    areas = []
+    for draw in rng.integers(100, size=(250, 100)):
+        drawn = [scores[i] for i in draw]
+        areas.append(roc_auc_score(np.concatenate([np.eye(1, len(s))[0] for s in drawn]), np.concatenate(drawn)))
+    np.testing.assert_allclose([low, high], np.percentile(areas, [2.5, 97.5]), atol=0.02)
+    assert high - low > 0.08
+
+
+def test_coverage_and_gini_in_closed_form():
+    everybody_the_same = np.tile(np.arange(10), 30)
+    assert coverage(everybody_the_same, 400) == 10 / 400
+    assert gini(everybody_the_same, 400) == pytest.approx(1 - 10 / 400)
+    assert gini(np.tile(np.arange(40), 3), 40) == pytest.approx(0, abs=1e-12)
+    shown = np.random.default_rng(0).zipf(1.5, size=500) % 60
+    counts = np.bincount(shown, minlength=60)
+    pairs = np.abs(counts[:, None] - counts[None, :]).sum() / (
+        2 * 60 * counts.sum()
+    )  # half the relative mean difference
+    assert gini(shown, 60) == pytest.approx(pairs)
 
 
 @pytest.mark.parametrize(

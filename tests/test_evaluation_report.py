@@ -11,7 +11,8 @@ from rich.console import Console
 
 from dmpo_dist.evaluation import report
 from dmpo_dist.evaluation.metrics import METRICS
-from dmpo_dist.evaluation.report import comparison_lines, evaluate_scores, evaluation_table, write_evaluation
+from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.evaluation.tables import TABLE_METRICS, comparison_lines, evaluation_table, show_comparisons
 
 N = 120
 
@@ -95,13 +96,68 @@ def test_table_fits_100_columns_and_marks_the_best_that_is_not_the_oracle(evalua
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "\u2026" not in text
     bold = {
-        name: [bool(cell.spans) and "bold" in [span.style for span in cell.spans] for cell in cells]
+        str(name): [bool(cell.spans) and "bold" in [span.style for span in cell.spans] for cell in cells]
         for name, *cells in zip(*(column._cells for column in evaluation_table(evaluation).columns), strict=True)
     }
     assert all(bold["dmpo"] + bold["sft"])
     assert not any(bold["oracle"])
     # With at most 7 candidates hr@10 is 1 for everybody, a tie that all share.
-    assert bold["random"] == bold["mine"] == [metric == "hr@10" for metric in report.TABLE_METRICS]
+    assert bold["random"] == bold["mine"] == [metric == "hr@10" for metric in TABLE_METRICS]
+
+
+def test_twelve_rows_with_seeds_fit_100_columns(scores, rows):
+    """The paper's table: baselines, zero-shot, SFT, DPO, S-DPO and DMPO, three seeds each, all against SFT."""
+    rng = np.random.default_rng(1)
+    names = ["random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "zero_shot", "oracle"]
+    trained = [f"{name}@{seed}" for name in ("sft", "sft_continued", "dpo_pairs", "sdpo", "dmpo") for seed in range(3)]
+    made = {name: [s + rng.normal(size=len(s)) / 2 for s in scores["dmpo"]] for name in [*names, *trained]}
+    whole = evaluate_scores(made, rows, samples=100, seed=0, against=["sft", "sft_continued"])
+    console = Console(file=io.StringIO(), width=100)
+    console.print(evaluation_table(whole))
+    for part in show_comparisons(whole):
+        console.print(part)
+    text = console.file.getvalue()
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
+    assert "\u2026" not in text
+    lines = text.splitlines()
+    assert lines[0].startswith("120 requests")
+    for name in [*names, "sft", "sft_continued", "dpo_pairs", "sdpo", "dmpo"]:
+        assert any(line.split()[:1] == [name] for line in lines), f"{name} is broken over lines"
+    sections = [line.strip() for line in lines if line.strip().startswith("against ")]
+    assert sections == ["against sft", "against sft_continued"]
+    assert sum("[" in line for line in lines) == 2 * 12, "each of the other 12 models against each of the two"
+
+
+def test_seeds_are_one_row_and_stay_in_the_json(scores, rows, tmp_path):
+    made = {"dmpo@1": scores["dmpo"], "dmpo@0": scores["mine"], "sft": scores["sft"]}
+    whole = evaluate_scores(made, rows, samples=200, seed=0, against=["sft"])
+    assert list(whole["models"]) == ["sft", "dmpo"]
+    assert list(whole["seeds"]) == ["dmpo"]
+    each = [evaluate_scores({"one": s}, rows, 100, 0)["models"]["one"] for s in (scores["mine"], scores["dmpo"])]
+    for label, alone in zip("01", each, strict=True):
+        assert whole["seeds"]["dmpo"][label] == pytest.approx({m: cell["value"] for m, cell in alone.items()})
+    mean = np.mean([cell["ndcg@10"]["value"] for cell in each])
+    assert whole["models"]["dmpo"]["ndcg@10"]["value"] == pytest.approx(mean)
+    (row,) = [c for c in whole["comparisons"] if c["metric"] == "ndcg@10"]
+    assert (row["a"], row["b"]) == ("dmpo", "sft")
+    assert row["difference"] == pytest.approx(mean - whole["models"]["sft"]["ndcg@10"]["value"])
+    assert row["low"] < row["difference"] < row["high"]
+    write_evaluation(tmp_path, whole, made, rows)
+    assert set(pd.read_parquet(tmp_path / "scores.parquet")["model"]) == set(made)
+    assert "dmpo (2 seeds)" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_strata_are_in_the_files(scores, rows, tmp_path):
+    half = np.arange(N) < N // 2
+    strata = {"popularity": {"head": half, "tail": ~half}}
+    whole = evaluate_scores(scores, rows, samples=100, seed=0, strata=strata)
+    head = whole["strata"]["popularity"]["head"]
+    assert head["requests"] == N // 2
+    alone = evaluate_scores({"dmpo": scores["dmpo"][: N // 2]}, rows.select(range(N // 2)), 100, 0)["models"]["dmpo"]
+    for metric, cell in head["models"]["dmpo"].items():
+        assert cell == pytest.approx(alone[metric])
+    write_evaluation(tmp_path, whole, scores, rows)
+    assert f"| NDCG@10 | head ({N // 2}) | tail ({N // 2}) |" in (tmp_path / "evaluation.md").read_text()
 
 
 def test_written_files(tmp_path, evaluation, scores, rows):
@@ -126,7 +182,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, evaluation, scores, rows,
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_evaluation(tmp_path, {**evaluation, "requests": float("nan")}, scores, rows)
     with monkeypatch.context() as patch:
-        patch.setattr(report, "_markdown", lambda evaluation: 1 / 0)
+        patch.setattr(report, "markdown", lambda evaluation: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_evaluation(tmp_path, evaluation, {"random": scores["random"]}, rows)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -1,7 +1,10 @@
 """Ranks among the whole catalogue by hand: candidates from the log, scores from one response at a time."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dmpo_dist.config import DataConfig, RunConfig, ScratchModel
 from dmpo_dist.data.prepare import prepare
@@ -10,7 +13,7 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.evaluation.metrics import top_metrics
 from dmpo_dist.evaluation.scoring import score_token_groups
-from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
+from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, catalogue_table, summary
 from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model
 
 
@@ -25,6 +28,7 @@ def world(tmp_path_factory):
     return data, str(folder / "model")
 
 
+NAMES = ("random", "popularity", "item_knn")
 CONFIG = RunConfig.model_validate({"model": {"max_length": 256}, "evaluation": {"bootstrap_samples": 100}})
 
 
@@ -52,7 +56,7 @@ def test_a_model(world):
         titles = candidates(data, row)[1]
         groups.append(encode(PreferenceGroup(row["user"], 0, tuple(row["history"]), titles[0], tuple(titles[1:]))))
     expected = top_metrics(score_token_groups(model, CONFIG.model, groups, 4096))
-    assert_equal(WholeCatalogue(data).model(model, CONFIG), expected)
+    assert_equal(WholeCatalogue(data).model(model, CONFIG).metrics, expected)
 
 
 def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
@@ -63,13 +67,32 @@ def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
         counts = log["item"].value_counts()
         scores.append(np.array([float(counts.get(item, 0)) for item in candidates(data, row)[0]]))
     expected = top_metrics(scores)
-    seen = WholeCatalogue(data).baselines(CONFIG)
-    assert_equal(seen["popularity"], expected)
-    assert set(seen) == {"random", "popularity", "item_knn"}
+    seen = WholeCatalogue(data).baselines(NAMES, CONFIG)
+    assert_equal(seen["popularity"].metrics, expected)
+    assert set(seen) == set(NAMES)
     assert CANDIDATES_AT_ONCE > 3 * 40
     monkeypatch.setattr("dmpo_dist.evaluation.whole_catalogue.CANDIDATES_AT_ONCE", 3 * 40)
-    for name, metrics in WholeCatalogue(data).baselines(CONFIG).items():
-        assert_equal(metrics, seen[name])
+    for name, ranked in WholeCatalogue(data).baselines(NAMES, CONFIG).items():
+        assert_equal(ranked.metrics, seen[name].metrics)
+        np.testing.assert_array_equal(ranked.shown, seen[name].shown)
     shown = summary(seen, 40, 100, 0)["models"]["popularity"]["hr@10"]
     assert shown["value"] == pytest.approx(expected["hr@10"].mean())
     assert shown["low"] <= shown["value"] <= shown["high"]
+
+
+def test_lists_are_the_best_items_whichever_the_positive_is(world):
+    data, _ = world
+    scores = np.zeros((len(data.test), 40))
+    scores[:, 7] = 2
+    scores[0, 30] = 1
+    whole = WholeCatalogue(data)
+    lists = whole.scored(scores).shown.reshape(len(data.test), 10)
+    for number, (row, shown) in enumerate(zip(data.test, lists, strict=True)):
+        items = candidates(data, row)[0]
+        best = sorted((whole.items.tolist().index(item) for item in items), key=lambda i: (-scores[number, i], i))
+        assert shown.tolist() == best[:10]
+    figures = summary({"one@0": whole.scored(scores), "one@1": whole.scored(-scores)}, 40, 100, 0)
+    assert list(figures["models"]) == list(figures["coverage@10"]) == list(figures["gini@10"]) == ["one"]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(catalogue_table(summary({"sft_continued": whole.scored(scores)}, 40, 100, 0), 53))
+    assert "sft_continued" in console.file.getvalue(), "the longest usual name is in one piece at 100 columns"

@@ -45,7 +45,18 @@ def evaluate(
     config: Layers = None,
     overrides: Overrides = None,
     model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="NAME=FOLDER of a model to rank with; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="NAME=FOLDER of a model to rank with, NAME@SEED=FOLDER of one of its seeds; repeatable.",
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME that all others are compared with, paired by user; repeatable. Else dmpo with all others."
+        ),
     ] = None,
     catalogue: Annotated[
         bool, typer.Option("--catalogue", help="Also rank each positive among all items the user had not taken.")
@@ -57,6 +68,10 @@ def evaluate(
     Examples:
 
         dmpo evaluate -c movielens -m sft=runs/ml/sft/model -m dmpo=runs/ml/dmpo/model data.path=runs/ml/data output_dir=runs/ml/evaluation
+
+        dmpo evaluate -m dmpo@0=a/model -m dmpo@1=b/model -m sft@0=c/model -m sft@1=d/model --against sft data.path=runs/ml/data output_dir=runs/seeds
+
+        dmpo evaluate data.path=runs/ml/data output_dir=runs/floors 'evaluation.baselines=[random, popularity, item_knn, ease, sasrec]'
     """
     from dmpo_dist.orchestration.evaluate import evaluate as run
     from dmpo_dist.orchestration.evaluate import preflight
@@ -65,9 +80,10 @@ def evaluate(
 
     settings = read_settings(config, overrides, dry_run)
     models = _models(model or [])
-    preflight(models, settings)  # before there is a folder
+    console = make_console()
+    preflight(models, settings, console, against or [])  # before there is a folder
     open_run_folder(settings, resume=False)
-    run(models, settings, settings.output_dir, make_console(), catalogue)
+    run(models, settings, settings.output_dir, console, catalogue, against or [])
 
 
 @stages_app.command()

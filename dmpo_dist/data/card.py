@@ -26,6 +26,7 @@ def summary(card: dict[str, Any]) -> str:
 def data_card(card: dict[str, Any]) -> str:
     """The content of ``dataset.json`` as Markdown for people."""
     config = card["config"]
+    everything = config.get("evaluation_candidates") == "all"
     lines = [f"# {card['name']}", "", "| split | groups | users | dropped likes |", "|---|---|---|---|"]
     for split in SPLITS:
         drops = ", ".join(f"{n} {reason}" for reason, n in card["dropped"][split].items() if n) or "-"
@@ -42,12 +43,13 @@ def data_card(card: dict[str, Any]) -> str:
             "strictly before it.",
             "",
             f"Training negatives: {config['negatives_per_group']} per group, {config['negatives']}, among items seen by "
-            f"anybody before the request. Evaluation: {config['evaluation_negatives']} per group, uniform among such items "
-            "the user never took, neither before nor after.",
+            f"anybody before the request. Evaluation: {config['evaluation_negatives']} per group, uniform among "
+            f"{'all items of the log' if everything else 'such items'} the user never took, neither before nor after.",
             "",
             "Dropped likes: `short_history` too few earlier likes; `unseen_positive` nobody took the item before; "
             "`over_limit` the user has enough requests; `few_candidates` too few items to draw negatives from; "
-            "`over_max_validation_users` not in the validation sample.",
+            "`over_max_validation_users` not in the validation sample; `same_moment` liked in the second of a held-out like, so "
+            "that its history would be the same.",
         ]
     if card.get("leaks"):
         lines += ["", *findings_table(card["leaks"])]

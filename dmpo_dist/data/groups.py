@@ -80,7 +80,13 @@ def requests_of(
         max_history=config.max_history,
         train_requests_per_user=config.train_requests_per_user,
         first_seen=first_seen,
+        unseen_positives=config.evaluation_candidates == "all",
     )
+
+
+def evaluated_until(config: DataConfig, timestamp: int) -> int | None:
+    """Evaluation candidates are items taken before this time: the request's, or None for whenever."""
+    return None if config.evaluation_candidates == "all" else timestamp
 
 
 def facts_of(cuts: tuple[int, int] | None, dropped: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -143,7 +149,7 @@ def with_enough_candidates(
     def enough(split: str, user: str, timestamp: int) -> bool:
         if split == "train":
             return sampler.available_for_training(config.negatives, user, timestamp) >= config.negatives_per_group
-        return sampler.available_for_evaluation(user, timestamp) >= config.evaluation_negatives
+        return sampler.available_for_evaluation(user, evaluated_until(config, timestamp)) >= config.evaluation_negatives
 
     kept = {}
     for split, found in requests.items():
@@ -184,7 +190,9 @@ def log_rows(
         if split == "train":
             negatives = sampler.training(config.negatives, user, timestamp, config.negatives_per_group)
         else:
-            negatives = sampler.evaluation(user, timestamp, config.evaluation_negatives)
+            negatives = sampler.evaluation(
+                user, timestamp, config.evaluation_negatives, evaluated_until(config, timestamp)
+            )
         assert positive not in negatives, "a positive was drawn as its own negative"
         rows.append(
             {

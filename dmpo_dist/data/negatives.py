@@ -110,15 +110,18 @@ class NegativeSampler:
         draw = self._by_popularity if kind == "popularity" else self._uniform
         return self._names[np.concatenate([chosen, draw(timestamp, missing, taken, rng)])].tolist()
 
-    def evaluation(self, user: str, timestamp: int, count: int) -> list[str]:
+    def evaluation(self, user: str, timestamp: int, count: int, until: int | None) -> list[str]:
         """``count`` distinct items, drawn uniformly, that the user never took, neither before nor after.
+
+        Args:
+            until: items that somebody took strictly before this time; None for all items.
 
         Raises:
             UserError: fewer than ``count`` such items.
         """
         taken = self._taken(user, None)
-        self._require(count, taken, user, timestamp, "data.evaluation_negatives")
-        drawn = self._uniform(timestamp, count, taken, request_stream(self._seed, user, timestamp))
+        self._require(count, taken, user, until, "data.evaluation_negatives")
+        drawn = self._uniform(until, count, taken, request_stream(self._seed, user, timestamp))
         return self._names[drawn].tolist()
 
     def available_for_training(self, kind: Kind, user: str, timestamp: int) -> int:
@@ -126,12 +129,14 @@ class NegativeSampler:
         dislikes = len(self._dislike_codes(user, timestamp)) if kind == "dislikes" else 0
         return dislikes + self._available(timestamp, self._taken(user, timestamp))
 
-    def available_for_evaluation(self, user: str, timestamp: int) -> int:
-        """How many negatives ``evaluation`` can give this request at most."""
-        return self._available(timestamp, self._taken(user, None))
+    def available_for_evaluation(self, user: str, until: int | None) -> int:
+        """How many negatives ``evaluation`` can give a user at most."""
+        return self._available(until, self._taken(user, None))
 
-    def _n_known(self, timestamp: int) -> int:
-        """Items 0 .. n - 1 were first taken strictly before ``timestamp``."""
+    def _n_known(self, timestamp: int | None) -> int:
+        """Items 0 .. n - 1 were first taken strictly before ``timestamp``; None is the end of time."""
+        if timestamp is None:
+            return len(self._names)
         return int(np.searchsorted(self._first_seen, timestamp, side="left"))
 
     def _taken(self, user: str, until: int | None) -> np.ndarray:
@@ -148,20 +153,21 @@ class NegativeSampler:
     def _dislikes(self, user: str, timestamp: int, count: int, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(self._dislike_codes(user, timestamp))[:count]
 
-    def _available(self, timestamp: int, taken: np.ndarray) -> int:
+    def _available(self, timestamp: int | None, taken: np.ndarray) -> int:
         n_known = self._n_known(timestamp)
         return n_known - int(np.count_nonzero(taken < n_known))
 
-    def _require(self, count: int, taken: np.ndarray, user: str, timestamp: int, key: str) -> None:
+    def _require(self, count: int, taken: np.ndarray, user: str, timestamp: int | None, key: str) -> None:
         available = self._available(timestamp, taken)
         if available < count:
-            when = pd.Timestamp(timestamp, unit="s").isoformat()
+            when = "" if timestamp is None else f" at {timestamp} ({pd.Timestamp(timestamp, unit='s').isoformat()})"
+            world = "are in the log" if timestamp is None else "had been seen by then"
             raise UserError(
-                f"user {user!r} at {timestamp} ({when}): {count} negatives are asked for, but only {available} items had "
-                f"been seen by then that this user had not taken; lower {key}"
+                f"user {user!r}{when}: {count} negatives are asked for, but only {available} items {world} that this user "
+                f"had not taken; lower {key}"
             )
 
-    def _uniform(self, timestamp: int, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _uniform(self, timestamp: int | None, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Distinct items, uniform: a random order of enough items, less the taken ones."""
         n_known = self._n_known(timestamp)
         enough = min(n_known, count + int(np.count_nonzero(taken < n_known)))

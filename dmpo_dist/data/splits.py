@@ -53,6 +53,7 @@ def find_requests(
     max_history: int,
     train_requests_per_user: int,
     first_seen: pd.Series | None = None,
+    unseen_positives: bool = False,
 ) -> dict[str, Requests]:
     """The requests of each split, from the whole log.
 
@@ -60,25 +61,33 @@ def find_requests(
     it has fewer than ``min_history`` of them (``short_history``), when nobody interacted with its item strictly before
     (``unseen_positive``), or when the user has enough requests (``over_limit``): training (t < cuts[0]) keeps the
     latest ``train_requests_per_user`` of a user, validation (cuts[0] <= t < cuts[1]) and test (t >= cuts[1]) the first.
+    With leave-one-out a training request of the same moment as a held-out one, whose history it would share, is dropped
+    too (``same_moment``).
 
     Args:
         events: columns user, item, rating, timestamp; any order.
         cuts: None is leave-one-out: a user's last like is the test request, the one before it validation, whatever
             others do later.
         first_seen: item -> first time anybody took it, where ``events`` holds only some users.
+        unseen_positives: keep validation and test requests for items that nobody took before.
     """
     if first_seen is None:
         first_seen = events.groupby("item")["timestamp"].min()
     table = _like_table(events, rating_threshold, max_history, first_seen)
     if cuts is None:
         period = 2 - np.minimum(table.groupby("user", sort=False).cumcount(ascending=False).to_numpy(), 2)
+        held_out = table[period > 0].groupby("user")["timestamp"].min()
+        at_once = (period == 0) & (table["timestamp"] == table["user"].map(held_out)).to_numpy()
+        table = table.assign(same_moment=at_once)
     else:
         period = np.searchsorted(np.array(cuts), table["timestamp"].to_numpy(), side="right")
     requests = {}
     for number, split in enumerate(SPLITS):
         keep = "latest" if split == "train" else "first"
         limit = train_requests_per_user if split == "train" else 1
-        chosen, dropped = _choose(table[period == number], min_history, keep, limit)
+        chosen, dropped = _choose(
+            table[period == number], min_history, keep, limit, unseen_positives and split != "train"
+        )
         requests[split] = Requests(_with_history(chosen, table["item"].to_numpy()), dropped)
     return requests
 
@@ -100,6 +109,7 @@ def _like_table(events: pd.DataFrame, rating_threshold: float, max_history: int,
         history_start=np.maximum(user_start, tie_start - max_history),
         history_stop=tie_start,
         seen=table["item"].map(first_seen).to_numpy() < timestamp,
+        same_moment=False,
     )
 
 
@@ -110,16 +120,21 @@ def _block_start(changes: np.ndarray, length: int) -> np.ndarray:
     return np.maximum.accumulate(starts)
 
 
-def _choose(table: pd.DataFrame, min_history: int, keep: str, limit: int) -> tuple[pd.DataFrame, dict[str, int]]:
+def _choose(
+    table: pd.DataFrame, min_history: int, keep: str, limit: int, unseen: bool
+) -> tuple[pd.DataFrame, dict[str, int]]:
     long_enough = table[table["n_before"] >= min_history]
-    eligible = long_enough[long_enough["seen"]]
-    by_user = eligible.groupby("user", sort=False)
+    eligible = long_enough if unseen else long_enough[long_enough["seen"]]
+    apart = eligible[~eligible["same_moment"]]
+    by_user = apart.groupby("user", sort=False)
     chosen = by_user.head(limit) if keep == "first" else by_user.tail(limit)
     dropped = {
         "short_history": len(table) - len(long_enough),
         "unseen_positive": len(long_enough) - len(eligible),
-        "over_limit": len(eligible) - len(chosen),
+        "over_limit": len(apart) - len(chosen),
     }
+    if len(apart) < len(eligible):
+        dropped["same_moment"] = len(eligible) - len(apart)
     return chosen, dropped
 
 

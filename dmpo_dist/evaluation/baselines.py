@@ -1,7 +1,7 @@
 """Scores that need no language model: chance, popularity, item-kNN, and the oracle of a simulated world.
 
 Each returns one float64 array (1 + K,) per request, the positive first. ``rows`` is a split as written by
-``dmpo prepare``; ``interactions`` has columns user, item, rating, timestamp.
+``dmpo data prepare``; ``interactions`` has columns user, item, rating, timestamp.
 """
 
 import hashlib
@@ -34,7 +34,13 @@ def popularity_scores(rows: Dataset, interactions: pd.DataFrame) -> list[np.ndar
     return _by_request(counts_before(items, request_times, interactions), first)
 
 
-def item_knn_scores(rows: Dataset, interactions: pd.DataFrame, neighbours: int, before: int) -> list[np.ndarray]:
+def fitted_popularity_scores(rows: Dataset, log: pd.DataFrame) -> list[np.ndarray]:
+    """How often each candidate was taken in ``log``, the one other baselines are fitted on."""
+    items, first = _candidate_items(rows)
+    return _by_request(pd.Series(items).map(log["item"].value_counts()).fillna(0).to_numpy(), first)
+
+
+def item_knn_scores(rows: Dataset, log: pd.DataFrame, neighbours: int) -> list[np.ndarray]:
     """Sum over the history's items of their cosine similarity to the candidate, where it is among their neighbours.
 
     Item-based top-N recommendation (Deshpande and Karypis, TOIS 2004, doi 10.1145/963770.963776): cosine between the
@@ -42,24 +48,17 @@ def item_knn_scores(rows: Dataset, interactions: pd.DataFrame, neighbours: int, 
     are ordered by popularity.
 
     Args:
-        before: similarities and popularity come from interactions strictly before this time (the test cut).
-
-    Raises:
-        ValueError: a request is earlier than ``before``, so the similarities would know its answer.
+        log: what similarities and popularity come from, columns user and item: ``fitting_log`` of the requests.
     """
-    earliest = min(_columns(rows, "timestamp")[0])
-    if earliest < before:
-        raise ValueError(f"item-kNN would see the future: before is {before}, but a request is at {earliest}")
-    past = interactions[interactions["timestamp"] < before]
-    catalogue = pd.Index(np.unique(past["item"].to_numpy(dtype=object)))
+    catalogue = pd.Index(np.unique(log["item"].to_numpy(dtype=object)))
     n_items = len(catalogue)
 
     def encode(items: list[str]) -> np.ndarray:
         codes = catalogue.get_indexer(items)
         return np.where(codes < 0, n_items, codes)  # unknown items share one last, empty column
 
-    users, _ = pd.factorize(past["user"])
-    taken = _incidence(users, encode(past["item"]), (users.max(initial=-1) + 1, n_items + 1))
+    users, _ = pd.factorize(log["user"])
+    taken = _incidence(users, encode(log["item"]), (users.max(initial=-1) + 1, n_items + 1))
     similarity = _nearest(taken, neighbours)
 
     (histories,) = _columns(rows, "history_items")

@@ -17,34 +17,55 @@ from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import choose_backend, use_backend
 
 
-def score_requests(path: str, config: RunConfig, rows: Any) -> list[np.ndarray]:
-    """Log-probabilities of every request's candidates under the model in ``path``.
+class RequestScorer:
+    """Log-probabilities of candidates under one model, loaded once.
 
     Args:
         path: model folder or hub id; its own template is used, and a configuration that asks for another is refused.
         config: gives model and evaluation settings.
-        rows: requests of a prepared split, a ``Dataset``.
-
-    Returns:
-        For each request a float64 array (1+K,), the positive first.
     """
-    source = find_model(path)
-    tokenizer = load_tokenizer(source)
-    template = make_template(enforce_template(source.stamp, config.template, path), tokenizer)
-    groups = tokenize_rows(rows, GroupTokenizer(tokenizer, template, config.model.max_length))
-    return score_token_groups(path, config.model, groups, config.evaluation.token_budget)
+
+    def __init__(self, path: str, config: RunConfig) -> None:
+        source = find_model(path)
+        tokenizer = load_tokenizer(source)
+        template = make_template(enforce_template(source.stamp, config.template, path), tokenizer)
+        self._tokenize = GroupTokenizer(tokenizer, template, config.model.max_length)
+        self._path, self._config = path, config
+        self._score: TokenGroupScorer | None = None
+
+    def __call__(self, rows: Any) -> list[np.ndarray]:
+        """For each request of ``rows``, a split of prepared data, a float64 array (1+K,), the positive first."""
+        groups = tokenize_rows(rows, self._tokenize)  # titles that do not fit are found before weights are loaded
+        self._score = self._score or TokenGroupScorer(self._path, self._config.model)
+        return self._score(groups, self._config.evaluation.token_budget)
+
+
+class TokenGroupScorer:
+    """The same for groups that are tokenized already."""
+
+    def __init__(self, path: str, config: ModelConfig) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_for_scoring(path, config).to(self._device)
+        language_model = unwrap_peft(model)
+        route = choose_backend(language_model, self._device.type, config.max_length, config.attention)
+        use_backend(language_model, route.backend)
+        self._shared = route.backend != "unshared"
+        self._log_probs = LogProbModel(model)
+
+    def __call__(self, groups: Sequence[TokenGroup], token_budget: int) -> list[np.ndarray]:
+        return score_groups(self._log_probs, groups, token_budget, self._shared, self._device)
+
+
+def score_requests(path: str, config: RunConfig, rows: Any) -> list[np.ndarray]:
+    """``RequestScorer`` for one split."""
+    return RequestScorer(path, config)(rows)
 
 
 def score_token_groups(
     path: str, config: ModelConfig, groups: Sequence[TokenGroup], token_budget: int
 ) -> list[np.ndarray]:
-    """The same for groups that are tokenized already."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_for_scoring(path, config).to(device)
-    language_model = unwrap_peft(model)
-    route = choose_backend(language_model, device.type, config.max_length, config.attention)
-    use_backend(language_model, route.backend)
-    return score_groups(LogProbModel(model), groups, token_budget, route.backend != "unshared", device)
+    """``TokenGroupScorer`` for one list of groups."""
+    return TokenGroupScorer(path, config)(groups, token_budget)
 
 
 def score_groups(

@@ -1,6 +1,7 @@
 """The test requests ranked among the whole catalogue: each user's positive against all items not taken before."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,36 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.data.store import ROW_FEATURES, PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.baselines import item_knn_scores, popularity_scores, random_scores
-from dmpo_dist.evaluation.metrics import bootstrap_interval, top_metrics
+from dmpo_dist.evaluation.baselines import (
+    fitted_popularity_scores,
+    item_knn_scores,
+    popularity_scores,
+    random_scores,
+)
+from dmpo_dist.evaluation.fitting_log import fitting_log
+from dmpo_dist.evaluation.metrics import TOP_METRICS, coverage, gini, top_metrics
 from dmpo_dist.evaluation.ranking import Ranker
+from dmpo_dist.evaluation.seeds import by_name, stacked
+from dmpo_dist.evaluation.strata import cells
 
 CANDIDATES_AT_ONCE = 1_000_000
 """Requests times items whose titles are held at once for the baselines."""
-SHOWN = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@10", "ndcg@20", "mrr@20")
+LIST_LENGTH = 10
+"""Of the lists whose coverage and Gini index are measured."""
+SHOWN = ("hr@1", "hr@10", "hr@20", "ndcg@10", "mrr@20")
 
-Block = list[np.ndarray]
-"""For each of some requests the scores of its candidates, the positive first."""
+
+@dataclass(frozen=True)
+class Ranked:
+    """What one model makes of the requests.
+
+    Attributes:
+        metrics: ``TOP_METRICS``, (n_requests,) each.
+        shown: item numbers of the first ``LIST_LENGTH`` of every list, one after the other.
+    """
+
+    metrics: dict[str, np.ndarray]
+    shown: np.ndarray
 
 
 class WholeCatalogue:
@@ -35,7 +56,7 @@ class WholeCatalogue:
         if data.items is None or data.interactions is None:
             raise UserError(f"--catalogue: {data.path} was made from ready preferences, which have no catalogue")
         self._data, self._log = data, data.interactions
-        self._cut = int(data.card["cuts"]["test"]["timestamp"])
+        self._fitting_log = fitting_log(data, "test")
         self.items, self.titles = data.items["item"].to_numpy(), data.items["title"].to_numpy()
         place = {item: index for index, item in enumerate(self.items.tolist())}
         test = data.test
@@ -51,62 +72,95 @@ class WholeCatalogue:
             left[place[positive]] = False
             self._candidates.append(np.concatenate([[place[positive]], np.flatnonzero(left)]))
 
-    def baselines(self, config: RunConfig) -> dict[str, dict[str, np.ndarray]]:
-        """Metrics (n_requests,) of random, popularity at request time and item-kNN up to the test cut."""
-        systems: dict[str, Callable[[Dataset], Block]] = {
+    def baselines(self, names: Sequence[str], config: RunConfig) -> dict[str, Ranked]:
+        """Those of ``names`` that need no environment of their own."""
+        systems: dict[str, Callable[[Dataset], list[np.ndarray]]] = {
             "random": lambda rows: random_scores(rows, config.seed),
             "popularity": lambda rows: popularity_scores(rows, self._log),
-            "item_knn": lambda rows: item_knn_scores(rows, self._log, config.evaluation.knn_neighbours, self._cut),
+            "pop_fitted": lambda rows: fitted_popularity_scores(rows, self._fitting_log),
+            "item_knn": lambda rows: item_knn_scores(rows, self._fitting_log, config.evaluation.knn_neighbours),
         }
-        blocks = [{name: top_metrics(score(rows)) for name, score in systems.items()} for rows in self._rows()]
-        return {name: _joined([block[name] for block in blocks]) for name in systems}
+        systems = {name: system for name, system in systems.items() if name in names}
+        blocks: dict[str, list[Ranked]] = {name: [] for name in systems}
+        for start, rows in self._rows():
+            for name, system in systems.items():
+                blocks[name].append(_ranked(system(rows), self._candidates[start : start + len(rows)]))
+        return {name: _joined(parts) for name, parts in blocks.items()}
 
-    def model(self, path: str, config: RunConfig) -> dict[str, np.ndarray]:
-        """Metrics (n_requests,) of the model in ``path`` under ``config.ranking``; popularity is that at the test cut."""
-        counts = self._log[self._log["timestamp"] < self._cut]["item"].value_counts()
+    def scored(self, scores: np.ndarray) -> Ranked:
+        """A model that scored every item: (n_requests, n_items) in the order of ``items``."""
+        own = [row[candidates] for row, candidates in zip(scores, self._candidates, strict=True)]
+        return _ranked(own, self._candidates)
+
+    def model(self, path: str, config: RunConfig) -> Ranked:
+        """The model in ``path`` under ``config.ranking``; popularity is that at the test cut."""
+        counts = self._fitting_log["item"].value_counts()
         popularity = self._data.items["item"].map(counts).fillna(0).to_numpy(np.int64)  # pyrefly: ignore
         ranker = Ranker(path, config, Catalogue(tuple(self.titles.tolist()), popularity), top=1)
         rows = zip(self._users, self._data.test["history"][:], self._candidates, strict=True)
-        metrics = []
+        parts = []
         for user, history, candidates in rows:
             scores = ranker.scores(RankingRequest(user, tuple(history), None), self.titles)
             if not np.isfinite(scores).all():
                 raise UserError(f"{path}: a score of user {user!r} is not finite; try model.dtype=float32")
-            metrics.append(top_metrics([scores[candidates]]))
-        return _joined(metrics)
+            parts.append(_ranked([scores[candidates]], [candidates]))
+        return _joined(parts)
 
-    def _rows(self) -> Iterator[Dataset]:
-        """The requests with all candidates written out, some at a time."""
+    def _rows(self) -> Iterator[tuple[int, Dataset]]:
+        """The first request and the requests with all candidates written out, some at a time."""
         step = max(1, CANDIDATES_AT_ONCE // len(self.items))
         for start in range(0, len(self._candidates), step):
             rows = self._data.test.select(range(start, min(start + step, len(self._candidates)))).to_dict()
             negatives = [candidates[1:] for candidates in self._candidates[start : start + step]]
             rows["negatives"] = [self.titles[at].tolist() for at in negatives]
             rows["negative_items"] = [self.items[at].tolist() for at in negatives]
-            yield Dataset.from_dict(rows, features=ROW_FEATURES)
+            yield start, Dataset.from_dict(rows, features=ROW_FEATURES)
 
 
-def summary(metrics: dict[str, dict[str, np.ndarray]], items: int, samples: int, seed: int) -> dict[str, Any]:
-    """For evaluation.json: ``items`` and ``models`` (name -> metric -> value, low, high: 95 % over users)."""
-    models = {}
-    for name, of_model in metrics.items():
-        interval = bootstrap_interval(np.stack(list(of_model.values()), axis=1), samples, seed)
-        models[name] = {
-            metric: dict(zip(("value", "low", "high"), (float(x[i]) for x in interval), strict=True))
-            for i, metric in enumerate(of_model)
+def summary(ranked: dict[str, Ranked], items: int, samples: int, seed: int) -> dict[str, Any]:
+    """For evaluation.json: ``items``, ``models`` (name -> metric -> value, low, high: 95 % over users and seeds), and
+    ``coverage@10`` and ``gini@10`` (name -> value, the mean over seeds; they belong to these users' lists as a whole, so
+    resampled users would only bias them)."""
+    values = {entry: np.stack([r.metrics[m] for m in TOP_METRICS], axis=1) for entry, r in ranked.items()}
+    spread = {
+        f"{name}@{LIST_LENGTH}": {
+            model: float(np.mean([measure(ranked[entry].shown, items) for entry in entries.values()]))
+            for model, entries in by_name(ranked).items()
         }
-    return {"items": items, "models": models}
+        for name, measure in (("coverage", coverage), ("gini", gini))
+    }
+    models = {name: cells(TOP_METRICS, of_model.interval(samples, seed)) for name, of_model in stacked(values).items()}
+    return {"items": items, "models": models, **spread}
 
 
 def catalogue_table(result: dict[str, Any], requests: int) -> Table:
     """The main metrics, one row a model."""
     title = f"{requests} requests among all {result['items']} items, those taken before left out; 95 % intervals"
-    table = Table("model", *SHOWN, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for heading in (*SHOWN, "coverage", "gini"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, of_model in result["models"].items():
-        cells = [of_model[metric] for metric in SHOWN]
-        table.add_row(name, *(f"{c['value']:.3f}\n{c['low']:.3f}\u2013{c['high']:.3f}" for c in cells))
+        figures = [of_model[metric] for metric in SHOWN]
+        whole = [result[f"{measure}@{LIST_LENGTH}"][name] for measure in ("coverage", "gini")]
+        table.add_row(
+            name,
+            *(f"{c['value']:.3f}\n{_short(c['low'])}\u2013{_short(c['high'])}" for c in figures),
+            *(f"{value:.3f}" for value in whole),
+        )
     return table
 
 
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
+def _short(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
+
+
+def _ranked(scores: list[np.ndarray], candidates: Sequence[np.ndarray]) -> Ranked:
+    """Metrics and lists; equal scores are listed in the order of the catalogue, whichever the positive is."""
+    shown = [c[np.lexsort((c, -s))[:LIST_LENGTH]] for s, c in zip(scores, candidates, strict=True)]
+    return Ranked(top_metrics(scores), np.concatenate(shown))
+
+
+def _joined(parts: Sequence[Ranked]) -> Ranked:
+    metrics = {metric: np.concatenate([part.metrics[metric] for part in parts]) for metric in TOP_METRICS}
+    return Ranked(metrics, np.concatenate([part.shown for part in parts]))

@@ -186,7 +186,10 @@ def _test(run: Run, evaluations: Sequence[Path]) -> str:
         return "-"
     folder, name = found
     evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
-    return f"{evaluation['models'][name][METRIC]['value']:.3f}"
+    if name in evaluation["models"]:
+        return f"{evaluation['models'][name][METRIC]['value']:.3f}"
+    model, _, seed = name.rpartition("@")
+    return f"{evaluation['seeds'][model][seed][METRIC]:.3f}"
 
 
 def evaluation_of(run: Run, evaluations: Sequence[Path]) -> tuple[Path, str] | None:

@@ -270,6 +270,12 @@ REFUSED = {
     "evaluate_no_model": (EVALUATE + " -m a={world}/none", ("{world}/none", "--model", "hub id")),
     "evaluate_without_name": (EVALUATE + " -m {world}/model", ("--model", "NAME=FOLDER")),
     "evaluate_name_twice": (EVALUATE + " -m a={world}/model -m a={world}/stamped", ("--model a=", "twice")),
+    "evaluate_seed_and_none": (EVALUATE + " -m a={world}/model -m a@1={world}/model", ("--model a=", "a@1", "a seed")),
+    "evaluate_against_nobody": (EVALUATE + " --against b -m a={world}/model", ("--against b", "item_knn", "a")),
+    "evaluate_no_rectools": (
+        EVALUATE + " evaluation.baselines=[ease] evaluation.baseline_environment={world}",
+        ("evaluation.baseline_environment={world}", "no environment with RecTools"),
+    ),
     "evaluate_taken_name": (EVALUATE + " -m oracle={world}/model", ("--model oracle=", "baseline")),
     "evaluate_damaged_weights": (EVALUATE + " -m a={world}/cut", ("cut/model.safetensors", "damaged")),
     "evaluate_template_mismatch": (

@@ -1,0 +1,145 @@
+"""What goes to the classical baselines and comes back, with a stand-in for RecTools; and RecTools itself where it is installed."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dmpo_dist.config import DataConfig
+from dmpo_dist.config_ranking import EvaluationConfig
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.classical import RUNNER, classical_scores, with_unknown
+from dmpo_dist.evaluation.classical_environment import baseline_python, default_environment
+
+# A runner that remembers what it was given and scores an item by its number; odd items are unknown to it.
+STAND_IN = """
+import json, shutil, sys
+import pandas as pd
+folder = sys.argv[2]
+shutil.copytree(folder, {seen!r})
+items = pd.read_parquet(folder + "/items.parquet")["item"]
+requests = pd.read_parquet(folder + "/test_requests.parquet")
+number = lambda item: float("nan") if int(item[1:]) % 2 else float(item[1:])
+rows = [[number(i) for i in (items if c is None else c)] for c in requests["candidates"]]
+for name in json.load(open(folder + "/job.json"))["models"]:
+    pd.DataFrame({{"scores": rows}}).to_parquet(folder + "/scores_" + name + ".parquet")
+json.dump({{"ease": {{"seconds": 1}}}}, open(folder + "/result.json", "w"))
+print("ease: said something")
+"""
+
+
+def environment(folder, body: str):
+    """An environment whose interpreter runs ``body`` instead of the runner."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "body.py").write_text(body)
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nexec {sys.executable} {folder}/body.py "$@"\n')
+    python.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["time", "leave_one_out"])
+def data(request, tmp_path_factory):
+    source = {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}
+    sizes = {"negatives_per_group": 6, "evaluation_negatives": 4, "split": request.param}
+    config = DataConfig.model_validate({"source": source, **sizes})
+    return prepare(config, 0, tmp_path_factory.mktemp("world") / "data", echo=lambda _: None, allow_leaks=True)
+
+
+def test_what_goes_out_and_comes_back(data, tmp_path):
+    catalogue = data.card["cuts"] is not None  # one way with each split
+    seen, said = tmp_path / "seen", []
+    config = EvaluationConfig(baseline_environment=environment(tmp_path / "env", STAND_IN.format(seen=str(seen))))
+    found = classical_scores(["ease"], data, config, 7, catalogue, said.append)
+    assert said == ["ease: said something"]
+    assert json.loads((seen / "job.json").read_text())["seed"] == 7
+    log, requests = pd.read_parquet(seen / "test_log.parquet"), pd.read_parquet(seen / "test_requests.parquet")
+    events = data.interactions.set_index(["user", "item"])
+    assert (events.loc[list(zip(log["user"], log["item"], strict=True)), "rating"] >= 4).all()
+    asked = dict(zip(data.test["user"][:], data.test["timestamp"][:], strict=True))
+    own = log[log["user"].isin(asked)]
+    assert (own["timestamp"] < own["user"].map(asked)).all(), "a user's own likes end before the request"
+    if data.card["cuts"]:
+        assert log["timestamp"].max() < data.card["cuts"]["test"]["timestamp"]
+    for row, sent, scores in zip(data.test, requests.itertuples(), found.candidates["ease"], strict=True):
+        assert list(sent.history) == row["history_items"]
+        group = [row["positive_item"], *row["negative_items"]]
+        if not catalogue:
+            assert list(sent.candidates) == sorted(group), "their order must not tell the positive"
+        numbers = np.array([int(item[1:]) for item in group])
+        known = numbers % 2 == 0
+        if known.any():
+            np.testing.assert_array_equal(scores[known], numbers[known])
+            assert (scores[~known] == numbers[known].min() - 1).all()
+    if catalogue:
+        assert found.catalogue["ease"].shape == (len(data.test), 40)
+        assert np.isfinite(found.catalogue["ease"]).all()
+
+
+def test_unknown_items_come_last_and_unknown_users_get_the_popular():
+    scores = with_unknown(np.array([np.nan, 3.0, -1.0, np.nan]), np.array([9.0, 1, 1, 9]))
+    assert scores.tolist() == [-2, 3, -1, -2]
+    assert with_unknown(np.full(3, np.nan), np.array([2.0, 5, 0])).tolist() == [2, 5, 0]
+
+
+def test_failures_say_what_to_do(data, tmp_path):
+    broken = EvaluationConfig(
+        baseline_environment=environment(tmp_path / "broken", "raise SystemExit('no memory left')")
+    )
+    with pytest.raises(UserError, match=r"failed in .*broken \(exit 1\):\nno memory left\nleave them out"):
+        classical_scores(["ease"], data, broken, 0, False, print)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="none: is no environment with RecTools .it has no bin/python.; name one that"):
+        baseline_python(tmp_path / "none", print)
+
+
+def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
+    def run(command, **_):
+        if "venv" in command:
+            (tmp_path / command[-1] / "bin").mkdir(parents=True)
+            return subprocess.CompletedProcess(command, 0)
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no network")
+
+    monkeypatch.setattr("dmpo_dist.evaluation.classical_environment.subprocess.run", run)
+    with pytest.raises(
+        UserError, match=r"cannot be made in .*new: ERROR: no network\n.*rectools(?s:.*)set evaluation.baseline_"
+    ):
+        baseline_python(tmp_path / "new", lambda _: None)
+    assert not [path for path in tmp_path.iterdir() if "new" in path.name], "nothing half made is left"
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not default_environment().exists(), reason="the environment of the baselines is not made")
+def test_rectools_itself(tmp_path):
+    """EASE in closed form, and a network that learns which item follows which."""
+    rng = np.random.default_rng(0)
+    chains = [[f"i{(start + step) % 12}" for step in range(5)] for start in rng.integers(12, size=150)]
+    log = pd.DataFrame(
+        [(f"u{n}", item, step) for n, chain in enumerate(chains) for step, item in enumerate(chain)],
+        columns=["user", "item", "timestamp"],
+    )
+    items = [*(f"i{n}" for n in range(12)), "never"]
+    histories = [["i3", "i4"], ["i9", "i10", "i11"], ["never"]]
+    pd.DataFrame({"item": items}).to_parquet(tmp_path / "items.parquet")
+    log.to_parquet(tmp_path / "test_log.parquet")
+    pd.DataFrame({"history": histories, "candidates": [None] * 3}).to_parquet(tmp_path / "test_requests.parquet")
+    settings = EvaluationConfig().transformer.model_dump() | {"epochs": 20, "dropout": 0.0, "factors": 32}
+    job = {"seed": 0, "threads": 1, "models": {"ease": {"regularization": [50.0]}, "sasrec": settings}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    python = baseline_python(None, print)
+    subprocess.run([python, RUNNER, tmp_path], check=True, capture_output=True)
+
+    taken = pd.crosstab(log["user"], log["item"]).reindex(columns=items[:12]).to_numpy(float)
+    inverse = np.linalg.inv(taken.T @ taken + 50 * np.eye(12))
+    weights = np.where(np.eye(12, dtype=bool), 0, inverse / -np.diag(inverse))
+    history = np.array([[item in h for item in items[:12]] for h in histories], dtype=float)
+    ease = np.stack(pd.read_parquet(tmp_path / "scores_ease.parquet")["scores"])
+    np.testing.assert_allclose(ease[:2, :12], (history @ weights)[:2], atol=1e-4)
+    assert np.isnan(ease[2]).all()
+    assert np.isnan(ease[:, 12]).all()
+    sasrec = np.stack(pd.read_parquet(tmp_path / "scores_sasrec.parquet")["scores"])
+    assert [items[i] for i in np.nanargmax(sasrec[:2], axis=1)] == ["i5", "i0"]

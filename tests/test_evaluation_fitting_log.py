@@ -1,0 +1,44 @@
+"""What baselines are fitted on ends before the requests, and never holds what a requesting user did later."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dmpo_dist.config import DataConfig
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
+
+
+def world(folder, split: str) -> PreparedData:
+    rng = np.random.default_rng(4)
+    rows = [(f"u{u}", f"i{i}", rng.choice([2.0, 5.0]), int(rng.integers(1000)) // 7) for u in range(30) for i in rng.permutation(40)[:20]]  # fmt: skip
+    log = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp"])
+    log.assign(title=[f"Title {item}" for item in log["item"]]).to_parquet(folder / "log.parquet")
+    source = {"kind": "parquet", "path": folder / "log.parquet"}
+    sizes = {"negatives_per_group": 4, "evaluation_negatives": 4, "train_requests_per_user": 3}
+    config = DataConfig.model_validate({"source": source, "split": split} | sizes)
+    return prepare(config, 0, folder / split, echo=lambda _: None, allow_leaks=True)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_split_by_time_ends_at_the_cut(tmp_path, part):
+    data = world(tmp_path, "time")
+    log, cut = fitting_log(data, part), data.card["cuts"][part]["timestamp"]
+    assert log["timestamp"].max() < cut <= min(getattr(data, part)["timestamp"][:])
+    assert len(log) == (data.interactions["timestamp"] < cut).sum()
+    assert not knows_the_future(data)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_leave_one_out_leaves_out_what_a_user_did_from_the_request_on(tmp_path, part):
+    data = world(tmp_path, "leave_one_out")
+    asked = {row["user"]: row["timestamp"] for row in data.test}
+    if part == "validation":
+        asked |= {row["user"]: min(row["timestamp"], asked.get(row["user"], np.inf)) for row in data.validation}
+    expected = [time < asked.get(user, np.inf) for user, time in data.interactions[["user", "timestamp"]].to_numpy()]
+    pd.testing.assert_frame_equal(fitting_log(data, part), data.interactions[expected])
+    taken = set(zip(*(fitting_log(data, part)[name] for name in ("user", "item")), strict=True))
+    assert not taken & {(row["user"], row["positive_item"]) for row in getattr(data, part)}
+    assert knows_the_future(data)
+    assert fitting_log(data, part)["timestamp"].max() > min(asked.values())
