@@ -16,7 +16,7 @@ from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.scoring import score_requests
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import evaluated, evaluation_folder, to_evaluate
-from dmpo_dist.orchestration.evaluate import baseline_scores
+from dmpo_dist.orchestration.evaluate import baseline_scores, classical_baselines
 
 BASELINES = "baselines"
 SCORES_FILE = "scores.parquet"
@@ -43,7 +43,8 @@ def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: Ru
     for name, prepared in data.items():
         if evaluated(folder / name, prepared):
             continue
-        scores = baseline_scores(prepared, config, console)
+        classical = classical_baselines(prepared, config, False, console)
+        scores = baseline_scores(prepared, config, console) | (classical.candidates if classical else {})
         oracle = oracle_scores(prepared.test)
         _write(folder / name, scores | ({"oracle": oracle} if oracle is not None else {}), prepared, config, {})
 

@@ -93,7 +93,7 @@ def evaluate(
     settings, seed = config.evaluation, config.seed
     whole = WholeCatalogue(data) if catalogue else None
     scores = baseline_scores(data, config, console)
-    classical = _classical(data, config, catalogue, console)
+    classical = classical_baselines(data, config, catalogue, console)
     scores |= classical.candidates if classical else {}
     torch.set_num_threads(os.cpu_count() or 1)
     spreads = {}
@@ -167,7 +167,10 @@ def _notes(data: PreparedData, config: RunConfig) -> list[str]:
     return []
 
 
-def _classical(data: PreparedData, config: RunConfig, catalogue: bool, console: Console) -> ClassicalScores | None:
+def classical_baselines(
+    data: PreparedData, config: RunConfig, catalogue: bool, console: Console
+) -> ClassicalScores | None:
+    """The asked baselines that run in an environment of their own; None where there are none."""
     names = [name for name in _baselines(data, config) if name in CLASSICAL]
     if not names:
         return None
