@@ -1,7 +1,6 @@
 """Peak memory of a contestant's step: on a CPU in a process of its own, on a GPU by torch's own count."""
 
 import multiprocessing
-import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -33,7 +32,7 @@ def peak_memory(make: Callable[[], Contestant], cell: Cell, threads: int, name: 
         UserError: the process ended without a figure, as when memory ran out.
     """
     context = multiprocessing.get_context("forkserver")  # imports once for all children
-    context.set_forkserver_preload([__name__, "dmpo_dist.bench.trl_pairs", "peft", *_trl()])
+    context.set_forkserver_preload(["dmpo_dist.bench.preload"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(make, cell, threads, sender), daemon=True)
     child.start()
@@ -66,10 +65,6 @@ def peak_of_steps(contestant: Contestant, cell: Cell, device: str) -> float:
     for start in range(0, len(groups), contestant.groups_per_step):
         contestant.step(groups[start : start + contestant.groups_per_step])
     return (peak_bytes(place) - before) / 2**20
-
-
-def _trl() -> list[str]:
-    return ["trl.trainer.dpo_trainer"] if "trl" in sys.modules else []
 
 
 def _measure(make: Callable[[], Contestant], cell: Cell, threads: int, sender: Connection) -> None:

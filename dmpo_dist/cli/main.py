@@ -1,12 +1,9 @@
 """The command line: one thin function per verb in the modules beside; the work is done below, in orchestration and data."""
 
 import errno
-import logging
 import os
-import shutil
 import sys
 import time
-import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -23,6 +20,7 @@ from dmpo_dist.cli.runs import runs_app
 from dmpo_dist.cli.stages import stages_app
 from dmpo_dist.cli.submit import submit_app
 from dmpo_dist.errors import UserError
+from dmpo_dist.quiet import silence_libraries
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 SECONDS_FOR_RANK_0 = 3
@@ -56,7 +54,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and exit status 2."""
-    _quiet()
+    silence_libraries()
     try:
         code = app(standalone_mode=False) or 0  # click hands typer.Exit's code back instead of raising it
     except UserError as error:
@@ -86,16 +84,3 @@ def _tell(message: str) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
         message = f"rank {rank}: {message}"
     print(f"error: {message}", file=sys.stderr)
-
-
-def _quiet() -> None:
-    """Silence what third-party imports print; our own lines say what matters."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if shutil.which("nvidia-smi") is None:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in ("ray", "deepspeed", "torch.distributed", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
