@@ -66,6 +66,7 @@ class Network:
     ) -> None:
         for host in self._hosts:
             host.kill()
+            shutil.rmtree(Path("/tmp") / host.namespace, ignore_errors=True)
             subprocess.run(["ip", "netns", "del", host.namespace], check=False)
         kill_all(pids_of(self.switch))
         subprocess.run(["ip", "netns", "del", self.switch], check=False)
@@ -94,16 +95,16 @@ class Host:
         self.name, self.address, self.namespace = name, address, namespace
         self._folder = network.folder
 
-    def command(self, *arguments: object, hide: Path | None = None) -> list[str]:
-        """``arguments`` to run on this host; ``hide``: a folder that looks empty there."""
-        before = f"mount -t tmpfs hidden {hide}; " if hide else ""
+    def command(self, *arguments: object, hide: Sequence[Path] = ()) -> list[str]:
+        """``arguments`` to run on this host; ``hide``: folders that look empty there."""
+        before = "".join(f"mount -t tmpfs hidden {folder}; " for folder in hide)
         inner = f'hostname {self.name}; {before}exec "$@"'
         spaces = ["--uts", *(["--mount"] if hide else [])]
         net = f"--net=/run/netns/{self.namespace}"
         return ["nsenter", net, "unshare", *spaces, "bash", "-c", inner, "host", *map(str, arguments)]
 
     def start(
-        self, *arguments: object, log: str, env: Mapping[str, str] | None = None, hide: Path | None = None
+        self, *arguments: object, log: str, env: Mapping[str, str] | None = None, hide: Sequence[Path] = ()
     ) -> subprocess.Popen[str]:
         """Start a command in the background, its output in the file ``log`` of the network's folder."""
         with (self._folder / log).open("w") as file:
@@ -112,35 +113,31 @@ class Host:
                 stderr=subprocess.STDOUT, start_new_session=True, cwd=self._folder,
             )  # fmt: skip
 
-    def run(self, *arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
+    def run(
+        self, *arguments: object, env: Mapping[str, str] | None = None, hide: Sequence[Path] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; what it leaves in the background stays."""
         return subprocess.run(
-            self.command(*arguments), env=dict(env or environment()), capture_output=True, text=True, timeout=400,
+            self.command(*arguments, hide=hide), env=dict(env or environment()), capture_output=True, text=True, timeout=400,
             cwd=self._folder,
         )  # fmt: skip
 
-    def ray(
-        self, *options: str, env: Mapping[str, str], head: "Host | None" = None, hide: Path | None = None
-    ) -> subprocess.Popen[str]:
+    def ray(self, *options: str, env: Mapping[str, str], head: "Host | None" = None, hide: Sequence[Path] = ()) -> None:
         """A Ray node here: the head, or one that joins ``head``; returns when it runs.
 
         Raises:
             AssertionError: it ended instead; with its output.
         """
-        where = (
-            ["--head", "--port=6379", "--dashboard-host=0.0.0.0"]
-            if head is None
-            else [f"--address={head.address}:6379"]
-        )
-        common = [f"--node-ip-address={self.address}", "--num-gpus=0", "--object-store-memory=100000000", "--block"]
+        temporary = Path("/tmp") / (head or self).namespace  # Ray's sockets want a short path
         if head is None:
-            common.append(f"--temp-dir=/tmp/{self.namespace}")  # Ray's sockets want a short path
-        log = f"ray-{self.namespace}-{time.monotonic_ns()}.log"
-        process = self.start(
-            *python("ray.scripts.scripts", "start"), *where, *common, *options, log=log, env=env, hide=hide
-        )
-        wait_for("Ray runtime started", self._folder / log, process)
-        return process
+            where = ["--head", "--port=6379", "--dashboard-host=0.0.0.0", f"--temp-dir={temporary}"]
+        else:  # Ray keeps working directories there: as on a host of its own, it must not be the head's folder
+            where, hide = [f"--address={head.address}:6379"], [*hide, temporary]
+        common = [f"--node-ip-address={self.address}", "--num-gpus=0", "--object-store-memory=100000000"]
+        command = [*python("ray.scripts.scripts", "start"), *where, *common, *options]
+        # Without --block: on a busy machine Ray's client server, which nobody needs here, may give up and end the rest.
+        done = self.run(*command, env=env, hide=hide)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     def kill(self) -> int:
         """SIGKILL every process of this host; returns how many there were."""
