@@ -39,9 +39,11 @@ def explain_refusal(address: str, error: Exception, key: str = "cluster.address"
             f"{key}={address}: something answers there and lets us not in; it asks for a token (set RAY_AUTH_MODE=token and "
             "RAY_AUTH_TOKEN to the one the cluster was started with), or is no Ray head of this version"
         )
-    if "Can't find a `node_ip_address.json` file" in text or "node_ip_address" in text:
+    if "No node info found" in text:
         return (
             f"{key}={address}: this machine is no node of that cluster, and a driver must run on one; start a node here "
             f"without resources (ray start --address={address} --num-cpus=0), or use dmpo submit --to ray"
         )
+    if "Could not find any running Ray instance" in text:
+        return f"{key}={address}: no Ray node runs on this machine; start one (ray start), or give the head's host:port"
     return f"{key}={address}: cannot join the Ray cluster ({first}); check that `ray status` works there"

@@ -36,8 +36,6 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Raylet is terminated")  # a lost node's log: pages, and no news
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # a line a second while a head does not let us in
     import ray
 
     if ray.is_initialized():
