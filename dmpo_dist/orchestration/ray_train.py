@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -189,16 +190,30 @@ def _worker(payload: dict[str, Any]) -> None:
             continue  # done before a worker failed at a later job
         torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
         try:
+            _require_shared(job.output)
             body(job, _RayRuntime(index, job, mailbox))
         except (UserError, OSError) as error:
             ray.get(mailbox.put.remote(index, {"kind": "error", "text": _user_text(error)}))
             raise
 
 
+def _require_shared(output: Path) -> None:
+    if not output.exists():
+        raise UserError(
+            f"output_dir {output}: the driver has made it, and this node does not see it; choose an output_dir on storage "
+            "that all nodes share (dmpo doctor --cluster checks each)"
+        )
+
+
 def _user_text(error: Exception) -> str:
+    """The message, with the host where there are several: what one of them lacks, the others may have."""
+    import ray.train
+
+    context = ray.train.get_context()
+    where = "" if context.get_local_world_size() == context.get_world_size() else f"on {socket.gethostname()}: "
     if isinstance(error, OSError) and not isinstance(error, UserError):
-        return f"a worker could not read or write a file: {error}; is the disk full or the folder not writable?"
-    return str(error)
+        return f"{where}a worker could not read or write a file: {error}; is the disk full or the folder not writable?"
+    return f"{where}{error}"
 
 
 @contextmanager
