@@ -4,7 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -69,7 +69,13 @@ def examine_cluster(config: RunConfig, console: Console) -> bool:
 
         nodes = [node for node in ray.nodes() if node["Alive"]]
         nodes.sort(key=lambda node: HEAD not in node["Resources"])
-        findings, reduced = _visit(nodes, places)
+        try:
+            findings, reduced = _visit(nodes, places)
+        except ray.exceptions.RayError as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"a node was lost while it was looked at ({first}); try again, and see `ray status`"
+            ) from None
         lacking = shortage(cluster, gpus_per_worker_of(cluster), ray.cluster_resources())
     problems = [line for found in findings for line in node_problems(found, versions_here(), places)]
     problems += common_problems(findings, reduced)
@@ -87,11 +93,11 @@ def _places(config: RunConfig) -> Iterator[Places]:
     output = config.output_dir.absolute()
     data = config.data.path.absolute() if config.data.path is not None else None
     existing = next(p for p in (output, *output.parents) if p.exists())
-    try:
-        with tempfile.NamedTemporaryFile(prefix=".dmpo-doctor-", dir=existing) as marker:
-            yield Places(output, Path(marker.name), data)
-    except PermissionError:
-        yield Places(output, None, data)  # reported as not writable
+    marker: Path | None = None  # where none can be written, each node reports that
+    with ExitStack() as stack:
+        with suppress(OSError):
+            marker = Path(stack.enter_context(tempfile.NamedTemporaryFile(prefix=".dmpo-doctor-", dir=existing)).name)
+        yield Places(output, marker, data)
 
 
 def _visit(nodes: Sequence[Mapping[str, Any]], places: Places) -> tuple[list[NodeFindings], float | str | None]:
@@ -109,7 +115,7 @@ def _visit(nodes: Sequence[Mapping[str, Any]], places: Places) -> tuple[list[Nod
     findings = [_first_look(node, report) for node, report in zip(nodes, asked, strict=True)]
     reached = [number for number, found in enumerate(findings) if found.report is not None]
     clocks = _clocks([probes[number] for number in reached])
-    speeds = [None, *(_fetch(probes[a], probes[b]) for a, b in pairwise(reached))]
+    speeds = [None, *(_fetch(probes[a], probes[b]) for a, b in pairwise(reached))][: len(reached)]
     for number, clock, speed in zip(reached, clocks, speeds, strict=True):
         findings[number] = replace(findings[number], clock=clock, fetched=speed)
     return findings, _all_reduce([probes[number] for number in reached])
