@@ -31,14 +31,8 @@ def require_answer(address: str, key: str = "cluster.address") -> None:
 
 
 def explain_refusal(address: str, error: Exception, key: str = "cluster.address") -> str:
-    """What to do when Ray did not let us join the cluster at ``address``."""
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else repr(error)
-    if "Failed to connect" in first or "InvalidAuthToken" in text:
-        return (
-            f"{key}={address}: something answers there and lets us not in; it asks for a token (set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN to the one the cluster was started with), or is no Ray head of this version"
-        )
+    """What to do when Ray did not let us join the cluster at ``address``; it says why in the error's cause."""
+    text = f"{error} {error.__cause__ or ''}".strip()
     if "No node info found" in text:
         return (
             f"{key}={address}: this machine is no node of that cluster, and a driver must run on one; start a node here "
@@ -46,4 +40,10 @@ def explain_refusal(address: str, error: Exception, key: str = "cluster.address"
         )
     if "Could not find any running Ray instance" in text:
         return f"{key}={address}: no Ray node runs on this machine; start one (ray start), or give the head's host:port"
+    if "Failed to connect" in text or "InvalidAuthToken" in text:
+        return (
+            f"{key}={address}: something answers there and lets us not in; it asks for a token (set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN to the one the cluster was started with), or is no Ray head of this version"
+        )
+    first = text.splitlines()[0] if text else repr(error)
     return f"{key}={address}: cannot join the Ray cluster ({first}); check that `ray status` works there"
