@@ -106,7 +106,13 @@ def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
 
 @stages_app.command()
-def doctor(config: Layers = None, overrides: Overrides = None) -> None:
+def doctor(
+    config: Layers = None,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Look at every node of the Ray cluster at cluster.address.")
+    ] = False,
+) -> None:
     """Show versions, accelerator, attention backends, shared memory and writable paths; exit 2 if something is missing.
 
     Examples:
@@ -114,11 +120,15 @@ def doctor(config: Layers = None, overrides: Overrides = None) -> None:
         dmpo doctor
 
         dmpo doctor -c movielens output_dir=/shared/runs
+
+        dmpo doctor --cluster cluster.address=10.0.0.1:6379 cluster.workers=8 data.path=/shared/data output_dir=/shared/runs
     """
     from dmpo_dist.orchestration.doctor import examine
+    from dmpo_dist.orchestration.doctor_cluster import examine_cluster
     from dmpo_dist.orchestration.runlog import make_console
 
-    if not examine(read_settings(config, overrides, dry_run=False), make_console()):
+    look = examine_cluster if cluster else examine
+    if not look(read_settings(config, overrides, dry_run=False), make_console()):
         raise typer.Exit(2)
 
 

@@ -57,12 +57,10 @@ def _show_attention(config: RunConfig, device_type: str, console: Console) -> No
 
     from dmpo_dist.modeling.routing import PROVEN, typical_routes
 
-    proven = ", ".join(sorted(PROVEN[device_type])) or "nothing yet: tests/gpu/prove.py has not run on a GPU"
+    proven = ", ".join(sorted(PROVEN[device_type]))
     console.print(f"attention in {config.model.dtype} on {device_type}; proven there: {proven}", highlight=False)
     for kind, route in typical_routes(device_type, getattr(torch, config.model.dtype)):
         console.print(f"  {kind:38} {route.backend:9} {route.reason}", highlight=False, soft_wrap=True)
-    if device_type == "cpu" and not PROVEN["cuda"]:
-        console.print("  on CUDA nothing has been proven yet: auto takes sdpa or unshared there", highlight=False)
 
 
 def _shared_memory(console: Console) -> list[str]:

@@ -3,8 +3,10 @@
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 from dmpo_dist.config import ClusterConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.orchestration.ray_address import explain_refusal, require_answer
+from dmpo_dist.orchestration.ray_resources import ClusterWatch, shortage
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.runtime import Runtime
 
@@ -31,24 +35,23 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Raylet is terminated")  # a lost node's log: pages, and no news
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
+            require_answer(address)
             ray.init(address=address, **options)
         else:
             needed = int(cluster.workers * cluster.cpus_per_worker + 0.999)
             ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"cluster.address={address}: cannot join the Ray cluster ({first}); check that `ray status` works there"
-        ) from None
+        raise UserError(explain_refusal(str(address), error)) from None
     try:
         yield
     finally:
@@ -73,18 +76,20 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from dmpo_dist.orchestration.ray_network import NodeNetworkConfig
 
     cluster = jobs[0].config.cluster
     gpus = gpus_per_worker_of(cluster)
     require_resources(cluster, gpus)
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    mailbox = _mailbox_here()
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"jobs": tuple(jobs), "mailbox": mailbox, "body": body},
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=bool(gpus), resources_per_worker=resources),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=NodeNetworkConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=str(cluster.storage_path or os.path.commonpath([job.output for job in jobs])),
@@ -93,7 +98,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
         ),
     )
     failure: BaseException | None = None
-    with _forwarded(mailbox, sink) as problems:
+    with _forwarded(mailbox, sink, ClusterWatch(cluster, gpus)) as problems:
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -102,6 +107,15 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
         raise UserError(problems[0])
     if failure is not None:
         raise UserError(_explain(failure, cluster)) from failure
+
+
+def _mailbox_here() -> Any:
+    """A mailbox on the driver's node: on another it would die with that node, and the run with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
 
 
 class _Mailbox:
@@ -176,33 +190,53 @@ def _worker(payload: dict[str, Any]) -> None:
             continue  # done before a worker failed at a later job
         torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
         try:
+            _require_shared(job.output)
             body(job, _RayRuntime(index, job, mailbox))
         except (UserError, OSError) as error:
             ray.get(mailbox.put.remote(index, {"kind": "error", "text": _user_text(error)}))
             raise
 
 
+def _require_shared(output: Path) -> None:
+    if not output.exists():
+        raise UserError(
+            f"output_dir {output}: the driver has made it, and this node does not see it; choose an output_dir on storage "
+            "that all nodes share (dmpo doctor --cluster checks each)"
+        )
+
+
 def _user_text(error: Exception) -> str:
+    """The message, with the host where there are several: what one of them lacks, the others may have."""
+    import ray.train
+
+    context = ray.train.get_context()
+    where = "" if context.get_local_world_size() == context.get_world_size() else f"on {socket.gethostname()}: "
     if isinstance(error, OSError) and not isinstance(error, UserError):
-        return f"a worker could not read or write a file: {error}; is the disk full or the folder not writable?"
-    return str(error)
+        return f"{where}a worker could not read or write a file: {error}; is the disk full or the folder not writable?"
+    return f"{where}{error}"
 
 
 @contextmanager
-def _forwarded(mailbox: Any, sink: Callable[[int, dict[str, Any]], None]) -> Iterator[list[str]]:
-    """Pass the mailbox's records to ``sink`` while inside; yields the list of the workers' error messages."""
+def _forwarded(mailbox: Any, sink: Callable[[int, dict[str, Any]], None], watch: ClusterWatch) -> Iterator[list[str]]:
+    """Pass the mailbox's records and the watch's notes to ``sink`` while inside; yields the workers' error messages."""
     import ray
 
     problems: list[str] = []
     done = threading.Event()
+    current = 0
 
     def drain() -> None:
+        nonlocal current
         for job, record in ray.get(mailbox.take.remote()):
+            current = job
             problems.append(record["text"]) if record["kind"] == "error" else sink(job, record)
 
     def poll() -> None:
         while not done.wait(POLL_SECONDS):
             drain()
+            note = watch.news(time.monotonic())
+            if note is not None:
+                sink(current, {"kind": "note", "text": note})
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -227,22 +261,19 @@ def require_resources(cluster: ClusterConfig, gpus: float) -> None:
     """Raise UserError where the joined Ray cluster is too small for ``cluster.workers`` with ``gpus`` each."""
     import ray
 
-    have = ray.cluster_resources()
-    for name, each, key in (("CPU", cluster.cpus_per_worker, "cpus"), ("GPU", gpus, "gpus")):
-        if cluster.workers * each > have.get(name, 0):
-            raise UserError(
-                f"cluster.workers={cluster.workers} with cluster.{key}_per_worker={each:g} need "
-                f"{cluster.workers * each:g} {name}s, but the cluster has {have.get(name, 0):g}; lower one of them"
-            )
+    lacking = shortage(cluster, gpus, ray.cluster_resources())
+    if lacking is not None:
+        raise UserError(f"{lacking}; lower one of them")
 
 
 def _explain(error: BaseException, cluster: ClusterConfig) -> str:
-    """The innermost cause in a line, with what to do next."""
-    text = str(error)
-    worker_failures = getattr(error, "worker_failures", None)
-    if worker_failures:
-        text = str(next(iter(worker_failures.values())))
-    lines = [line for line in text.strip().splitlines() if line.strip()] or [repr(error)]
+    """The user's mistake at the root where there is one, else the innermost cause in a line, with what to do next."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause = next(iter(failures.values()), None) or getattr(error, "controller_failure", None) or error
+    mistake = getattr(cause, "cause", None) or cause  # Ray keeps what a task raised in .cause
+    if isinstance(mistake, UserError):
+        return str(mistake)
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()] or [repr(cause)]
     return (
         f"training stopped after worker failures (cluster.max_failures={cluster.max_failures}): {lines[-1].strip()}; "
         "continue from the latest checkpoint with --resume"

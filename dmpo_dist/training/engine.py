@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from dmpo_dist.config import StageConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.training.network import bind_gloo_towards
 
 SMALL_MODEL = 100_000_000
 """Below this many parameters ZeRO-3 partitions every one, however small."""
@@ -38,6 +39,9 @@ def start_process_group() -> torch.device:
         # init_distributed would compile a shared-memory collective for a minute that is then not used without
         # LOCAL_SIZE; marking it incompatible skips the build. A private table: deepspeed is pinned below 0.20.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not distributed.is_initialized():  # under Ray it is, on the network of the nodes
+            several_hosts = os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+            bind_gloo_towards(os.environ["MASTER_ADDR"], several_hosts)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return device
 

@@ -1,0 +1,92 @@
+"""``dmpo submit --to slurm`` on a real Slurm with two nodes: by Ray with a requeue in the middle, and by torchrun."""
+
+import re
+import subprocess
+import time
+
+import pytest
+import torch
+from cluster_hosts import Network, environment, python, why_no_hosts
+from cluster_slurm import Slurm, why_no_slurm
+from safetensors.torch import load_file
+from test_cluster_hosts import DATA, TRAIN, kept_checkpoints, losses
+
+pytestmark = [pytest.mark.cluster, pytest.mark.integration]
+
+NODES = ["submit.nodes=2", "submit.cpus_per_node=1"]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    reason = why_no_slurm() or why_no_hosts()
+    if reason:
+        pytest.skip(reason)
+    with Network(tmp_path_factory.mktemp("slurm")) as network:
+        slurm = Slurm(network)
+        yield slurm
+        slurm.close()
+
+
+@pytest.fixture(scope="module")
+def paths(slurm):
+    data = f"data.path={slurm.folder}/data"
+    subprocess.run(
+        python("dmpo_dist", "data", "prepare", "-c", "quickstart", *DATA, data), check=True, env=environment()
+    )
+    return [*TRAIN, data]
+
+
+def submit(slurm, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return slurm.run(*python("dmpo_dist", "submit", *arguments))
+
+
+def wait_for(slurm, job: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while slurm.state(job):
+        assert time.monotonic() < deadline, f"job {job} is still {slurm.state(job)}"
+        time.sleep(2)
+
+
+def test_refusals_say_what_this_slurm_has(slurm, paths):
+    run = slurm.folder / "refused"
+    for more, expected in (
+        (["submit.nodes=2", "submit.slurm.partition=gpu"], "no such partition; this Slurm has debug"),
+        (["submit.nodes=3", "submit.cpus_per_node=1"], "this Slurm has 2 such nodes (it has 2 with 1 CPUs and 0 GPUs)"),
+    ):
+        done = submit(slurm, "train", "--to", "slurm", *paths, *more, f"output_dir={run}")
+        assert (done.returncode, expected in done.stderr) == (2, True), done.stderr
+        assert not run.exists()
+        assert not slurm.run("squeue", "--noheader").stdout
+
+
+def test_two_nodes_to_the_end_with_a_requeue_between(slurm, paths):
+    """Requeued after its second checkpoint, the job goes on from there; torchrun on both nodes ends at the same weights."""
+    run, whole = slurm.folder / "requeued", slurm.folder / "torchrun"
+    done = submit(slurm, "train", "--to", "slurm", *paths, *NODES, f"output_dir={run}")
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"Slurm job (\d+) is queued", done.stdout)[1]
+    log = run / "submit" / f"slurm-{job}.log"
+    deadline = time.monotonic() + 400
+    while kept_checkpoints(run) < 2:
+        assert slurm.state(job), log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.2)
+    assert slurm.run("scontrol", "requeue", job).returncode == 0
+    wait_for(slurm, job, 500)
+    shown = log.read_text()
+    assert shown.count("cluster ready: 2 nodes, 2 CPUs") == 2, shown[-4000:]
+    assert "resumed from step" in shown
+    assert "the run ended with status 0" in shown
+
+    done = submit(
+        slurm, "train", "--to", "slurm", *paths, *NODES, "submit.slurm.launcher=torchrun", f"output_dir={whole}"
+    )
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"Slurm job (\d+) is queued", done.stdout)[1]
+    wait_for(slurm, job, 300)
+    assert "the run ended with status 0" in (shown := (whole / "submit" / f"slurm-{job}.log").read_text()), shown[
+        -4000:
+    ]
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses(run) == losses(whole)
