@@ -145,7 +145,7 @@ class _RayRuntime:
 
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._index, self._owner, self._mailbox = index, str(job.output), mailbox
+        self._index, self._owner, self._mailbox = index, f"{job.output} {job.run_id}".strip(), mailbox
 
     def log(self, record: dict[str, Any]) -> None:
         self._mailbox.put.remote(self._index, record)

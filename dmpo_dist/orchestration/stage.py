@@ -6,8 +6,10 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from uuid import uuid4
 
 from rich.console import Console
 
@@ -31,6 +33,7 @@ from dmpo_dist.training.groups import make_schedule, require_negatives
 from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.runtime import Runtime
 
+ENVIRONMENT_FILE = "environment.json"
 T = TypeVar("T")
 
 SCRATCH = "scratch"
@@ -90,7 +93,7 @@ class _StageLogs:
         self._open.close()
 
     def __call__(self, job: int, record: dict[str, Any]) -> None:
-        if job != self._current:  # the end of the one before got lost with a worker
+        if job > self._current:  # the end of the one before got lost with a worker
             self._next(job)
         self._log(record)
         if record["kind"] == "end" and job + 1 < len(self._jobs):
@@ -144,7 +147,7 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
     open_run_folder(config, resume, data_fingerprint=data.fingerprint)
     if config.model.path == SCRATCH and not Path(start).exists():
         make_start(Path(start), config, data)
-    return job
+    return replace(job, run_id=run_id_of(config.output_dir))
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -212,10 +215,18 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         saved.write_text(text, encoding="utf-8")
-        environment = describe_environment() | {"seed": config.seed} | facts
-        (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        environment = describe_environment() | {"seed": config.seed, "run_id": uuid4().hex} | facts
+        (output / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
+
+
+def run_id_of(output: Path) -> str:
+    """What tells the run in ``output`` from earlier ones there; a resumed run keeps it."""
+    try:
+        return json.loads((output / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("run_id", "")
+    except (OSError, ValueError):
+        return ""  # cut off while it was opened: there are no checkpoints yet
 
 
 def _is_free_folder(path: Path) -> bool:

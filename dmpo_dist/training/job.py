@@ -19,12 +19,14 @@ class Job:
         config: the resolved configuration, with an absolute ``data.path``.
         start: model folder or hub id to start from.
         output: absolute folder of the run; rank 0 writes ``model/`` and ``best/`` there.
+        run_id: tells the run from an earlier one in the same folder, whose checkpoints are not its own.
     """
 
     kind: Kind
     config: RunConfig
     start: str
     output: Path
+    run_id: str = ""
 
     @property
     def stage(self) -> StageConfig:
