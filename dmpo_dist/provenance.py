@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dmpo_dist.data.store import few_fingerprint
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import STAMP, ModelSource
 
@@ -56,14 +57,15 @@ def read_provenance(source: ModelSource, dataset: dict[str, Any] | None) -> Prov
         dataset = _read(Path(place) / "dataset.json") if place else {}
         if not {"name", "counts", "fingerprint"} <= dataset.keys():
             dataset = {}
-    prints = environment.get("data_fingerprint"), dataset.get("fingerprint")
+    trained_on, known = environment.get("data_fingerprint"), dataset.get("fingerprint")
+    shots = (config.get("data") or {}).get("shots")
     stages, base, scratch = _lineage(source)
     return Provenance(
         stamp=source.stamp,
         config=config,
         environment=environment,
         dataset=dataset,
-        same_data=prints[0] == prints[1] if all(prints) else None,
+        same_data=trained_on == few_fingerprint(known, shots) if trained_on and known else None,
         stages=stages,
         base=base,
         scratch=scratch,

@@ -14,20 +14,22 @@ from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.classical import RUNNER, classical_scores, with_unknown
 from dmpo_dist.evaluation.classical_environment import baseline_python, default_environment
+from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue
 
 # A runner that remembers what it was given and scores an item by its number; odd items are unknown to it.
 STAND_IN = """
-import json, shutil, sys
+import json, os, shutil, sys
 import pandas as pd
-folder = sys.argv[2]
+folder = sys.argv[-1]
 shutil.copytree(folder, {seen!r})
 items = pd.read_parquet(folder + "/items.parquet")["item"]
 requests = pd.read_parquet(folder + "/test_requests.parquet")
 number = lambda item: float("nan") if int(item[1:]) % 2 else float(item[1:])
 rows = [[number(i) for i in (items if c is None else c)] for c in requests["candidates"]]
 for name in json.load(open(folder + "/job.json"))["models"]:
-    pd.DataFrame({{"scores": rows}}).to_parquet(folder + "/scores_" + name + ".parquet")
+    pd.DataFrame({{"scores": rows}}).to_parquet(folder + "/scores_" + name + ".parquet", row_group_size=7)
 json.dump({{"ease": {{"seconds": 1}}}}, open(folder + "/result.json", "w"))
+json.dump([sys.argv[1:], dict(os.environ)], open({seen!r} + "/run.json", "w"))
 print("ease: said something")
 """
 
@@ -37,7 +39,7 @@ def environment(folder, body: str):
     (folder / "bin").mkdir(parents=True)
     (folder / "body.py").write_text(body)
     python = folder / "bin" / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nexec {sys.executable} {folder}/body.py "$@"\n')
+    python.write_text(f'#!/bin/sh\n[ "$2" = -c ] && exit 0\nexec {sys.executable} {folder}/body.py "$@"\n')
     python.chmod(0o755)
     return folder
 
@@ -50,11 +52,18 @@ def data(request, tmp_path_factory):
     return prepare(config, 0, tmp_path_factory.mktemp("world") / "data", echo=lambda _: None, allow_leaks=True)
 
 
-def test_what_goes_out_and_comes_back(data, tmp_path):
+def test_what_goes_out_and_comes_back(data, tmp_path, monkeypatch):
     catalogue = data.card["cuts"] is not None  # one way with each split
     seen, said = tmp_path / "seen", []
     config = EvaluationConfig(baseline_environment=environment(tmp_path / "env", STAND_IN.format(seen=str(seen))))
+    inherited = "SLURM_NTASKS RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR TORCHELASTIC_RUN_ID PYTHONPATH".split()
+    for name in inherited:
+        monkeypatch.setenv(name, "2")
     found = classical_scores(["ease"], data, config, 7, catalogue, said.append)
+    arguments, variables = json.loads((seen / "run.json").read_text())
+    assert arguments[0] == "-I", "nothing of ours on its path"
+    assert not variables.keys() & set(inherited)
+    assert variables["OMP_NUM_THREADS"] == "1"
     assert said == ["ease: said something"]
     assert json.loads((seen / "job.json").read_text())["seed"] == 7
     log, requests = pd.read_parquet(seen / "test_log.parquet"), pd.read_parquet(seen / "test_requests.parquet")
@@ -76,8 +85,13 @@ def test_what_goes_out_and_comes_back(data, tmp_path):
             np.testing.assert_array_equal(scores[known], numbers[known])
             assert (scores[~known] == numbers[known].min() - 1).all()
     if catalogue:
-        assert found.catalogue["ease"].shape == (len(data.test), 40)
-        assert np.isfinite(found.catalogue["ease"]).all()
+        numbers = np.array([int(item[1:]) for item in data.items["item"]])
+        scores = np.where(numbers % 2 == 0, numbers, numbers[numbers % 2 == 0].min() - 1).astype(float)
+        expected = WholeCatalogue(data).scored([np.tile(scores, (len(data.test), 1))])
+        assert len(data.test) > 7, "more than one row group comes back"
+        np.testing.assert_array_equal(found.catalogue["ease"].shown, expected.shown)
+        for metric, values in expected.metrics.items():
+            np.testing.assert_array_equal(found.catalogue["ease"].metrics[metric], values)
 
 
 def test_unknown_items_come_last_and_unknown_users_get_the_popular():
@@ -131,7 +145,7 @@ def test_rectools_itself(tmp_path):
     job = {"seed": 0, "threads": 1, "models": {"ease": {"regularization": [50.0]}, "sasrec": settings}}
     (tmp_path / "job.json").write_text(json.dumps(job))
     python = baseline_python(None, print)
-    subprocess.run([python, RUNNER, tmp_path], check=True, capture_output=True)
+    subprocess.run([python, "-I", RUNNER, tmp_path], check=True, capture_output=True)
 
     taken = pd.crosstab(log["user"], log["item"]).reindex(columns=items[:12]).to_numpy(float)
     inverse = np.linalg.inv(taken.T @ taken + 50 * np.eye(12))

@@ -147,6 +147,20 @@ def test_seeds_are_one_row_and_stay_in_the_json(scores, rows, tmp_path):
     assert "dmpo (2 seeds)" in (tmp_path / "evaluation.md").read_text()
 
 
+def test_a_pair_with_unequal_seeds_is_compared_on_the_common_ones(scores, rows):
+    """Exactly as if the others were not there, and it is said."""
+    dmpo = {f"dmpo@{label}": scores[name] for label, name in zip("012", ("dmpo", "mine", "oracle"), strict=True)}
+    sft = {"sft@0": scores["mine"], "sft@1": scores["oracle"]}
+    whole = evaluate_scores(dmpo | sft, rows, samples=200, seed=0)
+    both = evaluate_scores({name: s for name, s in (dmpo | sft).items() if name != "dmpo@2"}, rows, samples=200, seed=0)
+    assert whole["comparisons"] == both["comparisons"]
+    assert [c["seeds"] for c in whole["comparisons"]] == [["0", "1"]] * 3
+    assert "paired over 120 users, on common seeds 0, 1" in comparison_lines(whole)[0]
+    assert comparison_lines(both)[0].split(" (")[0].endswith("120 users")
+    apart = evaluate_scores(dmpo | {"sft@7": scores["mine"]}, rows, samples=200, seed=0)
+    assert "120 users, no common seeds" in comparison_lines(apart)[0]
+
+
 def test_strata_are_in_the_files(scores, rows, tmp_path):
     half = np.arange(N) < N // 2
     strata = {"popularity": {"head": half, "tail": ~half}}

@@ -5,7 +5,7 @@ import pytest
 
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import bootstrap_interval
-from dmpo_dist.evaluation.seeds import SeededValues, by_name, seed_weights, split_name, stacked
+from dmpo_dist.evaluation.seeds import SeededValues, by_name, on_common_seeds, seed_weights, split_name, stacked
 
 
 def test_one_seed_is_the_plain_bootstrap():
@@ -34,6 +34,15 @@ def test_equal_seeds_are_paired_and_others_are_not():
     values = np.random.default_rng(0).normal(size=(30, 3, 1)) + np.array([0, 10, -10])[None, :, None]
     a, b = SeededValues(("0", "1", "2"), values + 0.5), SeededValues(("0", "1", "2"), values)
     np.testing.assert_allclose(a.resampled(200, 0) - b.resampled(200, 0), 0.5)
+
+
+def test_unequal_sets_are_paired_on_the_seeds_that_both_have():
+    values = np.random.default_rng(0).normal(size=(30, 3, 1)) + np.array([0, 10, -10])[None, :, None]
+    a, b = on_common_seeds(SeededValues(("0", "1", "2"), values + 0.5), SeededValues(("2", "0"), values[:, [2, 0]]))
+    assert a.seeds == b.seeds == ("0", "2")
+    np.testing.assert_allclose(a.resampled(200, 0) - b.resampled(200, 0), 0.5)
+    apart = SeededValues(("0",), values[:, :1]), SeededValues(("",), values[:, 1:2])
+    assert on_common_seeds(*apart) == apart
 
 
 def test_names():

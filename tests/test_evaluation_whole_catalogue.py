@@ -86,13 +86,13 @@ def test_lists_are_the_best_items_whichever_the_positive_is(world):
     scores[:, 7] = 2
     scores[0, 30] = 1
     whole = WholeCatalogue(data)
-    lists = whole.scored(scores).shown.reshape(len(data.test), 10)
+    lists = whole.scored([scores[:3], scores[3:]]).shown.reshape(len(data.test), 10)
     for number, (row, shown) in enumerate(zip(data.test, lists, strict=True)):
         items = candidates(data, row)[0]
         best = sorted((whole.items.tolist().index(item) for item in items), key=lambda i: (-scores[number, i], i))
         assert shown.tolist() == best[:10]
-    figures = summary({"one@0": whole.scored(scores), "one@1": whole.scored(-scores)}, 40, 100, 0)
+    figures = summary({"one@0": whole.scored([scores]), "one@1": whole.scored([-scores])}, 40, 100, 0)
     assert list(figures["models"]) == list(figures["coverage@10"]) == list(figures["gini@10"]) == ["one"]
     console = Console(file=io.StringIO(), width=100)
-    console.print(catalogue_table(summary({"sft_continued": whole.scored(scores)}, 40, 100, 0), 53))
+    console.print(catalogue_table(summary({"sft_continued": whole.scored([scores])}, 40, 100, 0), 53))
     assert "sft_continued" in console.file.getvalue(), "the longest usual name is in one piece at 100 columns"

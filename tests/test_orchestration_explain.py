@@ -91,6 +91,22 @@ def test_a_catalogue_leaves_out_what_was_taken(run, world):
     assert (entry["title"], entry["tokens"]) == (row["positive"], [])
 
 
+@pytest.mark.parametrize("arguments", [[], ["--catalogue=data"]])
+def test_popularity_ends_before_the_test(run, world, monkeypatch, arguments):
+    """What happened from the cut on, the positives among it, moves no rank and no contribution."""
+    seen = []
+    monkeypatch.setattr("dmpo_dist.orchestration.explain.Explainer", lambda *given: seen.append(given[3]) or 1 / 0)
+    user = world[1].test[0]["user"]
+    with pytest.raises(ZeroDivisionError):
+        run("--model=model", f"--user={user}", "ranking.popularity_weight=0.5", *arguments, *SETTINGS)
+    data = world[1]
+    log = data.interactions[data.interactions["timestamp"] < data.card["cuts"]["test"]["timestamp"]]
+    assert dict(zip(data.items["item"], seen[0].counts, strict=True)) == {
+        item: (log["item"] == item).sum() for item in data.items["item"]
+    }
+    assert seen[0].counts.sum() < len(data.interactions)
+
+
 def test_a_file_of_requests(run, world):
     titles = world[1].items["title"].tolist()
     Path("users.csv").write_text(

@@ -1,5 +1,6 @@
 """The page as a whole: everything found is on it and nothing else, whatever the data holds, the same bytes every time."""
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from dmpo_dist.evaluation.report import write_evaluation
 from dmpo_dist.report.gather import gather
 from dmpo_dist.report.page import render, write_report
 from dmpo_dist.report.parts import SECTIONS
+from dmpo_dist.report.records import Evaluation
 from dmpo_dist.report.words import number
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
@@ -88,6 +90,9 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world
         assert number(c["difference"], "+.3f") in text
         assert f"[{number(c['low'], '+.3f')}, {number(c['high'], '+.3f')}]" in text
     assert "It is one of 2 training runs here." in text
+    assert "Note: leave-one-out: not <b> comparable" in text
+    assert "ease: regularization 300, chosen by its validation NDCG@10 of 0.510; 6 targets it had never seen" in text
+    assert "32 requests scored again: log-probs moved by at most 3e-05 nats" in text
     assert "Not here" not in text
     assert "holds interaction data" in text
 
@@ -171,21 +176,49 @@ def test_an_evaluation_of_seeds_against_one_model_is_about_the_best_trained(tmp_
         {"a": name, "b": "sft", "metric": "ndcg@10", "difference": 0.1, "low": 0.05, "high": 0.15, "p": 0.01}
         for name in ("popularity", "sdpo")
     ]
+    compared[1]["seeds"] = ["0"]
     folders = {"sdpo@0": "a/model", "sdpo@1": "b/model", "sft@0": "c/model"}
+    seeds = {"sdpo": {"0": {"ndcg@10": 0.5}, "1": {"ndcg@10": 0.5}}, "sft": {"0": {"ndcg@10": 0.4}}}
     evaluation = {
         "requests": 9,
         "negatives": {"fewest": 3, "most": 5},
         "models": models,
         "comparisons": compared,
         "folders": folders,
+        "seeds": seeds,
     }
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"order": {"unknown": [1]}}))
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"newer": {"unknown": [1]}}))
     page = Page(render(gather([tmp_path])))
     expected = (
         "On 9 test requests among 1 + 3 to 5 candidates, sdpo ranks with NDCG@10 0.500 [0.490, 0.510]: ahead of sft"
     )
     assert any(text.startswith(expected) for text in page.texts)
-    assert {"minus sft", "sdpo", "popularity", "pooled AUC", "NEW@3"} <= set(page.texts)
+    assert {"minus sft", "sdpo", "popularity", "pooled AUC", "NEW@3", "on common seeds 0"} <= set(page.texts)
+
+
+def test_a_model_named_with_an_at_sign_is_a_trained_one_and_so_are_its_seeds():
+    """Its figures are blue and it is what the page is about: split as ``dmpo evaluate`` splits ``name@seed``."""
+    figures = {name: {"ndcg@10": 0.5} for name in ("ours@home", "random")}
+    content = {
+        "requests": 9,
+        "negatives": {"most": 4},
+        "models": figures,
+        "folders": {"ours@home@1": "a", "ours@home@0": "b"},
+    }
+    assert Evaluation.model_validate(content).trained == {"ours@home": "a"}
+
+
+def test_runs_on_a_few_of_the_groups_were_trained_on_that_data(tmp_path):
+    for name, shots in (("few", 16), ("other", 8)):
+        run = write_run(tmp_path / name, "train", data={"shots": shots})
+        environment = json.loads((run / "environment.json").read_text())
+        environment["data_fingerprint"] = hashlib.sha256(b"f1 16 shots").hexdigest()
+        (run / "environment.json").write_text(json.dumps(environment))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(card()))
+    texts = Page(render(gather([tmp_path]))).texts
+    assert "By its fingerprint what these runs were trained on: few." in texts
+    assert "Not what these runs were trained on: other." in texts
 
 
 def test_a_card_of_other_data_is_said_to_be_that(tmp_path):

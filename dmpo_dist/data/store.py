@@ -76,12 +76,17 @@ class PreparedData:
         fingerprint = card["fingerprint"]
         if shots is not None:
             splits["train"] = _few(splits["train"], shots, path)
-            fingerprint = hashlib.sha256(f"{fingerprint} {shots} shots".encode()).hexdigest()
+            fingerprint = few_fingerprint(fingerprint, shots)
         return cls(**splits, **tables, card=card, fingerprint=fingerprint, path=path)
 
     def stored_negatives(self) -> list[int]:
         """How many negatives each training group has."""
         return pc.list_value_length(self.train.data.column("negatives")).to_pylist()
+
+
+def few_fingerprint(fingerprint: str, shots: int | None) -> str:
+    """The fingerprint of prepared data of which a run sees ``shots`` training groups; None keeps all and the fingerprint."""
+    return fingerprint if shots is None else hashlib.sha256(f"{fingerprint} {shots} shots".encode()).hexdigest()
 
 
 def group_from_row(row: Mapping[str, Any]) -> PreferenceGroup:

@@ -6,24 +6,25 @@ a log that ends before those, and the model is then trained again on all that en
 """
 
 import json
-import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from datasets import Dataset
 
 from dmpo_dist.config_ranking import EvaluationConfig
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.classical_environment import baseline_python
+from dmpo_dist.evaluation.classical_environment import baseline_python, run_environment
 from dmpo_dist.evaluation.fitting_log import fitting_log
+from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue
 
 CLASSICAL = ("sasrec", "bert4rec", "ease")
 RUNNER = Path(__file__).with_name("rectools_runner.py")
@@ -36,13 +37,13 @@ class ClassicalScores:
 
     Attributes:
         candidates: model -> per request a float64 array (1 + K,), the positive first.
-        catalogue: model -> (n_requests, n_items) float64 in the order of ``data.items``; None unless asked for.
+        catalogue: model -> what it makes of the whole catalogue; empty unless asked for.
         facts: model -> chosen settings, validation NDCG@10 of those tried, seconds, and how many requests and candidates it
             knew nothing of.
     """
 
     candidates: dict[str, list[np.ndarray]]
-    catalogue: dict[str, np.ndarray] | None
+    catalogue: dict[str, Ranked]
     facts: dict[str, dict[str, Any]]
 
 
@@ -57,7 +58,7 @@ def classical_scores(
     """Train the models ``names`` in their own environment and score the test requests.
 
     Args:
-        catalogue: score every item, not the candidates alone.
+        catalogue: score every item, not the candidates alone, and rank among all.
 
     Raises:
         UserError: no environment (see ``baseline_python``), or the runner failed.
@@ -69,22 +70,34 @@ def classical_scores(
         _write_inputs(folder, data, catalogue)
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _run(python, folder, echo)
-        found = {name: pd.read_parquet(folder / f"scores_{name}.parquet")["scores"].tolist() for name in names}
-        facts = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return _read_scores(folder, names, data, catalogue)
+
+
+def _read_scores(folder: Path, names: Sequence[str], data: PreparedData, catalogue: bool) -> ClassicalScores:
+    """What the runner left in ``folder``; of requests x items some requests are in memory at a time."""
     groups, columns = _groups(data.test), _catalogue(data)
     counts = _likes(data, "test")["item"].value_counts().reindex(columns, fill_value=0).to_numpy(float)
-    candidates: dict[str, list[np.ndarray]] = {}
-    wholes: dict[str, np.ndarray] = {}
-    for name, scores in found.items():
-        places = [columns.get_indexer(pd.Index(group)) for group in groups]
-        if catalogue:
-            own = [row[place] for row, place in zip(scores, places, strict=True)]
-            wholes[name] = np.stack([with_unknown(row, counts) for row in scores])
-        else:
-            own = [row[np.searchsorted(sorted(group), group)] for row, group in zip(scores, groups, strict=True)]
-        candidates[name] = [with_unknown(row, counts[place]) for row, place in zip(own, places, strict=True)]
-        facts[name] |= _unknown(own)
-    return ClassicalScores(candidates, wholes if catalogue else None, facts)
+    places = [columns.get_indexer(pd.Index(group)) for group in groups]
+    of_group = places if catalogue else [np.searchsorted(sorted(group), group) for group in groups]
+    whole = WholeCatalogue(data) if catalogue else None
+    found = ClassicalScores({}, {}, json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    for name in names:
+        file = folder / f"scores_{name}.parquet"
+        rows = (row for block in _blocks(file) for row in block)
+        own = [row[place] for row, place in zip(rows, of_group, strict=True)]
+        found.candidates[name] = [with_unknown(row, counts[place]) for row, place in zip(own, places, strict=True)]
+        found.facts[name] |= _unknown(own)
+        if whole is not None:
+            known = (np.stack([with_unknown(row, counts) for row in block]) for block in _blocks(file))
+            found.catalogue[name] = whole.scored(known)
+    return found
+
+
+def _blocks(file: Path) -> Iterator[list[np.ndarray]]:
+    """Rows of scores, a row group at a time."""
+    with pq.ParquetFile(file) as opened:
+        for group in range(opened.num_row_groups):
+            yield opened.read_row_group(group).to_pandas()["scores"].tolist()
 
 
 def with_unknown(scores: np.ndarray, popularity: np.ndarray) -> np.ndarray:
@@ -146,12 +159,12 @@ def _unknown(scores: Sequence[np.ndarray]) -> dict[str, int]:
 
 
 def _run(python: Path, folder: Path, echo: Callable[[str], None]) -> None:
-    """Run the runner and pass on what it says."""
+    """Run the runner and pass on what it says; isolated (-I), so that it sees neither our modules nor our packages."""
     errors = folder / "errors.txt"
     with (
         errors.open("w") as file,
-        subprocess.Popen([python, RUNNER, folder], stdout=subprocess.PIPE, stderr=file, text=True, bufsize=1,
-                         env=os.environ | ONE_THREAD, cwd=folder) as process,
+        subprocess.Popen([python, "-I", RUNNER, folder], stdout=subprocess.PIPE, stderr=file, text=True, bufsize=1,
+                         env=run_environment() | ONE_THREAD, cwd=folder) as process,
     ):  # fmt: skip
         for line in process.stdout or ():
             if line.split(":")[0] in CLASSICAL:  # not what libraries print

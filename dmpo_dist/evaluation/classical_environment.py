@@ -22,6 +22,11 @@ PROBE = (
     "sys.exit('it lacks ' + ', '.join(lacks) if lacks else 0)"
 )
 SHOWN_LINES = 6
+FOREIGN = (
+    "PYTHON", "SLURM_", "LSB_", "TORCHELASTIC_", "PL_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "NODE_RANK", "WORLD_SIZE",
+    "MASTER_",
+)  # fmt: skip
+"""Beginnings of variables that tell of this package's interpreter, or of a job that the baselines are no rank of."""
 
 
 def default_environment() -> Path:
@@ -29,6 +34,11 @@ def default_environment() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(repr((REQUIREMENTS, sys.version_info[:2])).encode()).hexdigest()[:12]
     return cache / "dmpo_dist" / f"baselines-{key}"
+
+
+def run_environment() -> dict[str, str]:
+    """This process's variables without ``FOREIGN`` ones: Lightning would wait for the ranks of a job it sees there."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
 
 
 def baseline_python(folder: Path | None, echo: Callable[[str], None]) -> Path:
@@ -43,7 +53,8 @@ def baseline_python(folder: Path | None, echo: Callable[[str], None]) -> Path:
     folder = (folder or default_environment()).absolute()
     python = folder / "bin" / "python"
     if folder.exists():
-        tried = subprocess.run([python, "-c", PROBE], capture_output=True, text=True) if python.exists() else None
+        probe = [python, "-I", "-c", PROBE]
+        tried = subprocess.run(probe, capture_output=True, text=True) if python.exists() else None
         if tried is None or tried.returncode:
             why = _end(tried.stderr) if tried else "it has no bin/python"
             raise UserError(
@@ -61,8 +72,8 @@ def _make(folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _run([sys.executable, "-m", "venv", str(partial)], folder)
-        pip = [str(partial / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        _run([sys.executable, "-I", "-m", "venv", str(partial)], folder)
+        pip = [str(partial / "bin" / "python"), "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         _run([*pip, *REQUIREMENTS], folder)
         if not folder.exists():  # else another process was faster
             partial.rename(folder)

@@ -1,4 +1,4 @@
-"""Classical recommenders by RecTools, run by another interpreter: ``python rectools_runner.py FOLDER``.
+"""Classical recommenders by RecTools, run by another interpreter: ``python -I rectools_runner.py FOLDER``.
 
 This file imports nothing of ours, and ours imports nothing of RecTools: RecTools needs an older numpy. ``FOLDER`` holds
 
@@ -23,7 +23,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from pytorch_lightning import Trainer, seed_everything
 from rectools import Columns
 from rectools.dataset import Dataset, IdMap, Interactions
 from rectools.models import BERT4RecModel, EASEModel, SASRecModel
@@ -136,15 +139,13 @@ def train_network(
     name: str, settings: dict[str, Any], log: pd.DataFrame, items: pd.Index, seed: int
 ) -> Iterator[tuple[int, Fitted]]:
     """Train SASRec or BERT4Rec, and hand it out every ``epochs_per_check`` epochs and at the end."""
-    from pytorch_lightning import seed_everything
-
     seed_everything(seed, workers=True, verbose=False)
     dataset = _dataset(log)
     model = NETWORKS[name](
         n_factors=settings["factors"], n_blocks=settings["blocks"], n_heads=settings["heads"],
         dropout_rate=settings["dropout"], lr=settings["learning_rate"], batch_size=settings["batch_size"],
         session_max_len=settings["max_length"], epochs=settings["max_epochs"], deterministic=True,
-        recommend_n_threads=1,
+        recommend_n_threads=1, recommend_torch_device="cpu", get_trainer_func=_cpu_trainer,
     )  # fmt: skip
 
     def scores(histories: Sequence[Sequence[str]]) -> Scores:
@@ -154,8 +155,7 @@ def train_network(
         if some:
             # A ranking of everything, as RecTools gives no scores otherwise; every request is a user of its own.
             events = pd.DataFrame(
-                [(number, item, place) for number in some for place, item in enumerate(histories[number])],
-                columns=["user", "item", "timestamp"],
+                [(number, item) for number in some for item in histories[number]], columns=["user", "item"]
             )
             ranked = model.recommend(some, _dataset(events, dataset.item_id_map), k=len(known), filter_viewed=False)
             out[ranked[Columns.User], items.get_indexer(ranked[Columns.Item])] = ranked[Columns.Score]
@@ -167,6 +167,19 @@ def train_network(
         model.fit_partial(dataset, min_epochs=more, max_epochs=more)
         done += more
         yield done, scores
+
+
+def _cpu_trainer() -> Trainer:
+    """RecTools' own trainer, but never on an accelerator: one seed gives one result on every host."""
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        deterministic=True,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
 
 
 def validation_ndcg(model: Fitted, requests: pd.DataFrame, items: pd.Index) -> float:
@@ -181,11 +194,16 @@ def validation_ndcg(model: Fitted, requests: pd.DataFrame, items: pd.Index) -> f
 
 
 def write_scores(file: Path, model: Fitted, requests: pd.DataFrame, items: pd.Index) -> None:
-    rows = []
-    for start, scores in _in_blocks(model, requests, items):
-        for candidates, row in zip(requests["candidates"].iloc[start : start + len(scores)], scores, strict=True):
-            rows.append(row if candidates is None else row[items.get_indexer(pd.Index(candidates))])
-    pd.DataFrame({"scores": rows}).to_parquet(file, index=False)
+    """A row group for each block of requests, so that neither side need hold all of requests x items."""
+    kind = pa.list_(pa.float64())
+    with pq.ParquetWriter(file, pa.schema([("scores", kind)])) as writer:
+        for start, scores in _in_blocks(model, requests, items):
+            asked = requests["candidates"].iloc[start : start + len(scores)]
+            rows = [
+                row if candidates is None else row[items.get_indexer(pd.Index(candidates))]
+                for candidates, row in zip(asked, scores, strict=True)
+            ]
+            writer.write_table(pa.table({"scores": pa.array(rows, kind)}))
 
 
 def _in_blocks(model: Fitted, requests: pd.DataFrame, items: pd.Index) -> Iterator[tuple[int, Scores]]:
@@ -200,13 +218,13 @@ def _read(folder: Path, part: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _dataset(log: pd.DataFrame, item_ids: IdMap | None = None) -> Dataset:
-    """RecTools' view of a log; times are places in it, as only their order matters."""
+    """RecTools' view of a log in the order of time; times are places in it, as only their order matters."""
     raw = pd.DataFrame(
         {
             Columns.User: log["user"].to_numpy(),
             Columns.Item: log["item"].to_numpy(),
             Columns.Weight: 1.0,
-            Columns.Datetime: pd.to_datetime(log["timestamp"].to_numpy(), unit="s"),
+            Columns.Datetime: pd.to_datetime(np.arange(len(log)), unit="s"),
         }
     )
     if item_ids is None:

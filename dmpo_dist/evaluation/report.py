@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from dmpo_dist.evaluation.metrics import METRICS, bootstrap_p, ranking_metrics
-from dmpo_dist.evaluation.seeds import SeededValues, stacked
+from dmpo_dist.evaluation.seeds import SeededValues, on_common_seeds, stacked
 from dmpo_dist.evaluation.strata import Strata, cells, strata_figures
 from dmpo_dist.evaluation.tables import COMPARED_METRICS as COMPARED_METRICS
 from dmpo_dist.evaluation.tables import TABLE_METRICS, in_order, markdown
@@ -40,8 +40,9 @@ def evaluate_scores(
 
     Returns:
         ``models`` (name -> metric -> value, low, high), ``seeds`` (name -> seed -> metric -> value), ``strata`` (kind ->
-        stratum -> requests, models), ``comparisons`` (a list of a, b, metric, difference a - b, low, high, p), ``requests``,
-        ``negatives`` (fewest, most) and ``bootstrap`` (samples, seed); plain JSON types.
+        stratum -> requests, models), ``comparisons`` (a list of a, b, metric, difference a - b, low, high, p, and seeds: the labels
+        that both have and on which alone they are compared, [] where they share none), ``requests``, ``negatives`` (fewest,
+        most) and ``bootstrap`` (samples, seed); plain JSON types.
 
     Raises:
         ValueError: scores that do not match the rows, or are not finite (names the model and the request).
@@ -55,8 +56,6 @@ def evaluate_scores(
     compared = {
         name: _only(values[name], COMPARED_METRICS) for name in dict.fromkeys(n for pair in pairs for n in pair)
     }
-    drawn = {name: of_model.resampled(samples, seed) for name, of_model in compared.items()}
-    differences = {(a, b): compared[a].mean() - compared[b].mean() for a, b in pairs}
     shown = {name: _only(of_model, TABLE_METRICS) for name, of_model in values.items()}
     return {
         "requests": len(sizes),
@@ -65,7 +64,7 @@ def evaluate_scores(
         "models": {name: cells(METRICS, of_model.interval(samples, seed)) for name, of_model in values.items()},
         "seeds": {name: _by_seed(of_model) for name, of_model in values.items() if of_model.seeds != ("",)},
         "strata": strata_figures(strata or {}, shown, TABLE_METRICS, samples, seed),
-        "comparisons": [c for (a, b), mean in differences.items() for c in _compared(a, b, mean, drawn[a] - drawn[b])],
+        "comparisons": _comparisons(pairs, compared, samples, seed),
     }
 
 
@@ -117,19 +116,41 @@ def _by_seed(values: SeededValues) -> dict[str, dict[str, float]]:
     }
 
 
-def _compared(a: str, b: str, mean: np.ndarray, drawn: np.ndarray) -> list[dict[str, Any]]:
-    """A pair's entries, from differences over the same drawn users, and over the same drawn seeds where labels are equal.
+def _comparisons(
+    pairs: Sequence[tuple[str, str]], values: Mapping[str, SeededValues], samples: int, seed: int
+) -> list[dict[str, Any]]:
+    """The entries of all pairs, from differences over the same drawn users, and over the same drawn seeds where they share some.
 
     Args:
-        mean: (m,) differences in ``COMPARED_METRICS``.
-        drawn: (samples, m) resampled.
+        values: name -> what each user contributes to ``COMPARED_METRICS``.
     """
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-    results = np.stack([mean, low, high, bootstrap_p(drawn)], axis=1).tolist()
-    return [
-        {"a": a, "b": b, "metric": metric, "difference": difference, "low": low, "high": high, "p": p}
-        for metric, (difference, low, high, p) in zip(COMPARED_METRICS, results, strict=True)
-    ]
+    drawn: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+    entries = []
+    for a, b in pairs:
+        of_pair = on_common_seeds(values[a], values[b])
+        for name, of_model in zip((a, b), of_pair, strict=True):
+            if (name, of_model.seeds) not in drawn:
+                drawn[name, of_model.seeds] = of_model.resampled(samples, seed)
+        of_a, of_b = of_pair
+        differences = drawn[a, of_a.seeds] - drawn[b, of_b.seeds]
+        low, high = np.percentile(differences, [2.5, 97.5], axis=0)
+        mean = of_a.mean() - of_b.mean()
+        results = np.stack([mean, low, high, bootstrap_p(differences)], axis=1).tolist()
+        seeds = [label for label in of_a.seeds if label] if of_a.seeds == of_b.seeds else []
+        entries += [
+            {
+                "a": a,
+                "b": b,
+                "metric": metric,
+                "difference": difference,
+                "low": low,
+                "high": high,
+                "p": p,
+                "seeds": seeds,
+            }
+            for metric, (difference, low, high, p) in zip(COMPARED_METRICS, results, strict=True)
+        ]
+    return entries
 
 
 def _write_scores(path: Path, scores_by_model: dict[str, list[np.ndarray]], rows: Dataset) -> None:

@@ -3,6 +3,7 @@
 ``name@seed`` is one of them. A user's value of the model is its mean over the seeds, and an interval covers both what other
 users and what other seeds would have given: users are drawn with replacement as for every model, and seeds are drawn with
 replacement beside them, of equal seeds the same ones for every model (so that a stage is paired with the one it started from).
+Of two models that have some seeds in common only those are compared: draws of unequal sets would not be the same ones.
 A bootstrap of S seeds spreads too little by sqrt((S - 1) / S), which is a lot for three; draws are widened by its inverse, so that
 seeds add exactly s^2 / S to the variance, s the standard deviation over seeds. With one seed the interval covers users alone.
 """
@@ -50,9 +51,19 @@ class SeededValues:
         low, high = np.percentile(self.resampled(samples, seed), [2.5, 97.5], axis=0)
         return self.mean(), low, high
 
+    def of_seeds(self, labels: tuple[str, ...]) -> "SeededValues":
+        """The same for the seeds ``labels`` alone."""
+        return SeededValues(labels, self.values[:, [self.seeds.index(label) for label in labels]])
+
     def of_users(self, chosen: np.ndarray) -> "SeededValues":
         """The same for the users in the mask or index ``chosen``."""
         return SeededValues(self.seeds, self.values[chosen])
+
+
+def on_common_seeds(a: SeededValues, b: SeededValues) -> tuple[SeededValues, SeededValues]:
+    """Both on the seeds that both have, so that they can be paired; as they are where they share none."""
+    common = tuple(label for label in a.seeds if label in b.seeds)
+    return (a.of_seeds(common), b.of_seeds(common)) if common else (a, b)
 
 
 def seed_weights(seeds: tuple[str, ...], samples: int, seed: int) -> np.ndarray:

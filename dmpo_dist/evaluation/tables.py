@@ -1,5 +1,6 @@
 """An evaluation for people: terminal tables, plain lines and Markdown."""
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,25 @@ def comparison_lines(evaluation: dict[str, Any]) -> list[str]:
     """One line per comparison: "dmpo against sft: ndcg@10 +0.021 [0.008, 0.034], paired over 812 users"."""
     lines = []
     for c in evaluation["comparisons"]:
+        seeds = seeds_note(c.get("seeds", []), _seeds(evaluation, c["a"]), _seeds(evaluation, c["b"]))
         unclear = " (no clear difference)" if c["low"] <= 0 <= c["high"] else ""
         lines.append(
             f"{c['a']} against {c['b']}: {c['metric']} {c['difference']:+.3f} [{c['low']:.3f}, {c['high']:.3f}], "
-            f"paired over {evaluation['requests']} users{unclear}"
+            f"paired over {evaluation['requests']} users{', ' * bool(seeds)}{seeds}{unclear}"
         )
     return lines
+
+
+def seeds_note(common: Sequence[str], of_a: Collection[str], of_b: Collection[str]) -> str:
+    """What to know of a pair of models that do not have the same seeds, "" where there is nothing.
+
+    Args:
+        common: the seeds they were compared on.
+        of_a, of_b: all seeds of each; none where it is a single training.
+    """
+    if common and len(common) < max(len(of_a), len(of_b)):
+        return f"on common seeds {', '.join(common)}"
+    return "no common seeds" if of_a and of_b and not common else ""
 
 
 def comparison_table(evaluation: dict[str, Any]) -> Table:
@@ -86,7 +100,8 @@ def comparison_table(evaluation: dict[str, Any]) -> Table:
             for c in map(cells.get, COMPARED_METRICS)
             if c
         ]
-        table.add_row(f"  {b if one_first else a}", *texts)
+        seeds = seeds_note(next(iter(cells.values())).get("seeds", []), _seeds(evaluation, a), _seeds(evaluation, b))
+        table.add_row("\n  ".join([f"  {b if one_first else a}", *([seeds] if seeds else [])]), *texts)
     return table
 
 

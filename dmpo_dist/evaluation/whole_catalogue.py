@@ -1,10 +1,11 @@
 """The test requests ranked among the whole catalogue: each user's positive against all items not taken before."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 from rich import box
 from rich.table import Table
@@ -45,6 +46,27 @@ class Ranked:
     shown: np.ndarray
 
 
+def require_catalogue(data: PreparedData) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Items and log of ``data``; raises UserError where it has none."""
+    if data.items is None or data.interactions is None:
+        raise UserError(f"--catalogue: {data.path} was made from ready preferences, which have no catalogue")
+    return data.items, data.interactions
+
+
+def catalogue_at_test(data: PreparedData) -> Catalogue:
+    """All titles in the order of ``data.items``, and how often each was taken in what may be known before the test.
+
+    Counts are None where the data has no log. Raises UserError where it has no items.
+    """
+    if data.items is None:
+        raise UserError(f"{data.path}: was made from ready preferences and has no catalogue; give --catalogue a file")
+    titles = tuple(data.items["title"].tolist())
+    if data.interactions is None:
+        return Catalogue(titles, None)
+    taken = fitting_log(data, "test")["item"].value_counts()
+    return Catalogue(titles, data.items["item"].map(taken).fillna(0).to_numpy(np.int64))
+
+
 class WholeCatalogue:
     """The test requests of ``data`` with every catalogue item as a candidate but those the user took before.
 
@@ -53,11 +75,9 @@ class WholeCatalogue:
     """
 
     def __init__(self, data: PreparedData) -> None:
-        if data.items is None or data.interactions is None:
-            raise UserError(f"--catalogue: {data.path} was made from ready preferences, which have no catalogue")
-        self._data, self._log = data, data.interactions
-        self._fitting_log = fitting_log(data, "test")
-        self.items, self.titles = data.items["item"].to_numpy(), data.items["title"].to_numpy()
+        items, self._log = require_catalogue(data)
+        self._data, self._fitting_log = data, fitting_log(data, "test")
+        self.items, self.titles = items["item"].to_numpy(), items["title"].to_numpy()
         place = {item: index for index, item in enumerate(self.items.tolist())}
         test = data.test
         self._users, self._times = test["user"][:], test["timestamp"][:]
@@ -87,16 +107,20 @@ class WholeCatalogue:
                 blocks[name].append(_ranked(system(rows), self._candidates[start : start + len(rows)]))
         return {name: _joined(parts) for name, parts in blocks.items()}
 
-    def scored(self, scores: np.ndarray) -> Ranked:
-        """A model that scored every item: (n_requests, n_items) in the order of ``items``."""
-        own = [row[candidates] for row, candidates in zip(scores, self._candidates, strict=True)]
-        return _ranked(own, self._candidates)
+    def scored(self, blocks: Iterable[np.ndarray]) -> Ranked:
+        """A model that scored every item: blocks of some requests each, (n, n_items) in the order of ``items``."""
+        parts, start = [], 0
+        for scores in blocks:
+            candidates = self._candidates[start : start + len(scores)]
+            own = [row[places] for row, places in zip(scores, candidates, strict=True)]
+            parts.append(_ranked(own, candidates))
+            start += len(scores)
+        assert start == len(self._candidates), "every request is scored"
+        return _joined(parts)
 
     def model(self, path: str, config: RunConfig) -> Ranked:
-        """The model in ``path`` under ``config.ranking``; popularity is that at the test cut."""
-        counts = self._fitting_log["item"].value_counts()
-        popularity = self._data.items["item"].map(counts).fillna(0).to_numpy(np.int64)  # pyrefly: ignore
-        ranker = Ranker(path, config, Catalogue(tuple(self.titles.tolist()), popularity), top=1)
+        """The model in ``path`` under ``config.ranking``; popularity is that of ``catalogue_at_test``."""
+        ranker = Ranker(path, config, catalogue_at_test(self._data), top=1)
         rows = zip(self._users, self._data.test["history"][:], self._candidates, strict=True)
         parts = []
         for user, history, candidates in rows:

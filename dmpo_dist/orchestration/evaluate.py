@@ -29,7 +29,7 @@ from dmpo_dist.evaluation.scoring import RequestScorer
 from dmpo_dist.evaluation.seeds import by_name
 from dmpo_dist.evaluation.strata import strata_of
 from dmpo_dist.evaluation.tables import evaluation_table, order_line, show_comparisons
-from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, catalogue_table, summary
+from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, catalogue_table, require_catalogue, summary
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.orchestration.stage import template_of
 
@@ -63,9 +63,15 @@ def preflight(models: dict[str, str], config: RunConfig, console: Console, again
             raise UserError(f"--against {name}: is not evaluated here; choose from {', '.join(known)}")
     for path in models.values():
         template_of(path, config)
-    if set(CLASSICAL).intersection(_baselines(data, config)):
-        baseline_python(config.evaluation.baseline_environment, console.print)
+    check_classical(_baselines(data, config), config, console)
     return data
+
+
+def check_classical(names: Sequence[str], config: RunConfig, console: Console) -> None:
+    """Where one of the baselines ``names`` needs an environment of its own, look at it, or make it; raises as
+    ``baseline_python`` does."""
+    if set(CLASSICAL).intersection(names):
+        baseline_python(config.evaluation.baseline_environment, console.print)
 
 
 def evaluate(
@@ -90,21 +96,17 @@ def evaluate(
             cannot be run.
     """
     data = preflight(models, config, console, against)
+    if catalogue:
+        require_catalogue(data)
     settings, seed = config.evaluation, config.seed
-    whole = WholeCatalogue(data) if catalogue else None
     scores = baseline_scores(data, config, console)
     classical = classical_baselines(data, config, catalogue, console)
     scores |= classical.candidates if classical else {}
     torch.set_num_threads(os.cpu_count() or 1)
     spreads = {}
     for name, path in models.items():
-        _note_quantization(name, path, config, console)
-        with console.status(f"scoring {name}"):
-            scorer = RequestScorer(path, config)
-            scores[name] = scorer(data.test)
-            _require_finite(f"--model {name}={path}", scores[name], config.model.dtype)
-            if settings.order_requests:
-                spreads[name] = order_spread(scorer, data.test, scores[name], settings.order_requests, seed)
+        scores[name], spread = _model_scores(name, path, data, config, console)
+        spreads |= {name: spread} if spread else {}
     oracle = oracle_scores(data.test)
     if oracle is not None:
         scores["oracle"] = oracle
@@ -112,13 +114,14 @@ def evaluate(
     evaluation = evaluate_scores(scores, data.test, settings.bootstrap_samples, seed, strata, against)
     evaluation["data"] = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation["folders"] = models
-    evaluation["notes"] = _notes(data, config)
+    evaluation["notes"] = notes_of(data, config)
     evaluation["baselines"] = classical.facts if classical else {}
     if spreads:
         evaluation["order"] = {
             "requests": min(settings.order_requests, len(data.test)), "orders": ORDERS, "models": spreads,
         }  # fmt: skip
-    if whole is not None:
+    if catalogue:
+        whole = WholeCatalogue(data)
         ranked = _rank_catalogue(whole, models, classical, config, console)
         evaluation["catalogue"] = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
@@ -128,7 +131,7 @@ def evaluate(
 
 def baseline_scores(data: PreparedData, config: RunConfig, console: Console) -> Scores:
     """The asked baselines that need no environment of their own and that the data allows; says what to know of them."""
-    for note in _notes(data, config):
+    for note in notes_of(data, config):
         console.print(f"note: {note}", highlight=False)
     test, log = data.test, data.interactions
     names = _baselines(data, config)
@@ -152,7 +155,7 @@ def _baselines(data: PreparedData, config: RunConfig) -> list[str]:
     return [name for name in config.evaluation.baselines if name == "random" or data.interactions is not None]
 
 
-def _notes(data: PreparedData, config: RunConfig) -> list[str]:
+def notes_of(data: PreparedData, config: RunConfig) -> list[str]:
     """What a reader of the figures must know of the baselines."""
     asked = set(config.evaluation.baselines)
     if data.interactions is None:
@@ -179,6 +182,22 @@ def classical_baselines(
     )
 
 
+def _model_scores(
+    name: str, path: str, data: PreparedData, config: RunConfig, console: Console
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """A model's scores of the test requests, and how far they move with other orders if that is asked for.
+
+    The model is gone when this returns: the next one, or the ranking of the whole catalogue, has the memory to itself.
+    """
+    _note_quantization(name, path, config, console)
+    requests = config.evaluation.order_requests
+    with console.status(f"scoring {name}"):
+        scorer = RequestScorer(path, config)
+        scores = scorer(data.test)
+        _require_finite(f"--model {name}={path}", scores, config.model.dtype)
+        return scores, order_spread(scorer, data.test, scores, requests, config.seed) if requests else {}
+
+
 def _rank_catalogue(
     whole: WholeCatalogue,
     models: dict[str, str],
@@ -186,9 +205,7 @@ def _rank_catalogue(
     config: RunConfig,
     console: Console,
 ) -> dict[str, Ranked]:
-    ranked = whole.baselines(config.evaluation.baselines, config)
-    for name, scores in (classical.catalogue or {} if classical else {}).items():
-        ranked[name] = whole.scored(scores)
+    ranked = whole.baselines(config.evaluation.baselines, config) | (classical.catalogue if classical else {})
     for name, path in models.items():
         with console.status(f"ranking the whole catalogue by {name}"):
             ranked[name] = whole.model(path, config)

@@ -17,6 +17,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import reference_of, within_context
+from dmpo_dist.evaluation.whole_catalogue import catalogue_at_test
 from dmpo_dist.explanation.contributions import Method, leave_one_out
 from dmpo_dist.explanation.explainer import Explainer, Subject
 from dmpo_dist.explanation.faithfulness import delete, summarise
@@ -164,7 +165,7 @@ def _questions(
     if config.data.path is None:
         raise UserError("say what to explain: data.path=FOLDER of `dmpo data prepare`, or --requests FILE")
     data = PreparedData.load(config.data.path)
-    catalogue = read_catalogue(order.catalogue) if order.catalogue else None
+    catalogue = _catalogue_beside(data, order.catalogue) if order.catalogue else None
     chosen, measured = _places(order, data.test["user"][:], f"the test requests in {data.path}", config.seed)
     exclude = config.ranking.exclude_history
     answered = questions_of_data(data, chosen, catalogue, exclude)
@@ -172,8 +173,14 @@ def _questions(
         titles = dict(zip(data.items["item"], data.items["title"], strict=True))
         answered = [asked(question, order.item, titles) for question in answered]
     if catalogue is None and config.ranking.popularity_weight:
-        return answered, questions_of_data(data, measured, None), read_catalogue(config.data.path)
+        return answered, questions_of_data(data, measured, None), catalogue_at_test(data)
     return answered, questions_of_data(data, measured, catalogue, exclude), catalogue
+
+
+def _catalogue_beside(data: PreparedData, place: Path) -> Catalogue:
+    """The catalogue in ``place``; where that is ``data`` itself, whose test requests are explained, popularity ends before
+    the test."""
+    return catalogue_at_test(data) if place.resolve() == data.path.resolve() else read_catalogue(place)
 
 
 def _questions_of_file(

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.prepare import prepare
-from dmpo_dist.orchestration.evaluate import evaluate
+from dmpo_dist.orchestration.evaluate import check_classical, evaluate
 from dmpo_dist.orchestration.stage import open_run_folder, run_stages, say
 from dmpo_dist.orchestration.tracking import check_tracking
 
@@ -15,6 +15,7 @@ def quickstart(config: RunConfig, console: Console) -> None:
     """Run all stages into ``config.output_dir``; the comparison with SFT continued gives SFT as many further steps."""
     output = config.output_dir.absolute()
     check_tracking(config.tracking)
+    check_classical(config.evaluation.baselines, config, console)
     open_run_folder(config, resume=False)
     say(console, "1/5 data: a simulated world whose best possible ranking is known")
     prepare(config.data, config.seed, output / "data", echo=lambda line: console.print(line, highlight=False))

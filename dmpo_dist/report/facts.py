@@ -9,12 +9,16 @@ import yaml
 
 from dmpo_dist.config_section import dotted
 from dmpo_dist.data.splits import SPLITS
+from dmpo_dist.evaluation.tables import order_line
 from dmpo_dist.orchestration.runs import Run
 from dmpo_dist.report.gather import DataCard
+from dmpo_dist.report.records import Baseline, Evaluation
 from dmpo_dist.report.tables import Cell, Table
 from dmpo_dist.report.words import MISSING, number, size
 
 NO_SETTING = "output_dir"
+CHOSEN = ("regularization", "epochs")
+"""Settings of the classical baselines that validation decides."""
 VERDICTS = {"leak": "leak", "warning": "warn"}
 LONG = 60  # characters from which a value of the configuration is cut in a table of differences
 
@@ -41,6 +45,13 @@ def runs_table(runs: Mapping[str, Run]) -> Table:
         )
     columns = ["run", "stage", "steps", "last loss", "validation", "groups/s", "began (UTC)", "state"]
     return Table("Training runs; validation at the step whose weights were selected", columns, rows, 2, len(rows) > 2)
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """What was chosen for the classical baselines and what they did not know, and how little scores depend on order."""
+    lines = [_baseline_line(name, baseline) for name, baseline in evaluation.baselines.items()]
+    moved = order_line({"order": evaluation.order.model_dump()}) if evaluation.order else None
+    return lines + ([f"{moved}."] if moved else [])
 
 
 def counts_table(card: DataCard) -> Table:
@@ -123,6 +134,16 @@ def files_table(files: Sequence[tuple[str, int]]) -> Table:
     rows = [[Cell(path, kind="code"), Cell(size(count), key=count)] for path, count in files]
     total = sum(count for _, count in files)
     return Table(f"Files, {size(total)} in all", ["file", "size"], rows, sortable=len(rows) > 2)
+
+
+def _baseline_line(name: str, baseline: Baseline) -> str:
+    chosen = [f"{key} {baseline.settings[key]:g}" for key in CHOSEN if key in baseline.settings]
+    best = max(baseline.validation.values(), default=None)
+    why = "" if best is None else f", chosen by its validation NDCG@10 of {number(best)}"
+    return (
+        f"{name}: {', '.join(chosen)}{why}; {baseline.unknown_positives} targets it had never seen, "
+        f"{baseline.requests_with_unknown_history} histories it knew nothing of."
+    )
 
 
 def _value(value: Any) -> str:

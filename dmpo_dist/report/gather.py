@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dmpo_dist.data.store import few_fingerprint
 from dmpo_dist.errors import UserError
 from dmpo_dist.orchestration.runs import CONFIG_FILE, METRICS_FILE, Run, read_run
 from dmpo_dist.report.records import (
@@ -48,7 +49,7 @@ class Found:
 
 @dataclass(frozen=True)
 class DataCard:
-    """``dataset.json`` of prepared data, and the runs that were trained on just that data, by fingerprint."""
+    """``dataset.json`` of prepared data, and the runs that were trained on just that data or a few of its groups, by fingerprint."""
 
     content: dict[str, Any]
     trained: list[str]
@@ -235,16 +236,17 @@ def _cards(
         elif path is not None and not places:
             notes[f"the data card of {path}: no such folder is found from here"] = None
     contents = {card["fingerprint"]: card for card in map(read_card, _unique(files))}
-    prints = {name: run.environment.get("data_fingerprint") for name, run in runs.items()}
-    cards = [
-        DataCard(
-            content=card,
-            trained=[name for name, of_run in prints.items() if of_run == key],
-            others=[name for name, of_run in prints.items() if of_run not in (None, *contents)],
-        )
-        for key, card in contents.items()
-    ]
+    trained = {key: [name for name, run in runs.items() if _trained_on(run, key)] for key in contents}
+    known = {name for names in trained.values() for name in names}
+    others = [name for name, run in runs.items() if run.environment.get("data_fingerprint") and name not in known]
+    cards = [DataCard(card, trained[key], others) for key, card in contents.items()]
     return cards, list(notes)
+
+
+def _trained_on(run: Run, fingerprint: str) -> bool:
+    """Whether the run saw the data of ``fingerprint``, all of it or as few of its groups as ``data.shots`` says."""
+    shots = (run.config.get("data") or {}).get("shots")
+    return run.environment.get("data_fingerprint") == few_fingerprint(fingerprint, shots)
 
 
 def _files(folders: Sequence[Path], root: Path) -> list[tuple[str, int]]:

@@ -54,8 +54,10 @@ class StrataPart:
 
 @dataclass(frozen=True)
 class EvaluationPart:
-    """One evaluation."""
+    """One evaluation; ``notes`` are what a reader must know of its figures, ``lines`` what else is known of them."""
 
+    notes: Sequence[str]
+    lines: Sequence[str]
     models: Table
     all_metrics: Table | None
     figures: Sequence[Figure]
@@ -203,6 +205,8 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
     }
     first = tables.first_metrics(e.models)
     return EvaluationPart(
+        notes=e.notes,
+        lines=facts.evaluation_lines(e),
         models=tables.metrics_table(
             f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates", first
         ),
@@ -211,7 +215,7 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
         seeds=tables.seeds_table(e) if e.seeds else None,
         catalogue=catalogue,
         catalogue_all=catalogue_all,
-        comparisons=tables.comparisons_table(e.comparisons, e.requests) if e.comparisons else None,
+        comparisons=tables.comparisons_table(e) if e.comparisons else None,
         comparison_figures=intervals.comparison_figures(e.comparisons),
         strata=strata,
     )

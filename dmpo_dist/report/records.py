@@ -8,6 +8,7 @@ import pandas as pd
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.seeds import split_name
 
 EVALUATION_FILE, EXPLANATIONS_FILE, STUDY_FILE, CARD_FILE = (
     "evaluation.json", "explanations.json", "experiment.parquet", "dataset.json"
@@ -36,7 +37,7 @@ Metrics = Annotated[dict[str, Interval], Field(min_length=1)]
 
 
 class Comparison(BaseModel):
-    """The mean difference ``a - b`` of a metric over the same users."""
+    """The mean difference ``a - b`` of a metric over the same users, and over ``seeds`` where both have some."""
 
     a: str
     b: str
@@ -45,6 +46,7 @@ class Comparison(BaseModel):
     low: FiniteFloat
     high: FiniteFloat
     p: FiniteFloat | None = None
+    seeds: list[str] = []
 
 
 class Stratum(BaseModel):
@@ -73,6 +75,29 @@ class Catalogue(BaseModel):
         return {**data, "models": models}
 
 
+class Moved(BaseModel):
+    """How far scores moved at most, in nats."""
+
+    max_difference: FiniteFloat
+
+
+class Order(BaseModel):
+    """Requests scored again: by model, with ``candidates`` in other orders and with ``packing`` otherwise."""
+
+    requests: int
+    models: dict[str, dict[str, Moved]]
+
+
+class Baseline(BaseModel):
+    """What is known of the training of a classical baseline."""
+
+    settings: dict[str, FiniteFloat] = {}
+    validation: dict[str, FiniteFloat] = {}
+    seconds: FiniteFloat | None = None
+    requests_with_unknown_history: int = 0
+    unknown_positives: int = 0
+
+
 class Evaluation(BaseModel):
     """``evaluation.json``."""
 
@@ -85,11 +110,14 @@ class Evaluation(BaseModel):
     strata: dict[str, dict[str, Stratum]] = {}
     catalogue: Catalogue | None = None
     seeds: dict[str, dict[str, dict[str, FiniteFloat]]] = {}
+    notes: list[str] = []
+    baselines: dict[str, Baseline] = {}
+    order: Order | None = None
 
     @property
     def trained(self) -> dict[str, str]:
         """Language model -> its folder, of one of its seeds where ``folders`` has them as ``name@seed``."""
-        by_name = {name.partition("@")[0]: folder for name, folder in reversed(self.folders.items())} | self.folders
+        by_name = {split_name(name)[0]: folder for name, folder in reversed(self.folders.items())} | self.folders
         return {name: by_name[name] for name in self.models if name in by_name}
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.tables import seeds_note
 from dmpo_dist.report.records import Comparison, Evaluation, Metrics
 from dmpo_dist.report.words import interval, metric_name, number, verdict
 
@@ -76,17 +77,20 @@ def first_metrics(models: Mapping[str, Metrics]) -> dict[str, Metrics]:
     return short if all(short.values()) else dict(models)
 
 
-def comparisons_table(comparisons: Sequence[Comparison], requests: int) -> Table:
+def comparisons_table(evaluation: Evaluation) -> Table:
     """A row per pair of models, a column per metric; differences whose interval leaves out 0 are strong."""
-    metrics = list(dict.fromkeys(c.metric for c in comparisons))
+    metrics = list(dict.fromkeys(c.metric for c in evaluation.comparisons))
     by_pair: dict[tuple[str, str], dict[str, Comparison]] = {}
-    for c in comparisons:
+    for c in evaluation.comparisons:
         by_pair.setdefault((c.a, c.b), {})[c.metric] = c
     rows = [
-        [Cell(f"{a} \u2212 {b}", kind="code"), *(_difference_cell(of_pair.get(metric)) for metric in metrics)]
+        [
+            Cell(f"{a} \u2212 {b}", _seeds_note(evaluation, of_pair), "code"),
+            *(_difference_cell(of_pair.get(metric)) for metric in metrics),
+        ]
         for (a, b), of_pair in by_pair.items()
     ]
-    caption = f"Mean differences over the same {requests} users, their 95 % intervals and bootstrap p-values"
+    caption = f"Mean differences over the same {evaluation.requests} users, their 95 % intervals and bootstrap p-values"
     return Table(caption, ["models", *map(metric_name, metrics)], rows, sortable=len(rows) > 2)
 
 
@@ -105,6 +109,11 @@ def seeds_table(evaluation: Evaluation) -> Table:
         rows.append(cells)
     caption = "Over training seeds: the mean, and from the lowest seed to the highest"
     return Table(caption, ["model", "seeds", *map(metric_name, metrics)], rows, sortable=len(rows) > 2)
+
+
+def _seeds_note(evaluation: Evaluation, of_pair: Mapping[str, Comparison]) -> str:
+    c = next(iter(of_pair.values()))
+    return seeds_note(c.seeds, evaluation.seeds.get(c.a, {}), evaluation.seeds.get(c.b, {}))
 
 
 def _difference_cell(c: Comparison | None) -> Cell:
