@@ -246,7 +246,13 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        where = ", ".join(str(layer) for layer in layers) or "the command line"
+        given = [key.partition("=")[0] for key in overrides or []]
+        mistaken = [".".join(str(part) for part in e["loc"]) for e in error.errors()]
+        on_line = [
+            any(key == g or key.startswith(f"{g}.") or g.startswith(f"{key}.") for g in given) for key in mistaken
+        ]
+        places = [] if all(on_line) else [str(layer) for layer in layers]
+        where = ", ".join([*places, *(["the command line"] if any(on_line) or not layers else [])])
         raise UserError(f"configuration ({where}):\n" + "\n".join(_explain(e) for e in error.errors())) from None
 
 

@@ -1,5 +1,6 @@
 """`dmpo sft`, `train`, `evaluate`, `quickstart`, `doctor`: from prepared data to a measured ranking."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -136,7 +137,11 @@ def _stage(kind: str, settings: RunConfig, resume: bool) -> None:
     from dmpo_dist.orchestration.runlog import make_console
     from dmpo_dist.orchestration.stage import run_stage
 
-    run_stage("sft" if kind == "sft" else "train", settings, make_console(), resume)
+    try:
+        run_stage("sft" if kind == "sft" else "train", settings, make_console(), resume)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the latest checkpoint", file=sys.stderr)
+        raise
 
 
 def _models(entries: list[str]) -> dict[str, str]:

@@ -82,7 +82,7 @@ def seeds_note(common: Sequence[str], of_a: Collection[str], of_b: Collection[st
 
 def comparison_table(evaluation: dict[str, Any]) -> Table:
     """One row per pair of models, under what they have in common; differences whose interval holds 0 are dim."""
-    title = f"Paired differences over {evaluation['requests']} users, 95 % intervals; dim where 0 is inside"
+    title = f"Paired differences over {evaluation['requests']} users, 95 % intervals"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold")
     for metric in COMPARED_METRICS:

@@ -73,7 +73,8 @@ def sentence(found: Counterfactual, titles: Sequence[str]) -> str:
     place = f"the top {found.top}" if found.top > 1 else "first place"
     nothing = f"No removal that was tried {'takes it from' if falls else 'brings it into'} {place}"
     if not found.removed:
-        return f"{nothing}; without any single item it stays at rank {found.rank_before}{' or rises' if falls else ' or falls'}."
+        rest = (" or rises" if found.rank_before > 1 else "") if falls else " or falls"
+        return f"{nothing}; without any single item it stays at rank {found.rank_before}{rest}."
     return f"{nothing}; without {_listed([titles[i] for i in found.removed])} it {_move(found)}, the most a single item does."
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dmpo_dist.explanation.counterfactual import sentence
 from dmpo_dist.explanation.explainer import Answer
-from dmpo_dist.explanation.words import by_word
+from dmpo_dist.explanation.words import by_word, signed
 
 BAR = 16
 """Characters of the longest bar."""
@@ -97,7 +97,7 @@ def _history_table(entry: dict[str, Any], method: str) -> Table:
         bar = Text("█" * round(BAR * abs(amount) / largest), style=colour)
         moved = row["rank_without"] - entry["rank"]
         rank = f"{row['rank_without']}" + (f" ({'down' if moved > 0 else 'up'} {abs(moved)})" if moved else "")
-        table.add_row(Text(row["title"]), Text(f"{amount:+.2f}", style=colour), bar, rank)
+        table.add_row(Text(row["title"]), Text(format(amount, signed(largest)), style=colour), bar, rank)
     return table
 
 

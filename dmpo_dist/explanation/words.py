@@ -1,5 +1,6 @@
-"""Tokens joined to the words of a title."""
+"""Tokens joined to the words of a title, and how their numbers are written."""
 
+import math
 from collections.abc import Iterable
 
 END = "(end)"
@@ -18,3 +19,9 @@ def by_word(tokens: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
             joined[-1] = joined[-1][0] + word, joined[-1][1] + number
         apart = bool(word) and text[-1:].isspace()  # a space alone goes with the word after it
     return joined
+
+
+def signed(largest: float) -> str:
+    """The format of numbers of which ``largest`` is the largest in size: two decimals, or as many as show it."""
+    places = 2 if largest >= 0.1 or not largest else min(6, 1 - math.floor(math.log10(largest)))
+    return f"+.{places}f"

@@ -40,8 +40,8 @@ def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
     names, evaluations = run_names(runs, root), find_evaluations(root)
     caption = f"best: {METRIC} on validation, at the step whose weights were selected; test: {METRIC} where evaluated"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-    for heading in ("run", "start"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("run", overflow="fold")
+    table.add_column("start", overflow="fold", min_width=8)
     for heading in ("stage", "objective"):
         table.add_column(heading, no_wrap=True)
     for heading in ("steps", "best", "at step", "test", "groups/s"):

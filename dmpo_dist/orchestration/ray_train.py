@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -100,13 +101,29 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     failure: BaseException | None = None
     with _forwarded(mailbox, sink, ClusterWatch(cluster, gpus)) as problems:
         try:
-            trainer.fit()
+            with _ctrl_c():
+                trainer.fit()
         except ray.train.TrainingFailedError as error:
             failure = error
     if problems:
         raise UserError(problems[0])
     if failure is not None:
         raise UserError(_explain(failure, cluster)) from failure
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt within, as elsewhere; Ray's own handler exits, and would stay for what comes after."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _mailbox_here() -> Any:

@@ -1,5 +1,6 @@
 """Explanations of single rankings, and how faithful they were measured to be."""
 
+from dmpo_dist.explanation.words import signed
 from dmpo_dist.report.records import ExplainedRequest, Faithfulness
 from dmpo_dist.report.svg import Figure, IntervalRow, Line, Panel, bar, interval_chart, line_chart
 from dmpo_dist.report.tables import Cell, Table
@@ -19,7 +20,9 @@ def history_table(request: ExplainedRequest) -> Table:
     rows = [
         [
             Cell(item.title, kind="title"),
-            Cell(number(item.contribution, "+.2f"), key=item.contribution, chart=bar(item.contribution, largest)),
+            Cell(
+                number(item.contribution, signed(largest)), key=item.contribution, chart=bar(item.contribution, largest)
+            ),
             Cell(MISSING if item.rank_without is None else str(item.rank_without), key=item.rank_without),
         ]
         for item in request.history

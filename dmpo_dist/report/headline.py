@@ -87,7 +87,10 @@ def _result(evaluation: Evaluation) -> str:
         f"On {evaluation.requests} test requests among {candidates(evaluation.negatives)} candidates, {subject} ranks "
         f"with {metric_name(metric)} {number(figure.value)} {interval(figure.low, figure.high)}"
     ).rstrip()
-    parts = [_against(c) for c in _compared(evaluation, subject, metric)]
+    compared = _compared(evaluation, subject, metric)
+    parts = [_against(c) for c in compared]
+    if not any(c.b in BASELINES for c in compared):
+        parts += _beside_best_baseline(evaluation, subject, metric)
     return f"{text}: {joined(parts)}." if parts else f"{text}."
 
 
@@ -102,6 +105,16 @@ def _compared(evaluation: Evaluation, subject: str, metric: str) -> list[Compari
     baselines = [n for n in mine if n in BASELINES or (n not in evaluation.trained and n not in ("oracle", *FAIR))]
     best = max(baselines, key=lambda name: evaluation.models[name][metric].value, default=None)
     return fair + ([mine[best]] if best is not None else [])
+
+
+def _beside_best_baseline(evaluation: Evaluation, subject: str, metric: str) -> list[str]:
+    """The best baseline in a few words where no pairs were drawn with any; nothing where there is none."""
+    values = {n: m[metric].value for n, m in evaluation.models.items() if n in BASELINES and metric in m}
+    if not values:
+        return []
+    best = max(values, key=values.__getitem__)
+    place = "below" if evaluation.models[subject][metric].value < values[best] else "above"
+    return [f"{place} {best} ({number(values[best])}, not compared in pairs)"]
 
 
 def _against(c: Comparison) -> str:

@@ -1,14 +1,16 @@
 """Interval charts of evaluations: all models, paired differences, strata."""
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
+from dmpo_dist.config_ranking import Baseline
 from dmpo_dist.report.records import Comparison, Evaluation, Metrics, Stratum
 from dmpo_dist.report.svg import Figure, IntervalRow, interval_chart
 from dmpo_dist.report.words import interval, metric_name, number
 
 MAIN_METRICS = ("ndcg@10", "hr@1")
 BLUE, ORANGE, GREEN, PURPLE, GREY = range(5)
-BASELINES = ("random", "popularity", "item_knn")
+BASELINES = get_args(Baseline)
 ENDS = ("random", "untuned", "oracle")
 """Models that are far from all others."""
 STRATA_MODELS = 4
