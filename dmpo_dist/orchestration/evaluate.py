@@ -112,7 +112,7 @@ def evaluate(
     evaluation = evaluate_scores(scores, data.test, settings.bootstrap_samples, seed, strata, against)
     evaluation["data"] = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation["folders"] = models
-    evaluation["notes"] = _notes(data, config)
+    evaluation["notes"] = notes_of(data, config)
     evaluation["baselines"] = classical.facts if classical else {}
     if spreads:
         evaluation["order"] = {
@@ -128,7 +128,7 @@ def evaluate(
 
 def baseline_scores(data: PreparedData, config: RunConfig, console: Console) -> Scores:
     """The asked baselines that need no environment of their own and that the data allows; says what to know of them."""
-    for note in _notes(data, config):
+    for note in notes_of(data, config):
         console.print(f"note: {note}", highlight=False)
     test, log = data.test, data.interactions
     names = _baselines(data, config)
@@ -152,7 +152,7 @@ def _baselines(data: PreparedData, config: RunConfig) -> list[str]:
     return [name for name in config.evaluation.baselines if name == "random" or data.interactions is not None]
 
 
-def _notes(data: PreparedData, config: RunConfig) -> list[str]:
+def notes_of(data: PreparedData, config: RunConfig) -> list[str]:
     """What a reader of the figures must know of the baselines."""
     asked = set(config.evaluation.baselines)
     if data.interactions is None:
