@@ -117,6 +117,17 @@ MISTAKES = {
 }  # fmt: skip
 
 
+def test_a_date_of_yaml_is_the_text_of_it(tmp_path):
+    text = f"output_dir: x\ndatasets: {DATASETS}\nsettings: {{template: {{preamble: 2026-01-31}}}}\ngrid: "
+    file = tmp_path / "grid.yaml"
+    file.write_text(text + "{template.request: [2026-02-28]}")
+    config = expand(read_grid(file))[0].config
+    assert (config.template.preamble, config.template.request) == ("2026-01-31", "2026-02-28")
+    file.write_text(text + "{train.steps: [2026-02-28]}")
+    with pytest.raises(UserError, match=r"train.steps.*2026-02-28"):
+        read_grid(file)
+
+
 @pytest.mark.parametrize(("content", "words"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistaken_grid_says_what_to_mend(tmp_path, content, words):
     file = tmp_path / "grid.yaml"

@@ -16,7 +16,7 @@ from dmpo_dist.experiment.parts import make_parts
 from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.results import differences, evaluations, figures, points
 from dmpo_dist.experiment.schema import GridConfig
-from dmpo_dist.experiment.stamps import begin, evaluation_folder, stamp
+from dmpo_dist.experiment.stamps import begin, evaluation_folder, model_settings, stamp
 
 WORLD = {"source": {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}}
 AXES = {"shots": [8, "all"], "k": [1, 3], "seed": [0, 1], "objective.beta": [0.5, 2.0],
@@ -35,7 +35,8 @@ def study(tmp_path_factory):
     datasets = {name: str(root / name) for name in data}
     grid = GridConfig.model_validate(
         {"output_dir": root / "study", "datasets": datasets, "evaluate_on": "all", "arms": ["sft", "sft_continued"],
-         "grid": [{**AXES, "dataset": "a"}, {"dataset": "b", "k": 1}], "settings": {"evaluation": {"bootstrap_samples": 100}}}
+         "grid": [{**AXES, "dataset": "a"}, {"dataset": "b", "k": 1}, {"dataset": "b", "k": 1, "train.learning_rate": 1e-3}],
+         "settings": {"evaluation": {"bootstrap_samples": 100}}}
     )  # fmt: skip
     parts = make_parts(grid, expand(grid), data)
     for number, part in enumerate(parts):
@@ -51,14 +52,20 @@ def study(tmp_path_factory):
             lift = part.cell.k * np.eye(1, 5)[0] if part.role == "cell" else 0
             scores = {model: [rng.normal(size=5) + lift for _ in range(len(rows))] for model in part.measured}
             evaluation = evaluate_scores(scores, rows, 100, 0) | {"data": {"fingerprint": data[name].fingerprint}}
+            evaluation["settings"] = model_settings(part.config)
             write_evaluation(evaluation_folder(part, name), evaluation, scores, rows)
         stamp(part)
     return grid, parts, data
 
 
-def test_every_figure_once_and_means_and_differences_agree_with_them(study):
+@pytest.fixture(scope="module")
+def found(study):
     grid, parts, data = study
-    found = evaluations(parts, data, grid.output_dir)
+    return evaluations(parts, data, grid.output_dir)
+
+
+def test_every_figure_once_and_means_and_differences_agree_with_them(study, found):
+    _, parts, data = study
     table = figures(found)
     assert len(table) == 2 * len(parts) * len(METRICS)
     assert not table.duplicated(["part", "evaluated_on", "model", "metric"]).any()
@@ -88,7 +95,8 @@ def test_every_figure_once_and_means_and_differences_agree_with_them(study):
                 and (part.shots or len(data[part.cell.dataset].train)) == gain["train_groups"]]  # fmt: skip
         wanted = []
         for part in mine:
-            rate = [axis for axis in part.free if axis[0] == "sft.learning_rate"]
+            of_other = ("sft.",) if gain["against"] == "sft" else ("sft.", "train.")
+            rate = [axis for axis in part.free if axis[0].startswith(of_other)]
             (other,) = (p for p in parts if p.role == {"sft": "start"}.get(gain["against"], "continued")
                         and p.cell.dataset == part.cell.dataset and p.cell.seed == part.cell.seed
                         and p.shots == part.shots and list(p.free) == rate)  # fmt: skip
@@ -99,6 +107,36 @@ def test_every_figure_once_and_means_and_differences_agree_with_them(study):
             )
         assert gain["value"] == pytest.approx(np.mean(wanted))
         assert gain["seeds"] == len(mine)
+
+
+def test_intervals_over_seeds_are_those_of_the_evaluate_command(study, found):
+    _, parts, data = study
+    same = {"dataset": "a", "evaluated_on": "a", "free": "objective.beta=0.5, sft.learning_rate=0.001"}
+    chosen = [part for part in parts if part.role == "cell" and part.cell.dataset == "a" and part.cell.shots is None and part.cell.k == 1
+              and ("objective.beta", 0.5) in part.cell.free and ("sft.learning_rate", 1e-3) in part.cell.free]  # fmt: skip
+    starts = {part.start for part in chosen}
+    chosen += [part for part in parts if part.role == "start" and part.name in starts]
+    scores = {}
+    for part in chosen:
+        (model,) = part.measured
+        table = pd.read_parquet(evaluation_folder(part, "a") / "scores.parquet")
+        scores[f"{model}@{part.cell.seed}"] = [g.to_numpy() for _, g in table.groupby("request")["score"]]
+    assert sorted(scores) == ["dmpo@0", "dmpo@1", "sft@0", "sft@1"]
+    evaluation = evaluate_scores(scores, data["a"].test, 100, 0)
+
+    def row_of(frame, **more):
+        wanted = same | {"k": 1, "model": "dmpo", "metric": "ndcg@10"} | more
+        (row,) = frame[frame["shots"].isna() & (frame[list(wanted)] == pd.Series(wanted)).all(axis=1)].to_dict(
+            "records"
+        )
+        return [row[name] for name in ("value", "low", "high")]
+
+    ours = evaluation["models"]["dmpo"]["ndcg@10"]
+    assert ours["low"] < ours["value"] < ours["high"]
+    assert row_of(points(found, 100)) == pytest.approx([ours[name] for name in ("value", "low", "high")])
+    (pair,) = (c for c in evaluation["comparisons"] if (c["b"], c["metric"]) == ("sft", "ndcg@10"))
+    wanted = [pair[name] for name in ("difference", "low", "high")]
+    assert row_of(differences(found, 100), against="sft") == pytest.approx(wanted)
 
 
 def test_the_report_draws_what_the_grid_has_and_names_what_is_missing(study):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import repeat
 
 import pytest
 from rich.console import Console
@@ -18,8 +19,8 @@ from dmpo_dist.experiment.stamps import failure, trained
 class Stages:
     """Stands in for ``run_stage`` and ``run_stages``: opens all folders first, as they do, then trains one after another."""
 
-    def __init__(self, diverge: str = "", refused: str = "") -> None:
-        self.diverge, self.refused, self.calls = diverge, refused, []
+    def __init__(self, diverge: str = "", refused: str = "", lost: int = 0) -> None:
+        self.diverge, self.refused, self.lost, self.calls = diverge, refused, lost, []
 
     def several(self, stages, console) -> None:
         configs = [config for _, _, config in stages]
@@ -29,6 +30,10 @@ class Stages:
                 raise UserError("too few negatives")
             config.output_dir.mkdir(parents=True)  # must not be there
             (config.output_dir / "config.yaml").write_text(dump_config(config))
+        (configs[0].output_dir / "metrics.jsonl").touch()  # opened before there are workers
+        if self.lost:
+            self.lost -= 1
+            raise UserError("the cluster has 0 CPUs")
         for config in configs:
             (config.output_dir / "metrics.jsonl").write_text(json.dumps({"kind": "start"}) + "\n")
             if self.diverge and self.diverge in str(config.output_dir):
@@ -80,6 +85,13 @@ def test_the_one_that_is_refused_before_it_starts_is_found(study):
     assert {name: failure(part) for name, part in parts.items() if failure(part)} == {K3: "too few negatives"}
     assert [name for name, part in parts.items() if not trained(part)] == [K3]
     assert len(calls) == 1 + 8
+
+
+def test_none_is_blamed_where_no_worker_started(study):
+    parts, calls = study(Stages(lost=1))
+    assert not any(map(failure, parts.values()))
+    assert all(map(trained, parts.values()))
+    assert not any(map(str.startswith, map(str, calls), repeat("resumed")))
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["one process", "Ray"])

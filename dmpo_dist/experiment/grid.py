@@ -1,7 +1,6 @@
 """Reading a grid, and every combination in it as a cell."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dmpo_dist.experiment.schema import (
     AXES,
     DatasetConfig,
     GridConfig,
+    as_json,
     find_recipe,
     last_line,
     layers_of,
@@ -154,7 +154,7 @@ def _make_cell(
 
 def free_part(free: Iterable[tuple[str, Any]]) -> str:
     """What free axes add to a name."""
-    return "".join(f"_{key}-{_as_file_name(v if isinstance(v, str) else json.dumps(v))}" for key, v in free)
+    return "".join(f"_{key}-{_as_file_name(v if isinstance(v, str) else as_json(v))}" for key, v in free)
 
 
 def _option(key: str, value: Any) -> str:

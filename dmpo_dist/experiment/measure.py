@@ -1,10 +1,13 @@
 """Every model of an experiment and every baseline on the same test candidates of each dataset."""
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from rich.console import Console
 
 from dmpo_dist.config import RunConfig
@@ -15,15 +18,15 @@ from dmpo_dist.evaluation.metrics import METRICS, ranking_metrics
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.scoring import score_requests
 from dmpo_dist.experiment.parts import Part
-from dmpo_dist.experiment.stamps import evaluated, evaluation_folder, to_evaluate
-from dmpo_dist.orchestration.evaluate import baseline_scores, classical_baselines
+from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, model_settings, to_evaluate
+from dmpo_dist.orchestration.evaluate import baseline_scores, classical_baselines, notes_of
 
 BASELINES = "baselines"
 SCORES_FILE = "scores.parquet"
 
 
 def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
-    """Evaluate a trained part on each of its datasets that it has no evaluation on.
+    """Evaluate a trained part on each of its datasets that it has no evaluation on, or one by other settings.
 
     Raises:
         UserError: the model cannot be loaded, or its scores are not finite.
@@ -35,18 +38,36 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
                 scores[name] = score_requests(str(path), part.config, data[dataset].test)
             if not all(np.isfinite(candidates).all() for candidates in scores[name]):
                 raise UserError(f"{path}: scores on {dataset} are not finite; its training diverged")
-        _write(evaluation_folder(part, dataset), scores, data[dataset], part.config, part.measured)
+        about = {
+            "folders": {name: str(path) for name, path in part.measured.items()},
+            "settings": model_settings(part.config),
+        }
+        _write(evaluation_folder(part, dataset), scores, data[dataset], part.config, about)
 
 
 def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: RunConfig, console: Console) -> None:
-    """Evaluate the baselines on every dataset that has no evaluation of them in ``folder``."""
+    """Evaluate the baselines on every dataset that has no evaluation of them in ``folder``, or one by other settings."""
+    settings = baseline_settings(config)
     for name, prepared in data.items():
-        if evaluated(folder / name, prepared):
+        if evaluated(folder / name, prepared, settings):
             continue
         classical = classical_baselines(prepared, config, False, console)
         scores = baseline_scores(prepared, config, console) | (classical.candidates if classical else {})
         oracle = oracle_scores(prepared.test)
-        _write(folder / name, scores | ({"oracle": oracle} if oracle is not None else {}), prepared, config, {})
+        about = {
+            "folders": {},
+            "settings": settings,
+            "notes": notes_of(prepared, config),
+            "baselines": classical.facts if classical else {},
+        }
+        _write(folder / name, scores | ({"oracle": oracle} if oracle is not None else {}), prepared, config, about)
+
+
+def free_accelerator() -> None:
+    """Give the memory of the models scored here back to the GPU, where the next workers train."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def request_metrics(folder: Path, model: str) -> np.ndarray:
@@ -62,9 +83,8 @@ def _write(
     scores: dict[str, list[np.ndarray]],
     data: PreparedData,
     config: RunConfig,
-    models: Mapping[str, Path],
+    about: dict[str, Any],
 ) -> None:
     evaluation = evaluate_scores(scores, data.test, config.evaluation.bootstrap_samples, config.seed)
     evaluation["data"] = {"path": str(data.path), "fingerprint": data.fingerprint}
-    evaluation["folders"] = {name: str(path) for name, path in models.items()}
-    write_evaluation(folder, evaluation, scores, data.test)
+    write_evaluation(folder, evaluation | about, scores, data.test)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class Part:
         measured: name in tables -> model, of those asked for; an SFT start also has what it started from, untuned.
         evaluate_on: names of the datasets to measure them on.
         settings: what its weights depend on, dotted key -> value.
+        continued: title of the SFT continued that a cell is compared with; None for the others, and without that arm.
     """
 
     role: Literal["start", "continued", "cell"]
@@ -53,6 +54,7 @@ class Part:
     measured: dict[str, Path]
     evaluate_on: tuple[str, ...]
     settings: dict[str, Any]
+    continued: str | None = None
 
     @property
     def stage(self) -> Kind:
@@ -96,10 +98,11 @@ def make_parts(grid: GridConfig, cells: Sequence[Cell], data: Mapping[str, Prepa
             _require_enough(config, cell, data[cell.dataset])
         start = _start(config, cell, grid, data)
         parts.setdefault(start.title, start)
+        part = _cell(config, cell, start, grid, data)
         if "sft_continued" in grid.arms:
             continued = _continued(config, cell, start, grid, data)
             parts.setdefault(continued.title, continued)
-        part = _cell(config, cell, start, grid, data)
+            part = replace(part, continued=continued.title)
         parts[part.title] = part
     return list(parts.values())
 

@@ -116,7 +116,9 @@ def draw_matrix(points: pd.DataFrame, output: Path, metric: str = "ndcg@10") -> 
     figure.colorbar(image, ax=figure.axes, shrink=0.8, label=METRIC_TITLES.get(metric, metric))
     chance = points[(points["metric"] == metric) & (points["model"] == "random")]["value"]
     note = f"; a random order has {chance.mean():.3f}" if len(chance) else ""
-    figure.suptitle(f"{METRIC_TITLES.get(metric, metric)}, mean over seeds [95 % over users]{note}", fontsize=10)
+    figure.suptitle(
+        f"{METRIC_TITLES.get(metric, metric)}, mean over seeds [95 % over users and seeds]{note}", fontsize=10
+    )
     figure.savefig(output, format="png")
     return True
 

@@ -18,13 +18,13 @@ from dmpo_dist.experiment.plots import (
     draw_k_sweep,
     draw_matrix,
 )
-from dmpo_dist.experiment.results import curves, differences, evaluations, figures, points
+from dmpo_dist.experiment.results import curves, differences, evaluations, figures, notes, points
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import progress
 
 SHOWN = ("hr@1", "ndcg@10", "auc")
 PICTURES = {
-    FEW_SHOT_FILE: (draw_few_shot, "Few-shot curves: means over seeds, bars 95 % over users, small points single seeds."),
+    FEW_SHOT_FILE: (draw_few_shot, "Few-shot curves: means over seeds, bars 95 % over users and seeds, small points single seeds."),
     K_SWEEP_FILE: (draw_k_sweep, "Accuracy, preference loss and how far it fell over the number of negatives; before training S-DPO's loss is log(1 + K), the others' log 2."),
     MATRIX_FILE: (draw_matrix, "Trained on one dataset, evaluated on another."),
 }  # fmt: skip
@@ -48,7 +48,7 @@ def write_report(
         if draw(means, output / name):
             drawn.append(f"![{caption}]({name})\n\n{caption}")
     lines = [
-        *_head(grid, parts, data, failed),
+        *_head(grid, parts, data, failed, notes(found)),
         *drawn,
         *_tables(means, differences(found, samples)),
         *_matrix(means),
@@ -58,7 +58,11 @@ def write_report(
 
 
 def _head(
-    grid: GridConfig, parts: Sequence[Part], data: Mapping[str, PreparedData], failed: Sequence[str]
+    grid: GridConfig,
+    parts: Sequence[Part],
+    data: Mapping[str, PreparedData],
+    failed: Sequence[str],
+    of_baselines: Sequence[str],
 ) -> list[str]:
     done = sum(progress(part, data).state == "done" for part in parts)
     lines = [f"# {grid.output_dir.name}", f"{done} of {len(parts)} models are trained and measured."]
@@ -67,6 +71,8 @@ def _head(
     settings = {"config": ", ".join(grid.config), **dotted(grid.settings)}
     shown = [f"`{key}={value}`" for key, value in settings.items() if value != ""]
     lines.append("Settings of all cells: " + ", ".join(shown))
+    if of_baselines:
+        lines.append("To know of the baselines:\n\n" + "\n".join(f"- {line}" for line in of_baselines))
     if failed:
         lines.append("Failed, and so missing below:\n\n" + "\n".join(f"- {line}" for line in failed))
     return lines
@@ -142,7 +148,8 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
 HOW = """## How to read it
 
 All models of a dataset rank the same test candidates. A figure is the mean over seeds (of training; data and candidates stay) and
-its interval a 95 % bootstrap over users of that mean: it says what other users would give, not what other seeds would; the
-pictures show each seed as a point. Differences are paired, user by user and seed by seed. Losses are means over the last fifth of
+its interval a 95 % bootstrap over users and seeds, the one that `dmpo evaluate NAME@SEED=FOLDER` gives: what other users and other
+seeds would give; with one seed other users alone, as in `experiment.parquet`, which has each seed by itself. The pictures show
+each seed as a point. Differences are paired, user by user and seed by seed. Losses are means over the last fifth of
 the training steps. `experiment.parquet` has a row for every model, dataset and metric, `curves.parquet` validation and
 training loss by step; every model is a run folder that `dmpo runs list` reads."""

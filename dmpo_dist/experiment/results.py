@@ -9,27 +9,32 @@ import numpy as np
 import pandas as pd
 
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.evaluation.metrics import METRICS, bootstrap_interval
+from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.report import COMPARED_METRICS
+from dmpo_dist.evaluation.seeds import SeededValues
 from dmpo_dist.experiment.measure import BASELINES, request_metrics
 from dmpo_dist.experiment.parts import FOLDERS, Part
-from dmpo_dist.experiment.stamps import EVALUATION_FILE, evaluation_folder, progress
+from dmpo_dist.experiment.stamps import EVALUATION_FILE, baseline_settings, evaluated, evaluation_folder, progress
 from dmpo_dist.orchestration.runs import VALIDATION_METRICS, Run, read_run
 
 LAST_SHARE = 0.2
 """Of the steps: the final loss is the mean of the log lines in this last part of the training."""
 FEWEST_K = "the fewest K"
+BOOTSTRAP_SEED = 0
+"""As `dmpo evaluate` has it by default, so that both give one interval for the same models."""
 COUNTS = ("shots", "train_groups", "k")
 LOSSES = ("loss", "preference_loss")
 POINT = ["dataset", "evaluated_on", "shots", "train_groups", "k", "model", "free"]
 """What one point of a curve has in common; its seeds differ."""
+NOT_SHOWN = ("losses", "folder", "continued")
 
 
 def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output: Path) -> pd.DataFrame:
     """A row for each finished model or baseline and each dataset it was evaluated on.
 
     Columns: those of ``POINT`` (shots, train_groups and k are <NA> where they mean nothing; shots also for all), part,
-    start (name of the SFT start), seed, objective (None but for cells), requests, ``folder`` of the evaluation, ``losses`` (see ``final_losses``).
+    start (name of the SFT start), seed, objective (None but for cells), and what no file shows: ``folder`` of the evaluation,
+    ``losses`` (see ``final_losses``), ``continued`` (part of the SFT continued a cell is compared with).
     """
     rows = []
     for part in parts:
@@ -40,12 +45,13 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
             folder = evaluation_folder(part, dataset)
             facts = _row(part, data) | {"evaluated_on": dataset, "losses": losses, "folder": folder}
             rows += [facts | {"model": model} for model in _read(folder)["models"]]
-    for dataset in data:
+    for dataset, prepared in data.items():
         folder = output / BASELINES / dataset
         facts = {"dataset": dataset, "evaluated_on": dataset, "losses": {}, "free": "", "folder": folder}
-        models = _read(folder)["models"] if (folder / EVALUATION_FILE).exists() else []
+        current = evaluated(folder, prepared, baseline_settings(parts[0].config))
+        models = _read(folder)["models"] if current else []
         rows += [facts | {"model": model} for model in models]
-    columns = [*POINT, "part", "start", "seed", "objective", "losses", "folder"]
+    columns = [*POINT, "part", "start", "seed", "objective", *NOT_SHOWN]
     frame = pd.DataFrame(rows, columns=columns)
     return frame.astype(dict.fromkeys((*COUNTS, "seed"), "Int64"))
 
@@ -53,17 +59,17 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
 def figures(found: pd.DataFrame) -> pd.DataFrame:
     """``experiment.parquet``: a row for each evaluation in ``found`` and each metric.
 
-    Columns as in ``evaluations`` less the folder, then metric, value, low, high (95 % bootstrap over users), requests,
+    Columns as in ``evaluations`` less ``NOT_SHOWN``, then metric, value, low, high (95 % bootstrap over users), requests,
     and for cells final_train_loss and final_preference_loss.
     """
     rows = []
     for row in found.to_dict("records"):
-        folder, losses = row.pop("folder"), row.pop("losses")
+        losses, folder, _ = (row.pop(name) for name in NOT_SHOWN)
         evaluation = _read(folder)
         facts = {"final_train_loss": losses.get("loss"), "final_preference_loss": losses.get("preference_loss")}
         for metric, cell in evaluation["models"][row["model"]].items():
             rows.append(row | {"metric": metric, **cell, "requests": evaluation["requests"]} | facts)
-    columns = [c for c in found.columns if c not in ("folder", "losses")]
+    columns = [c for c in found.columns if c not in NOT_SHOWN]
     columns += ["metric", "value", "low", "high", "requests", "final_train_loss", "final_preference_loss"]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys((*COUNTS, "seed"), "Int64"))
 
@@ -87,19 +93,19 @@ def curves(parts: Sequence[Part], data: Mapping[str, PreparedData]) -> pd.DataFr
 def points(found: pd.DataFrame, samples: int) -> pd.DataFrame:
     """Means over seeds: a row for each point and metric.
 
-    Columns: ``POINT``, metric, value (mean over seeds), low and high (95 % bootstrap over users of that mean), values (one
-    per seed), seeds, and the mean losses first_preference_loss, final_preference_loss, final_train_loss.
+    Columns: ``POINT``, metric, value (mean over seeds), low and high (95 % bootstrap over users and seeds), values (one per
+    seed), seeds, and the mean losses first_preference_loss, final_preference_loss, final_train_loss.
     """
     rows = []
     for key, group in found.groupby(POINT, dropna=False, sort=False):
-        of_seeds = _request_values(group)  # (n_seeds, n_requests, n_metrics)
-        mean, low, high = bootstrap_interval(of_seeds.mean(axis=0), samples, seed=0)
+        seeded = _seeded(group)
+        mean, low, high = seeded.interval(samples, BOOTSTRAP_SEED)
         losses = _mean_losses(group)
         for i, metric in enumerate(METRICS):
             rows.append(
                 dict(zip(POINT, key, strict=True))
-                | {"metric": metric, "value": mean[i], "low": low[i], "high": high[i], "seeds": len(of_seeds)}
-                | {"values": of_seeds[:, :, i].mean(axis=1).tolist(), **losses}
+                | {"metric": metric, "value": mean[i], "low": low[i], "high": high[i], "seeds": len(seeded.seeds)}
+                | {"values": seeded.by_seed()[:, i].tolist(), **losses}
             )
     columns = [*POINT, "metric", "value", "low", "high", "seeds", "values"]
     frame = pd.DataFrame(rows, columns=[*columns, "first_preference_loss", "final_preference_loss", "final_train_loss"])
@@ -109,8 +115,8 @@ def points(found: pd.DataFrame, samples: int) -> pd.DataFrame:
 def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
     """Cells against their SFT start, SFT continued and the same cell with the fewest K, on their own dataset.
 
-    Columns: ``POINT``, against (sft, sft_continued or "K=1"), metric, value, low, high (95 % paired bootstrap over users of
-    the mean over seeds), seeds.
+    Columns: ``POINT``, against (sft, sft_continued or "K=1"), metric, value, low, high (95 % bootstrap over
+    users and seeds, paired over both), seeds.
     """
     own = found[found["dataset"] == found["evaluated_on"]]
     rows = []
@@ -122,8 +128,9 @@ def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
             if len(others) < len(group):
                 continue
             name = f"K={others[0]['k']}" if against == FEWEST_K else against
-            gain = (_request_values(group) - _request_values(pd.DataFrame(others))).mean(axis=0)
-            mean, low, high = bootstrap_interval(gain, samples, seed=0)
+            mine, theirs = _seeded(group), _seeded(pd.DataFrame(others))
+            gain = SeededValues(mine.seeds, mine.values - theirs.values)
+            mean, low, high = gain.interval(samples, BOOTSTRAP_SEED)
             for metric in COMPARED_METRICS:
                 i = METRICS.index(metric)
                 row = {"against": name, "metric": metric, "value": mean[i], "low": low[i], "high": high[i]}
@@ -154,12 +161,15 @@ def _row(part: Part, data: Mapping[str, PreparedData]) -> dict[str, Any]:
         "objective": cell.objective if part.role == "cell" else None,
         "seed": cell.seed,
         "free": ", ".join(f"{key}={value}" for key, value in part.free),
+        "continued": part.continued,
     }
 
 
-def _request_values(group: pd.DataFrame) -> np.ndarray:
-    values = zip(group["folder"], group["model"], strict=True)
-    return np.stack([request_metrics(folder, model) for folder, model in values])
+def _seeded(group: pd.DataFrame) -> SeededValues:
+    """A point's values (n_requests, n_seeds, n_metrics), its seeds in the order that `dmpo evaluate` has them in."""
+    ordered = group.assign(label=group["seed"].astype(str)).sort_values("label")
+    values = [request_metrics(*row) for row in zip(ordered["folder"], ordered["model"], strict=True)]
+    return SeededValues(tuple(ordered["label"]), np.stack(values, axis=1))
 
 
 def _mean_losses(group: pd.DataFrame) -> dict[str, float]:
@@ -174,16 +184,23 @@ def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str,
     if name == "sft":
         same = own[(own["model"] == name) & (own["part"] == f"{FOLDERS['start']}/{row['start']}")]
     elif name == "sft_continued":
-        same = own[
-            (own["model"] == name) & (own["start"] == row["start"]) & (own["train_groups"] == row["train_groups"])
-        ]
-        same = same[[set(free.split(", ")) <= {*row["free"].split(", "), ""} for free in same["free"]]]
+        same = own[(own["model"] == name) & (own["part"] == row["continued"])]
     else:
         same = own[own["objective"].notna()]
         for column in ("model", "dataset", "seed", "train_groups", "free"):
             same = same[same[column] == row[column]]
         same = same[same["k"] < row["k"]].sort_values("k")
     return same.to_dict("records")[0] if len(same) else None
+
+
+def notes(found: pd.DataFrame) -> list[str]:
+    """What a reader must know of the baselines in ``found``."""
+    baselines = found[found["part"].isna()].drop_duplicates("folder")
+    return [
+        f"{dataset}: {note}"
+        for dataset, folder in zip(baselines["dataset"], baselines["folder"], strict=True)
+        for note in _read(folder).get("notes", [])
+    ]
 
 
 def _read(folder: Path) -> dict[str, Any]:

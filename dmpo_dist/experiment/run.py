@@ -14,7 +14,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand
-from dmpo_dist.experiment.measure import BASELINES, measure_baselines, measure_part
+from dmpo_dist.experiment.measure import BASELINES, free_accelerator, measure_baselines, measure_part
 from dmpo_dist.experiment.parts import Part, make_parts
 from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.schema import GridConfig
@@ -32,7 +32,8 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
         A line for each model that failed.
 
     Raises:
-        UserError: the grid, a dataset, or a model there under other settings; another command is at work in the folder.
+        UserError: the grid, a dataset, or a model there under other settings; another command is at work in the folder;
+            the cluster is too small.
     """
     alone = in_this_process()
     cells = expand(grid)
@@ -42,9 +43,10 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
         parts = [_placed(part, grid, alone) for part in make_parts(grid, cells, data)]
         require_unchanged(parts)
         console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
-        if grid.baselines:
-            measure_baselines(grid.output_dir / BASELINES, data, parts[0].config, console)
-        _train_and_measure(parts, data, alone, console)
+        with nullcontext() if alone or all(map(trained, parts)) else _cluster(parts[0]):
+            if grid.baselines:
+                measure_baselines(grid.output_dir / BASELINES, data, parts[0].config, console)
+            _train_and_measure(parts, data, alone, console)
         failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
         write_report(grid, parts, data, failures)
     say(console, f"written to {grid.output_dir}: experiment.md, experiment.parquet, curves.parquet and pictures")
@@ -75,15 +77,14 @@ def _train_and_measure(parts: Sequence[Part], data: Mapping[str, PreparedData], 
     def heading(part: Part) -> str:
         return f"{number[part.title]}/{len(parts)} {part.title}"
 
-    with nullcontext() if alone or all(map(trained, parts)) else _cluster(parts[0]):
-        for _, group in groupby(parts, key=lambda part: part.start or part.name):
-            members = list(group)
-            batches = [[part] for part in members] if alone else [members]
-            for batch in batches:
-                train_parts([part for part in batch if not trained(part)], alone, heading, console)
-                for part in batch:
-                    if trained(part) and progress(part, data).state != "done":
-                        _measure(part, data, console)
+    for _, group in groupby(parts, key=lambda part: part.start or part.name):
+        members = list(group)
+        batches = [[part] for part in members] if alone else [members]
+        for batch in batches:
+            train_parts([part for part in batch if not trained(part)], alone, heading, console)
+            for part in batch:
+                if trained(part) and progress(part, data).state != "done":
+                    _measure(part, data, console)
 
 
 def _measure(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
@@ -92,6 +93,8 @@ def _measure(part: Part, data: Mapping[str, PreparedData], console: Console) -> 
     except (UserError, RuntimeError) as error:  # of this part alone, as when training
         record_failure(part, error, console)
         return
+    finally:
+        free_accelerator()
     stamp(part)
     if part.evaluate_on:
         console.print(f"measured {part.title} on {', '.join(part.evaluate_on)}", highlight=False, soft_wrap=True)
@@ -99,9 +102,12 @@ def _measure(part: Part, data: Mapping[str, PreparedData], console: Console) -> 
 
 @contextmanager
 def _cluster(part: Part) -> Iterator[None]:
-    from dmpo_dist.orchestration.ray_train import ray_session
+    """Ray for all parts; one that is too small is no failure of a model, and said before any work is done."""
+    from dmpo_dist.orchestration.ray_train import gpus_per_worker_of, ray_session, require_resources
 
-    with ray_session(part.config.cluster):
+    cluster = part.config.cluster
+    with ray_session(cluster):
+        require_resources(cluster, gpus_per_worker_of(cluster))
         yield
 
 

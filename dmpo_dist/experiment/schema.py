@@ -54,7 +54,7 @@ class GridConfig(Section):
     arms: list[Literal["untuned", "sft", "sft_continued"]] = Field(default_factory=lambda: ["sft"])
     """Evaluated beside the cells: the model before training, after SFT, and after as many further SFT steps as the cell's."""
     baselines: bool = True
-    """Evaluate random, popularity and item-kNN (and a simulator's oracle) on every dataset."""
+    """Evaluate those of ``evaluation.baselines`` (and a simulator's oracle) on every dataset."""
     evaluate_on: Literal["own", "all"] = "own"
     """own: the dataset trained on; all: every other one too, for the cross-domain matrix."""
     sft_shots: int | Literal["cell", "all"] = "cell"
@@ -142,7 +142,12 @@ def settings_of(grid: GridConfig) -> list[str]:
 
 def override(key: str, value: Any) -> str:
     """``key=value`` for ``load_config``, which reads JSON as the same value."""
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    return f"{key}={as_json(value)}"
+
+
+def as_json(value: Any) -> str:
+    """JSON in one line; what YAML reads as a date is the text of it."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.orchestration.runs import CONFIG_FILE, METRICS_FILE, read_run
+from dmpo_dist.training.curves import read_records
 
 SETTINGS_FILE, DONE_FILE, FAILED_FILE = "settings.json", "done.json", "failed.json"
 EVALUATION, EVALUATION_FILE = "evaluation", "evaluation.json"
 SHOWN = 5  # changed cells named in an error
+MODELS_DEPEND_ON = {"bootstrap_samples", "token_budget"}
+"""Of the evaluation section: what changes the figures of a trained model; a further baseline does not."""
+BASELINES_IGNORE = {"baseline_environment", "token_budget", "order_requests"}
 
 State = Literal["done", "to evaluate", "interrupted", "failed", "to do"]
 
@@ -53,16 +58,20 @@ def failure(part: Part) -> str:
 
 
 def begun(part: Part) -> bool:
-    """Whether the stage started to train."""
-    return (part.run / CONFIG_FILE).exists() and (part.run / METRICS_FILE).exists()
+    """Whether the stage started to train: its folder and an empty log are there before the workers are."""
+    log = part.run / METRICS_FILE
+    if not log.exists() or not (part.run / CONFIG_FILE).exists():
+        return False
+    return any(record["kind"] == "start" for record in read_records(log))
 
 
 def to_evaluate(part: Part, data: Mapping[str, PreparedData]) -> list[str]:
-    """Names of the datasets on which the model is still to be measured."""
+    """Names of the datasets on which the model is still to be measured, or was by other settings."""
+    settings = model_settings(part.config)
     return [
         name
         for name in part.evaluate_on
-        if name not in data or not evaluated(evaluation_folder(part, name), data[name], part.measured)
+        if name not in data or not evaluated(evaluation_folder(part, name), data[name], settings, part.measured)
     ]
 
 
@@ -126,11 +135,22 @@ def _changes(part: Part) -> list[str]:
     return [f"{key} was {old.get(key, 'not set')}, is {new.get(key, 'not set')}" for key in keys]
 
 
-def evaluated(folder: Path, data: PreparedData, models: Iterable[str] = ()) -> bool:
-    """Whether ``folder`` holds an evaluation of ``models`` on this very data."""
+def model_settings(config: RunConfig) -> dict[str, Any]:
+    """What the figures of a trained model depend on, as they are kept with them."""
+    return config.evaluation.model_dump(mode="json", include=MODELS_DEPEND_ON) | {"seed": config.seed}
+
+
+def baseline_settings(config: RunConfig) -> dict[str, Any]:
+    """What the figures of the baselines depend on, as they are kept with them."""
+    return config.evaluation.model_dump(mode="json", exclude=BASELINES_IGNORE) | {"seed": config.seed}
+
+
+def evaluated(folder: Path, data: PreparedData, settings: Mapping[str, Any], models: Iterable[str] = ()) -> bool:
+    """Whether ``folder`` holds an evaluation of ``models`` on this very data by these ``settings``."""
     file = folder / EVALUATION_FILE
     found = _read(file) if file.exists() else {}
-    return found.get("data", {}).get("fingerprint") == data.fingerprint and {*models} <= found.get("models", {}).keys()
+    same = found.get("data", {}).get("fingerprint") == data.fingerprint and found.get("settings") == settings
+    return same and {*models} <= found.get("models", {}).keys()
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""What is measured again, what is kept with the figures, and that a cluster is judged before a model is."""
+
+import io
+import json
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from dmpo_dist.config import DataConfig
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.classical import ClassicalScores
+from dmpo_dist.experiment import measure
+from dmpo_dist.experiment.grid import expand
+from dmpo_dist.experiment.parts import make_parts
+from dmpo_dist.experiment.report import write_report
+from dmpo_dist.experiment.run import _measure, run_experiment
+from dmpo_dist.experiment.schema import GridConfig
+from dmpo_dist.experiment.stamps import progress
+from dmpo_dist.orchestration import ray_train
+
+CONSOLE = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A world whose fitted baselines know what other users did later."""
+    world = {"source": {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}, "split": "leave_one_out",
+             "negatives_per_group": 4, "evaluation_negatives": 4}  # fmt: skip
+    return {
+        "a": prepare(DataConfig.model_validate(world), 0, tmp_path_factory.mktemp("world") / "a", echo=lambda _: None)
+    }
+
+
+@pytest.fixture
+def parts_of(tmp_path, data):
+    """The grid and its parts under some settings of the evaluation; their models are there."""
+
+    def make(**evaluation):
+        evaluation = {"bootstrap_samples": 100} | evaluation
+        grid = GridConfig.model_validate(
+            {"output_dir": tmp_path / "study", "datasets": {"a": str(data["a"].path)}, "grid": {"k": 1},
+             "settings": {"evaluation": evaluation}}
+        )  # fmt: skip
+        parts = make_parts(grid, expand(grid), data)
+        for part in parts:
+            part.model.mkdir(parents=True, exist_ok=True)
+        return grid, parts
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"baselines": ["random", "item_knn"]}, {"knn_neighbours": 1}, {"ease_regularization": [1.5]},
+     {"transformer": {"dropout": 0.5}}, {"bootstrap_samples": 120}],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_baselines_are_measured_again_when_their_settings_change_and_only_then(tmp_path, data, parts_of, changed):
+    def measured(**evaluation):
+        _, parts = parts_of(**evaluation)
+        measure.measure_baselines(tmp_path / "baselines", data, parts[0].config, CONSOLE)
+        file = tmp_path / "baselines" / "a" / "evaluation.json"
+        return file.stat().st_ino, json.loads(file.read_text())
+
+    before, _ = measured()
+    assert measured(token_budget=64, order_requests=0, baseline_environment=str(tmp_path))[0] == before
+    after, evaluation = measured(**changed)
+    assert after != before
+    assert set(evaluation["models"]) == {*changed.get("baselines", ["random", "popularity", "item_knn"]), "oracle"}
+    assert measured(**changed)[0] == after
+
+
+def test_models_are_scored_again_when_their_settings_change_and_the_gpu_is_free_after(data, parts_of, monkeypatch):
+    events = []
+
+    def score(path, config, rows):
+        events.append("scored")
+        if config.evaluation.token_budget == 32:
+            raise RuntimeError("CUDA out of memory")
+        return [np.arange(5.0)] * len(rows)
+
+    monkeypatch.setattr(measure, "score_requests", score)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("freed"))
+
+    def state(**evaluation):
+        return progress(parts_of(**evaluation)[1][-1], data).state
+
+    _measure(parts_of()[1][-1], data, CONSOLE)
+    assert events == ["scored", "freed"]
+    assert state() == state(baselines=["random"], knn_neighbours=3) == "done"
+    assert state(bootstrap_samples=120) == state(token_budget=32) == "to evaluate"
+    _measure(parts_of(token_budget=32)[1][-1], data, CONSOLE)
+    assert events == ["scored", "freed"] * 2
+    assert state() == "failed"
+
+
+def test_what_to_know_of_the_baselines_is_kept_and_told(data, parts_of, monkeypatch):
+    ease = ClassicalScores({"ease": [np.arange(5.0)] * len(data["a"].test)}, None, {"ease": {"settings": {"l2": 3}}})
+    monkeypatch.setattr(measure, "classical_baselines", lambda *_: ease)
+    grid, parts = parts_of(baselines=["popularity", "ease"])
+    measure.measure_baselines(grid.output_dir / "baselines", data, parts[0].config, CONSOLE)
+    evaluation = json.loads((grid.output_dir / "baselines" / "a" / "evaluation.json").read_text())
+    assert evaluation["baselines"] == ease.facts
+    write_report(grid, parts, data, [])
+    text = (grid.output_dir / "experiment.md").read_text()
+    assert "- a: leave-one-out: what is fitted (ease) knows what other users did after a request" in text
+    assert "| ease |" in text
+
+    grid, parts = parts_of(baselines=["popularity"])  # not measured by these settings yet
+    write_report(grid, parts, data, [])
+    text = (grid.output_dir / "experiment.md").read_text()
+    assert "leave-one-out" not in text
+    assert "| ease |" not in text
+
+
+def test_a_cluster_that_is_too_small_is_no_failure_of_a_model(tmp_path, data, monkeypatch):
+    def too_small(cluster, gpus):
+        raise UserError("cluster.workers=1 needs 1 CPUs, but the cluster has 0")
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(ray_train, "ray_session", lambda cluster: nullcontext())
+    monkeypatch.setattr(ray_train, "gpus_per_worker_of", lambda cluster: 0.0)
+    monkeypatch.setattr(ray_train, "require_resources", too_small)
+    grid = GridConfig.model_validate(
+        {"output_dir": tmp_path, "datasets": {"a": str(data["a"].path)}, "grid": {"k": 1}}
+    )  # fmt: skip
+    with pytest.raises(UserError, match="the cluster has 0"):
+        run_experiment(grid, CONSOLE)
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [".lock"]
