@@ -13,7 +13,7 @@ from dmpo_dist.config_ranking import EvaluationConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.classical import RUNNER, classical_scores, with_unknown
-from dmpo_dist.evaluation.classical_environment import baseline_python, default_environment
+from dmpo_dist.evaluation.classical_environment import baseline_python, default_environment, run_environment
 from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue
 
 # A runner that remembers what it was given and scores an item by its number; odd items are unknown to it.
@@ -145,7 +145,7 @@ def test_rectools_itself(tmp_path):
     job = {"seed": 0, "threads": 1, "models": {"ease": {"regularization": [50.0]}, "sasrec": settings}}
     (tmp_path / "job.json").write_text(json.dumps(job))
     python = baseline_python(None, print)
-    subprocess.run([python, "-I", RUNNER, tmp_path], check=True, capture_output=True)
+    subprocess.run([python, "-I", RUNNER, tmp_path], check=True, capture_output=True, env=run_environment())
 
     taken = pd.crosstab(log["user"], log["item"]).reindex(columns=items[:12]).to_numpy(float)
     inverse = np.linalg.inv(taken.T @ taken + 50 * np.eye(12))
