@@ -10,12 +10,10 @@ from dmpo_dist.data.tokenization import TokenGroup
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     """Among processes of pytest-xdist one runs all integration tests, one after the other; other files go to any."""
-    for item in items:
-        group = "integration" if item.get_closest_marker("integration") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    group = "integration" if item.get_closest_marker("integration") else item.path.name
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 def tiny_model(kind: str, vocab: int = 97, window: int | None = None, seed: int = 0, **extra):
