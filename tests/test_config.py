@@ -128,7 +128,7 @@ def test_whatever_the_unknown_key_there_is_an_answer(tmp_path_factory, key):
 def test_every_mistake_is_listed_at_once(tmp_path):
     layer = write(tmp_path, "a.yaml", "train: {steps: 0, negativs: 3}\nmodel: {dtype: fp8}\n")
     lines = message([layer], ["seed=x"]).splitlines()
-    assert lines[0] == f"configuration ({layer}):"
+    assert lines[0] == f"configuration ({layer}, the command line):"
     assert {line.split(":")[0].strip() for line in lines[1:]} == {
         "train.steps",
         "train.negativs",
@@ -136,6 +136,13 @@ def test_every_mistake_is_listed_at_once(tmp_path):
         "seed",
     }
     assert "(got 'fp8')" in "\n".join(lines)
+    assert message([], ["sft.stps=5"]).startswith("configuration (the command line):")
+
+
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path):
+    layer = write(tmp_path, "a.yaml", "train: {steps: 5}\n")
+    assert message([layer], ["sft.stps=5"]).startswith("configuration (the command line):")
+    assert message([layer], ["train=5"]).startswith("configuration (the command line):")
 
 
 @pytest.mark.parametrize(
