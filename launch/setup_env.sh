@@ -76,7 +76,10 @@ dmpo_setup() { # [EXTRAS, comma-separated]
 
     # Extras that are there stay there, and the stamp keeps naming them.
     if [[ "$hash" == "$wanted" && -n "$have" ]]; then
-        extras="$have${extras:+,$extras}"
+        for extra in ${extras//,/ }; do
+            [[ ",$have," == *",$extra,"* ]] || have+=",$extra"
+        done
+        extras="$have"
     fi
     rm -f "$stamp"
     echo "dmpo: installing .${extras:+[$extras]} into $DMPO_VENV (the first time takes minutes; progress: tail -f $log)"
