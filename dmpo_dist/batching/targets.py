@@ -67,6 +67,32 @@ class Targets(Movable):
         return log_probs[:responses], log_probs[responses:]
 
 
+def single_targets(predict_index: Tensor, target_row: Tensor, target_ids: Tensor) -> Targets:
+    """Every scored token as a response of its own, for (N,) log-probs instead of sums; group ids and positives have no
+    meaning then.
+
+    Args:
+        predict_index, target_row, target_ids: as in ``Targets``.
+    """
+    tokens = len(target_ids)
+    each = torch.arange(tokens)
+    none = torch.empty(0, dtype=torch.int64)
+    return Targets(
+        predict_index=predict_index,
+        target_row=target_row,
+        target_ids=target_ids,
+        target_branch=each,
+        response_branch=each,
+        response_lengths=torch.ones_like(each),
+        history_branch=none,
+        history_lengths=none,
+        group_id=torch.zeros_like(each),
+        is_positive=torch.zeros_like(each, dtype=torch.bool),
+        n_branches=tokens,
+        n_groups=1,
+    )
+
+
 class TargetCollector:
     """Gathers (position, token) pairs branch by branch; scored histories become branches after all others."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmpo_dist.batching.targets import Movable, Targets
+from dmpo_dist.batching.targets import Movable, Targets, single_targets
 
 PromptMemory = dict[nn.Module, tuple[Tensor, Tensor]]
 """Attention module -> keys (1, H_kv, P, D) and values of the prompt."""
@@ -185,19 +185,4 @@ def trie_part(trie: TitleTrie, nodes: np.ndarray, prefix_length: int, memory: Pr
 def _targets(at: np.ndarray, tokens: np.ndarray) -> Targets:
     """Each of ``tokens`` as a response of one token, predicted by the row's place ``at``."""
     predict_index, target_row = torch.unique(torch.from_numpy(at), return_inverse=True)
-    each = torch.arange(len(tokens))
-    none = torch.empty(0, dtype=torch.int64)
-    return Targets(
-        predict_index=predict_index,
-        target_row=target_row,
-        target_ids=torch.from_numpy(tokens),
-        target_branch=each,
-        response_branch=each,
-        response_lengths=torch.ones_like(each),
-        history_branch=none,
-        history_lengths=none,
-        group_id=torch.zeros_like(each),
-        is_positive=torch.zeros_like(each, dtype=torch.bool),
-        n_branches=len(tokens),
-        n_groups=1,
-    )
+    return single_targets(predict_index, target_row, torch.from_numpy(tokens))

@@ -46,6 +46,7 @@ class Fitted(Protocol):
 
 
 def main(folder: Path) -> None:
+    """Read ``job.json`` and the tables beside it, train what they ask for, write ``scores_NAME.parquet`` and ``result.json``."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     items = pd.Index(pd.read_parquet(folder / "items.parquet")["item"])
@@ -115,6 +116,7 @@ def fit(name: str, settings: dict[str, Any], log: pd.DataFrame, items: pd.Index,
 
 
 def fit_ease(regularization: float, log: pd.DataFrame, items: pd.Index) -> Fitted:
+    """EASE (Steck 2019) on ``log``, which scores users by their histories."""
     dataset = _dataset(log)
     model = EASEModel(regularization=regularization, recommend_n_threads=1).fit(dataset)
     known = pd.Index(dataset.item_id_map.external_ids)

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from dmpo_dist.batching.layout import Layout
-from dmpo_dist.batching.targets import Targets
+from dmpo_dist.batching.targets import single_targets
 from dmpo_dist.explanation.words import END
 
 
@@ -26,23 +25,7 @@ def per_token(layout: Layout) -> Layout:
     response and without scored histories: group ids and positives have no meaning here.
     """
     targets = layout.targets
-    tokens = len(targets.target_ids)
-    each = torch.arange(tokens)
-    none = torch.empty(0, dtype=torch.int64)
-    single = Targets(
-        predict_index=targets.predict_index,
-        target_row=targets.target_row,
-        target_ids=targets.target_ids,
-        target_branch=each,
-        response_branch=each,
-        response_lengths=torch.ones_like(each),
-        history_branch=none,
-        history_lengths=none,
-        group_id=torch.zeros_like(each),
-        is_positive=torch.zeros_like(each, dtype=torch.bool),
-        n_branches=tokens,
-        n_groups=1,
-    )
+    single = single_targets(targets.predict_index, targets.target_row, targets.target_ids)
     return replace(layout, targets=single, reference_targets=None)
 
 
