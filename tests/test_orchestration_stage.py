@@ -1,12 +1,15 @@
 """Which run a checkpoint and a line of a log belong to."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
+from pyarrow.fs import LocalFileSystem
 from rich.console import Console
 
 from dmpo_dist.config import RunConfig
+from dmpo_dist.orchestration import ray_runtime
 from dmpo_dist.orchestration.stage import _StageLogs, open_run_folder, run_id_of
 from dmpo_dist.training.job import Job
 
@@ -29,28 +32,73 @@ def test_a_late_note_does_not_reopen_the_log_of_a_finished_stage(tmp_path):
     assert kinds == {"first": ["note", "end"], "second": ["note"]}
 
 
-def test_a_new_run_in_an_old_folder_does_not_take_its_checkpoints(tmp_path, monkeypatch):
-    """Ray offers the latest checkpoint of the storage; it is another run's if the folder was made anew."""
-    ray_train = pytest.importorskip("ray.train")
-    from dmpo_dist.orchestration.ray_train import OWNER_FILE, _RayRuntime
-
-    output = tmp_path / "run"
+def test_a_new_run_in_an_old_folder_has_another_id(tmp_path):
     ids = []
     for _ in range(2):
-        open_run_folder(RunConfig(output_dir=output), resume=False)
-        ids.append(run_id_of(output))
-        open_run_folder(RunConfig(output_dir=output), resume=True)
-        assert run_id_of(output) == ids[-1], "a resumed run stays the run it was"
-        for file in output.iterdir():
+        open_run_folder(RunConfig(output_dir=tmp_path / "run"), resume=False)
+        ids.append(run_id_of(tmp_path / "run"))
+        open_run_folder(RunConfig(output_dir=tmp_path / "run"), resume=True)
+        assert run_id_of(tmp_path / "run") == ids[-1], "a resumed run stays the run it was"
+        for file in (tmp_path / "run").iterdir():
             file.unlink()
-    ranks = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    saved = tmp_path / "checkpoint"
-    saved.mkdir()
-    (saved / OWNER_FILE).write_text(f"{output} {ids[0]}", encoding="utf-8")
-    monkeypatch.setattr(ray_train, "get_context", lambda: ranks)
-    monkeypatch.setattr(ray_train, "get_checkpoint", lambda: ray_train.Checkpoint.from_directory(str(saved)))
-    restored = []
-    for run_id in ids:
-        with _RayRuntime(0, job_in(output, run_id), None).restore() as folder:
-            restored.append(folder is not None)
-    assert restored == [True, False]
+    assert ids[0] != ids[1]
+
+
+class _RayTrain:
+    """What ``RayRuntime`` asks of ``ray.train``, with reports that Ray may lose."""
+
+    def __init__(self, storage, monkeypatch):
+        ray_train = pytest.importorskip("ray.train")
+        self.storage, self.known, self.lost = storage, [], False
+        place = SimpleNamespace(storage_filesystem=LocalFileSystem(), experiment_fs_path=str(storage))
+        context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_storage=lambda: place)
+        monkeypatch.setattr(ray_train, "get_context", lambda: context)
+        monkeypatch.setattr(ray_train, "get_checkpoint", lambda: self.known[-1] if self.known else None)
+        monkeypatch.setattr(ray_train, "report", self.report)
+        monkeypatch.setattr(ray_runtime.dist, "barrier", lambda: None)
+        self._checkpoint = ray_train.Checkpoint
+
+    def report(self, metrics, checkpoint, checkpoint_dir_name=None, checkpoint_upload_mode=None):
+        if checkpoint_upload_mode is None:
+            shutil.copytree(checkpoint.path, self.storage / checkpoint_dir_name)
+            checkpoint = self._checkpoint(str(self.storage / checkpoint_dir_name))
+        if not self.lost:
+            self.known.append(checkpoint)
+
+
+def restored(job):
+    with ray_runtime.RayRuntime(0, job, None).restore() as folder:
+        return None if folder is None else (folder / "step").read_text()
+
+
+def test_a_run_goes_on_from_its_own_latest_whole_checkpoint(tmp_path, monkeypatch):
+    """Whether or not Ray took note of it; a cut one and those of an earlier run in the same folder do not count."""
+    ray_train = _RayTrain(tmp_path / "checkpoints", monkeypatch)
+    job, other = job_in(tmp_path / "run", "a1"), job_in(tmp_path / "run", "b2")
+    assert restored(job) is None
+
+    def save(step):
+        ray_runtime.RayRuntime(0, job, None).save(step, lambda folder: (folder / "step").write_text(str(step)))
+
+    save(5)
+    save(10)
+    assert (restored(job), restored(other)) == ("10", None)
+    assert len(ray_train.known) == 2, "what Ray knows is not reported again"
+    ray_train.lost = True
+    save(15)
+    save(20)
+    (next(ray_train.storage.glob("*-step-00000020-*")) / ray_runtime.COMPLETE_FILE).unlink()
+    ray_train.lost = False
+    assert (restored(job), len(ray_train.known)) == ("15", 3), "Ray is told of what it missed"
+    assert (restored(job), len(ray_train.known)) == ("15", 3)
+    assert restored(other) is None
+
+
+def test_only_a_damaged_list_of_checkpoints_is_removed(tmp_path):
+    file = tmp_path / ray_runtime.RUN_NAME / "checkpoint_manager_snapshot.json"
+    ray_runtime.remove_damaged_list(str(tmp_path))
+    file.parent.mkdir()
+    for text, stays in [("{}", True), ("", False), ('{"checkpoint_res', False)]:
+        file.write_text(text)
+        ray_runtime.remove_damaged_list(str(tmp_path))
+        assert file.exists() == stays, text

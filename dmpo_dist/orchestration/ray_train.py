@@ -2,10 +2,8 @@
 
 import logging
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +15,13 @@ from dmpo_dist.config import ClusterConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.orchestration.ray_address import explain_refusal, require_answer
 from dmpo_dist.orchestration.ray_resources import ClusterWatch, shortage
+from dmpo_dist.orchestration.ray_runtime import RUN_NAME, RayRuntime, remove_damaged_list
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.runtime import Runtime
 
 Body = Callable[[Job, Runtime], None]
 
 POLL_SECONDS = 0.3
-OWNER_FILE = "dmpo-run"
-"""In a checkpoint: the run folder of the stage that wrote it."""
 
 
 @contextmanager
@@ -82,8 +79,10 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     from dmpo_dist.orchestration.ray_network import NodeNetworkConfig
 
     cluster = jobs[0].config.cluster
+    storage = str(cluster.storage_path or os.path.commonpath([job.output for job in jobs]))
     gpus = gpus_per_worker_of(cluster)
     require_resources(cluster, gpus)
+    remove_damaged_list(storage)
     mailbox = _mailbox_here()
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
@@ -92,8 +91,8 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=bool(gpus), resources_per_worker=resources),
         torch_config=NodeNetworkConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
-            name="checkpoints",
-            storage_path=str(cluster.storage_path or os.path.commonpath([job.output for job in jobs])),
+            name=RUN_NAME,
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=jobs[0].stage.keep_checkpoints),
         ),
@@ -154,44 +153,6 @@ class _Mailbox:
         return self._failed
 
 
-class _RayRuntime:
-    """A rank under Ray Train, at one of its jobs; see ``training.runtime.Runtime``."""
-
-    def __init__(self, index: int, job: Job, mailbox: Any) -> None:
-        import ray.train
-
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._index, self._owner, self._mailbox = index, f"{job.output} {job.run_id}".strip(), mailbox
-
-    def log(self, record: dict[str, Any]) -> None:
-        self._mailbox.put.remote(self._index, record)
-
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Every rank writes its part to a folder of its own; Ray joins them into one checkpoint."""
-        import ray.train
-
-        folder = tempfile.mkdtemp(prefix="dmpo-checkpoint-")
-        try:
-            write(Path(folder))
-            Path(folder, OWNER_FILE).write_text(self._owner, encoding="utf-8")
-            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    @contextmanager
-    def restore(self) -> Iterator[Path | None]:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            mine = Path(folder, OWNER_FILE).read_text(encoding="utf-8") == self._owner
-            yield Path(folder) if mine else None
-
-
 def _worker(payload: dict[str, Any]) -> None:
     """A rank's process. A user's mistake is told once; the workers Ray then restarts see that and leave."""
     import ray
@@ -208,7 +169,7 @@ def _worker(payload: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
         try:
             _require_shared(job.output)
-            body(job, _RayRuntime(index, job, mailbox))
+            body(job, RayRuntime(index, job, mailbox))
         except (UserError, OSError) as error:
             ray.get(mailbox.put.remote(index, {"kind": "error", "text": _user_text(error)}))
             raise

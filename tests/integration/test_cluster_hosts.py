@@ -11,6 +11,8 @@ import torch
 from cluster_hosts import Host, Network, environment, python, token_environment, why_no_hosts
 from safetensors.torch import load_file
 
+from dmpo_dist.orchestration.ray_runtime import COMPLETE_FILE
+
 pytestmark = [pytest.mark.cluster, pytest.mark.integration]
 
 DATA = [
@@ -54,9 +56,8 @@ def head(network, token) -> Host:
     return host
 
 
-def kept_checkpoints(run: Path) -> int:
-    snapshot = run / "checkpoints" / "checkpoint_manager_snapshot.json"
-    return len(json.loads(snapshot.read_text())["checkpoint_results"]) if snapshot.exists() else 0
+def whole_checkpoints(run: Path) -> int:
+    return len(list(run.glob(f"checkpoints/*-step-*/{COMPLETE_FILE}")))
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -78,7 +79,7 @@ def test_a_host_dies_and_training_goes_on_with_another(network, head, token, dat
     )
     killed = client.start(*command, log=log.name)
     deadline = time.monotonic() + 400
-    while kept_checkpoints(run) < 2:
+    while whole_checkpoints(run) < 2:
         assert killed.poll() is None, log.read_text()[-4000:]
         assert time.monotonic() < deadline, log.read_text()[-4000:]
         time.sleep(0.05)
