@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,9 @@ MIN_TURN_SECONDS = 2.0
 """A turn repeats short steps for this long, so that a shared machine's moods hit all contestants alike."""
 MAX_TOKENS = {"cpu": 8_192, "cuda": 20_000}
 """Several groups in a batch or row are tried up to here; more tokens fill any device, and may not fit its memory."""
-ROWS = (1, 8, 16, 24, 32)
+ROWS = {"cpu": (1, 2), "cuda": (1, 8, 16, 24, 32)}
+ACCUMULATED = {"cpu": (1, 4), "cuda": (1,)}
+"""Groups in an optimizer step, tried likewise: a CPU needs no long rows, yet AdamW need not follow each short one."""
 LONG_TURN_SECONDS = 5.0
 
 Timed = TypeVar("Timed", LayoutContestant, TrlContestant)
@@ -49,25 +51,27 @@ def fastest_batches(
 ) -> tuple[TrlContestant, dict[str, float]]:
     """TRL with the number of pairs in a batch that is fastest, and seconds per group of all tried, see ``fastest``.
 
-    One pair at a time, all pairs of a group, and the pairs of two groups, each with one optimizer step a group or two.
+    One pair at a time, all pairs of a group, and the pairs of two and four groups, an optimizer step for as many.
     """
     pairs, tokens = trl.pairs_per_batch, trl.tokens(groups[0]).physical
     tried = {f"{n} pairs": trl.with_batches(n, 1) for n in sorted({1, pairs})}
-    if 2 * tokens <= MAX_TOKENS[device]:
-        tried[f"{2 * pairs} pairs of 2 groups"] = trl.with_batches(2 * pairs, 2)
+    for count in (2, 4):
+        if count * tokens <= MAX_TOKENS[device]:
+            tried[f"{count * pairs} pairs of {count} groups"] = trl.with_batches(count * pairs, count)
     return fastest(tried, groups, device, threads)
 
 
 def fastest_rows(
     contestant: LayoutContestant, groups: Sequence[TokenGroup], device: str, threads: int
 ) -> tuple[LayoutContestant, dict[str, float]]:
-    """Ours with the number of groups in a row that is fastest, an optimizer step a row, and seconds per group of all
-    tried; on a CPU one group, where more in a row are no faster."""
-    if device == "cpu":
-        return contestant, {}
+    """Ours with the groups in a row and in an optimizer step that are fastest, and seconds per group of all tried."""
     tokens = contestant.tokens(groups[0]).physical
-    counts = [n for n in ROWS if n == 1 or n * tokens <= MAX_TOKENS[device]]
-    return fastest({str(n): contestant.with_rows(n, n) for n in counts}, groups, device, threads)
+    tried = {}
+    for row, least in product(ROWS[device], ACCUMULATED[device]):
+        step = max(row, least)
+        if step == 1 or step * tokens <= MAX_TOKENS[device]:
+            tried[f"{row}" if row == step else f"{row} ({step} a step)"] = contestant.with_rows(row, step)
+    return fastest(tried, groups, device, threads)
 
 
 def fastest(
