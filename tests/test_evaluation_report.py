@@ -10,9 +10,16 @@ from datasets import Dataset
 from rich.console import Console
 
 from dmpo_dist.evaluation import report
-from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.metrics import METRICS, TOP_METRICS
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
-from dmpo_dist.evaluation.tables import TABLE_METRICS, comparison_lines, evaluation_table, show_comparisons
+from dmpo_dist.evaluation.tables import (
+    CATALOGUE_METRICS,
+    TABLE_METRICS,
+    comparison_lines,
+    evaluation_table,
+    markdown,
+    show_comparisons,
+)
 
 N = 120
 
@@ -172,6 +179,15 @@ def test_strata_are_in_the_files(scores, rows, tmp_path):
         assert cell == pytest.approx(alone[metric])
     write_evaluation(tmp_path, whole, scores, rows)
     assert f"| NDCG@10 | head ({N // 2}) | tail ({N // 2}) |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_the_markdown_has_the_catalogue_as_the_terminal_has_it(evaluation):
+    figure = {"value": 0.1, "low": 0.05, "high": 0.25}
+    result = {"items": 400, "models": {"mine": dict.fromkeys(TOP_METRICS, figure)}, "coverage@10": {"mine": 0.5}, "gini@10": {"mine": 0.75}}  # fmt: skip
+    text = markdown(evaluation | {"catalogue": result})
+    assert f"{N} requests among all 400 items" in text
+    assert "| mine |" + " 0.100 (0.050\u20130.250) |" * len(CATALOGUE_METRICS) + " 0.500 | 0.750 |" in text
+    assert "among all" not in markdown(evaluation)
 
 
 def test_written_files(tmp_path, evaluation, scores, rows):

@@ -13,7 +13,8 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.evaluation.metrics import top_metrics
 from dmpo_dist.evaluation.scoring import score_token_groups
-from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, catalogue_table, summary
+from dmpo_dist.evaluation.tables import catalogue_table
+from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
 from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model
 
 

@@ -18,6 +18,8 @@ COMPARED_METRICS = ("ndcg@10", "hr@1", "auc")
 TABLE_METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@10", "mrr", "auc")
 """What fits into 100 columns; evaluation.json and evaluation.md hold more."""
 MARKDOWN_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "auc", "pair_accuracy", "pooled_auc")  # fmt: skip
+CATALOGUE_METRICS = ("hr@1", "hr@10", "hr@20", "ndcg@10", "mrr@20")
+CATALOGUE_LISTS = ("coverage@10", "gini@10")
 LINES_UP_TO = 3
 """With more comparisons than this they are shown as a table."""
 STRATA_TITLES = {
@@ -113,6 +115,23 @@ def show_comparisons(evaluation: dict[str, Any]) -> list[str | Table]:
     return list(comparison_lines(evaluation))
 
 
+def catalogue_table(result: dict[str, Any], requests: int) -> Table:
+    """The main metrics among the whole catalogue, one row a model."""
+    title = _catalogue_caption(result, requests)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for heading in (*CATALOGUE_METRICS, *(measure.partition("@")[0] for measure in CATALOGUE_LISTS)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in in_order(result["models"]):
+        figures = [result["models"][name][metric] for metric in CATALOGUE_METRICS]
+        table.add_row(
+            name,
+            *(f"{c['value']:.3f}\n{_short(c['low'])}\u2013{_short(c['high'])}" for c in figures),
+            *(f"{result[measure][name]:.3f}" for measure in CATALOGUE_LISTS),
+        )
+    return table
+
+
 def order_line(evaluation: dict[str, Any]) -> str | None:
     """How far scores moved with other orders, over all models."""
     order = evaluation.get("order")
@@ -155,6 +174,8 @@ def markdown(evaluation: dict[str, Any]) -> str:
         ]
     if evaluation["comparisons"]:
         lines += ["", "## Paired comparisons", "", *(f"- {line}" for line in comparison_lines(evaluation))]
+    if "catalogue" in evaluation:
+        lines += ["", "## The whole catalogue", "", *_catalogue(evaluation["catalogue"], evaluation["requests"])]
     for kind, strata in evaluation.get("strata", {}).items():
         lines += ["", f"## {STRATA_TITLES[kind]}", "", *_strata(evaluation, strata)]
     line = order_line(evaluation)
@@ -172,6 +193,27 @@ def _strata(evaluation: dict[str, Any], strata: dict[str, Any]) -> list[str]:
         figures = [f"{c['value']:.3f} ({c['low']:.3f}\u2013{c['high']:.3f})" for c in cells]
         lines.append(f"| {name} | " + " | ".join(figures) + " |")
     return lines
+
+
+def _catalogue(result: dict[str, Any], requests: int) -> list[str]:
+    """What ``catalogue_table`` shows."""
+    heads = (*CATALOGUE_METRICS, *CATALOGUE_LISTS)
+    lines = [_catalogue_caption(result, requests) + ".", ""]
+    lines += ["| model | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for name in in_order(result["models"]):
+        figures = [result["models"][name][metric] for metric in CATALOGUE_METRICS]
+        cells = [f"{c['value']:.3f} ({c['low']:.3f}\u2013{c['high']:.3f})" for c in figures]
+        cells += [f"{result[measure][name]:.3f}" for measure in CATALOGUE_LISTS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, "", "coverage@10: the share of the items in any first ten; gini@10: 0 all alike, 1 one only."]
+
+
+def _catalogue_caption(result: dict[str, Any], requests: int) -> str:
+    return f"{requests} requests among all {result['items']} items, those taken before left out; 95 % intervals"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
 
 
 def _pairs(evaluation: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from rich import box
-from rich.table import Table
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
@@ -30,7 +28,6 @@ CANDIDATES_AT_ONCE = 1_000_000
 """Requests times items whose titles are held at once for the baselines."""
 LIST_LENGTH = 10
 """Of the lists whose coverage and Gini index are measured."""
-SHOWN = ("hr@1", "hr@10", "hr@20", "ndcg@10", "mrr@20")
 
 
 @dataclass(frozen=True)
@@ -155,28 +152,6 @@ def summary(ranked: dict[str, Ranked], items: int, samples: int, seed: int) -> d
     }
     models = {name: cells(TOP_METRICS, of_model.interval(samples, seed)) for name, of_model in stacked(values).items()}
     return {"items": items, "models": models, **spread}
-
-
-def catalogue_table(result: dict[str, Any], requests: int) -> Table:
-    """The main metrics, one row a model."""
-    title = f"{requests} requests among all {result['items']} items, those taken before left out; 95 % intervals"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for heading in (*SHOWN, "coverage", "gini"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, of_model in result["models"].items():
-        figures = [of_model[metric] for metric in SHOWN]
-        whole = [result[f"{measure}@{LIST_LENGTH}"][name] for measure in ("coverage", "gini")]
-        table.add_row(
-            name,
-            *(f"{c['value']:.3f}\n{_short(c['low'])}\u2013{_short(c['high'])}" for c in figures),
-            *(f"{value:.3f}" for value in whole),
-        )
-    return table
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}".removeprefix("0")
 
 
 def _ranked(scores: list[np.ndarray], candidates: Sequence[np.ndarray]) -> Ranked:

@@ -28,8 +28,8 @@ from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.scoring import RequestScorer
 from dmpo_dist.evaluation.seeds import by_name
 from dmpo_dist.evaluation.strata import strata_of
-from dmpo_dist.evaluation.tables import evaluation_table, order_line, show_comparisons
-from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, catalogue_table, require_catalogue, summary
+from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, order_line, show_comparisons
+from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.orchestration.stage import template_of
 
