@@ -93,6 +93,9 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world
     assert "Note: leave-one-out: not <b> comparable" in text
     assert "ease: regularization 300, chosen by its validation NDCG@10 of 0.510; 6 targets it had never seen" in text
     assert "32 requests scored again: log-probs moved by at most 3e-05 nats" in text
+    assert (
+        "Not shown as it is 1 in any order of 5 candidates: hr@5, hr@10, hr@20, recall@5, recall@10, recall@20." in text
+    )
     assert "Not here" not in text
     assert "holds interaction data" in text
 

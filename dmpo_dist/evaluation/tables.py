@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.metrics import METRICS, sure_hits
 
 MODEL_ORDER = (
     "random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec", "untuned", "zero_shot",
@@ -40,14 +40,16 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
 
     A model of several seeds has the standard deviation over them behind each value.
     """
+    metrics = _telling(TABLE_METRICS, evaluation)
     table = Table(title=_caption(evaluation), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption, table.caption_justify = left_out_line(TABLE_METRICS, evaluation["negatives"]["most"]), "left"
     table.add_column("model", overflow="fold")
-    for metric in TABLE_METRICS:
+    for metric in metrics:
         table.add_column(metric, justify="right", no_wrap=True)
     best = _best(evaluation)
     for name in in_order(evaluation["models"]):
         cells = []
-        for metric in TABLE_METRICS:
+        for metric in metrics:
             cell = evaluation["models"][name][metric]
             is_best = name != "oracle" and cell["value"] == best.get(metric)
             value = (f"{cell['value']:.3f}{_over_seeds(evaluation, name, metric)}", "bold" if is_best else "")
@@ -55,6 +57,14 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
         seeds = _seeds(evaluation, name)
         table.add_row(Text.assemble(name, *([("\n" + f"{len(seeds)} seeds", "dim")] if seeds else [])), *cells)
     return table
+
+
+def left_out_line(metrics: Sequence[str], negatives: int) -> str | None:
+    """Why those of ``metrics`` that say nothing of at most ``negatives`` negatives are in no table; None where all do."""
+    absent = [metric for metric in metrics if metric in sure_hits(negatives)]
+    if not absent:
+        return None
+    return f"Not shown as it is 1 in any order of {1 + negatives} candidates: {', '.join(absent)}"
 
 
 def comparison_lines(evaluation: dict[str, Any]) -> list[str]:
@@ -152,10 +162,11 @@ def markdown(evaluation: dict[str, Any]) -> str:
     best = _best(evaluation)
     lines = ["# Evaluation", "", _caption(evaluation) + ".", ""]
     lines += [f"- {note}" for note in evaluation.get("notes", [])] + [""] * bool(evaluation.get("notes"))
-    lines += ["| model | " + " | ".join(MARKDOWN_METRICS) + " |", "|---|" + "---:|" * len(MARKDOWN_METRICS)]
+    metrics = _telling(MARKDOWN_METRICS, evaluation)
+    lines += ["| model | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
     for name in in_order(evaluation["models"]):
         cells = []
-        for metric in MARKDOWN_METRICS:
+        for metric in metrics:
             cell = evaluation["models"][name][metric]
             value = f"{cell['value']:.3f}{_over_seeds(evaluation, name, metric)}"
             if name != "oracle" and cell["value"] == best[metric]:
@@ -167,6 +178,8 @@ def markdown(evaluation: dict[str, Any]) -> str:
         "Best in bold, the oracle apart. auc averages over requests, pair_accuracy pools all pairs of a request, pooled_auc all "
         "candidates of all requests. One positive each, so recall@k is hr@k.",
     ]
+    left_out = left_out_line(MARKDOWN_METRICS, evaluation["negatives"]["most"])
+    lines += ["", left_out + "."] if left_out else []
     if any(evaluation.get("seeds", {}).values()):
         lines += [
             "",
@@ -214,6 +227,11 @@ def _catalogue_caption(result: dict[str, Any], requests: int) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
+
+
+def _telling(metrics: Sequence[str], evaluation: dict[str, Any]) -> list[str]:
+    """Those of ``metrics`` that depend on the order of the candidates."""
+    return [metric for metric in metrics if metric not in sure_hits(evaluation["negatives"]["most"])]
 
 
 def _pairs(evaluation: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

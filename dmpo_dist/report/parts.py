@@ -197,7 +197,7 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
         WAYS.get(way, way.replace("_", " ")): StrataPart(
             figures,
             [
-                tables.metrics_table(f"{name}: {stratum.requests} requests", stratum.models)
+                tables.metrics_table(f"{name}: {stratum.requests} requests", stratum.models, e.sure_hits)
                 for name, stratum in e.strata[way].items()
             ],
         )
@@ -208,9 +208,9 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
         notes=e.notes,
         lines=facts.evaluation_lines(e),
         models=tables.metrics_table(
-            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates", first
+            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates", first, e.sure_hits
         ),
-        all_metrics=tables.metrics_table("All metrics", e.models) if first != e.models else None,
+        all_metrics=tables.metrics_table("All metrics", e.models, e.sure_hits) if first != e.models else None,
         figures=intervals.model_figures(e),
         seeds=tables.seeds_table(e) if e.seeds else None,
         catalogue=catalogue,
