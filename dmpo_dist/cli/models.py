@@ -24,7 +24,7 @@ def export(
         Path | None, typer.Option(help="Prepared data, to measure the difference on its validation requests.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="An evaluation.json that ranks the model, for its card.")
+        Path | None, typer.Option(help="An evaluation.json, or its folder, that ranks the model, for its card.")
     ] = None,
 ) -> None:
     """Write a trained model for others: adapter or whole weights, tokenizer, generation configuration, model card.
