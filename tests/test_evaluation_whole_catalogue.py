@@ -57,7 +57,9 @@ def test_a_model(world):
         titles = candidates(data, row)[1]
         groups.append(encode(PreferenceGroup(row["user"], 0, tuple(row["history"]), titles[0], tuple(titles[1:]))))
     expected = top_metrics(score_token_groups(model, CONFIG.model, groups, 4096))
-    assert_equal(WholeCatalogue(data).model(model, CONFIG).metrics, expected)
+    told = []
+    assert_equal(WholeCatalogue(data).model(model, CONFIG, told.append).metrics, expected)
+    assert told == [1] * len(data.test)
 
 
 def test_popularity_knows_nothing_of_the_future(world, monkeypatch):

@@ -78,6 +78,7 @@ class WholeCatalogue:
         place = {item: index for index, item in enumerate(self.items.tolist())}
         test = data.test
         self._users, self._times = test["user"][:], test["timestamp"][:]
+        self.requests = len(test)
         log = self._log[self._log["user"].isin(set(self._users))]
         by_user = {user: (part["item"].map(place).to_numpy(), part["timestamp"].to_numpy())
                    for user, part in log.groupby("user", sort=False)}  # fmt: skip
@@ -115,8 +116,12 @@ class WholeCatalogue:
         assert start == len(self._candidates), "every request is scored"
         return _joined(parts)
 
-    def model(self, path: str, config: RunConfig) -> Ranked:
-        """The model in ``path`` under ``config.ranking``; popularity is that of ``catalogue_at_test``."""
+    def model(self, path: str, config: RunConfig, advance: Callable[[int], None]) -> Ranked:
+        """The model in ``path`` under ``config.ranking``; popularity is that of ``catalogue_at_test``.
+
+        Args:
+            advance: told how many more requests are ranked.
+        """
         ranker = Ranker(path, config, catalogue_at_test(self._data), top=1)
         rows = zip(self._users, self._data.test["history"][:], self._candidates, strict=True)
         parts = []
@@ -125,6 +130,7 @@ class WholeCatalogue:
             if not np.isfinite(scores).all():
                 raise UserError(f"{path}: a score of user {user!r} is not finite; try model.dtype=float32")
             parts.append(_ranked([scores[candidates]], [candidates]))
+            advance(1)
         return _joined(parts)
 
     def _rows(self) -> Iterator[tuple[int, Dataset]]:

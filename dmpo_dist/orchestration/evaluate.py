@@ -31,6 +31,7 @@ from dmpo_dist.evaluation.strata import strata_of
 from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, order_line, show_comparisons
 from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
 from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.orchestration.progress import UserProgress
 from dmpo_dist.orchestration.stage import template_of
 
 BASELINES = (*get_args(Baseline), "oracle")
@@ -207,8 +208,8 @@ def _rank_catalogue(
 ) -> dict[str, Ranked]:
     ranked = whole.baselines(config.evaluation.baselines, config) | (classical.catalogue if classical else {})
     for name, path in models.items():
-        with console.status(f"ranking the whole catalogue by {name}"):
-            ranked[name] = whole.model(path, config)
+        with UserProgress(f"whole catalogue by {name}", whole.requests, 0, console, "loading the model") as progress:
+            ranked[name] = whole.model(path, config, progress.advance)
     return ranked
 
 
