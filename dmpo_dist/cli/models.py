@@ -95,6 +95,7 @@ def plan(
 
         dmpo plan --verify
     """
+    settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.orchestration.runlog import make_console
     from dmpo_dist.planning import command
 
@@ -103,7 +104,7 @@ def plan(
             raise typer.Exit(1)
         return
     request = command.Request(gpu, nodes, gpus_per_node, prompt, response, groups)
-    command.run_plan(read_settings(config, overrides, dry_run), request, explain, json, make_console())
+    command.run_plan(settings, request, explain, json, make_console())
 
 
 @models_app.command()

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config_ranking import Baseline
+from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import (
@@ -46,11 +47,7 @@ def preflight(models: dict[str, str], config: RunConfig, console: Console, again
         UserError: no prepared data, no test requests, a model named like a baseline, a name in ``against`` that nothing
             has; see also ``template_of`` and ``baseline_python``.
     """
-    if config.data.path is None:
-        raise UserError(
-            "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
-        )
-    data = PreparedData.load(config.data.path)
+    data = PreparedData.load(require_prepared(config.data.path))
     if not len(data.test):
         raise UserError(f"{config.data.path} holds no test requests to evaluate on; see its card.md")
     names = by_name(models)
