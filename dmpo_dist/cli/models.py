@@ -72,9 +72,9 @@ def rank(
 def plan(
     config: Layers = None,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="GPU by name, such as h200-141g, or cpu.")] = "h100-80g",
+    gpu: Annotated[str | None, typer.Option(help="GPU by name, such as h200-141g, or cpu.  [h100-80g]")] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Or CPU ranks.  [8]")] = None,
     prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt.  [the longest allowed]")] = None,
     response: Annotated[int, typer.Option(min=2, help="Tokens of a response, end token included.")] = 12,
     groups: Annotated[int | None, typer.Option(min=1, help="Training groups.  [those in data.path]")] = None,
