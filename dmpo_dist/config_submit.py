@@ -112,7 +112,7 @@ class SubmitConfig(Section):
     """``dmpo submit``: what the cluster must give, and what each kind of cluster must be told."""
 
     folder: Path | None = None
-    """Folder for what is rendered; None is output_dir/submit."""
+    """Folder for what is rendered; None is output_dir/submit, with --render-only ./submit."""
     name: Name | None = None
     """Name of the job; None makes it from output_dir."""
     nodes: int = Field(1, ge=1)

@@ -26,7 +26,8 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.difference import Difference, compare_scores
 from dmpo_dist.evaluation.generation import greedy_config
 from dmpo_dist.evaluation.scoring import score_token_groups
-from dmpo_dist.model_card import Evaluation, model_card
+from dmpo_dist.evaluation.seeds import split_name
+from dmpo_dist.model_card import Evaluation, Interval, model_card
 from dmpo_dist.modeling.backbone import (
     ADAPTER,
     STAMP,
@@ -69,7 +70,7 @@ def export(
         dtype: of the weights written; None keeps an adapter's and makes a whole model bfloat16.
         shard_size: largest file of weights, such as 5GB; None is 5GB.
         data: prepared data whose validation requests the difference is measured on; None takes made-up prompts.
-        evaluation: an ``evaluation.json`` that ranks the model, for its card.
+        evaluation: an ``evaluation.json``, or its folder, that ranks the model, for its card.
 
     Returns:
         How far what was written is from the trained model.
@@ -234,11 +235,15 @@ def _requests(prepared: PreparedData | None, tokenizer: GroupTokenizer) -> Reque
 
 
 def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
-    """The model's name in an evaluation.json, and its content.
+    """The model's name in an evaluation.json, and its content; one of several seeds is put among its models.
+
+    Args:
+        file: an evaluation.json, or the folder that holds it.
 
     Raises:
         UserError: it is no such file, or ranks no model of that folder.
     """
+    file = file / "evaluation.json" if file.is_dir() else file
     try:
         content = Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -251,11 +256,13 @@ def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
         if Path(path).resolve() == Path(model).resolve():
             if name in content.models:
                 return name, content
-            if "@" in name:
-                raise UserError(
-                    f"--evaluation {file}: ranks {model} as {name}, one of several seeds, and its intervals are over all of "
-                    "them; evaluate it under a name without a seed"
-                )
+            all_seeds, seed = split_name(name)
+            seeds = content.seeds.get(all_seeds, {})
+            if [*seeds] == [seed]:
+                return all_seeds, content
+            if seed in seeds:
+                own = {metric: Interval(value=value) for metric, value in seeds[seed].items()}
+                return name, content.model_copy(update={"models": content.models | {name: own}})
     ranked = ", ".join(f"{name}={path}" for name, path in content.folders.items()) or "none"
     raise UserError(
         f"--evaluation {file}: ranks no model of {model} (it has {ranked}); leave it out or give the right file"

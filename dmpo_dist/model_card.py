@@ -6,7 +6,7 @@ import yaml
 from pydantic import BaseModel
 
 from dmpo_dist.data.template import Template
-from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.metrics import METRICS, sure_hits
 from dmpo_dist.provenance import Provenance
 
 SHOWN_OBJECTIVE = ("beta", "sft_weight", "sft_loss_on", "label_smoothing", "reference_free", "length_normalize", "negative_selection")  # fmt: skip
@@ -35,23 +35,27 @@ print(sorted(responses, key=lambda title: log_prob(prompt, responses[title]), re
 
 
 class Interval(BaseModel):
-    """A metric's mean over users and its 95 % interval."""
+    """A metric's mean over users and its 95 % interval; one seed of several has none of its own."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f}"
         return f"{self.value:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
 class Evaluation(BaseModel):
-    """What a card needs of an ``evaluation.json``: intervals by model and metric, and which folder each model is."""
+    """What a card needs of an ``evaluation.json``: intervals by model and metric, means of each seed (name -> seed -> metric),
+    and which folder each model is."""
 
     requests: int
     negatives: dict[str, int]
     models: dict[str, dict[str, Interval]]
     folders: dict[str, str]
+    seeds: dict[str, dict[str, dict[str, float]]] = {}
 
 
 def model_card(
@@ -176,16 +180,20 @@ def _metrics(evaluation: tuple[str, Evaluation] | None) -> list[str]:
     if evaluation is None:
         return ["None given at export."]
     own, content = evaluation
-    metrics = list(content.models[own])
     fewest, most = min(content.negatives.values()), max(content.negatives.values())
+    metrics = [metric for metric in content.models[own] if metric not in sure_hits(most)]
     setting = (
         f"{content.requests} test requests, one positive among {fewest if fewest == most else f'{fewest} to {most}'} "
         "negatives, 95 % bootstrap intervals; measured on the model as trained, before export."
     )
+    if any(figure.low is None for figure in content.models[own].values()):
+        setting += f" It is one seed of several ({own}), whose figures have no intervals of their own."
     table = ["| model | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
     for name, values in content.models.items():
         cells = [str(values.get(metric, "-")) for metric in metrics]
-        table.append(f"| {'**this model**' if name == own else name} | {' | '.join(cells)} |")
+        seeds = len(content.seeds.get(name, {}))
+        label = "**this model**" if name == own else f"{name}, mean over {seeds} seeds" if seeds else name
+        table.append(f"| {label} | {' | '.join(cells)} |")
     return [setting, "\n".join(table)]
 
 

@@ -1,6 +1,8 @@
 """Configuration layers, overrides, and messages that name the key and what to write instead."""
 
 import string
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,3 +242,26 @@ def test_recipes_are_valid(recipe):
 
 def test_there_are_recipes():
     assert "quickstart" in {recipe.stem for recipe in RECIPES}
+
+
+VERBS = ["sft", "train", "evaluate", "quickstart", "doctor", "plan", "explain", "data prepare", "submit train --to slurm",
+         "rank -m x --requests x --output x"]  # fmt: skip
+HEAVY = ["torch", "ray", "transformers", "datasets", "deepspeed"]
+
+
+def test_mistakes_are_told_before_heavy_libraries_are_imported(tmp_path):
+    recipe = [f"{verb} -c movie" for verb in VERBS if verb != "quickstart"]
+    commands = [f"{verb} nosuch=1" for verb in VERBS] + recipe
+    commands += [f"{verb} data.path=nowhere" for verb in ("sft", "train", "evaluate")]
+    script = f"""
+import sys
+from dmpo_dist.cli import main
+for command in {commands}:
+    sys.argv = ["dmpo", *command.split()]
+    try:
+        main()
+    except SystemExit as end:
+        print(command, end.code, [name for name in {HEAVY} if name in sys.modules], sep=": ")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [f"{command}: 2: []" for command in commands], done.stderr

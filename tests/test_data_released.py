@@ -40,6 +40,7 @@ def test_released_rows_of_one_history_are_one_group(tmp_path: Path) -> None:
         (row["instruction"], row["output"][0], (row["output"][1],)) for row in rows
     ]
     assert original.catalogue() is None
+    assert original.users() == data.users() == {"train": 1, "validation": 0, "test": 1}
 
 
 @pytest.mark.parametrize(

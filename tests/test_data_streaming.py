@@ -1,5 +1,7 @@
 """A log prepared by shares of its users gives the rows of the whole log."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +87,12 @@ def test_bad_shards(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad: not readable Parquet files"):
         stream(bad)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.integration
+def test_the_command_shows_its_own_progress_alone(shards: Path, tmp_path: Path) -> None:
+    source = ["data.source.kind=parquet", f"data.source.path={shards}", "data.source.duplicate_titles=merge"]
+    settings = ["data.stream=true", "data.max_validation_users=5", f"data.path={tmp_path / 'data'}"]
+    command = [sys.executable, "-m", "dmpo_dist", "data", "prepare", *source, *settings]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

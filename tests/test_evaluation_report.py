@@ -10,9 +10,16 @@ from datasets import Dataset
 from rich.console import Console
 
 from dmpo_dist.evaluation import report
-from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.metrics import METRICS, TOP_METRICS, sure_hits
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
-from dmpo_dist.evaluation.tables import TABLE_METRICS, comparison_lines, evaluation_table, show_comparisons
+from dmpo_dist.evaluation.tables import (
+    CATALOGUE_METRICS,
+    TABLE_METRICS,
+    comparison_lines,
+    evaluation_table,
+    markdown,
+    show_comparisons,
+)
 
 N = 120
 
@@ -101,8 +108,21 @@ def test_table_fits_100_columns_and_marks_the_best_that_is_not_the_oracle(evalua
     }
     assert all(bold["dmpo"] + bold["sft"])
     assert not any(bold["oracle"])
-    # With at most 7 candidates hr@10 is 1 for everybody, a tie that all share.
-    assert bold["random"] == bold["mine"] == [metric == "hr@10" for metric in TABLE_METRICS]
+    assert not any(bold["random"] + bold["mine"])
+
+
+def test_what_is_1_in_any_order_is_left_out_and_said(evaluation):
+    """Of at most 7 candidates hr@10 is 1 for everybody; hr@5 is not."""
+    assert [column.header for column in evaluation_table(evaluation).columns[1:]] == [
+        m for m in TABLE_METRICS if m != "hr@10"
+    ]
+    line = "Not shown as it is 1 in any order of 7 candidates: hr@10"
+    assert line in rendered(evaluation)
+    assert f"{line}, hr@20." in markdown(evaluation)
+    assert "| hr@1 | hr@5 | ndcg@5 | ndcg@10 |" in markdown(evaluation)
+    for name in sure_hits(6):
+        assert all(of_model[name]["value"] == 1 for of_model in evaluation["models"].values())
+    assert sure_hits(20) == ()
 
 
 def test_twelve_rows_with_seeds_fit_100_columns(scores, rows):
@@ -172,6 +192,15 @@ def test_strata_are_in_the_files(scores, rows, tmp_path):
         assert cell == pytest.approx(alone[metric])
     write_evaluation(tmp_path, whole, scores, rows)
     assert f"| NDCG@10 | head ({N // 2}) | tail ({N // 2}) |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_the_markdown_has_the_catalogue_as_the_terminal_has_it(evaluation):
+    figure = {"value": 0.1, "low": 0.05, "high": 0.25}
+    result = {"items": 400, "models": {"mine": dict.fromkeys(TOP_METRICS, figure)}, "coverage@10": {"mine": 0.5}, "gini@10": {"mine": 0.75}}  # fmt: skip
+    text = markdown(evaluation | {"catalogue": result})
+    assert f"{N} requests among all 400 items" in text
+    assert "| mine |" + " 0.100 (0.050\u20130.250) |" * len(CATALOGUE_METRICS) + " 0.500 | 0.750 |" in text
+    assert "among all" not in markdown(evaluation)
 
 
 def test_written_files(tmp_path, evaluation, scores, rows):

@@ -13,7 +13,8 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.evaluation.metrics import top_metrics
 from dmpo_dist.evaluation.scoring import score_token_groups
-from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, catalogue_table, summary
+from dmpo_dist.evaluation.tables import catalogue_table
+from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
 from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model
 
 
@@ -56,7 +57,9 @@ def test_a_model(world):
         titles = candidates(data, row)[1]
         groups.append(encode(PreferenceGroup(row["user"], 0, tuple(row["history"]), titles[0], tuple(titles[1:]))))
     expected = top_metrics(score_token_groups(model, CONFIG.model, groups, 4096))
-    assert_equal(WholeCatalogue(data).model(model, CONFIG).metrics, expected)
+    told = []
+    assert_equal(WholeCatalogue(data).model(model, CONFIG, told.append).metrics, expected)
+    assert told == [1] * len(data.test)
 
 
 def test_popularity_knows_nothing_of_the_future(world, monkeypatch):

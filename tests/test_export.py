@@ -207,6 +207,18 @@ def test_the_card_says_what_is_known_and_what_is_not(world, tmp_path):
         "cc-by-4.0",
     ):
         assert words in text
+    seeds = {"ours": {"0": dict.fromkeys(METRICS, 0.45), "1": dict.fromkeys(METRICS, 0.55)}}
+    of_seeds = found | {"folders": {"ours@0": "elsewhere", "ours@1": str(with_card)}, "seeds": seeds}
+    (tmp_path / "evaluation.json").write_text(json.dumps(of_seeds))
+    export(str(with_card), tmp_path / "seed", evaluation=tmp_path, echo=lambda _: None)
+    card = (tmp_path / "seed" / "README.md").read_text()
+    for words in (
+        "| **this model** | 0.550 |",
+        "| ours, mean over 2 seeds | 0.500 (0.400-0.600)",
+        "one seed of several (ours@1)",
+    ):
+        assert words in card
+    assert "recall@10" not in card.split("---\n")[2], "1 in any order of 10 candidates"
     assert "license" not in yaml.safe_load(card_of(world / "whole", bare).split("---\n")[1])
     gaps = card_of(world / "whole", tmp_path / "again").split("## Not known")[1]
     for words in ("base model", "licence", "config.yaml", "environment.json", "dataset.json", "Test metrics"):

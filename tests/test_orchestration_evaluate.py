@@ -33,8 +33,9 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
         def __call__(self, rows):
             return [np.arange(1.0 + len(negatives)) for negatives in rows["negatives"][:]]
 
-    def catalogue_model(whole, path, config):
+    def catalogue_model(whole, path, config, advance):
         assert not held, "two models in memory"
+        advance(whole.requests)
         return whole.scored([np.zeros((len(data.test), 40))])
 
     monkeypatch.setattr(evaluation, "RequestScorer", Scorer)
@@ -46,6 +47,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
     found = evaluation.evaluate({"sft": "a", "dmpo": "b"}, config, tmp_path / "out", CONSOLE, catalogue=True)
     assert set(found["catalogue"]["models"]) == {"random", "sft", "dmpo"}
     assert set(found["order"]["models"]) == {"sft", "dmpo"}
+    assert f"[whole catalogue by dmpo     0s] {len(data.test)}/{len(data.test)} users" in CONSOLE.file.getvalue()
 
 
 def test_the_quickstart_looks_at_the_baselines_environment_first(tmp_path):

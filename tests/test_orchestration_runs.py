@@ -92,7 +92,10 @@ def test_a_comparison_shows_what_differs_and_pairs_the_users(world):
     keys = {line.split()[0] for line in text.splitlines() if line.strip()}
     assert {"objective.name", "objective.beta", "train.learning_rate"} <= keys
     assert not {"output_dir", "seed", "train.steps"} & keys
-    assert "margin" in keys  # only one of them has it
+    assert {
+        ("last_step", "40", "40"), ("margin", "at", "last_step", "-", "0.5"), ("loss", "at", "last_step", "0.25", "0.25"),
+        ("selected_step", "20", "20"), ("validation/ndcg@10", "at", "selected_step", "0.5", "0.5"),
+    } <= {tuple(line.split()) for line in text.splitlines()}  # fmt: skip
     for comparison in evaluation["comparisons"]:  # what the evaluation itself said of the same two
         expected = f"{comparison['difference']:+.3f} [{comparison['low']:.3f}, {comparison['high']:.3f}]"
         assert f"bb against a: {comparison['metric']} {expected}, paired over {USERS} users" in text

@@ -1,6 +1,7 @@
 """The planner against real models, and what must hold of any plan."""
 
 import json
+import re
 from dataclasses import replace
 from math import ceil
 
@@ -20,6 +21,7 @@ from dmpo_dist.planning.memory import Zero
 from dmpo_dist.planning.model import Row, blueprint
 from dmpo_dist.planning.plan import Cluster, Lengths, changed, make_plan, make_rank
 from dmpo_dist.planning.recommend import faster, smallest_change
+from dmpo_dist.planning.report import BYTES, amount
 from tests.conftest import tiny_model
 
 MIDDLE = {
@@ -171,6 +173,19 @@ def test_a_recommendation_fits_when_planned_again(middle):
     again = CliRunner().invoke(app, ["plan", *options, *overrides, "train.token_budget=4096", *advice.change.keys])
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["peak_bytes"] == advice.plan.peak <= cluster().capacity
+
+
+def test_what_is_printed_of_a_small_model(middle):
+    """Every amount has a unit in which it is not 0.0; what was assumed of the cluster is said, and why the attention."""
+    base = ["plan", "-c", "pretrained_lora", f"model.path={middle}", "model.max_length=1024", "--groups", "1000"]
+    text = CliRunner().invoke(app, base).stdout
+    assert not re.search(r"\b0\.00? [GMK]iB", text), text
+    assert "MiB" in text
+    assert "assumed, not looked for on this machine: give --gpu and --gpus-per-node" in text
+    assert re.search(r"^attention  \w+: .*without masks", text, re.M), text
+    assert "assumed, not" not in CliRunner().invoke(app, [*base, "--gpu", "cpu", "--gpus-per-node", "2"]).stdout
+    shown = [amount(size, BYTES) for size in (0, 700, 1536 * 2**20, 123 * 2**30)]
+    assert shown == ["0 KiB", "0.68 KiB", "1.50 GiB", "123 GiB"]
 
 
 def test_room_is_used(middle):

@@ -16,7 +16,7 @@ from report_world import VISIBLE, card, evaluation_of, write_run, write_world
 
 from dmpo_dist.cli import main
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.report import write_evaluation
+from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.report.gather import gather
 from dmpo_dist.report.page import render, write_report
 from dmpo_dist.report.parts import SECTIONS
@@ -93,6 +93,9 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world
     assert "Note: leave-one-out: not <b> comparable" in text
     assert "ease: regularization 300, chosen by its validation NDCG@10 of 0.510; 6 targets it had never seen" in text
     assert "32 requests scored again: log-probs moved by at most 3e-05 nats" in text
+    assert (
+        "Not shown as it is 1 in any order of 5 candidates: hr@5, hr@10, hr@20, recall@5, recall@10, recall@20." in text
+    )
     assert "Not here" not in text
     assert "holds interaction data" in text
 
@@ -159,6 +162,20 @@ def test_runs_of_two_evaluations_are_paired_by_their_scores(tmp_path):
     page = Page(render(gather([tmp_path / "a", tmp_path / "b"])))
     assert "b against a: ndcg@10 +0.000 [0.000, 0.000], paired over 80 users (no clear difference)" in page.texts
     assert "That is the first of 2 evaluations below." in page.texts
+
+
+def test_a_pair_of_single_seeds_is_not_named_as_their_models_over_all_seeds_are(tmp_path):
+    runs = {f"{name}@{seed}": tmp_path / (name + "-1" * seed) for name in ("sft", "dmpo") for seed in (0, 1)}
+    for run in runs.values():
+        write_run(run, "train")
+    evaluation, scores, rows = evaluation_of({})
+    scores = {entry: scores[entry.partition("@")[0]] for entry in runs}
+    evaluation = evaluate_scores(scores, rows, 100, 0) | {"folders": {e: str(run / "model") for e, run in runs.items()}}
+    write_evaluation(tmp_path / "evaluation", evaluation, scores, rows)
+    texts = Page(render(gather([tmp_path]))).texts
+    assert "dmpo \u2212 sft" in texts
+    assert any(text.startswith("sft (sft@0) against dmpo (dmpo@0): ndcg@10") for text in texts)
+    assert not any(" against dmpo:" in text for text in texts)
 
 
 def test_an_evaluation_of_seeds_against_one_model_is_about_the_best_trained(tmp_path):

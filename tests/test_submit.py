@@ -112,10 +112,11 @@ def test_rendering_twice_keeps_the_first(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     command = ["train", "--to", "slurm", "--render-only", "data.path=data", "output_dir=run"]
     assert run(monkeypatch, capsys, *command)[0] == 0
-    (tmp_path / "run/submit/job.sbatch").write_text("mine")
+    (tmp_path / "submit/job.sbatch").write_text("mine")
     assert run(monkeypatch, capsys, *command, "train.steps=5")[0] == 0
-    assert (tmp_path / "run/submit/job.sbatch").read_text() == "mine"
-    assert yaml.safe_load((tmp_path / "run/submit-2/config.yaml").read_text())["train"]["steps"] == 5
+    assert (tmp_path / "submit/job.sbatch").read_text() == "mine"
+    assert not (tmp_path / "run").exists(), "output_dir is the cluster's"
+    assert yaml.safe_load((tmp_path / "submit-2/config.yaml").read_text())["train"]["steps"] == 5
 
 
 # Kubernetes: KubeRay's CRD for the RayJob, the core schema for each pod
@@ -239,7 +240,7 @@ def test_planted_faults_in_a_pod_are_found(path, value):
 # Bad input: one message, status 2, nothing written and nothing running
 
 REFUSED = {
-    "odd folder": ("train --to slurm --render-only data.path=d output_dir=a$b", "submit.folder=a$b/submit: "),
+    "odd folder": ("train --to slurm data.path=d output_dir=a$b", "submit.folder=a$b/submit: "),
     "no data": ("train --to slurm --render-only output_dir=run", "data.path is not set"),
     "too many": ("train --to slurm --render-only data.path=d cluster.workers=9", "which hold 8; ask for more"),
     "too many GPUs": (

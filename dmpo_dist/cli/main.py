@@ -1,9 +1,12 @@
 """The command line: one thin function per verb in the modules beside; the work is done below, in orchestration and data."""
 
+import contextlib
 import errno
+import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -84,3 +87,12 @@ def _tell(message: str) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
         message = f"rank {rank}: {message}"
     print(f"error: {message}", file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        _tell_torchrun(Path(report), message)
+
+
+def _tell_torchrun(report: Path, message: str) -> None:
+    """Leave an error where torchrun looks for it: its own traceback comes after ours, and ends with what is there."""
+    content = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError):
+        report.write_text(json.dumps({"message": content}), encoding="utf-8")

@@ -24,7 +24,7 @@ def export(
         Path | None, typer.Option(help="Prepared data, to measure the difference on its validation requests.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="An evaluation.json that ranks the model, for its card.")
+        Path | None, typer.Option(help="An evaluation.json, or its folder, that ranks the model, for its card.")
     ] = None,
 ) -> None:
     """Write a trained model for others: adapter or whole weights, tokenizer, generation configuration, model card.
@@ -72,9 +72,9 @@ def rank(
 def plan(
     config: Layers = None,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="GPU by name, such as h200-141g, or cpu.")] = "h100-80g",
+    gpu: Annotated[str | None, typer.Option(help="GPU by name, such as h200-141g, or cpu.  [h100-80g]")] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Or CPU ranks.  [8]")] = None,
     prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt.  [the longest allowed]")] = None,
     response: Annotated[int, typer.Option(min=2, help="Tokens of a response, end token included.")] = 12,
     groups: Annotated[int | None, typer.Option(min=1, help="Training groups.  [those in data.path]")] = None,
@@ -95,6 +95,7 @@ def plan(
 
         dmpo plan --verify
     """
+    settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.orchestration.runlog import make_console
     from dmpo_dist.planning import command
 
@@ -103,7 +104,7 @@ def plan(
             raise typer.Exit(1)
         return
     request = command.Request(gpu, nodes, gpus_per_node, prompt, response, groups)
-    command.run_plan(read_settings(config, overrides, dry_run), request, explain, json, make_console())
+    command.run_plan(settings, request, explain, json, make_console())
 
 
 @models_app.command()

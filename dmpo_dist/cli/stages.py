@@ -8,6 +8,7 @@ import typer
 
 from dmpo_dist.cli.options import DryRun, Layers, Overrides, Resume, free_folder, read_settings
 from dmpo_dist.config import RunConfig
+from dmpo_dist.data.place import require_prepared
 from dmpo_dist.errors import UserError
 
 stages_app = typer.Typer()
@@ -74,13 +75,14 @@ def evaluate(
 
         dmpo evaluate data.path=runs/ml/data output_dir=runs/floors 'evaluation.baselines=[random, popularity, item_knn, ease, sasrec]'
     """
+    settings = read_settings(config, overrides, dry_run)
+    models = _models(model or [])
+    require_prepared(settings.data.path)
     from dmpo_dist.orchestration.evaluate import evaluate as run
     from dmpo_dist.orchestration.evaluate import preflight
     from dmpo_dist.orchestration.runlog import make_console
     from dmpo_dist.orchestration.stage import open_run_folder
 
-    settings = read_settings(config, overrides, dry_run)
-    models = _models(model or [])
     console = make_console()
     preflight(models, settings, console, against or [])  # before there is a folder
     open_run_folder(settings, resume=False)
@@ -97,12 +99,12 @@ def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
         dmpo quickstart seed=1 output_dir=runs/quickstart-seed1
     """
-    from dmpo_dist.orchestration.quickstart import quickstart as run
-    from dmpo_dist.orchestration.runlog import make_console
-
     settings = read_settings([Path("quickstart")], overrides, dry_run)
     if not any(o.startswith("output_dir=") for o in overrides or []):
         settings = settings.model_copy(update={"output_dir": free_folder(settings.output_dir)})
+    from dmpo_dist.orchestration.quickstart import quickstart as run
+    from dmpo_dist.orchestration.runlog import make_console
+
     run(settings, make_console())
 
 
@@ -124,16 +126,18 @@ def doctor(
 
         dmpo doctor --cluster cluster.address=10.0.0.1:6379 cluster.workers=8 data.path=/shared/data output_dir=/shared/runs
     """
+    settings = read_settings(config, overrides, dry_run=False)
     from dmpo_dist.orchestration.doctor import examine
     from dmpo_dist.orchestration.doctor_cluster import examine_cluster
     from dmpo_dist.orchestration.runlog import make_console
 
     look = examine_cluster if cluster else examine
-    if not look(read_settings(config, overrides, dry_run=False), make_console()):
+    if not look(settings, make_console()):
         raise typer.Exit(2)
 
 
 def _stage(kind: str, settings: RunConfig, resume: bool) -> None:
+    require_prepared(settings.data.path)
     from dmpo_dist.orchestration.runlog import make_console
     from dmpo_dist.orchestration.stage import run_stage
 

@@ -12,7 +12,9 @@ from dmpo_dist.submit.job import Target, Verb
 submit_app = typer.Typer(help="Hand a run to Slurm, a Ray cluster or Kubernetes.", no_args_is_help=True)
 
 To = Annotated[Target, typer.Option("--to", help="Kind of cluster.", show_default=False)]
-RenderOnly = Annotated[bool, typer.Option("--render-only", help="Write the files and submit nothing.")]
+RenderOnly = Annotated[
+    bool, typer.Option("--render-only", help="Write the files, to ./submit or submit.folder, and submit nothing.")
+]
 Detach = Annotated[bool, typer.Option("--detach", help="Do not follow the output (Slurm is never followed at once).")]
 Submitted = Annotated[Path, typer.Argument(help="output_dir or submit.folder of the submitted run.")]
 

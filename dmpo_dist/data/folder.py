@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 
 from dmpo_dist.config_data import DataConfig
 from dmpo_dist.data.card import data_card
@@ -164,24 +164,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
 
 def save_split(rows: Dataset, folder: Path) -> None:
     """Save a split; an empty one has no folder, as ``datasets`` cannot read it back."""
-    with _quiet():
-        if len(rows):
-            rows.save_to_disk(str(folder))
+    if len(rows):
+        rows.save_to_disk(str(folder))
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
     """The card for programs and for people."""
     (folder / "dataset.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "card.md").write_text(data_card(card), encoding="utf-8")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of ``datasets`` for writes that take a moment."""
-    were_disabled = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_disabled:
-            enable_progress_bars()

@@ -50,6 +50,12 @@ class Preferences:
             return None
         return sorted({title for group in groups for title in (*group.history, *group.titles)})
 
+    def users(self) -> dict[str, int]:
+        """split -> users, each told by the history, or by the prompt where no more is known."""
+        return {
+            split: len({group.history or group.prompt for group in groups}) for split, groups in self.splits.items()
+        }
+
     def shown_at(self) -> dict[str, dict[str, list[int]]]:
         """split -> number of candidates listed -> how often the chosen one stood at each place."""
         counts: dict[str, dict[str, list[int]]] = {}

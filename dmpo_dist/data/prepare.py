@@ -48,7 +48,7 @@ def prepare(
         if titles is not None:
             tables["items"] = pd.DataFrame({"item": titles, "title": titles, "genres": ""})
         card = make_card(config, seed, preferences.name, preferences.notes, rows, tables)
-        card["shown_at"] = preferences.shown_at()
+        card["users"], card["shown_at"] = preferences.users(), preferences.shown_at()
     else:
         log = core(load_interactions(config.source, seed), config.k_core)
         rows, facts, notes = groups_of_log(log, config, seed)

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_from_disk
 
+from dmpo_dist.data.place import CARD_FILE, require_prepared
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
@@ -111,13 +112,8 @@ def _few(train: Dataset, shots: int, path: Path) -> Dataset:
 
 
 def _read_card(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder of prepared data; write it with `dmpo data prepare data.path={path}`")
-    file = path / "dataset.json"
-    if not file.is_file():
-        raise UserError(
-            f"{path}: not prepared data (it has no dataset.json); data.path must be what `dmpo data prepare` wrote"
-        )
+    require_prepared(path)
+    file = path / CARD_FILE
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
         version = card["format_version"]

@@ -52,6 +52,11 @@ def top_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     return _top(*_places(scores))
 
 
+def sure_hits(negatives: int) -> tuple[str, ...]:
+    """The metrics that are 1 in any order of a positive and at most ``negatives`` others: hr@k and recall@k of all of them."""
+    return tuple(f"{name}@{k}" for name in ("hr", "recall") for k in CUTOFFS if k > negatives)
+
+
 def pooled_auc(scores: Sequence[np.ndarray]) -> np.ndarray:
     """Area under the ROC curve of all candidates of all requests together, as (n_requests,) contributions.
 

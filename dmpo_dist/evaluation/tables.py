@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.metrics import METRICS, sure_hits
 
 MODEL_ORDER = (
     "random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec", "untuned", "zero_shot",
@@ -18,6 +18,8 @@ COMPARED_METRICS = ("ndcg@10", "hr@1", "auc")
 TABLE_METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@10", "mrr", "auc")
 """What fits into 100 columns; evaluation.json and evaluation.md hold more."""
 MARKDOWN_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "auc", "pair_accuracy", "pooled_auc")  # fmt: skip
+CATALOGUE_METRICS = ("hr@1", "hr@10", "hr@20", "ndcg@10", "mrr@20")
+CATALOGUE_LISTS = ("coverage@10", "gini@10")
 LINES_UP_TO = 3
 """With more comparisons than this they are shown as a table."""
 STRATA_TITLES = {
@@ -38,14 +40,16 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
 
     A model of several seeds has the standard deviation over them behind each value.
     """
+    metrics = _telling(TABLE_METRICS, evaluation)
     table = Table(title=_caption(evaluation), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption, table.caption_justify = left_out_line(TABLE_METRICS, evaluation["negatives"]["most"]), "left"
     table.add_column("model", overflow="fold")
-    for metric in TABLE_METRICS:
+    for metric in metrics:
         table.add_column(metric, justify="right", no_wrap=True)
     best = _best(evaluation)
     for name in in_order(evaluation["models"]):
         cells = []
-        for metric in TABLE_METRICS:
+        for metric in metrics:
             cell = evaluation["models"][name][metric]
             is_best = name != "oracle" and cell["value"] == best.get(metric)
             value = (f"{cell['value']:.3f}{_over_seeds(evaluation, name, metric)}", "bold" if is_best else "")
@@ -53,6 +57,14 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
         seeds = _seeds(evaluation, name)
         table.add_row(Text.assemble(name, *([("\n" + f"{len(seeds)} seeds", "dim")] if seeds else [])), *cells)
     return table
+
+
+def left_out_line(metrics: Sequence[str], negatives: int) -> str | None:
+    """Why those of ``metrics`` that say nothing of at most ``negatives`` negatives are in no table; None where all do."""
+    absent = [metric for metric in metrics if metric in sure_hits(negatives)]
+    if not absent:
+        return None
+    return f"Not shown as it is 1 in any order of {1 + negatives} candidates: {', '.join(absent)}"
 
 
 def comparison_lines(evaluation: dict[str, Any]) -> list[str]:
@@ -113,6 +125,23 @@ def show_comparisons(evaluation: dict[str, Any]) -> list[str | Table]:
     return list(comparison_lines(evaluation))
 
 
+def catalogue_table(result: dict[str, Any], requests: int) -> Table:
+    """The main metrics among the whole catalogue, one row a model."""
+    title = _catalogue_caption(result, requests)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for heading in (*CATALOGUE_METRICS, *(measure.partition("@")[0] for measure in CATALOGUE_LISTS)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in in_order(result["models"]):
+        figures = [result["models"][name][metric] for metric in CATALOGUE_METRICS]
+        table.add_row(
+            name,
+            *(f"{c['value']:.3f}\n{_short(c['low'])}\u2013{_short(c['high'])}" for c in figures),
+            *(f"{result[measure][name]:.3f}" for measure in CATALOGUE_LISTS),
+        )
+    return table
+
+
 def order_line(evaluation: dict[str, Any]) -> str | None:
     """How far scores moved with other orders, over all models."""
     order = evaluation.get("order")
@@ -133,10 +162,11 @@ def markdown(evaluation: dict[str, Any]) -> str:
     best = _best(evaluation)
     lines = ["# Evaluation", "", _caption(evaluation) + ".", ""]
     lines += [f"- {note}" for note in evaluation.get("notes", [])] + [""] * bool(evaluation.get("notes"))
-    lines += ["| model | " + " | ".join(MARKDOWN_METRICS) + " |", "|---|" + "---:|" * len(MARKDOWN_METRICS)]
+    metrics = _telling(MARKDOWN_METRICS, evaluation)
+    lines += ["| model | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
     for name in in_order(evaluation["models"]):
         cells = []
-        for metric in MARKDOWN_METRICS:
+        for metric in metrics:
             cell = evaluation["models"][name][metric]
             value = f"{cell['value']:.3f}{_over_seeds(evaluation, name, metric)}"
             if name != "oracle" and cell["value"] == best[metric]:
@@ -148,6 +178,8 @@ def markdown(evaluation: dict[str, Any]) -> str:
         "Best in bold, the oracle apart. auc averages over requests, pair_accuracy pools all pairs of a request, pooled_auc all "
         "candidates of all requests. One positive each, so recall@k is hr@k.",
     ]
+    left_out = left_out_line(MARKDOWN_METRICS, evaluation["negatives"]["most"])
+    lines += ["", left_out + "."] if left_out else []
     if any(evaluation.get("seeds", {}).values()):
         lines += [
             "",
@@ -155,6 +187,8 @@ def markdown(evaluation: dict[str, Any]) -> str:
         ]
     if evaluation["comparisons"]:
         lines += ["", "## Paired comparisons", "", *(f"- {line}" for line in comparison_lines(evaluation))]
+    if "catalogue" in evaluation:
+        lines += ["", "## The whole catalogue", "", *_catalogue(evaluation["catalogue"], evaluation["requests"])]
     for kind, strata in evaluation.get("strata", {}).items():
         lines += ["", f"## {STRATA_TITLES[kind]}", "", *_strata(evaluation, strata)]
     line = order_line(evaluation)
@@ -172,6 +206,32 @@ def _strata(evaluation: dict[str, Any], strata: dict[str, Any]) -> list[str]:
         figures = [f"{c['value']:.3f} ({c['low']:.3f}\u2013{c['high']:.3f})" for c in cells]
         lines.append(f"| {name} | " + " | ".join(figures) + " |")
     return lines
+
+
+def _catalogue(result: dict[str, Any], requests: int) -> list[str]:
+    """What ``catalogue_table`` shows."""
+    heads = (*CATALOGUE_METRICS, *CATALOGUE_LISTS)
+    lines = [_catalogue_caption(result, requests) + ".", ""]
+    lines += ["| model | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for name in in_order(result["models"]):
+        figures = [result["models"][name][metric] for metric in CATALOGUE_METRICS]
+        cells = [f"{c['value']:.3f} ({c['low']:.3f}\u2013{c['high']:.3f})" for c in figures]
+        cells += [f"{result[measure][name]:.3f}" for measure in CATALOGUE_LISTS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, "", "coverage@10: the share of the items in any first ten; gini@10: 0 all alike, 1 one only."]
+
+
+def _catalogue_caption(result: dict[str, Any], requests: int) -> str:
+    return f"{requests} requests among all {result['items']} items, those taken before left out; 95 % intervals"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
+
+
+def _telling(metrics: Sequence[str], evaluation: dict[str, Any]) -> list[str]:
+    """Those of ``metrics`` that depend on the order of the candidates."""
+    return [metric for metric in metrics if metric not in sure_hits(evaluation["negatives"]["most"])]
 
 
 def _pairs(evaluation: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

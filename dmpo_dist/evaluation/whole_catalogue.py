@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from rich import box
-from rich.table import Table
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
@@ -30,7 +28,6 @@ CANDIDATES_AT_ONCE = 1_000_000
 """Requests times items whose titles are held at once for the baselines."""
 LIST_LENGTH = 10
 """Of the lists whose coverage and Gini index are measured."""
-SHOWN = ("hr@1", "hr@10", "hr@20", "ndcg@10", "mrr@20")
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,7 @@ class WholeCatalogue:
         place = {item: index for index, item in enumerate(self.items.tolist())}
         test = data.test
         self._users, self._times = test["user"][:], test["timestamp"][:]
+        self.requests = len(test)
         log = self._log[self._log["user"].isin(set(self._users))]
         by_user = {user: (part["item"].map(place).to_numpy(), part["timestamp"].to_numpy())
                    for user, part in log.groupby("user", sort=False)}  # fmt: skip
@@ -118,8 +116,12 @@ class WholeCatalogue:
         assert start == len(self._candidates), "every request is scored"
         return _joined(parts)
 
-    def model(self, path: str, config: RunConfig) -> Ranked:
-        """The model in ``path`` under ``config.ranking``; popularity is that of ``catalogue_at_test``."""
+    def model(self, path: str, config: RunConfig, advance: Callable[[int], None]) -> Ranked:
+        """The model in ``path`` under ``config.ranking``; popularity is that of ``catalogue_at_test``.
+
+        Args:
+            advance: told how many more requests are ranked.
+        """
         ranker = Ranker(path, config, catalogue_at_test(self._data), top=1)
         rows = zip(self._users, self._data.test["history"][:], self._candidates, strict=True)
         parts = []
@@ -128,6 +130,7 @@ class WholeCatalogue:
             if not np.isfinite(scores).all():
                 raise UserError(f"{path}: a score of user {user!r} is not finite; try model.dtype=float32")
             parts.append(_ranked([scores[candidates]], [candidates]))
+            advance(1)
         return _joined(parts)
 
     def _rows(self) -> Iterator[tuple[int, Dataset]]:
@@ -155,28 +158,6 @@ def summary(ranked: dict[str, Ranked], items: int, samples: int, seed: int) -> d
     }
     models = {name: cells(TOP_METRICS, of_model.interval(samples, seed)) for name, of_model in stacked(values).items()}
     return {"items": items, "models": models, **spread}
-
-
-def catalogue_table(result: dict[str, Any], requests: int) -> Table:
-    """The main metrics, one row a model."""
-    title = f"{requests} requests among all {result['items']} items, those taken before left out; 95 % intervals"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for heading in (*SHOWN, "coverage", "gini"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, of_model in result["models"].items():
-        figures = [of_model[metric] for metric in SHOWN]
-        whole = [result[f"{measure}@{LIST_LENGTH}"][name] for measure in ("coverage", "gini")]
-        table.add_row(
-            name,
-            *(f"{c['value']:.3f}\n{_short(c['low'])}\u2013{_short(c['high'])}" for c in figures),
-            *(f"{value:.3f}" for value in whole),
-        )
-    return table
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}".removeprefix("0")
 
 
 def _ranked(scores: list[np.ndarray], candidates: Sequence[np.ndarray]) -> Ranked:

@@ -20,7 +20,7 @@ from dmpo_dist.config_section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import paired_bootstrap, ranking_metrics
 from dmpo_dist.evaluation.report import COMPARED_METRICS
-from dmpo_dist.orchestration.runs import VALIDATION_METRICS, Run
+from dmpo_dist.orchestration.runs import LAST_FIGURES, VALIDATION_METRICS, Run
 from dmpo_dist.training.curves import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_panel, has_values
 
 METRIC = "ndcg@10"
@@ -86,10 +86,10 @@ def show_comparison(runs: Sequence[Run], names: Sequence[str], evaluations: Sequ
     ]
     differing = [key for key in differing if key != "output_dir"]
     _show_side_by_side("configuration", {key: [c.get(key, "-") for c in configs] for key in differing}, names, console)
-    results = [run.result() for run in runs]
+    results = [{"last_step": run.steps[0]} | run.result() for run in runs]
     keys = dict.fromkeys(key for result in results for key in result)
     figures = {key: [f"{r[key]:.4g}" if key in r else "-" for r in results] for key in keys}
-    _show_side_by_side("final figures", figures, names, console)
+    _show_side_by_side("final figures", {_at(key): values for key, values in figures.items()}, names, console)
     for line in paired_lines(runs, names, evaluations):
         console.print(line, highlight=False)
 
@@ -163,6 +163,13 @@ def _show_side_by_side(title: str, rows: dict[str, list[Any]], names: Sequence[s
     for key, values in rows.items():
         table.add_row(key, *map(str, values))
     console.print(table)
+
+
+def _at(key: str) -> str:
+    """Which step a figure of ``Run.result`` is of: a run goes on after the one whose weights it keeps."""
+    if key.startswith("validation/"):
+        return f"{key} at selected_step"
+    return f"{key} at last_step" if key in LAST_FIGURES else key
 
 
 def _start(run: Run) -> str:

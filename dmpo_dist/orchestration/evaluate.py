@@ -11,6 +11,7 @@ from rich.console import Console
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config_ranking import Baseline
+from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import (
@@ -28,9 +29,10 @@ from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.scoring import RequestScorer
 from dmpo_dist.evaluation.seeds import by_name
 from dmpo_dist.evaluation.strata import strata_of
-from dmpo_dist.evaluation.tables import evaluation_table, order_line, show_comparisons
-from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, catalogue_table, require_catalogue, summary
+from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, order_line, show_comparisons
+from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
 from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.orchestration.progress import UserProgress
 from dmpo_dist.orchestration.stage import template_of
 
 BASELINES = (*get_args(Baseline), "oracle")
@@ -45,11 +47,7 @@ def preflight(models: dict[str, str], config: RunConfig, console: Console, again
         UserError: no prepared data, no test requests, a model named like a baseline, a name in ``against`` that nothing
             has; see also ``template_of`` and ``baseline_python``.
     """
-    if config.data.path is None:
-        raise UserError(
-            "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
-        )
-    data = PreparedData.load(config.data.path)
+    data = PreparedData.load(require_prepared(config.data.path))
     if not len(data.test):
         raise UserError(f"{config.data.path} holds no test requests to evaluate on; see its card.md")
     names = by_name(models)
@@ -207,8 +205,8 @@ def _rank_catalogue(
 ) -> dict[str, Ranked]:
     ranked = whole.baselines(config.evaluation.baselines, config) | (classical.catalogue if classical else {})
     for name, path in models.items():
-        with console.status(f"ranking the whole catalogue by {name}"):
-            ranked[name] = whole.model(path, config)
+        with UserProgress(f"whole catalogue by {name}", whole.requests, 0, console, "loading the model") as progress:
+            ranked[name] = whole.model(path, config, progress.advance)
     return ranked
 
 

@@ -11,18 +11,19 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class UserProgress:
-    """Counts users; the rate leaves out the workers' start and those of an earlier run.
+    """Counts users; the rate leaves out what comes before the first one, and those of an earlier run.
 
     Args:
         title: what the job is called on screen.
         total: users in all.
         done: of them, those of an earlier run.
         console: where to show it.
+        before: what comes before the first one.
     """
 
-    def __init__(self, title: str, total: int, done: int, console: Console) -> None:
+    def __init__(self, title: str, total: int, done: int, console: Console, before: str = "starting workers") -> None:
         self._title, self._total, self._done = title, total, done
-        self._console = console
+        self._console, self._before = console, before
         self._first: tuple[int, float] | None = None
         self._bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total} users"),
@@ -35,7 +36,7 @@ class UserProgress:
         if self._bar:
             self._bar.start()
         else:
-            self._console.print(f"[{self._title}] starting workers", markup=False, highlight=False)
+            self._console.print(f"[{self._title}] {self._before}", markup=False, highlight=False)
         return self
 
     def __exit__(

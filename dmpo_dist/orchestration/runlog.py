@@ -17,6 +17,10 @@ from dmpo_dist.training.job import Job
 
 NOTABLY_SLOW = 1.1
 """A slowest rank's share from which the display names it."""
+LEGEND = (
+    "margin: reward of the positive minus the mean of its negatives'; acc: share of negatives with a log-prob below the "
+    "positive's; all columns: docs/RUNS.md"
+)
 
 
 class RunLog:
@@ -82,6 +86,8 @@ class RunLog:
         match record["kind"]:
             case "start":
                 self._print(_start_line(record))
+                if self._job.kind == "train":
+                    self._print(LEGEND)
                 if self._progress is not None and self._task is not None:
                     self._progress.update(self._task, total=record["steps"], figures="first step")
             case "train":

@@ -14,6 +14,7 @@ from uuid import uuid4
 from rich.console import Console
 
 from dmpo_dist.config import RunConfig, TemplateConfig, dump_config
+from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
@@ -127,11 +128,7 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
     Returns:
         The job, its configuration with absolute paths and the model's own template.
     """
-    if config.data.path is None:
-        raise UserError(
-            "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
-        )
-    data = PreparedData.load(config.data.path, config.data.shots)
+    data = PreparedData.load(require_prepared(config.data.path), config.data.shots)
     config = _with_absolute_paths(config)
     if config.model.path == SCRATCH:
         start = str(config.output_dir / SCRATCH)

@@ -11,8 +11,10 @@ from dmpo_dist.planning.cases import CASES
 from dmpo_dist.planning.gpus import find_gpu
 from dmpo_dist.planning.plan import Cluster, Lengths, Plan, data_groups, make_plan
 from dmpo_dist.planning.recommend import Advice, elsewhere, faster, smallest_change
-from dmpo_dist.planning.report import GIB, as_dict, show_advice, show_outcomes, show_plan
+from dmpo_dist.planning.report import BYTES, amount, as_dict, show_advice, show_outcomes, show_plan
 from dmpo_dist.planning.verify import Outcome, verify
+
+ASSUMED_GPU, ASSUMED_PER_NODE = "h100-80g", 8
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,14 @@ class Request:
     """The command line.
 
     Attributes:
-        gpu, nodes, gpus_per_node: the cluster.
+        gpu, nodes, gpus_per_node: the cluster; None for the assumed one.
         prompt, response: tokens; None for the longest prompt that ``model.max_length`` allows.
         groups: in the training data; None asks ``data.path``.
     """
 
-    gpu: str
+    gpu: str | None
     nodes: int
-    gpus_per_node: int
+    gpus_per_node: int | None
     prompt: int | None
     response: int
     groups: int | None
@@ -40,14 +42,15 @@ def run_plan(config: RunConfig, request: Request, explain: bool, as_json: bool, 
         UserError: unknown GPU, a model or settings that cannot be planned, or a run that does not fit, with what to
             change.
     """
-    cluster = Cluster(request.gpu, find_gpu(request.gpu, request.gpus_per_node), request.nodes, request.gpus_per_node)
+    gpu, per_node = request.gpu or ASSUMED_GPU, request.gpus_per_node or ASSUMED_PER_NODE
+    cluster = Cluster(gpu, find_gpu(gpu, per_node), request.nodes, per_node)
     lengths = _lengths(config, request)
     plan = make_plan(config, cluster, lengths)
     advice = faster(plan, lengths) if plan.fits else smallest_change(plan, lengths)
     if as_json:
         print(json.dumps(as_dict(plan, advice), indent=1))
     else:
-        show_plan(plan, explain, console)
+        show_plan(plan, explain, console, _assumed(request))
         if advice is not None:
             show_advice("faster" if plan.fits else "to fit", advice, console)
     if not plan.fits:
@@ -68,6 +71,17 @@ def run_verify(console: Console) -> bool:
     return all(outcome.good for outcome in outcomes)
 
 
+def _assumed(request: Request) -> str:
+    """What nobody asked for of the cluster; "" where all was."""
+    flags = {"--gpu": request.gpu, "--gpus-per-node": request.gpus_per_node}
+    missing = [flag for flag, value in flags.items() if value is None]
+    return (
+        f"assumed, not looked for on this machine: give {' and '.join(missing)} (and --nodes) for yours"
+        if missing
+        else ""
+    )
+
+
 def _lengths(config: RunConfig, request: Request) -> Lengths:
     longest = config.model.max_length
     prompt = longest - request.response if request.prompt is None else request.prompt
@@ -80,8 +94,8 @@ def _lengths(config: RunConfig, request: Request) -> Lengths:
 
 
 def _what_to_change(plan: Plan, advice: Advice | None, lengths: Lengths) -> str:
-    short = (plan.peak - plan.cluster.capacity) / GIB
-    what = f"the run needs {short:.1f} GiB more than a {plan.cluster.name} has to give"
+    short = amount(plan.peak - plan.cluster.capacity, BYTES)
+    what = f"the run needs {short} more than a {plan.cluster.name} has to give"
     if advice is not None:
         return f"{what}; it fits with {' '.join(advice.change.keys)}"
     places = elsewhere(plan, lengths)

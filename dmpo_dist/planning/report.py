@@ -1,6 +1,6 @@
 """What ``dmpo plan`` prints."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,11 +11,23 @@ from dmpo_dist.planning.plan import RESERVED, Plan
 from dmpo_dist.planning.recommend import Advice
 from dmpo_dist.planning.verify import TOLERANCE, Outcome
 
-GIB = 2**30
+BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "\u00b5s": 1e-6}
 
 
-def show_plan(plan: Plan, explain: bool, console: Console) -> None:
-    """The model, the memory of a device and of a node, and the time of a step and of the run."""
+def amount(size: float, units: Mapping[str, float]) -> str:
+    """``size`` in the largest of ``units`` (name -> how much it is) that it fills, three digits or more: "1.23 GiB"."""
+    unit = next((name for name, one in units.items() if abs(size) >= one), [*units][-1])
+    value = size / units[unit]
+    return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}" if value else f"0 {unit}"
+
+
+def show_plan(plan: Plan, explain: bool, console: Console, assumed: str = "") -> None:
+    """The model, the memory of a device and of a node, and the time of a step and of the run.
+
+    Args:
+        assumed: what nobody asked for of the cluster, and how to ask for another.
+    """
     config, cluster, row, sizes = plan.config, plan.cluster, plan.step.row, plan.blueprint.sizes
     lora = f" ({config.model.lora.variant} r={config.model.lora.r})" if config.model.lora else ""
     _line(
@@ -29,50 +41,54 @@ def show_plan(plan: Plan, explain: bool, console: Console) -> None:
     _line(
         console,
         "run",
-        f"{config.deepspeed}, {config.model.dtype}{quantization}{recompute}, reference: {reference}, attention: {plan.route.backend}",
+        f"{config.deepspeed}, {config.model.dtype}{quantization}{recompute}, reference: {reference}",
     )
+    _line(console, "attention", f"{plan.route.backend}: {plan.route.reason}")
     groups = "preference group" if row.groups == 1 else "preference groups"
     _line(
         console,
         "row",
         f"{row.tokens} tokens: {row.groups} {groups} of prompt {row.prompt}, {row.negatives + 1} responses of {row.response}",
     )
+    rows = f"{plan.step.micro_batches} row{'s' * (plan.step.micro_batches > 1)}"
     _line(
         console,
         "on",
-        f"{cluster.nodes} x {cluster.per_node} {cluster.name}, {plan.step.micro_batches} rows a device in a step of {config.train.global_batch_size} groups",
+        f"{cluster.nodes} x {cluster.per_node} {cluster.name}, {rows} a device in a step of {config.train.global_batch_size} groups",
     )
+    if assumed:
+        _line(console, "", assumed)
     console.print()
     console.print(_memory_table(plan.terms, explain))
     short = plan.peak - cluster.capacity
-    verdict = f"fits, {-short / GIB:.1f} GiB left" if plan.fits else f"does NOT fit, {short / GIB:.1f} GiB too much"
-    usable = f"{cluster.capacity / GIB:.1f} GiB usable ({1 - RESERVED:.0%} of {cluster.gpu.memory / GIB:.1f})"
-    _line(console, "device", f"peak {plan.peak / GIB:.1f} GiB in {plan.phase} of {usable}: {verdict}")
+    verdict = f"fits, {amount(-short, BYTES)} left" if plan.fits else f"does NOT fit, {amount(short, BYTES)} too much"
+    usable = f"{amount(cluster.capacity, BYTES)} usable ({1 - RESERVED:.0%} of {amount(cluster.gpu.memory, BYTES)})"
+    _line(console, "device", f"peak {amount(plan.peak, BYTES)} in {plan.phase} of {usable}: {verdict}")
     host = sum(term.bytes for term in plan.host_terms)
     _line(
         console,
         "host",
-        f"up to {host / GIB:.1f} GiB a node: " + "; ".join(f"{t.name} {t.bytes / GIB:.1f}" for t in plan.host_terms),
+        f"up to {amount(host, BYTES)} a node: "
+        + "; ".join(f"{t.name} {amount(t.bytes, BYTES)}" for t in plan.host_terms),
     )
     if explain:
         for term in plan.host_terms:
-            _line(console, "", f"{term.name} = {term.formula} = {term.numbers} = {term.bytes / GIB:.2f} GiB")
+            _line(console, "", f"{term.name} = {term.formula} = {term.numbers} = {amount(term.bytes, BYTES)}")
     console.print()
-    _line(
-        console, "step", f"{plan.seconds:.3g} s: " + ", ".join(f"{part.name} {part.seconds:.3g}" for part in plan.parts)
-    )
+    parts = ", ".join(f"{part.name} {amount(part.seconds, SECONDS)}" for part in plan.parts)
+    _line(console, "step", f"{amount(plan.seconds, SECONDS)}: {parts}")
     if explain:
         for part in plan.parts:
-            _line(console, "", f"{part.name} = {part.numbers} = {part.seconds:.3g} s")
+            _line(console, "", f"{part.name} = {part.numbers} = {amount(part.seconds, SECONDS)}")
     _line(
         console,
         "speed",
-        f"{plan.groups_per_second:,.1f} groups/s at an assumed MFU of {cluster.gpu.mfu:g}, no communication hidden",
+        f"{plan.groups_per_second:,.1f} groups/s at an assumed MFU of {cluster.gpu.mfu:g}, no communication hidden, kernel launches not counted",
     )
     if plan.hours is None:
         _line(console, "run time", "unknown: give --groups, train.steps or a data.path that exists")
     else:
-        _line(console, "run time", f"{plan.hours:.2g} h for {plan.steps} steps, without validation")
+        _line(console, "run time", f"{amount(plan.hours * 3600, SECONDS)} for {plan.steps} steps, without validation")
 
 
 def show_advice(title: str, advice: Advice, console: Console) -> None:
@@ -85,7 +101,7 @@ def show_advice(title: str, advice: Advice, console: Console) -> None:
     _line(
         console,
         "",
-        f"then {plan.peak / GIB:.1f} of {plan.cluster.capacity / GIB:.1f} GiB, {plan.groups_per_second:,.1f} groups/s",
+        f"then {amount(plan.peak, BYTES)} of {amount(plan.cluster.capacity, BYTES)}, {plan.groups_per_second:,.1f} groups/s",
     )
 
 
@@ -110,6 +126,7 @@ def as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "deepspeed": plan.config.deepspeed,
         "token_budget": plan.config.train.token_budget,
         "attention": plan.route.backend,
+        "attention_reason": plan.route.reason,
         "fits": plan.fits,
         "peak_bytes": plan.peak,
         "capacity_bytes": plan.cluster.capacity,
@@ -137,15 +154,15 @@ def _dicts(terms: Iterable[Term]) -> list[dict[str, Any]]:
 
 
 def _memory_table(terms: Sequence[Term], explain: bool) -> Table:
-    """GiB of each term in each phase."""
-    headers = ["on a device, GiB", *(phase.replace("_", "-") for phase in PHASES)]
+    """Each term in each phase."""
+    headers = ["on a device", *(phase.replace("_", "-") for phase in PHASES)]
     table = Table(*headers, *(["how"] if explain else []))
     for term in terms:
-        cells = [f"{term.bytes / GIB:.2f}" if phase in term.phases else "" for phase in PHASES]
+        cells = [amount(term.bytes, BYTES) if phase in term.phases else "" for phase in PHASES]
         how = [f"{term.formula} = {term.numbers}"] if explain else []
         table.add_row(term.name, *cells, *how)
     table.add_section()
-    table.add_row("sum", *(f"{size / GIB:.2f}" for size in phase_bytes(terms).values()), *([""] if explain else []))
+    table.add_row("sum", *(amount(size, BYTES) for size in phase_bytes(terms).values()), *([""] if explain else []))
     for column in table.columns[1 : 1 + len(PHASES)]:
         column.justify = "right"
     return table

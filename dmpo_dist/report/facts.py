@@ -9,7 +9,7 @@ import yaml
 
 from dmpo_dist.config_section import dotted
 from dmpo_dist.data.splits import SPLITS
-from dmpo_dist.evaluation.tables import order_line
+from dmpo_dist.evaluation.tables import left_out_line, order_line
 from dmpo_dist.orchestration.runs import Run
 from dmpo_dist.report.gather import DataCard
 from dmpo_dist.report.records import Baseline, Evaluation
@@ -48,8 +48,12 @@ def runs_table(runs: Mapping[str, Run]) -> Table:
 
 
 def evaluation_lines(evaluation: Evaluation) -> list[str]:
-    """What was chosen for the classical baselines and what they did not know, and how little scores depend on order."""
-    lines = [_baseline_line(name, baseline) for name, baseline in evaluation.baselines.items()]
+    """Metrics that no table has, what was chosen for the classical baselines and what they did not know, and how little
+    scores depend on order."""
+    known = dict.fromkeys(metric for of_model in evaluation.models.values() for metric in of_model)
+    left_out = left_out_line(list(known), evaluation.most_negatives)
+    lines = [f"{left_out}."] if left_out else []
+    lines += [_baseline_line(name, baseline) for name, baseline in evaluation.baselines.items()]
     moved = order_line({"order": evaluation.order.model_dump()}) if evaluation.order else None
     return lines + ([f"{moved}."] if moved else [])
 

@@ -7,6 +7,7 @@ from itertools import combinations
 import pandas as pd
 import yaml
 
+from dmpo_dist.evaluation.seeds import split_name
 from dmpo_dist.explanation.words import by_word
 from dmpo_dist.orchestration.compare import evaluation_of, paired_lines
 from dmpo_dist.report import curves, explained, facts, intervals, study, tables
@@ -197,7 +198,7 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
         WAYS.get(way, way.replace("_", " ")): StrataPart(
             figures,
             [
-                tables.metrics_table(f"{name}: {stratum.requests} requests", stratum.models)
+                tables.metrics_table(f"{name}: {stratum.requests} requests", stratum.models, e.sure_hits)
                 for name, stratum in e.strata[way].items()
             ],
         )
@@ -208,9 +209,9 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
         notes=e.notes,
         lines=facts.evaluation_lines(e),
         models=tables.metrics_table(
-            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates", first
+            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates", first, e.sure_hits
         ),
-        all_metrics=tables.metrics_table("All metrics", e.models) if first != e.models else None,
+        all_metrics=tables.metrics_table("All metrics", e.models, e.sure_hits) if first != e.models else None,
         figures=intervals.model_figures(e),
         seeds=tables.seeds_table(e) if e.seeds else None,
         catalogue=catalogue,
@@ -222,12 +223,18 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
 
 
 def _other_pairs(material: Material) -> list[str]:
-    """Paired differences of runs, by the scores their evaluations left, which no evaluation shown gives itself."""
+    """Paired differences of runs, by the scores their evaluations left, which no evaluation shown gives itself.
+
+    A run that is one seed of a model has that beside its name: the model's name alone stands for all seeds.
+    """
     folders = material.evaluation_folders
     scored = [folder for folder in folders.values() if (folder / "scores.parquet").exists()]
     found = {name: evaluation_of(run, scored) for name, run in material.runs.items()}
     places = {name: place for name, place in found.items() if place is not None}
     by_folder = {folder: material.evaluations[name] for name, folder in folders.items()}
+    labels = {
+        name: f"{name} ({ranked_as})" if split_name(ranked_as)[1] else name for name, (_, ranked_as) in places.items()
+    }
     pairs = []
     for a, b in combinations(places, 2):
         (first, as_a), (second, as_b) = places[a], places[b]
@@ -237,7 +244,7 @@ def _other_pairs(material: Material) -> list[str]:
     lines = [
         line
         for a, b in pairs[:MOST_PAIRS]
-        for line in paired_lines([material.runs[a], material.runs[b]], [a, b], scored)
+        for line in paired_lines([material.runs[a], material.runs[b]], [labels[a], labels[b]], scored)
     ]
     more = len(pairs) - MOST_PAIRS
     return lines + ([f"{more} more pairs: `dmpo runs compare` shows them"] if more > 0 else [])

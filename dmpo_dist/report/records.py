@@ -8,6 +8,7 @@ import pandas as pd
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.metrics import sure_hits
 from dmpo_dist.evaluation.seeds import split_name
 
 EVALUATION_FILE, EXPLANATIONS_FILE, STUDY_FILE, CARD_FILE = (
@@ -113,6 +114,16 @@ class Evaluation(BaseModel):
     notes: list[str] = []
     baselines: dict[str, Baseline] = {}
     order: Order | None = None
+
+    @property
+    def most_negatives(self) -> int:
+        """Of any request."""
+        return self.negatives.get("most", max(self.negatives.values()))
+
+    @property
+    def sure_hits(self) -> tuple[str, ...]:
+        """Metrics that say nothing of so few candidates."""
+        return sure_hits(self.most_negatives)
 
     @property
     def trained(self) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Tables as the page draws them, and those of evaluations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -53,9 +53,9 @@ class Table:
     sortable: bool = False
 
 
-def metrics_table(caption: str, models: Mapping[str, Metrics]) -> Table:
-    """A row per model, a column per metric that one of them has; the best of each but the oracle's is strong."""
-    there = dict.fromkeys(metric for metrics in models.values() for metric in metrics)
+def metrics_table(caption: str, models: Mapping[str, Metrics], left_out: Collection[str] = ()) -> Table:
+    """A row per model, a column per metric that one of them has but ``left_out``; the best but the oracle's is strong."""
+    there = dict.fromkeys(metric for metrics in models.values() for metric in metrics if metric not in left_out)
     columns = [m for m in ORDER if m in there] + [m for m in there if m not in ORDER]
     best = {}
     for metric in (m for m in columns if m not in NOT_BETTER):
@@ -97,7 +97,8 @@ def comparisons_table(evaluation: Evaluation) -> Table:
 def seeds_table(evaluation: Evaluation) -> Table:
     """Mean over seeds, the smallest and the largest."""
     seeds = evaluation.seeds
-    metrics = [m for m in FIRST if any(m in of_seed for of_model in seeds.values() for of_seed in of_model.values())]
+    there = {m for of_model in seeds.values() for of_seed in of_model.values() for m in of_seed}
+    metrics = [m for m in FIRST if m in there.difference(evaluation.sure_hits)]
     rows = []
     for name, of_model in seeds.items():
         cells = [Cell(name, kind="code"), Cell(str(len(of_model)))]

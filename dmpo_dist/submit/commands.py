@@ -42,13 +42,13 @@ def hand_over(*command: str, undo: Callable[[str], None]) -> str:
     Raises:
         UserError: it is not there, fails, or was interrupted.
     """
-    try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-    except FileNotFoundError:
-        raise UserError(_missing(command[0])) from None
     with ctrl_c_on_term():
+        try:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+        except FileNotFoundError:
+            raise UserError(_missing(command[0])) from None
         try:
             out, err = process.communicate()
         except KeyboardInterrupt:

@@ -146,9 +146,12 @@ def check(job: Job, target: Target) -> None:
         )
 
 
-def choose_folder(config: RunConfig) -> Path:
-    """submit.folder, or output_dir/submit; where that holds files already, the first of submit-2, submit-3, ... free."""
-    first = config.submit.folder or config.output_dir / "submit"
+def choose_folder(config: RunConfig, render_only: bool) -> Path:
+    """submit.folder, or output_dir/submit; where that holds files already, the first of submit-2, submit-3, ... free.
+
+    What is only rendered goes to ``submit`` here: output_dir may be a place of the cluster's that this machine does not have.
+    """
+    first = config.submit.folder or (Path() if render_only else config.output_dir) / "submit"
     candidates = (first, *(first.with_name(f"{first.name}-{n}") for n in range(2, 1000)))
     return next(
         folder for folder in candidates if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))

@@ -26,7 +26,7 @@ def submit_job(
         UserError: see ``check`` here and of the target; nothing is left running then.
     """
     module = TARGETS[target]
-    job = Job(verb, config, resume, choose_folder(config))
+    job = Job(verb, config, resume, choose_folder(config, render_only))
     check(job, target)
     files = module.files(job)
     if not render_only:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dmpo_dist.cli import main
 from dmpo_dist.config import DataConfig, ScratchModel, TemplateConfig
@@ -342,6 +343,7 @@ def test_refused_by_a_worker(world, tmp_path, arguments, words):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "error.json")
     done = subprocess.run(
         [sys.executable, "-m", "dmpo_dist", *arguments.format(world=world, out=tmp_path).split()],
         env=os.environ | rank | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
@@ -349,3 +351,5 @@ def test_refused_by_a_worker(world, tmp_path, arguments, words):
     assert done.stderr.startswith("error: "), done.stderr
     check_refused(done.returncode, done.stderr, words, {"out": tmp_path})
     assert not (tmp_path / "run/model").exists()
+    failure = ProcessFailure(0, 1, done.returncode, rank["TORCHELASTIC_ERROR_FILE"])
+    assert f"traceback : {done.stderr.splitlines()[0]}" in str(ChildFailedError("dmpo_dist", {0: failure}))

@@ -1,0 +1,26 @@
+"""Where prepared data lies, looked at before the libraries that read it are imported, which takes seconds."""
+
+from pathlib import Path
+
+from dmpo_dist.errors import UserError
+
+CARD_FILE = "dataset.json"
+
+
+def require_prepared(path: Path | None) -> Path:
+    """``path``, which holds prepared data by its card.
+
+    Raises:
+        UserError: it is not set, no folder, or has no card.
+    """
+    if path is None:
+        raise UserError(
+            "data.path is not set; give the folder that `dmpo data prepare` wrote, as in data.path=runs/data"
+        )
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder of prepared data; write it with `dmpo data prepare data.path={path}`")
+    if not (path / CARD_FILE).is_file():
+        raise UserError(
+            f"{path}: not prepared data (it has no {CARD_FILE}); data.path must be what `dmpo data prepare` wrote"
+        )
+    return path
