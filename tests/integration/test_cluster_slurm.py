@@ -9,7 +9,7 @@ import torch
 from cluster_hosts import Network, environment, python, why_no_hosts
 from cluster_slurm import Slurm, why_no_slurm
 from safetensors.torch import load_file
-from test_cluster_hosts import DATA, TRAIN, kept_checkpoints, losses
+from test_cluster_hosts import DATA, TRAIN, whole_checkpoints, losses
 
 pytestmark = [pytest.mark.cluster, pytest.mark.integration]
 
@@ -67,7 +67,7 @@ def test_two_nodes_to_the_end_with_a_requeue_between(slurm, paths):
     job = re.search(r"Slurm job (\d+) is queued", done.stdout)[1]
     log = run / "submit" / f"slurm-{job}.log"
     deadline = time.monotonic() + 400
-    while kept_checkpoints(run) < 2:
+    while whole_checkpoints(run) < 2:
         assert slurm.state(job), log.read_text()[-4000:]
         assert time.monotonic() < deadline, log.read_text()[-4000:]
         time.sleep(0.2)
