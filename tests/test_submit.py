@@ -347,6 +347,21 @@ def test_a_submission_that_is_interrupted_is_taken_back(tmp_path):
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, error) == (2, "error: interrupted: nothing is left running on the cluster\n")
+    assert process.returncode == 130
+    assert "interrupted: Slurm job 4711 was submitted meanwhile and is stopped\n" in error
     assert (tmp_path / "cancelled").read_text() == "4711\n"
     assert not list((tmp_path / "run").glob("*"))
+
+
+def test_what_slurm_may_take_after_sbatch_has_given_up_keeps_its_files(monkeypatch, capsys, tmp_path):
+    """As a real sbatch did while its controller hung: the job ran when that went on."""
+    (tmp_path / "bin").mkdir()
+    failure = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    for name, line in {"sinfo": 'echo "debug|n1|8|(null)"', "sbatch": f'echo "{failure}" >&2; exit 1'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    status, error = run(monkeypatch, capsys, "doctor", "--to", "slurm", f"output_dir={tmp_path}/run", "submit.name=a")
+    assert (status, f"{failure}; the job may be on the cluster all the same" in error) == (2, True), error
+    assert "squeue|scancel --me --name=a shows and ends it" in error
+    assert sorted(path.name for path in (tmp_path / "run/submit").iterdir()) == ["config.yaml", "job.sbatch"]

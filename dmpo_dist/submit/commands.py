@@ -1,13 +1,23 @@
 """Calling sbatch, scancel, kubectl and their like."""
 
+import contextlib
+import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from dmpo_dist.errors import UserError
 
 TIMEOUT_SECONDS = 120
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_PRESS_SECONDS = 1.0
+
+
+class Unanswered(UserError):
+    """A cluster was asked to take a job and has not said whether it did."""
 
 
 def ask(*command: str) -> str:
@@ -32,42 +42,67 @@ def attempt(*command: str) -> subprocess.CompletedProcess[str]:
         raise UserError(f"{command[0]} did not answer within {TIMEOUT_SECONDS} s; is the cluster up?") from None
 
 
-def hand_over(*command: str, undo: Callable[[str], None]) -> str:
-    """Run the command that submits, to its end even when interrupted; then what it submitted is taken back.
-
-    Args:
-        command: what to run; it sees no Ctrl-C, so that its output always says what it has done.
-        undo: called with that output.
+def hand_over(*command: str) -> str:
+    """The output of the command that submits; it sees no Ctrl-C, so that its output always says what it has done.
 
     Raises:
-        UserError: it is not there, fails, or was interrupted.
+        UserError: it is not there or fails.
+        Unanswered: the cluster did not answer it in time.
     """
-    with ctrl_c_on_term():
-        try:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-            )
-        except FileNotFoundError:
-            raise UserError(_missing(command[0])) from None
-        try:
-            out, err = process.communicate()
-        except KeyboardInterrupt:
-            out, _ = process.communicate()
-            undo(out)
-            raise UserError("interrupted: nothing is left running on the cluster") from None
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    except FileNotFoundError:
+        raise UserError(_missing(command[0])) from None
+    out, err = process.communicate()
     if process.returncode:
-        raise UserError(failure(command, err))
+        raise (Unanswered if "timed out" in err else UserError)(failure(command, err))
     return out
 
 
 @contextmanager
-def ctrl_c_on_term() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt inside, as Ctrl-C does."""
+    with _on_interruption(signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def holding_interruptions() -> Iterator[list[float]]:
+    """Interruptions only fill the list yielded; one more, not of the same press, raises KeyboardInterrupt after all."""
+    came: list[float] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not came:
+            came.append(now)
+            say("interrupted; waiting for the cluster's answer, to take the job back (once more: do not wait)")
+        elif now - came[0] > SAME_PRESS_SECONDS:
+            raise KeyboardInterrupt
+
+    with _on_interruption(hold):
+        yield came
+
+
+@contextmanager
+def _on_interruption(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """``handler`` for all interruptions but those that are ignored, as by nohup."""
+    before = {number: signal.getsignal(number) for number in INTERRUPTIONS}
+    heeded = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
     try:
+        for number in heeded:
+            signal.signal(number, handler)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in heeded.items():
+            signal.signal(number, old)
+
+
+def say(message: str) -> None:
+    """A line on stderr: from a signal handler too, and without harm when the terminal is gone."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
 
 
 def failure(command: tuple[str, ...], stderr: str) -> str:

@@ -189,6 +189,12 @@ class Record:
     context: str | None = None
     token_file: str | None = None
 
+    @property
+    def label(self) -> str:
+        """What the cluster's own tools would call it."""
+        kind = {"slurm": "Slurm job", "ray": "Ray job", "kubernetes": "RayJob"}[self.target]
+        return f"{kind} {self.id}"
+
     def save(self, folder: Path) -> None:
         (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 

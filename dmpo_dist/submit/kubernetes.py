@@ -9,7 +9,7 @@ import yaml
 
 from dmpo_dist.config_submit import KubernetesConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.submit.commands import ask, attempt, failure, hand_over
+from dmpo_dist.submit.commands import ask, attempt, failure, hand_over, interruptible
 from dmpo_dist.submit.job import CONFIG_FILE, Job, Record, render
 
 MANIFEST = "rayjob.yaml"
@@ -122,27 +122,35 @@ def _cpus(text: str) -> float:
     return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
 
 
-def submit(job: Job, echo: Callable[[str], None]) -> Record:
+def submit(job: Job) -> Record:
     """Create the objects of the manifest.
 
     Raises:
-        UserError: kubectl refuses it, or was interrupted (then they are deleted).
+        UserError: kubectl refuses it.
+        Unanswered: the cluster did not answer in time.
     """
     settings = job.submit.kubernetes
     kubectl, manifest = _kubectl(settings.namespace, settings.context), str(job.folder / MANIFEST)
-    if attempt(*kubectl, "get", "rayjob", job.name, "--output=name").returncode == 0:
+    with interruptible():  # Ctrl-C ends kubectl too, which would look like a job that is not there
+        found = attempt(*kubectl, "get", "rayjob", job.name, "--output=name")
+    if found.returncode == 0:
         raise UserError(
             f"namespace {settings.namespace} has a RayJob {job.name} already; choose another submit.name, or remove it: "
             f"kubectl --namespace {settings.namespace} delete rayjob,configmap {job.name}"
         )
     # apply, not create: a ConfigMap that an earlier, finished job left is no obstacle
-    hand_over(*kubectl, "apply", "-f", manifest, undo=lambda out: _delete(kubectl, job.name))
-    echo(f"RayJob {job.name} is created in namespace {settings.namespace}")
+    hand_over(*kubectl, "apply", "-f", manifest)
     return Record("kubernetes", job.name, settings.namespace, context=settings.context)
 
 
-def _delete(kubectl: list[str], name: str) -> None:
-    attempt(*kubectl, "delete", "rayjob,configmap", name, "--ignore-not-found", "--wait=false")
+def announce(record: Record, folder: Path) -> str:
+    """What was submitted, in a line."""
+    return f"{record.label} is created in namespace {record.where}"
+
+
+def look(job: Job) -> str:
+    """The commands that show whether the cluster has the job, and end it."""
+    return f"kubectl --namespace {job.submit.kubernetes.namespace} get|delete rayjob {job.name}"
 
 
 def status(record: Record) -> str:

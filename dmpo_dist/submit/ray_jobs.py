@@ -11,7 +11,7 @@ from typing import Any
 
 from dmpo_dist.config_submit import RayJobsConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.submit.commands import ctrl_c_on_term
+from dmpo_dist.submit.commands import Unanswered, interruptible
 from dmpo_dist.submit.job import CONFIG_FILE, Job, Record, render
 
 DRIVER = "driver.sh"
@@ -201,39 +201,52 @@ def require_small(folder: Path, excludes: list[str], limit_mib: float) -> None:
         )
 
 
-def submit(job: Job, echo: Callable[[str], None]) -> Record:
-    """Upload the working directory and start the driver.
+def submit(job: Job) -> Record:
+    """Upload the working directory, which an interruption cuts short, and start the driver.
 
     Raises:
-        UserError: the cluster refuses it, or it was interrupted (then the job is stopped).
+        UserError: the cluster refuses it.
+        Unanswered: the connection was lost before it answered.
     """
+    import requests
+
     settings = job.submit.ray
-    client, _, address = connect(settings)
     upload, number = job.folder / UPLOAD, submission_id(job)
     env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | job.submit.env
-    asked = False
-    with ctrl_c_on_term():
+    runtime_env = {"working_dir": str(upload), "env_vars": env}
+    with interruptible():
+        client, _, address = connect(settings)
+        if settings.working_dir is not None:
+            _copy(settings.working_dir, upload, settings.excludes)
         try:
-            if settings.working_dir is not None:
-                _copy(settings.working_dir, upload, settings.excludes)
-            asked = True
-            client.submit_job(
-                entrypoint=f"bash {DRIVER}",
-                submission_id=number,
-                runtime_env={"working_dir": str(upload), "env_vars": env},
-                metadata={"output_dir": str(job.config.output_dir)},
-            )
-        except KeyboardInterrupt:
-            if asked:
-                _stop_if_there(client, number)
-            raise UserError("interrupted: nothing is left running on the cluster") from None
-        except (RuntimeError, ValueError, ConnectionError) as error:
-            raise UserError(
-                f"{address} refuses the job: {_reason(error)}; if it has one of that name, choose another submit.name"
-            ) from None
-    echo(f"Ray job {number} is submitted to {address}")
+            client._upload_working_dir_if_needed(runtime_env)  # submit_job's first step; it then only asks for the job
+        except (RuntimeError, ValueError, requests.RequestException) as error:
+            raise UserError(f"{address} does not take the upload: {_reason(error)}") from None
+    try:
+        client.submit_job(
+            entrypoint=f"bash {DRIVER}",
+            submission_id=number,
+            runtime_env=runtime_env,
+            metadata={"output_dir": str(job.config.output_dir)},
+        )
+    except requests.RequestException as error:
+        raise Unanswered(f"{address} was lost before it answered ({_reason(error)})") from None
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{address} refuses the job: {_reason(error)}; if it has one of that name, choose another submit.name"
+        ) from None
     token_file = str(settings.token_file.absolute()) if settings.token_file else None
     return Record("ray", number, address, token_file=token_file)
+
+
+def announce(record: Record, folder: Path) -> str:
+    """What was submitted, in a line."""
+    return f"{record.label} is submitted to {record.where}"
+
+
+def look(job: Job) -> str:
+    """The commands that show whether the cluster has the job, and end it."""
+    return f"ray job status|stop --address {_address(job.submit.ray)} {submission_id(job)}"
 
 
 def _copy(source: Path, upload: Path, excludes: list[str]) -> None:
@@ -250,14 +263,6 @@ def _copy(source: Path, upload: Path, excludes: list[str]) -> None:
         return names(place, entries) | {entry for entry in entries if (Path(place) / entry).resolve() == target.parent}
 
     shutil.copytree(source, upload, ignore=ignore, dirs_exist_ok=True)
-
-
-def _stop_if_there(client: Any, number: str) -> None:
-    """Stop the job if the cluster has got it."""
-    try:
-        client.stop_job(number)
-    except (RuntimeError, ConnectionError, ValueError):
-        return
 
 
 def _reason(error: Exception) -> str:

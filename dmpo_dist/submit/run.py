@@ -4,11 +4,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit import kubernetes, ray_jobs, slurm
-from dmpo_dist.submit.job import Job, Record, Target, Verb, check, choose_folder, find_record, write
+from dmpo_dist.submit.commands import Unanswered, holding_interruptions, interruptible, say
+from dmpo_dist.submit.job import RECORD_FILE, Job, Record, Target, Verb, check, choose_folder, find_record, write
 
 TARGETS: dict[Target, ModuleType] = {"slurm": slurm, "ray": ray_jobs, "kubernetes": kubernetes}
 
@@ -18,43 +20,99 @@ def submit_job(
 ) -> tuple[Record | None, Path]:
     """Render a job's files into a new folder and, unless ``render_only``, hand them to the cluster.
 
+    Until it has said what was submitted, Ctrl-C, SIGTERM and SIGHUP take everything back.
+
     Returns:
-        What was submitted (None if only rendered), and the folder. When the cluster refuses the job or the user
-        interrupts, the folder is removed again.
+        What was submitted (None if only rendered), and the folder. It is removed again when nothing was.
 
     Raises:
-        UserError: see ``check`` here and of the target; nothing is left running then.
+        UserError: see ``check`` here and of the target; what the message does not name is not running.
     """
-    module = TARGETS[target]
-    job = Job(verb, config, resume, choose_folder(config, render_only))
-    check(job, target)
-    files = module.files(job)
-    if not render_only:
-        module.check(job)
-    write(job, files)
-    for name in files:
-        echo(f"wrote {job.folder / name}")
-    if render_only:
-        return None, job.folder
+    with interruptible():
+        try:
+            module = TARGETS[target]
+            job = Job(verb, config, resume, choose_folder(config, render_only))
+            check(job, target)
+            files = module.files(job)
+            if not render_only:
+                module.check(job)
+            return _hand_over(job, target, files, render_only, echo), job.folder
+        except KeyboardInterrupt as interruption:
+            say(f"interrupted: {str(interruption) or 'nothing was submitted'}")
+            raise
+
+
+def _hand_over(
+    job: Job, target: Target, files: dict[str, str], render_only: bool, echo: Callable[[str], None]
+) -> Record | None:
     try:
-        record = module.submit(job, echo)
-    except (UserError, KeyboardInterrupt):
-        shutil.rmtree(job.folder)
+        write(job, files)
+        for name in files:
+            echo(f"wrote {job.folder / name}")
+        return None if render_only else _submit(job, target, echo)
+    except Unanswered as error:
+        raise UserError(
+            f"{error}; the job may be on the cluster all the same, {TARGETS[target].look(job)} shows and ends it; its files "
+            f"are kept in {job.folder}"
+        ) from None
+    except (UserError, KeyboardInterrupt) as error:
+        if not (job.folder / RECORD_FILE).exists():
+            shutil.rmtree(job.folder)
+        elif isinstance(error, KeyboardInterrupt):  # it came just after the announcement
+            raise KeyboardInterrupt(f"the job goes on; dmpo submit stop {job.folder} ends it") from None
         raise
-    record.save(job.folder)
-    return record, job.folder
+
+
+def _submit(job: Job, target: Target, echo: Callable[[str], None]) -> Record:
+    """Submit and record a job: both or, when interrupted, neither."""
+    module = TARGETS[target]
+    with holding_interruptions() as interrupted:
+        try:
+            record = module.submit(job)
+        except KeyboardInterrupt:
+            if not interrupted:
+                raise
+            raise Unanswered("interrupted before the cluster answered") from None
+        record.save(job.folder)
+        if not interrupted:
+            echo(module.announce(record, job.folder))
+    if interrupted:
+        _take_back(record, job.folder)
+    return record
+
+
+def _take_back(record: Record, folder: Path) -> NoReturn:
+    """Stop a job that was submitted meanwhile.
+
+    Raises:
+        KeyboardInterrupt: done.
+        UserError: it cannot be stopped, or this too was interrupted.
+    """
+    try:
+        TARGETS[record.target].stop(record)
+    except (UserError, RuntimeError, OSError, KeyboardInterrupt) as error:
+        reason = str(error).strip() or "interrupted again"
+        raise UserError(
+            f"interrupted, but {record.label} is submitted and may go on ({reason.splitlines()[0]}); end it with dmpo submit "
+            f"stop {folder}"
+        ) from None
+    (folder / RECORD_FILE).unlink()
+    raise KeyboardInterrupt(f"{record.label} was submitted meanwhile and is stopped")
 
 
 def follow_job(record: Record, folder: Path, echo: Callable[[str], None]) -> None:
-    """Show the job's output to its end; Ctrl-C leaves the job running.
+    """Show the job's output to its end.
 
     Raises:
         UserError: the output cannot be had, or the job failed.
+        KeyboardInterrupt: interrupted; the job goes on, and that was said.
     """
     try:
-        TARGETS[record.target].follow(record, folder, echo)
+        with interruptible():
+            TARGETS[record.target].follow(record, folder, echo)
     except KeyboardInterrupt:
-        echo(f"the job goes on; dmpo submit logs {folder} shows more, dmpo submit stop {folder} ends it")
+        say(f"the job goes on; dmpo submit logs {folder} shows more, dmpo submit stop {folder} ends it")
+        raise
 
 
 def job_status(run: Path) -> str:

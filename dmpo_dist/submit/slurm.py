@@ -83,22 +83,25 @@ def _gpus(gres: str) -> int:
     return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
 
 
-def submit(job: Job, echo: Callable[[str], None]) -> Record:
+def submit(job: Job) -> Record:
     """Submit the rendered script.
 
     Raises:
-        UserError: sbatch refuses it, or was interrupted (then the job is cancelled).
+        UserError: sbatch refuses it.
+        Unanswered: Slurm did not answer in time.
     """
-    out = hand_over("sbatch", "--parsable", str(job.folder / SCRIPT), undo=_cancel)
-    number = out.strip().split(";")[0]
-    echo(f"Slurm job {number} is queued; its log: {job.folder}/slurm-{number}.log")
-    return Record("slurm", number)
+    out = hand_over("sbatch", "--parsable", str(job.folder / SCRIPT))
+    return Record("slurm", out.strip().split(";")[0])
 
 
-def _cancel(out: str) -> None:
-    number = out.strip().split(";")[0]
-    if number:
-        attempt("scancel", number)
+def announce(record: Record, folder: Path) -> str:
+    """What was submitted, in a line."""
+    return f"{record.label} is queued; its log: {folder}/slurm-{record.id}.log"
+
+
+def look(job: Job) -> str:
+    """The commands that show whether Slurm has the job, and end it."""
+    return f"squeue|scancel --me --name={job.name}"
 
 
 def status(record: Record) -> str:

@@ -1,6 +1,9 @@
-"""``dmpo submit --to slurm`` on a real Slurm with two nodes: by Ray with a requeue in the middle, and by torchrun."""
+"""``dmpo submit --to slurm`` on a real Slurm with two nodes: interrupted, by Ray with a requeue in the middle, by torchrun."""
 
+import os
 import re
+import shutil
+import signal
 import subprocess
 import time
 
@@ -9,7 +12,7 @@ import torch
 from cluster_hosts import Network, environment, python, why_no_hosts
 from cluster_slurm import Slurm, why_no_slurm
 from safetensors.torch import load_file
-from test_cluster_hosts import DATA, TRAIN, whole_checkpoints, losses
+from test_cluster_hosts import DATA, TRAIN, losses, whole_checkpoints
 
 pytestmark = [pytest.mark.cluster, pytest.mark.integration]
 
@@ -57,6 +60,59 @@ def test_refusals_say_what_this_slurm_has(slurm, paths):
         assert (done.returncode, expected in done.stderr) == (2, True), done.stderr
         assert not run.exists()
         assert not slurm.run("squeue", "--noheader").stdout
+
+
+def interrupted(slurm, script: str, number: signal.Signals, *arguments: object) -> tuple[int, str]:
+    """Submit by a ``script`` around the real sbatch, with a signal when it reaches ``now``; the status and the output."""
+    tools, log = slurm.folder / "tools", slurm.folder / "interrupted.log"
+    tools.mkdir(exist_ok=True)
+    mark = tools / "mark"
+    mark.unlink(missing_ok=True)
+    lines = f"real={shutil.which('sbatch')}\nnow() {{ touch {mark}; sleep 2; }}\n{script}\n"
+    (tools / "sbatch").write_text(f"#!/bin/bash\n{lines}")
+    (tools / "sbatch").chmod(0o755)
+    env = slurm.env | {"PATH": f"{tools}:{slurm.env['PATH']}"}
+    command = python("dmpo_dist", "submit", "train", "--to", "slurm", *arguments)
+    process = slurm.client.start(*command, log=f"slurm/{log.name}", env=env)
+    while not mark.exists():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    for _ in range(2):  # as of one who presses twice; the whole group gets it, as from a terminal
+        os.killpg(process.pid, number)
+        time.sleep(0.5)
+    return process.wait(timeout=100), log.read_text()
+
+
+def test_an_interrupted_submission_is_cancelled_and_the_next_is_taken(slurm, paths):
+    run = slurm.folder / "interrupted"
+    asked = [*paths, *NODES, f"output_dir={run}"]
+    before, after = 'now; exec "$real" "$@"', 'out=$("$real" "$@"); now; echo "$out"'
+    for script, number in ((before, signal.SIGTERM), (after, signal.SIGINT), (after, signal.SIGHUP)):
+        status, shown = interrupted(slurm, script, number, *asked)
+        found = re.search(r"\ninterrupted: Slurm job (\d+) was submitted meanwhile and is stopped\n", shown)
+        assert (status, found is not None) == (130, True), shown
+        wait_for(slurm, found[1], 30)
+        assert not slurm.run("squeue", "--noheader").stdout
+        assert not list(run.iterdir())
+    done = submit(slurm, "train", "--to", "slurm", *asked)
+    assert done.returncode == 0, done.stderr
+    assert submit(slurm, "stop", run).returncode == 0
+    wait_for(slurm, re.search(r"Slurm job (\d+) is queued", done.stdout)[1], 30)
+
+
+def test_a_job_that_slurm_may_take_later_is_not_forgotten(slurm, paths):
+    """The controller hangs when the job is to be cancelled, and goes on when dmpo has given up."""
+    run, controller = slurm.folder / "hanging", int((slurm.folder / "slurmctld.pid").read_text())
+    script = f'out=$("$real" "$@"); kill -STOP {controller}; now; echo "$out"'
+    try:
+        status, shown = interrupted(slurm, script, signal.SIGINT, *paths, *NODES, f"output_dir={run}")
+    finally:
+        os.kill(controller, signal.SIGCONT)
+    found = re.search(r"error: interrupted, but Slurm job (\d+) is submitted and may go on \(scancel", shown)
+    assert (status, found is not None) == (2, True), shown
+    assert f"end it with dmpo submit stop {run}/submit" in shown
+    submit(slurm, "stop", run)
+    wait_for(slurm, found[1], 30)
 
 
 def test_two_nodes_to_the_end_with_a_requeue_between(slurm, paths):

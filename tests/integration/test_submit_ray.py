@@ -1,5 +1,7 @@
 """``dmpo submit --to ray`` against a real head with token authentication, started here and ended by its process id."""
 
+import contextlib
+import http.client
 import http.server
 import json
 import os
@@ -114,6 +116,100 @@ def test_a_job_that_waits_can_be_stopped_and_says_what_the_cluster_lacks(access,
     assert "STOPPED" in dmpo("stop", folder).stdout
     logs = dmpo("logs", folder)
     assert (logs.returncode, "ended as STOPPED" in logs.stderr) == (2, True)
+
+
+@contextlib.contextmanager
+def slow_way(address: str, verb: str):
+    """A way to the head on which requests with ``verb`` stay until let go: its address, a request came, let it go."""
+    came, go = threading.Event(), threading.Event()
+
+    class Relay(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.command == verb:
+                came.set()
+                go.wait(60)
+            there = http.client.HTTPConnection(address.removeprefix("http://"))
+            there.request(self.command, self.path, body, dict(self.headers))
+            reply = there.getresponse()
+            content = reply.read()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has gone
+                self.send_response(reply.status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        do_GET = do_PUT = do_POST = answer
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Relay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", came, go
+        go.set()
+        server.shutdown()
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dmpo_dist", "submit", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment(""), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def states(address: str, token: str) -> dict[str, str]:
+    there = http.client.HTTPConnection(address.removeprefix("http://"))
+    there.request("GET", "/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    return {job["submission_id"]: job["status"] for job in json.load(there.getresponse()) if job["submission_id"]}
+
+
+@pytest.mark.parametrize(("verb", "number"), [("PUT", signal.SIGINT), ("POST", signal.SIGINT), ("POST", signal.SIGHUP)])
+def test_an_interrupted_submission_leaves_nothing_running(head, access, tmp_path, verb, number):
+    """While the upload is on its way, and while the job is: what the head gets of it then is stopped."""
+    folder = tmp_path / "out"
+    before = states(*head)
+    with slow_way(head[0], verb) as (address, came, go):
+        name = f"submit.name=interrupted-{verb.lower()}-{number}"
+        process = start(
+            "doctor", "--to", "ray", f"submit.ray.address={address}", access[1], f"submit.folder={folder}", name
+        )
+        try:
+            assert came.wait(60), process.communicate(timeout=1)
+            os.killpg(process.pid, number)
+            if verb == "POST":
+                assert "waiting for the cluster's answer" in process.stderr.readline()
+                os.killpg(process.pid, number)  # pressed twice
+                go.set()
+            _, error = process.communicate(timeout=90)
+        finally:
+            process.kill()
+    ended = {job: state for job, state in states(*head).items() if job not in before}
+    assert process.returncode == 130, error
+    if verb == "PUT":
+        assert (error.strip(), ended) == ("interrupted: nothing was submitted", {})
+    else:
+        assert "was submitted meanwhile and is stopped" in error
+        assert set(ended.values()) == {"STOPPED"}
+    assert not folder.exists()
+
+
+def test_following_ends_by_ctrl_c_and_the_job_goes_on(access, tmp_path):
+    folder = tmp_path / "out"
+    process = start("doctor", "--to", "ray", *access, f"submit.folder={folder}", "cluster.workers=64")
+    try:
+        assert any("is submitted to" in line for line in process.stdout)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error.strip()) == (
+        130, f"the job goes on; dmpo submit logs {folder} shows more, dmpo submit stop {folder} ends it"
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while "RUNNING" not in (state := dmpo("status", folder).stdout):
+        assert "PENDING" in state
+        assert time.monotonic() < deadline
+    assert "STOPPED" in dmpo("stop", folder).stdout
 
 
 def test_data_that_no_node_sees_is_named_and_the_log_shows_it(access, tmp_path):
