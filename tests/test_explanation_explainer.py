@@ -10,7 +10,7 @@ from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.evaluation.ranking import Ranker
 from dmpo_dist.explanation.explainer import Explainer
 from dmpo_dist.explanation.questions import Question
-from dmpo_dist.explanation.view import to_json
+from dmpo_dist.explanation.view import notes, to_json
 from dmpo_dist.explanation.words import END
 from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
 
@@ -41,9 +41,9 @@ def question(item=4, history=HISTORY, candidates=TITLES):
     return Question("u", history, history, candidates, candidates, item)
 
 
-def answer(folder, settings, reference="base", asked=None, method="margin"):
+def answer(folder, settings, reference="base", asked=None, method="margin", rivals=0):
     catalogue = Catalogue(TITLES, np.arange(len(TITLES)))
-    explainer = Explainer(str(folder / "adapter"), settings, reference, catalogue, method)
+    explainer = Explainer(str(folder / "adapter"), settings, reference, catalogue, method, rivals)
     asked = asked or question()
     explainer.load([asked])
     subject = explainer.subject(asked)
@@ -72,6 +72,27 @@ def test_contributions_are_those_of_single_prompts(folder, budget, method):
     found = seen.counterfactual
     left = tuple(title for i, title in enumerate(HISTORY) if i not in found.removed)
     assert found.rank_after == value(left)[1]
+
+
+def test_in_a_whole_catalogue_a_title_is_compared_with_its_rivals(folder):
+    """All above it and the next two: its rank is that among all, and what is left of the history is scored for them alone."""
+    settings = config(budget=32)
+    whole = plain(folder / "adapter", settings, HISTORY)
+    third = int(np.argsort(-whole)[2])
+    kept = np.sort(np.argsort(-whole)[:5])
+    place = kept.tolist().index(third)
+    seen = answer(folder, settings, None, question(item=third), rivals=2)
+    assert (seen.rank, seen.ranked) == (3, len(TITLES))
+    assert seen.question.candidates == tuple(TITLES[i] for i in kept)
+    few = [plain(folder / "adapter", settings, HISTORY[:i] + HISTORY[i + 1 :])[kept] for i in range(4)]
+    margins = [s[place] - np.delete(s, place).mean() for s in (whole[kept], *few)]
+    np.testing.assert_allclose(seen.contributions, margins[0] - np.array(margins[1:]), atol=1e-4)
+    assert seen.ranks_without.tolist() == [1 + (s > s[place]).sum() for s in few]
+    entry = to_json(seen)
+    assert (entry["candidates"], entry["compared"]) == (len(TITLES), 5)
+    assert any("compared with 4 titles" in note for note in notes(entry))
+    first = answer(folder, settings, None, question(item=None), rivals=2)
+    assert (first.rank, first.question.candidates[first.question.item]) == (1, TITLES[int(whole.argmax())])
 
 
 @pytest.mark.parametrize(("reference", "budget"), [("base", 4096), ("base", 32), ("other", 32)])

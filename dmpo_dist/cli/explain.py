@@ -22,6 +22,7 @@ def explain(
     catalogue: Annotated[Path | None, typer.Option(help="Rank among all its titles: Parquet or CSV with title, or prepared data.  [each request's candidates]")] = None,
     reference: Annotated[str | None, typer.Option(help="Compare the title's words with: base, start, none, or a model folder.  [what training started from, else an adapter's base]")] = None,
     method: Annotated[Literal["margin", "log_prob"], typer.Option(help="Value that history items add to: the title's margin over the mean of the other candidates, or its log-probability.")] = "margin",
+    rivals: Annotated[int, typer.Option(min=0, help="Of a whole catalogue, what is left of the history ranks a title among all above it and so many below; 0: all titles, which is slow.")] = 500,
     top: Annotated[int | None, typer.Option(min=1, help="The counterfactual takes the title out of the top so many, or into it.  [1, 5, 10 or 20: the first that holds it]")] = None,
     budget: Annotated[int | None, typer.Option(min=0, help="Most pairs of history items tried for a counterfactual, and most larger sets.  [200, or 0 for whole catalogues]")] = None,
     faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Measure by deletion curves whether contributions say what the model does.")] = False,
@@ -48,6 +49,6 @@ def explain(
 
     order = Order(
         model=model, user=user, item=item, users=users, requests=requests, catalogue=catalogue, reference=reference,
-        method=method, top=top, budget=budget, faithfulness=faithfulness_users if faithfulness else 0, output=output,
+        method=method, rivals=rivals, top=top, budget=budget, faithfulness=faithfulness_users if faithfulness else 0, output=output,
     )  # fmt: skip
     run(order, settings, make_console())

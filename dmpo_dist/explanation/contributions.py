@@ -41,6 +41,16 @@ def title_ranks(scores: np.ndarray, item: int) -> np.ndarray:
     return 1 + (scores > scores[:, [item]]).sum(axis=1)
 
 
+def rivals(scores: np.ndarray, item: int, below: int) -> list[int]:
+    """Ascending places of ``item``, of all candidates (R,) that score higher or the same, and of the next ``below``.
+
+    So its rank among them is its rank among all, and stays so for other scores unless a title from further below overtakes.
+    """
+    behind = np.flatnonzero(scores < scores[item])
+    nearest = behind[np.argsort(-scores[behind], kind="stable")[:below]]
+    return np.sort(np.concatenate([np.flatnonzero(scores >= scores[item]), nearest])).tolist()
+
+
 class Outcomes:
     """Values and ranks of one title under removals; each set is scored once.
 

@@ -13,9 +13,9 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.catalogue import adjusted
-from dmpo_dist.explanation.contributions import Method, Outcomes, Removed, leave_one_out, singles
+from dmpo_dist.explanation.contributions import Method, Outcomes, Removed, leave_one_out, rivals, singles
 from dmpo_dist.explanation.counterfactual import Counterfactual, nearest_counterfactual, usual_top
-from dmpo_dist.explanation.questions import Question
+from dmpo_dist.explanation.questions import Question, among
 from dmpo_dist.explanation.scoring import LoadedModel, Which, needs_trie
 from dmpo_dist.explanation.tokens import Piece, readable_pieces, sum_pieces
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
@@ -44,7 +44,8 @@ class Answer:
     """One explained request.
 
     Attributes:
-        question: what was asked, its item known.
+        question: what was asked, its item known, its candidates those that were compared.
+        ranked: how many candidates there were.
         cut_off: how many of the oldest history items did not fit into the prompt and had no part in anything here.
         rank: of the title with the whole history that was seen.
         words: what training did to the title.
@@ -55,6 +56,7 @@ class Answer:
     """
 
     question: Question
+    ranked: int
     cut_off: int
     rank: int
     words: Words
@@ -65,9 +67,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Subject:
-    """A question whose prompt is known: ``history`` is what of it fits, ``outcomes`` scores what is left of that."""
+    """A question whose prompt is known.
+
+    Attributes:
+        question: its item known; its candidates are those that are compared, see ``rivals``.
+        ranked: how many candidates there were.
+        history: what of it fits.
+        outcomes: scores what is left of that.
+    """
 
     question: Question
+    ranked: int
     history: tuple[str, ...]
     outcomes: Outcomes
 
@@ -86,19 +96,24 @@ class Explainer:
         reference: model whose log-probs are subtracted for the title's words; None for none.
         catalogue: gives popularity to ``ranking.popularity_weight``.
         method: see ``title_values``.
+        rivals: of a whole catalogue, compare a title with all above it and so many below, see ``rivals``; 0 for all.
+
+    Attributes:
+        whole_catalogue: whether candidates are too many for a row; known once it is loaded.
 
     Raises:
         UserError: a model, reference or template that cannot be used.
     """
 
     def __init__(
-        self, model: str, config: RunConfig, reference: str | None, catalogue: Catalogue | None, method: Method
-    ) -> None:
+        self, model: str, config: RunConfig, reference: str | None, catalogue: Catalogue | None, method: Method,
+        rivals: int,
+    ) -> None:  # fmt: skip
         source = find_model(model)
         self._tokenizer = load_tokenizer(source)
         self._template = make_template(enforce_template(source.stamp, config.template, model), self._tokenizer)
         self._tokenize = GroupTokenizer(self._tokenizer, self._template, config.model.max_length)
-        self._path, self._config, self._method = model, config, method
+        self._path, self._config, self._method, self._rivals = model, config, method, rivals
         self._base = source.is_adapter and reference == source.base
         if reference is not None and not self._base:
             _require_same_tokenizer(reference, self._tokenizer, model)
@@ -114,28 +129,35 @@ class Explainer:
         """
         # a generator: of whole catalogues there is one in memory at a time
         groups = (self._tokenize(_group(q.user, q.history, q.candidates)) for q in questions)
-        self._catalogue = needs_trie(groups, self._config.evaluation.token_budget)
-        load = partial(LoadedModel, config=self._config, catalogue=self._catalogue)
+        self.whole_catalogue = needs_trie(groups, self._config.evaluation.token_budget)
+        load = partial(LoadedModel, config=self._config, catalogue=self.whole_catalogue)
         self._policy = load(self._path, base_too=self._base)
         self._reference: LoadedModel | None = None
         if self._reference_path is not None:
             self._reference = self._policy if self._base else load(self._reference_path, base_too=False)
 
     def subject(self, question: Question) -> Subject:
-        """``question`` with its prompt, and where it names no title, about the one ranked first."""
+        """``question`` with its prompt, and where it names no title, about the one ranked first.
+
+        A whole catalogue is scored once, for the whole history; what is left of that is scored for the title's rivals.
+        """
+        ranked = len(question.candidates)
         before = self._tokenize.dropped_titles
         group = self._tokenize(_group(question.user, question.history, question.candidates))
         history = question.history[self._tokenize.dropped_titles - before :]
-        if question.item is None:
-            best = int(self._scores([group], question)[0].argmax())
-            question = replace(question, item=best)
+        narrow = self.whole_catalogue and 0 < self._rivals < ranked
+        if question.item is None or narrow:
+            scores = self._scores([group], question)[0]
+            item = int(scores.argmax()) if question.item is None else question.item
+            question = replace(question, item=item)
+            question = among(question, rivals(scores, item, self._rivals)) if narrow else question
 
         def score(removed: Sequence[Removed]) -> np.ndarray:
             kept = [tuple(title for i, title in enumerate(history) if i not in one) for one in removed]
             return self._scores([self._tokenize(_group(question.user, k, question.candidates)) for k in kept], question)
 
         assert question.item is not None
-        return Subject(question, history, Outcomes(score, question.item, self._method))
+        return Subject(question, ranked, history, Outcomes(score, question.item, self._method))
 
     def words(self, subjects: Sequence[Subject]) -> list[Words]:
         """For each subject what training did to its title; nothing without a reference."""
@@ -162,12 +184,13 @@ class Explainer:
             budget: likewise; None takes ``USUAL_BUDGET``, or 0 where a whole catalogue is scored for each set.
         """
         rank = int(subject.outcomes.ranks([frozenset()])[0])
-        top = top or usual_top(rank, len(subject.question.candidates))
-        budget = (0 if self._catalogue else USUAL_BUDGET) if budget is None else budget
+        top = top or usual_top(rank, subject.ranked)
+        budget = (0 if self.whole_catalogue else USUAL_BUDGET) if budget is None else budget
         items = len(subject.history)
         explained = items if items > 1 or self._allows_empty_history() else 0
         return Answer(
             question=subject.question,
+            ranked=subject.ranked,
             cut_off=len(subject.question.history) - items,
             rank=rank,
             words=words,

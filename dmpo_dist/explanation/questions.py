@@ -90,6 +90,16 @@ def questions_of_requests(
     return out
 
 
+def among(question: Question, places: Sequence[int]) -> Question:
+    """``question``, whose item is known, with no candidates but those at ``places``, the item's one of them."""
+    return replace(
+        question,
+        candidates=tuple(question.candidates[place] for place in places),
+        candidate_items=tuple(question.candidate_items[place] for place in places),
+        item=list(places).index(question.item),  # pyrefly: ignore
+    )
+
+
 def places_of_user(user: str, users: Sequence[str], where: str) -> list[int]:
     """The places of ``user`` among ``users``, those of the requests in ``where``.
 

@@ -28,7 +28,8 @@ def to_json(answer: Answer) -> dict[str, Any]:
         "item": question.candidate_items[question.item],
         "title": question.candidates[question.item],
         "rank": answer.rank,
-        "candidates": len(question.candidates),
+        "candidates": answer.ranked,
+        "compared": len(question.candidates),
         "tokens": [
             {"text": text, "log_ratio": ratio}
             for text, ratio in zip(answer.words.pieces, answer.words.log_ratios.tolist(), strict=True)
@@ -79,6 +80,11 @@ def notes(entry: dict[str, Any]) -> list[str]:
         lines.append("The model saw one history item: its contribution is against a prompt without any history.")
     if not entry["history"]:
         lines.append("The model saw no history item that could be taken away and leave a prompt.")
+    if entry["compared"] < entry["candidates"]:
+        lines.append(
+            f"With items left out it is compared with {entry['compared'] - 1} titles: all above it and the next below. One from further "
+            "below could overtake it unseen; --rivals says how many, 0 all."
+        )
     return lines
 
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, read_requests
@@ -31,6 +30,7 @@ from dmpo_dist.explanation.questions import (
 )
 from dmpo_dist.explanation.view import show, show_faithfulness, to_json
 from dmpo_dist.modeling.backbone import ModelSource, find_model, load_tokenizer
+from dmpo_dist.orchestration.progress import UserProgress
 
 EXPLANATIONS_FILE = "explanations.json"
 FAITHFULNESS_FILE = "explain_faithfulness.json"
@@ -52,6 +52,7 @@ class Order:
         catalogue: rank among its titles; None for each request's own candidates.
         reference: ``base``, ``start``, ``none``, a model folder or hub id; None takes what the model says of itself.
         method: see ``title_values``.
+        rivals: see ``Explainer``.
         top, budget: see ``Explainer.answer``.
         faithfulness: of how many users to measure it; 0 for none.
         output: folder for the files; None for the terminal alone.
@@ -65,6 +66,7 @@ class Order:
     catalogue: Path | None
     reference: str | None
     method: Method
+    rivals: int
     top: int | None
     budget: int | None
     faithfulness: int
@@ -86,7 +88,7 @@ def explain(order: Order, config: RunConfig, console: Console) -> dict[str, Any]
     reference, note = _reference(source, order.reference, config)
     chosen, measured, catalogue = _questions(order, config, source)
     _check_top(order.top, chosen)
-    explainer = Explainer(order.model, config, reference, catalogue, order.method)
+    explainer = Explainer(order.model, config, reference, catalogue, order.method, order.rivals)
     with console.status("loading the model"):
         explainer.load([*chosen, *measured])
     if note:
@@ -108,6 +110,10 @@ def _check(order: Order) -> None:
         raise UserError(f"--item {order.item!r}: say for whom with --user")
     if order.user is None and order.users is None and not order.faithfulness:
         raise UserError("say whom to explain: --user NAME, --users N for a sample, or --faithfulness to measure alone")
+    if order.top is not None and 0 < order.rivals < order.top:
+        raise UserError(
+            f"--top {order.top}: with --rivals {order.rivals} a title is not seen to fall that far; raise --rivals, or give 0 for all"
+        )
     if order.faithfulness and order.output is None:
         raise UserError("--faithfulness writes a table and a picture: give --output a folder for them")
     if order.output is None:
@@ -227,17 +233,23 @@ def _check_top(top: int | None, questions: list[Question]) -> None:
 
 
 def _explained(order: Order, explainer: Explainer, questions: list[Question], console: Console) -> list[dict[str, Any]]:
-    subjects = [explainer.subject(question) for question in questions]
+    subjects = _subjects(explainer, questions, console)
     pairs = list(zip(subjects, explainer.words(subjects), strict=True))
     answers = (explainer.answer(subject, words, order.top, order.budget) for subject, words in pairs)
     return [to_json(answer) for answer in _with_bar(answers, "explaining", len(pairs), console)]
+
+
+def _subjects(explainer: Explainer, questions: list[Question], console: Console) -> list[Subject]:
+    """Each question about its title; of a whole catalogue this ranks all titles, which takes a while."""
+    made = map(explainer.subject, questions)
+    return list(_with_bar(made, "ranking", len(questions), console) if explainer.whole_catalogue else made)
 
 
 def _measured(
     order: Order, explainer: Explainer, questions: list[Question], config: RunConfig, console: Console
 ) -> dict[str, Any]:
     """Deletion curves over ``questions``, shown and ready for JSON."""
-    subjects = [explainer.subject(question) for question in questions]
+    subjects = _subjects(explainer, questions, console)
     enough = [subject for subject in subjects if len(subject.history) > 1]
     if len(enough) < 2:
         raise UserError(
@@ -262,11 +274,14 @@ def _measured(
     return result
 
 
-def _with_bar(work: Iterable[Any], title: str, total: int, console: Console) -> Iterable[Any]:
-    """``work`` with a bar on a terminal, announced by a line elsewhere."""
-    if total and not console.is_terminal:
-        console.print(f"{title}: {total} request{'s' * (total > 1)}", highlight=False)
-    return track(work, title, total=total, console=console, transient=True, disable=not console.is_terminal)
+def _with_bar(work: Iterable[Any], title: str, total: int, console: Console) -> Iterator[Any]:
+    """``work`` with a bar on a terminal, elsewhere with a line now and then."""
+    if not total:
+        return
+    with UserProgress(title, total, 0, console, f"{total} request{'s' * (total > 1)}") as progress:
+        for one in work:
+            progress.advance(1)
+            yield one
 
 
 def _write(folder: Path, content: dict[str, Any], console: Console) -> None:
