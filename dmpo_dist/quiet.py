@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import warnings
 
 
@@ -14,6 +15,8 @@ def silence_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:  # imported by whoever calls us: it has read the variable
+        sys.modules["datasets"].disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("ray", "deepspeed", "torch.distributed", "bitsandbytes"):

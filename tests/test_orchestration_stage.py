@@ -56,7 +56,20 @@ class _RayTrain:
         monkeypatch.setattr(ray_train, "get_checkpoint", lambda: self.known[-1] if self.known else None)
         monkeypatch.setattr(ray_train, "report", self.report)
         monkeypatch.setattr(ray_runtime.dist, "barrier", lambda: None)
+        monkeypatch.setattr("ray.get", lambda value: value)
         self._checkpoint = ray_train.Checkpoint
+        self.mailbox = SimpleNamespace(unwritten=SimpleNamespace(remote=self.written_at_the_third_look))
+        self.looks = 0
+
+    def written_at_the_third_look(self):
+        assert not self.marked(), "a checkpoint is whole when the log up to it is written, not before"
+        self.looks += 1
+        return self.looks % 3 != 0
+
+    def marked(self):
+        """Of the latest checkpoint: its mark."""
+        latest = max(self.storage.iterdir(), key=lambda folder: folder.stat().st_ctime_ns)
+        return list(latest.glob(ray_runtime.COMPLETE_FILE))
 
     def report(self, metrics, checkpoint, checkpoint_dir_name=None, checkpoint_upload_mode=None):
         if checkpoint_upload_mode is None:
@@ -78,7 +91,8 @@ def test_a_run_goes_on_from_its_own_latest_whole_checkpoint(tmp_path, monkeypatc
     assert restored(job) is None
 
     def save(step):
-        ray_runtime.RayRuntime(0, job, None).save(step, lambda folder: (folder / "step").write_text(str(step)))
+        runtime = ray_runtime.RayRuntime(0, job, ray_train.mailbox)
+        runtime.save(step, lambda folder: (folder / "step").write_text(str(step)))
 
     save(5)
     save(10)
@@ -92,6 +106,7 @@ def test_a_run_goes_on_from_its_own_latest_whole_checkpoint(tmp_path, monkeypatc
     assert (restored(job), len(ray_train.known)) == ("15", 3), "Ray is told of what it missed"
     assert (restored(job), len(ray_train.known)) == ("15", 3)
     assert restored(other) is None
+    assert ray_train.looks == 4 * 3
 
 
 def test_only_a_damaged_list_of_checkpoints_is_removed(tmp_path):

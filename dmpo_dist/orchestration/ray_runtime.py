@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,9 @@ from dmpo_dist.training.job import Job
 RUN_NAME = "checkpoints"
 """Ray Train's name of the run, which is the folder of its checkpoints below the storage path."""
 COMPLETE_FILE = "complete"
-"""Written into a checkpoint's folder once every rank's part is there."""
+"""Written into a checkpoint's folder once every rank's part is there, and the log up to it with the driver."""
+LOG_SECONDS = 10.0
+"""The longest wait for the driver to write the log up to a checkpoint."""
 
 
 class RayRuntime:
@@ -55,30 +58,36 @@ class RayRuntime:
             ray.train.report({"step": step}, checkpoint=part, checkpoint_dir_name=name)  # of the names, rank 0's counts
         dist.barrier()
         if self.rank == 0:
+            self._wait_for_log()
             self._files.open_output_stream(f"{self._folder}/{name}/{COMPLETE_FILE}").close()
 
     @contextmanager
     def restore(self) -> Iterator[Path | None]:
         import ray.train
 
-        known = ray.train.get_checkpoint()
-        names = self._complete()
-        if known is not None and Path(known.path).name.startswith(self._prefix):  # Ray has seen every rank's part
-            names.append(Path(known.path).name)
-        if not names:
+        latest = max(self._complete(), key=self._step, default=None)
+        if latest is None:
             yield None
             return
-        latest = max(names, key=self._step)
-        path = f"{self._folder}/{latest}"
-        checkpoint = ray.train.Checkpoint(path, filesystem=self._files)
-        if known is None or Path(known.path).name != latest:  # for Ray to know, and to delete in its time
-            keep = ray.train.CheckpointUploadMode.NO_UPLOAD
+        checkpoint = ray.train.Checkpoint(f"{self._folder}/{latest}", filesystem=self._files)
+        known = ray.train.get_checkpoint()
+        name = "" if known is None else Path(known.path).name
+        if not name.startswith(self._prefix) or self._step(name) < self._step(latest):
+            keep = ray.train.CheckpointUploadMode.NO_UPLOAD  # for Ray to know it, and to delete it in its time
             ray.train.report({"step": self._step(latest)}, checkpoint=checkpoint, checkpoint_upload_mode=keep)
         with checkpoint.as_directory() as folder:
             yield Path(folder)
 
+    def _wait_for_log(self) -> None:
+        """Until the driver has written all records so far: a resumed run goes on after them and would leave a gap."""
+        import ray
+
+        deadline = time.monotonic() + LOG_SECONDS
+        while ray.get(self._mailbox.unwritten.remote()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def _complete(self) -> list[str]:
-        """Names of this run's checkpoints that every rank has written its part of."""
+        """Names of this run's checkpoints that are whole."""
         from pyarrow.fs import FileSelector, FileType
 
         found = self._files.get_file_info(FileSelector(self._folder, allow_not_found=True))

@@ -139,6 +139,7 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self._records: list[tuple[int, dict[str, Any]]] = []
+        self._taken = 0
         self._failed = False
 
     def put(self, job: int, record: dict[str, Any]) -> None:
@@ -147,7 +148,15 @@ class _Mailbox:
 
     def take(self) -> list[tuple[int, dict[str, Any]]]:
         records, self._records = self._records, []
+        self._taken += len(records)
         return records
+
+    def written(self, count: int) -> None:
+        """Of the records taken, so many more are in the run's files."""
+        self._taken -= count
+
+    def unwritten(self) -> int:
+        return len(self._records) + self._taken
 
     def failed(self) -> bool:
         return self._failed
@@ -205,9 +214,12 @@ def _forwarded(mailbox: Any, sink: Callable[[int, dict[str, Any]], None], watch:
 
     def drain() -> None:
         nonlocal current
-        for job, record in ray.get(mailbox.take.remote()):
+        records = ray.get(mailbox.take.remote())
+        for job, record in records:
             current = job
             problems.append(record["text"]) if record["kind"] == "error" else sink(job, record)
+        if records:
+            mailbox.written.remote(len(records))
 
     def poll() -> None:
         while not done.wait(POLL_SECONDS):
