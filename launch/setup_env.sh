@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # Makes or re-uses the virtual environment. Source it and call `dmpo_setup [extras]`, or run it: launch/setup_env.sh dev
 #
 #   PYTHON     interpreter to make the environment with (default: the first suitable one on PATH)
