@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster_hosts import Host, Network, environment, python, token_environment, why_no_hosts
+from cluster_hosts import Host, Network, environment, python, token_environment, wait_for, why_no_hosts
 from safetensors.torch import load_file
 
 from dmpo_dist.orchestration.ray_runtime import COMPLETE_FILE
@@ -84,11 +84,12 @@ def test_a_host_dies_and_training_goes_on_with_another(network, head, token, dat
         assert time.monotonic() < deadline, log.read_text()[-4000:]
         time.sleep(0.05)
     assert second.kill() > 3, "the node had no processes"
+    lost = "the cluster has lost a node: cluster.workers=2 with cluster.cpus_per_worker=1 need 2 CPUs"
+    wait_for(lost, log, killed, seconds=200)
     network.host("gamma").ray("--num-cpus=1", env=token, head=head)
     assert killed.wait(timeout=400) == 0, log.read_text()[-4000:]
     shown = log.read_text()
     assert "resumed from step" in shown
-    assert "the cluster has lost a node: cluster.workers=2 with cluster.cpus_per_worker=1 need 2 CPUs" in shown
     assert "Traceback" not in shown
 
     whole = network.folder / "whole"
