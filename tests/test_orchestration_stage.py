@@ -107,6 +107,9 @@ def test_a_run_goes_on_from_its_own_latest_whole_checkpoint(tmp_path, monkeypatc
     assert (restored(job), len(ray_train.known)) == ("15", 3)
     assert restored(other) is None
     assert ray_train.looks == 4 * 3
+    for mark in ray_train.storage.glob(f"*/{ray_runtime.COMPLETE_FILE}"):
+        mark.unlink()
+    assert (restored(job), restored(other), len(ray_train.known)) == ("15", None, 3), "with keep_checkpoints=1: Ray's"
 
 
 def test_only_a_damaged_list_of_checkpoints_is_removed(tmp_path):

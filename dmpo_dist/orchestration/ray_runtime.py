@@ -65,14 +65,16 @@ class RayRuntime:
     def restore(self) -> Iterator[Path | None]:
         import ray.train
 
-        latest = max(self._complete(), key=self._step, default=None)
+        known = ray.train.get_checkpoint()
+        name = "" if known is None else Path(known.path).name
+        ours = [name] if name.startswith(self._prefix) else []
+        # where one is kept, Ray deletes it before the next is marked; that one has all parts, perhaps not all log lines
+        latest = max(self._complete() or ours, key=self._step, default=None)
         if latest is None:
             yield None
             return
         checkpoint = ray.train.Checkpoint(f"{self._folder}/{latest}", filesystem=self._files)
-        known = ray.train.get_checkpoint()
-        name = "" if known is None else Path(known.path).name
-        if not name.startswith(self._prefix) or self._step(name) < self._step(latest):
+        if not ours or self._step(name) < self._step(latest):
             keep = ray.train.CheckpointUploadMode.NO_UPLOAD  # for Ray to know it, and to delete it in its time
             ray.train.report({"step": self._step(latest)}, checkpoint=checkpoint, checkpoint_upload_mode=keep)
         with checkpoint.as_directory() as folder:
