@@ -27,7 +27,7 @@ from dmpo_dist.modeling.backbone import (
     load_tokenizer,
     make_scratch_model,
 )
-from dmpo_dist.training.memory import held_bytes, peak_bytes, reset_peak
+from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak
 
 SUBSET = 64
 """Titles that separate rows are timed and compared on; their time is scaled up to all titles."""

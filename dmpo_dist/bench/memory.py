@@ -11,7 +11,7 @@ from dmpo_dist.batching.synthetic import random_groups
 from dmpo_dist.bench.contestants import Contestant
 from dmpo_dist.bench.settings import Cell
 from dmpo_dist.errors import UserError
-from dmpo_dist.training.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory, trim
+from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory
 
 MEASURED_STEPS = 2
 
@@ -58,8 +58,6 @@ def peak_of_steps(contestant: Contestant, cell: Cell, device: str) -> float:
     count = contestant.groups_per_step * MEASURED_STEPS
     groups = random_groups(count, cell.prompt, cell.response, cell.negatives, cell.vocab)
     place = torch.device(device)
-    if device == "cpu":
-        trim()
     reset_peak(place)
     before = held_bytes(place)
     for start in range(0, len(groups), contestant.groups_per_step):

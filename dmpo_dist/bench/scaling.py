@@ -31,7 +31,7 @@ from dmpo_dist.training.engine import whole_shape
 from dmpo_dist.training.groups import ahead
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer
-from dmpo_dist.training.memory import peak_bytes, reset_peak
+from dmpo_dist.modeling.memory import peak_bytes, reset_peak
 from dmpo_dist.training.runtime import Runtime
 from dmpo_dist.training.worker import set_up
 

@@ -18,6 +18,7 @@ from dmpo_dist.bench.timing import Turn, fastest_batches, fastest_rows, measure_
 from dmpo_dist.bench.trl_pairs import TrlContestant, head_everywhere
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.memory import keep_freed_memory
 from dmpo_dist.planning.flops import Work, pairs_work, shape_of, shared_work, step_flops, unshared_work
 
 DISTINCT_GROUPS = 12
@@ -49,6 +50,7 @@ def run(
         UserError: contestants disagree, or memory ran out.
     """
     torch.set_num_threads(settings.threads)
+    keep_freed_memory()  # as in training, for all contestants
     peak_flops = measure_peak(settings.device, settings.dtype)
     peak = peak_flops["value"]
     say(

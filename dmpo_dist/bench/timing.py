@@ -17,7 +17,7 @@ MIN_TURN_SECONDS = 2.0
 """A turn repeats short steps for this long, so that a shared machine's moods hit all contestants alike."""
 MAX_TOKENS = {"cpu": 8_192, "cuda": 20_000}
 """Several groups in a batch or row are tried up to here; more tokens fill any device, and may not fit its memory."""
-ROWS = {"cpu": (1, 2), "cuda": (1, 8, 16, 24, 32)}
+ROWS = {"cpu": (1, 2, 4), "cuda": (1, 8, 16, 24, 32)}
 ACCUMULATED = {"cpu": (1, 4), "cuda": (1,)}
 """Groups in an optimizer step, tried likewise: a CPU needs no long rows, yet AdamW need not follow each short one."""
 LONG_TURN_SECONDS = 5.0

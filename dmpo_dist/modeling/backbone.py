@@ -18,6 +18,7 @@ from torch import nn
 from dmpo_dist import __version__
 from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.memory import keep_freed_memory
 from dmpo_dist.modeling.quantize import keep_arithmetic, quantization_config, require_trainable
 
 STAMP = "dmpo.json"
@@ -179,11 +180,12 @@ def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, Referenc
 
 
 def load_for_scoring(path: str, config: ModelConfig) -> Any:
-    """A frozen model in evaluation mode, adapter applied if ``path`` holds one."""
+    """A frozen model in evaluation mode, adapter applied if ``path`` holds one; the process keeps the memory it frees."""
     source = find_model(path)
     model = load_causal_lm(source.base, config)
     if source.is_adapter:
         model = _with_adapter(model, source, copy=False)
+    keep_freed_memory()
     return model.eval().requires_grad_(False)
 
 

@@ -18,7 +18,7 @@ from dmpo_dist.training.engine import resolve_config, start_engine, start_proces
 from dmpo_dist.training.groups import Batches
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer
-from dmpo_dist.training.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory, trim
+from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory, trim
 from dmpo_dist.training.runtime import ProcessRuntime
 from dmpo_dist.training.worker import frozen_copy, load_module
 
@@ -73,7 +73,6 @@ def _run(case: Case, folder: Path, device: torch.device) -> dict[str, int]:
     )
     for index in range(WARM_UP + MEASURED):
         if index == WARM_UP:
-            trim()
             reset_peak(device)
         trainer.train_step(index, *trainer.prepare(index))
     counts = _counts(policy.module)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from dmpo_dist.batching.layout import group_cost, lay_out
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.training.memory import peak_bytes, reset_peak
+from dmpo_dist.modeling.memory import peak_bytes, reset_peak
 
 PROBES = (1024, 2048)
 """Tokens of the two rows that give the slope."""

@@ -24,6 +24,7 @@ from dmpo_dist.modeling.backbone import (
 )
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
+from dmpo_dist.modeling.memory import keep_freed_memory
 from dmpo_dist.modeling.quantize import require_partitioned
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.training.budget import Probe
@@ -72,6 +73,7 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
     if stage3 and runtime.world_size > 1:
         require_partitioned(policy.module, runtime.world_size)
     batches = _batches(job, policy, data, engine, runtime.world_size, device)
+    keep_freed_memory()  # not before: the probe for a token budget sees what rows leave behind
     trainer = Trainer(
         job=job,
         runtime=runtime,
