@@ -22,6 +22,7 @@ from dmpo_dist.batching.plan import Step
 from dmpo_dist.bench.step import profiled_collectives, watched_phases
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.prepare import prepare
+from dmpo_dist.modeling.memory import peak_bytes, reset_peak
 from dmpo_dist.orchestration.environment import git_commit
 from dmpo_dist.orchestration.ray_train import ray_session, train_with_ray
 from dmpo_dist.orchestration.stage import open_run_folder, preflight
@@ -31,7 +32,6 @@ from dmpo_dist.training.engine import whole_shape
 from dmpo_dist.training.groups import ahead
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer
-from dmpo_dist.modeling.memory import peak_bytes, reset_peak
 from dmpo_dist.training.runtime import Runtime
 from dmpo_dist.training.worker import set_up
 

@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from dmpo_dist.batching.plan import Schedule
 from dmpo_dist.batching.synthetic import random_groups
+from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory, trim
 from dmpo_dist.planning.cases import SMALL, Case
 from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
 from dmpo_dist.training.groups import Batches
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer
-from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory, trim
 from dmpo_dist.training.runtime import ProcessRuntime
 from dmpo_dist.training.worker import frozen_copy, load_module
 
