@@ -172,6 +172,9 @@ class StageConfig(Section):
 class SFTConfig(StageConfig):
     loss_on: Literal["response", "all_titles"] = "response"
     """Loss on the response alone, or also on every title of the history (its items must then end with {end})."""
+    history_order: Literal["given", "shuffled"] = "given"
+    """shuffled permutes each user's titles anew in every epoch, so that any comes to be asked for after any others: more
+    to learn from the same likes where their order says little."""
 
 
 class TrainConfig(StageConfig):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,12 @@ def group_from_row(row: Mapping[str, Any]) -> PreferenceGroup:
         negatives=tuple(row["negatives"]),
         prompt=row["prompt"],
     )
+
+
+def groups_from_rows(rows: Dataset) -> list[PreferenceGroup]:
+    """The preference groups of a split."""
+    columns = [field.name for field in fields(PreferenceGroup)]
+    return [group_from_row(row) for row in rows.select_columns(columns).to_list()]
 
 
 def _few(train: Dataset, shots: int, path: Path) -> Dataset:

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Encoding
 
 from dmpo_dist.data.schema import PreferenceGroup
-from dmpo_dist.data.store import group_from_row
+from dmpo_dist.data.store import groups_from_rows
 from dmpo_dist.data.template import Prompt, Template
 from dmpo_dist.errors import UserError
 
@@ -159,10 +159,9 @@ class GroupTokenizer:
 
 def tokenize_rows(rows: Any, tokenizer: GroupTokenizer, negatives: int | None = None) -> list[TokenGroup]:
     """Token groups of a split (a ``Dataset``), with the first ``negatives`` of each row's stored ones (None: all)."""
-    columns = ["user", "timestamp", "history", "positive", "negatives", "prompt"]
-    groups = (group_from_row(row) for row in rows.select_columns(columns).to_list())
+    groups = groups_from_rows(rows)
     if negatives is not None:
-        groups = (replace(group, negatives=group.negatives[:negatives]) for group in groups)
+        groups = [replace(group, negatives=group.negatives[:negatives]) for group in groups]
     return [tokenizer(group) for group in groups]
 
 

@@ -12,6 +12,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from dmpo_dist.training.job import Job
+from dmpo_dist.training.runtime import from_rank_zero
 
 RUN_NAME = "checkpoints"
 """Ray Train's name of the run, which is the folder of its checkpoints below the storage path."""
@@ -69,7 +70,7 @@ class RayRuntime:
         name = "" if known is None else Path(known.path).name
         ours = [name] if name.startswith(self._prefix) else []
         # where one is kept, Ray deletes it before the next is marked; that one has all parts, perhaps not all log lines
-        latest = max(self._complete() or ours, key=self._step, default=None)
+        latest = from_rank_zero(max(self._complete() or ours, key=self._step, default=None))
         if latest is None:
             yield None
             return

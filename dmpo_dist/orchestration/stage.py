@@ -274,11 +274,10 @@ def _process_runtime(runtime: Any, job: Job, sink: Callable[[dict[str, Any]], No
 
 def _exchange(job: Job | None) -> Job:
     """Rank 0's ``job`` on every rank."""
-    import torch.distributed as dist
-
     from dmpo_dist.training.engine import start_process_group
+    from dmpo_dist.training.runtime import from_rank_zero
 
     start_process_group()
-    box: list[Any] = [job]
-    dist.broadcast_object_list(box)
-    return box[0]
+    job = from_rank_zero(job)
+    assert job is not None
+    return job

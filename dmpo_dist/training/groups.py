@@ -24,6 +24,7 @@ class Batches:
         negatives: K, 0 for SFT.
         world_size, token_budget: how a step is divided.
         shared: whether prompts are shared (decides cost and layout).
+        of_epoch: makes a group of SFT, by index and epoch, where it is not the same in all epochs.
     """
 
     groups: Sequence[TokenGroup]
@@ -32,6 +33,7 @@ class Batches:
     world_size: int
     token_budget: int
     shared: bool
+    of_epoch: Callable[[int, int], TokenGroup] | None = None
 
     def step(self, index: int) -> Step:
         """Step ``index``, dealt to all ranks."""
@@ -46,6 +48,8 @@ class Batches:
 
     def group(self, index: int, epoch: int) -> TokenGroup:
         """Group ``index`` with the K negatives of ``epoch``: the next K of those stored, around the end."""
+        if self.of_epoch:
+            return self.of_epoch(index, epoch)
         return with_negatives(self.groups[index], self.negatives, epoch * self.negatives)
 
     def _cost(self, group: TokenGroup) -> Cost:

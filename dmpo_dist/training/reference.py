@@ -29,6 +29,7 @@ from dmpo_dist.evaluation.scoring import deal_for_scoring, score_micro_batches
 from dmpo_dist.modeling.backbone import STAMP, ModelSource
 from dmpo_dist.training.groups import candidate_columns, with_negatives
 from dmpo_dist.training.job import Job
+from dmpo_dist.training.runtime import from_rank_zero
 
 Reference = Callable[[Layout, Sequence[int], int], Tensor]
 """(layout, its groups, epoch) -> (R,) reference log-probs of its responses on the layout's device."""
@@ -145,16 +146,16 @@ class ReferencePass:
 
     def _read(self, place: "_Place", number: int, shape: tuple[int, int]) -> Tensor | None:
         """What rank 0 finds on disk, on every rank, and the same error on every rank."""
-        box: list[Any] = [None]
+        found: Tensor | UserError | None = None
         if self.rank == 0:
             try:
-                box = [place.read(number, shape)]
+                found = place.read(number, shape)
             except UserError as error:
-                box = [error]
-        dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], UserError):
-            raise box[0]
-        return box[0]
+                found = error
+        found = from_rank_zero(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
 
 
 class _Place:

@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 class Runtime(Protocol):
@@ -65,7 +67,14 @@ class ProcessRuntime:
     @contextmanager
     def restore(self) -> Iterator[Path | None]:
         complete = self._complete()
-        yield complete[-1] if complete else None
+        yield from_rank_zero(complete[-1] if complete else None)
 
     def _complete(self) -> list[Path]:
         return sorted(p for p in self._folder.glob("step-*") if p.suffix != ".part")
+
+
+def from_rank_zero(value: T) -> T:
+    """Rank 0's ``value`` on every rank: what each finds in shared storage may differ, as NFS shows new files late."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

@@ -1,6 +1,7 @@
 """One rank of a training stage: set up, train, save. Runs unchanged under Ray Train and under torchrun."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from dmpo_dist.config import ModelConfig
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.reorder import ReorderedGroups
+from dmpo_dist.data.store import PreparedData, groups_from_rows
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
@@ -217,6 +219,7 @@ class _Data:
     validation: list[TokenGroup]
     truncated: int
     fingerprint: str
+    of_epoch: Callable[[int, int], TokenGroup] | None
 
 
 def _load_data(job: Job, tokenizer: Any) -> _Data:
@@ -228,9 +231,13 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
         check_titles(prepared.items["title"].tolist(), tokenizer)
     encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history=job.scores_history)
     groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
-    truncated = encode.truncated
-    encode = GroupTokenizer(tokenizer, template, config.model.max_length)
-    return _Data(groups, tokenize_rows(prepared.validation, encode), truncated, prepared.fingerprint)
+    of_epoch = None
+    if job.kind == "sft" and config.sft.history_order == "shuffled":
+        reordered = ReorderedGroups(groups_from_rows(prepared.train), config.seed)
+        of_epoch = lambda index, epoch: encode(reordered(index, epoch))  # noqa: E731
+    whole = GroupTokenizer(tokenizer, template, config.model.max_length)
+    validation = tokenize_rows(prepared.validation, whole)
+    return _Data(groups, validation, encode.truncated, prepared.fingerprint, of_epoch)
 
 
 def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int, device: torch.device) -> Batches:
@@ -242,4 +249,4 @@ def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int
         groups = [with_negatives(group, negatives, 0) for group in data.groups]
         in_module = job.needs_reference and policy.reference_mode != "model_copy"
         budget = Probe(engine, groups, shared, in_module, device).largest_budget()
-    return Batches(data.groups, schedule, negatives, world_size, budget, shared)
+    return Batches(data.groups, schedule, negatives, world_size, budget, shared, data.of_epoch)
