@@ -1,9 +1,11 @@
 """Tiny models and random groups that several test files share."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dmpo_dist.data.tokenization import TokenGroup
 
@@ -93,3 +95,11 @@ def random_groups(
 @pytest.fixture
 def groups() -> list[TokenGroup]:
     return random_groups(4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -111,7 +111,7 @@ def explanations() -> dict:
         for i, title in enumerate(NASTY)
     ]
     requests = [
-        {"user": user, "item": "7", "title": title, "rank": 2, "candidates": 20, "history": history,
+        {"user": user, "item": "7", "title": title, "rank": 2, "candidates": 20, "compared": 9, "history": history,
          "tokens": [{"text": text, "log_ratio": ratio} for text, ratio in (("Tom", 0.4), (" <b>", -1.2), (" &", 0.0))],
          "counterfactual": {"removed": [NASTY[0]], "rank_before": 2, "rank_after": 31,
                             "sentence": f"Without {NASTY[0]} it falls from rank 2 to 31."}}

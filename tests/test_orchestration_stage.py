@@ -55,7 +55,6 @@ class _RayTrain:
         monkeypatch.setattr(ray_train, "get_context", lambda: context)
         monkeypatch.setattr(ray_train, "get_checkpoint", lambda: self.known[-1] if self.known else None)
         monkeypatch.setattr(ray_train, "report", self.report)
-        monkeypatch.setattr(ray_runtime.dist, "barrier", lambda: None)
         monkeypatch.setattr("ray.get", lambda value: value)
         self._checkpoint = ray_train.Checkpoint
         self.mailbox = SimpleNamespace(unwritten=SimpleNamespace(remote=self.written_at_the_third_look))
@@ -84,6 +83,7 @@ def restored(job):
         return None if folder is None else (folder / "step").read_text()
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_a_run_goes_on_from_its_own_latest_whole_checkpoint(tmp_path, monkeypatch):
     """Whether or not Ray took note of it; a cut one and those of an earlier run in the same folder do not count."""
     ray_train = _RayTrain(tmp_path / "checkpoints", monkeypatch)

@@ -98,6 +98,7 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world
     )
     assert "Not here" not in text
     assert "holds interaction data" in text
+    assert "compared with 8 titles, all above it and the next below" in text
 
 
 def test_nothing_is_loaded_from_anywhere(content):

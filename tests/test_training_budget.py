@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import random_groups
 
 from dmpo_dist.batching.layout import group_cost
@@ -15,11 +14,7 @@ GROUPS = random_groups(12, seed=2, prompt=40)
 LARGEST = max(group_cost(group, True).tokens for group in GROUPS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class Engine:

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import random_groups, tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -21,11 +20,7 @@ K, EPOCHS = 2, 3
 KEY = {"base": "digest", "rows": "fingerprint"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture

@@ -157,12 +157,13 @@ class Counterfactual(BaseModel):
 
 
 class ExplainedRequest(BaseModel):
-    """Why one item stands where it does for one user."""
+    """Why one item stands where it does for one user; ``compared`` of the candidates, itself too, as items were left out."""
 
     user: str
     title: str
     rank: int
     candidates: int
+    compared: int | None = None
     tokens: list[Token] = []
     history: list[HistoryItem] = []
     cut_off: list[str] = []

@@ -1,0 +1,25 @@
+"""Checkpoints in a folder that ranks share."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dmpo_dist.training.runtime import ProcessRuntime
+
+
+def rank_of_two(rank: int, folder: str) -> None:
+    """Rank 1 does not see the latest checkpoint yet, as on NFS; both note which one they would go on from."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    runtime = ProcessRuntime(Path(folder, f"seen-by-{rank}"), keep=2, sink=lambda record: None)
+    with runtime.restore() as found:
+        Path(folder, f"found-{rank}").write_text(str(found))
+    dist.destroy_process_group()
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_rank_zero_finds(tmp_path):
+    for name in ("seen-by-0/step-00000010", "seen-by-0/step-00000020", "seen-by-1/step-00000010"):
+        (tmp_path / name).mkdir(parents=True)
+    mp.spawn(rank_of_two, args=(str(tmp_path),), nprocs=2)
+    latest = str(tmp_path / "seen-by-0" / "step-00000020")
+    assert [(tmp_path / f"found-{rank}").read_text() for rank in (0, 1)] == [latest, latest]
