@@ -5,6 +5,7 @@ set -euo pipefail
 
 root="${1:-$(dirname -- "${BASH_SOURCE[0]}")/..}"
 cd -- "$root"
+python -c 'import dmpo_dist' # before the old ones are gone
 rm -rf launch/slurm launch/ray launch/kubernetes
 
 # Sixteen GPUs on two nodes; data and runs on storage that all nodes see.

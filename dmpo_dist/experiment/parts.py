@@ -15,6 +15,7 @@ from dmpo_dist.experiment.datasets import named_path
 from dmpo_dist.experiment.grid import Cell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, GridConfig
 from dmpo_dist.orchestration.quickstart import continued_config
+from dmpo_dist.orchestration.stage import require_reorderable
 from dmpo_dist.training.groups import require_negatives
 from dmpo_dist.training.job import Kind
 
@@ -210,5 +211,7 @@ def _require_enough(config: RunConfig, cell: Cell, data: PreparedData) -> None:
         )
     try:
         require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)
+        if config.sft.history_order == "shuffled":
+            require_reorderable(config, data)
     except UserError as error:
         raise UserError(f"the cell {cell.name}: {error}") from None

@@ -9,6 +9,9 @@ import psutil
 import torch
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""Environment of a process whose tensors are made by another thread than its first, as in a worker of Ray Train: that thread
+would get an arena of pieces of 64 MiB, which hold no large tensor and are given back whenever they are empty."""
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -48,17 +51,22 @@ def keep_freed_memory() -> None:
     """From here on the process keeps what tensors on the CPU free, for those that follow; Linux only.
 
     Else the kernel clears the pages of every long row's tensors anew: 5 % of a step on rows of 4,000 tokens, 10 % of scoring.
+    Of threads other than the first only with ``ONE_ARENA``.
     """
-    if STATUS.exists():
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**30)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    # glibc before 2.35 takes half of a thread's arena at most; all refused, the threshold must stay the moving one it is
+    if any(_mallopt(M_MMAP_THRESHOLD, threshold) for threshold in (2**30, 2**25)):
+        _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed_memory() -> None:
-    """The opposite: tensors on the CPU get pages of their own and give them back when freed, so that a peak is what lives,
+    """From here on tensors on the CPU get pages of their own and give them back when freed, so that a peak is what lives,
     not fragmentation; Linux only."""
-    if STATUS.exists():
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    _mallopt(M_MMAP_THRESHOLD, 2**16)
+
+
+def _mallopt(parameter: int, value: int) -> bool:
+    """Whether glibc took the setting; False without glibc."""
+    return STATUS.exists() and ctypes.CDLL(None).mallopt(parameter, value) == 1
 
 
 def trim() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dmpo_dist.config import ClusterConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.memory import ONE_ARENA
 from dmpo_dist.orchestration.ray_address import explain_refusal, require_answer
 from dmpo_dist.orchestration.ray_resources import ClusterWatch, shortage
 from dmpo_dist.orchestration.ray_runtime import RUN_NAME, RayRuntime, remove_damaged_list
@@ -95,6 +96,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
             storage_path=storage,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=jobs[0].stage.keep_checkpoints),
+            worker_runtime_env=None if gpus else {"env_vars": ONE_ARENA},
         ),
     )
     failure: BaseException | None = None

@@ -13,8 +13,10 @@ from uuid import uuid4
 
 from rich.console import Console
 
-from dmpo_dist.config import RunConfig, TemplateConfig, dump_config
+from dmpo_dist.config import RunConfig, TemplateConfig, dump_config, load_config
+from dmpo_dist.config_section import dotted
 from dmpo_dist.data.place import require_prepared
+from dmpo_dist.data.reorder import require_histories
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
@@ -179,9 +181,22 @@ def _check_plan(job: Job, data: PreparedData) -> None:
     make_schedule(job, len(data.train), workers)
     if job.kind == "train":
         require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)
+    elif config.sft.history_order == "shuffled":
+        require_reorderable(config, data)
     resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
     if "stage" not in resolved.get("zero_optimization", {}):
         raise UserError(f'deepspeed={config.deepspeed}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
+
+
+def require_reorderable(config: RunConfig, data: PreparedData) -> None:
+    """Raise UserError where SFT cannot draw a new order of histories in every epoch."""
+    require_histories(data.train["prompt"])
+    budget, longest = config.sft.token_budget, config.model.max_length
+    if budget != "auto" and budget < longest:
+        raise UserError(
+            f"sft.token_budget={budget}, but with sft.history_order=shuffled a group may come to take "
+            f"model.max_length={longest} tokens; raise sft.token_budget or lower model.max_length"
+        )
 
 
 def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
@@ -192,17 +207,17 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
             configuration, or it cannot be written.
     """
     output = config.output_dir
-    text = dump_config(config)
     saved = output / "config.yaml"
     if resume:
         if not saved.exists():
             raise UserError(
                 f"--resume: {output} holds no run to go on with (no config.yaml); start it without --resume"
             )
-        if saved.read_text(encoding="utf-8") != text:
+        changed = _changed_keys(saved, config)
+        if changed:
             raise UserError(
-                f"--resume: the configuration differs from {saved}; resume with the same settings, or start a new "
-                "run with another output_dir"
+                f"--resume: the configuration differs from {saved} in {', '.join(changed)}; resume with the same settings, or "
+                "start a new run with another output_dir"
             )
         return
     if output.exists() and not _is_free_folder(output):
@@ -211,11 +226,17 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        saved.write_text(text, encoding="utf-8")
+        saved.write_text(dump_config(config), encoding="utf-8")
         environment = describe_environment() | {"seed": config.seed, "run_id": uuid4().hex} | facts
         (output / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
+
+
+def _changed_keys(saved: Path, config: RunConfig) -> list[str]:
+    """What ``config`` changes; a key that the version which wrote ``saved`` did not have counts with its default."""
+    old, new = (dotted(c.model_dump(mode="json")) for c in (load_config([saved]), config))
+    return [key for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
 def run_id_of(output: Path) -> str:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from dmpo_dist.batching.layout import group_cost, lay_out
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.memory import peak_bytes, reset_peak
+from dmpo_dist.modeling.memory import peak_bytes, reset_peak, trim
 
 PROBES = (1024, 2048)
 """Tokens of the two rows that give the slope."""
@@ -110,6 +110,7 @@ class Probe:
         if self.device.type == "cuda":
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return torch.cuda.mem_get_info(self.device)[0] + unused
+        trim()
         return psutil.virtual_memory().available // dist.get_world_size()
 
     def _agreed(self, value: float) -> float:

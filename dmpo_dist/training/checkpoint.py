@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import replace_folder, write_stamp
+from dmpo_dist.modeling.backbone import find_model, replace_folder, write_stamp
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.training.engine import gathered_state
 from dmpo_dist.training.job import Job
@@ -59,8 +59,9 @@ def save_model(
         part.mkdir(parents=True)
         _write_weights(module.causal_lm, part, state)
         tokenizer.save_pretrained(part)
+        behind = {"stages": 1 + find_model(job.start).stamp.get("stages", 0)}
         base = {"quantization": job.config.model.quantization}
-        write_stamp(part, job.config.template, stage=job.kind, start=job.start, **base, **facts)
+        write_stamp(part, job.config.template, stage=job.kind, start=job.start, **behind, **base, **facts)
         replace_folder(part, folder)
     dist.barrier()
 

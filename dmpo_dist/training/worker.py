@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
     if stage3 and runtime.world_size > 1:
         require_partitioned(policy.module, runtime.world_size)
     batches = _batches(job, policy, data, engine, runtime.world_size, device)
-    keep_freed_memory()  # not before: the probe for a token budget sees what rows leave behind
+    keep_freed_memory()
     trainer = Trainer(
         job=job,
         runtime=runtime,
@@ -230,14 +231,29 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
     if prepared.items is not None:
         check_titles(prepared.items["title"].tolist(), tokenizer)
     encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history=job.scores_history)
-    groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
     of_epoch = None
     if job.kind == "sft" and config.sft.history_order == "shuffled":
-        reordered = ReorderedGroups(groups_from_rows(prepared.train), config.seed)
-        of_epoch = lambda index, epoch: encode(reordered(index, epoch))  # noqa: E731
+        of_epoch = _reordered(job, prepared, encode)
+        groups = [of_epoch(index, 0) for index in range(len(prepared.train))]
+    else:
+        groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
     whole = GroupTokenizer(tokenizer, template, config.model.max_length)
     validation = tokenize_rows(prepared.validation, whole)
     return _Data(groups, validation, encode.truncated, prepared.fingerprint, of_epoch)
+
+
+def _reordered(job: Job, prepared: PreparedData, encode: GroupTokenizer) -> Callable[[int, int], TokenGroup]:
+    """Token groups by index and epoch, each user's titles in a new order; a stage that goes on from another draws its own."""
+    stages = find_model(job.start).stamp.get("stages", 0)
+    reordered = ReorderedGroups(groups_from_rows(prepared.train), (job.config.seed, stages))
+    for group in reordered.not_yet_asked_for:
+        encode(group)  # raises now, rather than in an epoch to come, where a title is too long
+
+    @lru_cache(maxsize=2 * job.stage.global_batch_size)  # a step asks once for the cost, once for the ids
+    def token_group(index: int, epoch: int) -> TokenGroup:
+        return encode(reordered(index, epoch))
+
+    return token_group
 
 
 def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int, device: torch.device) -> Batches:
@@ -249,4 +265,6 @@ def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int
         groups = [with_negatives(group, negatives, 0) for group in data.groups]
         in_module = job.needs_reference and policy.reference_mode != "model_copy"
         budget = Probe(engine, groups, shared, in_module, device).largest_budget()
+        if data.of_epoch:
+            budget = max(budget, job.config.model.max_length)  # what a group of another epoch may take
     return Batches(data.groups, schedule, negatives, world_size, budget, shared, data.of_epoch)

@@ -24,6 +24,7 @@ from dmpo_dist.batching.layout import PrefixLayout
 from dmpo_dist.batching.synthetic import random_groups
 from dmpo_dist.bench.contestants import BENCH_MODEL, LORA_RANK, LayoutContestant, ModelSpec
 from dmpo_dist.bench.timing import measure_peak
+from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.modeling import attention
 from dmpo_dist.modeling.flash import CudaFlash, Gradients, varlen_backward, varlen_forward
 from dmpo_dist.planning.flops import shape_of, shared_work, step_flops
@@ -75,8 +76,8 @@ class Stack:
 class StackedBranches(CudaFlash):
     """``CudaFlash`` whose branches meet themselves in small products instead of flash attention's tiles."""
 
-    made: ClassVar[dict[int, tuple[PrefixLayout, Stack]]] = {}
-    """Of the layout in use, by its id: all layers and passes share it."""
+    made: ClassVar[tuple[PrefixLayout, Stack] | None] = None
+    """Of the layout in use: all layers and passes share it."""
 
     def own(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = varlen_forward(q, k, v, *self._prompts, True, self.scale)  # the branches' rows are left open
@@ -98,7 +99,7 @@ class StackedBranches(CudaFlash):
             lse_ = self._stack.gather(lse[..., None], kv_heads)
             padding = self._stack.padding.repeat(kv_heads, heads // kv_heads)[..., None]
             p = (self._scores(q_, k_) - lse_.masked_fill(padding, torch.inf)).exp()
-            delta = (d_out_ * out_).sum(-1, keepdim=True, dtype=lse.dtype)
+            delta = (d_out_.to(lse.dtype) * out_).sum(-1, keepdim=True)
             ds = (p * (_wide_product(d_out_, v_.transpose(1, 2)) - delta) * self.scale).to(q.dtype)
             parts = (ds @ k_, ds.transpose(1, 2) @ q_, p.to(v.dtype).transpose(1, 2) @ d_out_)
             for total, part in zip(totals, parts, strict=True):
@@ -113,11 +114,10 @@ class StackedBranches(CudaFlash):
 
     @property
     def _stack(self) -> Stack:
-        key = id(self.layout)
-        if key not in self.made:
-            self.made.clear()
-            self.made[key] = self.layout, Stack(self.layout)  # which keeps the layout, so that no other gets its id
-        return self.made[key][1]
+        made = StackedBranches.made
+        if made is None or made[0] is not self.layout:
+            StackedBranches.made = made = self.layout, Stack(self.layout)
+        return made[1]
 
     @property
     def _prompts(self) -> tuple[Tensor, Tensor, int, int]:
@@ -131,38 +131,60 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def measure(spec: ModelSpec, sizes: list[int], peak: float) -> Iterator[dict[str, Any]]:
-    """Milliseconds a group and MFU by groups in a row and way of the branches; a row that does not fit ends the list."""
+    """First how far the two ways of the branches lie apart; then for each number of groups in a row the milliseconds a group,
+    MFU and peak of each, None where the row does not fit."""
     ours = LayoutContestant(spec, True, PROMPT + RESPONSE)
     groups = random_groups(max(sizes), PROMPT, RESPONSE, NEGATIVES, spec.config["vocab_size"])
-    flops = step_flops(shape_of(spec.transformers_config, LORA_RANK), shared_work(PROMPT, RESPONSE, NEGATIVES))
     ways: dict[str, Callable[[Tensor], Any]] = {"flash": attention.flash_for, "stacked": attention.flash_for}
     if spec.device == "cuda":
         ways["stacked"] = lambda query: StackedBranches
-    log_probs = {}
-    for name, way in ways.items():
-        attention.flash_for = way
-        log_probs[name] = ours.log_probs(groups[0])
+    yield _difference(ours, groups[:2], ways)
+    flops = step_flops(shape_of(spec.transformers_config, LORA_RANK), shared_work(PROMPT, RESPONSE, NEGATIVES))
     for size in sizes:
-        contestant = ours.with_rows(size, size)
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(1 + TIMED_STEPS):
-            for name, way in ways.items():
-                attention.flash_for = way
-                try:
-                    start = _now(spec.device)
-                    contestant.step(groups[:size])
-                    seconds[name] += [_now(spec.device) - start] * (turn > 0)  # the first one allocates and compiles
-                except torch.OutOfMemoryError:
-                    return
-        yield {
-            "groups": size,
-            "difference": (log_probs["flash"] - log_probs["stacked"]).abs().max().item(),
-            **{
-                name: {"ms_per_group": 1000 * median(s) / size, "mfu": flops * size / median(s) / peak}
-                for name, s in seconds.items()
-            },
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if spec.device == "cuda" else None,
-        }
+        result: dict[str, Any] = {"groups": size}
+        for name, way in ways.items():
+            attention.flash_for = way
+            contestant = ours.with_rows(size, size)
+            try:
+                seconds, gib = _timed(contestant, groups[:size], spec.device)
+            except torch.OutOfMemoryError:
+                result[name] = None
+                continue
+            result[name] = {
+                "ms_per_group": 1000 * seconds / size,
+                "mfu": flops * size / seconds / peak,
+                "peak_gib": gib,
+            }
+        yield result
+
+
+def _difference(
+    ours: LayoutContestant, groups: list[TokenGroup], ways: dict[str, Callable[[Tensor], Any]]
+) -> dict[str, Any]:
+    """Nats between the log-probs, and the relative error of the adapters' gradients of one against the other."""
+    log_probs, gradients = [], []
+    for way in ways.values():
+        attention.flash_for = way
+        log_probs.append(ours.log_probs(groups[0]))
+        ours._loss(groups).backward()
+        trained = [p.grad for p in ours._model.parameters() if p.grad is not None]
+        gradients.append(torch.cat([gradient.flatten().float() for gradient in trained]))
+        ours._optimizer.zero_grad()
+    error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    return {"nats": (log_probs[0] - log_probs[1]).abs().max().item(), "gradient_error": error.item()}
+
+
+def _timed(contestant: LayoutContestant, groups: list[TokenGroup], device: str) -> tuple[float, float | None]:
+    """Median seconds of a step after one that allocates and compiles, and the peak in GiB."""
+    contestant.step(groups)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(TIMED_STEPS):
+        start = _now(device)
+        contestant.step(groups)
+        seconds.append(_now(device) - start)
+    return median(seconds), torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
 
 
 def _now(device: str) -> float:

@@ -112,6 +112,14 @@ def job(world: Path, name: str, deepspeed: str, start: str = "model", lora: bool
     return {"kind": "train", "start": str(world / start), "output": str(world / "runs" / name), "config": config}
 
 
+def sft_job(world: Path, name: str, deepspeed: str, **sft) -> dict:
+    entry = job(world, name, deepspeed)
+    config = entry["config"]
+    config["sft"] = {key: value for key, value in config["train"].items() if key != "negatives"} | sft
+    RunConfig.model_validate(config)
+    return entry | {"kind": "sft"}
+
+
 def run_ranks(world: Path, jobs: list[dict], ranks: int) -> None:
     """Run ``jobs`` one after the other in ``ranks`` processes."""
     file = world / f"jobs{ranks}.json"
@@ -144,6 +152,8 @@ def results(world):
         job(world, "one-adapter", "zero0", start="adapter"),
         job(world, "one-nf4", "zero0", model=QLORA),
         job(world, "one-likelihood", "zero0", **LIKELIHOOD),
+        sft_job(world, "one-given", "zero0", loss_on="all_titles"),
+        sft_job(world, "one-shuffled", "zero0", loss_on="all_titles", history_order="shuffled"),
     ]
     two = [job(world, f"two-{i}-{name}", name, **more) for i, (name, more) in enumerate(FULL + OTHER)]
     two += [job(world, f"two-gradient-{stage}", str(world / f"{SGD}{stage}.json")) for stage in (0, 2, 3)]
@@ -162,6 +172,7 @@ def results(world):
             **LIKELIHOOD,
         )
     ]
+    two += [sft_job(world, "two-shuffled", "zero2", loss_on="all_titles", history_order="shuffled", token_budget=130)]
     run_ranks(world, one, 1)
     run_ranks(world, two, 2)
     return {Path(entry["output"]).name: weights(Path(entry["output"]) / "model") for entry in one + two}
@@ -272,6 +283,12 @@ def test_the_likelihood_of_all_titles(results):
     """From the shared prompt at one rank as from separate rows at two; and it is not without effect."""
     assert largest_difference(results["one-likelihood"], results["two-likelihood"]) < 1e-5
     assert largest_difference(results["one-likelihood"], results["one"]) > 1e-3
+
+
+def test_histories_in_a_new_order(results):
+    """Every rank draws the same orders; and they are not those of the log."""
+    assert largest_difference(results["one-shuffled"], results["two-shuffled"]) < 1e-5
+    assert largest_difference(results["one-shuffled"], results["one-given"]) > 1e-3
 
 
 def test_records(world, results):
