@@ -1,11 +1,15 @@
 """Checkpoints in a folder that ranks share."""
 
+import threading
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dmpo_dist.training.runtime import ProcessRuntime
+from dmpo_dist.errors import UserError
+from dmpo_dist.training import runtime as runtimes
+from dmpo_dist.training.runtime import ProcessRuntime, await_folder
 
 
 def rank_of_two(rank: int, folder: str) -> None:
@@ -23,3 +27,12 @@ def test_all_ranks_go_on_from_the_checkpoint_that_rank_zero_finds(tmp_path):
     mp.spawn(rank_of_two, args=(str(tmp_path),), nprocs=2)
     latest = str(tmp_path / "seen-by-0" / "step-00000020")
     assert [(tmp_path / f"found-{rank}").read_text() for rank in (0, 1)] == [latest, latest]
+
+
+def test_a_checkpoint_that_a_host_sees_late_is_waited_for(tmp_path, monkeypatch):
+    late = tmp_path / "step-00000020"
+    threading.Timer(0.5, late.mkdir).start()
+    assert await_folder(late) == late
+    monkeypatch.setattr(runtimes, "SEEN_SECONDS", 0.3)
+    with pytest.raises(UserError, match="does not see it"):
+        await_folder(tmp_path / "never")

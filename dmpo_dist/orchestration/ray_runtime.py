@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from dmpo_dist.training.job import Job
-from dmpo_dist.training.runtime import from_rank_zero
+from dmpo_dist.training.runtime import await_folder, from_rank_zero
 
 RUN_NAME = "checkpoints"
 """Ray Train's name of the run, which is the folder of its checkpoints below the storage path."""
@@ -79,7 +79,7 @@ class RayRuntime:
             keep = ray.train.CheckpointUploadMode.NO_UPLOAD  # for Ray to know it, and to delete it in its time
             ray.train.report({"step": self._step(latest)}, checkpoint=checkpoint, checkpoint_upload_mode=keep)
         with checkpoint.as_directory() as folder:
-            yield Path(folder)
+            yield await_folder(Path(folder))
 
     def _wait_for_log(self) -> None:
         """Until the driver has written all records so far: a resumed run goes on after them and would leave a gap."""

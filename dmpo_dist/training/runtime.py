@@ -2,12 +2,19 @@
 
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
+
+from dmpo_dist.errors import UserError
+
+SEEN_SECONDS = 60.0
+"""How long NFS may hide a new folder: its clients remember what they did not find for as long."""
 
 T = TypeVar("T")
 
@@ -67,7 +74,8 @@ class ProcessRuntime:
     @contextmanager
     def restore(self) -> Iterator[Path | None]:
         complete = self._complete()
-        yield from_rank_zero(complete[-1] if complete else None)
+        latest = from_rank_zero(complete[-1] if complete else None)
+        yield None if latest is None else await_folder(latest)
 
     def _complete(self) -> list[Path]:
         return sorted(p for p in self._folder.glob("step-*") if p.suffix != ".part")
@@ -78,3 +86,20 @@ def from_rank_zero(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def await_folder(folder: Path) -> Path:
+    """``folder``, which another host has made, once this one sees it.
+
+    Raises:
+        UserError: it does not, for ``SEEN_SECONDS``.
+    """
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not folder.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder}: rank 0 goes on from this checkpoint, and {socket.gethostname()} does not see it; choose an output_dir "
+                "or cluster.storage_path on storage that all nodes share"
+            )
+        time.sleep(0.2)
+    return folder
