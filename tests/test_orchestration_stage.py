@@ -8,9 +8,10 @@ import pytest
 from pyarrow.fs import LocalFileSystem
 from rich.console import Console
 
-from dmpo_dist.config import RunConfig
+from dmpo_dist.config import RunConfig, SFTConfig
+from dmpo_dist.errors import UserError
 from dmpo_dist.orchestration import ray_runtime
-from dmpo_dist.orchestration.stage import _StageLogs, open_run_folder, run_id_of
+from dmpo_dist.orchestration.stage import _StageLogs, open_run_folder, require_reorderable, run_id_of
 from dmpo_dist.training.job import Job
 
 
@@ -42,6 +43,26 @@ def test_a_new_run_in_an_old_folder_has_another_id(tmp_path):
         for file in (tmp_path / "run").iterdir():
             file.unlink()
     assert ids[0] != ids[1]
+
+
+def test_a_run_is_resumed_with_its_own_settings_and_a_key_newer_than_it_at_its_default(tmp_path):
+    config = RunConfig(output_dir=tmp_path / "run")
+    open_run_folder(config, resume=False)
+    saved = tmp_path / "run" / "config.yaml"
+    assert "  history_order: given\n" in saved.read_text()
+    saved.write_text(saved.read_text().replace("  history_order: given\n", ""))
+    open_run_folder(config, resume=True)
+    other = config.model_copy(update={"seed": 1, "sft": SFTConfig(history_order="shuffled")})
+    with pytest.raises(UserError, match=r"differs from .* in seed, sft\.history_order; resume with the same settings"):
+        open_run_folder(other, resume=True)
+
+
+def test_new_orders_of_histories_are_refused_before_a_run_folder_is_made():
+    data = SimpleNamespace(train={"prompt": [None]})
+    config = RunConfig(sft=SFTConfig(history_order="shuffled", token_budget=256))
+    with pytest.raises(UserError, match=r"sft\.token_budget=256, .* model\.max_length=512 tokens; raise"):
+        require_reorderable(config, data)
+    require_reorderable(config.model_copy(update={"sft": SFTConfig(history_order="shuffled")}), data)
 
 
 class _RayTrain:
