@@ -12,7 +12,7 @@ from dmpo_dist.cli import main
 from dmpo_dist.config import DataConfig, Simulator, Source
 from dmpo_dist.data.leaks import canonical, check_leaks, leaks
 from dmpo_dist.data.prepare import prepare
-from dmpo_dist.data.released import load_released
+from dmpo_dist.data.sources.released import load_released
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError

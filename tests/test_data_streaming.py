@@ -11,7 +11,7 @@ import pytest
 from dmpo_dist.config import DataConfig, Simulator, Source
 from dmpo_dist.data import streaming
 from dmpo_dist.data.prepare import prepare
-from dmpo_dist.data.simulator import simulate
+from dmpo_dist.data.sources.simulator import simulate
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
 

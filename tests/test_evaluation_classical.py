@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from dmpo_dist.config import DataConfig
-from dmpo_dist.config_ranking import EvaluationConfig
+from dmpo_dist.config.evaluation import EvaluationConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.classical import RUNNER, classical_scores, with_unknown

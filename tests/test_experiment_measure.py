@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dmpo_dist.cluster import train as ray_train
 from dmpo_dist.config import DataConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
@@ -20,7 +21,6 @@ from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.run import _measure, run_experiment
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import progress
-from dmpo_dist.orchestration import ray_train
 
 CONSOLE = Console(file=io.StringIO())
 

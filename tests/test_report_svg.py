@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from report_world import study
 
-from dmpo_dist.orchestration.runs import Run
+from dmpo_dist.records.read import Run
 from dmpo_dist.report.curves import MOST_POINTS, run_figures
 from dmpo_dist.report.records import read_study
 from dmpo_dist.report.study import cells_table, shots_figures, sweep_figures, transfer_table

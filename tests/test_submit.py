@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from dmpo_dist.cli import main
+from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import load_config
-from dmpo_dist.orchestration.stage import open_run_folder
 from dmpo_dist.submit import kubernetes, slurm
 from dmpo_dist.submit.job import Job
 from dmpo_dist.submit.ready import lacking, node_problems

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dmpo_dist.config import ModelConfig, ScratchModel, Simulator, TemplateConfig
 from dmpo_dist.data.schema import PreferenceGroup
-from dmpo_dist.data.simulator import simulate
+from dmpo_dist.data.sources.simulator import simulate
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
 from dmpo_dist.errors import UserError

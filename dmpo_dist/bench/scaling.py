@@ -20,13 +20,13 @@ from rich.console import Console
 from dmpo_dist.batching.layout import group_cost
 from dmpo_dist.batching.plan import Step
 from dmpo_dist.bench.step import profiled_collectives, watched_phases
+from dmpo_dist.cluster.train import ray_session, train_with_ray
+from dmpo_dist.commands.train import open_run_folder, preflight
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.modeling.memory import peak_bytes, reset_peak
-from dmpo_dist.orchestration.environment import git_commit
-from dmpo_dist.orchestration.ray_train import ray_session, train_with_ray
-from dmpo_dist.orchestration.stage import open_run_folder, preflight
 from dmpo_dist.planning.flops import Shape, Work, shape_of, step_flops
+from dmpo_dist.records.environment import git_commit
 from dmpo_dist.training.busy import Stopwatch
 from dmpo_dist.training.engine import whole_shape
 from dmpo_dist.training.groups import ahead

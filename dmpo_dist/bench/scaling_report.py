@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dmpo_dist.training.curves import BLUE, GREEN, GREY, ORANGE, PURPLE
+from dmpo_dist.figures.curves import BLUE, GREEN, GREY, ORANGE, PURPLE
 
 SETTING = ["zero", "offload", "token_budget"]
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)

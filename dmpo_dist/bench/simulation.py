@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from dmpo_dist.bench.scaling import CELLS
 from dmpo_dist.bench.scaling_report import COLOURS
 from dmpo_dist.errors import UserError
+from dmpo_dist.figures.curves import GREY
 from dmpo_dist.planning.flops import shape_of, shared_work, step_flops
 from dmpo_dist.planning.simulate import (
     Calibration,
@@ -27,7 +28,6 @@ from dmpo_dist.planning.simulate import (
     simulate,
     young_interval,
 )
-from dmpo_dist.training.curves import GREY
 
 COUNTS = tuple(2**power for power in range(13))
 CONSTANTS = {

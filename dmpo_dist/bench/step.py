@@ -23,8 +23,8 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from dmpo_dist.commands.train import as_rank
 from dmpo_dist.config import RunConfig
-from dmpo_dist.orchestration.stage import as_rank
 from dmpo_dist.training.groups import ahead
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer

@@ -42,8 +42,8 @@ def bench_speed(
         dmpo bench speed --prompt 512 --negatives 7 --model-config Llama-3-8B/config.json --device cuda --compile
     """
     from dmpo_dist.bench import report, settings, speed
-    from dmpo_dist.orchestration.environment import describe_environment
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.records.environment import describe_environment
+    from dmpo_dist.records.log import make_console
 
     asked = settings.make_settings(
         prompt or [], negatives or [], vocab or [], response, model_config, device, threads, rounds,
@@ -73,8 +73,8 @@ def bench_gate(
         dmpo bench gate --baseline tests/benchmarks/speed_cpu.json
     """
     from dmpo_dist.bench import gate, report, settings, speed
-    from dmpo_dist.orchestration.environment import describe_environment
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.records.environment import describe_environment
+    from dmpo_dist.records.log import make_console
 
     before = gate.read_baseline(baseline)
     asked = settings.settings_of(before, rounds, not without_trl)
@@ -111,7 +111,7 @@ def bench_step(
     """
     settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.bench.step import run_bench_step
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.records.log import make_console
 
     run_bench_step(settings, steps, rounds, make_console())
 
@@ -137,7 +137,7 @@ def bench_catalogue(
     from dmpo_dist.bench.catalogue import bench_catalogue as run
     from dmpo_dist.bench.catalogue import show
     from dmpo_dist.data.requests import read_catalogue
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.records.log import make_console
 
     names = list(read_catalogue(catalogue).titles) if catalogue else None
     show(run(model, names, titles, prompt, token_budget, threads, rounds), make_console())
@@ -170,7 +170,7 @@ def bench_scaling(
     settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.bench.scaling import Sweep, run_scaling
     from dmpo_dist.bench.scaling_report import report_scaling
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.records.log import make_console
 
     sweep = Sweep(
         sorted(set(workers or [1, 2])), sorted(set(zero or range(4))), [False, True] if offload else [False],
@@ -214,10 +214,10 @@ def bench_simulate(
     """
     from dmpo_dist.bench import simulation
     from dmpo_dist.bench.settings import check_outputs
-    from dmpo_dist.orchestration.runlog import make_console
     from dmpo_dist.planning.flops import DENSE_BF16_PEAKS, known_peak
     from dmpo_dist.planning.network import Link, Network
     from dmpo_dist.planning.simulate import Machine
+    from dmpo_dist.records.log import make_console
 
     peak = known_peak(gpu)
     if cells is None and model_config is None:

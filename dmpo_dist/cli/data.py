@@ -65,7 +65,7 @@ def data_download(
 
         dmpo data download amazon-2023 datasets/games --category Video_Games --accept-terms
     """
-    from dmpo_dist.data.download import download, find_download
+    from dmpo_dist.data.sources.download import download, find_download
 
     download(find_download(name, category, mirror), folder, accept_terms, echo=print_now)
 
@@ -87,7 +87,7 @@ def data_hard_negatives(
         dmpo data hard-negatives runs/ml/sft/model runs/ml/hard -c movielens data.path=runs/ml/data
     """
     settings = read_settings(config, overrides, dry_run)
-    from dmpo_dist.orchestration.hard_negatives import mine_hard_negatives
+    from dmpo_dist.commands.hard_negatives import mine_hard_negatives
 
     mine_hard_negatives(model, settings, output, keep, skip, echo=print_now)
     print(f"written to {output}")

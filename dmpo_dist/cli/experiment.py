@@ -33,7 +33,7 @@ def experiment(
     """
     from dmpo_dist.experiment.grid import read_grid
     from dmpo_dist.experiment.run import run_experiment, show_plan
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.records.log import make_console
 
     settings = read_grid(grid, overrides or [])
     if dry_run:

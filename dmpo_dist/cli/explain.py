@@ -43,9 +43,9 @@ def explain(
         dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --users 20 --faithfulness --output runs/ml/explained
     """
     settings = read_settings(config, overrides, dry_run)
-    from dmpo_dist.orchestration.explain import Order
-    from dmpo_dist.orchestration.explain import explain as run
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.commands.explain import Order
+    from dmpo_dist.commands.explain import explain as run
+    from dmpo_dist.records.log import make_console
 
     order = Order(
         model=model, user=user, item=item, users=users, requests=requests, catalogue=catalogue, reference=reference,

@@ -1,4 +1,4 @@
-"""The command line: one thin function per verb in the modules beside; the work is done below, in orchestration and data."""
+"""The command line: one thin function per verb in the modules beside; the work is done in commands and data."""
 
 import contextlib
 import errno

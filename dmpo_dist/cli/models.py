@@ -35,7 +35,7 @@ def export(
 
         dmpo export runs/dmpo/model exported-adapter
     """
-    from dmpo_dist.export import export as run
+    from dmpo_dist.commands.export import export as run
 
     run(model, output, merge, dtype, shard_size, data, evaluation)
 
@@ -62,8 +62,8 @@ def rank(
         dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data --output ranked.parquet ranking.popularity_weight=0.2
     """
     settings = read_settings(config, overrides, dry_run)
-    from dmpo_dist.orchestration.rank import rank as run
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.commands.rank import rank as run
+    from dmpo_dist.records.log import make_console
 
     run(model, requests, catalogue, top, output, settings, make_console())
 
@@ -96,8 +96,8 @@ def plan(
         dmpo plan --verify
     """
     settings = read_settings(config, overrides, dry_run)
-    from dmpo_dist.orchestration.runlog import make_console
     from dmpo_dist.planning import command
+    from dmpo_dist.records.log import make_console
 
     if verify:
         if not command.run_verify(make_console()):
@@ -119,7 +119,7 @@ def architectures(
 
         dmpo architectures --output docs/ARCHITECTURES.md
     """
-    from dmpo_dist.architectures import show_architectures
+    from dmpo_dist.commands.architectures import show_architectures
 
     if not show_architectures(output):
         raise typer.Exit(1)

@@ -21,9 +21,9 @@ def runs_list(root: Annotated[Path, typer.Argument(help="Folder that holds runs.
 
         dmpo runs list runs/ml
     """
-    from dmpo_dist.orchestration.compare import show_runs
-    from dmpo_dist.orchestration.runlog import make_console
-    from dmpo_dist.orchestration.runs import find_runs
+    from dmpo_dist.records.compare import show_runs
+    from dmpo_dist.records.log import make_console
+    from dmpo_dist.records.read import find_runs
 
     show_runs(find_runs(root), root, make_console())
 
@@ -41,9 +41,9 @@ def runs_compare(
 
         dmpo runs compare runs/ml/sft runs/ml/dmpo
     """
-    from dmpo_dist.orchestration.compare import find_evaluations, run_names, show_comparison
-    from dmpo_dist.orchestration.runlog import make_console
-    from dmpo_dist.orchestration.runs import read_run
+    from dmpo_dist.records.compare import find_evaluations, run_names, show_comparison
+    from dmpo_dist.records.log import make_console
+    from dmpo_dist.records.read import read_run
 
     found, root = [read_run(folder) for folder in _several(runs)], _common(runs)
     show_comparison(found, run_names(found, root), find_evaluations(evaluations or root), make_console())
@@ -62,8 +62,8 @@ def runs_plot(
         dmpo runs plot runs/ml/dmpo runs/ml/sdpo --output runs/ml/compare.png
     """
     from dmpo_dist.bench.settings import check_outputs
-    from dmpo_dist.orchestration.compare import plot_runs, run_names
-    from dmpo_dist.orchestration.runs import read_run
+    from dmpo_dist.records.compare import plot_runs, run_names
+    from dmpo_dist.records.read import read_run
 
     found = [read_run(folder) for folder in _several(runs)]
     check_outputs(output)

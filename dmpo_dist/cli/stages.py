@@ -78,10 +78,10 @@ def evaluate(
     settings = read_settings(config, overrides, dry_run)
     models = _models(model or [])
     require_prepared(settings.data.path)
-    from dmpo_dist.orchestration.evaluate import evaluate as run
-    from dmpo_dist.orchestration.evaluate import preflight
-    from dmpo_dist.orchestration.runlog import make_console
-    from dmpo_dist.orchestration.stage import open_run_folder
+    from dmpo_dist.commands.evaluate import evaluate as run
+    from dmpo_dist.commands.evaluate import preflight
+    from dmpo_dist.commands.train import open_run_folder
+    from dmpo_dist.records.log import make_console
 
     console = make_console()
     preflight(models, settings, console, against or [])  # before there is a folder
@@ -102,8 +102,8 @@ def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
     settings = read_settings([Path("quickstart")], overrides, dry_run)
     if not any(o.startswith("output_dir=") for o in overrides or []):
         settings = settings.model_copy(update={"output_dir": free_folder(settings.output_dir)})
-    from dmpo_dist.orchestration.quickstart import quickstart as run
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.commands.quickstart import quickstart as run
+    from dmpo_dist.records.log import make_console
 
     run(settings, make_console())
 
@@ -127,9 +127,9 @@ def doctor(
         dmpo doctor --cluster cluster.address=10.0.0.1:6379 cluster.workers=8 data.path=/shared/data output_dir=/shared/runs
     """
     settings = read_settings(config, overrides, dry_run=False)
-    from dmpo_dist.orchestration.doctor import examine
-    from dmpo_dist.orchestration.doctor_cluster import examine_cluster
-    from dmpo_dist.orchestration.runlog import make_console
+    from dmpo_dist.doctor.cluster import examine_cluster
+    from dmpo_dist.doctor.machine import examine
+    from dmpo_dist.records.log import make_console
 
     look = examine_cluster if cluster else examine
     if not look(settings, make_console()):
@@ -138,8 +138,8 @@ def doctor(
 
 def _stage(kind: str, settings: RunConfig, resume: bool) -> None:
     require_prepared(settings.data.path)
-    from dmpo_dist.orchestration.runlog import make_console
-    from dmpo_dist.orchestration.stage import run_stage
+    from dmpo_dist.commands.train import run_stage
+    from dmpo_dist.records.log import make_console
 
     try:
         run_stage("sft" if kind == "sft" else "train", settings, make_console(), resume)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from dmpo_dist.config_data import DataConfig
+from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import data_card
 from dmpo_dist.data.groups import Rows
 from dmpo_dist.data.leaks import Finding, check_leaks, finding_lines, findings_to_json, leak_message, leaks

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmpo_dist.config_data import DataConfig
+from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import moment
 from dmpo_dist.data.negatives import NegativeSampler
 from dmpo_dist.data.schema import Interactions
-from dmpo_dist.data.simulator import LIKE
+from dmpo_dist.data.sources.simulator import LIKE
 from dmpo_dist.data.splits import SPLITS, Requests, find_requests, k_core, time_cuts
 from dmpo_dist.errors import UserError
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pandas as pd
 
-from dmpo_dist.config_data import DataConfig, Source
+from dmpo_dist.config.data import DataConfig, Source
 from dmpo_dist.data.card import summary
 from dmpo_dist.data.folder import checked_for_leaks, make_card, require_free, write_folder
 from dmpo_dist.data.groups import core, groups_of_log
-from dmpo_dist.data.preferences import Preferences, load_preferences
-from dmpo_dist.data.released import load_released, load_sdpo
-from dmpo_dist.data.sources import READY_ROWS, load_interactions
+from dmpo_dist.data.sources.preferences import Preferences, load_preferences
+from dmpo_dist.data.sources.read import READY_ROWS, load_interactions
+from dmpo_dist.data.sources.released import load_released, load_sdpo
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.store import PreparedData
 

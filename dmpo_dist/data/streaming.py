@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from dmpo_dist.config_data import DataConfig
+from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.assemble import LOG_COLUMNS, MILLISECONDS, items_of_events, unique_titles
 from dmpo_dist.data.card import summary
 from dmpo_dist.data.folder import (
@@ -32,7 +32,7 @@ from dmpo_dist.data.folder import (
 )
 from dmpo_dist.data.groups import facts_of, log_rows, requests_of, require_groups, with_enough_candidates
 from dmpo_dist.data.negatives import NegativeSampler, World
-from dmpo_dist.data.sources import existing
+from dmpo_dist.data.sources.read import existing
 from dmpo_dist.data.splits import SPLITS, time_cuts
 from dmpo_dist.data.store import ROW_FEATURES
 from dmpo_dist.data.tables import read_table

@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from dmpo_dist.config_ranking import EvaluationConfig
+from dmpo_dist.config.evaluation import EvaluationConfig
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError

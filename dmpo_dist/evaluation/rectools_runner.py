@@ -3,7 +3,7 @@
 This file imports nothing of ours, and ours imports nothing of RecTools: RecTools needs an older numpy. ``FOLDER`` holds
 
 - ``job.json``: ``seed``, ``threads``, and ``models``: ease -> ``regularization`` (a list to choose from), sasrec and bert4rec
-  -> the fields of ``TransformerBaseline`` in ``config_ranking.py``;
+  -> the fields of ``TransformerBaseline`` in ``config/evaluation.py``;
 - ``test_log.parquet`` (user, item, timestamp, in the order of time) and ``test_requests.parquet`` (history: list of items,
   oldest first; candidates: list of items, or null for all of ``items.parquet``);
 - ``validation_log.parquet`` and ``validation_requests.parquet``, the same for earlier requests, whose first candidate is the

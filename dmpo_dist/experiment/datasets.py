@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dmpo_dist.config import RunConfig, load_config
-from dmpo_dist.config_section import dotted
+from dmpo_dist.config.section import dotted
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError

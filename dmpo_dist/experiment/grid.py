@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from dmpo_dist.config import RunConfig, load_config
-from dmpo_dist.config_section import dotted
+from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.schema import (
     ALL_SHOTS,

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
+from dmpo_dist.commands.evaluate import baseline_scores, classical_baselines, notes_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -19,7 +20,6 @@ from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.scoring import score_requests
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, model_settings, to_evaluate
-from dmpo_dist.orchestration.evaluate import baseline_scores, classical_baselines, notes_of
 
 BASELINES = "baselines"
 SCORES_FILE = "scores.parquet"

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dmpo_dist.commands.quickstart import continued_config
+from dmpo_dist.commands.train import require_reorderable
 from dmpo_dist.config import ObjectiveConfig, ReferenceConfig, RunConfig, TrainConfig
-from dmpo_dist.config_section import dotted
+from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import named_path
 from dmpo_dist.experiment.grid import Cell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, GridConfig
-from dmpo_dist.orchestration.quickstart import continued_config
-from dmpo_dist.orchestration.stage import require_reorderable
 from dmpo_dist.training.groups import require_negatives
 from dmpo_dist.training.job import Kind
 

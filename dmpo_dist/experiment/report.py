@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dmpo_dist.config_section import dotted
+from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.experiment.parts import Part
-from dmpo_dist.experiment.plots import (
+from dmpo_dist.experiment.results import curves, differences, evaluations, figures, notes, points
+from dmpo_dist.experiment.schema import GridConfig
+from dmpo_dist.experiment.stamps import progress
+from dmpo_dist.figures.study import (
     FEW_SHOT_FILE,
     K_SWEEP_FILE,
     MATRIX_FILE,
@@ -18,9 +21,6 @@ from dmpo_dist.experiment.plots import (
     draw_k_sweep,
     draw_matrix,
 )
-from dmpo_dist.experiment.results import curves, differences, evaluations, figures, notes, points
-from dmpo_dist.experiment.schema import GridConfig
-from dmpo_dist.experiment.stamps import progress
 
 SHOWN = ("hr@1", "ndcg@10", "auc")
 PICTURES = {

@@ -15,7 +15,7 @@ from dmpo_dist.evaluation.seeds import SeededValues
 from dmpo_dist.experiment.measure import BASELINES, request_metrics
 from dmpo_dist.experiment.parts import FOLDERS, Part
 from dmpo_dist.experiment.stamps import EVALUATION_FILE, baseline_settings, evaluated, evaluation_folder, progress
-from dmpo_dist.orchestration.runs import VALIDATION_METRICS, Run, read_run
+from dmpo_dist.records.read import VALIDATION_METRICS, Run, read_run
 
 LAST_SHARE = 0.2
 """Of the steps: the final loss is the mean of the log lines in this last part of the training."""

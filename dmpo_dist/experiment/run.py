@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dmpo_dist.commands.train import say
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import open_datasets
@@ -20,7 +21,6 @@ from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import failure, progress, require_unchanged, stamp, trained
 from dmpo_dist.experiment.train import in_this_process, placed, record_failure, train_parts
-from dmpo_dist.orchestration.stage import say
 
 ROLES = {"start": "SFT start", "continued": "SFT continued", "cell": "cell"}
 
@@ -103,7 +103,7 @@ def _measure(part: Part, data: Mapping[str, PreparedData], console: Console) -> 
 @contextmanager
 def _cluster(part: Part) -> Iterator[None]:
     """Ray for all parts; one that is too small is no failure of a model, and said before any work is done."""
-    from dmpo_dist.orchestration.ray_train import gpus_per_worker_of, ray_session, require_resources
+    from dmpo_dist.cluster.train import gpus_per_worker_of, ray_session, require_resources
 
     cluster = part.config.cluster
     with ray_session(cluster):

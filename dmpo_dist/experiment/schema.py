@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dmpo_dist.config import RunConfig, load_config
-from dmpo_dist.config_section import Section, dotted
+from dmpo_dist.config.section import Section, dotted
 from dmpo_dist.errors import UserError
 
 AXES = ("dataset", "shots", "seed", "k", "objective")

@@ -11,8 +11,8 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.parts import Part
-from dmpo_dist.orchestration.runs import CONFIG_FILE, METRICS_FILE, read_run
-from dmpo_dist.training.curves import read_records
+from dmpo_dist.figures.curves import read_records
+from dmpo_dist.records.read import CONFIG_FILE, METRICS_FILE, read_run
 
 SETTINGS_FILE, DONE_FILE, FAILED_FILE = "settings.json", "done.json", "failed.json"
 EVALUATION, EVALUATION_FILE = "evaluation", "evaluation.json"

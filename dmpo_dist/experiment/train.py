@@ -9,13 +9,13 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from dmpo_dist.commands.train import run_stage, run_stages, say
 from dmpo_dist.config import RunConfig
-from dmpo_dist.config_section import dotted
+from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import begin, begun, stamp_failed, trained
-from dmpo_dist.orchestration.runs import CONFIG_FILE
-from dmpo_dist.orchestration.stage import run_stage, run_stages, say
+from dmpo_dist.records.read import CONFIG_FILE
 
 
 def in_this_process() -> bool:

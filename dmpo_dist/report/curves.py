@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from dmpo_dist.orchestration.runs import Run
+from dmpo_dist.figures.curves import BLUE, GREEN, GREY, ORANGE, PURPLE, TRAIN_PANELS, VALIDATION_COLOURS, has_values
+from dmpo_dist.records.read import Run
 from dmpo_dist.report.svg import COLOURS, DASHES, Figure, Line, Panel, line_chart
 from dmpo_dist.report.words import metric_name
-from dmpo_dist.training.curves import BLUE, GREEN, GREY, ORANGE, PURPLE, TRAIN_PANELS, VALIDATION_COLOURS, has_values
 
 STYLES = {BLUE: 0, ORANGE: 1, GREEN: 2, PURPLE: 3, GREY: 4}  # the style sheet's classes, in this order
 NOISY = 50  # log lines from which a running mean is drawn over them

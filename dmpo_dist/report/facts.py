@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from dmpo_dist.config_section import dotted
+from dmpo_dist.config.section import dotted
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.evaluation.tables import left_out_line, order_line
-from dmpo_dist.orchestration.runs import Run
+from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import DataCard
 from dmpo_dist.report.records import Baseline, Evaluation
 from dmpo_dist.report.tables import Cell, Table

@@ -12,7 +12,7 @@ import yaml
 
 from dmpo_dist.data.store import few_fingerprint
 from dmpo_dist.errors import UserError
-from dmpo_dist.orchestration.runs import CONFIG_FILE, METRICS_FILE, Run, read_run
+from dmpo_dist.records.read import CONFIG_FILE, METRICS_FILE, Run, read_run
 from dmpo_dist.report.records import (
     CARD_FILE,
     EVALUATION_FILE,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.orchestration.runs import Run
+from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import Material
 from dmpo_dist.report.intervals import BASELINES
 from dmpo_dist.report.records import Comparison, Evaluation, Explanations

@@ -9,7 +9,7 @@ import yaml
 
 from dmpo_dist.evaluation.seeds import split_name
 from dmpo_dist.explanation.words import by_word
-from dmpo_dist.orchestration.compare import evaluation_of, paired_lines
+from dmpo_dist.records.compare import evaluation_of, paired_lines
 from dmpo_dist.report import curves, explained, facts, intervals, study, tables
 from dmpo_dist.report.gather import DataCard, Material
 from dmpo_dist.report.headline import describe_run, headline

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import dmpo_dist
 from dmpo_dist.config import RunConfig, dump_config
-from dmpo_dist.config_submit import SubmitConfig
+from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
 
 Target = Literal["slurm", "ray", "kubernetes"]
@@ -50,7 +50,7 @@ class Job:
 
     @property
     def gpus_per_worker(self) -> float:
-        """As ``orchestration.ray_train`` decides on the cluster: one where there are GPUs, unless configured."""
+        """As ``cluster.train`` decides on the cluster: one where there are GPUs, unless configured."""
         given = self.config.cluster.gpus_per_worker
         return given if given is not None else float(self.submit.gpus_per_node > 0)
 

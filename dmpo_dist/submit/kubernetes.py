@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dmpo_dist.config_submit import KubernetesConfig
+from dmpo_dist.config.submit import KubernetesConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit.commands import ask, attempt, failure, hand_over, interruptible
 from dmpo_dist.submit.job import CONFIG_FILE, Job, Record, render

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dmpo_dist.config_submit import RayJobsConfig
+from dmpo_dist.config.submit import RayJobsConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit.commands import Unanswered, interruptible
 from dmpo_dist.submit.job import CONFIG_FILE, Job, Record, render

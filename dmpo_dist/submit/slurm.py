@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dmpo_dist.config_submit import SubmitConfig
+from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit.commands import ask, attempt, hand_over
 from dmpo_dist.submit.job import CONFIG_FILE, Job, Record, render

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dmpo_dist.cli import main
+from dmpo_dist.cluster import train as ray_train
 from dmpo_dist.config import DataConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
-from dmpo_dist.orchestration import ray_train
 
 pytestmark = pytest.mark.integration
 

@@ -11,7 +11,7 @@ import torch
 from cluster_hosts import Host, Network, environment, python, token_environment, wait_for, why_no_hosts
 from safetensors.torch import load_file
 
-from dmpo_dist.orchestration.ray_runtime import COMPLETE_FILE
+from dmpo_dist.cluster.runtime import COMPLETE_FILE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.integration]
 

@@ -65,7 +65,7 @@ def test_prometheus_reads_the_latest_figures_from_the_ray_node(tmp_path, monkeyp
     pytest.importorskip("prometheus_client", reason="the endpoint needs ray[default]: pip install -e .[submit]")
     import ray
 
-    from dmpo_dist.orchestration.gauges import RayGauges
+    from dmpo_dist.cluster.gauges import RayGauges
 
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "180")  # the agents of ray[default] are slow to import
     job = Job("train", RunConfig(), "scratch", tmp_path / "a-run")

@@ -15,7 +15,7 @@ import pytest
 from dmpo_dist.cli import main
 from dmpo_dist.config import RunConfig, ScratchModel, Simulator
 from dmpo_dist.data.requests import read_catalogue, read_requests
-from dmpo_dist.data.simulator import simulate
+from dmpo_dist.data.sources.simulator import simulate
 from dmpo_dist.evaluation.ranking import Ranker
 from dmpo_dist.modeling.backbone import make_scratch_model
 

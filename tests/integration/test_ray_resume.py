@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmpo_dist.orchestration.ray_runtime import COMPLETE_FILE
+from dmpo_dist.cluster.runtime import COMPLETE_FILE
 
 pytestmark = pytest.mark.integration
 

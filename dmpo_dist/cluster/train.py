@@ -1,0 +1,272 @@
+"""Ray: starting or joining a cluster, and a stage's ranks as a Ray Train TorchTrainer."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dmpo_dist.cluster.address import explain_refusal, require_answer
+from dmpo_dist.cluster.resources import ClusterWatch, shortage
+from dmpo_dist.cluster.runtime import RUN_NAME, RayRuntime, remove_damaged_list
+from dmpo_dist.config import ClusterConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.memory import ONE_ARENA
+from dmpo_dist.training.job import Job
+from dmpo_dist.training.runtime import Runtime
+
+Body = Callable[[Job, Runtime], None]
+
+POLL_SECONDS = 0.3
+
+
+@contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """A Ray cluster for the stages within: the one already joined, the one at the address, or a local one.
+
+    Raises:
+        UserError: the address cannot be reached.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Raylet is terminated")  # a lost node's log: pages, and no news
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            require_answer(address)
+            ray.init(address=address, **options)
+        else:
+            needed = int(cluster.workers * cluster.cpus_per_worker + 0.999)
+            ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(explain_refusal(str(address), error)) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], None], body: Body | None = None) -> None:
+    """Train ``jobs`` one after another on the same ``cluster.workers`` Ray workers; call within ``ray_session``.
+
+    A worker that dies is replaced up to ``cluster.max_failures`` times, and training goes on from the latest
+    checkpoint of the job it was at. ``sink`` receives a job's index and rank 0's records of it, in order.
+
+    Args:
+        jobs: at least one; a later one may start from the model of an earlier one. The first one's configuration says
+            how many workers there are. Unless ``cluster.storage_path`` says otherwise, checkpoints go to the folder that
+            holds all outputs.
+        sink: called from a thread.
+        body: what each rank does with a job instead of ``training.worker.run``.
+
+    Raises:
+        UserError: raised by a worker, or the cluster lacks the resources, or workers kept failing.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from dmpo_dist.cluster.network import NodeNetworkConfig
+
+    cluster = jobs[0].config.cluster
+    storage = str(cluster.storage_path or os.path.commonpath([job.output for job in jobs]))
+    gpus = gpus_per_worker_of(cluster)
+    require_resources(cluster, gpus)
+    remove_damaged_list(storage)
+    mailbox = _mailbox_here()
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"jobs": tuple(jobs), "mailbox": mailbox, "body": body},
+        scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        torch_config=NodeNetworkConfig(backend="nccl" if gpus else "gloo"),
+        run_config=RunConfig(
+            name=RUN_NAME,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=jobs[0].stage.keep_checkpoints),
+            worker_runtime_env=None if gpus else {"env_vars": ONE_ARENA},
+        ),
+    )
+    failure: BaseException | None = None
+    with _forwarded(mailbox, sink, ClusterWatch(cluster, gpus)) as problems:
+        try:
+            with _ctrl_c():
+                trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            failure = error
+    if problems:
+        raise UserError(problems[0])
+    if failure is not None:
+        raise UserError(_explain(failure, cluster)) from failure
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt within, as elsewhere; Ray's own handler exits, and would stay for what comes after."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _mailbox_here() -> Any:
+    """A mailbox on the driver's node: on another it would die with that node, and the run with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
+
+
+class _Mailbox:
+    """An actor between the workers and the driver."""
+
+    def __init__(self) -> None:
+        self._records: list[tuple[int, dict[str, Any]]] = []
+        self._taken = 0
+        self._failed = False
+
+    def put(self, job: int, record: dict[str, Any]) -> None:
+        self._records.append((job, record))
+        self._failed = self._failed or record["kind"] == "error"
+
+    def take(self) -> list[tuple[int, dict[str, Any]]]:
+        records, self._records = self._records, []
+        self._taken += len(records)
+        return records
+
+    def written(self, count: int) -> None:
+        """Of the records taken, so many more are in the run's files."""
+        self._taken -= count
+
+    def unwritten(self) -> int:
+        return len(self._records) + self._taken
+
+    def failed(self) -> bool:
+        return self._failed
+
+
+def _worker(payload: dict[str, Any]) -> None:
+    """A rank's process. A user's mistake is told once; the workers Ray then restarts see that and leave."""
+    import ray
+    import torch
+
+    from dmpo_dist.training.worker import run
+
+    jobs, mailbox, body = payload["jobs"], payload["mailbox"], payload["body"] or run
+    if ray.get(mailbox.failed.remote()):
+        return
+    for index, job in enumerate(jobs):
+        if job is not jobs[-1] and (job.output / "model").exists():
+            continue  # done before a worker failed at a later job
+        torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
+        try:
+            _require_shared(job.output)
+            body(job, RayRuntime(index, job, mailbox))
+        except (UserError, OSError) as error:
+            ray.get(mailbox.put.remote(index, {"kind": "error", "text": _user_text(error)}))
+            raise
+
+
+def _require_shared(output: Path) -> None:
+    if not output.exists():
+        raise UserError(
+            f"output_dir {output}: the driver has made it, and this node does not see it; choose an output_dir on storage "
+            "that all nodes share (dmpo doctor --cluster checks each)"
+        )
+
+
+def _user_text(error: Exception) -> str:
+    """The message, with the host where there are several: what one of them lacks, the others may have."""
+    import ray.train
+
+    context = ray.train.get_context()
+    where = "" if context.get_local_world_size() == context.get_world_size() else f"on {socket.gethostname()}: "
+    if isinstance(error, OSError) and not isinstance(error, UserError):
+        return f"{where}a worker could not read or write a file: {error}; is the disk full or the folder not writable?"
+    return f"{where}{error}"
+
+
+@contextmanager
+def _forwarded(mailbox: Any, sink: Callable[[int, dict[str, Any]], None], watch: ClusterWatch) -> Iterator[list[str]]:
+    """Pass the mailbox's records and the watch's notes to ``sink`` while inside; yields the workers' error messages."""
+    import ray
+
+    problems: list[str] = []
+    done = threading.Event()
+    current = 0
+
+    def drain() -> None:
+        nonlocal current
+        records = ray.get(mailbox.take.remote())
+        for job, record in records:
+            current = job
+            problems.append(record["text"]) if record["kind"] == "error" else sink(job, record)
+        if records:
+            mailbox.written.remote(len(records))
+
+    def poll() -> None:
+        while not done.wait(POLL_SECONDS):
+            drain()
+            note = watch.news(time.monotonic())
+            if note is not None:
+                sink(current, {"kind": "note", "text": note})
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield problems
+    finally:
+        done.set()
+        thread.join()
+        drain()
+
+
+def gpus_per_worker_of(cluster: ClusterConfig) -> float:
+    """GPUs a worker gets: as configured, else one where the joined Ray cluster has any."""
+    import ray
+
+    if cluster.gpus_per_worker is not None:
+        return cluster.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU") else 0.0
+
+
+def require_resources(cluster: ClusterConfig, gpus: float) -> None:
+    """Raise UserError where the joined Ray cluster is too small for ``cluster.workers`` with ``gpus`` each."""
+    import ray
+
+    lacking = shortage(cluster, gpus, ray.cluster_resources())
+    if lacking is not None:
+        raise UserError(f"{lacking}; lower one of them")
+
+
+def _explain(error: BaseException, cluster: ClusterConfig) -> str:
+    """The user's mistake at the root where there is one, else the innermost cause in a line, with what to do next."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause = next(iter(failures.values()), None) or getattr(error, "controller_failure", None) or error
+    mistake = getattr(cause, "cause", None) or cause  # Ray keeps what a task raised in .cause
+    if isinstance(mistake, UserError):
+        return str(mistake)
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()] or [repr(cause)]
+    return (
+        f"training stopped after worker failures (cluster.max_failures={cluster.max_failures}): {lines[-1].strip()}; "
+        "continue from the latest checkpoint with --resume"
+    )

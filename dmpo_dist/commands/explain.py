@@ -1,0 +1,304 @@
+"""`dmpo explain`: why a title has its place for a user, and whether such explanations hold."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from dmpo_dist.config import RunConfig
+from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, read_requests
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.tokenization import check_titles
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.ranking import reference_of, within_context
+from dmpo_dist.evaluation.whole_catalogue import catalogue_at_test
+from dmpo_dist.explanation.contributions import Method, leave_one_out
+from dmpo_dist.explanation.explainer import Explainer, Subject
+from dmpo_dist.explanation.faithfulness import delete, summarise
+from dmpo_dist.explanation.questions import (
+    Question,
+    asked,
+    places_of_user,
+    questions_of_data,
+    questions_of_requests,
+    sampled,
+)
+from dmpo_dist.explanation.view import show, show_faithfulness, to_json
+from dmpo_dist.modeling.backbone import ModelSource, find_model, load_tokenizer
+from dmpo_dist.records.progress import UserProgress
+
+EXPLANATIONS_FILE = "explanations.json"
+FAITHFULNESS_FILE = "explain_faithfulness.json"
+FAITHFULNESS_PLOT = "explain_faithfulness.png"
+RANDOM_ORDERS = 5
+"""Random orders of each history that the order of contributions is held against."""
+VALUE_NAMES = {"margin": "margin over the other candidates", "log_prob": "log-probability"}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to explain, as the command line says it.
+
+    Attributes:
+        model: model folder or hub id.
+        user, item: one user, and a title or item id; None for the test positive, or in a file for the title ranked first.
+        users: instead, a sample of so many.
+        requests: file of users as ``dmpo rank`` takes it; None for the test requests of ``data.path``.
+        catalogue: rank among its titles; None for each request's own candidates.
+        reference: ``base``, ``start``, ``none``, a model folder or hub id; None takes what the model says of itself.
+        method: see ``title_values``.
+        rivals: see ``Explainer``.
+        top, budget: see ``Explainer.answer``.
+        faithfulness: of how many users to measure it; 0 for none.
+        output: folder for the files; None for the terminal alone.
+    """
+
+    model: str
+    user: str | None
+    item: str | None
+    users: int | None
+    requests: Path | None
+    catalogue: Path | None
+    reference: str | None
+    method: Method
+    rivals: int
+    top: int | None
+    budget: int | None
+    faithfulness: int
+    output: Path | None
+
+
+def explain(order: Order, config: RunConfig, console: Console) -> dict[str, Any]:
+    """Explain what ``order`` asks for on ``console`` and, where it names a folder, in files.
+
+    Returns:
+        What explanations.json holds: model, reference, method, requests, faithfulness (None where it is not measured).
+
+    Raises:
+        UserError: a contradiction in the order, unknown users or items, a model or reference that cannot be used.
+    """
+    _check(order)
+    source = find_model(order.model)
+    config = within_context(source, config)
+    reference, note = _reference(source, order.reference, config)
+    chosen, measured, catalogue = _questions(order, config, source)
+    _check_top(order.top, chosen)
+    explainer = Explainer(order.model, config, reference, catalogue, order.method, order.rivals)
+    with console.status("loading the model"):
+        explainer.load([*chosen, *measured])
+    if note:
+        console.print(note, highlight=False, markup=False)
+    content: dict[str, Any] = {"model": order.model, "reference": reference, "method": order.method}
+    content["requests"] = _explained(order, explainer, chosen, console)
+    for entry in content["requests"]:
+        show(entry, reference, order.method, console)
+    content["faithfulness"] = _measured(order, explainer, measured, config, console) if measured else None
+    if order.output is not None:
+        _write(order.output, content, console)
+    return content
+
+
+def _check(order: Order) -> None:
+    if order.user is not None and order.users is not None:
+        raise UserError(f"--user {order.user} and --users {order.users}: give one user by name, or how many to sample")
+    if order.item is not None and order.user is None:
+        raise UserError(f"--item {order.item!r}: say for whom with --user")
+    if order.user is None and order.users is None and not order.faithfulness:
+        raise UserError("say whom to explain: --user NAME, --users N for a sample, or --faithfulness to measure alone")
+    if order.top is not None and 0 < order.rivals < order.top:
+        raise UserError(
+            f"--top {order.top}: with --rivals {order.rivals} a title is not seen to fall that far; raise --rivals, or give 0 for all"
+        )
+    if order.faithfulness and order.output is None:
+        raise UserError("--faithfulness writes a table and a picture: give --output a folder for them")
+    if order.output is None:
+        return
+    if order.output.exists() and not order.output.is_dir():
+        raise UserError(f"--output {order.output}: is a file; give a folder")
+    for name in (EXPLANATIONS_FILE, FAITHFULNESS_FILE):
+        if (order.output / name).exists():
+            raise UserError(f"--output {order.output}: holds {name} already, which is kept; choose another folder")
+
+
+def _reference(source: ModelSource, flag: str | None, config: RunConfig) -> tuple[str | None, str]:
+    """Folder or hub id of the reference, and what to say where there is none though nobody asked for that."""
+    ranked_by = config.ranking.reference
+    if ranked_by is not None:
+        if flag not in (None, ranked_by):
+            raise UserError(
+                f"--reference {flag}: the ranking subtracts ranking.reference={ranked_by}; give one of the two"
+            )
+        return reference_of(source, ranked_by), ""
+    if flag == "none":
+        return None, ""
+    if flag == "base" and not source.is_adapter:
+        raise UserError(f"--reference base: {source.path} is a whole model without a base; name a folder, or start")
+    if flag == "start" and not source.stamp.get("start"):
+        raise UserError(
+            f"--reference start: {source.path} does not say what it was started from; name that model's folder"
+        )
+    return _usual_reference(source) if flag is None else (reference_of(source, flag), "")
+
+
+def _usual_reference(source: ModelSource) -> tuple[str | None, str]:
+    """What training started from if that is still there, else an adapter's base."""
+    start = source.stamp.get("start")
+    lacks = "it does not say what it was trained from"
+    if start:
+        try:
+            return find_model(start).path, ""
+        except UserError:
+            lacks = f"it was trained from {start}, which is not there"
+    if source.is_adapter:
+        return source.base, ""
+    return (
+        None,
+        f"note: {source.path} has no reference ({lacks}), so its words are not compared; name one by --reference",
+    )
+
+
+def _questions(
+    order: Order, config: RunConfig, source: ModelSource
+) -> tuple[list[Question], list[Question], Catalogue | None]:
+    """What is answered one by one, what faithfulness is measured on, and the catalogue if one is in use."""
+    if order.requests is not None:
+        return _questions_of_file(order, order.requests, config, source)
+    if config.data.path is None:
+        raise UserError("say what to explain: data.path=FOLDER of `dmpo data prepare`, or --requests FILE")
+    data = PreparedData.load(config.data.path)
+    catalogue = _catalogue_beside(data, order.catalogue) if order.catalogue else None
+    chosen, measured = _places(order, data.test["user"][:], f"the test requests in {data.path}", config.seed)
+    exclude = config.ranking.exclude_history
+    answered = questions_of_data(data, chosen, catalogue, exclude)
+    if order.item is not None and data.items is not None:
+        titles = dict(zip(data.items["item"], data.items["title"], strict=True))
+        answered = [asked(question, order.item, titles) for question in answered]
+    if catalogue is None and config.ranking.popularity_weight:
+        return answered, questions_of_data(data, measured, None), catalogue_at_test(data)
+    return answered, questions_of_data(data, measured, catalogue, exclude), catalogue
+
+
+def _catalogue_beside(data: PreparedData, place: Path) -> Catalogue:
+    """The catalogue in ``place``; where that is ``data`` itself, whose test requests are explained, popularity ends before
+    the test."""
+    return catalogue_at_test(data) if place.resolve() == data.path.resolve() else read_catalogue(place)
+
+
+def _questions_of_file(
+    order: Order, file: Path, config: RunConfig, source: ModelSource
+) -> tuple[list[Question], list[Question], Catalogue | None]:
+    """The same for requests as `dmpo rank` takes them, with its checks."""
+    requests = read_requests(file)
+    whole, weight = requests[0].candidates is None, config.ranking.popularity_weight
+    if order.catalogue and not whole and not weight:
+        raise UserError(f"--catalogue {order.catalogue}: {file} has candidates of its own; leave out one of the two")
+    place = order.catalogue or (config.data.path if whole or weight else None)
+    catalogue = read_catalogue(place) if place else None
+    exclude = config.ranking.exclude_history
+    if catalogue is not None:
+        check_against(requests, catalogue, file, exclude)
+    known = set(catalogue.titles if catalogue else ())
+    known = known.union(*(request.history + (request.candidates or ()) for request in requests))
+    check_titles(sorted(known), load_tokenizer(source))
+    chosen, measured = _places(order, [request.user for request in requests], str(file), config.seed)
+    answered = questions_of_requests([requests[i] for i in chosen], catalogue, exclude)
+    if order.item is not None:
+        answered = [asked(question, order.item, {title: title for title in known}) for question in answered]
+    return answered, questions_of_requests([requests[i] for i in measured], catalogue, exclude), catalogue
+
+
+def _places(order: Order, users: list[str], where: str, seed: int) -> tuple[list[int], list[int]]:
+    """Which of the requests, one for each of ``users``, are answered and which are measured."""
+    if not users:
+        raise UserError(f"{where}: there are none to explain; see its card.md, or give --requests")
+    if order.user is not None:
+        chosen = places_of_user(order.user, users, where)
+    else:
+        chosen = sampled(order.users or 0, len(users), seed)
+    return chosen, sampled(order.faithfulness, len(users), seed)
+
+
+def _check_top(top: int | None, questions: list[Question]) -> None:
+    for question in questions:
+        if top is not None and top >= len(question.candidates):
+            raise UserError(
+                f"--top {top}: user {question.user!r} has {len(question.candidates)} candidates, so every title is always among "
+                "the first; give a smaller one"
+            )
+
+
+def _explained(order: Order, explainer: Explainer, questions: list[Question], console: Console) -> list[dict[str, Any]]:
+    subjects = _subjects(explainer, questions, console)
+    pairs = list(zip(subjects, explainer.words(subjects), strict=True))
+    answers = (explainer.answer(subject, words, order.top, order.budget) for subject, words in pairs)
+    return [to_json(answer) for answer in _with_bar(answers, "explaining", len(pairs), console)]
+
+
+def _subjects(explainer: Explainer, questions: list[Question], console: Console) -> list[Subject]:
+    """Each question about its title; of a whole catalogue this ranks all titles, which takes a while."""
+    made = map(explainer.subject, questions)
+    return list(_with_bar(made, "ranking", len(questions), console) if explainer.whole_catalogue else made)
+
+
+def _measured(
+    order: Order, explainer: Explainer, questions: list[Question], config: RunConfig, console: Console
+) -> dict[str, Any]:
+    """Deletion curves over ``questions``, shown and ready for JSON."""
+    subjects = _subjects(explainer, questions, console)
+    enough = [subject for subject in subjects if len(subject.history) > 1]
+    if len(enough) < 2:
+        raise UserError(
+            f"--faithfulness: {len(enough)} of {len(subjects)} requests have a history of two items or more, and an interval needs "
+            "several users; give more requests, and leave --user out"
+        )
+
+    def deletion(index: int, subject: Subject) -> Any:
+        values = subject.outcomes.values
+        rng = np.random.default_rng([config.seed, index])
+        contributions = leave_one_out(values, len(subject.history))
+        return delete(subject.question.user, values, contributions, RANDOM_ORDERS, rng)
+
+    curves = (deletion(index, subject) for index, subject in enumerate(enough))
+    deletions = list(_with_bar(curves, "taking history items away", len(enough), console))
+    result = {
+        "value": VALUE_NAMES[order.method],
+        "left_out": len(subjects) - len(enough),
+        **summarise(deletions, config.evaluation.bootstrap_samples, config.seed),
+    }
+    show_faithfulness(result, console)
+    return result
+
+
+def _with_bar(work: Iterable[Any], title: str, total: int, console: Console) -> Iterator[Any]:
+    """``work`` with a bar on a terminal, elsewhere with a line now and then."""
+    if not total:
+        return
+    with UserProgress(title, total, 0, console, f"{total} request{'s' * (total > 1)}") as progress:
+        for one in work:
+            progress.advance(1)
+            yield one
+
+
+def _write(folder: Path, content: dict[str, Any], console: Console) -> None:
+    from dmpo_dist.figures.explanations import plot_faithfulness
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [EXPLANATIONS_FILE]
+    if content["faithfulness"] is not None:
+        _write_json(folder / FAITHFULNESS_FILE, content["faithfulness"])
+        plot_faithfulness(content["faithfulness"], folder / FAITHFULNESS_PLOT)
+        written += [FAITHFULNESS_FILE, FAITHFULNESS_PLOT]
+    _write_json(folder / EXPLANATIONS_FILE, content)
+    console.print(f"written to {folder}: {', '.join(written)}", highlight=False)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """``path`` appears whole or not at all."""
+    part = path.with_name(f".{path.name}.partial")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,349 @@
+"""A trained model as others use it: an adapter, or whole weights in shards, with all that belongs to it.
+
+What is written is read back, compared, and scored beside the trained model, so that the cost of merging and of the
+narrower type is a measured number and not a hope.
+"""
+
+import gc
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from dmpo_dist.commands.model_card import Evaluation, Interval, model_card
+from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.difference import Difference, compare_scores
+from dmpo_dist.evaluation.generation import greedy_config
+from dmpo_dist.evaluation.scoring import score_token_groups
+from dmpo_dist.evaluation.seeds import split_name
+from dmpo_dist.modeling.backbone import (
+    ADAPTER,
+    STAMP,
+    ModelSource,
+    enforce_template,
+    find_model,
+    load_for_scoring,
+    load_tokenizer,
+    read_model_config,
+)
+from dmpo_dist.modeling.quantize import quantization_of
+from dmpo_dist.records.provenance import Provenance, read_provenance
+
+Dtype = Literal["bfloat16", "float32"]
+
+REQUESTS = 64
+"""Validation requests scored to measure the difference."""
+TOKEN_BUDGET = 4096
+SHARD_SIZE = "5GB"
+WEIGHTS = "adapter_model.safetensors"
+WORDS = "Amber Birch Cedar Delta Ember Fjord Grove Haven Iris Jade Karst Lotus".split()
+
+
+def export(
+    model: str,
+    output: Path,
+    merge: bool = False,
+    dtype: Dtype | None = None,
+    shard_size: str | None = None,
+    data: Path | None = None,
+    evaluation: Path | None = None,
+    echo: Callable[[str], None] = print,
+) -> Difference:
+    """Write the model folder ``model`` to ``output``, which appears whole or not at all.
+
+    An adapter is merged in fp32 into its full-precision base and rounded once, which holds the base in fp32 in memory.
+
+    Args:
+        merge: write an adapter and its base as one whole model.
+        dtype: of the weights written; None keeps an adapter's and makes a whole model bfloat16.
+        shard_size: largest file of weights, such as 5GB; None is 5GB.
+        data: prepared data whose validation requests the difference is measured on; None takes made-up prompts.
+        evaluation: an ``evaluation.json``, or its folder, that ranks the model, for its card.
+
+    Returns:
+        How far what was written is from the trained model.
+
+    Raises:
+        UserError: anything about the folders, the model or the options that keeps it from being written rightly.
+    """
+    source = find_model(model)
+    _check_request(source, output, merge, shard_size)
+    tokenizer = load_tokenizer(source)
+    base_config = read_model_config(source.base, 0)
+    _check_model(source, base_config, tokenizer, merge)
+    template = make_template(enforce_template(source.stamp, TemplateConfig(), model), tokenizer)
+    prepared = PreparedData.load(data) if data else None
+    origin = read_provenance(source, prepared.card if prepared else None)
+    ranked = _find_in_evaluation(evaluation, model) if evaluation else None
+    trained = _trained_as(origin, base_config)
+    part = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        tokenizer.save_pretrained(part)
+        generation = greedy_config(tokenizer, template)
+        requests = _requests(prepared, GroupTokenizer(tokenizer, template, trained.max_length))
+        before = score_token_groups(model, trained, requests.groups, TOKEN_BUDGET)
+        _require_finite(
+            before, f"{model}: its scores", "its training diverged or its weights are damaged; train it again"
+        )
+        if source.is_adapter and not merge:
+            written = _write_adapter(source, part, dtype)
+        else:
+            written = _write_whole(source, part, dtype or "bfloat16", shard_size or SHARD_SIZE, generation)
+        generation.save_pretrained(part)
+        whole = {"dtype": written.dtype, "quantization": "none"}
+        as_written = trained if written.is_adapter else trained.model_copy(update=whole)
+        after = score_token_groups(str(part), as_written, requests.groups, TOKEN_BUDGET)
+        _require_finite(after, f"{model}: scores in {written.dtype}", "it is too narrow a type; try --dtype float32")
+        difference = compare_scores(before, after, requests.name, requests.real, _type_of(trained))
+        facts = {
+            "merged": merge,
+            "dtype": written.dtype,
+            "max_nats": difference.max_nats,
+            "mean_nats": difference.mean_nats,
+        }
+        _write_stamp(part, source, facts)
+        card = model_card(output.resolve().name, str(written), origin, template, str(difference), ranked)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        for file in part.iterdir():
+            file.chmod((part / "README.md").stat().st_mode)  # safetensors lets only the owner read
+        part.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{output}: cannot be written ({getattr(error, 'strerror', None) or error}); check space and permissions, or "
+            "choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    _tell(echo, source, origin, output, written, difference)
+    return difference
+
+
+@dataclass(frozen=True)
+class Written:
+    """What kind of weights lie in the folder."""
+
+    is_adapter: bool
+    dtype: str
+    files: int
+
+    def __str__(self) -> str:
+        kind = "PEFT adapter (LoRA)" if self.is_adapter else "Whole model in safetensors"
+        return f"{kind}, {self.dtype}, {self.files} file{'s' * (self.files > 1)} of weights"
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What the difference is measured on; ``real`` where the positive of each is known to be liked."""
+
+    groups: list[TokenGroup]
+    name: str
+    real: bool
+
+
+def _require_finite(scores: Sequence[np.ndarray], whose: str, advice: str) -> None:
+    if not np.isfinite(np.concatenate(scores)).all():
+        raise UserError(f"{whose} are not finite; {advice}")
+
+
+def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: str | None) -> None:
+    """Everything that can be known before weights or tokenizer are read."""
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output}: exists already and is left as it is; remove it or choose another output folder")
+    if "template" not in source.stamp:
+        raise UserError(
+            f"{source.path}: has no {STAMP} with a template, so how to prompt it is not known; give a model folder that "
+            "`dmpo sft` or `dmpo train` wrote, such as runs/dmpo/model"
+        )
+    if merge and not source.is_adapter:
+        raise UserError(f"--merge: {source.path} is a whole model already, with nothing to merge; leave --merge out")
+    if shard_size is not None and source.is_adapter and not merge:
+        raise UserError(f"--shard-size {shard_size}: an adapter is one file; leave it out, or add --merge")
+    if shard_size is not None and not re.fullmatch(r"[1-9]\d*[KMGT]B", shard_size):
+        raise UserError(f"--shard-size {shard_size}: write a whole number and KB, MB, GB or TB, such as 5GB")
+
+
+def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: bool) -> None:
+    """Whether base and tokenizer go with the model."""
+    stored = quantization_of(base_config)
+    if stored is not None and (merge or not source.is_adapter or stored not in ("nf4", "int8")):
+        advice = (
+            f"set base_model_name_or_path in {source.path}/{ADAPTER} to the full-precision model it was made from"
+            if source.is_adapter
+            else "export the adapter it was trained with instead"
+        )
+        raise UserError(f"{source.base}: its weights are quantized, and a merge would round them again; {advice}")
+    largest = max(tokenizer.get_vocab().values())
+    rows = base_config.get_text_config().vocab_size
+    if largest >= rows:
+        raise UserError(
+            f"{source.path}: its tokenizer has ids up to {largest}, but the embedding of {source.base} has {rows} rows; put "
+            "the tokenizer the model was trained with beside it"
+        )
+
+
+def _trained_as(origin: Provenance, base_config: Any) -> ModelConfig:
+    """Type, quantization and length the model was trained in, as far as the run's config.yaml says."""
+    run = origin.config.get("model") or {}
+    context = getattr(base_config.get_text_config(), "max_position_embeddings", None) or 512
+    length = run.get("max_length") or 512
+    known = run.get("dtype") if run.get("dtype") in ("float32", "bfloat16", "float16") else "float32"
+    asked = quantization_of(base_config) or run.get("quantization")
+    quantization = asked if asked in ("nf4", "int8") else "none"
+    double = bool(run.get("double_quantization", True))
+    return ModelConfig(
+        dtype=known, max_length=min(int(length), int(context)), quantization=quantization, double_quantization=double
+    )
+
+
+def _type_of(trained: ModelConfig) -> str:
+    return trained.dtype + ("" if trained.quantization == "none" else f" on a base in {trained.quantization}")
+
+
+def _requests(prepared: PreparedData | None, tokenizer: GroupTokenizer) -> Requests:
+    """Validation requests, or made-up ones in the model's template."""
+    if prepared is not None:
+        if not len(prepared.validation):
+            raise UserError(
+                f"--data {prepared.path}: holds no validation requests; leave --data out to use made-up prompts"
+            )
+        rows = prepared.validation.select(range(min(REQUESTS, len(prepared.validation))))
+        return Requests(
+            tokenize_rows(rows, tokenizer), f"{len(rows)} validation requests of {prepared.card['name']}", True
+        )
+    titles = [f"{first} {second}" for first in WORDS for second in WORDS[:4]]
+    groups = [
+        PreferenceGroup(
+            "made-up", 0, tuple(titles[start : start + 3]), titles[start + 3], tuple(titles[start + 4 : start + 8])
+        )
+        for start in range(0, 40, 5)
+    ]
+    return Requests([tokenizer(group) for group in groups], f"{len(groups)} made-up requests", False)
+
+
+def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
+    """The model's name in an evaluation.json, and its content; one of several seeds is put among its models.
+
+    Args:
+        file: an evaluation.json, or the folder that holds it.
+
+    Raises:
+        UserError: it is no such file, or ranks no model of that folder.
+    """
+    file = file / "evaluation.json" if file.is_dir() else file
+    try:
+        content = Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--evaluation {file}: cannot be read ({error.strerror}); correct the path") from None
+    except ValueError:
+        raise UserError(
+            f"--evaluation {file}: is no evaluation.json that `dmpo evaluate` wrote; leave it out or give the right file"
+        ) from None
+    for name, path in content.folders.items():
+        if Path(path).resolve() == Path(model).resolve():
+            if name in content.models:
+                return name, content
+            all_seeds, seed = split_name(name)
+            seeds = content.seeds.get(all_seeds, {})
+            if [*seeds] == [seed]:
+                return all_seeds, content
+            if seed in seeds:
+                own = {metric: Interval(value=value) for metric, value in seeds[seed].items()}
+                return name, content.model_copy(update={"models": content.models | {name: own}})
+    ranked = ", ".join(f"{name}={path}" for name, path in content.folders.items()) or "none"
+    raise UserError(
+        f"--evaluation {file}: ranks no model of {model} (it has {ranked}); leave it out or give the right file"
+    )
+
+
+def _write_adapter(source: ModelSource, folder: Path, dtype: Dtype | None) -> Written:
+    """The adapter's tensors and configuration; read back."""
+    from safetensors.torch import load_file, save_file
+
+    file = Path(source.path) / WEIGHTS
+    if not file.exists():
+        raise UserError(f"{file}: is not there; an adapter is exported from safetensors, so convert it first")
+    tensors = load_file(file)
+    if dtype:
+        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((Path(source.path) / ADAPTER).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = source.base  # one that was relative to the adapter would be so no longer
+    (folder / ADAPTER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _require_same(tensors, load_file(folder / WEIGHTS), folder / WEIGHTS)
+    return Written(True, _name_of({tensor.dtype for tensor in tensors.values()}), 1)
+
+
+def _write_whole(source: ModelSource, folder: Path, dtype: Dtype, shard_size: str, generation: Any) -> Written:
+    """The model in shards, an adapter merged in fp32; loaded back as plain transformers does."""
+    from transformers import AutoModelForCausalLM
+
+    model = load_for_scoring(source.path, ModelConfig(dtype="float32", max_length=8))
+    if source.is_adapter:
+        model = model.merge_and_unload(safe_merge=True)
+    model = model.to(getattr(torch, dtype))
+    model.generation_config = generation  # the base's own may be one that transformers refuses to save
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if listed != {file.name for file in files}:
+            raise RuntimeError(f"{index}: the files it lists are not those that were written")
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    _require_same(model.state_dict(), again.state_dict(), folder)
+    del model, again
+    gc.collect()  # before the next copy is loaded
+    return Written(False, dtype, len(files))
+
+
+def _require_same(expected: dict[str, torch.Tensor], seen: dict[str, torch.Tensor], where: Path) -> None:
+    if expected.keys() != seen.keys():
+        raise RuntimeError(f"{where}: {sorted(expected.keys() ^ seen.keys())[0]} did not survive saving")
+    for name, tensor in expected.items():
+        if not torch.equal(tensor.double(), seen[name].double()):  # a few models keep some weights in fp32
+            raise RuntimeError(f"{where}: {name} did not survive saving")
+
+
+def _write_stamp(folder: Path, source: ModelSource, facts: dict[str, Any]) -> None:
+    """``dmpo.json`` as the stage wrote it, without the paths of the machine it was written on."""
+    stamp = dict(source.stamp)
+    if Path(str(stamp.get("start", ""))).is_absolute():
+        stamp["start"] = Path(stamp["start"]).name
+    text = json.dumps(stamp | {"export": facts}, indent=2, ensure_ascii=False)
+    (folder / STAMP).write_text(text + "\n", encoding="utf-8")
+
+
+def _tell(
+    echo: Callable[[str], None],
+    source: ModelSource,
+    origin: Provenance,
+    output: Path,
+    written: Written,
+    difference: Difference,
+) -> None:
+    echo(f"{written}. {difference}")
+    if written.is_adapter and Path(source.base).exists():
+        echo(
+            f"its {ADAPTER} names the base by its folder here, {source.base}; elsewhere correct it, or export with --merge"
+        )
+    if origin.same_data is False:
+        echo("the requests are not from the data the model was trained on: the fingerprints differ")
+    echo(f"written to {output}, with tokenizer, generation configuration, {STAMP} and a model card in README.md")
+
+
+def _name_of(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -1,0 +1,65 @@
+"""From nothing to a measured ranking: simulate, SFT, DMPO, SFT continued, evaluate, on one Ray instance."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from dmpo_dist.commands.evaluate import check_classical, evaluate
+from dmpo_dist.commands.train import open_run_folder, run_stages, say
+from dmpo_dist.config import RunConfig
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.records.tracking import check_tracking
+
+
+def quickstart(config: RunConfig, console: Console) -> None:
+    """Run all stages into ``config.output_dir``; the comparison with SFT continued gives SFT as many further steps."""
+    output = config.output_dir.absolute()
+    check_tracking(config.tracking)
+    check_classical(config.evaluation.baselines, config, console)
+    open_run_folder(config, resume=False)
+    say(console, "1/5 data: a simulated world whose best possible ranking is known")
+    prepare(config.data, config.seed, output / "data", echo=lambda line: console.print(line, highlight=False))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": output / "data"})})
+    models = {
+        "untuned": output / "sft" / "scratch",
+        "sft": output / "sft" / "model",
+        "sft_continued": output / "sft_continued" / "model",
+        "dmpo": output / "dmpo" / "model",
+    }
+    start = str(models["sft"])
+    run_stages(
+        [
+            (
+                "2/5 SFT: a small language model learns the catalogue from the users' histories",
+                "sft",
+                _into(config, output / "sft", "scratch"),
+            ),
+            (
+                "3/5 DMPO: one positive against K negatives per user",
+                "train",
+                _into(config, output / "dmpo", start),
+            ),
+            (
+                "4/5 SFT continued on the same groups for as many steps, for a fair comparison",
+                "sft",
+                continued_config(_into(config, output / "sft_continued", start)),
+            ),
+        ],
+        console,
+    )
+    say(console, "5/5 evaluation on requests after the cut")
+    evaluate({name: str(path) for name, path in models.items()}, config, output, console)
+    say(console, f"curves: {output}/dmpo/curves.png   model: {models['dmpo']}")
+
+
+def continued_config(config: RunConfig) -> RunConfig:
+    """The SFT settings with the number of steps, batch size and learning rate of the preference stage."""
+    same = ("steps", "epochs", "global_batch_size", "token_budget", "learning_rate", "schedule", "warmup_ratio",
+            "weight_decay", "validate_every", "checkpoint_every")  # fmt: skip
+    return config.model_copy(
+        update={"sft": config.sft.model_copy(update={name: getattr(config.train, name) for name in same})}
+    )
+
+
+def _into(config: RunConfig, folder: Path, start: str) -> RunConfig:
+    return config.model_copy(update={"output_dir": folder, "model": config.model.model_copy(update={"path": start})})

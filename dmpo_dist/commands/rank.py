@@ -1,0 +1,310 @@
+"""`dmpo rank`: titles ranked for a file of users, in parallel over Ray actors, in parts that survive an interruption.
+
+Beside the output lies a folder ``OUTPUT.parts`` while the work goes on: ``key.json`` says what the ranking depends on,
+and each finished part of the users is a Parquet file that appears whole. Ray starts a lost actor again and repeats the
+part it was at; a rerun of the command after the driver was lost goes on with the parts that are missing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+
+from dmpo_dist import __version__
+from dmpo_dist.config import RunConfig
+from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
+from dmpo_dist.data.tokenization import check_titles
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.ranking import Ranker, reference_of, within_context
+from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
+from dmpo_dist.records.progress import UserProgress
+from dmpo_dist.training.reference import file_digests
+
+SCHEMA = pa.schema([("user", pa.string()), ("titles", pa.list_(pa.string())), ("scores", pa.list_(pa.float64()))])
+KEY_FILE = "key.json"
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """A checked order: what every worker needs, and where the result goes."""
+
+    model: str
+    config: RunConfig
+    requests: list[RankingRequest]
+    catalogue: Catalogue | None
+    top: int
+    output: Path
+    key: dict[str, Any]
+
+    @property
+    def parts(self) -> list[list[RankingRequest]]:
+        size = self.config.ranking.users_per_part
+        return [self.requests[start : start + size] for start in range(0, len(self.requests), size)]
+
+
+def rank(
+    model: str, requests: Path, catalogue: Path | None, top: int, output: Path, config: RunConfig, console: Console
+) -> None:
+    """Rank titles for the users in ``requests`` and write one row for each to ``output``, in their order.
+
+    Args:
+        model: model folder or hub id.
+        requests: see ``data.requests.read_requests``.
+        catalogue: see ``data.requests.read_catalogue``; None takes ``data.path``.
+        top: how many titles to keep for each user.
+        output: Parquet with user, titles (best first) and their scores; must not exist yet.
+        config: gives template, model, evaluation, ranking and cluster settings.
+        console: where to show progress.
+
+    Raises:
+        UserError: anything about files, model or options, or workers that keep failing; finished parts stay.
+    """
+    job = preflight(model, requests, catalogue, top, output, within_context(find_model(model), config))
+    store = PartStore(output, job.key)
+    missing = [number for number in range(len(job.parts)) if not store.has(number)]
+    if len(missing) < len(job.parts):
+        console.print(f"{len(job.parts) - len(missing)} of {len(job.parts)} parts are done already", highlight=False)
+    with ExitStack() as stack:
+        if missing:
+            from dmpo_dist.cluster.train import ray_session
+
+            stack.enter_context(ray_session(job.config.cluster))
+            done = sum(len(part) for number, part in enumerate(job.parts) if store.has(number))
+            progress = stack.enter_context(UserProgress("rank", len(job.requests), done, console))
+            for number, rows in _in_parallel(job, missing):
+                store.write(number, rows)
+                progress.advance(len(rows))
+    store.join(len(job.parts), [request.user for request in job.requests])
+    console.print(f"written: {output}, {len(job.requests)} users", highlight=False)
+
+
+def preflight(
+    model: str, requests_file: Path, catalogue_file: Path | None, top: int, output: Path, config: RunConfig
+) -> RankJob:
+    """Check everything that needs no weights, and digest what the result depends on.
+
+    Raises:
+        UserError: see ``rank``.
+    """
+    if output.exists():
+        raise UserError(f"--output {output}: exists already and is kept; remove it or choose another name")
+    if output.suffix.lower() != ".parquet":
+        raise UserError(f"--output {output}: is written as Parquet; end its name with .parquet")
+    if not output.resolve().parent.is_dir():
+        raise UserError(f"--output {output}: its folder does not exist; make it first")
+    source = find_model(model)
+    read_model_config(source.base, config.model.max_length)
+    enforce_template(source.stamp, config.template, model)
+    reference = reference_of(source, config.ranking.reference)
+    requests = read_requests(requests_file)
+    catalogue = _catalogue(requests, requests_file, catalogue_file, config)
+    tokenizer = load_tokenizer(source)
+    titles = {title for request in requests for title in (*request.history, *(request.candidates or ()))}
+    check_titles(sorted(titles.union(catalogue.titles if catalogue else ())), tokenizer)
+    key = {
+        "dmpo": __version__,
+        "--model": _digests(source),
+        "ranking.reference": _digests(find_model(reference)) if reference else None,
+        "--requests": _sha256(requests),
+        "--catalogue": _sha256((catalogue.titles, None if catalogue.counts is None else catalogue.counts.tolist()))
+        if catalogue
+        else None,
+        "--top": top,
+        **_options(config),
+    }
+    return RankJob(model, config, requests, catalogue, top, output, key)
+
+
+def _catalogue(
+    requests: Sequence[RankingRequest], requests_file: Path, catalogue_file: Path | None, config: RunConfig
+) -> Catalogue | None:
+    whole = requests[0].candidates is None
+    weight = config.ranking.popularity_weight
+    place = catalogue_file or (config.data.path if whole or weight else None)
+    if place is None:
+        if whole:
+            raise UserError(
+                f"{requests_file} has no column 'candidates', so the whole catalogue would be ranked: give --catalogue "
+                "a file with a column title, or the folder of the prepared data"
+            )
+        if weight:
+            raise UserError(f"ranking.popularity_weight={weight:g} needs --catalogue with a column popularity")
+        return None
+    catalogue = read_catalogue(place)
+    if weight and catalogue.counts is None:
+        raise UserError(
+            f"ranking.popularity_weight={weight:g}: {place} does not say how often titles were taken; add a column "
+            "popularity"
+        )
+    check_against(requests, catalogue, requests_file, config.ranking.exclude_history)
+    return catalogue
+
+
+def _options(config: RunConfig) -> dict[str, Any]:
+    """Every setting that could change a figure or the parts, by its key."""
+    sections = {
+        "ranking": config.ranking.model_dump(mode="json", exclude={"reference"}),
+        "template": config.template.model_dump(mode="json"),
+        "model": config.model.model_dump(
+            mode="json", include={"dtype", "quantization", "double_quantization", "attention", "max_length"}
+        ),
+        "evaluation": {"token_budget": config.evaluation.token_budget},
+    }
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def _digests(source: ModelSource) -> str:
+    try:
+        files = [file_digests(source.path), file_digests(source.base)]
+    except UserError:
+        raise UserError(
+            f"{source.path}: its files are not on this machine; download it and give the folder, so that a rerun can "
+            "tell whether it is the same model"
+        ) from None
+    return _sha256([*files, source.stamp])
+
+
+def _sha256(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=vars)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class PartStore:
+    """Finished parts beside ``output``.
+
+    Raises:
+        UserError: the parts that are there were made from something else; the message names what differs.
+    """
+
+    def __init__(self, output: Path, key: dict[str, Any]) -> None:
+        self._output, self._folder = output, output.with_name(output.name + ".parts")
+        place = self._folder / KEY_FILE
+        self._folder.mkdir(exist_ok=True)
+        if any(self._folder.glob("part-*.parquet")):
+            self._require_same(self._read_key(place), key)
+        else:
+            _write_whole(place, lambda path: path.write_text(json.dumps(key, indent=1), encoding="utf-8"))
+
+    def has(self, number: int) -> bool:
+        return self._part(number).exists()
+
+    def write(self, number: int, rows: list[dict[str, Any]]) -> None:
+        table = pa.Table.from_pylist(rows, SCHEMA)
+        _write_whole(self._part(number), lambda path: pq.write_table(table, path))
+
+    def join(self, count: int, users: list[str]) -> None:
+        """Make ``output`` out of ``count`` parts and remove them.
+
+        Raises:
+            UserError: the parts do not hold each of ``users`` once, in order.
+        """
+        written: list[str] = []
+
+        def write(path: Path) -> None:
+            with pq.ParquetWriter(path, SCHEMA) as writer:
+                for number in range(count):
+                    table = pq.read_table(self._part(number))
+                    written.extend(table["user"].to_pylist())
+                    writer.write_table(table)
+
+        _write_whole(self._output, write, lambda: self._require_users(written, users))
+        shutil.rmtree(self._folder)
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"part-{number:06d}.parquet"
+
+    def _require_users(self, written: list[str], users: list[str]) -> None:
+        if written != users:
+            raise UserError(f"{self._folder}: its parts do not hold each user once; remove the folder and run again")
+
+    def _read_key(self, place: Path) -> dict[str, Any]:
+        try:
+            return json.loads(place.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(
+                f"{place}: missing or damaged, so what the parts beside it hold is not known; remove {self._folder}"
+            ) from None
+
+    def _require_same(self, before: dict[str, Any], key: dict[str, Any]) -> None:
+        names = [name for name in {**before, **key} if before.get(name) != key.get(name)]
+        if names:
+            changed = [
+                f"{name} ({before[name]} before, {key[name]} now)"
+                if all(isinstance(of.get(name), int | float | bool) for of in (before, key))
+                else name
+                for name in names
+            ]
+            raise UserError(
+                f"{self._folder}: holds parts of a ranking with another {' and '.join(changed)}; give the same again to "
+                "go on, remove the folder to begin anew, or choose another --output"
+            )
+
+
+def _write_whole(path: Path, write: Any, check: Any = None) -> None:
+    """``path`` appears whole or not at all."""
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        write(part)
+        if check:
+            check()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class _RankActor:
+    """A worker; its model is loaded with the first part, so that a user's mistake comes back as an error of a task."""
+
+    def __init__(self) -> None:
+        self._ranker: Ranker | None = None
+
+    def rank(
+        self, job: tuple[str, RunConfig, Catalogue | None, int], number: int, requests: list[RankingRequest]
+    ) -> tuple[int, list[dict[str, Any]]]:
+        if self._ranker is None:
+            torch.set_num_threads(max(1, int(job[1].cluster.cpus_per_worker)))
+            self._ranker = Ranker(*job)
+        return number, [vars(self._ranker(request)) for request in requests]
+
+
+def _in_parallel(job: RankJob, numbers: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """(part, its rows) of the parts ``numbers``, as they are finished.
+
+    Raises:
+        UserError: raised by a worker, or the cluster lacks the resources, or a worker kept dying.
+    """
+    import ray
+    from ray.util import ActorPool
+
+    from dmpo_dist.cluster.train import gpus_per_worker_of, require_resources
+
+    cluster = job.config.cluster
+    gpus = gpus_per_worker_of(cluster)
+    require_resources(cluster, gpus)
+    actor = ray.remote(
+        num_cpus=cluster.cpus_per_worker, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1
+    )(_RankActor)
+    shared = ray.put((job.model, job.config, job.catalogue, job.top))
+    pool = ActorPool([actor.remote() for _ in range(min(cluster.workers, len(numbers)))])
+    parts = job.parts
+    try:
+        yield from pool.map_unordered(lambda worker, number: worker.rank.remote(shared, number, parts[number]), numbers)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError:
+        raise UserError(
+            f"a worker died more than cluster.max_failures={cluster.max_failures} times, perhaps for lack of memory; run "
+            "the same command again to go on with the parts that are missing"
+        ) from None

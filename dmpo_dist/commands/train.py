@@ -1,0 +1,304 @@
+"""A training stage from the driver's side: the run folder, the launch, the pictures."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from uuid import uuid4
+
+from rich.console import Console
+
+from dmpo_dist.config import RunConfig, TemplateConfig, dump_config, load_config
+from dmpo_dist.config.section import dotted
+from dmpo_dist.data.place import require_prepared
+from dmpo_dist.data.reorder import require_histories
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import (
+    enforce_template,
+    find_model,
+    load_tokenizer,
+    make_scratch_model,
+    read_model_config,
+    write_stamp,
+)
+from dmpo_dist.records.environment import describe_environment
+from dmpo_dist.records.log import RunLog
+from dmpo_dist.records.tracking import check_tracking
+from dmpo_dist.training.engine import resolve_config
+from dmpo_dist.training.groups import make_schedule, require_negatives
+from dmpo_dist.training.job import Job, Kind
+from dmpo_dist.training.runtime import Runtime
+
+ENVIRONMENT_FILE = "environment.json"
+T = TypeVar("T")
+
+SCRATCH = "scratch"
+
+
+def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = False) -> Path:
+    """Run one training stage and return its model folder.
+
+    Under torchrun (RANK is set) this process is one rank; otherwise Ray starts the ranks.
+
+    Raises:
+        UserError: see ``open_run_folder``, ``preflight`` and ``training.worker.run``.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _run_as_rank(kind, config, console, resume)
+    from dmpo_dist.cluster.gauges import RayGauges
+    from dmpo_dist.cluster.train import ray_session, train_with_ray
+
+    job = preflight(kind, config, resume)
+    with ray_session(job.config.cluster), RunLog(job, console, resume, [RayGauges(job)]) as log:
+        train_with_ray([job], lambda _, record: log(record))
+    return job.output / "model"
+
+
+def run_stages(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> None:
+    """Run several training stages on one set of Ray workers, which then start only once.
+
+    Args:
+        stages: for each a heading to show, its kind and its configuration; ``model.path`` of a later one may be the
+            ``output_dir/model`` of an earlier one, whose template it must share.
+        console: where to show them.
+
+    Raises:
+        UserError: see ``run_stage``; what earlier stages wrote stays.
+    """
+    from dmpo_dist.cluster.train import ray_session, train_with_ray
+
+    jobs: list[Job] = []
+    for _, kind, config in stages:
+        jobs.append(preflight(kind, config, resume=False, earlier=jobs))
+    with ray_session(jobs[0].config.cluster), _StageLogs(jobs, [heading for heading, *_ in stages], console) as logs:
+        train_with_ray(jobs, logs)
+
+
+class _StageLogs:
+    """One ``RunLog`` at a time, for the job the workers are at."""
+
+    def __init__(self, jobs: Sequence[Job], headings: Sequence[str], console: Console) -> None:
+        self._jobs, self._headings, self._console = jobs, headings, console
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._begin(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __call__(self, job: int, record: dict[str, Any]) -> None:
+        if job > self._current:  # the end of the one before got lost with a worker
+            self._next(job)
+        self._log(record)
+        if record["kind"] == "end" and job + 1 < len(self._jobs):
+            self._next(job + 1)
+
+    def _next(self, job: int) -> None:
+        self._open.close()
+        self._begin(job)
+
+    def _begin(self, job: int) -> None:
+        from dmpo_dist.cluster.gauges import RayGauges
+
+        self._current = job
+        say(self._console, self._headings[job])
+        log = RunLog(self._jobs[job], self._console, sinks=[RayGauges(self._jobs[job])])
+        self._log = self._open.enter_context(log)
+
+
+def say(console: Console, text: str) -> None:
+    """A line that announces a part of the work."""
+    console.print(f"[bold]{text}[/bold]", highlight=False)
+
+
+def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job] = ()) -> Job:
+    """Check what can be checked before any worker starts, open the run folder and make a model from scratch if asked.
+
+    Args:
+        kind, config, resume: see ``run_stage``.
+        earlier: jobs that will run before, one of which may make the model this one starts from.
+
+    Returns:
+        The job, its configuration with absolute paths and the model's own template.
+    """
+    data = PreparedData.load(require_prepared(config.data.path), config.data.shots)
+    config = _with_absolute_paths(config)
+    if config.model.path == SCRATCH:
+        start = str(config.output_dir / SCRATCH)
+    else:
+        folder = Path(config.model.path).absolute()
+        maker = next((job for job in earlier if job.output / "model" == folder), None)
+        start = str(folder) if folder.exists() or maker else config.model.path
+        template = maker.config.template if maker else template_of(start, config)
+        config = config.model_copy(update={"template": template})
+    job = Job(kind, config, start, config.output_dir)
+    _check_plan(job, data)
+    check_tracking(config.tracking)
+    open_run_folder(config, resume, data_fingerprint=data.fingerprint)
+    if config.model.path == SCRATCH and not Path(start).exists():
+        make_start(Path(start), config, data)
+    return replace(job, run_id=run_id_of(config.output_dir))
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    assert config.data.path is not None
+    data = config.data.model_copy(update={"path": config.data.path.absolute()})
+    is_file = config.deepspeed.endswith(".json")
+    deepspeed = str(Path(config.deepspeed).absolute()) if is_file else config.deepspeed
+    reference = config.reference
+    if reference.path is not None:
+        reference = reference.model_copy(update={"path": reference.path.absolute()})
+    paths = {"output_dir": config.output_dir.absolute(), "data": data, "deepspeed": deepspeed, "reference": reference}
+    return config.model_copy(update=paths)
+
+
+def template_of(model: str, config: RunConfig) -> TemplateConfig:
+    """The template to use with ``model`` (folder or hub id), after every check of it that needs no weights.
+
+    Raises:
+        UserError: it is missing or damaged, was trained with another template than ``config`` asks for, or its context
+            or tokenizer will not do.
+    """
+    source = find_model(model)
+    read_model_config(source.base, config.model.max_length)
+    template = enforce_template(source.stamp, config.template, model)
+    make_template(template, load_tokenizer(source))
+    return template
+
+
+def _check_plan(job: Job, data: PreparedData) -> None:
+    """Whether the data is enough for the plan, and DeepSpeed's configuration one we can train by."""
+    config, workers = job.config, job.config.cluster.workers
+    make_schedule(job, len(data.train), workers)
+    if job.kind == "train":
+        require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)
+    elif config.sft.history_order == "shuffled":
+        require_reorderable(config, data)
+    resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
+    if "stage" not in resolved.get("zero_optimization", {}):
+        raise UserError(f'deepspeed={config.deepspeed}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
+
+
+def require_reorderable(config: RunConfig, data: PreparedData) -> None:
+    """Raise UserError where SFT cannot draw a new order of histories in every epoch."""
+    require_histories(data.train["prompt"])
+    budget, longest = config.sft.token_budget, config.model.max_length
+    if budget != "auto" and budget < longest:
+        raise UserError(
+            f"sft.token_budget={budget}, but with sft.history_order=shuffled a group may come to take "
+            f"model.max_length={longest} tokens; raise sft.token_budget or lower model.max_length"
+        )
+
+
+def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
+    """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` there.
+
+    Raises:
+        UserError: it exists and ``resume`` is not set, it is to be resumed and does not exist or holds another
+            configuration, or it cannot be written.
+    """
+    output = config.output_dir
+    saved = output / "config.yaml"
+    if resume:
+        if not saved.exists():
+            raise UserError(
+                f"--resume: {output} holds no run to go on with (no config.yaml); start it without --resume"
+            )
+        changed = _changed_keys(saved, config)
+        if changed:
+            raise UserError(
+                f"--resume: the configuration differs from {saved} in {', '.join(changed)}; resume with the same settings, or "
+                "start a new run with another output_dir"
+            )
+        return
+    if output.exists() and not _is_free_folder(output):
+        raise UserError(
+            f"output_dir {output} exists already; choose another (output_dir=...), or go on with it by --resume"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        saved.write_text(dump_config(config), encoding="utf-8")
+        environment = describe_environment() | {"seed": config.seed, "run_id": uuid4().hex} | facts
+        (output / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
+
+
+def _changed_keys(saved: Path, config: RunConfig) -> list[str]:
+    """What ``config`` changes; a key that the version which wrote ``saved`` did not have counts with its default."""
+    old, new = (dotted(c.model_dump(mode="json")) for c in (load_config([saved]), config))
+    return [key for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def run_id_of(output: Path) -> str:
+    """What tells the run in ``output`` from earlier ones there; a resumed run keeps it."""
+    try:
+        return json.loads((output / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("run_id", "")
+    except (OSError, ValueError):
+        return ""  # cut off while it was opened: there are no checkpoints yet
+
+
+def _is_free_folder(path: Path) -> bool:
+    """A folder without a run: empty, or with nothing but what ``dmpo submit`` wrote."""
+    return path.is_dir() and all(re.fullmatch(r"submit(-\d+)?", entry.name) for entry in path.iterdir())
+
+
+def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
+    """A random model and its tokenizer for ``model.path: scratch``, learned from the titles and the template's texts."""
+    if data.items is None:
+        raise UserError("model.path is scratch, but the data has no catalogue to learn a tokenizer from; give a model")
+    template = config.template
+    fixed = [template.preamble, template.item.replace("{title}", "").replace("{end}", ""), template.request]
+    texts = data.items["title"].tolist() + [text for text in fixed if text.strip()] * 8
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    make_scratch_model(part, config.model.scratch, texts, config.model.max_length, config.seed)
+    write_stamp(part, config.template, stage="untuned")
+    part.rename(folder)
+
+
+def _run_as_rank(kind: Kind, config: RunConfig, console: Console, resume: bool) -> Path:
+    from dmpo_dist.training.worker import run
+
+    job, _ = as_rank(kind, config, console, resume, run)
+    return job.output / "model"
+
+
+def as_rank(
+    kind: Kind, config: RunConfig, console: Console, resume: bool, body: Callable[[Job, Runtime], T]
+) -> tuple[Job, T]:
+    """Run ``body`` in this process as one rank of torchrun or srun; rank 0 checks the job and owns the run folder."""
+    from dmpo_dist.training.runtime import ProcessRuntime
+
+    workers = {"workers": int(os.environ["WORLD_SIZE"])}
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=workers)})
+    if os.environ["RANK"] == "0":
+        job = _exchange(preflight(kind, config, resume))
+        with RunLog(job, console, append=resume) as log:
+            return job, body(job, _process_runtime(ProcessRuntime, job, log))
+    job = _exchange(None)
+    return job, body(job, _process_runtime(ProcessRuntime, job, lambda record: None))
+
+
+def _process_runtime(runtime: Any, job: Job, sink: Callable[[dict[str, Any]], None]) -> Any:
+    return runtime(job.output / "checkpoints", job.stage.keep_checkpoints, sink)
+
+
+def _exchange(job: Job | None) -> Job:
+    """Rank 0's ``job`` on every rank."""
+    from dmpo_dist.training.engine import start_process_group
+    from dmpo_dist.training.runtime import from_rank_zero
+
+    start_process_group()
+    job = from_rank_zero(job)
+    assert job is not None
+    return job

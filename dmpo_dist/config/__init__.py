@@ -1,0 +1,31 @@
+"""One schema for everything a run depends on, a section a file; ``load_config`` reads it from YAML and the command line."""
+
+from dmpo_dist.config.data import DataConfig, Simulator, Source
+from dmpo_dist.config.evaluation import EvaluationConfig, RankingConfig
+from dmpo_dist.config.load import dump_config, load_config
+from dmpo_dist.config.model import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
+from dmpo_dist.config.objective import ObjectiveConfig
+from dmpo_dist.config.run import CONFIG_VERSION, RunConfig
+from dmpo_dist.config.training import ClusterConfig, ReferenceConfig, SFTConfig, StageConfig, TrainConfig
+
+__all__ = [
+    "CONFIG_VERSION",
+    "ClusterConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "RankingConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "SFTConfig",
+    "ScratchModel",
+    "Simulator",
+    "Source",
+    "StageConfig",
+    "TemplateConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,136 @@
+"""The ``data`` section of the configuration."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dmpo_dist.config.section import Section
+
+
+class Simulator(Section):
+    """The built-in world of made-up titles, latent tastes and popularity skew (see ``data/sources/simulator.py``)."""
+
+    users: int = Field(2000, ge=2)
+    """Number of simulated users."""
+    items: int = Field(400, ge=10)
+    """Number of items in the catalogue."""
+    events_per_user: int = Field(24, ge=2)
+    """Mean number of interactions per user."""
+    taste_dim: int = Field(8, ge=1)
+    """Number of latent taste dimensions; each is carried by a few words of the titles."""
+    popularity_exponent: float = Field(0.8, ge=0)
+    """Zipf exponent of item popularity; 0 makes all items equally popular."""
+    taste_strength: float = Field(1.5, ge=0)
+    """Weight of taste against popularity in a user's choices."""
+
+
+Kind = Literal[
+    "simulator", "movielens", "amazon", "csv", "jsonl", "parquet", "huggingface", "preferences", "sdpo", "dmpo_released"
+]
+
+
+class Source(Section):
+    """Where interactions (or ready preference rows) come from."""
+
+    kind: Kind = "simulator"
+    """Interactions: simulator | movielens | amazon (folders in the official layouts) | csv | jsonl | parquet | huggingface.
+    Ready rows: preferences (TRL's) | sdpo (history, itemList, trueSelection) | dmpo_released (the authors' JSON)."""
+    path: Path | None = None
+    """File or folder to read (or a hub id for huggingface); not used by the simulator."""
+    items_path: Path | None = None
+    """File with item, title and optional genres, when the interactions file holds no titles."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For csv, jsonl, parquet and huggingface: our column name -> the file's, for user, item, rating, timestamp, title, genres."""
+    duplicate_titles: Literal["error", "merge"] = "error"
+    """What to do when two items share one title: stop, or merge them into one item (the number is printed)."""
+    tolerated_rows: float = Field(0.0, ge=0, lt=1)
+    """Largest share of malformed rows to skip and count; with more of them reading stops at the first."""
+    category: str | None = None
+    """For amazon: which category of the folder, such as Video_Games; None takes the only one."""
+    subset: str | None = None
+    """For huggingface: the configuration of the dataset, where it has several."""
+    split: str = "train"
+    """For huggingface: which of its splits holds the log."""
+    released_negatives: int | None = Field(None, ge=1)
+    """For dmpo_released: train on the file ..._dpo_ranking_K.json of this K; None takes the largest."""
+    prompts: Literal["rebuild", "original"] = "rebuild"
+    """For dmpo_released: titles by the template here, all negatives of a history in one group; or the authors' prompts, which
+    list two titles, one negative each."""
+    simulator: Simulator = Field(default_factory=Simulator)
+
+
+class DataConfig(Section):
+    """From interactions to preference groups."""
+
+    path: Path | None = None
+    """Folder of the prepared data: ``dmpo data prepare`` writes it, the other commands read it."""
+    source: Source = Field(default_factory=Source)
+    rating_threshold: float = 4.0
+    """A rating at or above this is a like: only likes become positives and history."""
+    min_history: int = Field(3, ge=1)
+    """A request needs at least this many likes before it."""
+    max_history: int = Field(20, ge=1)
+    """Keep at most this many of the latest likes as history."""
+    k_core: int = Field(1, ge=1)
+    """Keep users and items with at least this many interactions each, repeatedly; it looks at the whole log, future and all."""
+    split: Literal["time", "leave_one_out"] = "time"
+    """time: one cut for all users; leave_one_out: each user's last like is for testing and the one before for validation,
+    so that training knows events from after the requests (the leak check counts them)."""
+    validation_quantile: float = Field(0.8, gt=0, lt=1)
+    """Requests before this quantile of all timestamps are for training (split=time)."""
+    test_quantile: float = Field(0.9, gt=0, lt=1)
+    """Requests after this quantile are for testing; those between the two cuts are for validation."""
+    train_requests_per_user: int = Field(1, ge=1)
+    """Up to this many of a user's latest requests before the cut become training groups."""
+    negatives: Literal["uniform", "dislikes", "popularity", "in_batch"] = "uniform"
+    """Training negatives: uniform among unseen items, the user's own low ratings (filled up with uniform), in proportion to
+    popularity, or the positives of other training requests, as a random batch holds them (filled up with uniform).
+    Hard ones are made of prepared data by ``dmpo data hard-negatives``."""
+    popularity_exponent: float = Field(1.0, gt=0)
+    """With negatives=popularity: draw in proportion to popularity to this power."""
+    negatives_per_group: int = Field(32, ge=1)
+    """Negatives stored with each training group; each epoch trains on the next ``train.negatives`` of them."""
+    evaluation_negatives: int = Field(19, ge=1)
+    """Negatives next to the positive in each validation and test request."""
+    evaluation_candidates: Literal["known", "all"] = "known"
+    """Items that validation and test requests rank: those somebody took before the request, or, with leave_one_out alone,
+    all of the log, as protocols without a clock have it."""
+    max_validation_users: int | None = Field(None, ge=1)
+    """Keep at most this many validation requests (a seeded sample); None keeps all."""
+    stream: bool = False
+    """Prepare a log larger than memory: kind=parquet with a folder of shards, which are sorted and split on disk (needs
+    duckdb, the extra ``stream``). The groups are those of the same log read at once."""
+    stream_memory: str = "1GB"
+    """Memory for sorting and joining the shards; Python and the share of users at work come on top, about as much."""
+    shots: int | None = Field(None, ge=1)
+    """Train on this many of the prepared training groups; a smaller number's groups are among a larger one's."""
+
+    @model_validator(mode="after")
+    def _cuts_in_order(self) -> "DataConfig":
+        if self.validation_quantile >= self.test_quantile:
+            raise ValueError("validation_quantile must be smaller than test_quantile")
+        return self
+
+    @model_validator(mode="after")
+    def _stream_is_possible(self) -> "DataConfig":
+        if self.stream and self.source.kind != "parquet":
+            raise ValueError("stream reads Parquet shards; set data.source.kind=parquet")
+        if self.stream and self.negatives == "in_batch":
+            raise ValueError("in_batch negatives need all requests at once; set data.stream=false or other negatives")
+        return self
+
+    @model_validator(mode="after")
+    def _all_candidates_need_leave_one_out(self) -> "DataConfig":
+        if self.evaluation_candidates == "all" and (self.split != "leave_one_out" or self.stream):
+            raise ValueError(
+                "evaluation_candidates=all would rank items that nobody had taken yet; set data.split=leave_one_out and "
+                "data.stream=false, or data.evaluation_candidates=known"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exponent_needs_popularity(self) -> "DataConfig":
+        if self.popularity_exponent != 1.0 and self.negatives != "popularity":
+            raise ValueError("popularity_exponent has no effect; set data.negatives=popularity")
+        return self

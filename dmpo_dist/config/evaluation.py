@@ -1,0 +1,83 @@
+"""What ``dmpo evaluate`` and ``dmpo rank`` depend on."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dmpo_dist.config.section import Section
+
+Baseline = Literal["random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec"]
+
+
+class TransformerBaseline(Section):
+    """SASRec and BERT4Rec as RecTools trains them, with a softmax over the whole catalogue."""
+
+    factors: int = Field(64, ge=1)
+    """Width of embeddings and layers."""
+    blocks: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    dropout: float = Field(0.2, ge=0, lt=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(32, ge=1)
+    """Users per step."""
+    max_length: int = Field(50, ge=2)
+    """Latest likes of a user to train on."""
+    max_epochs: int = Field(100, ge=1)
+    """Most epochs; how many is chosen by NDCG@10 on the validation requests."""
+    epochs: int = Field(4, ge=1)
+    """Epochs where there are no validation requests to choose by."""
+    epochs_per_check: int = Field(2, ge=1)
+    """Epochs between two looks at the validation requests."""
+    patience: int = Field(3, ge=1)
+    """Looks without a new best after which training stops."""
+
+    @model_validator(mode="after")
+    def _heads_divide_factors(self) -> "TransformerBaseline":
+        if self.factors % self.heads:
+            raise ValueError(f"factors={self.factors} must be a multiple of heads={self.heads}")
+        return self
+
+
+class EvaluationConfig(Section):
+    bootstrap_samples: int = Field(1000, ge=100)
+    """Resamples of the users for the 95 % intervals."""
+    token_budget: int = Field(8192, ge=16)
+    """Most tokens in one scoring row."""
+    baselines: list[Baseline] = Field(["random", "popularity", "item_knn"])
+    """Ranked beside the models. popularity counts before each request, pop_fitted in what the others are fitted on;
+    ease, sasrec and bert4rec come from RecTools, in an environment of their own that is made on first use."""
+    baseline_environment: Path | None = None
+    """Folder of that environment; None is one in the user's cache. Make it beforehand where compute nodes have no network."""
+    knn_neighbours: int = Field(50, ge=1)
+    """Neighbours kept per item by the item-kNN baseline."""
+    ease_regularization: list[Annotated[float, Field(gt=0)]] = Field([1000, 300, 3000, 10_000], min_length=1)
+    """L2 weights of EASE to choose from by NDCG@10 on the validation requests; without those the first counts."""
+    transformer: TransformerBaseline = Field(default_factory=TransformerBaseline)
+    """Of sasrec and bert4rec."""
+    order_requests: int = Field(32, ge=0)
+    """Test requests that each model scores again with candidates and requests in other orders, to see whether that moves
+    anything; 0 leaves it out."""
+
+    @field_validator("baselines")
+    @classmethod
+    def _each_once(cls, value: list[Baseline]) -> list[Baseline]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a baseline twice")
+        return value
+
+
+class RankingConfig(Section):
+    """What titles are ranked by, and how users are divided among workers."""
+
+    reference: str | None = None
+    """Subtract this model's log-probs: "base" for an adapter's base, "start" for what training started from, or a model
+    folder or hub id with the same tokenizer. None subtracts nothing."""
+    length_normalize: bool = False
+    """Divide log-probs by the number of response tokens."""
+    popularity_weight: float = Field(0.0, ge=0)
+    """Subtract this times log(1 + a title's interactions)."""
+    exclude_history: bool = True
+    """Leave titles of the history out of a ranking of the whole catalogue."""
+    users_per_part: int = Field(64, ge=1)
+    """Users a worker ranks before they are kept; what a lost worker or driver loses at most for each worker."""

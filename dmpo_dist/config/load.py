@@ -1,0 +1,121 @@
+"""Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one pydantic schema."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dmpo_dist.config.run import RunConfig
+from dmpo_dist.errors import UserError
+
+
+def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunConfig:
+    """Merge YAML ``layers`` in order, apply ``key=value`` ``overrides`` and validate.
+
+    Raises:
+        UserError: unreadable file, malformed YAML, unknown key (names the nearest one) or a bad value.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, _read_layer(layer))
+    for override in overrides or []:
+        key, sep, raw = override.partition("=")
+        if not sep or not key:
+            raise UserError(f"override {override!r} is not of the form key=value, for example train.learning_rate=1e-4")
+        merged = _merge(merged, _nest(key.split("."), _parse_value(raw)))
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        given = [key.partition("=")[0] for key in overrides or []]
+        mistaken = [".".join(str(part) for part in e["loc"]) for e in error.errors()]
+        on_line = [
+            any(key == g or key.startswith(f"{g}.") or g.startswith(f"{key}.") for g in given) for key in mistaken
+        ]
+        places = [] if all(on_line) else [str(layer) for layer in layers]
+        where = ", ".join([*places, *(["the command line"] if any(on_line) or not layers else [])])
+        raise UserError(f"configuration ({where}):\n" + "\n".join(_explain(e) for e in error.errors())) from None
+
+
+def dump_config(config: RunConfig, leave_out: set[str] | None = None) -> str:
+    """The resolved configuration, or its sections but ``leave_out``, as YAML that ``load_config`` reads back equal."""
+    content = config.model_dump(mode="json", exclude=leave_out)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if any(mark in text for mark in "\x85\u2028\u2029"):  # PyYAML reads these line breaks as spaces unless escaped
+        text = yaml.safe_dump(content, sort_keys=False)
+    return text
+
+
+def _read_layer(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file; correct the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a mapping of keys to values, not a {type(content).__name__}")
+    return content
+
+
+def _parse_value(raw: str) -> Any:
+    """A YAML value; numbers like 1e-4, which YAML 1.1 leaves a string, become floats through pydantic.
+
+    A template's texts, such as ``{title}``, ``- {title}``, ``Next:`` or ``# Liked``, stay texts: lists and mappings are
+    those in brackets with a colon in each mapping.
+    """
+    if not raw:
+        return ""  # "key=" empties a text; "key=null" is YAML's nothing
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        return raw
+    text = raw.strip()
+    if isinstance(value, dict | list):
+        placeholder = isinstance(value, dict) and value and ":" not in text
+        return value if text[0] in "[{" and not placeholder else raw
+    if isinstance(value, str):
+        return value if text[0] in "'\"" else raw
+    return raw if value is None and text.startswith("#") else value
+
+
+def _nest(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(out.get(key), dict) and isinstance(value, dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _all_keys(RunConfig), n=1, cutoff=0.4) or difflib.get_close_matches(
+            path[-1], [k.rsplit(".", 1)[-1] for k in _all_keys(RunConfig)], n=1, cutoff=0.0
+        )
+        return f"  {key}: unknown key; the nearest known key is {near[0]}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"  {key or 'top level'}: {message} (got {error['input']!r})"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all keys below ``section``."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        for candidate in [field.annotation, *getattr(field.annotation, "__args__", ())]:
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                keys += _all_keys(candidate, prefix + name + ".")
+    return keys

@@ -1,0 +1,77 @@
+"""The ``model`` and ``template`` sections: the backbone, its adapters, and how a history becomes a prompt."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from dmpo_dist.config.section import Section
+
+
+class TemplateConfig(Section):
+    """How a history becomes a prompt and a title becomes a response. ``{end}`` stands for the terminator."""
+
+    preamble: str = "A user liked these titles, oldest first:\n"
+    """Text before the history."""
+    item: str = "- {title}\n"
+    """One history item; must contain {title}."""
+    request: str = "The title this user will like next:\n"
+    """Text between the history and the response."""
+    response: str = "{title}"
+    """The response without its terminator; must contain {title}."""
+    terminator: str = "{eos}"
+    """What ends a response; {eos} is the tokenizer's end token (ignored when a chat template is used: it ends its own turns)."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Wrap the prompt in the tokenizer's chat template: when it has one, always, or never."""
+
+    @field_validator("item", "response")
+    @classmethod
+    def _has_title(cls, value: str) -> str:
+        if "{title}" not in value:
+            raise ValueError("must contain {title}")
+        return value
+
+
+class ScratchModel(Section):
+    """A small Llama trained from nothing, with a tokenizer learned from the catalogue's titles."""
+
+    hidden_size: int = Field(64, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(192, ge=8)
+    vocab_size: int = Field(1024, ge=64)
+    """Upper limit of the learned vocabulary."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (PEFT) on all linear layers by default."""
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    target_modules: str | list[str] = "all-linear"
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """rslora scales by alpha / sqrt(r); dora trains the length of each weight column beside its direction."""
+
+
+class ModelConfig(Section):
+    path: str = "scratch"
+    """A model folder or hub id, a folder written by an earlier stage, or "scratch"."""
+    scratch: ScratchModel = Field(default_factory=ScratchModel)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights and the arithmetic."""
+    lora: LoraConfig | None = None
+    """Train adapters of this shape; None trains all weights. A stage that starts from an adapter keeps its shape."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Round the frozen base of an adapter to 4 bits (nf4) or 8 (int8, for scoring only), by bitsandbytes; policy and
+    reference share it."""
+    double_quantization: bool = True
+    """Also round the scales of nf4, which saves another 0.37 bits per weight."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile: a minute or more at the start, then some 1.25 times faster steps of an 8B
+    model on a GPU. Not with ZeRO-3."""
+    attention: Literal["auto", "two_part", "flex", "sdpa", "unshared"] = "auto"
+    """How K+1 responses share their prompt: auto picks by model and device (see ``dmpo doctor``); unshared runs
+    separate rows."""
+    max_length: int = Field(512, ge=8)
+    """Longest prompt plus response in tokens; the oldest history is dropped to fit."""

@@ -1,0 +1,36 @@
+"""The ``tracking`` section of the configuration: experiment trackers that get a run's figures beside its folder."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dmpo_dist.config.section import Section
+
+
+class WandbConfig(Section):
+    """Weights & Biases; its API key comes from `wandb login` or WANDB_API_KEY."""
+
+    project: str = "dmpo"
+    entity: str | None = None
+    """User or team; None is the key's default."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes to output_dir/wandb, for `wandb sync` later."""
+
+
+class MlflowConfig(Section):
+    """MLflow."""
+
+    experiment: str = "dmpo"
+    tracking_uri: str | None = None
+    """Server or store; None takes MLFLOW_TRACKING_URI, else mlflow.db in the working directory, as `mlflow ui` does."""
+
+
+class TrackingConfig(Section):
+    """JSON lines and TensorBoard are always written; these come on top: ``tracking.wandb={}`` is enough."""
+
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
+    name: str | None = None
+    """Name of the run there; None is the last part of output_dir."""
+    tags: list[str] = Field(default_factory=list)
+    """Tags of the run there, beside its stage and its objective."""

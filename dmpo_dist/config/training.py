@@ -1,0 +1,88 @@
+"""The ``sft``, ``train``, ``reference`` and ``cluster`` sections: what the training stages depend on."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dmpo_dist.config.section import Section
+
+
+class ReferenceConfig(Section):
+    cache: Literal["off", "memory", "disk"] = "off"
+    """off runs the frozen reference in every step; memory and disk run it once over the training groups before the first
+    step, which pays from the second epoch on (and saves full fine-tuning its second copy of the model)."""
+    path: Path | None = None
+    """Folder for cache=disk, which runs on equal model, data and template share; None puts it in output_dir/reference."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads off as false
+
+    @model_validator(mode="after")
+    def _path_needs_disk(self) -> "ReferenceConfig":
+        if self.path is not None and self.cache != "disk":
+            raise ValueError(f"path has no effect with cache={self.cache}; set reference.cache=disk")
+        return self
+
+
+class StageConfig(Section):
+    """What the two training stages have in common."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides epochs."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training groups."""
+    global_batch_size: int = Field(32, ge=1)
+    """Preference groups per optimizer step, over all workers."""
+    token_budget: Annotated[int, Field(ge=16)] | Literal["auto"] = 4096
+    """Most tokens in one packed micro-batch row; auto finds the largest that fits into memory by a short probe."""
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    validate_every: int = Field(50, ge=1)
+    """Steps between two rankings of the validation requests."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept; older ones are removed."""
+    select: Literal["best", "last"] = "best"
+    """Which weights become the result: best by ``select_metric`` on validation, or the last."""
+    select_metric: Literal["ndcg@10", "hr@1", "mrr", "auc"] = "ndcg@10"
+    log_every: int = Field(10, ge=1)
+    """Steps between two log lines."""
+
+
+class SFTConfig(StageConfig):
+    loss_on: Literal["response", "all_titles"] = "response"
+    """Loss on the response alone, or also on every title of the history (its items must then end with {end})."""
+    history_order: Literal["given", "shuffled"] = "given"
+    """shuffled permutes each user's titles anew in every epoch, so that any comes to be asked for after any others: more
+    to learn from the same likes where their order says little."""
+
+
+class TrainConfig(StageConfig):
+    negatives: int = Field(7, ge=1)
+    """K: negatives per preference group in each step."""
+    self_check: bool = True
+    """Compare one group's fused log-probs with separate rows before the first step, and the first loss with its known value."""
+
+
+class ClusterConfig(Section):
+    workers: int = Field(1, ge=1)
+    """Number of training workers (ranks)."""
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs per worker; None takes 1 where the cluster has GPUs, else 0."""
+    address: str | None = None
+    """Ray cluster to join (as in ``ray.init``); None joins RAY_ADDRESS if set, else starts a local one."""
+    max_failures: int = Field(2, ge=0)
+    """Worker failures survived by going back to the latest checkpoint."""
+    storage_path: str | None = None
+    """Shared folder or bucket for checkpoints; None uses the output folder (right for one machine or a shared file system)."""

@@ -1,0 +1,182 @@
+"""Ready preference rows, made into groups: TRL's format here, other formats by a parser of their own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmpo_dist.data.sources.rowfiles import read_rows, shorten, split_files
+from dmpo_dist.data.splits import SPLITS
+from dmpo_dist.errors import UserError
+
+KEYS = ("prompt", "chosen", "rejected")
+MIN_GROUPS_TO_SPLIT = 50
+HELD_OUT = 0.1  # share of a single file's prompts for validation, and again for test
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One chosen and K distinct rejected responses to a prompt or history.
+
+    Attributes:
+        prompt: finished prompt; None where the template makes it from ``history``.
+        history: titles, oldest first; () where only the prompt is known.
+        titles: the titles that the responses stand for, chosen first; () where responses are free text.
+        shown_at: (place of the chosen one, number of candidates) in each list of candidates that the source showed.
+    """
+
+    prompt: str | None
+    chosen: str
+    rejected: tuple[str, ...]
+    history: tuple[str, ...] = ()
+    titles: tuple[str, ...] = ()
+    shown_at: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Preference groups by split, and one-sentence notes on what reading merged or dropped."""
+
+    splits: dict[str, list[Preference]]
+    name: str
+    notes: list[str] = field(default_factory=list)
+
+    def catalogue(self) -> list[str] | None:
+        """All titles, sorted, where the template makes all prompts and every response is a title."""
+        groups = [group for split in self.splits.values() for group in split]
+        if any(group.prompt is not None or not group.titles for group in groups):
+            return None
+        return sorted({title for group in groups for title in (*group.history, *group.titles)})
+
+    def users(self) -> dict[str, int]:
+        """split -> users, each told by the history, or by the prompt where no more is known."""
+        return {
+            split: len({group.history or group.prompt for group in groups}) for split, groups in self.splits.items()
+        }
+
+    def shown_at(self) -> dict[str, dict[str, list[int]]]:
+        """split -> number of candidates listed -> how often the chosen one stood at each place."""
+        counts: dict[str, dict[str, list[int]]] = {}
+        for split, groups in self.splits.items():
+            for place, size in (shown for group in groups for shown in group.shown_at):
+                counts.setdefault(split, {}).setdefault(str(size), [0] * size)[place] += 1
+        return counts
+
+
+Parser = Callable[[Any, str], Preference]
+
+
+def load_preferences(path: Path | None, seed: int, parse: Parser | None = None) -> Preferences:
+    """Read a file, or a folder with files named train, validation and test, in JSONL, JSON or Parquet.
+
+    A single file of at least 50 groups gives 10 % of its prompts each to validation and test (a seeded draw; equal
+    prompts stay together); a smaller one is all training. Rows with equal prompt and chosen become one group.
+
+    Args:
+        parse: makes a group of a row and of what to call it in errors; TRL's rows by default.
+
+    Raises:
+        UserError: no such file, unknown format, or a bad row; the message names file and row.
+    """
+    if path is None:
+        raise UserError("this data.source.kind needs data.source.path; set it to the file or folder to read")
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; correct data.source.path")
+    parse = parse or _parse_trl_row
+    if path.is_file():
+        groups, notes = read_groups(path, parse)
+        splits = _split(groups, seed)
+        if not splits["test"]:
+            notes.append(f"{len(groups)} groups are too few to hold any out: all are training groups.")
+        return Preferences(splits, path.stem, notes)
+    splits: dict[str, list[Preference]] = {split: [] for split in SPLITS}
+    notes = []
+    for split, file in split_files(path).items():
+        splits[split], file_notes = read_groups(file, parse)
+        notes += [f"{file.name}: {note}" for note in file_notes]
+    return Preferences(splits, path.resolve().name, notes)
+
+
+def read_groups(file: Path, parse: Parser) -> tuple[list[Preference], list[str]]:
+    """The rows of ``file``, those of equal prompt, history and chosen merged, and notes."""
+    rows = [parse(row, f"{file}, row {number}") for number, row in read_rows(file)]
+    if not rows:
+        raise UserError(f"{file}: holds no rows; is this the right file?")
+    merged: dict[tuple[Any, ...], list[Preference]] = {}
+    for row in rows:
+        merged.setdefault((row.prompt, row.history, row.chosen), []).append(row)
+    groups = [_merge(same) for same in merged.values()]
+    notes = []
+    if len(groups) < len(rows):
+        notes.append(f"{len(rows)} rows merged into {len(groups)} groups of equal prompt and chosen.")
+    repeated = sum(len(row.rejected) for row in rows) - sum(len(g.rejected) for g in groups)
+    if repeated:
+        notes.append(f"{repeated} repeated rejected responses dropped.")
+    return groups, notes
+
+
+def _merge(same: list[Preference]) -> Preference:
+    first = same[0]
+    rejected = tuple(dict.fromkeys(text for row in same for text in row.rejected))
+    titles = first.titles[:1] + tuple(dict.fromkeys(title for row in same for title in row.titles[1:]))
+    shown_at = tuple(shown for row in same for shown in row.shown_at)
+    return Preference(first.prompt, first.chosen, rejected, first.history, titles, shown_at)
+
+
+def _parse_trl_row(row: Any, where: str) -> Preference:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: {shorten(row)} is not an object with {', '.join(KEYS)}")
+    for key in KEYS:
+        if row.get(key) is None:
+            exist = ", ".join(map(repr, row)) or "no keys"
+            raise UserError(f"{where}: no {key!r} (the row has {exist}); write the prompt apart from the responses")
+    rejected = row["rejected"] if _is_strings(row["rejected"]) else [row["rejected"]]
+    if not rejected:
+        raise UserError(f"{where}: 'rejected' is an empty list; a preference needs at least one rejected response")
+    for key, value in [("prompt", row["prompt"]), ("chosen", row["chosen"]), *(("rejected", r) for r in rejected)]:
+        _check_text(value, key, where)
+    if row["chosen"] in rejected:
+        raise UserError(f"{where}: chosen {shorten(row['chosen'])} is also rejected; remove it from one side")
+    shown_at = _place_in(row["prompt"], [row["chosen"], *rejected])
+    return Preference(row["prompt"], row["chosen"], tuple(rejected), shown_at=() if shown_at is None else (shown_at,))
+
+
+def _place_in(prompt: str, candidates: list[str]) -> tuple[int, int] | None:
+    """Place of the first candidate among all, in the order in which ``prompt`` last names them; None if it does not."""
+    places = [prompt.rfind(text.strip()) for text in candidates]
+    if min(places) < 0 or len(set(places)) < len(places):
+        return None
+    return sorted(places).index(places[0]), len(places)
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(element, dict) for element in value)
+
+
+def _check_text(value: Any, key: str, where: str) -> None:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        raise UserError(
+            f"{where}: {key!r} is a list of messages; conversational rows are not supported: write plain strings "
+            "(apply the chat template to the prompt, keep the last message of each side as the response)"
+        )
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: {key!r} is {shorten(value)}; it must be a string{' or a list of strings' * (key == 'rejected')}"
+        )
+    if not value.strip():
+        raise UserError(f"{where}: {key!r} is an empty string; fill it or remove the row")
+
+
+def _split(groups: list[Preference], seed: int) -> dict[str, list[Preference]]:
+    prompts = list(dict.fromkeys((g.prompt, g.history) for g in groups))
+    held_out = int(len(prompts) * HELD_OUT)
+    if len(groups) < MIN_GROUPS_TO_SPLIT or held_out == 0:
+        return {"train": groups, "validation": [], "test": []}
+    order = np.random.default_rng(seed).permutation(len(prompts)).tolist()
+    split_of = {
+        prompts[i]: "validation" if n < held_out else "test" if n < 2 * held_out else "train"
+        for n, i in enumerate(order)
+    }
+    return {split: [g for g in groups if split_of[g.prompt, g.history] == split] for split in SPLITS}

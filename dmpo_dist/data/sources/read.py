@@ -1,0 +1,100 @@
+"""Where an interaction log comes from: one reader per kind of source."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from dmpo_dist.config.data import Source
+from dmpo_dist.data.assemble import LOG_COLUMNS, assemble, one_title_per_item
+from dmpo_dist.data.schema import Interactions
+from dmpo_dist.data.sources.amazon import read_amazon
+from dmpo_dist.data.sources.movielens import read_movielens
+from dmpo_dist.data.sources.simulator import simulate
+from dmpo_dist.data.tables import EVENT_COLUMNS, as_strings, pick, read_table
+from dmpo_dist.errors import UserError
+
+READY_ROWS = ("preferences", "sdpo", "dmpo_released")
+
+
+def load_interactions(source: Source, seed: int) -> Interactions:
+    """The log behind ``source``; ``seed`` matters to the simulator alone.
+
+    Raises:
+        UserError: a missing or malformed file; the message names the file, the row and the value.
+    """
+    if source.kind == "simulator":
+        return simulate(source.simulator, seed)
+    if source.kind in READY_ROWS:
+        raise UserError(
+            f"data.source.kind={source.kind} holds finished rows, not interactions; run `dmpo data prepare`"
+        )
+    names = _column_names(source)
+    if source.kind == "huggingface":
+        return _own_log(*_hub_table(source), names, source)
+    path = existing(source.path, f"data.source.kind={source.kind} needs data.source.path")
+    if source.kind == "movielens":
+        return read_movielens(path, source.duplicate_titles, source.tolerated_rows)
+    if source.kind == "amazon":
+        return read_amazon(path, source.category, source.duplicate_titles, source.tolerated_rows)
+    return _own_log(read_table(path, source.kind), path, names, source)
+
+
+def existing(path: Path | None, what: str) -> Path:
+    """``path``, which must be there; ``what`` ends in the name of its key."""
+    if path is None:
+        raise UserError(f"{what}; set it to the file or folder to read")
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; correct {what.split()[-1]}")
+    return path
+
+
+def _hub_table(source: Source) -> tuple[pd.DataFrame, Path]:
+    """A split of a Hugging Face dataset: a hub id, a folder of data files or what ``save_to_disk`` wrote."""
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    if source.path is None:
+        raise UserError("data.source.kind=huggingface needs data.source.path; set it to a hub id or a folder")
+    name = str(source.path)
+    try:
+        saved = any((source.path / file).is_file() for file in ("state.json", "dataset_dict.json"))
+        dataset = load_from_disk(name) if saved else load_dataset(name, source.subset)
+    except Exception as error:  # what a loading script, a hub or an arrow file trips over
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: `datasets` cannot load it ({reason}); correct data.source.path or data.source.subset"
+        ) from None
+    splits = dataset if isinstance(dataset, DatasetDict) else {"train": dataset}
+    if source.split not in splits:
+        raise UserError(f"{name}: no split {source.split!r}, it has {', '.join(splits)}; set data.source.split")
+    table = splits[source.split]
+    assert isinstance(table, Dataset)
+    return as_strings(table.to_pandas()), source.path
+
+
+def _column_names(source: Source) -> dict[str, str]:
+    """Our column -> the file's."""
+    unknown = sorted(set(source.columns) - set(LOG_COLUMNS))
+    if unknown:
+        raise UserError(f"data.source.columns.{unknown[0]}: unknown; the keys are {', '.join(LOG_COLUMNS)}")
+    return {column: source.columns.get(column, column) for column in LOG_COLUMNS}
+
+
+def _own_log(frame: pd.DataFrame, path: Path, names: dict[str, str], source: Source) -> Interactions:
+    """A table with one row per event; ``names`` maps our columns to its own."""
+    advice = "set data.source.columns.{column} to the right one"
+    events = pick(frame, {c: names[c] for c in EVENT_COLUMNS}, path, advice)
+    items_path, items_frame = path, frame
+    if source.items_path is None:
+        advice += ", or name a second file with the titles, data.source.items_path"
+    else:
+        items_path = existing(source.items_path, "data.source.items_path")
+        items_frame = read_table(items_path)
+        if names["item"] not in items_frame:
+            names["item"] = "item"  # the second file may use our own name
+    wanted = ["item", "title"]
+    if "genres" in source.columns or "genres" in items_frame:
+        wanted.append("genres")
+    items = pick(items_frame, {c: names[c] for c in wanted}, items_path, advice)
+    if source.items_path is None:
+        items = one_title_per_item(items, path)
+    return assemble(events, items, path, items_path, path.stem, [], source.duplicate_titles, source.tolerated_rows)

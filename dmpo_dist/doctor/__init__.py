@@ -1,0 +1,1 @@
+"""What a machine or a cluster has and lacks for a run."""

@@ -1,1 +1,0 @@
-"""Starting stages: preparing the run folder, launching ranks, showing progress."""

@@ -1,0 +1,229 @@
+"""Runs side by side: a table of all, the differences of some, and their curves in one picture."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dmpo_dist.config.section import dotted
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.metrics import paired_bootstrap, ranking_metrics
+from dmpo_dist.evaluation.report import COMPARED_METRICS
+from dmpo_dist.figures.curves import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_panel, has_values
+from dmpo_dist.records.read import LAST_FIGURES, VALIDATION_METRICS, Run
+
+METRIC = "ndcg@10"
+EVALUATION_FILE, SCORES_FILE = "evaluation.json", "scores.parquet"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+TRAIN_CURVES = {"loss": "Loss", "margin": "Margin: positive minus negatives"}
+REQUEST = ["timestamp", "user"]
+
+
+def find_evaluations(root: Path) -> list[Path]:
+    """Folders in and below ``root`` that hold an evaluation with its scores."""
+    return sorted(file.parent for file in root.rglob(EVALUATION_FILE) if (file.parent / SCORES_FILE).exists())
+
+
+def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
+    """A table, one row per run, with validation at its best step and the latest evaluation below ``root`` of its model."""
+    names, evaluations = run_names(runs, root), find_evaluations(root)
+    caption = f"best: {METRIC} on validation, at the step whose weights were selected; test: {METRIC} where evaluated"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
+    table.add_column("run", overflow="fold")
+    table.add_column("start", overflow="fold", min_width=8)
+    for heading in ("stage", "objective"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("steps", "best", "at step", "test", "groups/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("when", "commit", ""):
+        table.add_column(heading, no_wrap=True)
+    for run, name in zip(runs, names, strict=True):
+        done, total = run.steps
+        table.add_row(
+            name,
+            _start(run),
+            run.stage or "-",
+            run.config["objective"]["name"] if run.stage == "train" else "-",
+            f"{done}/{total}" if total else "-",
+            _number(run.result().get(f"validation/{METRIC}"), ".3f"),
+            _number(run.best_step, "d"),
+            _test(run, evaluations),
+            _number(run.groups_per_second, ".1f"),
+            datetime.fromtimestamp(run.start["time"]).strftime("%Y-%m-%d %H:%M") if run.start else "-",
+            _commit(run),
+            "finished" if run.end else "unfinished",
+        )
+    console.print(table)
+
+
+def run_names(runs: Sequence[Run], root: Path) -> list[str]:
+    """What to call each run: its path below ``root``."""
+    return [str(run.folder.relative_to(root)) if run.folder != root else run.folder.name for run in runs]
+
+
+def show_comparison(runs: Sequence[Run], names: Sequence[str], evaluations: Sequence[Path], console: Console) -> None:
+    """Configuration keys that differ, final figures, and paired differences on test requests where both were evaluated.
+
+    Args:
+        runs: two or more.
+        names: what to call them.
+        evaluations: folders with scores; the latest one that ranks a run's model counts.
+    """
+    configs = [dotted(run.config) for run in runs]
+    differing = [
+        key for key in dict.fromkeys(k for c in configs for k in c) if len({str(c.get(key)) for c in configs}) > 1
+    ]
+    differing = [key for key in differing if key != "output_dir"]
+    _show_side_by_side("configuration", {key: [c.get(key, "-") for c in configs] for key in differing}, names, console)
+    results = [{"last_step": run.steps[0]} | run.result() for run in runs]
+    keys = dict.fromkeys(key for result in results for key in result)
+    figures = {key: [f"{r[key]:.4g}" if key in r else "-" for r in results] for key in keys}
+    _show_side_by_side("final figures", {_at(key): values for key, values in figures.items()}, names, console)
+    for line in paired_lines(runs, names, evaluations):
+        console.print(line, highlight=False)
+
+
+def paired_lines(
+    runs: Sequence[Run], names: Sequence[str], evaluations: Sequence[Path], samples: int = 1000, seed: int = 0
+) -> list[str]:
+    """For each two runs a line per metric, "a against b: ndcg@10 +0.021 [0.008, 0.034]", or why there is none."""
+    scores = [_test_scores(run, evaluations) for run in runs]
+    lines = [f"{name}: no evaluation ranks its model" for name, s in zip(names, scores, strict=True) if s is None]
+    for i, j in combinations(range(len(runs)), 2):
+        first, second = scores[i], scores[j]
+        if first is None or second is None:
+            continue
+        if not first.drop(columns="score").equals(second.drop(columns="score")):
+            lines.append(f"{names[j]} against {names[i]}: evaluated on other candidates, so not comparable")
+            continue
+        values = [ranking_metrics(_by_request(frame)) for frame in (second, first)]
+        columns = [np.stack([v[metric] for metric in COMPARED_METRICS], axis=1) for v in values]
+        for metric, difference, low, high, _ in zip(
+            COMPARED_METRICS, *paired_bootstrap(columns[0], columns[1], samples, seed), strict=True
+        ):
+            unclear = " (no clear difference)" if low <= 0 <= high else ""
+            lines.append(
+                f"{names[j]} against {names[i]}: {metric} {difference:+.3f} [{low:.3f}, {high:.3f}], "
+                f"paired over {len(columns[0])} users{unclear}"
+            )
+    return lines
+
+
+def plot_runs(runs: Sequence[Run], names: Sequence[str], metric: str, output: Path) -> None:
+    """Draw loss, margin and the validation ``metric`` of several runs, a colour each, into a PNG.
+
+    Raises:
+        UserError: none of the runs has any of it, or none has ``metric``.
+    """
+    colours = (
+        COLOURS
+        if len(runs) <= len(COLOURS)
+        else [to_hex(c) for c in colormaps["viridis"](np.linspace(0, 0.95, len(runs)))]
+    )
+    lines = {str(i): (name, colours[i]) for i, name in enumerate(names)}
+    panels = {title: _columns([run.train for run in runs], column) for column, title in TRAIN_CURVES.items()}
+    panels[f"Validation {metric}"] = _columns([run.validation for run in runs], metric)
+    panels = {title: frame for title, frame in panels.items() if len(frame)}
+    logged = sorted({name for run in runs for name in VALIDATION_METRICS if has_values(run.validation, name)})
+    if logged and metric not in logged:
+        raise UserError(f"--metric {metric}: no validation {metric} was logged; there is {', '.join(logged)}")
+    if not panels:
+        raise UserError(f"nothing to draw: {', '.join(names)} stopped before the first log line")
+    figure = Figure(figsize=(4.6 * len(panels), 3.2 + 0.2 * len(runs)), dpi=160, layout="constrained")
+    for axes, (title, frame) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        draw_panel(axes, title, frame, lines)
+    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png")
+
+
+def _columns(frames: Sequence[pd.DataFrame], column: str) -> pd.DataFrame:
+    """One column per run, named by its number."""
+    found = {str(i): frame[column] for i, frame in enumerate(frames) if has_values(frame, column)}
+    return pd.DataFrame(found)
+
+
+def _show_side_by_side(title: str, rows: dict[str, list[Any]], names: Sequence[str], console: Console) -> None:
+    if not rows:
+        console.print(f"{title}: no difference")
+        return
+    table = Table("", *names, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for key, values in rows.items():
+        table.add_row(key, *map(str, values))
+    console.print(table)
+
+
+def _at(key: str) -> str:
+    """Which step a figure of ``Run.result`` is of: a run goes on after the one whose weights it keeps."""
+    if key.startswith("validation/"):
+        return f"{key} at selected_step"
+    return f"{key} at last_step" if key in LAST_FIGURES else key
+
+
+def _start(run: Run) -> str:
+    """What it started from: the run that made the model, or the model."""
+    path = Path(run.config["model"]["path"])
+    return path.parent.name if path.name == "model" else str(path)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _commit(run: Run) -> str:
+    commit = run.environment.get("git_commit")
+    return "-" if commit is None else commit[:8] + ("*" if commit.endswith("-dirty") else "")
+
+
+def _test(run: Run, evaluations: Sequence[Path]) -> str:
+    found = evaluation_of(run, evaluations)
+    if found is None:
+        return "-"
+    folder, name = found
+    evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+    if name in evaluation["models"]:
+        return f"{evaluation['models'][name][METRIC]['value']:.3f}"
+    model, _, seed = name.rpartition("@")
+    return f"{evaluation['seeds'][model][seed][METRIC]:.3f}"
+
+
+def evaluation_of(run: Run, evaluations: Sequence[Path]) -> tuple[Path, str] | None:
+    """The latest evaluation that ranks the run's model, and its name there."""
+    mine = (run.folder / "model").resolve()
+    for folder in sorted(evaluations, key=lambda f: (f / EVALUATION_FILE).stat().st_mtime, reverse=True):
+        try:
+            models = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8")).get("folders", {})
+        except ValueError:
+            raise UserError(f"{folder / EVALUATION_FILE}: not JSON; evaluate again") from None
+        for name, path in models.items():
+            # a relative path was relative to wherever `dmpo evaluate` ran
+            if mine == Path(path).resolve() or (not Path(path).is_absolute() and str(mine).endswith(f"/{path}")):
+                return folder, name
+    return None
+
+
+def _test_scores(run: Run, evaluations: Sequence[Path]) -> pd.DataFrame | None:
+    """The candidates of the test requests with the run's scores, in an order that does not depend on the evaluation."""
+    found = evaluation_of(run, evaluations)
+    if found is None:
+        return None
+    folder, name = found
+    table = pd.read_parquet(folder / SCORES_FILE, filters=[("model", "==", name)])
+    table = table.sort_values([*REQUEST, "is_positive", "item"], ascending=[True, True, False, True])
+    return table[[*REQUEST, "is_positive", "item", "score"]].reset_index(drop=True)
+
+
+def _by_request(scores: pd.DataFrame) -> list[np.ndarray]:
+    return [group.to_numpy() for _, group in scores.groupby(REQUEST, sort=False)["score"]]

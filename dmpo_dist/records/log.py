@@ -1,0 +1,153 @@
+"""What a run tells: its sinks for later, one display for now."""
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dmpo_dist.figures.curves import CURVES_FILE, plot_curves
+from dmpo_dist.records.read import METRICS_FILE, read_run
+from dmpo_dist.records.sinks import JsonLines, Sink, TensorBoard
+from dmpo_dist.records.tracking import open_trackers
+from dmpo_dist.training.job import Job
+
+NOTABLY_SLOW = 1.1
+"""A slowest rank's share from which the display names it."""
+LEGEND = (
+    "margin: reward of the positive minus the mean of its negatives'; acc: share of negatives with a log-prob below the "
+    "positive's; all columns: docs/RUNS.md"
+)
+
+
+class RunLog:
+    """Takes a stage's records in order, shows them and passes them to the run's sinks; draws its curves at the end.
+
+    On a terminal there is one progress bar with the latest figures; elsewhere one plain line per record.
+
+    Args:
+        job: its output folder gets ``metrics.jsonl``, ``tensorboard/`` and ``curves.png``; its configuration names
+            further trackers.
+        console: where to show it.
+        append: go on with the files of an interrupted run.
+        sinks: more of them.
+    """
+
+    def __init__(self, job: Job, console: Console, append: bool = False, sinks: Sequence[Sink] = ()) -> None:
+        folder = job.output
+        folder.mkdir(parents=True, exist_ok=True)
+        self._job, self._title, self._console = job, folder.name, console
+        self._sinks: list[Sink] = [
+            JsonLines(folder / METRICS_FILE, append), TensorBoard(folder / "tensorboard"), *sinks,
+            *open_trackers(job, lambda text: self._print(f"warning: {text}")),
+        ]  # fmt: skip
+        self._trained = self._finished = False
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._began = time.monotonic()
+        self._first_step: tuple[int, float] | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                console=self._console,
+            )  # fmt: skip
+            self._task = self._progress.add_task(self._title, total=None, figures="setting up workers")
+            self._progress.start()
+        else:
+            self._print("setting up workers")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        result: dict[str, float] = {}
+        if self._trained:
+            stage, folder = self._job.stage, self._job.output
+            plot_curves(
+                folder / METRICS_FILE, folder / CURVES_FILE, stage.select_metric if stage.select == "best" else None
+            )
+            result = read_run(folder).result()
+        for sink in self._sinks:
+            sink.close(result, self._finished)
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Take one record."""
+        record = {"time": time.time(), **record}
+        for sink in self._sinks:
+            sink.write(record)
+        match record["kind"]:
+            case "start":
+                self._print(_start_line(record))
+                if self._job.kind == "train":
+                    self._print(LEGEND)
+                if self._progress is not None and self._task is not None:
+                    self._progress.update(self._task, total=record["steps"], figures="first step")
+            case "train":
+                self._trained = True
+                self._show_step(record)
+            case "validation":
+                names = [n for n in ("ndcg@10", "hr@1", "mrr", "auc") if n in record]
+                self._print(f"step {record['step']} validation " + " ".join(f"{n} {record[n]:.4f}" for n in names))
+            case "note":
+                self._print(record["text"])
+            case "end":
+                self._finished = True
+                self._print(f"done: the weights of step {record['selected_step']} are in {record['model']}")
+
+    def _show_step(self, record: dict[str, Any]) -> None:
+        figures = _figures(record)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=record["step"], figures=figures)
+            return
+        self._print(f"step {record['step']}/{record['total_steps']} {figures}{self._left(record)}")
+
+    def _left(self, record: dict[str, Any]) -> str:
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = (record["step"], now)
+            return ""
+        done = record["step"] - self._first_step[0]
+        seconds = (now - self._first_step[1]) / max(1, done) * (record["total_steps"] - record["step"])
+        return f" ETA {int(seconds // 60)}:{int(seconds % 60):02d}"
+
+    def _print(self, text: str) -> None:
+        line = f"[{self._title} {time.monotonic() - self._began:5.0f}s] {text}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _figures(record: dict[str, Any]) -> str:
+    parts = [f"loss {record['loss']:.4f}"]
+    if "margin" in record:
+        parts += [f"margin {record['margin']:+.3f}", f"acc {record['accuracy']:.3f}"]
+    parts += [
+        f"{record['groups_per_second']:.1f} groups/s",
+        f"{record['tokens_per_second']:,.0f} tok/s",
+        f"{record['memory_gib']:.2f} GiB",
+    ]
+    if record["slowest_share"] >= NOTABLY_SLOW:
+        parts.append(f"rank {record['slowest_rank']} busiest, {record['slowest_share']:.2f} x the mean")
+    return " ".join(parts)
+
+
+def _start_line(record: dict[str, Any]) -> str:
+    return (
+        f"{record['groups']} groups, {record['steps']} steps on {record['world_size']} x {record['device']}, "
+        f"ZeRO-{record['deepspeed']['zero_optimization']['stage']}, {record['trainable']:,} of "
+        f"{record['parameters']:,} parameters, attention {record['route']} ({record['route_reason']}), "
+        f"reference {record['reference']}, rows of up to {record['token_budget']} tokens"
+        + (f", {record['truncated']} histories shortened" if record["truncated"] else "")
+    )
+
+
+def make_console() -> Console:
+    """The console all commands share; figures go to standard output."""
+    console = Console(file=sys.stdout)
+    return console if console.is_terminal else Console(file=sys.stdout, width=120)

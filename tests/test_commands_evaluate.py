@@ -1,0 +1,59 @@
+"""What `dmpo evaluate` holds in memory, and what the quickstart checks before it trains."""
+
+import io
+import weakref
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dmpo_dist.commands import evaluate as evaluation
+from dmpo_dist.commands.quickstart import quickstart
+from dmpo_dist.config import DataConfig, RunConfig
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue
+from dmpo_dist.modeling.backbone import ModelSource
+
+CONSOLE = Console(file=io.StringIO(), width=100)
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
+    """Models that are scored, and those that rank the whole catalogue after them."""
+    source = {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}
+    sizes = {"negatives_per_group": 6, "evaluation_negatives": 4}
+    data = prepare(DataConfig.model_validate({"source": source, **sizes}), 0, tmp_path / "data", echo=lambda _: None)
+    held: weakref.WeakSet = weakref.WeakSet()
+
+    class Scorer:
+        def __init__(self, path, config):
+            assert not held, "two models in memory"
+            held.add(self)
+
+        def __call__(self, rows):
+            return [np.arange(1.0 + len(negatives)) for negatives in rows["negatives"][:]]
+
+    def catalogue_model(whole, path, config, advance):
+        assert not held, "two models in memory"
+        advance(whole.requests)
+        return whole.scored([np.zeros((len(data.test), 40))])
+
+    monkeypatch.setattr(evaluation, "RequestScorer", Scorer)
+    monkeypatch.setattr(evaluation, "template_of", lambda *_: None)
+    monkeypatch.setattr(evaluation, "find_model", lambda path: ModelSource(path, path, False, {}))
+    monkeypatch.setattr(WholeCatalogue, "model", catalogue_model)
+    settings = {"bootstrap_samples": 100, "order_requests": 2, "baselines": ["random"]}
+    config = RunConfig.model_validate({"data": {"path": tmp_path / "data"}, "evaluation": settings})
+    found = evaluation.evaluate({"sft": "a", "dmpo": "b"}, config, tmp_path / "out", CONSOLE, catalogue=True)
+    assert set(found["catalogue"]["models"]) == {"random", "sft", "dmpo"}
+    assert set(found["order"]["models"]) == {"sft", "dmpo"}
+    assert f"[whole catalogue by dmpo     0s] {len(data.test)}/{len(data.test)} users" in CONSOLE.file.getvalue()
+
+
+def test_the_quickstart_looks_at_the_baselines_environment_first(tmp_path):
+    (tmp_path / "none").mkdir()
+    settings = {"baselines": ["random", "ease"], "baseline_environment": tmp_path / "none"}
+    config = RunConfig.model_validate({"output_dir": tmp_path / "out", "evaluation": settings})
+    with pytest.raises(UserError, match="is no environment with RecTools"):
+        quickstart(config, CONSOLE)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,296 @@
+"""What ``dmpo export`` writes, reloaded in plain transformers, and what it refuses."""
+
+import json
+import re
+import resource
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dmpo_dist.cli import main
+from dmpo_dist.commands.export import REQUESTS, export
+from dmpo_dist.config import DataConfig, ModelConfig, RunConfig, ScratchModel, TemplateConfig, dump_config
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
+from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model, write_stamp
+
+CONFIG = RunConfig(model=ModelConfig(max_length=128))
+
+
+def save_adapter(base, folder, scale=0.3):
+    """A LoRA of the model in ``base`` that changes its ranking."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    model.save_pretrained(folder)
+    for file in base.glob("token*"):
+        shutil.copy(file, folder)
+    write_stamp(folder, TemplateConfig(), stage="train", start=str(base), step=3)
+
+
+def copy_of(source, target):
+    shutil.copytree(source, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A prepared data set, a base model, a run with an adapter, and broken copies of it."""
+    folder = tmp_path_factory.mktemp("world")
+    simulator = {"users": 60, "items": 40, "events_per_user": 14}
+    sizes = {"negatives_per_group": 6, "evaluation_negatives": 9}
+    settings = DataConfig.model_validate({"source": {"simulator": simulator}, **sizes})
+    data = prepare(settings, 0, folder / "data", echo=lambda _: None)
+    scratch = ScratchModel(hidden_size=32, layers=2, heads=2, intermediate_size=32, vocab_size=400)
+    make_scratch_model(folder / "base", scratch, data.items["title"].tolist(), 128, seed=0)
+    weights = load_file(folder / "base/model.safetensors")
+    sharper = {name: tensor * (4.0 if tensor.ndim == 2 else 1.0) for name, tensor in weights.items()}
+    save_file(sharper, folder / "base/model.safetensors", {"format": "pt"})
+    run = folder / "run"
+    run.mkdir()
+    save_adapter(folder / "base", run / "model")
+    data_of_run = settings.model_copy(update={"path": folder / "data"})
+    (run / "config.yaml").write_text(dump_config(CONFIG.model_copy(update={"data": data_of_run})))
+    (run / "environment.json").write_text(json.dumps({"data_fingerprint": data.fingerprint, "git_commit": "abc"}))
+    value = {"value": 0.5, "low": 0.4, "high": 0.6}
+    evaluation = {
+        "models": {name: dict.fromkeys(METRICS, value) for name in ("random", "ours")},
+        "folders": {"ours": str(run / "model")},
+        "requests": 30,
+        "negatives": {"fewest": 9, "most": 9},
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    break_models(folder)
+    return folder
+
+
+def break_models(folder):
+    """One copy for each mistake."""
+    good, base = folder / "run/model", folder / "base"
+    whole = copy_of(base, folder / "whole")
+    write_stamp(whole, TemplateConfig(), stage="sft")
+    (copy_of(good, folder / "no_weights") / "adapter_model.safetensors").unlink()
+    cut = copy_of(whole, folder / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    diverged = copy_of(whole, folder / "diverged") / "model.safetensors"
+    save_file({n: torch.full_like(t, torch.nan) for n, t in load_file(diverged).items()}, diverged, {"format": "pt"})
+    save_file({}, copy_of(good, folder / "empty") / "adapter_model.safetensors")
+    assert 8 < (folder / "empty/adapter_model.safetensors").stat().st_size <= 40
+    (copy_of(good, folder / "no_stamp") / "dmpo.json").unlink()
+    vocab = json.loads((base / "config.json").read_text())["vocab_size"]
+    for name, options in (("narrow", {"hidden_size": 16}), ("shallow", {"num_hidden_layers": 1})):
+        same = {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 32,
+        }
+        tiny_model("llama", vocab=vocab, **same | options).save_pretrained(folder / f"base_{name}")
+        with_base(copy_of(good, folder / name), folder / f"base_{name}")
+    tiny_model("llama", vocab=vocab - 7).save_pretrained(folder / "base_small")
+    with_base(copy_of(good, folder / "other_tokenizer"), folder / "base_small")
+    with_base(copy_of(good, folder / "base_gone"), folder / "nowhere")
+    quantized = copy_of(base, folder / "base_4bit")
+    config = json.loads((quantized / "config.json").read_text())
+    four_bit = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (quantized / "config.json").write_text(json.dumps(config | four_bit))
+    with_base(copy_of(good, folder / "on_4bit"), quantized)
+    (folder / "file").write_text("mine")
+
+
+def with_base(adapter, base):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+
+
+def scores_by_the_card(folder, rows):
+    """Candidates' log-probs by the code that the model card shows, which is plain transformers."""
+    code = re.search(r"```python\n(.*?)\n```", (folder / "README.md").read_text(), re.S)[1]
+    names: dict = {}
+    exec(code.replace('folder = "."', f"folder = {str(folder)!r}"), names)
+    stamp = json.loads((folder / "dmpo.json").read_text())
+    template = make_template(TemplateConfig.model_validate(stamp["template"]), names["tokenizer"])
+    scores = []
+    for row in rows:
+        prompt = template.render(tuple(row["history"])).text
+        titles = [row["positive"], *row["negatives"]]
+        scores.append(np.array([names["log_prob"](prompt, template.render_response(title)) for title in titles]))
+    return scores
+
+
+def assert_same_ranking(seen, expected, nats):
+    """Log-probs within ``nats``, and no two candidates that lie further apart have changed places."""
+    for new, old in zip(seen, expected, strict=True):
+        np.testing.assert_allclose(new, old, atol=nats)
+        gaps_old, gaps_new = old[:, None] - old, new[:, None] - new
+        assert (gaps_new[gaps_old > 2 * nats] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("merge", "dtype", "nats"),
+    [(True, "float32", 1e-4), (True, "bfloat16", 0.5), (False, None, 1e-4), (False, "bfloat16", 0.5)],
+)
+def test_plain_transformers_ranks_alike(world, tmp_path, capsys, merge, dtype, nats):
+    out = tmp_path / "out"
+    difference = export(str(world / "run/model"), out, merge, dtype, data=world / "data", echo=print)
+    rows = PreparedData.load(world / "data").validation.select(range(4))
+    expected = score_requests(str(world / "run/model"), CONFIG, rows)
+    base = score_requests(str(world / "base"), CONFIG, rows)
+    assert np.abs(np.concatenate(expected) - np.concatenate(base)).max() > 1, "or there is nothing to lose"
+    assert_same_ranking(scores_by_the_card(out, rows), expected, nats)
+    assert difference.max_nats < nats
+    assert (difference.max_nats > 1e-4) == (dtype == "bfloat16")
+    assert difference.candidates == 10 * min(REQUESTS, len(PreparedData.load(world / "data").validation))
+    assert str(difference) in capsys.readouterr().out
+    assert str(difference) in (out / "README.md").read_text()
+    assert find_model(str(out)).is_adapter != merge
+
+
+def test_shards_are_complete(world, tmp_path):
+    """As plain transformers sees them; a whole model is exported like a merged one."""
+    out = tmp_path / "out"
+    export(str(world / "whole"), out, dtype="float32", shard_size="40KB", echo=lambda _: None)
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {file.name for file in out.glob("*.safetensors")}
+    assert set(index.values()) == files
+    assert len(files) > 2
+    stored = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
+    assert stored.keys() == index.keys()
+    original = load_file(world / "whole/model.safetensors")
+    assert stored.keys() == original.keys()
+    assert all(torch.equal(stored[name], original[name]) for name in original)
+    _, loaded = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loaded.values())
+    assert {"README.md", "dmpo.json", "generation_config.json", "tokenizer.json", "config.json"} <= {
+        file.name for file in out.iterdir()
+    }
+    assert load_tokenizer(find_model(str(out))).eos_token == "</s>"
+
+
+def test_the_card_says_what_is_known_and_what_is_not(world, tmp_path):
+    known, bare = tmp_path / "known", tmp_path / "bare"
+    with_card = copy_of(world / "run", tmp_path / "run") / "model"
+    base = copy_of(world / "base", tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    with_base(with_card, base)
+    found = json.loads((world / "evaluation.json").read_text()) | {"folders": {"ours": str(with_card)}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    export(str(with_card), known, evaluation=tmp_path / "evaluation.json", echo=lambda _: None)
+    text = (known / "README.md").read_text()
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["license"] == "cc-by-4.0"
+    assert header["library_name"] == "peft"
+    assert {"dmpo", "ranking", "lora"} <= set(header["tags"])
+    assert header["metrics"] == list(METRICS)
+    for words in (
+        "beta 1.0",
+        "**this model** | 0.500 (0.400-0.600)",
+        "Made-up users",
+        "simulator (60 users",
+        "cc-by-4.0",
+    ):
+        assert words in text
+    seeds = {"ours": {"0": dict.fromkeys(METRICS, 0.45), "1": dict.fromkeys(METRICS, 0.55)}}
+    of_seeds = found | {"folders": {"ours@0": "elsewhere", "ours@1": str(with_card)}, "seeds": seeds}
+    (tmp_path / "evaluation.json").write_text(json.dumps(of_seeds))
+    export(str(with_card), tmp_path / "seed", evaluation=tmp_path, echo=lambda _: None)
+    card = (tmp_path / "seed" / "README.md").read_text()
+    for words in (
+        "| **this model** | 0.550 |",
+        "| ours, mean over 2 seeds | 0.500 (0.400-0.600)",
+        "one seed of several (ours@1)",
+    ):
+        assert words in card
+    assert "recall@10" not in card.split("---\n")[2], "1 in any order of 10 candidates"
+    assert "license" not in yaml.safe_load(card_of(world / "whole", bare).split("---\n")[1])
+    gaps = card_of(world / "whole", tmp_path / "again").split("## Not known")[1]
+    for words in ("base model", "licence", "config.yaml", "environment.json", "dataset.json", "Test metrics"):
+        assert words in gaps
+    assert str(tmp_path) not in text, "no paths of this machine"
+    tuned = copy_of(world / "whole", tmp_path / "tuned")
+    write_stamp(tuned, TemplateConfig(), stage="sft", start="Qwen/Qwen3-0.6B")
+    assert yaml.safe_load(card_of(tuned, tmp_path / "hub").split("---\n")[1])["base_model"] == "Qwen/Qwen3-0.6B"
+
+
+def card_of(model, out):
+    export(str(model), out, echo=lambda _: None)
+    return (out / "README.md").read_text()
+
+
+REFUSED = {
+    "no_such_folder": ("{world}/none {out}/x", ("{world}/none", "no such model folder")),
+    "no_stamp": ("{world}/no_stamp {out}/x", ("{world}/no_stamp", "dmpo.json", "runs/dmpo/model")),
+    "no_weights": ("{world}/no_weights {out}/x", ("{world}/no_weights", "no weights")),
+    "truncated": ("{world}/cut {out}/x", ("{world}/cut/model.safetensors", "damaged", "Copy it again")),
+    "empty_adapter": ("{world}/empty {out}/x --merge", ("empty/adapter_model.safetensors", "holds no weights", "again")),
+    "other_width": ("{world}/narrow {out}/x --merge", ("{world}/narrow", "does not fit {world}/base_narrow", "size mismatch")),
+    "other_depth": ("{world}/shallow {out}/x", ("{world}/shallow", "does not fit {world}/base_shallow", "layers.1")),
+    "base_gone": ("{world}/base_gone {out}/x", ("base_gone/adapter_config.json", "{world}/nowhere", "base_model_name_or_path")),
+    "not_finite": ("{world}/diverged {out}/x", ("{world}/diverged", "not finite", "train it again")),
+    "quantized_base": ("{world}/on_4bit {out}/x --merge", ("{world}/base_4bit", "quantized", "full-precision")),
+    "quantized_base_of_an_adapter": ("{world}/on_4bit {out}/x", ("{world}/base_4bit", "quantized", "base_model_name_or_path")),
+    "other_tokenizer": ("{world}/other_tokenizer {out}/x", ("{world}/other_tokenizer", "tokenizer", "embedding", "rows")),
+    "whole_model_merged": ("{world}/whole {out}/x --merge", ("--merge", "{world}/whole", "whole model already")),
+    "output_exists": ("{world}/whole {world}/file", ("{world}/file", "exists already", "choose another")),
+    "output_below_file": ("{world}/whole {world}/file/x", ("{world}/file/x", "cannot be written", "choose another")),
+    "shards_of_an_adapter": ("{world}/run/model {out}/x --shard-size 5GB", ("--shard-size", "--merge")),
+    "shard_size": ("{world}/whole {out}/x --shard-size 5", ("--shard-size 5", "5GB")),
+    "dtype": ("{world}/whole {out}/x --dtype int8", ("--dtype", "int8", "bfloat16")),
+    "no_data": ("{world}/whole {out}/x --data {world}/base", ("{world}/base", "dmpo data prepare")),
+    "no_evaluation": ("{world}/whole {out}/x --evaluation {world}/none", ("--evaluation {world}/none", "cannot be read")),
+    "other_file": ("{world}/whole {out}/x --evaluation {world}/file", ("--evaluation {world}/file", "dmpo evaluate")),
+    "other_model": ("{world}/whole {out}/x --evaluation {world}/evaluation.json", ("ranks no model of {world}/whole", "ours=")),
+}  # fmt: skip
+
+
+def refused(arguments, folders, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["dmpo", "export", *arguments.format(**folders).split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    errors = capfd.readouterr().err
+    assert stop.value.code == 2, errors
+    assert "Traceback" not in errors
+    messages = re.findall(r"^error: .*", errors, re.M | re.S)
+    assert len(messages) == 1
+    return messages[0]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_one_message_and_leaves_nothing(world, tmp_path, monkeypatch, capfd, arguments, words):
+    folders = {"world": world, "out": tmp_path}
+    message = refused(arguments, folders, monkeypatch, capfd)
+    for word in words:
+        assert word.format(**folders) in message, message
+    assert not list(tmp_path.iterdir())
+    assert (world / "file").read_text() == "mine"
+
+
+def test_a_disk_that_is_full_leaves_nothing(world, tmp_path, monkeypatch, capfd):
+    """By a limit on the size of files, which fails in the midst of the weights as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        message = refused(
+            "{world}/whole {out}/x --dtype float32", {"world": world, "out": tmp_path}, monkeypatch, capfd
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path}/x: cannot be written" in message
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,77 @@
+"""Hard negatives and evaluation on another domain, with a tiny model of the first one's titles."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmpo_dist.commands.evaluate import evaluate
+from dmpo_dist.commands.hard_negatives import mine_hard_negatives
+from dmpo_dist.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    ScratchModel,
+    Simulator,
+    Source,
+    TemplateConfig,
+)
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
+from dmpo_dist.records.log import make_console
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("domains")
+    for name, seed in (("a", 0), ("b", 1)):
+        source = Source(simulator=Simulator(users=60, items=40, events_per_user=14))
+        config = DataConfig(source=source, negatives_per_group=6, evaluation_negatives=4)
+        data = prepare(config, seed, folder / name, echo=lambda line: None)
+        if name == "a":
+            shape = ScratchModel(hidden_size=16, layers=1, heads=2, intermediate_size=16, vocab_size=300)
+            make_scratch_model(folder / "model", shape, data.items["title"].tolist(), 128, seed=0)
+            write_stamp(folder / "model", TemplateConfig(), stage="untuned")
+    return folder
+
+
+def settings(world: Path, domain: str) -> RunConfig:
+    return RunConfig(
+        data=DataConfig(path=world / domain),
+        model=ModelConfig(path=str(world / "model"), max_length=128),
+        evaluation=EvaluationConfig(bootstrap_samples=100),
+    )
+
+
+def test_the_hardest_come_first(world: Path, tmp_path: Path) -> None:
+    config, model = settings(world, "a"), str(world / "model")
+    old = PreparedData.load(world / "a")
+    new = mine_hard_negatives(model, config, tmp_path / "hard", keep=3, skip=1, echo=lambda line: None)
+    scores = score_requests(model, config, old.train)
+    for before, after, (_, *negatives) in zip(old.train, new.train, scores, strict=True):
+        order = np.argsort(-np.array(negatives))[1:4]
+        assert after["negatives"] == [before["negatives"][place] for place in order]
+        assert after["negative_items"] == [before["negative_items"][place] for place in order]
+        assert after["oracle"] == [before["oracle"][0], *(before["oracle"][1 + place] for place in order)]
+    assert new.test.to_list() == old.test.to_list()
+    assert new.fingerprint != old.fingerprint
+    assert "scores highest" in new.card["notes"][-1]
+    with pytest.raises(UserError, match=r"need 9 negatives, but a training group of .* holds 6"):
+        mine_hard_negatives(model, config, tmp_path / "other", keep=7, skip=2, echo=lambda line: None)
+
+
+def test_a_model_of_one_domain_ranks_another(world: Path, tmp_path: Path) -> None:
+    """Train on A, evaluate on B: data.path alone says which; template and tokenizer come with the model."""
+    values = {}
+    for domain in ("a", "b"):
+        (tmp_path / domain).mkdir()
+        result = evaluate({"of_a": str(world / "model")}, settings(world, domain), tmp_path / domain, make_console())
+        assert result["data"]["fingerprint"] == PreparedData.load(world / domain).fingerprint
+        values[domain] = result["models"]["of_a"]["ndcg@10"]["value"]
+    titles = [set(PreparedData.load(world / domain).items["title"]) for domain in ("a", "b")]
+    assert not titles[0] & titles[1], "no title of B was known to A's tokenizer"
+    assert all(0 < value < 1 for value in values.values())

@@ -1,0 +1,143 @@
+"""Which run a checkpoint and a line of a log belong to."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from pyarrow.fs import LocalFileSystem
+from rich.console import Console
+
+from dmpo_dist.cluster import runtime as ray_runtime
+from dmpo_dist.commands.train import _StageLogs, open_run_folder, require_reorderable, run_id_of
+from dmpo_dist.config import RunConfig, SFTConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.training.job import Job
+
+
+def job_in(folder, run_id=""):
+    return Job("train", RunConfig(), "scratch", folder, run_id)
+
+
+def test_a_late_note_does_not_reopen_the_log_of_a_finished_stage(tmp_path):
+    """As of a node that is lost between two stages, when no record of the second has come yet."""
+    jobs = [job_in(tmp_path / name) for name in ("first", "second")]
+    with _StageLogs(jobs, ["first", "second"], Console(quiet=True)) as logs:
+        logs(0, {"kind": "note", "text": "trained"})
+        logs(0, {"kind": "end", "selected_step": 1, "model": "m"})
+        logs(0, {"kind": "note", "text": "a node was lost"})
+    kinds = {
+        name: [json.loads(line)["kind"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("first", "second")
+    }
+    assert kinds == {"first": ["note", "end"], "second": ["note"]}
+
+
+def test_a_new_run_in_an_old_folder_has_another_id(tmp_path):
+    ids = []
+    for _ in range(2):
+        open_run_folder(RunConfig(output_dir=tmp_path / "run"), resume=False)
+        ids.append(run_id_of(tmp_path / "run"))
+        open_run_folder(RunConfig(output_dir=tmp_path / "run"), resume=True)
+        assert run_id_of(tmp_path / "run") == ids[-1], "a resumed run stays the run it was"
+        for file in (tmp_path / "run").iterdir():
+            file.unlink()
+    assert ids[0] != ids[1]
+
+
+def test_a_run_is_resumed_with_its_own_settings_and_a_key_newer_than_it_at_its_default(tmp_path):
+    config = RunConfig(output_dir=tmp_path / "run")
+    open_run_folder(config, resume=False)
+    saved = tmp_path / "run" / "config.yaml"
+    assert "  history_order: given\n" in saved.read_text()
+    saved.write_text(saved.read_text().replace("  history_order: given\n", ""))
+    open_run_folder(config, resume=True)
+    other = config.model_copy(update={"seed": 1, "sft": SFTConfig(history_order="shuffled")})
+    with pytest.raises(UserError, match=r"differs from .* in seed, sft\.history_order; resume with the same settings"):
+        open_run_folder(other, resume=True)
+
+
+def test_new_orders_of_histories_are_refused_before_a_run_folder_is_made():
+    data = SimpleNamespace(train={"prompt": [None]})
+    config = RunConfig(sft=SFTConfig(history_order="shuffled", token_budget=256))
+    with pytest.raises(UserError, match=r"sft\.token_budget=256, .* model\.max_length=512 tokens; raise"):
+        require_reorderable(config, data)
+    require_reorderable(config.model_copy(update={"sft": SFTConfig(history_order="shuffled")}), data)
+
+
+class _RayTrain:
+    """What ``RayRuntime`` asks of ``ray.train``, with reports that Ray may lose."""
+
+    def __init__(self, storage, monkeypatch):
+        ray_train = pytest.importorskip("ray.train")
+        self.storage, self.known, self.lost = storage, [], False
+        place = SimpleNamespace(storage_filesystem=LocalFileSystem(), experiment_fs_path=str(storage))
+        context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_storage=lambda: place)
+        monkeypatch.setattr(ray_train, "get_context", lambda: context)
+        monkeypatch.setattr(ray_train, "get_checkpoint", lambda: self.known[-1] if self.known else None)
+        monkeypatch.setattr(ray_train, "report", self.report)
+        monkeypatch.setattr("ray.get", lambda value: value)
+        self._checkpoint = ray_train.Checkpoint
+        self.mailbox = SimpleNamespace(unwritten=SimpleNamespace(remote=self.written_at_the_third_look))
+        self.looks = 0
+
+    def written_at_the_third_look(self):
+        assert not self.marked(), "a checkpoint is whole when the log up to it is written, not before"
+        self.looks += 1
+        return self.looks % 3 != 0
+
+    def marked(self):
+        """Of the latest checkpoint: its mark."""
+        latest = max(self.storage.iterdir(), key=lambda folder: folder.stat().st_ctime_ns)
+        return list(latest.glob(ray_runtime.COMPLETE_FILE))
+
+    def report(self, metrics, checkpoint, checkpoint_dir_name=None, checkpoint_upload_mode=None):
+        if checkpoint_upload_mode is None:
+            shutil.copytree(checkpoint.path, self.storage / checkpoint_dir_name)
+            checkpoint = self._checkpoint(str(self.storage / checkpoint_dir_name))
+        if not self.lost:
+            self.known.append(checkpoint)
+
+
+def restored(job):
+    with ray_runtime.RayRuntime(0, job, None).restore() as folder:
+        return None if folder is None else (folder / "step").read_text()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_run_goes_on_from_its_own_latest_whole_checkpoint(tmp_path, monkeypatch):
+    """Whether or not Ray took note of it; a cut one and those of an earlier run in the same folder do not count."""
+    ray_train = _RayTrain(tmp_path / "checkpoints", monkeypatch)
+    job, other = job_in(tmp_path / "run", "a1"), job_in(tmp_path / "run", "b2")
+    assert restored(job) is None
+
+    def save(step):
+        runtime = ray_runtime.RayRuntime(0, job, ray_train.mailbox)
+        runtime.save(step, lambda folder: (folder / "step").write_text(str(step)))
+
+    save(5)
+    save(10)
+    assert (restored(job), restored(other)) == ("10", None)
+    assert len(ray_train.known) == 2, "what Ray knows is not reported again"
+    ray_train.lost = True
+    save(15)
+    save(20)
+    (next(ray_train.storage.glob("*-step-00000020-*")) / ray_runtime.COMPLETE_FILE).unlink()
+    ray_train.lost = False
+    assert (restored(job), len(ray_train.known)) == ("15", 3), "Ray is told of what it missed"
+    assert (restored(job), len(ray_train.known)) == ("15", 3)
+    assert restored(other) is None
+    assert ray_train.looks == 4 * 3
+    for mark in ray_train.storage.glob(f"*/{ray_runtime.COMPLETE_FILE}"):
+        mark.unlink()
+    assert (restored(job), restored(other), len(ray_train.known)) == ("15", None, 3), "with keep_checkpoints=1: Ray's"
+
+
+def test_only_a_damaged_list_of_checkpoints_is_removed(tmp_path):
+    file = tmp_path / ray_runtime.RUN_NAME / "checkpoint_manager_snapshot.json"
+    ray_runtime.remove_damaged_list(str(tmp_path))
+    file.parent.mkdir()
+    for text, stays in [("{}", True), ("", False), ('{"checkpoint_res', False)]:
+        file.write_text(text)
+        ray_runtime.remove_damaged_list(str(tmp_path))
+        assert file.exists() == stays, text

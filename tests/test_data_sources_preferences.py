@@ -1,0 +1,117 @@
+"""Ready preference rows: merging, splitting, and one clear error for each kind of bad row."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dmpo_dist.config import DataConfig, Source
+from dmpo_dist.data.prepare import prepare
+from dmpo_dist.data.sources.preferences import Preference, load_preferences
+from dmpo_dist.data.store import group_from_row
+from dmpo_dist.errors import UserError
+
+
+def row(prompt: str = "p", chosen: str = "yes", rejected: object = "no") -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "json", "parquet"])
+def test_every_format_gives_the_same_groups(tmp_path: Path, extension: str) -> None:
+    rows = [row(rejected=["a", "b"]), row("q", rejected=["c"]), row(rejected=["b", "d"])]
+    path = tmp_path / f"rows.{extension}"
+    if extension == "jsonl":
+        write_jsonl(path, rows)
+    elif extension == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        pd.DataFrame(rows).to_parquet(path)
+    preferences = load_preferences(path, seed=0)
+    assert preferences.splits["train"] == [Preference("p", "yes", ("a", "b", "d")), Preference("q", "yes", ("c",))]
+    assert preferences.notes[:2] == [
+        "3 rows merged into 2 groups of equal prompt and chosen.",
+        "1 repeated rejected responses dropped.",
+    ]
+
+
+def test_a_single_file_is_split_by_prompt(tmp_path: Path) -> None:
+    rows = [row(f"p{n // 2}", f"yes{n}", "no") for n in range(120)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    splits = load_preferences(path, seed=1).splits
+    prompts = {split: {g.prompt for g in groups} for split, groups in splits.items()}
+    assert [len(prompts[s]) for s in ("train", "validation", "test")] == [48, 6, 6]
+    assert sum(map(len, splits.values())) == 120
+    assert len(set.union(*prompts.values())) == 60
+    assert load_preferences(path, seed=1).splits == splits
+    assert load_preferences(path, seed=2).splits != splits
+
+
+def test_prepared_from_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [row("p", rejected=["a", "b"]), row("q")])
+    (folder / "test.json").write_text(json.dumps([row("q"), row("new")]))
+    said: list[str] = []
+    config = DataConfig(source=Source(kind="preferences", path=folder))
+    with pytest.raises(UserError, match=r"1 of 2 training histories also occur in evaluation(?s:.*)--allow-leaks"):
+        prepare(config, seed=0, output=tmp_path / "out", echo=said.append)
+    data = prepare(config, seed=0, output=tmp_path / "out", echo=said.append, allow_leaks=True)
+    assert data.card["counts"] == {"train": 2, "validation": 0, "test": 2}
+    assert data.items is None
+    assert data.interactions is None
+    group = group_from_row(data.train[0])
+    assert (group.prompt, group.history, group.positive, group.negatives) == ("p", (), "yes", ("a", "b"))
+    assert len({*data.train["user"], *data.test["user"]}) == 4
+    assert "**leak**" in (tmp_path / "out" / "card.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": "p", "chosen": "yes"}, r"row 2: no 'rejected' \(the row has 'prompt', 'chosen'\)"),
+        (row(chosen=" "), r"row 2: 'chosen' is an empty string"),
+        (row(rejected=["no", ""]), r"row 2: 'rejected' is an empty string"),
+        (row(rejected=[]), r"row 2: 'rejected' is an empty list"),
+        (row(rejected=["no", "yes"]), r"row 2: chosen 'yes' is also rejected"),
+        (row(rejected=7), r"row 2: 'rejected' is 7; it must be a string or a list of strings"),
+        (row(prompt=["p"]), r"row 2: 'prompt' is \['p'\]; it must be a string"),
+        (row(rejected=[{"role": "assistant", "content": "no"}]), r"row 2: 'rejected' is a list of messages"),
+        (row(prompt=[{"role": "user", "content": "p"}]), r"row 2: 'prompt' is a list of messages"),
+        ("p", r"row 2: 'p' is not an object"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, bad: object, message: str) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [row(), bad])
+    with pytest.raises(UserError, match=r"rows\.jsonl, " + message):
+        load_preferences(path, seed=0)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    def load(name: str, text: str) -> None:
+        (tmp_path / name).write_text(text)
+        load_preferences(tmp_path / name, seed=0)
+
+    with pytest.raises(UserError, match=r"a\.jsonl, row 3: not valid JSON"):
+        load("a.jsonl", json.dumps(row()) + "\n\n{")
+    with pytest.raises(UserError, match=r"a\.json, row 2: not valid JSON"):
+        load("a.json", "[\n{]")
+    with pytest.raises(UserError, match=r"b\.json: holds a dict"):
+        load("b.json", "{}")
+    with pytest.raises(UserError, match=r"b\.jsonl: holds no rows"):
+        load("b.jsonl", "\n")
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
+        load("a.parquet", "PAR")
+    with pytest.raises(UserError, match=r"unknown format '\.csv'"):
+        load("a.csv", "x")
+    with pytest.raises(UserError, match=r"no training rows; looked for train\.jsonl"):
+        load_preferences(tmp_path, seed=0)
+    with pytest.raises(UserError, match=r"no such file"):
+        load_preferences(tmp_path / "nowhere", seed=0)
+    with pytest.raises(UserError, match=r"needs data\.source\.path"):
+        load_preferences(None, seed=0)

@@ -1,0 +1,151 @@
+"""Run folders read back: the table, the differences, the picture."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset
+from matplotlib.image import imread
+from rich.console import Console
+
+from dmpo_dist.cli import main
+from dmpo_dist.config import RunConfig
+from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.records.compare import find_evaluations, paired_lines, show_comparison, show_runs
+from dmpo_dist.records.read import find_runs, read_run
+
+USERS, NEGATIVES = 60, 4
+
+
+def write_run(folder: Path, stage: str, finished: bool = True, **config) -> Path:
+    folder.mkdir(parents=True)
+    settings = RunConfig.model_validate({"output_dir": folder, **config}).model_dump(mode="json")
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "environment.json").write_text(json.dumps({"git_commit": "0123456789abcdef-dirty"}))
+    extra = {"margin": 0.5} if stage == "train" else {}
+    records = [{"kind": "start", "time": 1e9 + len(folder.name), "stage": stage, "steps": 40}]
+    for step in (10, 20, 30, 40):
+        speed = 1.0 if step == 10 else 8.0  # the first line is slow
+        records.append({"kind": "train", "step": step, "loss": 10 / step, "groups_per_second": speed, **extra})
+        records.append({"kind": "validation", "step": step, "ndcg@10": 0.5 - abs(step - 20) / 100})
+    if finished:
+        records.append({"kind": "end", "selected_step": 20, "model": str(folder / "model")})
+    lines = [json.dumps(record) for record in records]
+    (folder / "metrics.jsonl").write_text("\n".join(lines if finished else [*lines[:-4], '{"kind": "tr']) + "\n")
+    return folder
+
+
+def rows(order: np.ndarray) -> Dataset:
+    columns = {
+        "user": [f"u{u}" for u in order], "timestamp": [int(u) for u in order], "positive": [f"title {u}" for u in order],
+        "positive_item": [f"item {u}" for u in order],
+        "negatives": [[f"title {u}-{n}" for n in range(NEGATIVES)] for u in order],
+        "negative_items": [[f"item {u}-{n}" for n in range(NEGATIVES)] for u in order],
+    }  # fmt: skip
+    return Dataset.from_dict(columns)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Two finished runs that one evaluation ranks, and one that was cut short and never evaluated."""
+    write_run(tmp_path / "a", "sft")
+    write_run(tmp_path / "bb", "train", objective={"name": "sdpo", "beta": 0.5}, train={"learning_rate": 3e-4})
+    write_run(tmp_path / "ccc", "train", finished=False)
+    rng = np.random.default_rng(0)
+    scores = {
+        name: list(rng.normal(size=(USERS, 1 + NEGATIVES)) + lift * np.eye(1, 1 + NEGATIVES))
+        for name, lift in (("sft", 0.5), ("dmpo", 1.5))
+    }
+    data = rows(np.arange(USERS))
+    evaluation = evaluate_scores(scores, data, 1000, 0)
+    evaluation["folders"] = {"sft": str(tmp_path / "a/model"), "dmpo": "bb/model"}  # the second as typed elsewhere
+    write_evaluation(tmp_path / "evaluation", evaluation, scores, data)
+    return tmp_path, evaluation, scores
+
+
+def shown(show, *arguments) -> str:
+    text = io.StringIO()
+    show(*arguments, Console(file=text, width=250))
+    return text.getvalue()
+
+
+def test_the_table_says_what_each_run_is(world):
+    root, evaluation, _ = world
+    lines = shown(show_runs, find_runs(root), root).splitlines()
+    a, bb, ccc = (next(line.split() for line in lines if line.split()[:1] == [name]) for name in ("a", "bb", "ccc"))
+    assert a[1:3] == ["scratch", "sft"]
+    assert bb[1:4] == ["scratch", "train", "sdpo"]
+    test = f"{evaluation['models']['dmpo']['ndcg@10']['value']:.3f}"
+    assert " ".join(bb[4:]).startswith(f"40/40 0.500 20 {test} 8.0 2001-09-09")
+    assert bb[-2:] == ["01234567*", "finished"]
+    assert " ".join(ccc[4:]).startswith("20/40 0.500 20 - 8.0")  # half a line and what followed it are gone
+    assert ccc[-1] == "unfinished"
+
+
+def test_a_comparison_shows_what_differs_and_pairs_the_users(world):
+    root, evaluation, scores = world
+    runs = [read_run(root / name) for name in ("a", "bb")]
+    text = shown(show_comparison, runs, ["a", "bb"], find_evaluations(root))
+    keys = {line.split()[0] for line in text.splitlines() if line.strip()}
+    assert {"objective.name", "objective.beta", "train.learning_rate"} <= keys
+    assert not {"output_dir", "seed", "train.steps"} & keys
+    assert {
+        ("last_step", "40", "40"), ("margin", "at", "last_step", "-", "0.5"), ("loss", "at", "last_step", "0.25", "0.25"),
+        ("selected_step", "20", "20"), ("validation/ndcg@10", "at", "selected_step", "0.5", "0.5"),
+    } <= {tuple(line.split()) for line in text.splitlines()}  # fmt: skip
+    for comparison in evaluation["comparisons"]:  # what the evaluation itself said of the same two
+        expected = f"{comparison['difference']:+.3f} [{comparison['low']:.3f}, {comparison['high']:.3f}]"
+        assert f"bb against a: {comparison['metric']} {expected}, paired over {USERS} users" in text
+
+    order = np.random.default_rng(1).permutation(USERS)  # evaluated apart, its requests in another order
+    apart = rows(order)
+    alone = {"other": [scores["dmpo"][u] for u in order]}
+    second = evaluate_scores(alone, apart, 100, 0) | {"folders": {"other": str(root / "bb/model")}}
+    write_evaluation(root / "later", second, alone, apart)
+    assert paired_lines(runs, ["a", "bb"], [root / "evaluation"]) == paired_lines(
+        runs, ["a", "bb"], find_evaluations(root)
+    )
+
+    fewer = {"other": alone["other"][:50]}
+    write_evaluation(root / "later", second, fewer, apart.select(range(50)))
+    (line,) = paired_lines(runs, ["a", "bb"], find_evaluations(root))
+    assert line == "bb against a: evaluated on other candidates, so not comparable"
+    assert paired_lines([runs[0], read_run(root / "ccc")], ["a", "c"], [root / "evaluation"]) == [
+        "c: no evaluation ranks its model"
+    ]
+
+
+def test_curves_of_several_runs_and_user_mistakes(world, capsys, monkeypatch):
+    root, *_ = world
+
+    def dmpo(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["dmpo", "runs", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code, capsys.readouterr().err
+
+    picture = root / "plots" / "all.png"
+    assert dmpo("plot", root / "a", root / "bb", root / "ccc", "--output", picture) == (0, "")
+    assert imread(picture).std() > 0.05
+    for arguments, message in [
+        (("plot", root / "a", root / "bb", "--output", picture), "exists already and is kept"),
+        (
+            ("plot", root / "a", root / "bb", "--output", root / "x.png", "--metric", "auk"),
+            "no validation auk was logged; there is ndcg@10",
+        ),
+        (("compare", root / "a"), "give two or more different runs"),
+        (("compare", root / "a", root / "a"), "give two or more different runs"),
+        (("compare", root / "a", root / "evaluation"), "evaluation holds no training run"),
+        (("list", root / "evaluation"), "holds no training run"),
+        (("list", root / "nowhere"), "no such folder"),
+    ]:
+        code, error = dmpo(*arguments)
+        assert (code, error.count("\n")) == (2, 1)
+        assert message in error
+    (root / "a" / "config.yaml").write_text("a: [")
+    code, error = dmpo("list", root)
+    assert code == 2
+    assert "a: cannot be read" in error
