@@ -99,8 +99,8 @@ class DataConfig(Section):
     max_validation_users: int | None = Field(None, ge=1)
     """Keep at most this many validation requests (a seeded sample); None keeps all."""
     stream: bool = False
-    """Prepare a log larger than memory: kind=parquet with a folder of shards, which are sorted and split on disk (needs
-    duckdb, the extra ``stream``). The groups are those of the same log read at once."""
+    """Prepare a log larger than memory: kind=parquet with a folder of shards, which are sorted and split on disk. The groups
+    are those of the same log read at once."""
     stream_memory: str = "1GB"
     """Memory for sorting and joining the shards; Python and the share of users at work come on top, about as much."""
     shots: int | None = Field(None, ge=1)

@@ -157,6 +157,16 @@ class NegativeSampler:
         n_known = self._n_known(timestamp)
         return n_known - int(np.count_nonzero(taken < n_known))
 
+    def shortage(self, kind: Kind, requests: pd.DataFrame, count: int) -> tuple[int, UserError]:
+        """How many negatives the best-off of ``requests`` can be given, fewer than ``count``, and the error that says so."""
+        pairs = list(zip(requests["user"], requests["timestamp"], strict=True))
+        best = max(pairs, key=lambda pair: self.available_for_training(kind, *pair))
+        try:
+            self.training(kind, *best, count)
+        except UserError as error:
+            return self.available_for_training(kind, *best), error
+        raise AssertionError("there are enough negatives")
+
     def _require(self, count: int, taken: np.ndarray, user: str, timestamp: int | None, key: str) -> None:
         available = self._available(timestamp, taken)
         if available < count:

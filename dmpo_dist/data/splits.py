@@ -29,16 +29,6 @@ def time_cuts(timestamps: np.ndarray, validation_quantile: float, test_quantile:
     return int(cuts[0]), int(cuts[1])
 
 
-def k_core(events: pd.DataFrame, k: int) -> pd.DataFrame:
-    """The largest part of ``events`` in which every user and every item has at least ``k`` of them; maybe none."""
-    while True:
-        few = [events.groupby(column, sort=False)[column].transform("size") < k for column in ("user", "item")]
-        thin = few[0] | few[1]
-        if not thin.any():
-            return events
-        events = events[~thin]
-
-
 def likes(events: pd.DataFrame, rating_threshold: float) -> pd.DataFrame:
     """The events with a rating at or above the threshold."""
     return events[events["rating"] >= rating_threshold]

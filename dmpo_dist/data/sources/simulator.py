@@ -6,7 +6,7 @@ the affinity. An item's main tastes show in its title through words that belong 
 learn them; the other words mean nothing. Popularity is independent of taste.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -69,6 +69,16 @@ def simulate(config: Simulator, seed: int) -> Interactions:
         margin = (RATING_SLOPE * (user_tastes[rows] @ item_tastes.T) - like_cut) / RATING_NOISE
         oracle[rows] -= np.logaddexp(0.0, -margin)  # log P(like) of the logistic noise
     return _interactions(config, users, items, ratings, _timestamps(rng, users, counts), titles, oracle)
+
+
+def oracle_scores(log: Interactions) -> Callable[[str, list[str]], list[float]]:
+    """A function that scores candidates of a user; it returns [] where the world is unknown."""
+    if log.oracle is None or log.oracle_users is None:
+        return lambda user, items: []
+    oracle = log.oracle
+    row = {user: number for number, user in enumerate(log.oracle_users)}
+    column = {item: number for number, item in enumerate(log.items["item"])}
+    return lambda user, items: oracle[row[user], [column[item] for item in items]].astype(float).tolist()
 
 
 def _check(config: Simulator) -> None:
