@@ -77,7 +77,12 @@ def data_hard_negatives(
     config: Layers = None,
     overrides: Overrides = None,
     keep: Annotated[int, typer.Option(min=1, help="Negatives per training group.")] = 7,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out that many of the very hardest.")] = 0,
+    skip_top: Annotated[
+        int, typer.Option("--skip-top", "--skip", min=0, help="Leave out that many of the very hardest.")
+    ] = 0,
+    draw_from: Annotated[
+        int | None, typer.Option(min=1, help="Draw them among this many of the hardest, by the seed.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Keep of the prepared training negatives those that a model scores highest; evaluation stays as it is.
@@ -85,9 +90,11 @@ def data_hard_negatives(
     Examples:
 
         dmpo data hard-negatives runs/ml/sft/model runs/ml/hard -c movielens data.path=runs/ml/data
+
+        dmpo data hard-negatives runs/ml/sft/model runs/ml/hard data.path=runs/ml/data --skip-top 2 --draw-from 14
     """
     settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.commands.hard_negatives import mine_hard_negatives
 
-    mine_hard_negatives(model, settings, output, keep, skip, echo=print_now)
+    mine_hard_negatives(model, settings, output, keep, skip_top, draw_from, echo=print_now)
     print(f"written to {output}")

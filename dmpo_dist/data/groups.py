@@ -37,6 +37,8 @@ def groups_of_log(
     pieces: dict[str, list[Dataset]] = {split: [] for split in SPLITS}
     asked = {split: Counter[str]() for split in SPLITS}  # requests, and likes that give none, by reason
     dropped = {split: Counter[str]() for split in SPLITS}
+    leave_one_out = config.split == "leave_one_out"
+    spared: list[int] = []  # by training group
     shortages: list[tuple[int, UserError]] = []
     for number in range(log.shares):
         events = log.share(number)
@@ -51,10 +53,14 @@ def groups_of_log(
             unseen_positives=config.evaluation_candidates == "all",
         )
         batch = requests["train"].table["item"].tolist()
-        sampler = NegativeSampler(events, config.rating_threshold, seed, config.popularity_exponent, batch, world)
+        sampler = NegativeSampler(
+            events, config.rating_threshold, seed, config.popularity_exponent, batch, world, spare_later=leave_one_out
+        )
         kept = with_enough_candidates(requests, sampler, config)
         if len(requests["train"].table) and not len(kept["train"].table):
             shortages.append(sampler.shortage(config.negatives, requests["train"].table, config.negatives_per_group))
+        groups = kept["train"].table
+        spared += [sampler.spared(user, t) for user, t in zip(groups["user"], groups["timestamp"], strict=True)]
         for split in SPLITS:
             asked[split].update({"kept": len(requests[split].table), **requests[split].dropped})
             dropped[split].update(kept[split].dropped)
@@ -66,6 +72,11 @@ def groups_of_log(
     require_groups(asked, log, config)
     if not pieces["train"]:
         raise max(shortages, key=lambda shortage: shortage[0])[1]
+    if leave_one_out:
+        log.notes.append(
+            "No training negative is an item that its user takes later: there were "
+            f"{sum(spared)} of those to leave out, in {np.count_nonzero(spared)} of {len(spared)} groups."
+        )
     rows = {split: _in_order(pieces[split], work / f"{split}.arrow") for split in SPLITS}
     rows["validation"], left_out = _sampled(rows["validation"], config.max_validation_users, seed)
     dropped["validation"]["over_max_validation_users"] = left_out

@@ -66,6 +66,8 @@ class NegativeSampler:
         exponent: popularity negatives are drawn in proportion to popularity to this power.
         batch: the positives of all training requests, for in-batch negatives.
         world: items and log, where ``events`` are not all of it.
+        spare_later: training negatives are never items the user takes later. Leave-one-out needs it: its training requests lie
+            before a user's held-out likes, which would be drawn as negatives; a time split must not look ahead.
     """
 
     def __init__(
@@ -76,10 +78,11 @@ class NegativeSampler:
         exponent: float = 1.0,
         batch: Sequence[str] = (),
         world: World | None = None,
+        spare_later: bool = False,
     ) -> None:
         self._world = world or World.of(events)
         self._names, self._first_seen = self._world.names, self._world.first_seen
-        self._seed = seed
+        self._seed, self._spare_later = seed, spare_later
         log = events.assign(code=codes_of(events["item"], self._names)).sort_values(["timestamp", "user", "code"])
         self._time = log["timestamp"].to_numpy()
         self._code = log["code"].to_numpy()
@@ -92,12 +95,13 @@ class NegativeSampler:
     def training(self, kind: Kind, user: str, timestamp: int, count: int) -> list[str]:
         """``count`` distinct items, none of which the user took at or before ``timestamp``, dislikes apart.
 
-        Nothing after the request plays a part: an item the user takes later may be drawn, as at the time it would have been.
+        Unless later items are spared, nothing after the request plays a part: an item the user takes later may be drawn, as at
+        the time it would have been.
 
         Raises:
             UserError: fewer than ``count`` such items.
         """
-        taken = self._taken(user, timestamp)
+        taken = self._barred(user, timestamp)
         rng = request_stream(self._seed, user, timestamp)
         chosen = np.empty(0, dtype=np.int64)
         if kind == "dislikes":
@@ -127,7 +131,13 @@ class NegativeSampler:
     def available_for_training(self, kind: Kind, user: str, timestamp: int) -> int:
         """How many negatives ``training`` can give this request at most."""
         dislikes = len(self._dislike_codes(user, timestamp)) if kind == "dislikes" else 0
-        return dislikes + self._available(timestamp, self._taken(user, timestamp))
+        return dislikes + self._available(timestamp, self._barred(user, timestamp))
+
+    def spared(self, user: str, timestamp: int) -> int:
+        """How many items in the world before ``timestamp`` are no training negatives because the user takes them later."""
+        return self._available(timestamp, self._taken(user, timestamp)) - self._available(
+            timestamp, self._barred(user, timestamp)
+        )
 
     def available_for_evaluation(self, user: str, until: int | None) -> int:
         """How many negatives ``evaluation`` can give a user at most."""
@@ -145,6 +155,10 @@ class NegativeSampler:
         if until is not None:
             rows = rows[self._time[rows] <= until]
         return self._code[rows]
+
+    def _barred(self, user: str, timestamp: int) -> np.ndarray:
+        """Items that are no training negatives of a request."""
+        return self._taken(user, None if self._spare_later else timestamp)
 
     def _dislike_codes(self, user: str, timestamp: int) -> np.ndarray:
         rows = self._rows_of_user[user]
