@@ -1,5 +1,7 @@
 """The public log-prob function against one plain forward pass per response, values and gradients in float64."""
 
+from itertools import chain
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -19,7 +21,7 @@ RESPONSES = [["Dune", "Dune Part Two", "Up"], ["Ratatouille"]]
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scratch")
     make_scratch_model(
-        folder, ScratchModel(hidden_size=16, vocab_size=300), [*PROMPTS, *sum(RESPONSES, [])], 128, seed=0
+        folder, ScratchModel(hidden_size=16, vocab_size=300), [*PROMPTS, *chain(*RESPONSES)], 128, seed=0
     )
     return AutoTokenizer.from_pretrained(folder)
 
@@ -44,11 +46,11 @@ def test_values_and_gradients_are_those_of_separate_rows(kind, adapter, tokenize
     expected = [[one_by_one(model, tokenizer, p, r) for r in rs] for p, rs in zip(PROMPTS, RESPONSES, strict=True)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    wanted = torch.autograd.grad(torch.stack(sum(expected, [])) @ weights, trained, allow_unused=True)
+    wanted = torch.autograd.grad(torch.stack(list(chain(*expected))) @ weights, trained, allow_unused=True)
 
     found = shared_prompt_log_probs(model, tokenizer, PROMPTS, RESPONSES)
     assert [len(part) for part in found] == [3, 1]
-    torch.testing.assert_close(torch.cat(found), torch.stack(sum(expected, [])))
+    torch.testing.assert_close(torch.cat(found), torch.stack(list(chain(*expected))))
     gradients = torch.autograd.grad(torch.cat(found) @ weights, trained, allow_unused=True)
     for gradient, want in zip(gradients, wanted, strict=True):
         if want is not None:
