@@ -28,14 +28,14 @@ def mine_hard_negatives(
 ) -> PreparedData:
     """Write ``config.data.path`` again with ``keep`` hard negatives for each training group, hardest first.
 
-    Validation and test stay as they are, so figures before and after compare. The share of chosen negatives that their user
-    liked later is said and noted: these are likely false negatives.
+    Validation and test stay as they are, so figures before and after compare. The card notes the share of chosen
+    negatives that their user liked later, which are likely false negatives; ``echo`` gets a warning of them.
 
     Args:
         model: folder or hub id of the model that scores.
         skip_top: leave out that many of the very hardest, which may be likes the log does not know.
-        draw_from: draw ``keep`` at random among this many of the hardest after the skipped ones (by ``config.seed``); None
-            takes the hardest.
+        draw_from: draw ``keep`` (by ``config.seed``) among this many of the hardest after the skipped ones; None takes the
+            hardest.
 
     Raises:
         UserError: no prepared data, too few negatives in a group, or a model that will not do.
@@ -94,7 +94,7 @@ def _liked_later(
     )
     if any(later):
         echo(
-            f"WARNING: likely false negatives: {share} Leave out more of the hardest (--skip-top) or draw from more of them "
-            "(--draw-from)."
+            f"WARNING: likely false negatives: {share} Leave out more of the hardest (--skip-top) or draw from more of "
+            "them (--draw-from)."
         )
     return f" {share}"

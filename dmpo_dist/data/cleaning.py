@@ -1,4 +1,4 @@
-"""From rows of text, as read from whatever file, to a checked and cleaned log: one set of rules for small and large logs.
+"""From rows of text to a checked and cleaned log, by one set of rules for small and large logs.
 
 Readers give a view ``read`` with the columns file, row, user, item, rating, timestamp and, where no other file has the
 titles, title and genres; all of them text or null but the row's number. Cleaning makes the table ``log`` of it.
@@ -30,7 +30,8 @@ def assemble(
     """Checked and cleaned tables of strings, made into ``Interactions``.
 
     Args:
-        events, items: indexed by row number in ``events_file`` and ``items_file``; without ``items`` the events have titles.
+        events, items: indexed by row number in ``events_file`` and ``items_file``; without ``items`` the events have
+            titles.
         notes: what reading changed so far.
         duplicate_titles: ``error`` or ``merge``.
         tolerated: largest share of malformed events to leave out.
@@ -56,7 +57,7 @@ def clean(
     duplicate_titles: str,
     tolerated: float,
 ) -> pd.DataFrame:
-    """Make the table ``log`` (user, item, rating, timestamp) of the view ``read``, and return the items with their titles.
+    """Make the table ``log`` (user, item, rating, timestamp) of the view ``read``; returns the items with their titles.
 
     Args:
         items: columns item, title and maybe genres, indexed by where each row stands; None takes them from the events.
@@ -68,12 +69,14 @@ def clean(
     """
     _read_rows(database)
     sound = _sound_rows(database, tolerated, notes)
-    # Items are few against events: one row each, with the place of its first sound event, so that pandas can check them.
+    # Items are few against events, so pandas can check them. Each comes with file and row of its first sound event; that
+    # is null for an item all of whose events are malformed, which counts as an item that nobody took.
     found = database.frame(
         f"""SELECT item, min(title) <> max(title) AS differs, arg_min(title, (file, row)) AS title,
-        arg_min(genres, (file, row)) AS genres, arg_min(concat(file, ', row ', row), (file, row)) FILTER ({sound}) AS place
+        arg_min(genres, (file, row)) AS genres,
+        arg_min(concat(file, ', row ', row), (file, row)) FILTER ({sound}) AS first_event
         FROM rows WHERE item <> '' GROUP BY item ORDER BY min((file, row))"""
-    ).set_index("place")
+    ).set_index("first_event")
     if items is None:
         if found["differs"].any():
             _refuse_second_title(database)
@@ -96,7 +99,8 @@ def _read_rows(database: Database) -> None:
     texts = [f"stripped({name}) AS {name}" if name in columns else f"'' AS {name}" for name in ("title", "genres")]
     database.run(
         f"""CREATE TABLE rows AS SELECT file, row, stripped(user) AS user, stripped(item) AS item,
-        number(stripped(rating)) AS rating, floor(number(stripped(timestamp))) AS timestamp, {", ".join(texts)} FROM read"""
+        number(stripped(rating)) AS rating, floor(number(stripped(timestamp))) AS timestamp, {", ".join(texts)}
+        FROM read"""
     )
 
 
@@ -116,8 +120,8 @@ def _sound_rows(database: Database, tolerated: float, notes: list[str]) -> str:
         median = database.value("SELECT median(timestamp) FROM rows")
         file = database.value("SELECT min(file) FROM rows")
         raise UserError(
-            f"{file if files == 1 else Path(file).parent}: the median timestamp is {median:.0f}, which as seconds lies after "
-            "the year 5000; these look like milliseconds or finer: divide the column to seconds since 1970"
+            f"{file if files == 1 else Path(file).parent}: the median timestamp is {median:.0f}, which as seconds lies "
+            "after the year 5000; these look like milliseconds or finer: divide the column to seconds since 1970"
         )
     if found is None:
         return "true"
@@ -154,8 +158,10 @@ def _refuse_malformed(database: Database, faults: list[str]) -> None:
 def _refuse_second_title(database: Database) -> None:
     """Raise UserError for the first row that gives an item another title than a row before."""
     file, row, item, title, first = database.rows(
-        """SELECT * FROM (SELECT file, row, item, title, first_value(title) OVER (PARTITION BY item ORDER BY file, row) AS first
-        FROM rows) WHERE title <> first ORDER BY file, row LIMIT 1"""
+        """SELECT * FROM (
+            SELECT file, row, item, title, first_value(title) OVER (PARTITION BY item ORDER BY file, row) AS first
+            FROM rows
+        ) WHERE title <> first ORDER BY file, row LIMIT 1"""
     )[0]
     raise UserError(
         f"{file}, row {row}: item {item!r} has title {title!r} here and {first!r} before; give an item one title"
@@ -176,13 +182,14 @@ def _items_of_events(taken: pd.Series, items: pd.DataFrame, items_file: Path, no
     twice = items["item"].duplicated()
     if twice.any():
         raise UserError(
-            f"{items.index[twice][0]}: item {items['item'][twice].iloc[0]!r} occurs a second time; keep one row per item"
+            f"{items.index[twice][0]}: item {items['item'][twice].iloc[0]!r} occurs a second time; keep one row per "
+            "item"
         )
     missing = ~taken.isin(items.loc[items["title"] != "", "item"])
     if missing.any():
         raise UserError(
-            f"{taken.index[missing][0]}: item {taken[missing].iloc[0]!r} has no title in {items_file.name}; add its title or "
-            "remove its rows"
+            f"{taken.index[missing][0]}: item {taken[missing].iloc[0]!r} has no title in {items_file.name}; add its "
+            "title or remove its rows"
         )
     used = items["item"].isin(taken)
     if not used.all():
@@ -192,8 +199,8 @@ def _items_of_events(taken: pd.Series, items: pd.DataFrame, items_file: Path, no
     if broken.any():
         first = items[broken].iloc[0]
         raise UserError(
-            f"{items_file}: the title of item {first['item']!r}, {first['title']!r}, contains a line break; titles are single "
-            "lines"
+            f"{items_file}: the title of item {first['item']!r}, {first['title']!r}, contains a line break; titles are "
+            "single lines"
         )
     return items
 
@@ -208,8 +215,8 @@ def _unique_titles(items: pd.DataFrame, duplicate_titles: str, notes: list[str])
         second = items[again].iloc[0]
         raise UserError(
             f"{items.index[again][0]}: items {first[again].iloc[0]!r} and {second['item']!r} share the title "
-            f"{second['title']!r} ({int(again.sum())} such items); a response must name one item: make the titles differ, or "
-            "set data.source.duplicate_titles=merge"
+            f"{second['title']!r} ({int(again.sum())} such items); a response must name one item: make the titles "
+            "differ, or set data.source.duplicate_titles=merge"
         )
     notes.append(f"{int(again.sum())} items merged into another item of the same title.")
     return items[~again].reset_index(drop=True), dict(zip(items["item"], first, strict=True))
@@ -220,9 +227,9 @@ def _keep_first_events(database: Database, sound: str, renamed: dict[str, str], 
     database.show("renamed", pd.DataFrame({"old": list(renamed), "new": list(renamed.values())}, dtype="str"))
     rows = database.value(f"SELECT count(*) FROM rows WHERE {sound}")
     database.run(
-        f"""CREATE TABLE log AS SELECT user, coalesce(new, item) AS item, arg_min(rating, (timestamp, file, row)) AS rating,
-        CAST(min(timestamp) AS BIGINT) AS timestamp FROM rows LEFT JOIN renamed ON item = old WHERE {sound}
-        GROUP BY ALL"""
+        f"""CREATE TABLE log AS SELECT user, coalesce(new, item) AS item,
+        arg_min(rating, (timestamp, file, row)) AS rating, CAST(min(timestamp) AS BIGINT) AS timestamp
+        FROM rows LEFT JOIN renamed ON item = old WHERE {sound} GROUP BY ALL"""
     )
     database.run("DROP TABLE rows")
     repeated = rows - database.value("SELECT count(*) FROM log")

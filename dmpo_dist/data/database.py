@@ -1,5 +1,7 @@
 """A DuckDB database: in memory for logs that fit, in a folder and within a memory limit for logs that do not."""
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +23,12 @@ class Database:
     """
 
     def __init__(self, folder: Path | None = None, memory: str = "") -> None:
+        self._advice = "raise data.stream_memory"
         if folder is None:
-            self._connection = duckdb.connect()
+            self._advice = "write the log as Parquet shards and set data.source.kind=parquet and data.stream=true"
+            # The default is a folder in the working directory.
+            spill = str(Path(tempfile.gettempdir()) / f"dmpo-{os.getpid()}")
+            self._connection = duckdb.connect(config={"temp_directory": spill})
             return
         settings = {
             "memory_limit": memory,
@@ -45,7 +51,7 @@ class Database:
         try:
             return self._connection.execute(query)
         except duckdb.OutOfMemoryException as error:
-            raise UserError(f"{first_line(error)}; raise data.stream_memory") from None
+            raise UserError(f"{first_line(error)}; {self._advice}") from None
 
     def frame(self, query: str) -> pd.DataFrame:
         """The result as a data frame."""

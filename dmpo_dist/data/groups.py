@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,25 @@ from dmpo_dist.data.store import dataset_of, on_disk
 from dmpo_dist.errors import UserError
 
 
+@dataclass
+class _Found:
+    """What the shares of a log gave.
+
+    Attributes:
+        pieces: split -> the rows of each share that has any.
+        asked: split -> number of requests ``kept`` before candidates were counted, and of likes dropped by reason.
+        dropped: split -> number of likes dropped in the end, by reason.
+        spared: by training group, how many items its user takes later and that were therefore no negatives.
+        shortages: the most negatives that a share's training requests can be given, and the error, where these are too few.
+    """
+
+    pieces: dict[str, list[Dataset]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    asked: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
+    dropped: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
+    spared: list[int] = field(default_factory=list)
+    shortages: list[tuple[int, UserError]] = field(default_factory=list)
+
+
 def groups_of_log(
     log: Log, config: DataConfig, seed: int, work: Path, echo: Callable[[str], None]
 ) -> tuple[dict[str, Dataset], dict[str, Any]]:
@@ -31,15 +51,31 @@ def groups_of_log(
         UserError: no training or test request is left, or negatives run out.
     """
     cuts = log.cuts(config.validation_quantile, config.test_quantile) if config.split == "time" else None
+    found = _find_groups(log, cuts, config, seed, work, echo)
+    require_groups(found.asked, log, config)
+    if not found.pieces["train"]:
+        raise max(found.shortages, key=lambda shortage: shortage[0])[1]
+    if config.split == "leave_one_out":
+        log.notes.append(
+            f"No training negative is an item that its user takes later: there were {sum(found.spared)} of those to leave "
+            f"out, in {np.count_nonzero(found.spared)} of {len(found.spared)} groups."
+        )
+    rows = {split: _in_order(found.pieces[split], work / f"{split}.arrow") for split in SPLITS}
+    rows["validation"], left_out = _sampled(rows["validation"], config.max_validation_users, seed)
+    found.dropped["validation"]["over_max_validation_users"] = left_out
+    return rows, {
+        "cuts": cuts and {name: moment(cut) for name, cut in zip(SPLITS[1:], cuts, strict=True)},
+        "dropped": {split: dict(found.dropped[split]) for split in SPLITS},
+    }
+
+
+def _find_groups(
+    log: Log, cuts: tuple[int, int] | None, config: DataConfig, seed: int, work: Path, echo: Callable[[str], None]
+) -> _Found:
+    """The rows of one share of the users after the other, those of several shares on disk."""
+    found = _Found()
     world = log.world(with_log=config.negatives == "popularity")
-    first_seen = pd.Series(world.first_seen, index=world.names)
     title = dict(zip(log.items["item"], log.items["title"], strict=True))
-    pieces: dict[str, list[Dataset]] = {split: [] for split in SPLITS}
-    asked = {split: Counter[str]() for split in SPLITS}  # requests, and likes that give none, by reason
-    dropped = {split: Counter[str]() for split in SPLITS}
-    leave_one_out = config.split == "leave_one_out"
-    spared: list[int] = []  # by training group
-    shortages: list[tuple[int, UserError]] = []
     for number in range(log.shares):
         events = log.share(number)
         requests = find_requests(
@@ -49,41 +85,33 @@ def groups_of_log(
             min_history=config.min_history,
             max_history=config.max_history,
             train_requests_per_user=config.train_requests_per_user,
-            first_seen=first_seen,
+            first_seen=pd.Series(world.first_seen, index=world.names),
             unseen_positives=config.evaluation_candidates == "all",
         )
-        batch = requests["train"].table["item"].tolist()
+        training = requests["train"].table
         sampler = NegativeSampler(
-            events, config.rating_threshold, seed, config.popularity_exponent, batch, world, spare_later=leave_one_out
+            events,
+            config.rating_threshold,
+            seed,
+            config.popularity_exponent,
+            training["item"].tolist(),
+            world,
+            spare_later=config.split == "leave_one_out",
         )
         kept = with_enough_candidates(requests, sampler, config)
-        if len(requests["train"].table) and not len(kept["train"].table):
-            shortages.append(sampler.shortage(config.negatives, requests["train"].table, config.negatives_per_group))
-        groups = kept["train"].table
-        spared += [sampler.spared(user, t) for user, t in zip(groups["user"], groups["timestamp"], strict=True)]
+        if len(training) and not len(kept["train"].table):
+            found.shortages.append(sampler.shortage(config.negatives, training, config.negatives_per_group))
+        pairs = zip(kept["train"].table["user"], kept["train"].table["timestamp"], strict=True)
+        found.spared += [sampler.spared(user, timestamp) for user, timestamp in pairs]
         for split in SPLITS:
-            asked[split].update({"kept": len(requests[split].table), **requests[split].dropped})
-            dropped[split].update(kept[split].dropped)
+            found.asked[split].update({"kept": len(requests[split].table), **requests[split].dropped})
+            found.dropped[split].update(kept[split].dropped)
             if len(kept[split].table):
                 rows = dataset_of(log_rows(kept[split], split, title, sampler, config, log.score))
-                pieces[split].append(rows if log.shares == 1 else on_disk(rows, work / split / str(number)))
+                found.pieces[split].append(rows if log.shares == 1 else on_disk(rows, work / split / str(number)))
         if log.shares > 1:
             echo(f"share {number + 1} of {log.shares} of the users: {len(events):,} interactions")
-    require_groups(asked, log, config)
-    if not pieces["train"]:
-        raise max(shortages, key=lambda shortage: shortage[0])[1]
-    if leave_one_out:
-        log.notes.append(
-            "No training negative is an item that its user takes later: there were "
-            f"{sum(spared)} of those to leave out, in {np.count_nonzero(spared)} of {len(spared)} groups."
-        )
-    rows = {split: _in_order(pieces[split], work / f"{split}.arrow") for split in SPLITS}
-    rows["validation"], left_out = _sampled(rows["validation"], config.max_validation_users, seed)
-    dropped["validation"]["over_max_validation_users"] = left_out
-    return rows, {
-        "cuts": cuts and {name: moment(cut) for name, cut in zip(SPLITS[1:], cuts, strict=True)},
-        "dropped": {split: dict(dropped[split]) for split in SPLITS},
-    }
+    return found
 
 
 def _in_order(pieces: list[Dataset], file: Path) -> Dataset:
@@ -132,8 +160,8 @@ def require_groups(asked: Mapping[str, Mapping[str, int]], log: Log, config: Dat
         with_history = in_period - counts["short_history"]
         lines.append(
             f"  {split}: {in_period} likes in its period, {with_history} of them with at least "
-            f"data.min_history={config.min_history} likes before, {with_history - counts['unseen_positive']} of them of an "
-            f"item somebody took before, {counts['kept']} kept"
+            f"data.min_history={config.min_history} likes before, {with_history - counts['unseen_positive']} of them "
+            f"of an item somebody took before, {counts['kept']} kept"
         )
     lines.append(
         "loosen data.rating_threshold or data.min_history, or move the cuts data.validation_quantile="
@@ -145,7 +173,7 @@ def require_groups(asked: Mapping[str, Mapping[str, int]], log: Log, config: Dat
 def with_enough_candidates(
     requests: dict[str, Requests], sampler: NegativeSampler, config: DataConfig
 ) -> dict[str, Requests]:
-    """Drop requests so early in the log that too few items were in the world; in a time split only training ones are."""
+    """Drop requests before which too few items had been taken; under a time split these are training requests."""
 
     def enough(split: str, user: str, timestamp: int) -> bool:
         if split == "train":

@@ -72,15 +72,16 @@ class Log:
         taken = self._database.frame("SELECT DISTINCT item FROM log")["item"]
         self.items = self.items[self.items["item"].isin(taken)].reset_index(drop=True)
         self.notes.append(
-            f"{k}-core of the whole log: {size} of {sizes[0]} interactions, {self.count('DISTINCT user')} of {sizes[1]} "
-            f"users, {len(self.items)} of {sizes[2]} items."
+            f"{k}-core of the whole log: {size} of {sizes[0]} interactions, "
+            f"{self.count('DISTINCT user')} of {sizes[1]} users, {len(self.items)} of {sizes[2]} items."
         )
 
     def divide(self) -> None:
         """Put shares of the users together on disk, so that each is read without the others."""
         self.shares = 1 + self.count() // EVENTS_AT_ONCE
         self._database.run(
-            f"CREATE TABLE ordered AS SELECT *, hash(user) % {self.shares} AS share FROM log ORDER BY share, timestamp, user, item"
+            f"""CREATE TABLE ordered AS SELECT *, hash(user) % {self.shares} AS share FROM log
+            ORDER BY share, timestamp, user, item"""
         )
         self._database.run("DROP TABLE log")
         self._database.run("ALTER TABLE ordered RENAME TO log")
@@ -125,7 +126,7 @@ class Log:
 
 
 def open_log(config: DataConfig, seed: int, database: Database, echo: Callable[[str], None]) -> Log:
-    """Read and clean the log of ``config.source`` into ``database``; under ``config.stream`` it is never in memory whole.
+    """Read and clean the log of ``config.source`` into ``database``, under ``config.stream`` never in memory whole.
 
     Raises:
         UserError: a missing or malformed file, or ``config.k_core`` leaves nothing.

@@ -66,8 +66,8 @@ class NegativeSampler:
         exponent: popularity negatives are drawn in proportion to popularity to this power.
         batch: the positives of all training requests, for in-batch negatives.
         world: items and log, where ``events`` are not all of it.
-        spare_later: training negatives are never items the user takes later. Leave-one-out needs it: its training requests lie
-            before a user's held-out likes, which would be drawn as negatives; a time split must not look ahead.
+        spare_later: training negatives are never items the user takes later. Leave-one-out needs it, else a user's
+            held-out likes are drawn as negatives of their training requests; a time split must not look ahead.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class NegativeSampler:
     def training(self, kind: Kind, user: str, timestamp: int, count: int) -> list[str]:
         """``count`` distinct items, none of which the user took at or before ``timestamp``, dislikes apart.
 
-        Unless later items are spared, nothing after the request plays a part: an item the user takes later may be drawn, as at
-        the time it would have been.
+        Unless later items are spared, nothing after the request plays a part: an item the user takes later may
+        be drawn, as at the time it would have been.
 
         Raises:
             UserError: fewer than ``count`` such items.
@@ -134,7 +134,7 @@ class NegativeSampler:
         return dislikes + self._available(timestamp, self._barred(user, timestamp))
 
     def spared(self, user: str, timestamp: int) -> int:
-        """How many items in the world before ``timestamp`` are no training negatives because the user takes them later."""
+        """How many items known before ``timestamp`` are no training negatives because the user takes them later."""
         return self._available(timestamp, self._taken(user, timestamp)) - self._available(
             timestamp, self._barred(user, timestamp)
         )
@@ -172,7 +172,7 @@ class NegativeSampler:
         return n_known - int(np.count_nonzero(taken < n_known))
 
     def shortage(self, kind: Kind, requests: pd.DataFrame, count: int) -> tuple[int, UserError]:
-        """How many negatives the best-off of ``requests`` can be given, fewer than ``count``, and the error that says so."""
+        """The most negatives that any of ``requests`` can be given, too few for ``count``, and the error about it."""
         pairs = list(zip(requests["user"], requests["timestamp"], strict=True))
         best = max(pairs, key=lambda pair: self.available_for_training(kind, *pair))
         try:
@@ -187,8 +187,8 @@ class NegativeSampler:
             when = "" if timestamp is None else f" at {timestamp} ({pd.Timestamp(timestamp, unit='s').isoformat()})"
             world = "are in the log" if timestamp is None else "had been seen by then"
             raise UserError(
-                f"user {user!r}{when}: {count} negatives are asked for, but only {available} items {world} that this user "
-                f"had not taken; lower {key}"
+                f"user {user!r}{when}: {count} negatives are asked for, but only {available} items {world} that this "
+                f"user had not taken; lower {key}"
             )
 
     def _uniform(self, timestamp: int | None, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -207,10 +207,10 @@ class NegativeSampler:
         return np.array(list(dict.fromkeys(usable.tolist())), dtype=np.int64)[:count]
 
     def _by_popularity(self, timestamp: int, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Distinct items, drawn one after the other in proportion to their interactions before ``timestamp``, to a power.
+        """Distinct items, drawn one by one in proportion to their interactions before ``timestamp``, to a power.
 
-        At power 1 an event drawn uniformly from the log names an item in that proportion; skipping what is taken or drawn already
-        leaves the right distribution over the rest. Where the rest is rare, it is counted instead.
+        At power 1 an event drawn uniformly from the log names an item in that proportion; skipping what is taken or
+        drawn already leaves the right distribution over the rest. Where the rest is rare, it is counted instead.
         """
         n_events = int(np.searchsorted(self._world.log_time, timestamp, side="left"))
         n_known = self._n_known(timestamp)
@@ -231,7 +231,7 @@ class NegativeSampler:
         return np.fromiter(chosen, dtype=np.int64, count=len(chosen))[:count]
 
     def _counts(self, n_events: int, n_known: int) -> np.ndarray:
-        """(n_known,) interactions of each item in the first ``n_events`` of the log; cheap where calls come in time order."""
+        """(n_known,) interactions of each item in the first ``n_events`` of the log; cheap for calls in time order."""
         if n_events < self._counted:
             self._counted, self._counter = 0, np.zeros_like(self._counter)
         self._counter += np.bincount(self._world.log_code[self._counted : n_events], minlength=len(self._counter))

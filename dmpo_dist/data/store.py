@@ -87,7 +87,7 @@ class PreparedData:
 
 
 def few_fingerprint(fingerprint: str, shots: int | None) -> str:
-    """The fingerprint of prepared data of which a run sees ``shots`` training groups; None keeps all and the fingerprint."""
+    """The fingerprint of data of which a run sees ``shots`` training groups; None keeps all and the fingerprint."""
     return fingerprint if shots is None else hashlib.sha256(f"{fingerprint} {shots} shots".encode()).hexdigest()
 
 
@@ -127,7 +127,7 @@ def rows_of(split: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def _few(train: Dataset, shots: int, path: Path) -> Dataset:
-    """The ``shots`` groups that come first by a hash of their content, in their old order: nested for any two numbers."""
+    """The ``shots`` groups that come first by a hash of their content, in their old order: nested for any numbers."""
     if shots > len(train):
         raise UserError(f"data.shots={shots}, but {path} holds {len(train)} training groups; lower data.shots")
     keys = zip(*(train[name][:] for name in ("user", "timestamp", "history", "positive", "prompt")), strict=True)
