@@ -11,13 +11,13 @@ from dmpo_dist.planning.flops import (
     Shape,
     Work,
     forward_flops,
-    known_peak,
     pairs_work,
     shape_of,
     shared_work,
     step_flops,
     unshared_work,
 )
+from dmpo_dist.planning.gpus import known_peak
 from tests.conftest import tiny_model
 
 SHAPE = Shape(hidden=4, layers=2, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocab=11, lora_rank=1)

@@ -11,7 +11,7 @@ import torch
 from dmpo_dist.bench.contestants import Contestant, LayoutContestant
 from dmpo_dist.bench.trl_pairs import TrlContestant
 from dmpo_dist.data.tokenization import TokenGroup
-from dmpo_dist.planning.flops import known_peak
+from dmpo_dist.planning.gpus import known_peak
 
 MIN_TURN_SECONDS = 2.0
 """A turn repeats short steps for this long, so that a shared machine's moods hit all contestants alike."""

@@ -186,8 +186,10 @@ def bench_simulate(
         Path | None, typer.Option(help="Output folder of `dmpo bench scaling`: check the model against its cells.")
     ] = None,
     model_config: Annotated[Path | None, typer.Option(help="A config.json: simulate it from 1 to 4,096 GPUs.")] = None,
-    gpu: Annotated[str, typer.Option(help="GPU, for its peak.")] = "H100",
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak it achieves.")] = 0.35,
+    gpu: Annotated[str, typer.Option(help="GPU of the table of `dmpo plan`, such as h100-80g or H100.")] = "H100",
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Share of its peak that it reaches.  [the table's]")
+    ] = None,
     zero: Annotated[list[int] | None, typer.Option(min=0, max=3, help="ZeRO stage; repeatable.  [2 3]")] = None,
     lora_rank: Annotated[int, typer.Option(min=0, help="Rank of the adapters; 0 trains all weights.")] = 0,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 256,
@@ -195,8 +197,8 @@ def bench_simulate(
     negatives: Annotated[int, typer.Option(min=1, help="Negatives K.")] = 7,
     groups: Annotated[int, typer.Option(min=1, help="Groups a GPU and step.")] = 32,
     micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches a GPU and step.")] = 4,
-    node_bandwidth: Annotated[float, typer.Option(help="GB/s a GPU within a node.")] = 300,
-    fabric_bandwidth: Annotated[float, typer.Option(help="GB/s a GPU between nodes.")] = 40,
+    node_bandwidth: Annotated[float | None, typer.Option(help="GB/s a GPU within a node.  [the table's]")] = None,
+    fabric_bandwidth: Annotated[float | None, typer.Option(help="GB/s a GPU between nodes.  [the table's]")] = None,
     overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of the collectives that is hidden.")] = 0.5,
     jitter: Annotated[float, typer.Option(min=0, help="Spread of computing times over their mean.")] = 0.02,
     failure_hours: Annotated[float, typer.Option(help="Hours between failures of a GPU.")] = 50_000,
@@ -214,28 +216,35 @@ def bench_simulate(
     """
     from dmpo_dist.bench import simulation
     from dmpo_dist.bench.settings import check_outputs
-    from dmpo_dist.planning.flops import DENSE_BF16_PEAKS, known_peak
+    from dmpo_dist.planning.gpus import FABRIC_LATENCY, NODE_LATENCY
     from dmpo_dist.planning.network import Link, Network
     from dmpo_dist.planning.simulate import Machine
     from dmpo_dist.records.log import make_console
 
-    peak = known_peak(gpu)
     if cells is None and model_config is None:
         raise UserError("give --cells to check the model, --model-config to simulate one, or both")
-    if peak is None:
-        raise UserError(f"--gpu {gpu} is not known; known are {', '.join(DENSE_BF16_PEAKS)}")
-    console = make_console()
+    device, console = simulation.named_gpu(gpu), make_console()
     if cells is not None:
         simulation.show_calibration(simulation.read_cells(cells), console)
     if model_config is not None:
         check_outputs(output, output.with_suffix(".png"))
-        network = Network(Link(3e-6, 1e9 * node_bandwidth), Link(10e-6, 1e9 * fabric_bandwidth), gpus_per_node=8)
+        share = device.mfu if mfu is None else mfu
+        node = Link(NODE_LATENCY, device.intra if node_bandwidth is None else 1e9 * node_bandwidth)
+        fabric = Link(FABRIC_LATENCY, device.inter if fabric_bandwidth is None else 1e9 * fabric_bandwidth)
         machine = Machine(
-            peak * mfu, 0.005, network, overlap, jitter, failure_hours, checkpoint_seconds, restart_seconds
+            flops_per_second=device.bf16 * share,
+            overhead=0.005,
+            network=Network(node, fabric, simulation.PER_NODE),
+            overlap=overlap,
+            jitter=jitter,
+            failure_hours=failure_hours,
+            checkpoint_seconds=checkpoint_seconds,
+            restart_seconds=restart_seconds,
         )
         works = [
             simulation.make_workload(model_config, prompt, response, negatives, groups, micro_batches, lora_rank, stage)
             for stage in sorted(set(zero or [2, 3]))
         ]
-        title = f"{model_config.parent.name or model_config}, {gpu} at {mfu:.0%} of its peak, P={prompt} R={response} K={negatives}"
+        name = model_config.parent.name or model_config
+        title = f"{name}, {gpu} at {share:.0%} of its peak, P={prompt} R={response} K={negatives}"
         simulation.run_simulation(works, machine, title, output, console)

@@ -13,7 +13,7 @@ from dmpo_dist.modeling.routing import Route
 from dmpo_dist.planning.gpus import Gpu
 from dmpo_dist.planning.memory import WIDTHS, Rank, Term, Zero, peak_bytes, phase_bytes
 from dmpo_dist.planning.model import Blueprint, Row, blueprint
-from dmpo_dist.planning.speed import Network, Part, Step
+from dmpo_dist.planning.speed import Duration, OptimizerStep
 from dmpo_dist.planning.trace import Trace
 from dmpo_dist.training.budget import LIMITS
 from dmpo_dist.training.engine import resolve_config
@@ -33,10 +33,6 @@ class Cluster:
     gpu: Gpu
     nodes: int
     per_node: int
-
-    @property
-    def network(self) -> Network:
-        return Network(self.gpu, self.nodes, self.per_node)
 
     @property
     def world_size(self) -> int:
@@ -77,7 +73,7 @@ class Plan:
     blueprint: Blueprint
     route: Route
     zero: Zero
-    step: Step
+    step: OptimizerStep
     steps: int | None
 
     @cached_property
@@ -117,14 +113,14 @@ class Plan:
         return peak_bytes(rank.device_terms()) <= self.cluster.capacity
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def durations(self) -> list[Duration]:
         """A step's seconds."""
-        return self.step.parts(self.cluster.network)
+        return self.step.durations(self.cluster.gpu, self.cluster.nodes, self.cluster.per_node)
 
     @property
     def seconds(self) -> float:
         """Of an optimizer step."""
-        return sum(part.seconds for part in self.parts)
+        return sum(part.seconds for part in self.durations)
 
     @property
     def groups_per_second(self) -> float:
@@ -199,7 +195,7 @@ def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int) ->
     on_rank = ceil(batch / world)
     row = _row(config, lengths, min(budget, on_rank * row.group_tokens), row.shared)
     zero = _zero(config, world)
-    step = Step(
+    step = OptimizerStep(
         shape=model.shape,
         sizes=model.sizes,
         zero=zero,

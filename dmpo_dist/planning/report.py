@@ -75,10 +75,10 @@ def show_plan(plan: Plan, explain: bool, console: Console, assumed: str = "") ->
         for term in plan.host_terms:
             _line(console, "", f"{term.name} = {term.formula} = {term.numbers} = {amount(term.bytes, BYTES)}")
     console.print()
-    parts = ", ".join(f"{part.name} {amount(part.seconds, SECONDS)}" for part in plan.parts)
+    parts = ", ".join(f"{part.name} {amount(part.seconds, SECONDS)}" for part in plan.durations)
     _line(console, "step", f"{amount(plan.seconds, SECONDS)}: {parts}")
     if explain:
-        for part in plan.parts:
+        for part in plan.durations:
             _line(console, "", f"{part.name} = {part.numbers} = {amount(part.seconds, SECONDS)}")
     _line(
         console,
@@ -134,7 +134,7 @@ def as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "device": _dicts(plan.terms),
         "host": _dicts(plan.host_terms),
         "step_seconds": plan.seconds,
-        "step": [vars(part) for part in plan.parts],
+        "step": [vars(part) for part in plan.durations],
         "groups_per_second": plan.groups_per_second,
         "steps": plan.steps,
         "hours": plan.hours,
