@@ -14,17 +14,30 @@ Layers = Annotated[
     typer.Option("-c", "--config", help="YAML file, or the name of a recipe in launch/recipes; later ones win."),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as train.learning_rate=1e-4.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print the settings that differ from the defaults (all of them: dmpo config show --all) and stop.",
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir from its latest checkpoint.")]
 
 
 def read_settings(layers: list[Path] | None, overrides: list[str] | None, dry_run: bool) -> RunConfig:
-    """The resolved configuration; printed, and the command ended, for a dry run."""
+    """The resolved configuration; for a dry run it is shown and the command ends."""
     settings = load_config([find_layer(layer) for layer in layers or []], overrides)
     if dry_run:
-        print(dump_config(settings), end="")
+        show_settings(settings, everything=False)
         raise typer.Exit
     return settings
+
+
+def show_settings(settings: RunConfig, everything: bool) -> None:
+    """Print a configuration as YAML that ``-c`` reads: every key, or those that differ from their defaults."""
+    print(dump_config(settings, "all" if everything else "changed"), end="")
+    if not everything:
+        print("# all other keys have their defaults: dmpo config show --all")
 
 
 def find_layer(layer: Path) -> Path:

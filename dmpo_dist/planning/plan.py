@@ -142,13 +142,14 @@ def make_plan(config: RunConfig, cluster: Cluster, lengths: Lengths) -> Plan:
     if config.train.token_budget != "auto":
         return _plan(config, cluster, lengths, config.train.token_budget)
     budget = LIMITS["cuda" if cluster.gpu.cuda else "cpu"]
+    group = _row(config, lengths, 0).group_tokens
     plan = None
-    while budget >= max(SMALLEST_BUDGET, _row(config, lengths, 0, shared=True).group_tokens):
+    while budget >= max(SMALLEST_BUDGET, group):
         plan = _plan(config, cluster, lengths, budget)
         if plan.fits:
             break
         budget //= 2
-    return plan or _plan(config, cluster, lengths, _row(config, lengths, 0, shared=True).group_tokens)
+    return plan or _plan(config, cluster, lengths, group)
 
 
 def make_rank(config: RunConfig, row: Row, world_size: int, cuda: bool, backend: str | None) -> Rank:
@@ -217,7 +218,7 @@ def _zero(config: RunConfig, world_size: int) -> Zero:
     return Zero.of(resolve_config(config.deepspeed, config.train, config.model.dtype, world_size, parameters))
 
 
-def _row(config: RunConfig, lengths: Lengths, tokens: int, shared: bool) -> Row:
+def _row(config: RunConfig, lengths: Lengths, tokens: int, shared: bool = True) -> Row:
     return Row(lengths.prompt, lengths.response, config.train.negatives, tokens, shared)
 
 

@@ -76,7 +76,7 @@ class Job:
 
     def config_text(self) -> str:
         """The configuration the cluster reads: without how it was submitted, which ``--resume`` may change."""
-        return dump_config(self.config, leave_out={"submit"})
+        return dump_config(self.config.model_copy(update={"submit": SubmitConfig()}))
 
     def values(self) -> dict[str, Any]:
         """What every template may use."""
