@@ -15,7 +15,7 @@ from dmpo_dist.cli import main
 from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import load_config
 from dmpo_dist.submit import kubernetes, slurm
-from dmpo_dist.submit.job import Job
+from dmpo_dist.submit.job import SubmitJob
 from dmpo_dist.submit.ready import lacking, node_problems
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +32,9 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     return int(exit_.value.code or 0), capsys.readouterr().err
 
 
-def job(*overrides: str, verb: str = "train", resume: bool = False) -> Job:
+def job(*overrides: str, verb: str = "train", resume: bool = False) -> SubmitJob:
     needed = ["data.path=/shared/data", "output_dir=/shared/runs/a"]
-    return Job(verb, load_config([], needed + list(overrides)), resume, Path("submitted"))  # type: ignore[arg-type]
+    return SubmitJob(verb, load_config([], needed + list(overrides)), resume, Path("submitted"))  # type: ignore[arg-type]
 
 
 # What is rendered
@@ -75,7 +75,7 @@ def test_scripts_are_sound_shell(tmp_path, overrides, resume):
         subprocess.run([shellcheck, "--shell=bash", "--severity=style", "--exclude=SC1091,SC2016", script], check=True)
 
 
-def ray_driver(job: Job) -> str:
+def ray_driver(job: SubmitJob) -> str:
     from dmpo_dist.submit import ray_jobs
 
     return ray_jobs.files(job)["upload/driver.sh"]
@@ -254,7 +254,7 @@ REFUSED = {
     "partition name": ("doctor --to slurm --render-only submit.slurm.partition=a;b", "submit.slurm.partition"),
     "typo": ("doctor --to slurm --render-only submit.slurm.partitoin=a", "nearest known key is submit.slurm.partition"),
     "no Slurm": ("doctor --to slurm", "sinfo is not on PATH; submit from a login node"),
-    "missing data": ("train --to slurm data.path=nowhere", "nowhere: no such file or folder here"),
+    "missing data": ("train --to slurm data.path=nowhere", "nowhere: no such file or folder on this machine"),
     "no image": ("doctor --to kubernetes --render-only", "submit.kubernetes.image is not set"),
     "no claim": ("doctor --to kubernetes --render-only submit.kubernetes.image=a", "volume_claim is not set"),
     "outside the volume": (

@@ -30,7 +30,7 @@ SECONDS_FOR_RANK_0 = 3
 
 app = typer.Typer(
     name="dmpo",
-    help="Fine-tune language models into personalised rankers by Direct Multi-Preference Optimization, on Ray and DeepSpeed.",
+    help="Fine-tune language models into personalised rankers by Direct Multi-Preference Optimization (DMPO).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -1,4 +1,4 @@
-"""Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one pydantic schema."""
+"""Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one schema."""
 
 import difflib
 from pathlib import Path

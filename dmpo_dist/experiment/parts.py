@@ -14,7 +14,7 @@ from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import named_path
-from dmpo_dist.experiment.grid import Cell, free_part
+from dmpo_dist.experiment.grid import GridCell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, GridConfig
 from dmpo_dist.training.groups import require_negatives
 from dmpo_dist.training.job import Kind
@@ -49,7 +49,7 @@ class Part:
     folder: Path
     config: RunConfig
     start: str | None
-    cell: Cell
+    cell: GridCell
     shots: int | None
     free: tuple[tuple[str, Any], ...]
     measured: dict[str, Path]
@@ -83,7 +83,7 @@ class Part:
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def make_parts(grid: GridConfig, cells: Sequence[Cell], data: Mapping[str, PreparedData]) -> list[Part]:
+def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, PreparedData]) -> list[Part]:
     """Every model once, each after the start it needs.
 
     Args:
@@ -108,7 +108,7 @@ def make_parts(grid: GridConfig, cells: Sequence[Cell], data: Mapping[str, Prepa
     return list(parts.values())
 
 
-def _start(config: RunConfig, cell: Cell, grid: GridConfig, data: Mapping[str, PreparedData]) -> Part:
+def _start(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mapping[str, PreparedData]) -> Part:
     shots = {"cell": cell.shots, ALL_SHOTS: None}.get(str(grid.sft_shots), grid.sft_shots)
     assert not isinstance(shots, str)
     free = tuple(axis for axis in cell.free if axis[0].split(".")[0] not in ("train", *PREFERENCE_SECTIONS))
@@ -117,7 +117,9 @@ def _start(config: RunConfig, cell: Cell, grid: GridConfig, data: Mapping[str, P
     return _part("start", name, config, None, cell, shots, free, grid, data)
 
 
-def _continued(config: RunConfig, cell: Cell, start: Part, grid: GridConfig, data: Mapping[str, PreparedData]) -> Part:
+def _continued(
+    config: RunConfig, cell: GridCell, start: Part, grid: GridConfig, data: Mapping[str, PreparedData]
+) -> Part:
     free = tuple(axis for axis in cell.free if axis[0].split(".")[0] not in PREFERENCE_SECTIONS)
     name = f"{cell.dataset}_shots-{cell.shots or ALL_SHOTS}_seed-{cell.seed}{free_part(free)}"
     config = continued_config(config)
@@ -126,7 +128,7 @@ def _continued(config: RunConfig, cell: Cell, start: Part, grid: GridConfig, dat
     return _part("continued", name, config, start, cell, cell.shots, free, grid, data)
 
 
-def _cell(config: RunConfig, cell: Cell, start: Part, grid: GridConfig, data: Mapping[str, PreparedData]) -> Part:
+def _cell(config: RunConfig, cell: GridCell, start: Part, grid: GridConfig, data: Mapping[str, PreparedData]) -> Part:
     return _part("cell", cell.name, config, start, cell, cell.shots, cell.free, grid, data)
 
 
@@ -135,7 +137,7 @@ def _part(
     name: str,
     config: RunConfig,
     start: Part | None,
-    cell: Cell,
+    cell: GridCell,
     shots: int | None,
     free: tuple[tuple[str, Any], ...],
     grid: GridConfig,
@@ -170,7 +172,7 @@ def _part(
     )
 
 
-def _measured(role: str, run: Path, start: str, cell: Cell, grid: GridConfig) -> dict[str, Path]:
+def _measured(role: str, run: Path, start: str, cell: GridCell, grid: GridConfig) -> dict[str, Path]:
     if role == "cell":
         return {cell.objective: run / "model"}
     if role == "continued":
@@ -190,7 +192,7 @@ def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str
     return {key: value for key, value in flat.items() if key not in {f"{stage}.{name}" for name in NO_INFLUENCE}}
 
 
-def _on_dataset(config: RunConfig, cell: Cell, grid: GridConfig, data: Mapping[str, PreparedData]) -> RunConfig:
+def _on_dataset(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mapping[str, PreparedData]) -> RunConfig:
     """The configuration with the dataset's path, and all paths absolute, as the run folder will have them."""
     changes: dict[str, Any] = {"data": config.data.model_copy(update={"path": named_path(data, cell.dataset, grid)})}
     if config.deepspeed.endswith(".json"):
@@ -202,12 +204,12 @@ def _on_dataset(config: RunConfig, cell: Cell, grid: GridConfig, data: Mapping[s
     return config.model_copy(update=changes)
 
 
-def _require_enough(config: RunConfig, cell: Cell, data: PreparedData) -> None:
+def _require_enough(config: RunConfig, cell: GridCell, data: PreparedData) -> None:
     """What would otherwise stop a cell hours later."""
     if cell.shots is not None and cell.shots > len(data.train):
         raise UserError(
-            f"the cell {cell.name}: shots={cell.shots}, but {data.path} holds {len(data.train)} training groups; take that "
-            "number out of the grid, or give the dataset a block of its own"
+            f"the cell {cell.name}: shots={cell.shots}, but {data.path} holds {len(data.train)} training groups; take "
+            "that number out of the grid, or give the dataset a block of its own"
         )
     try:
         require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)

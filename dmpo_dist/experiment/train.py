@@ -25,8 +25,8 @@ def in_this_process() -> bool:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         raise UserError(
-            "dmpo experiment under torchrun trains in one process; use --nproc-per-node 1, or start it without torchrun and "
-            "set cluster.workers for that many Ray workers"
+            "dmpo experiment under torchrun trains in one process; use --nproc-per-node 1, or start it without "
+            "torchrun and set cluster.workers for that many Ray workers"
         )
     return "RANK" in os.environ
 
@@ -34,8 +34,8 @@ def in_this_process() -> bool:
 def placed(config: RunConfig, output: Path, alone: bool) -> RunConfig:
     """The cluster settings of a stage: one worker in this process, or checkpoints where ``run_stages`` and a resumed
     ``run_stage`` both look for them."""
-    place = {"workers": 1} if alone else {"storage_path": config.cluster.storage_path or str(output)}
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update=place)})
+    changes = {"workers": 1} if alone else {"storage_path": config.cluster.storage_path or str(output)}
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=changes)})
 
 
 def train_parts(parts: Sequence[Part], alone: bool, heading: Callable[[Part], str], console: Console) -> None:

@@ -53,7 +53,7 @@ class Gpu:
         return Network(Link(NODE_LATENCY, self.intra), Link(FABRIC_LATENCY, self.inter), per_node)
 
 
-# Peaks, memory bandwidth and NVLink (given there for both directions together, halved here) from NVIDIA's data sheets
+# Peaks, memory bandwidth and NVLink (halved: the sheets add up both directions) from NVIDIA's data sheets
 # "A100 Tensor Core GPU", "H100 Tensor Core GPU" (SXM and PCIe), "H200 Tensor Core GPU" (SXM), "HGX B200", "L40S", "L4",
 # "A10"; GeForce RTX 4090 from its product page and the Ada white paper. Without NVLink: PCIe x16, 32 GB/s for version
 # 4.0, 64 GB/s for 5.0. The network of A100, H100, H200 and B200 is the one of NVIDIA's own systems: DGX A100 200

@@ -21,7 +21,7 @@ PHASES = ("micro_batch", "reduce", "step")
 ROW, REDUCE, STEP = (frozenset((phase,)) for phase in PHASES)
 STATIC = frozenset(PHASES)
 FRAMEWORK = {"cuda": 3 * 2**29, "cpu": 3 * 2**28}
-"""Assumed bytes of a rank before any tensor: CUDA context, libraries and NCCL's buffers; or interpreter and libraries."""
+"""Assumed bytes of a rank before any tensor: CUDA context, libraries, NCCL's buffers; or interpreter and libraries."""
 FLATTENED = 500_000_000
 """Gradients that stage 0 copies together for one all-reduce."""
 NF4_BLOCK, SCALE_BLOCK = 64, 256

@@ -189,9 +189,10 @@ def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int) ->
     route = model.route(cluster.gpu.cuda, config.model.max_length, config.model.attention)
     row = _row(config, lengths, budget, route.backend != "unshared")
     if row.group_tokens > budget:
+        group = f"(prompt {lengths.prompt}, response {lengths.response}, K={config.train.negatives})"
         raise UserError(
-            f"train.token_budget={budget}: a preference group takes {row.group_tokens} tokens (prompt {lengths.prompt}, "
-            f"response {lengths.response}, K={config.train.negatives}); raise it, or lower --prompt or train.negatives"
+            f"train.token_budget={budget}: a preference group takes {row.group_tokens} tokens {group}; raise it, or "
+            "lower --prompt or train.negatives"
         )
     on_rank = ceil(batch / world)
     row = _row(config, lengths, min(budget, on_rank * row.group_tokens), row.shared)

@@ -1,4 +1,4 @@
-"""Seconds of an optimizer step: matrix products at an assumed MFU, memory traffic, and collectives that nothing hides."""
+"""Seconds of an optimizer step: matrix products at an assumed MFU, memory traffic, collectives that nothing hides."""
 
 from dataclasses import dataclass
 
@@ -27,10 +27,10 @@ class Duration:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """What an optimizer step of a rank is made of.
+    """What decides the time of a rank's optimizer step.
 
     Attributes:
-        row: a micro-batch; ``micro_batches`` of them, ``groups`` groups on this rank.
+        row: a micro-batch; the rank runs ``micro_batches`` of them with ``groups`` groups in all.
         full: whether all weights are trained.
         reference: whether the frozen reference runs in the step.
         recompute: whether layers run again in the backward pass.
@@ -50,7 +50,7 @@ class OptimizerStep:
 
     @property
     def passes(self) -> int:
-        """How often a micro-batch needs the weights: forward, backward, and where they run reference and recomputation."""
+        """How often a micro-batch needs the weights: forward, backward, and reference and recomputation if they run."""
         return 2 + self.reference + self.recompute
 
     def flops(self) -> dict[str, float]:

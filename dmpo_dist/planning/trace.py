@@ -2,8 +2,8 @@
 
 Nothing is computed: every operation only makes the tensors it would make, and a dispatch mode adds up the storages that
 are alive. So the figures follow from the modules themselves, for any decoder, adapters and checkpointing included, not
-from a formula per architecture. Only attention's kernels, which take no meta tensors, are replaced by what they make and
-keep.
+from a formula per architecture. Only attention's kernels, which take no meta tensors, are replaced by what they make
+and keep.
 """
 
 import weakref
