@@ -4,6 +4,7 @@ import multiprocessing
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +15,8 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory
 
 MEASURED_STEPS = 2
+
+T = TypeVar("T")
 
 
 def peak_memory(make: Callable[[], Implementation], cell: SpeedCell, threads: int, name: str) -> float:
@@ -56,14 +59,22 @@ def peak_of_steps(implementation: Implementation, cell: SpeedCell, device: str) 
 
     On a GPU what torch allocated, which tells implementations apart in one process; elsewhere the resident set.
     """
-    count = implementation.groups_per_step * MEASURED_STEPS
-    groups = random_groups(count, cell.prompt, cell.response, cell.negatives, cell.vocab)
-    where = torch.device(device)
-    reset_peak(where)
-    before = held_bytes(where)
-    for start in range(0, len(groups), implementation.groups_per_step):
-        implementation.step(groups[start : start + implementation.groups_per_step])
-    return (peak_bytes(where) - before) / 2**20
+    size = implementation.groups_per_step
+    groups = random_groups(size * MEASURED_STEPS, cell.prompt, cell.response, cell.negatives, cell.vocab)
+
+    def run() -> None:
+        for start in range(0, len(groups), size):
+            implementation.step(groups[start : start + size])
+
+    return peak_above(run, torch.device(device))[1]
+
+
+def peak_above(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What ``run`` returns, and the MiB it took at most above what was held before."""
+    reset_peak(device)
+    before = held_bytes(device)
+    result = run()
+    return result, (peak_bytes(device) - before) / 2**20
 
 
 def _measure(make: Callable[[], Implementation], cell: SpeedCell, threads: int, sender: Connection) -> None:

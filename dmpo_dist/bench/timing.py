@@ -1,10 +1,9 @@
 """Clocks: turns in rounds, the batches an implementation is fastest with, and the machine's peak."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,12 +16,26 @@ MIN_TURN_SECONDS = 2.0
 LONG_TURN_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Seconds per group in one turn: by the clock, and of this process's CPU threads together."""
+class Turn(NamedTuple):
+    """Seconds by the clock, and CPU seconds of this process's threads together; of a turn, per group."""
 
     seconds: float
     cpu_seconds: float
+
+
+def timed(run: Callable[[], object], device: torch.device | str) -> Turn:
+    """The time that ``run`` takes, with the work it leaves to the device."""
+    synchronize(device)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    run()
+    synchronize(device)
+    return Turn(time.perf_counter() - start, time.process_time() - cpu_start)
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a GPU has done what it was given; nothing to wait for on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def time_rounds(
@@ -79,14 +92,8 @@ def measure_peak(device: str, dtype: str) -> dict[str, Any]:
 
 def fastest_product(size: int, device: str, dtype: str) -> float:
     """FLOP/s of the fastest of twenty square products of random numbers."""
-    a, seconds = torch.randn(size, size, device=device, dtype=getattr(torch, dtype)), []
-    for _ in range(20):
-        _synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    return 2 * size**3 / min(timed(lambda: a @ a, device).seconds for _ in range(20))
 
 
 def _turn(implementation: Implementation, stream: Iterator[TokenGroup], device: str) -> Turn:
@@ -95,16 +102,11 @@ def _turn(implementation: Implementation, stream: Iterator[TokenGroup], device: 
     if device == "cuda":
         torch.cuda.empty_cache()
         implementation.step(list(islice(stream, implementation.groups_per_step)))
-    _synchronize(device)
+    synchronize(device)
     start, cpu_start = time.perf_counter(), time.process_time()
     while elapsed < MIN_TURN_SECONDS:
         implementation.step(list(islice(stream, implementation.groups_per_step)))
-        _synchronize(device)
+        synchronize(device)
         done += implementation.groups_per_step
         elapsed = time.perf_counter() - start
     return Turn(elapsed / done, (time.process_time() - cpu_start) / done)
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -1,13 +1,12 @@
 """What several commands take, and the configuration they make of it."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dmpo_dist.config import RunConfig, dump_config, load_config
-from dmpo_dist.errors import UserError
+from dmpo_dist.config.load import find_recipe
 
 Layers = Annotated[
     list[Path] | None,
@@ -26,7 +25,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in ou
 
 def read_settings(layers: list[Path] | None, overrides: list[str] | None, dry_run: bool) -> RunConfig:
     """The resolved configuration; for a dry run it is shown and the command ends."""
-    settings = load_config([find_layer(layer) for layer in layers or []], overrides)
+    settings = load_config([find_recipe(str(layer), "--config") for layer in layers or []], overrides)
     if dry_run:
         show_settings(settings, everything=False)
         raise typer.Exit
@@ -38,16 +37,6 @@ def show_settings(settings: RunConfig, everything: bool) -> None:
     print(dump_config(settings, "all" if everything else "changed"), end="")
     if not everything:
         print("# all other keys have their defaults: dmpo config show --all")
-
-
-def find_layer(layer: Path) -> Path:
-    """A file, or the recipe of that name."""
-    folder = resources.files("dmpo_dist.recipes")
-    recipe = folder / f"{layer}.yaml"
-    if layer.exists() or recipe.is_file():
-        return layer if layer.exists() else Path(str(recipe))
-    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    raise UserError(f"--config {layer}: no such file, and no recipe of that name; recipes are {', '.join(known)}")
 
 
 def print_now(line: str) -> None:

@@ -1,6 +1,7 @@
 """Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one schema."""
 
 import difflib
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -39,6 +40,25 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
         sources += ["the command line"] if any(on_line) or not layers else []
         problems = "\n".join(_explain(e) for e in error.errors())
         raise UserError(f"configuration ({', '.join(sources)}):\n{problems}") from None
+
+
+def find_recipe(name: str, what: str, prefix: str = "") -> Path:
+    """The file called ``name``, or the recipe of that name.
+
+    Args:
+        what: what the name stands for, for the message of an error.
+        prefix: only recipes whose names begin with it are offered there.
+
+    Raises:
+        UserError: neither is there.
+    """
+    folder = resources.files("dmpo_dist.recipes")
+    recipe = folder / f"{name}.yaml"
+    if Path(name).is_file() or recipe.is_file():
+        return Path(name) if Path(name).is_file() else Path(str(recipe))
+    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    offered = ", ".join(name for name in known if name.startswith(prefix))
+    raise UserError(f"{what} {name}: no such file, and no recipe of that name; recipes are {offered}")
 
 
 def dump_config(config: RunConfig, extent: Extent = "saved") -> str:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from dmpo_dist.config import RunConfig, load_config
+from dmpo_dist.config.load import find_recipe
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.schema import (
@@ -20,7 +21,6 @@ from dmpo_dist.experiment.schema import (
     DatasetConfig,
     GridConfig,
     as_json,
-    find_recipe,
     last_line,
     layers_of,
     nearest,
@@ -62,7 +62,7 @@ def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
     Raises:
         UserError: it cannot be read, or a key or value is wrong; the message names the file.
     """
-    path = find_recipe(str(file), "GRID")
+    path = find_recipe(str(file), "GRID", prefix="experiment")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

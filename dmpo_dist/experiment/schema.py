@@ -4,13 +4,13 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dmpo_dist.config import RunConfig, load_config
+from dmpo_dist.config.load import find_recipe
 from dmpo_dist.config.section import Section, dotted
 from dmpo_dist.errors import UserError
 
@@ -120,18 +120,6 @@ class GridConfig(Section):
                 load_config(layers_of(self), [*settings_of(self), override(axis, value)])
             except UserError as error:
                 raise UserError(f"{where}: {last_line(error)}") from None
-
-
-def find_recipe(name: str, what: str) -> Path:
-    """The file, or the recipe, of this name."""
-    folder = resources.files("dmpo_dist.recipes")
-    recipe = folder / f"{name}.yaml"
-    if Path(name).is_file() or recipe.is_file():
-        return Path(name) if Path(name).is_file() else Path(str(recipe))
-    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    if what == "GRID":
-        known = [name for name in known if name.startswith("experiment")]
-    raise UserError(f"{what} {name}: no such file, and no recipe of that name; recipes are {', '.join(known)}")
 
 
 def layers_of(grid: GridConfig) -> list[Path]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dmpo_dist.cluster.resources import shortage
 from dmpo_dist.config.submit import RayJobsConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit.commands import Unanswered, interruptible
@@ -59,7 +60,9 @@ def check(job: SubmitJob) -> None:
     if job.verb != "doctor":
         have = resources(address, headers)
         gpus = job.config.cluster.gpus_per_worker
-        _require(job, have, float(bool(have.get("GPU"))) if gpus is None else gpus)
+        lacking = shortage(job.config.cluster, float(bool(have.get("GPU"))) if gpus is None else gpus, have)
+        if lacking:
+            raise UserError(f"{lacking}; lower one of them")
     if settings.working_dir is not None:
         require_small(settings.working_dir, settings.excludes, settings.max_upload_mib)
 
@@ -163,17 +166,6 @@ def resources(address: str, headers: dict[str, str]) -> dict[str, float]:
             for name, amount in node["resources_total"].items():
                 totals[name] = totals.get(name, 0.0) + float(amount)
     return totals
-
-
-def _require(job: SubmitJob, have: dict[str, float], gpus: float) -> None:
-    cluster = job.config.cluster
-    for name, each, key in (("CPU", cluster.cpus_per_worker, "cpus"), ("GPU", gpus, "gpus")):
-        if cluster.workers * each > have.get(name, 0):
-            raise UserError(
-                f"cluster.workers={cluster.workers} with cluster.{key}_per_worker={each:g} need "
-                f"{cluster.workers * each:g} {name}s, but the cluster has {have.get('CPU', 0):g} CPUs and "
-                f"{have.get('GPU', 0):g} GPUs; lower one of them"
-            )
 
 
 def require_small(folder: Path, excludes: list[str], limit_mib: float) -> None:

@@ -254,8 +254,8 @@ def test_mistakes_are_named_before_anything_is_written(head, access, tmp_path):
         (["doctor", nobody, access[1]], "the Ray head cannot be reached"),
         (["doctor", *wrong], "refuses the token of submit.ray.token_file"),
         (["doctor", access[0]], "asks for a token, and none was sent"),
-        (["train", *access, *paths, "cluster.workers=3"], "the cluster has 2 CPUs and 0 GPUs; lower one"),
-        (["train", *access, *paths, "cluster.gpus_per_worker=1"], "need 1 GPUs, but the cluster has 2 CPUs and 0 GPUs"),
+        (["train", *access, *paths, "cluster.workers=3"], "need 3 CPUs, but the cluster has 2; lower one"),
+        (["train", *access, *paths, "cluster.gpus_per_worker=1"], "need 1 GPUs, but the cluster has 0; lower one"),
         (["doctor", *access, f"submit.ray.working_dir={tmp_path}/code", "submit.ray.max_upload_mib=1"],
          "the largest are weights.bin (2.0 MiB)"),
     ]  # fmt: skip
