@@ -267,8 +267,8 @@ def test_there_are_recipes():
     assert "quickstart" in {recipe.stem for recipe in RECIPES}
 
 
-VERBS = ["sft", "train", "evaluate", "quickstart", "doctor", "plan", "explain", "data prepare", "submit train --to slurm",
-         "rank -m x --requests x --output x"]  # fmt: skip
+VERBS = ["sft", "train", "evaluate", "quickstart", "doctor", "plan", "explain", "data prepare"]
+VERBS += ["submit train --to slurm", "rank -m x --requests x --output x"]
 HEAVY = ["torch", "ray", "transformers", "datasets", "deepspeed"]
 
 

@@ -1,4 +1,4 @@
-"""``dmpo submit``: what it renders is valid and current, what it refuses, and that an interruption leaves nothing behind."""
+"""``dmpo submit``: what it renders is valid and current, what it refuses, what an interruption leaves."""
 
 import copy
 import os
@@ -245,8 +245,9 @@ REFUSED = {
     "too many": ("train --to slurm --render-only data.path=d cluster.workers=9", "which hold 8; ask for more"),
     "too many GPUs": (
         "train --to slurm --render-only data.path=d cluster.workers=5 submit.gpus_per_node=4", "which hold 4"),
-    "uneven": ("train --to slurm --render-only data.path=d cluster.workers=3 submit.nodes=2 submit.slurm.launcher=torchrun",
-               "cannot be shared equally by submit.nodes=2"),
+    "uneven": (
+        "train --to slurm --render-only data.path=d cluster.workers=3 submit.nodes=2 submit.slurm.launcher=torchrun",
+        "cannot be shared equally by submit.nodes=2"),
     "doctor by torchrun": ("doctor --to slurm --render-only submit.slurm.launcher=torchrun", "doctor has none"),
     "address": ("train --to slurm --render-only data.path=d cluster.address=10.0.0.1:6379", "finds its own cluster"),
     "secret": ("doctor --to slurm --render-only submit.env.HF_TOKEN=x", "submit.kubernetes.secret"),
@@ -294,7 +295,8 @@ NODES = ["cpu|n1|16|(null)", "gpu|n2|64|gpu:a100:8(S:0-1),nvme:1", "gpu|n3|64|gp
         (["submit.nodes=2", "submit.gpus_per_node=8"], "gpu", None),
         (["submit.nodes=4"], None, None),
         ([], "gpus", "no such partition; this Slurm has cpu, gpu"),
-        (["submit.nodes=3", "submit.gpus_per_node=8"], "gpu", "has 2 such nodes (it has 1 with 32 CPUs and 4 GPUs, 2 with 64"),
+        (["submit.nodes=3", "submit.gpus_per_node=8"], "gpu",
+         "has 2 such nodes (it has 1 with 32 CPUs and 4 GPUs, 2 with 64"),
         (["submit.gpus_per_node=1"], "cpu", "has 0 such nodes (it has 1 with 16 CPUs and 0 GPUs)"),
     ],
 )  # fmt: skip

@@ -185,10 +185,9 @@ class LayoutImplementation:
         targets = layout.targets
         with torch.no_grad():
             reference = self._model(layout, "reference")
-        loss, _ = self._objective(
-            self._model(layout), reference, targets.response_lengths, targets.group_id, targets.is_positive,
-            torch.ones_like(targets.is_positive), targets.n_groups,
-        )  # fmt: skip
+        mask = torch.ones_like(targets.is_positive)
+        rows = (targets.response_lengths, targets.group_id, targets.is_positive, mask)  # each (n_responses,)
+        loss, _ = self._objective(self._model(layout), reference, *rows, targets.n_groups)
         return loss
 
     @torch.no_grad()

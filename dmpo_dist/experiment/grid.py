@@ -29,6 +29,7 @@ from dmpo_dist.experiment.schema import (
 )
 
 LONGEST_VALUE = 40  # of a free axis in a cell's name
+Free = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class GridCell:
     k: int
     objective: str
     seed: int
-    free: tuple[tuple[str, Any], ...]
+    free: Free
     config: RunConfig
 
 
@@ -128,13 +129,11 @@ def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig
     for dataset, shots, seed, *others in product(*values[:3], *(block[axis] for axis in free), *values[3:]):
         k, objective = others[-2:]
         options = {"name": base.objective.name} | (objective if isinstance(objective, dict) else {"name": objective})
-        yield _make_cell(grid, dataset, shots, seed, k, options, tuple(zip(free, others[:-2], strict=True)))
+        yield _make_cell(grid, dataset, (shots, seed, k), options, tuple(zip(free, others[:-2], strict=True)))
 
 
-def _make_cell(
-    grid: GridConfig, dataset: str, shots: Any, seed: Any, k: Any, options: dict[str, Any],
-    free: tuple[tuple[str, Any], ...],
-) -> GridCell:  # fmt: skip
+def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: dict[str, Any], free: Free) -> GridCell:
+    shots, seed, k = values
     label = "-".join(map(str, [options["name"], *(_option(*o) for o in options.items() if o[0] != "name")]))
     few = None if shots in (None, ALL_SHOTS) else shots
     name = f"{dataset}_shots-{few or ALL_SHOTS}_k-{k}_{_as_file_name(label)}"

@@ -14,7 +14,7 @@ from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import named_path
-from dmpo_dist.experiment.grid import GridCell, free_part
+from dmpo_dist.experiment.grid import Free, GridCell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, GridConfig
 from dmpo_dist.training.groups import require_negatives
 from dmpo_dist.training.job import Kind
@@ -54,7 +54,7 @@ class Part:
     start: str | None
     cell: GridCell
     shots: int | None
-    free: tuple[tuple[str, Any], ...]
+    free: Free
     measured: dict[str, Path]
     evaluate_on: tuple[str, ...]
     settings: dict[str, Any]

@@ -37,9 +37,8 @@ def show_plan(plan: Plan, explain: bool, console: Console, assumed: str = "") ->
 
 
 def _show_run(plan: Plan, assumed: str, console: Console) -> None:
-    config, model, cluster, row, sizes = (
-        plan.config, plan.config.model, plan.cluster, plan.step.row, plan.blueprint.sizes,
-    )  # fmt: skip
+    config, model, cluster = plan.config, plan.config.model, plan.cluster
+    row, sizes = plan.step.row, plan.blueprint.sizes
     lora = f" ({model.lora.variant} r={model.lora.r})" if model.lora else ""
     parameters = f"{sizes.total / 1e6:,.1f} M parameters, {sizes.trainable / 1e6:,.1f} M trained"
     _line(console, "model", f"{model.path}: {parameters}{lora}")

@@ -98,17 +98,14 @@ class OptimizerStep:
         return out
 
     def _collectives(self, gpu: Gpu, nodes: int, per_node: int, width: int) -> list[Duration]:
-        gradients, weights = width * self.sizes.trainable, width * self.sizes.total
-        out = []
-        for part in step_collectives(
-            gpu.network(per_node), nodes * per_node, self.zero.stage, gradients, weights, self.micro_batches,
-            self.passes, self.shape.layers + 2,
-        ):  # fmt: skip
-            seconds, times = (
-                part.seconds * part.times,
-                "" if part.name.startswith("all-gather") else f"{part.times:g} x ",
-            )
+        gradients, weights, modules = width * self.sizes.trainable, width * self.sizes.total, self.shape.layers + 2
+        counts = (self.micro_batches, self.passes, modules)
+        world, out = nodes * per_node, []
+        for part in step_collectives(gpu.network(per_node), world, self.zero.stage, gradients, weights, *counts):
+            seconds, times = part.seconds * part.times, f"{part.times:g} x "
             if part.name == "weights gathered" and self.zero.offload_param:
-                seconds += part.times * weights / (nodes * per_node) / PCIE
+                seconds += part.times * weights / world / PCIE
+            if part.name == "all-gather of updated weights":  # always one
+                times = ""
             out.append(Duration(part.name, f"{times}{part.size / 1e9:.3g} GB over {nodes} x {per_node}", seconds))
         return out

@@ -113,9 +113,14 @@ def _attention(kernel: Kernel) -> Iterator[None]:
 
 
 def _stand_in(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    layout: PrefixLayout | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    layout: PrefixLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """Attention in transformers' form: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, T, H, D)."""
     if _kernel[-1] != "varlen":
         key, value = repeated(query, key, value)

@@ -1,11 +1,14 @@
-"""How much of a GPU's peak our compiled step reaches with rows of 8 to 40 groups, by two ways of a branch's own attention.
+"""How much of a GPU's peak our compiled step reaches with rows of 8 to 40 groups, by two ways of a branch's own
+attention.
 
-To be run where a GPU is lent, in one call; it has not run on one yet, its arithmetic has (``test_stacked_branches.py``):
+To be run where a GPU is lent, in one call; it has not run on one yet, its arithmetic has
+(``test_stacked_branches.py``):
 
     PYTHONPATH=.:tests:tests/gpu python tests/gpu/mfu.py --json mfu.json
 
 A branch of 11 tokens fills a tile of 128 in the flash kernel. ``StackedBranches`` runs all branches as one batch of
-small products instead. If it is faster here, it belongs into ``dmpo_dist/modeling/flash.py`` in the place of ``CudaFlash.own``.
+small products instead. If it is faster here, it belongs into ``dmpo_dist/modeling/flash.py`` in the place of
+``CudaFlash.own``.
 """
 
 import argparse
@@ -40,7 +43,8 @@ TIMED_STEPS = 3
 
 
 class Stack:
-    """Where the branches of a layout lie in a batch of S branches of R tokens, R a multiple of 8 as the products like it.
+    """Where the branches of a layout lie in a batch of S branches of R tokens, R a multiple of 8 as the products like
+    it.
 
     Attributes:
         index: (S, R) row positions, the last one repeated as padding.
@@ -131,8 +135,8 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def measure(spec: ModelSpec, sizes: list[int], peak: float) -> Iterator[dict[str, Any]]:
-    """First how far the two ways of the branches lie apart; then for each number of groups in a row the milliseconds a group,
-    MFU and peak of each, None where the row does not fit."""
+    """First how far the two ways of the branches lie apart; then for each number of groups in a row the milliseconds a
+    group, MFU and peak of each, None where the row does not fit."""
     ours = LayoutImplementation(spec, True, PROMPT + RESPONSE)
     groups = random_groups(max(sizes), PROMPT, RESPONSE, NEGATIVES, spec.config["vocab_size"])
     ways: dict[str, Callable[[Tensor], Any]] = {"flash": attention.flash_for, "stacked": attention.flash_for}
