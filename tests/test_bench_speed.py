@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dmpo_dist.batching.synthetic import random_groups
 from dmpo_dist.bench.gate import read_baseline, violations
@@ -86,9 +87,6 @@ def test_groups_in_one_row_take_the_same_step(ours):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompts": [256, 0]}, "--prompt 0 is too small; give at least 1"),
-        ({"negatives": [-1]}, "--negatives -1"),
-        ({"response": 1}, "--response 1"),
         ({"prompts": [9000]}, "--prompt 9000 with --response 12 exceeds the model's 8192 positions"),
         ({"device": "tpu"}, "--device tpu is not known; choose auto, cpu or cuda"),
     ],
@@ -96,6 +94,13 @@ def test_groups_in_one_row_take_the_same_step(ours):
 def test_bad_values_name_the_flag(values, message):
     with pytest.raises(UserError, match=message):
         settings(**values)
+
+
+@pytest.mark.parametrize("flag", ["--prompt=0", "--negatives=-1", "--vocab=15", "--response=1", "--rounds=0"])
+def test_values_out_of_range_name_the_flag(flag):
+    done = CliRunner().invoke(app, ["bench", "speed", flag], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert flag.partition("=")[0] in done.output
 
 
 def test_bad_models_name_the_file(tmp_path):

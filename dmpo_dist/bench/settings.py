@@ -16,7 +16,6 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.planning.flops import shape_of
 
 PROMPTS, NEGATIVES, VOCABS = (64, 256, 1024), (1, 3, 7, 15), (4096, 32000)
-LEAST = {"prompt": 1, "negatives": 1, "vocab": 16, "response": 2, "rounds": 1, "groups-per-row": 1, "threads": 0}
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,8 @@ def make_settings(
     """The command line's values, checked and completed; empty lists and 0 threads stand for the defaults.
 
     Raises:
-        UserError: a value out of range, a model that cannot be used, a device that is not there, or no trl.
+        UserError: prompts longer than the model reads, a model that cannot be used, a device that is not there, or no trl.
     """
-    given = {"prompt": prompts, "negatives": negatives, "vocab": vocabs, "response": [response]}
-    given |= {"rounds": [rounds], "groups-per-row": [groups_per_row], "threads": [threads]}
-    for name, values in given.items():
-        if values and min(values) < LEAST[name]:
-            raise UserError(f"--{name} {min(values)} is too small; give at least {LEAST[name]}")
     model = BENCH_MODEL if model_config is None else _read_model(model_config)
     longest, context = max(prompts or PROMPTS) + response, model.get("max_position_embeddings")
     if context and longest > context:

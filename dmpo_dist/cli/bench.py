@@ -17,17 +17,21 @@ WithoutTrl = Annotated[bool, typer.Option("--without-trl", help="Compare with ou
 
 @bench_app.command("speed")
 def bench_speed(
-    prompt: Annotated[list[int] | None, typer.Option(help="Prompt tokens; repeatable.  [64 256 1024]")] = None,
-    negatives: Annotated[list[int] | None, typer.Option(help="Negatives K; repeatable.  [1 3 7 15]")] = None,
-    vocab: Annotated[list[int] | None, typer.Option(help="Vocabulary; repeatable.  [4096 32000]")] = None,
-    response: Annotated[int, typer.Option(help="Response tokens, end token included.")] = 12,
-    rounds: Annotated[int, typer.Option(help="Rounds in which each implementation runs once; medians are shown.")] = 5,
-    groups_per_row: Annotated[int, typer.Option(help="Also compare so many groups in one row with one row each.")] = 1,
+    prompt: Annotated[list[int] | None, typer.Option(min=1, help="Prompt tokens; repeatable.  [64 256 1024]")] = None,
+    negatives: Annotated[list[int] | None, typer.Option(min=1, help="Negatives K; repeatable.  [1 3 7 15]")] = None,
+    vocab: Annotated[list[int] | None, typer.Option(min=16, help="Vocabulary; repeatable.  [4096 32000]")] = None,
+    response: Annotated[int, typer.Option(min=2, help="Response tokens, end token included.")] = 12,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds in which each implementation runs once; medians are shown.")
+    ] = 5,
+    groups_per_row: Annotated[
+        int, typer.Option(min=1, help="Also compare so many groups in one row with one row each.")
+    ] = 1,
     model_config: Annotated[
         Path | None, typer.Option(help="config.json of the model; weights are random.  [a Llama of 6 layers]")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu (fp32) or cuda (bf16).")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 for torch's default.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's default.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile our decoder layers with torch.compile.")] = False,
     without_trl: WithoutTrl = False,
     json: Annotated[Path | None, typer.Option(help="Result file.  [runs/bench-speed/speed.json]")] = None,
