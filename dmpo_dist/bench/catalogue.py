@@ -148,9 +148,9 @@ def show(result: CatalogueBench, console: Console) -> None:
     )
     console.print(table)
     console.print(
-        f"{result.titles} titles of {result.tokens} tokens, {result.nodes} distinct beginnings, {result.inner} of them run; "
-        f"prompt of {result.prompt} tokens. Separate rows were timed on {round(result.titles / result.scaled)} titles and "
-        f"scaled by {result.scaled:.1f}; their log-probs differ by at most {result.error:.1e} of their size.",
+        f"{result.titles} titles of {result.tokens} tokens, {result.nodes} distinct beginnings, {result.inner} of them "
+        f"run; prompt of {result.prompt} tokens. Separate rows were timed on {round(result.titles / result.scaled)} "
+        f"titles and scaled by {result.scaled:.1f}; their log-probs differ by at most {result.error:.1e} of their size.",
         highlight=False,
     )
 

@@ -77,7 +77,7 @@ def make_settings(
     """The command line's values, checked and completed; empty lists and 0 threads stand for the defaults.
 
     Raises:
-        UserError: prompts longer than the model reads, a model that cannot be used, a device that is not there, or no trl.
+        UserError: prompts longer than the model reads, an unusable model, a missing device, or no trl.
     """
     model = BENCH_MODEL if model_config is None else _read_model(model_config)
     longest, context = max(prompts or PROMPTS) + response, model.get("max_position_embeddings")

@@ -159,8 +159,10 @@ def watched_phases(trainer: Trainer, first: int, steps: int) -> dict[str, float]
 
 
 def profiled_collectives(trainer: Trainer, first: int) -> tuple[float, dict[str, float]]:
-    """Milliseconds in collectives, and how often the host waits (see ``HOST_WAITS``) in each phase, per step on this rank;
-    runs ``PROFILED`` steps."""
+    """Milliseconds in collectives, and how often the host waits (``HOST_WAITS``) by phase, per step on this rank.
+
+    Runs ``PROFILED`` steps.
+    """
     prepared = [trainer.prepare(index) for index in range(first, first + PROFILED)]
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
     before, trainer.phases = trainer.phases, record_function

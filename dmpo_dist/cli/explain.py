@@ -64,7 +64,7 @@ def explain(
 
         dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --user 12
 
-        dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --user 12 --item "Heat (1995)" --catalogue runs/ml/data
+        dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --user 12 --item "Heat (1995)" --catalogue items.csv
 
         dmpo explain -m exported --requests users.csv --user anna --reference none
 

@@ -124,7 +124,7 @@ def _part(
     grid: GridConfig,
     data: Mapping[str, PreparedData],
 ) -> Part:
-    """The part of this role that ``cell`` needs; cells that differ only in what it does not depend on share its name."""
+    """The part of this role that ``cell`` needs; cells that differ only in what it does not depend on share it."""
     shots = cell.shots
     if role == "start":
         shots = grid.sft_shots if isinstance(grid.sft_shots, int) else cell.shots if grid.sft_shots == "cell" else None
