@@ -21,15 +21,9 @@ def bench_speed(
     negatives: Annotated[list[int] | None, typer.Option(min=1, help="Negatives K; repeatable.  [1 3 7 15]")] = None,
     vocab: Annotated[list[int] | None, typer.Option(min=16, help="Vocabulary; repeatable.  [4096 32000]")] = None,
     response: Annotated[int, typer.Option(min=2, help="Response tokens, end token included.")] = 12,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Rounds in which each implementation runs once; medians are shown.")
-    ] = 5,
-    groups_per_row: Annotated[
-        int, typer.Option(min=1, help="Also compare so many groups in one row with one row each.")
-    ] = 1,
-    model_config: Annotated[
-        Path | None, typer.Option(help="config.json of the model; weights are random.  [a Llama of 6 layers]")
-    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each implementation; medians are shown.")] = 5,
+    groups_per_row: Annotated[int, typer.Option(min=1, help="Also time so many groups in one row.")] = 1,
+    model_config: Annotated[Path | None, typer.Option(help="config.json of a random model.  [Llama, 6 layers]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu (fp32) or cuda (bf16).")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's default.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile our decoder layers with torch.compile.")] = False,
@@ -75,9 +69,7 @@ def bench_speed(
 @bench_app.command("gate")
 def bench_gate(
     baseline: Annotated[Path, typer.Option(help="What dmpo bench speed --json wrote.")],
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds in which each implementation runs once.  [the baseline's]")
-    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each implementation.  [the baseline's]")] = None,
     without_trl: WithoutTrl = False,
     json: Annotated[Path | None, typer.Option(help="Also write the new figures there.")] = None,
 ) -> None:
@@ -133,15 +125,13 @@ def bench_step(
 
 @bench_app.command("catalogue")
 def bench_catalogue(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Model folder.  [a random Llama of 6 layers]")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model folder.  [random Llama, 6 layers]")] = None,
     catalogue: Annotated[Path | None, typer.Option(help="As for dmpo rank.  [made-up titles]")] = None,
     titles: Annotated[int, typer.Option(min=1, help="Titles scored.")] = 1700,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens, at least.")] = 256,
     token_budget: Annotated[int, typer.Option(min=1, help="Most tokens in a row.")] = 1024,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's default.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which both run once; medians are shown.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each way; medians are shown.")] = 3,
 ) -> None:
     """Score a catalogue behind one shared prompt and in separate rows, and compare time and scores.
 
@@ -166,9 +156,7 @@ def bench_scaling(
     overrides: Overrides = None,
     workers: Annotated[list[int] | None, typer.Option(min=1, help="Workers; repeatable.  [1 2]")] = None,
     zero: Annotated[list[int] | None, typer.Option(min=0, max=3, help="ZeRO stage; repeatable.  [0 1 2 3]")] = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Also stages 2 and 3 with offload to host memory.")
-    ] = False,
+    offload: Annotated[bool, typer.Option("--offload", help="Also ZeRO 2 and 3 with offload.")] = False,
     budget: Annotated[list[int] | None, typer.Option(min=16, help="Token budget; repeatable.  [4096]")] = None,
     groups: Annotated[int, typer.Option(min=1, help="Preference groups a step at the fewest workers.")] = 16,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before measuring.")] = 3,
@@ -204,15 +192,11 @@ def bench_scaling(
 
 @bench_app.command("simulate")
 def bench_simulate(
-    cells: Annotated[
-        Path | None, typer.Option(help="Output folder of `dmpo bench scaling` to compare the model with.")
-    ] = None,
-    model_config: Annotated[
-        Path | None, typer.Option(help="config.json of the model to simulate on 1 to 4,096 GPUs.")
-    ] = None,
+    cells: Annotated[Path | None, typer.Option(help="Output folder of `dmpo bench scaling`: compare with it.")] = None,
+    model_config: Annotated[Path | None, typer.Option(help="config.json of the model to simulate.")] = None,
     gpu: Annotated[str, typer.Option(help="GPU of the table of `dmpo plan`, such as h100-80g or H100.")] = "H100",
     mfu: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="Share of its peak that it reaches.  [the table's]")
+        float | None, typer.Option(min=0.01, max=1, help="Share of its peak that is reached.  [the table's]")
     ] = None,
     zero: Annotated[list[int] | None, typer.Option(min=0, max=3, help="ZeRO stage; repeatable.  [2 3]")] = None,
     lora_rank: Annotated[int, typer.Option(min=0, help="Rank of the adapters; 0 trains all weights.")] = 0,
@@ -224,10 +208,10 @@ def bench_simulate(
     node_bandwidth: Annotated[float | None, typer.Option(help="GB/s a GPU within a node.  [the table's]")] = None,
     fabric_bandwidth: Annotated[float | None, typer.Option(help="GB/s a GPU between nodes.  [the table's]")] = None,
     overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of the collectives that computing hides.")] = 0.5,
-    jitter: Annotated[float, typer.Option(min=0, help="Standard deviation of computing times over their mean.")] = 0.02,
+    jitter: Annotated[float, typer.Option(min=0, help="Standard deviation of computing time / mean.")] = 0.02,
     failure_hours: Annotated[float, typer.Option(help="Hours between failures of a GPU.")] = 50_000,
     checkpoint_seconds: Annotated[float, typer.Option(help="Seconds to write a checkpoint.")] = 60,
-    restart_seconds: Annotated[float, typer.Option(help="Seconds from a failure until training goes on.")] = 300,
+    restart_seconds: Annotated[float, typer.Option(help="Seconds from a failure to training.")] = 300,
     output: Annotated[Path, typer.Option(help="Result file; the plot lies beside it.")] = Path("runs/simulation.json"),
 ) -> None:
     """Model the speed of training on 1 to 4,096 GPUs with failures and checkpoints, or check the model by measurements.

@@ -9,6 +9,11 @@ from dmpo_dist.cli.options import DryRun, Layers, Overrides, read_settings
 
 explain_app = typer.Typer()
 
+REFERENCE = (
+    "Compare the title's words with base, start, none or a model folder.  [what training started from, else base]"
+)
+METHOD = "What items add to: the title's margin over the mean of the other candidates, or its log-probability."
+
 
 @explain_app.command()
 def explain(
@@ -16,46 +21,22 @@ def explain(
     config: Layers = None,
     overrides: Overrides = None,
     user: Annotated[str | None, typer.Option(help="Whose ranking to explain.")] = None,
-    item: Annotated[
-        str | None, typer.Option(help="Title or item id.  [the test positive; with --requests the title ranked first]")
-    ] = None,
+    item: Annotated[str | None, typer.Option(help="Title or item id.  [test positive; --requests: the first]")] = None,
     users: Annotated[int | None, typer.Option(min=1, help="Explain a sample of so many users instead.")] = None,
-    requests: Annotated[
-        Path | None, typer.Option(help="Users as `dmpo rank` takes them.  [test requests of data.path]")
-    ] = None,
-    catalogue: Annotated[
-        Path | None,
-        typer.Option(help="Parquet or CSV with title, or prepared data: rank all titles.  [the request's candidates]"),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Compare the title's words with base, start, none or a model folder.  [start, else base]"),
-    ] = None,
-    method: Annotated[
-        Literal["margin", "log_prob"],
-        typer.Option(
-            help="What is divided among history items: the margin over the other candidates' mean, or log-prob."
-        ),
-    ] = "margin",
-    rivals: Annotated[
-        int, typer.Option(min=0, help="With --catalogue, how many lower-ranked titles stay in each comparison; 0: all.")
-    ] = 500,
+    requests: Annotated[Path | None, typer.Option(help="Users as for `dmpo rank`.  [test of data.path]")] = None,
+    catalogue: Annotated[Path | None, typer.Option(help="Rank all its titles.  [the request's candidates]")] = None,
+    reference: Annotated[str | None, typer.Option(help=REFERENCE)] = None,
+    method: Annotated[Literal["margin", "log_prob"], typer.Option(help=METHOD)] = "margin",
+    rivals: Annotated[int, typer.Option(min=0, help="--catalogue: lower-ranked titles that stay in; 0: all.")] = 500,
     top: Annotated[
-        int | None,
-        typer.Option(min=1, help="The counterfactual moves the title out of, or into, the top N.  [1, 5, 10 or 20]"),
+        int | None, typer.Option(min=1, help="The counterfactual is about the top N.  [1, 5, 10, 20]")
     ] = None,
-    budget: Annotated[
-        int | None,
-        typer.Option(min=0, help="Most pairs, and most larger sets, of items tried.  [200; 0 with --catalogue]"),
-    ] = None,
+    budget: Annotated[int | None, typer.Option(min=0, help="Most sets of items tried.  [200; catalogue: 0]")] = None,
     faithfulness: Annotated[
-        bool,
-        typer.Option("--faithfulness", help="Measure by deletion curves whether contributions hold."),
+        bool, typer.Option("--faithfulness", help="Check contributions by deletion curves.")
     ] = False,
     faithfulness_users: Annotated[int, typer.Option(min=2, help="Most users it is measured on.")] = 200,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for explanations.json and the measurement.  [print only]")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for explanations.json.  [print only]")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Show which history items rank a title where it is, what removing them changes, and what training changed.
