@@ -39,7 +39,7 @@ BENCH_MODEL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a implementation's model is made from.
+    """What an implementation's model is made from.
 
     Attributes:
         config: the content of a config.json, with ``model_type`` and ``vocab_size``; weights are random.
@@ -74,7 +74,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of some groups: as separate full rows, as they pass through the model, and the padding among these."""
+    """Tokens of some groups: in separate full rows, as run by the model, and how many of those run are padding."""
 
     logical: int
     physical: int

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def peak_memory(make: Callable[[], Implementation], cell: SpeedCell, threads: int, name: str) -> float:
-    """MiB of this machine's memory that steps take above what is held once model and optimizer exist, at most.
+    """The most MiB that steps take on this machine above what model and optimizer hold.
 
     Measured in a process of its own. A first step on a tiny group makes the optimizer's state and the libraries'
     buffers, which are not counted.

@@ -78,7 +78,7 @@ class Sweep:
     groups: int
 
     def cells(self) -> list[ScalingCell]:
-        """Every cell once; at the fewest workers strong and weak are one."""
+        """Every cell once: at the fewest workers, strong and weak scaling share one."""
         fewest = min(self.workers)
         found = [
             ScalingCell(workers, zero, offload, budget, groups)

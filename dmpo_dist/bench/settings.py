@@ -33,7 +33,7 @@ class SpeedCell:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on; the JSON holds it, so that a gate can repeat the run.
+    """Everything a run depends on; it is kept in the JSON, so that ``dmpo bench gate`` can repeat the run.
 
     Attributes:
         cells: what to measure.
@@ -112,7 +112,7 @@ def make_settings(
 
 
 def settings_of(baseline: dict[str, Any], rounds: int | None, with_trl: bool) -> Settings:
-    """The settings that made the content of a JSON of ``dmpo bench speed``, for a run to compare with it.
+    """The settings by which ``dmpo bench speed`` made ``baseline``, for a run to compare with it.
 
     Raises:
         UserError: it was made on a device that this machine lacks, or with trl, which is not installed.

@@ -169,7 +169,7 @@ def _device_name(device: str) -> str:
 
 
 def _expected_seconds(settings: Settings, peak: float) -> float:
-    """At the machine's peak, counting 8 more groups than rounds for the search of batches, warm-ups and memory."""
+    """A lower bound: FLOPs at the machine's peak, with 8 groups beside the rounds for the rest of the work."""
     flops = [step_flops_of(cell, settings) for cell in settings.cells]
     steps = sum(count for cell in flops for name, count in cell.items() if name != "trl_completions")
     return steps * (settings.rounds + 8) / peak

@@ -28,7 +28,7 @@ def config_show(
 
 @config_app.command("validate")
 def config_validate(config: Layers = None, overrides: Overrides = None) -> None:
-    """Check configuration files and overrides; exit status 2 where something in them is wrong, which is named.
+    """Check configuration files and overrides; print what is wrong and exit with status 2.
 
     Examples:
 

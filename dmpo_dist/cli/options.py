@@ -40,7 +40,7 @@ def show_settings(settings: RunConfig, everything: bool) -> None:
 
 
 def print_now(line: str) -> None:
-    """A line that is seen at once, also through a pipe."""
+    """Print a line without delay, also into a pipe."""
     print(line, flush=True)
 
 

@@ -79,7 +79,7 @@ def submit_status(run: Submitted) -> None:
 
 @submit_app.command("logs")
 def submit_logs(run: Submitted) -> None:
-    """Show a submitted run's output to its end; Ctrl-C leaves the run alone."""
+    """Show the output of a submitted run until it ends; Ctrl-C does not stop the run."""
     from dmpo_dist.submit.run import job_logs
 
     job_logs(run, print_now)
@@ -87,7 +87,7 @@ def submit_logs(run: Submitted) -> None:
 
 @submit_app.command("stop")
 def submit_stop(run: Submitted) -> None:
-    """Stop a submitted run; `dmpo submit ... --resume` goes on with it."""
+    """Stop a submitted run; `dmpo submit ... --resume` continues it."""
     from dmpo_dist.submit.run import stop_job
 
     print(stop_job(run))

@@ -109,7 +109,7 @@ class KubernetesConfig(Section):
 
 
 class SubmitConfig(Section):
-    """``dmpo submit``: what the cluster must give, and what each kind of cluster must be told."""
+    """``dmpo submit``: the resources to ask for, and settings of each kind of cluster."""
 
     folder: Path | None = None
     """Folder for what is rendered; None is output_dir/submit, with --render-only ./submit."""

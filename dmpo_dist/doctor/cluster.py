@@ -32,7 +32,7 @@ MIN_MEGABYTES_PER_SECOND = 12.5
 
 @dataclass(frozen=True)
 class Clock:
-    """A node's clock against the head's: seconds it is ahead, and the most this may be wrong (half the round trips)."""
+    """A node's clock against the head's: seconds it is ahead, and the largest error of that (half the round trips)."""
 
     ahead: float
     uncertainty: float

@@ -146,7 +146,7 @@ class Rank:
 
     @property
     def _packed(self) -> int:
-        """Q."""
+        """Q, the weights in nf4."""
         return self.sizes.linear if self.nf4 else 0
 
     @property

@@ -36,7 +36,7 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        """N."""
+        """N, the number of devices."""
         return self.nodes * self.per_node
 
     @property
@@ -83,22 +83,22 @@ class Plan:
 
     @cached_property
     def terms(self) -> list[Term]:
-        """Memory of a device."""
+        """What the memory of a device holds."""
         return self.rank.device_terms()
 
     @cached_property
     def host_terms(self) -> list[Term]:
-        """Memory of a node, beside its devices'."""
+        """What the memory of a node holds, without that of its devices."""
         return self.rank.host_terms(self.cluster.per_node)
 
     @property
     def peak(self) -> int:
-        """Bytes of a device."""
+        """Most bytes that a device holds."""
         return peak_bytes(self.terms)
 
     @property
     def phase(self) -> str:
-        """When the peak is reached."""
+        """The phase in which the peak is reached."""
         phases = phase_bytes(self.terms)
         return max(phases, key=phases.__getitem__)
 
@@ -114,22 +114,22 @@ class Plan:
 
     @cached_property
     def durations(self) -> list[Duration]:
-        """A step's seconds."""
+        """What the seconds of a step are spent on."""
         return self.step.durations(self.cluster.gpu, self.cluster.nodes, self.cluster.per_node)
 
     @property
     def seconds(self) -> float:
-        """Of an optimizer step."""
+        """Seconds of an optimizer step."""
         return sum(part.seconds for part in self.durations)
 
     @property
     def groups_per_second(self) -> float:
-        """Over all devices."""
+        """Groups per second over all devices."""
         return self.config.train.global_batch_size / self.seconds
 
     @property
     def hours(self) -> float | None:
-        """Of the run, validation and start left out."""
+        """Hours of the run without its start and validation."""
         return None if self.steps is None else self.steps * self.seconds / 3600
 
 
@@ -171,7 +171,7 @@ def make_rank(config: RunConfig, row: Row, world_size: int, cuda: bool, backend:
 
 
 def data_groups(config: RunConfig, asked: int | None) -> int | None:
-    """Training groups: as asked, or as the prepared data holds; None where neither is there."""
+    """Number of training groups: as asked for, or those of the prepared data; None without either."""
     if asked is not None or config.data.path is None or not config.data.path.exists():
         return asked
     return len(PreparedData.load(config.data.path).train)

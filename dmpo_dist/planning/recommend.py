@@ -104,7 +104,7 @@ def faster(plan: Plan, lengths: Lengths) -> Advice | None:
 
 
 def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
-    """Where the run, as small as it can be made, would fit: more nodes of the same, or one of the other GPUs."""
+    """Flags under which the run, made as small as it can be, would fit: more nodes, or a larger GPU."""
     smallest = max(_options(plan), key=lambda change: change.size).of(plan.config)
     smallest = changed(smallest, train__token_budget=plan.step.row.group_tokens)
     found = []
@@ -124,7 +124,7 @@ def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
 
 
 def _with_row(change: Change, plan: Plan, lengths: Lengths, shorter: bool) -> Advice | None:
-    """With the rows of ``plan``, or with the longest shorter ones that fit, halved as often as it takes."""
+    """The change with the rows of ``plan``, or with rows halved until they fit; None where it does not fit."""
     config, tokens, least = change.of(plan.config), plan.config.train.token_budget, plan.step.row.group_tokens
     assert isinstance(tokens, int)
     if not shorter:

@@ -16,7 +16,7 @@ SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "\u00b5s": 1e-6}
 
 
 def amount(size: float, units: Mapping[str, float]) -> str:
-    """``size`` in the largest of ``units`` (name -> how much it is) that it fills, three digits or more: "1.23 GiB"."""
+    """``size`` in the largest of ``units`` (name -> size) that is not larger, with at least three digits: 1.23 GiB."""
     unit = next((name for name, one in units.items() if abs(size) >= one), [*units][-1])
     value = size / units[unit]
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}" if value else f"0 {unit}"

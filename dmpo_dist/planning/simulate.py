@@ -118,7 +118,7 @@ def simulate(work: Workload, machine: Machine, counts: Sequence[int]) -> list[di
 
 
 def goodput(interval: float, checkpoint: float, restart: float, between_failures: float) -> float:
-    """Share of the time that goes into work that lasts, with a checkpoint after every ``interval`` seconds of work.
+    """Share of the time that goes into work that no failure undoes, with a checkpoint every ``interval`` seconds.
 
     Failures are a Poisson process, also during checkpoints and restarts: the expected time for an interval is
     M exp(R / M) (exp((interval + C) / M) - 1) (Daly, doi 10.1016/j.future.2004.11.016, equation 13).

@@ -149,7 +149,7 @@ class _NoKernel:
 
 
 class _Masked(torch.autograd.Function):
-    """One kernel that also keeps its mask, made additive and so a number for each pair of positions."""
+    """A kernel that keeps a dense additive mask, one number for each pair of positions."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
+        """Relative error of the prediction."""
         return self.predicted / self.measured - 1
 
     @property

@@ -21,7 +21,7 @@ RECORD_FILE = "submitted.json"
 
 @dataclass(frozen=True)
 class SubmitJob:
-    """A command of ours on a cluster.
+    """A dmpo command to run on a cluster.
 
     Args:
         verb: the command.
@@ -75,7 +75,7 @@ class SubmitJob:
         return paths
 
     def config_text(self) -> str:
-        """The configuration the cluster reads: without how it was submitted, which ``--resume`` may change."""
+        """The configuration for the cluster, without the section ``submit``, which may change on ``--resume``."""
         return dump_config(self.config.model_copy(update={"submit": SubmitConfig()}))
 
     def values(self) -> dict[str, Any]:

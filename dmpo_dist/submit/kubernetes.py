@@ -154,7 +154,7 @@ def look(job: SubmitJob) -> str:
 
 
 def status(record: Record) -> str:
-    """KubeRay's word for the job's state, with the driver's."""
+    """The job's state as KubeRay reports it, with the driver's."""
     fields = "{.status.jobDeploymentStatus} {.status.jobStatus} {.status.message}"
     kubectl = _kubectl(record.where, record.context)
     done = attempt(*kubectl, "get", "rayjob", record.id, f"--output=jsonpath={fields}")

@@ -196,7 +196,7 @@ def require_small(folder: Path, excludes: list[str], limit_mib: float) -> None:
 
 
 def submit(job: SubmitJob) -> Record:
-    """Upload the working directory, which an interruption cuts short, and start the driver.
+    """Upload the working directory, which Ctrl-C interrupts, and start the driver.
 
     Raises:
         UserError: the cluster refuses it.
@@ -275,7 +275,7 @@ def _client(record: Record) -> Any:
 
 
 def status(record: Record) -> str:
-    """Ray's word for the job's state, with its message."""
+    """The job's state as Ray reports it, with its message."""
     return _state(_client(record), record)
 
 

@@ -18,7 +18,7 @@ NODE_SECONDS = 120
 
 
 def main() -> None:
-    """Exit 0 when the cluster is ready, 2 with a message when it will not do."""
+    """Exit with status 0 when the cluster is ready, with 2 and a message when it cannot run the job."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--nodes", type=int, default=1, help="nodes the cluster must have at least")
@@ -56,7 +56,7 @@ def wait_until_ready(config: RunConfig, nodes: int, seconds: float, versions: di
         reports = _look(ray, [*versions], paths)
         problems = [line for name, report in reports for line in node_problems(name, report, versions)]
         if problems:
-            raise UserError("\n  ".join(["the cluster's nodes will not do:", *problems]))
+            raise UserError("\n  ".join(["the cluster's nodes cannot run the job:", *problems]))
         print(f"cluster ready: {len(reports)} nodes, {_amounts(ray.cluster_resources())}", flush=True)
     finally:
         ray.shutdown()

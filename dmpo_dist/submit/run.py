@@ -64,7 +64,7 @@ def _hand_over(
 
 
 def _submit(job: SubmitJob, target: Target, echo: Callable[[str], None]) -> Record:
-    """Submit and record a job: both or, when interrupted, neither."""
+    """Submit a job and record it; when interrupted, neither."""
     module = TARGETS[target]
     with holding_interruptions() as interrupted:
         try:
@@ -82,7 +82,7 @@ def _submit(job: SubmitJob, target: Target, echo: Callable[[str], None]) -> Reco
 
 
 def _take_back(record: Record, folder: Path) -> NoReturn:
-    """Stop a job that was submitted meanwhile.
+    """Stop a job whose submission was interrupted too late.
 
     Raises:
         KeyboardInterrupt: done.

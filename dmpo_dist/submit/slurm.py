@@ -107,7 +107,7 @@ def look(job: SubmitJob) -> str:
 
 
 def status(record: Record) -> str:
-    """Slurm's word for the job's state, with the reason why it waits."""
+    """The job's state as Slurm reports it, with the reason why it waits."""
     done = attempt("squeue", "--noheader", "--jobs", record.id, "--format=%T after %M (%R)")
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "ended; not in the queue any more"
 
