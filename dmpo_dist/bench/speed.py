@@ -105,6 +105,7 @@ def measure_cell(cell: SpeedCell, settings: Settings, peak: float, say: Say) -> 
     for name, implementation in compared.items():
         batchings = implementation.batchings(groups[0], settings.device)
         compared[name], probes[name] = fastest(batchings, groups, settings.device, settings.threads)
+    # each with the batches it is fastest with, in turn within each round: a busy machine slows all of them
     times = time_rounds(compared, groups, settings.rounds, settings.device)
     memory = _memory(cell, settings, compared)
     tried = probes.pop("trl", {})

@@ -145,7 +145,7 @@ def _clocks(probes: Sequence[Any]) -> list[Clock]:
             began = time.time()
             there = ray.get(probe.time.remote(), timeout=NODE_SECONDS)
             ended = time.time()
-            trips.append((ended - began, there - (began + ended) / 2))
+            trips.append((ended - began, there - (began + ended) / 2))  # as if both ways took equally long
         trip, ahead = min(trips)
         against_driver.append((ahead, trip / 2))
     return [

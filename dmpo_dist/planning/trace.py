@@ -91,6 +91,7 @@ class _Meter(TorchDispatchMode):
     def _count(self, storage: Any) -> None:
         if storage._cdata in self._sizes:
             return
+        # A view shares its storage, so it is counted once; the finalizer runs when the last tensor of it is gone.
         self._sizes[storage._cdata] = storage.nbytes()
         self.alive += storage.nbytes()
         self.peak = max(self.peak, self.alive)
