@@ -183,8 +183,8 @@ def calibrate(works: Sequence[Workload], gpus: Sequence[int], seconds: Sequence[
     measured = np.asarray(seconds, dtype=float)
 
     def fit(keep: np.ndarray) -> np.ndarray:
-        # (steps, features): divided by its measured time a row has the target 1, so that errors are relative; columns are
-        # brought to one scale, as FLOPs are 1e10 times as many as messages
+        # rows: (steps, features), divided by the measured time, so that the target is 1 and errors are relative;
+        # columns are brought to one scale, as FLOPs are 1e10 times as many as messages
         rows = features[keep] / measured[keep, None]
         scale = np.where(rows.any(axis=0), np.abs(rows).max(axis=0), 1.0)
         return nnls(rows / scale, np.ones(len(rows)))[0] / scale
