@@ -22,8 +22,12 @@ def bench_speed(
     vocab: Annotated[list[int] | None, typer.Option(min=16, help="Vocabulary; repeatable.  [4096 32000]")] = None,
     response: Annotated[int, typer.Option(min=2, help="Response tokens, end token included.")] = 12,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each implementation; medians are shown.")] = 5,
-    groups_per_row: Annotated[int, typer.Option(min=1, help="Also time so many groups in one row.")] = 1,
-    model_config: Annotated[Path | None, typer.Option(help="config.json of a random model.  [Llama, 6 layers]")] = None,
+    groups_per_row: Annotated[
+        int, typer.Option(min=1, help="Also compare so many groups in one row with one row each.")
+    ] = 1,
+    model_config: Annotated[
+        Path | None, typer.Option(help="config.json of the model, whose weights are random.  [a Llama of 6 layers]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu (fp32) or cuda (bf16).")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's default.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile our decoder layers with torch.compile.")] = False,
@@ -158,14 +162,13 @@ def bench_scaling(
     zero: Annotated[list[int] | None, typer.Option(min=0, max=3, help="ZeRO stage; repeatable.  [0 1 2 3]")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Also ZeRO 2 and 3 with offload.")] = False,
     budget: Annotated[list[int] | None, typer.Option(min=16, help="Token budget; repeatable.  [4096]")] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Preference groups a step at the fewest workers.")] = 16,
+    groups: Annotated[int, typer.Option(min=1, help="Preference groups per step at the fewest workers.")] = 16,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before measuring.")] = 3,
     steps: Annotated[int, typer.Option(min=3, help="Steps measured.")] = 10,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in output_dir.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Strong and weak scaling of `dmpo train`, each cell a Ray Train job: throughput, efficiency, memory,
-    communication.
+    """Measure strong and weak scaling of `dmpo train`: throughput, efficiency, memory and communication.
 
     Examples:
 
@@ -192,8 +195,12 @@ def bench_scaling(
 
 @bench_app.command("simulate")
 def bench_simulate(
-    cells: Annotated[Path | None, typer.Option(help="Output folder of `dmpo bench scaling`: compare with it.")] = None,
-    model_config: Annotated[Path | None, typer.Option(help="config.json of the model to simulate.")] = None,
+    cells: Annotated[
+        Path | None, typer.Option(help="Output folder of `dmpo bench scaling` to compare the model with.")
+    ] = None,
+    model_config: Annotated[
+        Path | None, typer.Option(help="config.json of the model to simulate on 1 to 4,096 GPUs.")
+    ] = None,
     gpu: Annotated[str, typer.Option(help="GPU of the table of `dmpo plan`, such as h100-80g or H100.")] = "H100",
     mfu: Annotated[
         float | None, typer.Option(min=0.01, max=1, help="Share of its peak that is reached.  [the table's]")
@@ -203,15 +210,17 @@ def bench_simulate(
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 256,
     response: Annotated[int, typer.Option(min=2, help="Response tokens.")] = 12,
     negatives: Annotated[int, typer.Option(min=1, help="Negatives K.")] = 7,
-    groups: Annotated[int, typer.Option(min=1, help="Groups a GPU and step.")] = 32,
-    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches a GPU and step.")] = 4,
-    node_bandwidth: Annotated[float | None, typer.Option(help="GB/s a GPU within a node.  [the table's]")] = None,
-    fabric_bandwidth: Annotated[float | None, typer.Option(help="GB/s a GPU between nodes.  [the table's]")] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Preference groups of each GPU per step.")] = 32,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches of each GPU per step.")] = 4,
+    node_bandwidth: Annotated[float | None, typer.Option(help="GB/s of each GPU within a node.  [the table's]")] = None,
+    fabric_bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s of each GPU between nodes.  [the table's]")
+    ] = None,
     overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of the collectives that computing hides.")] = 0.5,
     jitter: Annotated[float, typer.Option(min=0, help="Standard deviation of computing time / mean.")] = 0.02,
     failure_hours: Annotated[float, typer.Option(help="Hours between failures of a GPU.")] = 50_000,
     checkpoint_seconds: Annotated[float, typer.Option(help="Seconds to write a checkpoint.")] = 60,
-    restart_seconds: Annotated[float, typer.Option(help="Seconds from a failure to training.")] = 300,
+    restart_seconds: Annotated[float, typer.Option(help="Seconds from a failure until training resumes.")] = 300,
     output: Annotated[Path, typer.Option(help="Result file; the plot lies beside it.")] = Path("runs/simulation.json"),
 ) -> None:
     """Model the speed of training on 1 to 4,096 GPUs with failures and checkpoints, or check the model by measurements.

@@ -9,10 +9,17 @@ from dmpo_dist.cli.options import DryRun, Layers, Overrides, read_settings
 
 explain_app = typer.Typer()
 
+ITEM = "Title or item id to explain.  [the positive of the request; with --requests the title ranked first]"
+REQUESTS = "File of users in the form that `dmpo rank` takes.  [the test requests of data.path]"
+CATALOGUE = "Rank all titles of this Parquet, CSV or prepared data.  [the candidates of each request]"
 REFERENCE = (
     "Compare the title's words with base, start, none or a model folder.  [what training started from, else base]"
 )
-METHOD = "What items add to: the title's margin over the mean of the other candidates, or its log-probability."
+METHOD = "What history items add to: the title's margin over the mean of the other candidates, or its log-probability."
+RIVALS = "With --catalogue, how many of the titles ranked below stay in the comparison; 0 keeps all, which is slow."
+TOP = "The counterfactual moves the title out of the top N, or into it.  [1, 5, 10 or 20: the first that holds it]"
+BUDGET = "Most pairs of items, and most larger sets, that a counterfactual tries.  [200; 0 for whole catalogues]"
+FAITHFULNESS = "Measure by deletion curves whether the contributions say what the model does."
 
 
 @explain_app.command()
@@ -21,22 +28,22 @@ def explain(
     config: Layers = None,
     overrides: Overrides = None,
     user: Annotated[str | None, typer.Option(help="Whose ranking to explain.")] = None,
-    item: Annotated[str | None, typer.Option(help="Title or item id.  [test positive; --requests: the first]")] = None,
+    item: Annotated[str | None, typer.Option(help=ITEM)] = None,
     users: Annotated[int | None, typer.Option(min=1, help="Explain a sample of so many users instead.")] = None,
-    requests: Annotated[Path | None, typer.Option(help="Users as for `dmpo rank`.  [test of data.path]")] = None,
-    catalogue: Annotated[Path | None, typer.Option(help="Rank all its titles.  [the request's candidates]")] = None,
+    requests: Annotated[Path | None, typer.Option(help=REQUESTS)] = None,
+    catalogue: Annotated[Path | None, typer.Option(help=CATALOGUE)] = None,
     reference: Annotated[str | None, typer.Option(help=REFERENCE)] = None,
     method: Annotated[Literal["margin", "log_prob"], typer.Option(help=METHOD)] = "margin",
-    rivals: Annotated[int, typer.Option(min=0, help="--catalogue: lower-ranked titles that stay in; 0: all.")] = 500,
+    rivals: Annotated[int, typer.Option(min=0, help=RIVALS)] = 500,
     top: Annotated[
         int | None, typer.Option(min=1, help="The counterfactual is about the top N.  [1, 5, 10, 20]")
     ] = None,
-    budget: Annotated[int | None, typer.Option(min=0, help="Most sets of items tried.  [200; catalogue: 0]")] = None,
+    budget: Annotated[int | None, typer.Option(min=0, help=BUDGET)] = None,
     faithfulness: Annotated[
         bool, typer.Option("--faithfulness", help="Check contributions by deletion curves.")
     ] = False,
-    faithfulness_users: Annotated[int, typer.Option(min=2, help="Most users it is measured on.")] = 200,
-    output: Annotated[Path | None, typer.Option(help="Folder for explanations.json.  [print only]")] = None,
+    faithfulness_users: Annotated[int, typer.Option(min=2, help="Most users that it is measured on.")] = 200,
+    output: Annotated[Path | None, typer.Option(help="Folder for explanations.json.  [nothing is written]")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Show which history items rank a title where it is, what removing them changes, and what training changed.
