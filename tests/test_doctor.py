@@ -15,7 +15,7 @@ from dmpo_dist.training import network
 HERE = {"python": "3.11.7", "torch": "2.13.0"}
 PATHS = RunPaths(Path("/shared/run"), None, Path("/shared/data"))
 REPORT = NodeReport(
-    "beta", HERE, cpus=8, gpus=2, memory=64, shared_memory=8, disk=50, writable=True, sees_marker=True, data="a"
+    HERE, cpus=8, gpus=2, memory=64, shared_memory=8, disk=50, writable=True, sees_marker=True, data="a"
 )
 SOUND = NodeFindings("10.0.0.2 (beta)", False, 2.0, REPORT, clock=Clock(0.9, 0.01), fetched=900.0)
 

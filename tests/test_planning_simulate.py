@@ -121,7 +121,7 @@ def test_calibration_finds_the_constants_and_predicts_what_it_has_not_seen():
     fit = calibrate(works, gpus, seconds)
     assert 1 / fit.coefficients["flops"] == pytest.approx(2e10, rel=1e-6)
     assert fit.coefficients["micro_batches"] == pytest.approx(0.02, rel=1e-6)
-    assert fit.network().node.latency == pytest.approx(5e-4, rel=1e-4)
+    assert fit.coefficients["messages"] == pytest.approx(5e-4, rel=1e-4)
     assert fit.held_out == pytest.approx(seconds, rel=1e-6)
     doubled = [2 * s if i == 5 else s for i, s in enumerate(seconds)]  # a wrong cell does not vouch for itself
     assert calibrate(works, gpus, doubled).held_out[5] == pytest.approx(seconds[5], rel=1e-6)

@@ -39,9 +39,7 @@ def explain(
         int | None, typer.Option(min=1, help="The counterfactual is about the top N.  [1, 5, 10, 20]")
     ] = None,
     budget: Annotated[int | None, typer.Option(min=0, help=BUDGET)] = None,
-    faithfulness: Annotated[
-        bool, typer.Option("--faithfulness", help="Check contributions by deletion curves.")
-    ] = False,
+    faithfulness: Annotated[bool, typer.Option("--faithfulness", help=FAITHFULNESS)] = False,
     faithfulness_users: Annotated[int, typer.Option(min=2, help="Most users that it is measured on.")] = 200,
     output: Annotated[Path | None, typer.Option(help="Folder for explanations.json.  [nothing is written]")] = None,
     dry_run: DryRun = False,

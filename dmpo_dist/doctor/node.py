@@ -42,7 +42,6 @@ class RunPaths:
 class NodeReport:
     """What was found on one node; sizes in GiB."""
 
-    host: str
     versions: dict[str, str | None]
     cpus: int
     gpus: int
@@ -72,7 +71,6 @@ def look_around(paths: RunPaths) -> NodeReport:
     shm = Path("/dev/shm")
     existing = next(p for p in (paths.output, *paths.output.parents) if p.exists())
     return NodeReport(
-        host=socket.gethostname(),
         versions=own_versions(),
         cpus=os.cpu_count() or 1,
         gpus=_count_gpus(),

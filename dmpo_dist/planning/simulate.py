@@ -167,11 +167,6 @@ class Calibration:
     fitted: list[float]
     held_out: list[float]
 
-    def network(self) -> Network:
-        """One flat level with the fitted latency and bandwidth (infinite where the fit found no cost)."""
-        per_byte = self.coefficients["bytes"]
-        return _flat(Link(self.coefficients["messages"], 1 / per_byte if per_byte else math.inf))
-
 
 def calibrate(works: Sequence[Workload], gpus: Sequence[int], seconds: Sequence[float]) -> Calibration:
     """Fit the model to measured steps by non-negative least squares of the relative errors.
