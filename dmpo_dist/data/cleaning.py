@@ -69,8 +69,8 @@ def clean(
     """
     _read_rows(database)
     sound = _sound_rows(database, tolerated, notes)
-    # Items are few against events, so pandas can check them. Each comes with file and row of its first sound event; that
-    # is null for an item all of whose events are malformed, which counts as an item that nobody took.
+    # Items are few against events, so pandas can check them. Each comes with file and row of its first sound event;
+    # that is null for an item all of whose events are malformed, which counts as an item that nobody took.
     found = database.frame(
         f"""SELECT item, min(title) <> max(title) AS differs, arg_min(title, (file, row)) AS title,
         arg_min(genres, (file, row)) AS genres,

@@ -28,7 +28,7 @@ class _Found:
         asked: split -> number of requests ``kept`` before candidates were counted, and of likes dropped by reason.
         dropped: split -> number of likes dropped in the end, by reason.
         spared: by training group, how many items its user takes later and that were therefore no negatives.
-        shortages: the most negatives that a share's training requests can be given, and the error, where these are too few.
+        shortages: the most negatives that a share's training requests can be given, and the error, where too few.
     """
 
     pieces: dict[str, list[Dataset]] = field(default_factory=lambda: {split: [] for split in SPLITS})
@@ -57,8 +57,8 @@ def groups_of_log(
         raise max(found.shortages, key=lambda shortage: shortage[0])[1]
     if config.split == "leave_one_out":
         log.notes.append(
-            f"No training negative is an item that its user takes later: there were {sum(found.spared)} of those to leave "
-            f"out, in {np.count_nonzero(found.spared)} of {len(found.spared)} groups."
+            f"No training negative is an item that its user takes later: there were {sum(found.spared)} of those to "
+            f"leave out, in {np.count_nonzero(found.spared)} of {len(found.spared)} groups."
         )
     rows = {split: _in_order(found.pieces[split], work / f"{split}.arrow") for split in SPLITS}
     rows["validation"], left_out = _sampled(rows["validation"], config.max_validation_users, seed)

@@ -90,8 +90,8 @@ def _check(config: Simulator) -> None:
         )
     if config.events_per_user > config.items // 2:
         raise UserError(
-            f"data.source.simulator: {config.events_per_user} events per user out of {config.items} items leave too few "
-            "to rank; lower data.source.simulator.events_per_user or raise .items"
+            f"data.source.simulator: {config.events_per_user} events per user out of {config.items} items leave too "
+            "few to rank; lower data.source.simulator.events_per_user or raise .items"
         )
 
 
