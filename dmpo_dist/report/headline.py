@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from dmpo_dist.figures.study import SWEEP_METRIC
+from dmpo_dist.formats import candidates, interval, joined, metric_name, number, verdict
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import Material
 from dmpo_dist.report.intervals import BASELINES
 from dmpo_dist.report.records import Comparison, Evaluation, Explanations
-from dmpo_dist.report.study import SWEEP_METRIC, at_home, labels
-from dmpo_dist.report.words import candidates, interval, joined, metric_name, number, verdict
+from dmpo_dist.report.study import at_home, labels
 
 METRIC, SUBJECT = "ndcg@10", "dmpo"
 MOST_DATASETS = 3  # of a study that get a sentence each

@@ -1,39 +1,27 @@
-"""What a page shows, section by section, as tables, figures and sentences; a section without data is empty."""
+"""What a page shows, section by section; a section without data is left out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any, Literal
 
-import pandas as pd
 import yaml
 
 from dmpo_dist.evaluation.seeds import split_name
 from dmpo_dist.explanation.words import by_word
+from dmpo_dist.figures.curves import MOST_RUNS, VALIDATION_PANEL, curve_charts, run_panels, side_by_side_panels
+from dmpo_dist.figures.explanations import faithfulness_charts
+from dmpo_dist.figures.study import few_shot_charts, matrix_charts, sweep_charts
+from dmpo_dist.formats import candidates
 from dmpo_dist.records.compare import evaluation_of, paired_lines
-from dmpo_dist.report import curves, explained, facts, intervals, study, tables
+from dmpo_dist.records.read import Run
+from dmpo_dist.report import facts, intervals, study, tables
+from dmpo_dist.report.explained import history_table
 from dmpo_dist.report.gather import DataCard, Material
 from dmpo_dist.report.headline import describe_run, headline
-from dmpo_dist.report.records import Evaluation, ExplainedRequest, Explanations
-from dmpo_dist.report.svg import Figure
-from dmpo_dist.report.tables import Table
-from dmpo_dist.report.words import candidates
+from dmpo_dist.report.records import ExplainedRequest, Explanations
+from dmpo_dist.tables import Table
 
-SECTIONS = {
-    "results": "Results",
-    "comparisons": "Paired comparisons",
-    "training": "Training curves",
-    "strata": "Strata",
-    "sweep": "K sweep",
-    "shots": "Few-shot curves",
-    "transfer": "Other domains",
-    "cells": "Study, cell by cell",
-    "explanations": "Explanations",
-    "data": "Data and leak check",
-    "configuration": "Configuration",
-    "environment": "Environment",
-    "files": "Files",
-}
-"""Key -> heading, in the page's order."""
 WAYS = {
     "popularity": "popularity of the target",
     "history": "length of the history",
@@ -43,41 +31,31 @@ STAGES = {"sft": "SFT runs", "train": "Preference runs"}
 SHOWN, FOLDED = 5, 20  # of the requests of an explanations.json
 OPEN_RUNS = 4  # whose curves are not folded
 MOST_PAIRS = 10  # of runs, beyond those an evaluation compares
+INTERVALS_NOTE = (
+    "Best of each column in bold, the oracle apart; intervals are 95 %, by bootstrap over users (and seeds, where there are "
+    "several). In the figures language models are blue, baselines grey, the oracle a ring."
+)
+DIFFERENCES_NOTE = (
+    "To the right of 0 the first model is better; grey: the interval holds 0, no clear difference. What is far from all others "
+    "(random, untuned, oracle) stands in the table alone, where clear differences are bold."
+)
+
+Kind = Literal["heading", "text", "note", "warning", "lines", "code", "charts", "table", "explained", "folded"]
 
 
 @dataclass(frozen=True)
-class StrataPart:
-    """The requests parted in one way."""
+class Block:
+    """One thing on the page, from top to bottom.
 
-    figures: Sequence[Figure]
-    tables: Sequence[Table]
+    Attributes:
+        content: of heading, text, note, warning and code a text; of lines several; of charts a list of Chart; of table a Table;
+            of explained an ExplainedPart; of folded further blocks.
+        summary: of folded blocks, what is seen of them before they are opened.
+    """
 
-
-@dataclass(frozen=True)
-class EvaluationPart:
-    """One evaluation; ``notes`` are what a reader must know of its figures, ``lines`` what else is known of them."""
-
-    notes: Sequence[str]
-    lines: Sequence[str]
-    models: Table
-    all_metrics: Table | None
-    figures: Sequence[Figure]
-    seeds: Table | None
-    catalogue: Table | None
-    catalogue_all: Table | None
-    comparisons: Table | None
-    comparison_figures: Sequence[Figure]
-    strata: dict[str, StrataPart]
-
-
-@dataclass(frozen=True)
-class StudyPart:
-    """One ``dmpo experiment``."""
-
-    sweep: Sequence[Figure]
-    shots: Sequence[Figure]
-    transfer: Table | None
-    cells: Table
+    kind: Kind
+    content: Any
+    summary: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,136 +68,244 @@ class ExplainedPart:
 
 
 @dataclass(frozen=True)
-class ExplanationsPart:
-    """One ``explanations.json``."""
-
-    model: str
-    reference: str | None
-    shown: Sequence[ExplainedPart]
-    folded: Sequence[ExplainedPart]
-    left_out: int
-    figures: Sequence[Figure]
-
-
-@dataclass(frozen=True)
-class DataPart:
-    """One prepared data set."""
-
-    name: str
-    counts: Table
-    leaks: Table | None
-    lines: Sequence[str]
-    config: str
-
-
-@dataclass(frozen=True)
 class Page:
-    """Everything the template shows."""
+    """Everything the template shows.
+
+    Attributes:
+        sections: key -> blocks, in the order of ``SECTIONS``.
+        absent: headings of the sections that have none.
+    """
 
     title: str
     headline: Sequence[str]
     privacy: str
     notes: Sequence[str]
-    sections: dict[str, str]
-    absent: str
-    evaluations: dict[str, EvaluationPart]
-    paired_runs: Sequence[str]
-    runs: Table | None
-    open_runs: int
-    described: dict[str, str]
-    curves: dict[str, Sequence[Figure]]
-    side_by_side: dict[str, Sequence[Figure]]
-    studies: dict[str, StudyPart]
-    explanations: dict[str, ExplanationsPart]
-    cards: Sequence[DataPart]
-    differences: Table | None
-    configs: dict[str, str]
-    environment: Table | None
-    files: Table
+    sections: dict[str, list[Block]]
+    absent: Sequence[str]
 
 
 def make_page(material: Material) -> Page:
     """Turn what was gathered into what is shown."""
-    evaluations = {name: _evaluation(e) for name, e in material.evaluations.items()}
-    studies = {name: _study(s) for name, s in material.studies.items()}
-    paired = _other_pairs(material)
-    environment = facts.environment_table(material.environments)
-    there = {
-        "results": bool(evaluations),
-        "comparisons": any(e.comparisons for e in evaluations.values()) or bool(paired),
-        "training": bool(material.runs),
-        "strata": any(e.strata for e in evaluations.values()),
-        "sweep": any(s.sweep for s in studies.values()),
-        "shots": any(s.shots for s in studies.values()),
-        "transfer": any(s.transfer for s in studies.values()),
-        "cells": bool(studies),
-        "explanations": bool(material.explanations),
-        "data": bool(material.cards),
-        "configuration": bool(material.configs),
-        "environment": environment is not None,
-        "files": bool(material.files),
-    }
+    sections = {key: list(blocks(material)) for key, (_, blocks) in SECTIONS.items()}
     return Page(
         title=material.title,
         headline=headline(material),
         privacy=_privacy(material),
         notes=material.notes,
-        sections={key: name for key, name in SECTIONS.items() if there[key]},
-        absent=", ".join(name for key, name in SECTIONS.items() if not there[key]),
-        evaluations=evaluations,
-        paired_runs=paired,
-        runs=facts.runs_table(material.runs) if material.runs else None,
-        open_runs=OPEN_RUNS,
-        described={name: describe_run(run) for name, run in material.runs.items()},
-        curves={name: curves.run_figures(run) for name, run in material.runs.items()},
-        side_by_side={
-            STAGES.get(stage, stage): curves.side_by_side(runs)
-            for stage, runs in curves.runs_by_stage(material.runs).items()
-        },
-        studies=studies,
-        explanations={name: _explanations(x) for name, x in material.explanations.items()},
-        cards=[_data(card) for card in material.cards],
-        differences=facts.differences_table(material.runs),
-        configs=facts.config_texts(material.configs),
-        environment=environment,
-        files=facts.files_table(material.files),
+        sections={key: blocks for key, blocks in sections.items() if blocks},
+        absent=[SECTIONS[key][0] for key, blocks in sections.items() if not blocks],
     )
 
 
-def _evaluation(e: Evaluation) -> EvaluationPart:
-    catalogue, catalogue_all = None, None
-    if e.catalogue is not None:
-        items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
-        few = tables.first_metrics(e.catalogue.models)
-        catalogue = tables.metrics_table(f"Among {items}, those a user had taken left out", few)
-        if few != e.catalogue.models:
-            catalogue_all = tables.metrics_table(f"All metrics among {items}", e.catalogue.models)
-    strata = {
-        WAYS.get(way, way.replace("_", " ")): StrataPart(
-            figures,
-            [
-                tables.metrics_table(f"{name}: {stratum.requests} requests", stratum.models, e.sure_hits)
-                for name, stratum in e.strata[way].items()
-            ],
+def _results(material: Material) -> Iterator[Block]:
+    for name, e in material.evaluations.items():
+        yield from _heading(name, material.evaluations)
+        yield from (Block("warning", f"Note: {note}") for note in e.notes)
+        first = tables.first_metrics(e.models)
+        caption = f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates"
+        yield Block("table", tables.metrics_table(caption, first, e.sure_hits, e.seeds))
+        yield Block("note", INTERVALS_NOTE)
+        yield Block("charts", intervals.model_charts(e))
+        if first != e.models:
+            yield _folded_table("All metrics", tables.metrics_table("All metrics", e.models, e.sure_hits, e.seeds))
+        if e.seeds:
+            yield Block("table", tables.seeds_table(e))
+        if e.catalogue is not None:
+            items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
+            few = tables.first_metrics(e.catalogue.models)
+            yield Block("table", tables.metrics_table(f"Among {items}, those a user had taken left out", few))
+            if few != e.catalogue.models:
+                whole = tables.metrics_table(f"All metrics among {items}", e.catalogue.models)
+                yield _folded_table("All metrics among the whole catalogue", whole)
+        lines = facts.evaluation_lines(e)
+        if lines:
+            yield Block("lines", lines)
+
+
+def _comparisons(material: Material) -> Iterator[Block]:
+    for name, e in material.evaluations.items():
+        if e.comparisons:
+            yield from _heading(name, material.evaluations)
+            yield Block("charts", intervals.comparison_charts(e.comparisons))
+            yield Block("note", DIFFERENCES_NOTE)
+            yield Block("table", tables.comparisons_table(e))
+    pairs = _other_pairs(material)
+    if pairs:
+        yield Block("heading", "Other pairs of runs")
+        yield Block("lines", pairs)
+
+
+def _training(material: Material) -> Iterator[Block]:
+    if not material.runs:
+        return
+    yield Block("table", facts.runs_table(material.runs))
+    for stage, title in STAGES.items():
+        runs = {name: run for name, run in material.runs.items() if run.stage == stage}
+        if len(runs) > 1:
+            yield Block("heading", f"{title} side by side")
+            yield Block("charts", _side_by_side(runs))
+    for place, (name, run) in enumerate(material.runs.items()):
+        best = run.best_step
+        note = "" if best is None else f"The line is step {best}, whose weights are the result."
+        charts = curve_charts(run_panels(run.train, run.validation, best), {VALIDATION_PANEL: note})
+        if charts:
+            yield Block("heading", name)
+            yield Block("note", describe_run(run))
+            curves = Block("charts", charts)
+            yield curves if place < OPEN_RUNS else Block("folded", [curves], f"Curves of {name}")
+
+
+def _side_by_side(runs: Mapping[str, Run]) -> list[Any]:
+    """Charts of the quantities that two of the first MOST_RUNS runs logged."""
+    shown = dict(list(runs.items())[:MOST_RUNS])
+    frames = {name: (run.train, run.validation) for name, run in shown.items()}
+    panels = [p for p in side_by_side_panels(frames, next(iter(shown.values())).metric) if len(p.lines) > 1]
+    note = f"The first {MOST_RUNS} of {len(runs)} runs." if len(runs) > MOST_RUNS else ""
+    return curve_charts(panels, {panel.title: note for panel in panels})
+
+
+def _strata(material: Material) -> Iterator[Block]:
+    for name, e in material.evaluations.items():
+        if e.strata:
+            yield from _heading(name, material.evaluations)
+        for way, strata in e.strata.items():
+            yield Block("heading", f"By {WAYS.get(way, way.replace('_', ' '))}")
+            yield Block("charts", intervals.strata_charts(e, strata))
+            whole = [
+                Block("table", tables.metrics_table(f"{part}: {s.requests} requests", s.models, e.sure_hits))
+                for part, s in strata.items()
+            ]
+            yield Block("folded", whole, "All models and metrics")
+
+
+def _sweep(material: Material) -> Iterator[Block]:
+    for name, table in material.studies.items():
+        yield from _charts(name, material, sweep_charts(study.points_of(table), study.whiskers_note(table)))
+
+
+def _shots(material: Material) -> Iterator[Block]:
+    for name, table in material.studies.items():
+        yield from _charts(name, material, few_shot_charts(study.points_of(table), study.whiskers_note(table)))
+
+
+def _transfer(material: Material) -> Iterator[Block]:
+    for name, table in material.studies.items():
+        transfer = study.transfer_table(table)
+        if transfer is not None:
+            yield from _charts(name, material, matrix_charts(study.points_of(table)))
+            yield Block("table", transfer)
+
+
+def _cells(material: Material) -> Iterator[Block]:
+    for name, table in material.studies.items():
+        yield from _heading(name, material.studies)
+        yield _folded_table("The grid as a table", study.cells_table(table))
+
+
+def _explanations(material: Material) -> Iterator[Block]:
+    for name, x in material.explanations.items():
+        yield from _heading(name, material.explanations)
+        yield Block("text", f"Model {x.model}{f', reference {x.reference}' if x.reference else ''}.")
+        charts = faithfulness_charts(x.faithfulness.model_dump()) if x.faithfulness else []
+        if charts:
+            yield Block("heading", "Faithfulness")
+            yield Block("charts", charts)
+        yield from _explained(x)
+
+
+def _explained(x: Explanations) -> Iterator[Block]:
+    blocks = [
+        Block(
+            "explained",
+            ExplainedPart(
+                r,
+                by_word((token.text, token.log_ratio) for token in r.tokens),
+                history_table(r) if r.history else None,
+            ),
         )
-        for way, figures in intervals.strata_figures(e).items()
-    }
-    first = tables.first_metrics(e.models)
-    return EvaluationPart(
-        notes=e.notes,
-        lines=facts.evaluation_lines(e),
-        models=tables.metrics_table(
-            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates", first, e.sure_hits
-        ),
-        all_metrics=tables.metrics_table("All metrics", e.models, e.sure_hits) if first != e.models else None,
-        figures=intervals.model_figures(e),
-        seeds=tables.seeds_table(e) if e.seeds else None,
-        catalogue=catalogue,
-        catalogue_all=catalogue_all,
-        comparisons=tables.comparisons_table(e) if e.comparisons else None,
-        comparison_figures=intervals.comparison_figures(e.comparisons),
-        strata=strata,
-    )
+        for r in x.requests[: SHOWN + FOLDED]
+    ]
+    yield from blocks[:SHOWN]
+    if blocks[SHOWN:]:
+        yield Block("folded", blocks[SHOWN:], f"{len(blocks) - SHOWN} more")
+    if len(x.requests) > len(blocks):
+        yield Block("note", f"{len(x.requests) - len(blocks)} further explanations are in explanations.json.")
+
+
+def _data(material: Material) -> Iterator[Block]:
+    for card in material.cards:
+        content = card.content
+        yield Block("heading", str(content["name"]))
+        yield Block("table", facts.counts_table(card))
+        leaks = facts.leaks_table(card)
+        missing = "No leak check is written down: the data was prepared by a version without one."
+        yield Block("table", leaks) if leaks else Block("text", missing)
+        yield Block("lines", _card_lines(card))
+        config = yaml.safe_dump(content.get("config") or {}, sort_keys=False, allow_unicode=True)
+        yield Block("folded", [Block("code", config)], "How it was prepared")
+
+
+def _card_lines(card: DataCard) -> list[str]:
+    cuts = card.content.get("cuts")
+    lines = [f"Validation from {cuts['validation']['utc']}, test from {cuts['test']['utc']}."] if cuts else []
+    lines += map(str, card.content.get("notes") or [])
+    lines.append(f"Fingerprint {card.content['fingerprint']}, seed {card.content.get('seed')}.")
+    if card.trained:
+        lines.append(f"By its fingerprint what these runs were trained on: {', '.join(card.trained)}.")
+    if card.others:
+        lines.append(f"Not what these runs were trained on: {', '.join(card.others)}.")
+    return lines
+
+
+def _configuration(material: Material) -> Iterator[Block]:
+    differences = facts.differences_table(material.runs)
+    if differences:
+        yield Block("table", differences)
+    for name, text in facts.config_texts(material.configs).items():
+        yield Block("folded", [Block("code", text)], f"Whole configuration of {name}")
+
+
+def _environment(material: Material) -> Iterator[Block]:
+    table = facts.environment_table(material.environments)
+    if table:
+        yield Block("table", table)
+
+
+def _files(material: Material) -> Iterator[Block]:
+    if material.files:
+        table = facts.files_table(material.files)
+        yield _folded_table(table.caption, table)
+
+
+SECTIONS = {
+    "results": ("Results", _results),
+    "comparisons": ("Paired comparisons", _comparisons),
+    "training": ("Training curves", _training),
+    "strata": ("Strata", _strata),
+    "sweep": ("K sweep", _sweep),
+    "shots": ("Few-shot curves", _shots),
+    "transfer": ("Other domains", _transfer),
+    "cells": ("Study, cell by cell", _cells),
+    "explanations": ("Explanations", _explanations),
+    "data": ("Data and leak check", _data),
+    "configuration": ("Configuration", _configuration),
+    "environment": ("Environment", _environment),
+    "files": ("Files", _files),
+}
+"""Key -> heading and what makes the blocks, in the page's order."""
+
+
+def _heading(name: str, names: Mapping[str, Any]) -> list[Block]:
+    """The name of one of several things; a single one needs none."""
+    return [Block("heading", name)] if len(names) > 1 else []
+
+
+def _charts(name: str, material: Material, charts: Sequence[Any]) -> list[Block]:
+    return [*_heading(name, material.studies), Block("charts", charts)] if charts else []
+
+
+def _folded_table(summary: str, table: Table) -> Block:
+    return Block("folded", [Block("table", table)], summary)
 
 
 def _other_pairs(material: Material) -> list[str]:
@@ -230,14 +316,14 @@ def _other_pairs(material: Material) -> list[str]:
     folders = material.evaluation_folders
     scored = [folder for folder in folders.values() if (folder / "scores.parquet").exists()]
     found = {name: evaluation_of(run, scored) for name, run in material.runs.items()}
-    places = {name: place for name, place in found.items() if place is not None}
+    ranked = {name: place for name, place in found.items() if place is not None}
     by_folder = {folder: material.evaluations[name] for name, folder in folders.items()}
     labels = {
-        name: f"{name} ({ranked_as})" if split_name(ranked_as)[1] else name for name, (_, ranked_as) in places.items()
+        name: f"{name} ({ranked_as})" if split_name(ranked_as)[1] else name for name, (_, ranked_as) in ranked.items()
     }
     pairs = []
-    for a, b in combinations(places, 2):
-        (first, as_a), (second, as_b) = places[a], places[b]
+    for a, b in combinations(ranked, 2):
+        (first, as_a), (second, as_b) = ranked[a], ranked[b]
         compared = {frozenset((c.a, c.b)) for c in by_folder[first].comparisons} if first == second else set()
         if frozenset((as_a, as_b)) not in compared:
             pairs.append((a, b))
@@ -248,54 +334,6 @@ def _other_pairs(material: Material) -> list[str]:
     ]
     more = len(pairs) - MOST_PAIRS
     return lines + ([f"{more} more pairs: `dmpo runs compare` shows them"] if more > 0 else [])
-
-
-def _study(table: pd.DataFrame) -> StudyPart:
-    return StudyPart(
-        sweep=study.sweep_figures(table),
-        shots=study.shots_figures(table),
-        transfer=study.transfer_table(table),
-        cells=study.cells_table(table),
-    )
-
-
-def _explanations(x: Explanations) -> ExplanationsPart:
-    parts = [
-        ExplainedPart(
-            r,
-            by_word((token.text, token.log_ratio) for token in r.tokens),
-            explained.history_table(r) if r.history else None,
-        )
-        for r in x.requests
-    ]
-    return ExplanationsPart(
-        model=x.model,
-        reference=x.reference,
-        shown=parts[:SHOWN],
-        folded=parts[SHOWN : SHOWN + FOLDED],
-        left_out=max(0, len(parts) - SHOWN - FOLDED),
-        figures=explained.faithfulness_figures(x.faithfulness) if x.faithfulness else [],
-    )
-
-
-def _data(card: DataCard) -> DataPart:
-    content = card.content
-    cuts = content.get("cuts")
-    config = content.get("config") or {}
-    lines = [f"Validation from {cuts['validation']['utc']}, test from {cuts['test']['utc']}."] if cuts else []
-    lines += map(str, content.get("notes") or [])
-    lines.append(f"Fingerprint {content['fingerprint']}, seed {content.get('seed')}.")
-    if card.trained:
-        lines.append(f"By its fingerprint what these runs were trained on: {', '.join(card.trained)}.")
-    if card.others:
-        lines.append(f"Not what these runs were trained on: {', '.join(card.others)}.")
-    return DataPart(
-        name=str(content["name"]),
-        counts=facts.counts_table(card),
-        leaks=facts.leaks_table(card),
-        lines=lines,
-        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-    )
 
 
 def _privacy(material: Material) -> str:
