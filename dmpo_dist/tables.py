@@ -53,14 +53,14 @@ class Table:
 
 
 def terminal(table: Table) -> TerminalTable:
-    """The table for a rich console; on a narrow one its text columns break over lines."""
+    """The table for a rich console; on a narrow one its first column breaks over lines."""
     drawn = TerminalTable(
         title=table.caption or None, title_justify="left", caption=table.note or None, caption_justify="left",
-        box=box.SIMPLE_HEAD, pad_edge=False,
+        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     for place, heading in enumerate(table.columns):
         text = place < table.text_columns
-        drawn.add_column(heading, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+        drawn.add_column(heading, justify="left" if text else "right", no_wrap=place > 0, overflow="fold")
     for row in table.rows:
         drawn.add_row(*map(_terminal_cell, row))
     return drawn

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from matplotlib.axes import Axes
 
-from dmpo_dist.figures.style import GREY, Chart, draw_chart, hover, short
+from dmpo_dist.figures.style import GREY, Drawing, hover, short
 from dmpo_dist.formats import interval, number
 
 ROW_HEIGHT, FRAME_HEIGHT = 0.3, 0.5  # inches
@@ -22,31 +23,33 @@ class IntervalRow:
     colour: str = GREY
     hollow: bool = False
 
+    def words(self, form: str) -> str:
+        """``label +0.086 [+0.011, +0.149]``."""
+        return f"{self.label} {number(self.value, form)} {interval(self.low, self.high, form)}".strip()
 
-def interval_chart(
+
+def interval_drawing(
     title: str, rows: Sequence[IntervalRow], zero: bool = False, note: str = "", unit: str = ""
-) -> Chart:
-    """A chart of ``rows``, one at least with a value; its description names them all.
+) -> Drawing:
+    """The rows from top to bottom, one at least with a value; its description names them all.
 
     Args:
         zero: the figures are differences: show where none is, and signs.
     """
-    form = _form(zero)
+    form = "+.3f" if zero else ".3f"
     words, heading = [], ""
     for row in rows:
         if row.value is None:
             heading = f"{row.label} "
         else:
-            words.append(f"{heading}{row.label} {number(row.value, form)} {interval(row.low, row.high, form)}".strip())
+            words.append(f"{heading}{row.words(form)}")
     height = FRAME_HEIGHT + ROW_HEIGHT * len(rows)
-    return draw_chart(
-        title, f"{title}: {'; '.join(words)}", lambda axes: draw_intervals(axes, rows, zero, unit), [height], note
-    )
+    draw = partial(_draw, rows=rows, zero=zero, form=form, unit=unit)
+    return Drawing(title, f"{title}: {'; '.join(words)}", draw, height, note)
 
 
-def draw_intervals(axes: Axes, rows: Sequence[IntervalRow], zero: bool, unit: str = "") -> None:
-    """Draw the rows from top to bottom, each figure also as a number beside its interval."""
-    form = _form(zero)
+def _draw(axes: Axes, rows: Sequence[IntervalRow], zero: bool, form: str, unit: str) -> None:
+    """Each figure also stands as a number beside its interval."""
     for place, row in enumerate(rows):
         if row.value is None:
             continue
@@ -54,7 +57,7 @@ def draw_intervals(axes: Axes, rows: Sequence[IntervalRow], zero: bool, unit: st
             axes.plot([row.low, row.high], [place, place], color=row.colour, linewidth=2.2, solid_capstyle="butt")
         face = "white" if row.hollow else row.colour
         (dot,) = axes.plot(row.value, place, "o", color=row.colour, markerfacecolor=face, markersize=6)
-        hover(dot, [f"{row.label} {number(row.value, form)} {interval(row.low, row.high, form)}".strip()])
+        hover(dot, [row.words(form)])
         axes.text(1.02, place, number(row.value, form), transform=axes.get_yaxis_transform(), va="center_baseline")
     if zero:
         axes.axvline(0, color=GREY, linewidth=1)
@@ -69,7 +72,3 @@ def draw_intervals(axes: Axes, rows: Sequence[IntervalRow], zero: bool, unit: st
     axes.margins(x=0.06)
     axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(unit)
-
-
-def _form(zero: bool) -> str:
-    return "+.3f" if zero else ".3f"

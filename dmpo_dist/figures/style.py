@@ -12,7 +12,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from dmpo_dist.figures.svg import TOOLTIP, inline_svg, printable
 
@@ -24,15 +24,15 @@ DASHES = ("-", "--", ":")
 PALE, GRID = "#999999", "#DDDDDD"
 MOST_LETTERS = 28  # of a name in a figure
 LEGEND_LETTERS = 52  # of one line of a chart's legend, the space for its line samples included
-LEGEND_LINE = 0.21  # inches
-CHART_WIDTH = 4.7  # inches: 338 units of the page's style sheet, about one pixel each on a phone
+LEGEND_LINE, TITLE_LINE = 0.21, 0.25  # inches
+WIDTH = 4.7  # inches: 338 units of the page's style sheet, about one pixel each on a phone
 
 STYLE = {
-    "font.size": 8, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "font.size": 8, "axes.titlesize": 10, "figure.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "legend.fontsize": 8, "legend.frameon": False, "legend.handlelength": 1.8, "legend.columnspacing": 1.2,
     "legend.handletextpad": 0.5, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.6,
-    "lines.linewidth": 1.7, "savefig.dpi": 160, "figure.constrained_layout.use": True,
+    "lines.linewidth": 1.7, "savefig.dpi": 160, "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.08,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }  # fmt: skip
 CHART_STYLE = {
@@ -52,24 +52,22 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A figure of a web page with what stands around it.
+class Drawing:
+    """One plot, which a PNG shows beside others and a web page as a figure of its own.
 
     Attributes:
         title: stands above it.
         alt: says to readers who cannot see it what it shows, its numbers included.
-        svg: the element, its ids to be made unique by ``markup``.
-        note: stands below it.
+        draw: draws on the Axes it is given; series with a label are put into a legend.
+        height: inches without the legend; the width is always WIDTH.
+        note: stands below it on a page.
     """
 
     title: str
     alt: str
-    svg: str
+    draw: Callable[[Axes], object]
+    height: float = 2.6
     note: str = ""
-
-    def markup(self, number: int) -> Markup:
-        """The svg element; ``number`` is another for each chart of a page."""
-        return Markup(self.svg.replace("chart-id-", f"chart-{number}-"))
 
 
 @contextmanager
@@ -81,30 +79,46 @@ def drawing() -> Iterator[None]:
 
 
 @drawing()
-def draw_chart(title: str, alt: str, draw: Callable[..., None], heights: Sequence[float], note: str = "") -> Chart:
-    """Draw a chart of a web page.
-
-    Args:
-        draw: gets one Axes for each of ``heights`` and draws on it; series with a label are put into a legend.
-        heights: of the panels from top to bottom, in inches.
-    """
+def chart(drawn: Drawing, number: int) -> Markup:
+    """The drawing as an svg element of a web page; ``number`` is another for each of the page."""
     with mpl.rc_context(CHART_STYLE):
-        figure = Figure(figsize=(CHART_WIDTH, sum(heights)))
-        draw(*figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
-        labels = _handles(figure)
-        if len(labels) > 1:
-            columns = max(1, LEGEND_LETTERS // (5 + max(map(len, labels))))
-            add_legend(figure, columns)
-            figure.set_figheight(sum(heights) + LEGEND_LINE * (0.5 - (-len(labels) // columns)))
+        figure = Figure()
+        figure.set_size_inches(WIDTH, _paint(figure, drawn))
         saved = io.StringIO()
         figure.savefig(saved, format="svg", metadata={"Date": None})
-    return Chart(title, alt, inline_svg(saved.getvalue(), title, alt), note)
+    return Markup(inline_svg(saved.getvalue(), drawn.title, drawn.alt, f"chart-{number}"))
+
+
+@drawing()
+def save_grid(drawings: Sequence[Drawing], file: Path, columns: int, heading: str = "") -> None:
+    """Write the drawings side by side, below a heading, into a PNG; its folder is made."""
+    rows = max(1, -(-len(drawings) // columns))
+    figure = Figure()
+    heights = [2.0]
+    for place, drawn in zip(figure.subfigures(rows, columns, squeeze=False).flat, drawings, strict=False):
+        heights.append(_paint(place, drawn))
+        place.axes[0].set_title(drawn.title)
+    figure.set_size_inches(WIDTH * columns, rows * (max(heights) + TITLE_LINE))
+    if heading:
+        figure.suptitle(heading)
+    save_png(figure, file)
 
 
 def save_png(figure: Figure, file: Path) -> None:
     """Write ``file``; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png")
+
+
+def _paint(figure: FigureBase, drawn: Drawing) -> float:
+    """Draw on a figure that is empty; return the height it needs, with its legend."""
+    drawn.draw(figure.subplots())
+    labels = _handles(figure)
+    if len(labels) < 2:
+        return drawn.height
+    columns = max(1, LEGEND_LETTERS // (5 + max(map(len, labels))))
+    add_legend(figure, columns)
+    return drawn.height + LEGEND_LINE * (0.5 - (-len(labels) // columns))
 
 
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
@@ -121,10 +135,10 @@ def short(name: str) -> str:
     return text if len(text) <= MOST_LETTERS else f"{text[:8]}\u2026{text[9 - MOST_LETTERS :]}"
 
 
-def add_legend(figure: Figure, columns: int) -> Artist:
+def add_legend(figure: FigureBase, columns: int) -> None:
     """One legend below all panels, each label once."""
     labels = _handles(figure)
-    return figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns)
 
 
 def log_ticks(axes: Axes, values: Iterable[float]) -> None:
@@ -133,6 +147,7 @@ def log_ticks(axes: Axes, values: Iterable[float]) -> None:
     ticks = sorted({int(value) for value in values})
     axes.set_xticks(ticks, [f"{tick:d}" for tick in ticks], minor=False)
     axes.minorticks_off()
+    axes.margins(y=0.1)
 
 
 def hover(artist: Artist, texts: Sequence[str]) -> None:
@@ -140,5 +155,5 @@ def hover(artist: Artist, texts: Sequence[str]) -> None:
     artist.set_gid("".join(TOOLTIP + printable(text) for text in texts))
 
 
-def _handles(figure: Figure) -> dict[str, Artist]:
+def _handles(figure: FigureBase) -> dict[str, Artist]:
     return {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -8,7 +8,7 @@ TOOLTIP = "\u241e"
 """Stands before each text that ``style.hover`` gave to a marker."""
 
 
-def inline_svg(saved: str, title: str, alt: str) -> str:
+def inline_svg(saved: str, title: str, alt: str, prefix: str) -> str:
     """Clean what matplotlib saved with ``svg.fonttype: none``.
 
     Styles become attributes, which the page's style sheet overrides by colour and which need no permission to be inline;
@@ -17,16 +17,14 @@ def inline_svg(saved: str, title: str, alt: str) -> str:
     Args:
         saved: the file's text.
         title, alt: the element's accessible name and description.
-
-    Returns:
-        The element; its ids begin with ``chart-id-``, to be replaced by something that is unique on the page.
+        prefix: of all ids in the element; no other element of the page may have it.
     """
     root = fromstring(saved)
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{SVG}metadata", f"{SVG}style"):
                 parent.remove(child)
-    ids = {old: f"chart-id-{number}" for number, old in enumerate(_referred(root))}
+    ids = {old: f"{prefix}-{number}" for number, old in enumerate(_referred(root))}
     for element in list(root.iter()):
         element.tag = element.tag.removeprefix(SVG)
         _add_tooltips(element)
@@ -36,10 +34,10 @@ def inline_svg(saved: str, title: str, alt: str) -> str:
         element.tail = None
     root.attrib = {
         "viewBox": root.attrib["viewBox"], "class": "chart", "role": "img",
-        "aria-labelledby": "chart-id-title", "aria-describedby": "chart-id-alt",
+        "aria-labelledby": f"{prefix}-title", "aria-describedby": f"{prefix}-alt",
     }  # fmt: skip
     for place, (tag, name, text) in enumerate((("title", "title", title), ("desc", "alt", alt))):
-        element = Element(tag, {"id": f"chart-id-{name}"})
+        element = Element(tag, {"id": f"{prefix}-{name}"})
         element.text = printable(text)
         root.insert(place, element)
     return tostring(root, encoding="unicode", short_empty_elements=False)

@@ -15,7 +15,8 @@ from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import paired_bootstrap, ranking_metrics
 from dmpo_dist.evaluation.report import COMPARED_METRICS
-from dmpo_dist.figures.curves import SIDE_BY_SIDE, has_values, plot_side_by_side, side_by_side_panels
+from dmpo_dist.figures.curves import SIDE_BY_SIDE, has_values, side_by_side_drawings
+from dmpo_dist.figures.style import save_grid
 from dmpo_dist.records.read import LAST_FIGURES, VALIDATION_METRICS, Run
 from dmpo_dist.tables import Table, terminal, texts
 
@@ -131,10 +132,10 @@ def plot_runs(runs: Sequence[Run], names: Sequence[str], metric: str, output: Pa
     if logged and metric not in logged:
         raise UserError(f"--metric {metric}: no validation {metric} was logged; there is {', '.join(logged)}")
     frames = {name: (run.train, run.validation) for name, run in zip(names, runs, strict=True)}
-    panels = side_by_side_panels(frames, metric, {column: SIDE_BY_SIDE[column] for column in DRAWN})
-    if not panels:
+    drawings = side_by_side_drawings(frames, metric, {column: SIDE_BY_SIDE[column] for column in DRAWN})
+    if not drawings:
         raise UserError(f"nothing to draw: {', '.join(names)} stopped before the first log line")
-    plot_side_by_side(panels, output)
+    save_grid(drawings, output, columns=len(drawings))
 
 
 def _show_side_by_side(title: str, rows: dict[str, list[Any]], names: Sequence[str], console: Console) -> None:

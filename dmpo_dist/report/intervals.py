@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from dmpo_dist.config.evaluation import Baseline
-from dmpo_dist.figures.intervals import IntervalRow, interval_chart
-from dmpo_dist.figures.style import BLUE, GREEN, GREY, ORANGE, Chart, Look, looks
+from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
+from dmpo_dist.figures.style import BLUE, GREEN, GREY, ORANGE, Drawing, Look, looks
 from dmpo_dist.formats import metric_name
 from dmpo_dist.report.records import Comparison, Evaluation, Metrics, Stratum
 
@@ -16,27 +16,27 @@ ENDS = ("random", "untuned", "oracle")
 STRATA_MODELS = 4
 
 
-def model_charts(evaluation: Evaluation) -> list[Chart]:
+def model_drawings(evaluation: Evaluation) -> list[Drawing]:
     """The main metrics with a row per model: trained ones blue, the others grey, the oracle hollow."""
-    charts = []
+    drawings = []
     for metric in MAIN_METRICS:
         rows = []
         for name, metrics in evaluation.models.items():
             colour = GREEN if name == "oracle" else BLUE if name in evaluation.trained else GREY
             rows += _rows(name, metrics, metric, colour, hollow=name == "oracle")
         if rows:
-            charts.append(interval_chart(metric_name(metric), rows))
-    return charts
+            drawings.append(interval_drawing(metric_name(metric), rows))
+    return drawings
 
 
-def comparison_charts(comparisons: Sequence[Comparison]) -> list[Chart]:
+def comparison_drawings(comparisons: Sequence[Comparison]) -> list[Drawing]:
     """Differences between models by metric; those to ENDS stay in the table, as nothing else could be seen beside them.
 
     Rows are grouped by the model they share: one against many, or many against one.
     """
     comparisons = [c for c in comparisons if not {c.a, c.b} & {*ENDS}] or comparisons
     by_second = len({c.b for c in comparisons}) < len({c.a for c in comparisons})
-    charts = []
+    drawings = []
     for metric in dict.fromkeys(c.metric for c in comparisons):
         of_metric = [c for c in comparisons if c.metric == metric]
         rows = []
@@ -45,23 +45,23 @@ def comparison_charts(comparisons: Sequence[Comparison]) -> list[Chart]:
             for c in (c for c in of_metric if shared == (c.b if by_second else c.a)):
                 colour = GREY if c.low <= 0 <= c.high else BLUE if c.low > 0 else ORANGE
                 rows.append(IntervalRow(c.a if by_second else c.b, c.difference, c.low, c.high, colour))
-        charts.append(interval_chart(metric_name(metric), rows, zero=True))
-    return charts
+        drawings.append(interval_drawing(metric_name(metric), rows, zero=True))
+    return drawings
 
 
-def strata_charts(evaluation: Evaluation, strata: Mapping[str, Stratum]) -> list[Chart]:
-    """A chart per main metric with the best trained models and the best baseline in each of ``strata``."""
+def strata_drawings(evaluation: Evaluation, strata: Mapping[str, Stratum]) -> list[Drawing]:
+    """A drawing per main metric with the best trained models and the best baseline in each of ``strata``."""
     shown = _models_for_strata(evaluation)
     there = {m for s in strata.values() for metrics in s.models.values() for m in metrics}
-    charts = []
+    drawings = []
     for metric in [m for m in MAIN_METRICS if m in there] or sorted(there)[:1]:
         rows = []
         for name, stratum in strata.items():
             rows.append(IntervalRow(f"{name} ({stratum.requests} requests)"))
             for model, look in shown.items():
                 rows += _rows(model, stratum.models.get(model, {}), metric, look.colour)
-        charts.append(interval_chart(metric_name(metric), rows))
-    return charts
+        drawings.append(interval_drawing(metric_name(metric), rows))
+    return drawings
 
 
 def _models_for_strata(evaluation: Evaluation) -> dict[str, Look]:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 import dmpo_dist
 from dmpo_dist.errors import UserError
-from dmpo_dist.figures.style import Chart
+from dmpo_dist.figures.style import Drawing, chart
 from dmpo_dist.formats import number, size
 from dmpo_dist.report.gather import MARK, Material, gather, is_report
 from dmpo_dist.report.parts import SECTIONS, make_page
@@ -63,8 +63,8 @@ def render(material: Material) -> bytes:
     )
     numbers = count(1)
 
-    def svg(chart: Chart) -> Markup:
-        return chart.markup(next(numbers))
+    def svg(drawing: Drawing) -> Markup:
+        return chart(drawing, next(numbers))
 
     environment.filters["svg"] = svg
     environment.filters["table"] = html
