@@ -1,4 +1,4 @@
-"""The page as a whole: everything found is on it and nothing else, whatever the data holds, the same bytes every time."""
+"""The page as a whole: everything found is on it, whatever the data holds, with the same bytes every time."""
 
 import hashlib
 import json

@@ -22,12 +22,13 @@ PANELS = {
 COLUMNS = {
     "mode": ("scaling", "{}"), "setting": ("setting", "{}"), "workers": ("workers", "{}"), "groups": ("groups", "{}"),
     "step_ms": ("step ms", "{:.0f}"), "spread": ("spread", "{}"), "groups_per_second": ("groups/s", "{:.1f}"),
-    "efficiency": ("eff.", "{:.2f}"), "efficiency_cpu": ("CPU eff.", "{:.2f}"), "memory_gib_per_worker": ("GiB", "{:.2f}"),
-    "communication_share": ("comm.", "{:.0%}"), "waiting_share": ("waits", "{:.0%}"),
+    "efficiency": ("eff.", "{:.2f}"), "efficiency_cpu": ("CPU eff.", "{:.2f}"),
+    "memory_gib_per_worker": ("GiB", "{:.2f}"), "communication_share": ("comm.", "{:.0%}"),
+    "waiting_share": ("waits", "{:.0%}"),
 }  # fmt: skip
 EXPLANATION = (
-    "setting: ZeRO stage, token budget; step: median, spread: quartiles; eff.: groups/s over those of the fewest workers "
-    "times the ratio of workers; "
+    "setting: ZeRO stage, token budget; step: median, spread: quartiles; eff.: groups/s over those of the fewest "
+    "workers times the ratio of workers; "
     "CPU eff.: the same by CPU seconds per group, which a busy machine disturbs less; comm.: time in "
     "collectives, waiting for other ranks included; waits: share of the step a rank's thread slept"
 )
@@ -85,7 +86,7 @@ def report_scaling(results: Sequence[dict[str, Any]], folder: Path, console: Con
 
 @drawing()
 def draw_scaling(table: pd.DataFrame, file: Path) -> None:
-    """A PNG: throughput, efficiency, memory and communication over workers, a line a setting; weak scaling is dashed."""
+    """A PNG: throughput, efficiency, memory and communication over workers; weak scaling is dashed."""
     settings = list(dict.fromkeys(table[SETTING].itertuples(index=False, name=None)))
     of_setting = looks(settings)
     figure = Figure(figsize=(10, 7.2))

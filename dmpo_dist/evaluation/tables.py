@@ -55,7 +55,7 @@ def metrics_table(
     note: str = "",
     leading_zero: bool = True,
 ) -> Table:
-    """The table of models and metrics, wherever it is shown: each value with its 95 % interval, the best of a column strong.
+    """The table of models and metrics, wherever it is shown: values with 95 % intervals, the best of a column strong.
 
     The oracle is never the best. A model of several seeds has the standard deviation over them behind each value.
 
@@ -89,7 +89,10 @@ def evaluation_table(evaluation: dict[str, Any]) -> TerminalTable:
 
 
 def left_out_line(metrics: Sequence[str], negatives: int) -> str | None:
-    """Names the metrics that are 1 for every model among at most ``negatives`` negatives, and so in no table; None if none is."""
+    """Names those of ``metrics`` that are 1 for every model among so few negatives, so that no table shows them.
+
+    None if there is none.
+    """
     absent = [metric for metric in metrics if metric in sure_hits(negatives)]
     if not absent:
         return None
@@ -155,7 +158,7 @@ def catalogue_table(result: dict[str, Any], requests: int) -> TerminalTable:
 
 
 def order_line(evaluation: dict[str, Any]) -> str | None:
-    """How far scores of all models moved when candidates or requests were put in another order; None if not measured."""
+    """How far scores moved when candidates or requests were put in another order; None if not measured."""
     order = evaluation.get("order")
     if not order or not order["models"]:
         return None

@@ -156,9 +156,10 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
 
 HOW = """## How to read it
 
-All models of a dataset rank the same test candidates. A figure is the mean over seeds (of training; data and candidates stay) and
-its interval a 95 % bootstrap over users and seeds, the one that `dmpo evaluate NAME@SEED=FOLDER` gives: what other users and other
-seeds would give; with one seed other users alone, as in `experiment.parquet`, which has each seed by itself. The pictures show
-each seed as a point. Differences are paired, user by user and seed by seed. Losses are means over the last fifth of
-the training steps. `experiment.parquet` has a row for every model, dataset and metric, `curves.parquet` validation and
-training loss by step; every model is a run folder that `dmpo runs list` reads."""
+All models of a dataset rank the same test candidates. A figure is the mean over seeds (of training; data and
+candidates stay) and its interval a 95 % bootstrap over users and seeds, the one that `dmpo evaluate NAME@SEED=FOLDER`
+gives: what other users and other seeds would give; with one seed other users alone, as in `experiment.parquet`, which
+has each seed by itself. The pictures show each seed as a point. Differences are paired, user by user and seed by
+seed. Losses are means over the last fifth of the training steps. `experiment.parquet` has a row for every model,
+dataset and metric, `curves.parquet` validation and training loss by step; every model is a run folder that `dmpo runs
+list` reads."""

@@ -23,8 +23,10 @@ TRAIN_PANELS = {
     "Log-probability of responses": {"logp_positive": ("positive", GREEN), "logp_negative": ("negatives", ORANGE)},
     "Gradient norm": {"grad_norm": ("gradient norm", GREY)},
 }
-"""Title -> column -> (label, colour). Positive and negative log-probs share a panel, so that a margin that grows while the
-positive falls is seen."""
+"""Title -> column -> (label, colour).
+
+Positive and negative log-probs share a plot: a margin may also grow while both fall.
+"""
 VALIDATION_COLOURS = {"ndcg@10": BLUE, "hr@1": ORANGE, "mrr": GREEN, "auc": PURPLE}
 VALIDATION_PANEL = "Validation"
 SIDE_BY_SIDE = {
@@ -191,6 +193,7 @@ def _same(one: pd.Series, other: pd.Series) -> bool:
 def _in_words(values: pd.Series, label: str) -> str:
     low, high = values.idxmin(), values.idxmax()
     return (
-        f"{label} {values.iloc[0]:.4g} at step {values.index[0]:g}, {values.iloc[-1]:.4g} at step {values.index[-1]:g}, "
+        f"{label} {values.iloc[0]:.4g} at step {values.index[0]:g}, "
+        f"{values.iloc[-1]:.4g} at step {values.index[-1]:g}, "
         f"lowest {values[low]:.4g} at {low:g}, highest {values[high]:.4g} at {high:g}"
     )

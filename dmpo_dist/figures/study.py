@@ -1,8 +1,9 @@
 """The figures of an experiment: few-shot curves, the sweep over K, the cross-domain matrix.
 
-All take *points*: a row for each model, its training and a metric, with columns dataset, evaluated_on, train_groups, k, model,
-free, metric, value, low, high, values (one per seed), first_preference_loss and final_preference_loss, and loss_low and
-loss_high where several seeds have a loss. k and the losses are missing for what has no negatives, train_groups for baselines.
+All take *points*: a row for each model, its training and a metric, with columns dataset, evaluated_on, train_groups, k,
+model, free (values of further axes of the grid), metric, value, low, high, values (one per seed),
+first_preference_loss and final_preference_loss, and loss_low and loss_high where several seeds have a loss. k and the
+losses are missing for models that were trained without negatives, train_groups for baselines.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ def draw_few_shot(points: pd.DataFrame, output: Path) -> bool:
 
 
 def draw_k_sweep(points: pd.DataFrame, output: Path) -> bool:
-    """HR@1, the preference loss and how far it fell, over K; a row per dataset and number of groups; False without a sweep."""
+    """HR@1, the preference loss and how far it fell, over K; False where no dataset has several K."""
     drawings = sweep_drawings(points)
     if drawings:
         save_grid(drawings, output, columns=3)
@@ -92,8 +93,8 @@ def few_shot_drawings(points: pd.DataFrame, metrics: Sequence[str], note: str = 
 def sweep_drawings(points: pd.DataFrame, note: str = "") -> list[Drawing]:
     """HR@1 and, where it is known, the preference loss and how far it fell, over K.
 
-    Three drawings (two where the first loss is unknown, one without losses) for each dataset and number of training groups that
-    has several K.
+    Three drawings (two where the first loss is unknown, one without losses) for each dataset and number of training
+    groups with several K.
     """
     metric = SWEEP_METRIC if (points["metric"] == SWEEP_METRIC).any() else MAIN_METRIC
     own = points[(points["dataset"] == points["evaluated_on"]) & (points["metric"] == metric)]
@@ -129,9 +130,9 @@ def sweep_drawings(points: pd.DataFrame, note: str = "") -> list[Drawing]:
 
 
 def matrix_drawings(points: pd.DataFrame) -> list[Drawing]:
-    """NDCG@10 by data trained on (rows) and evaluated on (columns), for each of the first models evaluated on other data.
+    """NDCG@10 by data trained on (rows) and evaluated on (columns), for each model that was evaluated on other data.
 
-    Of each dataset only what was trained on its most groups.
+    Of each dataset only what was trained on its most groups; at most MOST_PANELS models.
     """
     trained = points[points["metric"] == MAIN_METRIC]
     away = trained.loc[trained["dataset"] != trained["evaluated_on"], "model"].unique()
@@ -223,7 +224,7 @@ def _draw_heat(axes: Axes, cells: pd.DataFrame, names: Sequence[str], extent: tu
 
 
 def _levels(others: pd.DataFrame, names: Iterable[str], groups: float) -> dict[str, float]:
-    """Model -> value; of a model that was not trained on ``groups`` groups, at what it has: a baseline knows no groups."""
+    """Model -> its value at ``groups`` training groups, else the one it has: a baseline has no number of groups."""
     levels = {}
     for name in names:
         rows = others[(others["model"] == name) & (others["free"] == "")]

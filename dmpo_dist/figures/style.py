@@ -28,11 +28,13 @@ LEGEND_LINE, TITLE_LINE = 0.21, 0.25  # inches
 WIDTH = 4.7  # inches: 338 units of the page's style sheet, about one pixel each on a phone
 
 STYLE = {
-    "font.size": 8, "axes.titlesize": 10, "figure.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "legend.fontsize": 8, "legend.frameon": False, "legend.handlelength": 1.8, "legend.columnspacing": 1.2,
-    "legend.handletextpad": 0.5, "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.6,
-    "lines.linewidth": 1.7, "savefig.dpi": 160, "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.08,
+    "font.size": 8, "axes.titlesize": 10, "figure.titlesize": 10, "axes.labelsize": 9,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
+    "legend.handlelength": 1.8, "legend.columnspacing": 1.2, "legend.handletextpad": 0.5,
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.6,
+    "lines.linewidth": 1.7, "savefig.dpi": 160, "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }  # fmt: skip
 CHART_STYLE = {
@@ -130,7 +132,7 @@ def looks(names: Iterable[Any]) -> dict[Any, Look]:
 
 
 def short(name: str) -> str:
-    """A name of the data as a figure can show it: printable, and cut in its middle to MOST_LETTERS, as paths differ at the end."""
+    """A name of the data as a figure can show it; a long one is cut in its middle, as paths differ at their ends."""
     text = printable(name)
     return text if len(text) <= MOST_LETTERS else f"{text[:8]}\u2026{text[9 - MOST_LETTERS :]}"
 

@@ -11,8 +11,8 @@ TOOLTIP = "\u241e"
 def inline_svg(saved: str, title: str, alt: str, prefix: str) -> str:
     """Clean what matplotlib saved with ``svg.fonttype: none``.
 
-    Styles become attributes, which the page's style sheet overrides by colour and which need no permission to be inline;
-    the fonts, the fixed size, metadata and ids that nothing refers to go.
+    Styles become attributes: a content policy without inline styles allows them, and any rule of the page's style sheet
+    overrides them. The fonts, the fixed size, metadata and ids that nothing refers to are removed.
 
     Args:
         saved: the file's text.
@@ -44,7 +44,7 @@ def inline_svg(saved: str, title: str, alt: str, prefix: str) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with a question mark for each character that XML or a font may not take: control characters, surrogates."""
+    """``text`` with question marks for control characters and surrogates, which neither XML nor a font takes."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 

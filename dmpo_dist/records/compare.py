@@ -32,7 +32,7 @@ def find_evaluations(root: Path) -> list[Path]:
 
 
 def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
-    """A table, one row per run, with validation at its best step and the latest evaluation below ``root`` of its model."""
+    """A table with a row per run: validation at its best step, and its model's latest evaluation below ``root``."""
     names, evaluations = run_names(runs, root), find_evaluations(root)
     note = f"best: {METRIC} on validation, at the step whose weights were selected; test: {METRIC} where evaluated"
     rows = [

@@ -14,8 +14,8 @@ class Block:
     """One thing on the page, from top to bottom.
 
     Attributes:
-        content: of heading, text, note, warning and code a text; of lines several; of figures a list of Drawing; of table a Table;
-            of explained an ExplainedPart; of folded further blocks.
+        content: a text (heading, text, note, warning, code), several (lines), Drawings (figures), a Table (table), an
+            ExplainedPart (explained) or further blocks (folded).
         summary: of folded blocks, what is seen of them before they are opened.
     """
 

@@ -17,12 +17,12 @@ WAYS = {
 }
 MOST_PAIRS = 10  # of runs, beyond those an evaluation compares
 INTERVALS_NOTE = (
-    "Best of each column in bold, the oracle apart; intervals are 95 %, by bootstrap over users (and seeds, where there are "
-    "several). In the figures language models are blue, baselines grey, the oracle a ring."
+    "Best of each column in bold, the oracle apart; intervals are 95 %, by bootstrap over users (and seeds, where "
+    "there are several). In the figures language models are blue, baselines grey, the oracle a ring."
 )
 DIFFERENCES_NOTE = (
-    "To the right of 0 the first model is better; grey: the interval holds 0, no clear difference. What is far from all others "
-    "(random, untuned, oracle) stands in the table alone, where clear differences are bold."
+    "To the right of 0 the first model is better; grey: the interval holds 0, no clear difference. What is far from "
+    "all others (random, untuned, oracle) stands in the table alone, where clear differences are bold."
 )
 
 

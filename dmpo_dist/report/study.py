@@ -1,4 +1,4 @@
-"""`dmpo experiment`'s table for the page: points for the figures, the grid and the transfer between datasets as tables."""
+"""`dmpo experiment`'s results for the page: points for its figures, and tables."""
 
 import pandas as pd
 
@@ -44,9 +44,9 @@ def whiskers_note(study: pd.DataFrame) -> str:
 
 
 def transfer_table(study: pd.DataFrame) -> Table | None:
-    """A row per model, a column for each pair of data trained on and evaluated on; of the largest shots, means over seeds.
+    """A row per model, a column for each pair of data trained on and evaluated on.
 
-    None where nothing was evaluated on other data.
+    Means over seeds, at the most training examples of each model; None where nothing was evaluated on other data.
     """
     part = study[study["metric"] == MAIN_METRIC]
     names = labels(part, with_k=part["k"].nunique() > 1)
