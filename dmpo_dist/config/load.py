@@ -1,6 +1,7 @@
 """Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one schema."""
 
 import difflib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -29,14 +30,31 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
         if not sep or not key:
             raise UserError(f"override {override!r} is not of the form key=value, for example train.learning_rate=1e-4")
         merged = _merge(merged, _nest(key.split("."), _parse_value(raw)))
+    return _validated(merged, [str(layer) for layer in layers], overrides or [])
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration with ``values`` by dotted key, ``{"train.steps": 20, "model.lora": {}}``, over the defaults.
+
+    Raises:
+        UserError: an unknown key (names the nearest one) or a bad value.
+    """
+    merged: dict[str, Any] = {}
+    for key, value in values.items():
+        merged = _merge(merged, _nest(key.split("."), value))
+    return _validated(merged, ["settings"], [])
+
+
+def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) -> RunConfig:
+    """``values`` against the schema; errors name the ``layers`` and ``overrides`` they came from."""
     try:
-        return RunConfig.model_validate(merged)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         # a mistake is the command line's where an override names the key, a section of it, or a key of that section
-        given = [f"{override.partition('=')[0]}." for override in overrides or []]
+        given = [f"{override.partition('=')[0]}." for override in overrides]
         mistaken = [".".join(map(str, e["loc"])) + "." for e in error.errors()]
         on_line = [any(key.startswith(g) or g.startswith(key) for g in given) for key in mistaken]
-        sources = [] if all(on_line) else [str(layer) for layer in layers]
+        sources = [] if all(on_line) else list(layers)
         sources += ["the command line"] if any(on_line) or not layers else []
         problems = "\n".join(_explain(e) for e in error.errors())
         raise UserError(f"configuration ({', '.join(sources)}):\n{problems}") from None
