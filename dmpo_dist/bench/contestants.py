@@ -19,7 +19,8 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import choose_backend, use_backend
-from dmpo_dist.objectives import Objective
+from dmpo_dist.objectives.dmpo import Dmpo
+from dmpo_dist.training.groups import groups_of
 
 LORA_RANK = 16
 BENCH_MODEL: dict[str, Any] = {
@@ -147,7 +148,7 @@ class LayoutContestant:
         self.attention, self._shared, self._device = route.backend, shared, spec.device
         self._model = LogProbModel(peft, "adapter_off")
         self._optimizer = make_optimizer(self._model)
-        self._objective = Objective("dmpo")
+        self._objective = Dmpo()
 
     def with_rows(self, groups_per_row: int, groups_per_step: int) -> Self:
         """The same model with other rows and steps."""
@@ -164,13 +165,9 @@ class LayoutContestant:
 
     def _loss(self, groups: Sequence[TokenGroup]) -> Tensor:
         layout = lay_out(groups, self._shared).to(self._device)
-        targets = layout.targets
         with torch.no_grad():
             reference = self._model(layout, "reference")
-        loss, _ = self._objective(
-            self._model(layout), reference, targets.response_lengths, targets.group_id, targets.is_positive,
-            torch.ones_like(targets.is_positive), targets.n_groups,
-        )  # fmt: skip
+        loss, _ = self._objective(self._model(layout), reference, groups_of(layout.targets))
         return loss
 
     @torch.no_grad()

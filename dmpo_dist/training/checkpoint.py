@@ -11,11 +11,28 @@ from torch import Tensor
 
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, replace_folder, write_stamp
-from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
+from dmpo_dist.modeling.logprobs import unwrap_peft
 from dmpo_dist.training.engine import gathered_state
 from dmpo_dist.training.job import Job
+from dmpo_dist.training.runtime import Runtime
 
 TAG = "state"
+
+
+def save_checkpoint(runtime: Runtime, engine: Any, step: int, best: dict[str, float]) -> None:
+    """Keep what training needs to go on after ``step`` steps, with the best validation so far; all ranks call it."""
+    runtime.save(step, lambda folder: save_state(engine, folder, {"step": step, "best": best}))
+    runtime.log({"kind": "checkpoint", "step": step})
+
+
+def resume(runtime: Runtime, engine: Any) -> tuple[int, dict[str, float]]:
+    """Go on from the latest checkpoint: the steps it has done and the best validation so far; 0 and {} without one."""
+    with runtime.restore() as folder:
+        if folder is None:
+            return 0, {}
+        state = load_state(engine, folder)
+    runtime.log({"kind": "note", "text": f"resumed from step {state['step']}"})
+    return state["step"], state["best"]
 
 
 def save_state(engine: Any, folder: Path, state: dict[str, Any]) -> None:
@@ -43,25 +60,23 @@ def load_state(engine: Any, folder: Path) -> dict[str, Any]:
     return json.loads(client["dmpo"])
 
 
-def save_model(
-    module: LogProbModel, tokenizer: Any, folder: Path, job: Job, facts: dict[str, Any], stage3: bool
-) -> None:
-    """Write the policy as a Hugging Face model or PEFT adapter with tokenizer and stamp; all ranks call it.
+def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[str, Any]) -> None:
+    """Write the policy as a Hugging Face model or PEFT adapter with tokenizer and ``stamp``; all ranks call it.
 
     The folder appears whole or not at all, and what was written is read back and compared.
     """
     rank = dist.get_rank()
-    adapter_only = hasattr(module.causal_lm, "peft_config")
-    state = gathered_state(module.causal_lm, stage3, keep=rank == 0, trained_only=adapter_only)
+    causal_lm, stage3 = engine.module.causal_lm, engine.zero_optimization_stage() == 3
+    state = gathered_state(causal_lm, stage3, keep=rank == 0, trained_only=hasattr(causal_lm, "peft_config"))
     if rank == 0:
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _write_weights(module.causal_lm, part, state)
+        _write_weights(causal_lm, part, state)
         tokenizer.save_pretrained(part)
         behind = {"stages": 1 + find_model(job.start).stamp.get("stages", 0)}
         base = {"quantization": job.config.model.quantization}
-        write_stamp(part, job.config.template, stage=job.kind, start=job.start, **behind, **base, **facts)
+        write_stamp(part, job.config.template, stage=job.section, start=job.start, **behind, **base, **stamp)
         replace_folder(part, folder)
     dist.barrier()
 

@@ -23,11 +23,11 @@ class Meter:
         self._on_device[names] = self._on_device[names] + values if names in self._on_device else values
         self._counts.update(counts)
 
-    def reduce(self, names: tuple[str, ...], mine: float) -> tuple[dict[str, float], list[float]]:
-        """Sums of ``names`` over all ranks since the last call, and every rank's ``mine``, by one all-reduce and one copy
+    def reduce(self, names: tuple[str, ...], own: float) -> tuple[dict[str, float], list[float]]:
+        """Sums of ``names`` over all ranks since the last call, and every rank's ``own``, by one all-reduce and one copy
         to the host; every rank calls it with the same names, also one that has seen nothing."""
         counts = [float(self._counts[name]) for name in names]
-        ranks = [mine if rank == dist.get_rank() else 0.0 for rank in range(dist.get_world_size())]
+        ranks = [own if rank == dist.get_rank() else 0.0 for rank in range(dist.get_world_size())]
         packed = torch.tensor(counts + ranks, dtype=torch.float64, device=self._device)
         for seen, values in self._on_device.items():
             packed[[names.index(name) for name in seen if name in names]] += values[

@@ -57,9 +57,9 @@ def own_address_towards(host: str) -> str:
         UserError: the name does not resolve, or there is no way there.
     """
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        family, kind, protocol, _, endpoint = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.connect(place)
+            probe.connect(endpoint)
             return str(probe.getsockname()[0])
     except OSError as error:
         raise UserError(

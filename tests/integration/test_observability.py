@@ -68,7 +68,7 @@ def test_prometheus_reads_the_latest_figures_from_the_ray_node(tmp_path, monkeyp
     from dmpo_dist.cluster.gauges import RayGauges
 
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "180")  # the agents of ray[default] are slow to import
-    job = Job("train", RunConfig(), "scratch", tmp_path / "a-run")
+    job = Job("preference", RunConfig(), "scratch", tmp_path / "a-run")
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         (node,) = ray.nodes()
