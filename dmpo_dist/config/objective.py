@@ -81,7 +81,9 @@ class CustomObjective(Section):
         return self
 
 
-BUILT_IN = ("dmpo", "sdpo", "dpo_pairs", "dmpo_released")
+BUILT_IN: tuple[str, ...] = tuple(
+    ours.model_fields["name"].default for ours in (DmpoConfig, SdpoConfig, DpoPairsConfig, DmpoReleasedConfig)
+)
 
 
 def _kind(section: Any) -> str | None:

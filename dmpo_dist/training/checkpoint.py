@@ -20,44 +20,42 @@ TAG = "state"
 
 
 def save_checkpoint(runtime: Runtime, engine: Any, step: int, best: dict[str, float]) -> None:
-    """Keep what training needs to go on after ``step`` steps, with the best validation so far; all ranks call it."""
-    runtime.save(step, lambda folder: save_state(engine, folder, {"step": step, "best": best}))
+    """Keep what training needs to go on after ``step`` steps: every rank's part of optimizer and trainable weights, and the
+    best validation so far; all ranks call it."""
+    state = {"dmpo": json.dumps({"step": step, "best": best})}
+    frozen = _has_frozen(engine)
+    runtime.save(
+        step,
+        lambda folder: engine.save_checkpoint(
+            str(folder), tag=TAG, client_state=state, exclude_frozen_parameters=frozen
+        ),
+    )
     runtime.log({"kind": "checkpoint", "step": step})
 
 
 def resume(runtime: Runtime, engine: Any) -> tuple[int, dict[str, float]]:
-    """Go on from the latest checkpoint: the steps it has done and the best validation so far; 0 and {} without one."""
-    with runtime.restore() as folder:
-        if folder is None:
-            return 0, {}
-        state = load_state(engine, folder)
-    runtime.log({"kind": "note", "text": f"resumed from step {state['step']}"})
-    return state["step"], state["best"]
-
-
-def save_state(engine: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Write every rank's part of optimizer and trainable weights, and ``state`` (JSON), to ``folder``."""
-    frozen = any(not p.requires_grad for p in engine.module.parameters())
-    engine.save_checkpoint(
-        str(folder), tag=TAG, client_state={"dmpo": json.dumps(state)}, exclude_frozen_parameters=frozen
-    )
-
-
-def load_state(engine: Any, folder: Path) -> dict[str, Any]:
-    """Put ``engine`` into the state saved in ``folder``; returns what ``save_state`` was given as ``state``.
+    """Go on from the latest checkpoint: the steps it has done and the best validation so far; 0 and {} without one.
 
     Raises:
         UserError: the checkpoint is damaged or was written by another number of ranks.
     """
-    frozen = any(not p.requires_grad for p in engine.module.parameters())
-    try:
-        _, client = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not frozen)
-    except Exception as error:
-        raise UserError(
-            f"{folder}: the checkpoint cannot be resumed ({str(error).splitlines()[0] if str(error) else error!r}); "
-            "use the same number of workers and ZeRO stage as the run that wrote it"
-        ) from error
-    return json.loads(client["dmpo"])
+    with runtime.restore() as folder:
+        if folder is None:
+            return 0, {}
+        try:
+            _, client = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not _has_frozen(engine))
+        except Exception as error:
+            raise UserError(
+                f"{folder}: the checkpoint cannot be resumed ({str(error).splitlines()[0] if str(error) else error!r}); "
+                "use the same number of workers and ZeRO stage as the run that wrote it"
+            ) from error
+    state = json.loads(client["dmpo"])
+    runtime.log({"kind": "note", "text": f"resumed from step {state['step']}"})
+    return state["step"], state["best"]
+
+
+def _has_frozen(engine: Any) -> bool:
+    return any(not parameter.requires_grad for parameter in engine.module.parameters())
 
 
 def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ class FirstLoss:
         """Add a micro-batch of the first step."""
         initial = self._loss.initial(policy.detach(), groups)  # (G,)
         if initial is not None:
-            self._known += initial.double().sum()
+            self._known += initial.sum()
             self._is_known = True
 
     def check(self, line: Mapping[str, Any], groups: int, runtime: Runtime) -> None:
@@ -64,8 +64,9 @@ class FirstLoss:
         """
         if not self._is_known:
             if self._job.kind == "preference":
-                name = self._job.config.objective.name
-                runtime.log({"kind": "note", "text": f"the first loss is not checked: {name} has no known one here"})
+                why = "has no known one" if self._loss.needs_reference else "is reference-free here"
+                text = f"the first loss is not checked: {self._job.config.objective.name} {why}"
+                runtime.log({"kind": "note", "text": text})
             return
         if not self._job.config.train.self_check:
             return

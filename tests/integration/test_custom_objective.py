@@ -14,15 +14,15 @@ from dmpo_dist.data.prepare import prepare
 
 pytestmark = pytest.mark.integration
 
-IPO = '''
-from dmpo_dist.objectives.preference import Preference
+CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
-class Ipo(Preference):
-    """Azar et al., arXiv 2310.12036, averaged over the K pairs."""
-    def preference_loss(self, rewards, negatives, groups):
-        z = (groups.positive(rewards)[groups.group_id] - rewards) / self.beta
-        return groups.mean((z - 1 / (2 * self.beta)) ** 2, negatives)
-'''
+
+def recipe() -> str:
+    """The class that CONTRIBUTING shows, IPO."""
+    paragraph = (
+        CONTRIBUTING.read_text(encoding="utf-8").partition("**An objective.**")[2].partition("**A data source.**")[0]
+    )
+    return "\n".join(line[4:] for line in paragraph.splitlines() if not line or line.startswith("    "))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def project(tmp_path_factory):
     source = {"simulator": {"users": 80, "items": 40, "events_per_user": 12}}
     config = DataConfig.model_validate({"source": source, "negatives_per_group": 6, "evaluation_negatives": 5})
     prepare(config, 0, folder / "data", echo=lambda line: None)
-    (folder / "my_losses.py").write_text(IPO)
+    (folder / "my_losses.py").write_text(recipe())
     return folder
 
 
