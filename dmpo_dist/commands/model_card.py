@@ -9,7 +9,7 @@ from dmpo_dist.data.template import Template
 from dmpo_dist.evaluation.metrics import METRICS, sure_hits
 from dmpo_dist.records.provenance import Provenance
 
-SHOWN_OBJECTIVE = ("beta", "sft_weight", "sft_loss_on", "label_smoothing", "reference_free", "length_normalize", "negative_selection")  # fmt: skip
+SHOWN_OBJECTIVE = ("import_path", "kwargs", "beta", "sft_weight", "sft_loss_on", "label_smoothing", "reference_free", "length_normalize", "negative_selection")  # fmt: skip
 SHOWN_STAGE = ("global_batch_size", "learning_rate", "schedule", "negatives", "loss_on", "history_order")
 
 SNIPPET = '''\

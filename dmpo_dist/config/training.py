@@ -63,15 +63,16 @@ class SFTConfig(StageConfig):
     loss_on: Literal["response", "all_titles"] = "response"
     """Loss on the response alone, or also on every title of the history (its items must then end with {end})."""
     history_order: Literal["given", "shuffled"] = "given"
-    """shuffled permutes each user's titles anew in every epoch, so that any comes to be asked for after any others: more
-    to learn from the same likes where their order says little."""
+    """given, or shuffled: a new random order of each history in every epoch, so that any title is asked for after any
+    others. More to learn from the same likes where their order says little."""
 
 
 class TrainConfig(StageConfig):
     negatives: int = Field(7, ge=1)
     """K: negatives per preference group in each step."""
     self_check: bool = True
-    """Compare one group's fused log-probs with separate rows before the first step, and the first loss with its known value."""
+    """Compare one group's fused log-probs with separate rows before the first step, and the first loss with its known
+    value."""
 
 
 class ClusterConfig(Section):

@@ -178,8 +178,8 @@ def _reference(
     job: Job, policy: Policy, engine: Any, data: "_Data", batches: Batches, runtime: Runtime, device: torch.device,
     deepspeed: dict[str, Any],
 ) -> Reference | None:  # fmt: skip
-    """How the run has its reference log-probs. With a cache they are computed here, before any checkpoint is loaded, so
-    that in full fine-tuning the policy itself still is the reference and no second model is needed."""
+    """Where the run's reference log-probs come from. With a cache they are computed now, before any checkpoint is loaded:
+    in full fine-tuning the policy itself still is the reference then, and no second model is needed."""
     if not job.loss.needs_reference:
         return None
     copied, cache = policy.reference_mode == "model_copy", job.config.reference.cache
