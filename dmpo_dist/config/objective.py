@@ -30,8 +30,8 @@ class PreferenceOptions(Section, frozen=True):
     length_normalize: bool = False
     """Divide log-probs by the number of response tokens."""
     negative_selection: Literal["all", "boundary"] = "all"
-    """all, or only the negatives the policy rates at least as high as the positive, the hardest ones where there are none
-    (arXiv 2605.00327); the choice is not differentiated."""
+    """all, or only the negatives the policy rates at least as high as the positive, the hardest ones where there are
+    none (arXiv 2605.00327); the choice is not differentiated."""
 
     @model_validator(mode="after")
     def _loss_on_needs_weight(self) -> "PreferenceOptions":

@@ -1,4 +1,4 @@
-"""What the DMPO authors' released code trains: reference-free ``dpo_pairs`` plus 1.0 times the positive's likelihood."""
+"""What the DMPO authors' released code trains: reference-free ``dpo_pairs`` plus the positive's likelihood."""
 
 from dmpo_dist.config.objective import DmpoReleasedConfig
 from dmpo_dist.objectives.dpo_pairs import DpoPairs

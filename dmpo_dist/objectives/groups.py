@@ -30,7 +30,7 @@ class Groups:
         return ~self.is_positive
 
     def positive(self, values: Tensor) -> Tensor:
-        """(G,) the value of each group's positive, from ``values`` (N,); index it by ``group_id`` to have it (N,) again."""
+        """(G,) the value of each group's positive among ``values`` (N,); indexed by ``group_id`` it is (N,) again."""
         return self.sum(values, self.is_positive)
 
     def sum(self, values: Tensor, where: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ SUMS = (
 class Preference(PreferenceOptions):
     """A loss of one positive against K negatives, with the options of ``PreferenceOptions``; see ``Loss``.
 
-    A subclass gives ``preference_loss``. What is reported, each a sum over groups: ``loss``, ``preference_loss`` (without
-    the likelihood term), ``margin`` (r_w - mean r_n), ``accuracy`` (share of negatives the policy rates below the
-    positive), ``reward_accuracy`` (the same for r), ``logp_positive``, ``logp_negative`` (mean over negatives) and
+    A subclass gives ``preference_loss``. What is reported, each a sum over groups: ``loss``, ``preference_loss``
+    (without the likelihood term), ``margin`` (r_w - mean r_n), ``accuracy`` (share of negatives the policy rates below
+    the positive), ``reward_accuracy`` (the same for r), ``logp_positive``, ``logp_negative`` (mean over negatives) and
     ``negatives`` (K kept).
     """
 
@@ -70,8 +70,8 @@ class Preference(PreferenceOptions):
         """As ``Loss``.
 
         Raises:
-            ValueError: a group without exactly one positive and at least one negative (checked on the CPU only, where it
-                costs no synchronisation).
+            ValueError: a group without exactly one positive and at least one negative (checked on the CPU only, where
+                it costs no synchronisation).
         """
         if policy.device.type == "cpu":
             groups.check()

@@ -66,8 +66,8 @@ def _load_class(import_path: str, key: str) -> type:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module does when it is imported
         raise UserError(
-            f"{key}: the module {module_name} cannot be imported ({type(error).__name__}: {error}); it must be installed on "
-            f"every node, or lie in the working directory ({folder})"
+            f"{key}: the module {module_name} cannot be imported ({type(error).__name__}: {error}); it must be "
+            f"installed on every node, or lie in the working directory ({folder})"
         ) from error
     found = getattr(module, name, None)
     if not isinstance(found, type):
