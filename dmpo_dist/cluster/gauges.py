@@ -1,4 +1,4 @@
-"""A run's latest figures as gauges on the Prometheus endpoint of the driver's Ray node (needs ``ray[default]`` there)."""
+"""A run's latest figures as Prometheus gauges of the driver's Ray node (needs ``ray[default]`` there)."""
 
 import time
 from collections.abc import Mapping

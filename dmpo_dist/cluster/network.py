@@ -52,8 +52,8 @@ def require_reachable(nodes: Iterable[tuple[str, str]]) -> None:
     for host, address in known:
         if ipaddress.ip_address(address).is_loopback:
             raise UserError(
-                f"the ranks are on {len(known)} hosts, but {host} joined the Ray cluster as {address}, where no other host "
-                "finds it (it has no default route); start its node with ray start --node-ip-address=ITS_ADDRESS"
+                f"the ranks are on {len(known)} hosts, but {host} joined the Ray cluster as {address}, where no other "
+                "host finds it (it has no default route); start its node with ray start --node-ip-address=ITS_ADDRESS"
             )
 
 

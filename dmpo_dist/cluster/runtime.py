@@ -106,8 +106,8 @@ class RayRuntime:
 def remove_damaged_list(storage: str) -> None:
     """Remove Ray's list of checkpoints below ``storage`` where it cannot be read, so that Ray starts; none is needed.
 
-    Ray (2.60) writes it in place: a driver killed in that moment leaves an empty or cut file on a disk. Stores of objects,
-    as ``s3://...``, replace it whole.
+    Ray (2.60) writes it in place: a driver killed in that moment leaves an empty or cut file on a disk. Stores of
+    objects, as ``s3://...``, replace it whole.
     """
     file = Path(storage, RUN_NAME, "checkpoint_manager_snapshot.json")
     if not file.is_file():

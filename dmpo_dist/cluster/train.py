@@ -64,8 +64,8 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
 
     Args:
         jobs: at least one; a later one may start from the model of an earlier one. The first one's configuration says
-            how many workers there are. Unless ``cluster.storage_path`` says otherwise, checkpoints go to the folder that
-            holds all outputs.
+            how many workers there are. Unless ``cluster.storage_path`` says otherwise, checkpoints go to the folder
+            that holds all outputs.
         sink: called from a thread.
         body: what each rank does with a job instead of ``training.worker.run``.
 
@@ -114,7 +114,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
 
 @contextmanager
 def _ctrl_c() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt within, as elsewhere; Ray's own handler exits, and would stay for what comes after."""
+    """Ctrl-C is a KeyboardInterrupt within, as elsewhere; Ray's own handler exits, and would stay afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -150,8 +150,8 @@ def _run_jobs(payload: dict[str, Any]) -> None:
 def _require_shared(output: Path) -> None:
     if not output.exists():
         raise UserError(
-            f"output_dir {output}: the driver has made it, and this node does not see it; choose an output_dir on storage "
-            "that all nodes share (dmpo doctor --cluster checks each)"
+            f"output_dir {output}: the driver has made it, and this node does not see it; choose an output_dir on "
+            "storage that all nodes share (dmpo doctor --cluster checks each)"
         )
 
 

@@ -221,8 +221,8 @@ def open_run_folder(config: RunConfig, resume: bool, data_fingerprint: str | Non
         changed = _changed_keys(saved, config)
         if changed:
             raise UserError(
-                f"--resume: the configuration differs from {saved} in {', '.join(changed)}; resume with the same settings, or "
-                "start a new run with another output_dir"
+                f"--resume: the configuration differs from {saved} in {', '.join(changed)}; resume with the same "
+                "settings, or start a new run with another output_dir"
             )
         return
     if output.exists() and not _is_free_folder(output):
@@ -260,7 +260,7 @@ def _is_free_folder(path: Path) -> bool:
 
 
 def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
-    """A random model and its tokenizer for ``model.path: scratch``, learned from the titles and the template's texts."""
+    """A random model for ``model.path: scratch``, its tokenizer learned from the titles and the template's texts."""
     if data.items is None:
         raise UserError("model.path is scratch, but the data has no catalogue to learn a tokenizer from; give a model")
     template = config.template

@@ -10,10 +10,10 @@ from dmpo_dist.config.section import Section
 
 class ReferenceConfig(Section):
     cache: Literal["off", "memory", "disk"] = "off"
-    """off runs the frozen reference in every step; memory and disk run it once over the training groups before the first
-    step, which pays from the second epoch on (and saves full fine-tuning its second copy of the model)."""
+    """off runs the frozen reference in every step; memory and disk run it once over the training groups before the
+    first step, which pays from the second epoch on (and saves full fine-tuning its second copy of the model)."""
     path: Path | None = None
-    """Folder for cache=disk, which runs on equal model, data and template share; None puts it in output_dir/reference."""
+    """Folder for cache=disk, shared by runs on equal model, data and template; None: output_dir/reference."""
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -86,4 +86,4 @@ class ClusterConfig(Section):
     max_failures: int = Field(2, ge=0)
     """Worker failures survived by going back to the latest checkpoint."""
     storage_path: str | None = None
-    """Shared folder or bucket for checkpoints; None uses the output folder (right for one machine or a shared file system)."""
+    """Shared folder or bucket for checkpoints; None uses the output folder (on one machine or a shared file system)."""

@@ -20,8 +20,8 @@ TAG = "state"
 
 
 def save_checkpoint(runtime: Runtime, engine: Any, step: int, best: dict[str, float]) -> None:
-    """Keep what training needs to go on after ``step`` steps: every rank's part of optimizer and trainable weights, and the
-    best validation so far; all ranks call it."""
+    """Keep what training needs to go on after ``step`` steps: every rank's part of optimizer and trainable weights, and
+    the best validation so far; all ranks call it."""
     state = {"dmpo": json.dumps({"step": step, "best": best})}
     frozen = _has_frozen(engine)
     runtime.save(
@@ -46,7 +46,7 @@ def resume(runtime: Runtime, engine: Any) -> tuple[int, dict[str, float]]:
             _, client = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not _has_frozen(engine))
         except Exception as error:
             raise UserError(
-                f"{folder}: the checkpoint cannot be resumed ({str(error).splitlines()[0] if str(error) else error!r}); "
+                f"{folder}: the checkpoint cannot be resumed ({(str(error) or repr(error)).splitlines()[0]}); "
                 "use the same number of workers and ZeRO stage as the run that wrote it"
             ) from error
     state = json.loads(client["dmpo"])

@@ -95,6 +95,6 @@ def require_finite(line: Mapping[str, Any], job: Job) -> None:
     if bad_norm or not math.isfinite(loss):
         what = f"gradient norm became {norm}" if math.isfinite(loss) else f"loss became {loss}"
         raise UserError(
-            f"the {what} by step {line['step']}; lower {job.section}.learning_rate (now {job.stage.learning_rate:g}) or "
-            f"{job.section}.max_grad_norm, or train in float32; what was saved before stays in {job.output}"
+            f"the {what} by step {line['step']}; lower {job.section}.learning_rate (now {job.stage.learning_rate:g}) "
+            f"or {job.section}.max_grad_norm, or train in float32; what was saved before stays in {job.output}"
         )

@@ -142,8 +142,8 @@ def whole(parameters: list[Tensor], gather: bool) -> Iterator[None]:
 def gathered_state(module: nn.Module, stage3: bool, keep: bool, trained_only: bool) -> dict[str, Tensor]:
     """Names and CPU copies of parameters (tied ones once) and buffers of ``module``, one at a time under ZeRO-3.
 
-    All ranks take part; only those with ``keep`` get the copies (the others an empty dict). With ``trained_only`` frozen
-    parameters are left where they are.
+    All ranks take part; only those with ``keep`` get the copies (the others an empty dict). With ``trained_only``
+    frozen parameters are left where they are.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():

@@ -66,7 +66,7 @@ class Batches:
 
 
 def candidate_columns(stored: int, count: int, start: int) -> list[int]:
-    """The positive (0) and ``count`` of ``stored`` negatives from the ``start``-th on, cyclically; all if there are fewer."""
+    """The positive (0) and ``count`` of ``stored`` negatives from the ``start``-th on, cyclically; all if fewer."""
     return [0, *(1 + (start + i) % stored for i in range(min(count, stored)))]
 
 
@@ -100,8 +100,8 @@ def make_schedule(job: Job, n_groups: int, world_size: int) -> Schedule:
     schedule = Schedule(n_groups, job.stage.global_batch_size, job.config.seed)
     if schedule.smallest_step < world_size:
         raise UserError(
-            f"{job.section}.global_batch_size={job.stage.global_batch_size} gives a step of {schedule.smallest_step} out of "
-            f"{n_groups} preference groups, fewer than {world_size} workers; raise it or lower cluster.workers"
+            f"{job.section}.global_batch_size={job.stage.global_batch_size} gives a step of {schedule.smallest_step} "
+            f"out of {n_groups} preference groups, fewer than {world_size} workers; raise it or lower cluster.workers"
         )
     return schedule
 

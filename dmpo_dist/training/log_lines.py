@@ -69,8 +69,8 @@ class LogLines:
         self._meter.update(sums, (layout.targets.n_groups, layout.physical_tokens, layout.logical_tokens))
 
     def reduce(self, index: int, step: Step) -> dict[str, Any]:
-        """The record of all steps since the line before, up to step ``index``; every rank calls it and gets the same but for
-        speed and memory, which are its own."""
+        """The record of all steps since the line before, up to step ``index``; every rank calls it and gets the same
+        but for speed and memory, which are its own."""
         elapsed, busy = self._watch.lap()
         sums, busy_of_ranks = self._meter.reduce(busy)
         slowest = max(busy_of_ranks)

@@ -127,8 +127,8 @@ class ReferencePass:
         return values
 
     def _compute(self, groups: Sequence[TokenGroup], width: int, first: int) -> Tensor:
-        """All ranks score their share of ``groups``, the run's from ``first`` on, then add up, each value being zero on all
-        ranks but one."""
+        """All ranks score their share of ``groups``, the run's from ``first`` on, then add up, each value being zero on
+        all ranks but one."""
         values = torch.zeros(len(groups), width, dtype=torch.float64)
         own = deal_for_scoring(groups, self.world_size, self.token_budget, self.shared)[self.rank]
         for index, scores in score_micro_batches(self.log_probs, groups, own, self.shared, self.device):

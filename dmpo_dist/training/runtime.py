@@ -99,8 +99,8 @@ def await_folder(folder: Path) -> Path:
     while not folder.exists():
         if time.monotonic() > deadline:
             raise UserError(
-                f"{folder}: rank 0 goes on from this checkpoint, and {socket.gethostname()} does not see it; choose an output_dir "
-                "or cluster.storage_path on storage that all nodes share"
+                f"{folder}: rank 0 goes on from this checkpoint, and {socket.gethostname()} does not see it; choose an "
+                "output_dir or cluster.storage_path on storage that all nodes share"
             )
         time.sleep(0.2)
     return folder

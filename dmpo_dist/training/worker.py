@@ -178,8 +178,8 @@ def _reference(
     job: Job, policy: Policy, engine: Any, data: "_Data", batches: Batches, runtime: Runtime, device: torch.device,
     deepspeed: dict[str, Any],
 ) -> Reference | None:  # fmt: skip
-    """Where the run's reference log-probs come from. With a cache they are computed now, before any checkpoint is loaded:
-    in full fine-tuning the policy itself still is the reference then, and no second model is needed."""
+    """Where the run's reference log-probs come from. With a cache they are computed now, before any checkpoint is
+    loaded: in full fine-tuning the policy itself still is the reference then, and no second model is needed."""
     if not job.loss.needs_reference:
         return None
     copied, cache = policy.reference_mode == "model_copy", job.config.reference.cache
@@ -241,7 +241,7 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
 
 
 def _reordered(job: Job, prepared: PreparedData, encode: GroupTokenizer) -> Callable[[int, int], TokenGroup]:
-    """Token groups by index and epoch, each user's titles in a new order; a stage that goes on from another draws its own."""
+    """Token groups by index and epoch, each user's titles in a new order; every stage draws orders of its own."""
     stages = find_model(job.start).stamp.get("stages", 0)
     reordered = ReorderedGroups(groups_from_rows(prepared.train), (job.config.seed, stages))
     for group in reordered.not_yet_asked_for:

@@ -41,10 +41,12 @@ def test_ipo_trains_and_its_first_loss_is_the_one_it_must_have(project, workers)
     """At the start every pair's z is 0, so the loss is (1 / (2 beta))^2 = 4."""
     output = f"run-{workers}"
     settings = [
-        "data.path=data", f"output_dir={output}", "model.path=scratch", "model.max_length=128", "model.scratch.hidden_size=32",
-        "model.scratch.layers=2", "model.scratch.intermediate_size=48", "model.scratch.vocab_size=400", "train.steps=12",
-        "train.negatives=3", "train.global_batch_size=12", "train.learning_rate=1e-2", "train.log_every=1", "seed=0",
-        f"cluster.workers={workers}", "objective.import_path=my_losses:Ipo", "objective.kwargs.beta=0.25",
+        "data.path=data", f"output_dir={output}", f"cluster.workers={workers}", "seed=0",
+        "model.path=scratch", "model.max_length=128", "model.scratch.hidden_size=32", "model.scratch.layers=2",
+        "model.scratch.intermediate_size=48", "model.scratch.vocab_size=400",
+        "train.steps=12", "train.negatives=3", "train.global_batch_size=12", "train.learning_rate=1e-2",
+        "train.log_every=1",
+        "objective.import_path=my_losses:Ipo", "objective.kwargs.beta=0.25",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     if workers == 1:
