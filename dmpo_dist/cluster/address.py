@@ -43,8 +43,8 @@ def explain_refusal(address: str, error: Exception, key: str = "cluster.address"
     if "Failed to connect" in text or "InvalidAuthToken" in text:
         return (
             f"{key}={address}: something answers there and lets us not in; it asks for a token (set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the one the cluster was started with), or is no Ray head of this "
-            "version"
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the one the cluster was started with), or is no Ray head of "
+            "this version"
         )
     first = text.splitlines()[0] if text else repr(error)
     return f"{key}={address}: cannot join the Ray cluster ({first}); check that `ray status` works there"
