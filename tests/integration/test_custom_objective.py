@@ -44,7 +44,7 @@ def test_ipo_trains_and_its_first_loss_is_the_one_it_must_have(project, workers)
         "data.path=data", f"output_dir={output}", f"cluster.workers={workers}", "seed=0",
         "model.path=scratch", "model.max_length=128", "model.scratch.hidden_size=32", "model.scratch.layers=2",
         "model.scratch.intermediate_size=48", "model.scratch.vocab_size=400",
-        "train.steps=12", "train.negatives=3", "train.global_batch_size=12", "train.learning_rate=1e-2",
+        "train.steps=20", "train.negatives=3", "train.global_batch_size=40", "train.learning_rate=3e-3",
         "train.log_every=1",
         "objective.import_path=my_losses:Ipo", "objective.kwargs.beta=0.25",
     ]  # fmt: skip
@@ -57,6 +57,6 @@ def test_ipo_trains_and_its_first_loss_is_the_one_it_must_have(project, workers)
     records = [json.loads(line) for line in (project / output / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     assert losses[0] == pytest.approx(4.0, abs=1e-4)
-    assert losses[-1] < losses[0]
+    assert sum(losses[-5:]) / 5 < 3
     assert any(re.match("first preference loss 4.0000.., as it must be .4.000000", r.get("text", "")) for r in records)
     assert (project / output / "model" / "config.json").exists()
