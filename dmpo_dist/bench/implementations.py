@@ -20,7 +20,8 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import choose_backend, use_backend
-from dmpo_dist.objectives import Objective
+from dmpo_dist.objectives.dmpo import Dmpo
+from dmpo_dist.training.groups import groups_of
 
 LORA_RANK = 16
 MAX_TOKENS = {"cpu": 8_192, "cuda": 20_000}
@@ -157,7 +158,7 @@ class LayoutImplementation:
         self.attention, self._shared, self._device = route.backend, shared, spec.device
         self._model = LogProbModel(peft, "adapter_off")
         self._optimizer = make_optimizer(self._model)
-        self._objective = Objective("dmpo")
+        self._objective = Dmpo()
 
     def with_rows(self, groups_per_row: int, groups_per_step: int) -> Self:
         """The same model with other rows and steps."""
@@ -182,12 +183,9 @@ class LayoutImplementation:
 
     def _loss(self, groups: Sequence[TokenGroup]) -> Tensor:
         layout = lay_out(groups, self._shared).to(self._device)
-        targets = layout.targets
         with torch.no_grad():
             reference = self._model(layout, "reference")
-        mask = torch.ones_like(targets.is_positive)
-        rows = (targets.response_lengths, targets.group_id, targets.is_positive, mask)  # each (n_responses,)
-        loss, _ = self._objective(self._model(layout), reference, *rows, targets.n_groups)
+        loss, _ = self._objective(self._model(layout), reference, groups_of(layout.targets))
         return loss
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from dmpo_dist.data.template import Template
 from dmpo_dist.evaluation.metrics import METRICS, sure_hits
 from dmpo_dist.records.provenance import Provenance
 
-SHOWN_OBJECTIVE = ("beta", "sft_weight", "sft_loss_on", "label_smoothing", "reference_free", "length_normalize", "negative_selection")  # fmt: skip
+SHOWN_OBJECTIVE = ("import_path", "kwargs", "beta", "sft_weight", "sft_loss_on", "label_smoothing", "reference_free", "length_normalize", "negative_selection")  # fmt: skip
 SHOWN_STAGE = ("global_batch_size", "learning_rate", "schedule", "negatives", "loss_on", "history_order")
 
 SNIPPET = '''\
@@ -138,9 +138,7 @@ def _training(origin: Provenance) -> list[str]:
     objective = origin.config.get("objective") or {} if stage == "train" else {}
     if objective:
         shown = ", ".join(f"{key} {objective[key]}" for key in SHOWN_OBJECTIVE if key in objective)
-        lines.append(
-            f"Objective: `{objective.get('name')}` ({shown}); see the docstrings of dmpo_dist's objectives.py."
-        )
+        lines.append(f"Objective: `{objective.get('name')}` ({shown}); see the docstrings of dmpo_dist/objectives.")
     elif stage == "sft":
         scored = "all titles, those of the history too" if section.get("loss_on") == "all_titles" else "the response"
         lines.append(f"Objective: likelihood of {scored}.")

@@ -86,7 +86,7 @@ class RunLog:
         match record["kind"]:
             case "start":
                 self._print(_start_line(record))
-                if self._job.kind == "train":
+                if self._job.kind == "preference":
                     self._print(LEGEND)
                 if self._progress is not None and self._task is not None:
                     self._progress.update(self._task, total=record["steps"], figures="first step")
@@ -125,7 +125,7 @@ class RunLog:
 
 def _figures(record: dict[str, Any]) -> str:
     parts = [f"loss {record['loss']:.4f}"]
-    if "margin" in record:
+    if "margin" in record and "accuracy" in record:
         parts += [f"margin {record['margin']:+.3f}", f"acc {record['accuracy']:.3f}"]
     parts += [
         f"{record['groups_per_second']:.1f} groups/s",

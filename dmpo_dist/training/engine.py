@@ -142,8 +142,8 @@ def whole(parameters: list[Tensor], gather: bool) -> Iterator[None]:
 def gathered_state(module: nn.Module, stage3: bool, keep: bool, trained_only: bool) -> dict[str, Tensor]:
     """Names and CPU copies of parameters (tied ones once) and buffers of ``module``, one at a time under ZeRO-3.
 
-    All ranks take part; only those with ``keep`` get the copies (the others an empty dict). With ``trained_only`` frozen
-    parameters are left where they are.
+    All ranks take part; only those with ``keep`` get the copies (the others an empty dict). With ``trained_only``
+    frozen parameters are left where they are.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -159,15 +159,12 @@ def gathered_state(module: nn.Module, stage3: bool, keep: bool, trained_only: bo
 
 def _read_config(name: str) -> dict[str, Any]:
     shipped = resources.files("dmpo_dist.deepspeed_configs")
-    if name.endswith(".json"):
-        place: Any = Path(name)
-    else:
-        place = shipped / f"{name}.json"
-    if not place.is_file():
+    file: Any = Path(name) if name.endswith(".json") else shipped / f"{name}.json"
+    if not file.is_file():
         names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir() if f.name.endswith(".json"))
         raise UserError(f"deepspeed={name}: no such configuration; known are {', '.join(names)}, or give a .json path")
     try:
-        config = json.loads(place.read_text())
+        config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed={name}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
