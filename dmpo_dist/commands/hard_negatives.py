@@ -10,7 +10,7 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.data.folder import rewrite
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.evaluation.ranking import load_ranking_model
 
 
 def mine_hard_negatives(
@@ -38,7 +38,7 @@ def mine_hard_negatives(
         )
     template_of(model, config)
     rows = data.train.to_list()
-    for row, scores in zip(rows, score_requests(model, config, data.train), strict=True):
+    for row, scores in zip(rows, load_ranking_model(model, config).score_rows(data.train), strict=True):
         hardest = np.argsort(-scores[1:], kind="stable")[skip : skip + keep].tolist()
         for name in ("negatives", "negative_items"):
             row[name] = [row[name][place] for place in hardest] if row[name] else []

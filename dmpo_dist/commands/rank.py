@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from rich.console import Console
 
 from dmpo_dist import __version__
@@ -76,12 +75,19 @@ def rank(
         console.print(f"{len(job.parts) - len(missing)} of {len(job.parts)} parts are done already", highlight=False)
     with ExitStack() as stack:
         if missing:
+            from dmpo_dist.cluster.actors import map_over_actors
             from dmpo_dist.cluster.train import ray_session
 
-            stack.enter_context(ray_session(job.config.cluster))
+            cluster, arguments = job.config.cluster, (job.model, job.config, job.catalogue, job.top)
+            stack.enter_context(ray_session(cluster))
             done = sum(len(part) for number, part in enumerate(job.parts) if store.has(number))
             progress = stack.enter_context(UserProgress("rank", len(job.requests), done, console))
-            for number, rows in _in_parallel(job, missing):
+            tasks = [(number, job.parts[number]) for number in missing]
+            notes: set[str] = set()
+            for number, rows, note in map_over_actors(cluster, PartRanker, arguments, tasks):
+                if note and note not in notes:
+                    notes.add(note)
+                    console.print(f"note: {note}", highlight=False, markup=False)
                 store.write(number, rows)
                 progress.advance(len(rows))
     store.join(len(job.parts), [request.user for request in job.requests])
@@ -262,49 +268,18 @@ def _write_whole(path: Path, write: Any, check: Any = None) -> None:
         part.unlink(missing_ok=True)
 
 
-class _RankActor:
-    """A worker; its model is loaded with the first part, so that a user's mistake comes back as an error of a task."""
+class PartRanker:
+    """What an actor does: ranks the users of one part after the other.
 
-    def __init__(self) -> None:
-        self._ranker: Ranker | None = None
-
-    def rank(
-        self, job: tuple[str, RunConfig, Catalogue | None, int], number: int, requests: list[RankingRequest]
-    ) -> tuple[int, list[dict[str, Any]]]:
-        if self._ranker is None:
-            torch.set_num_threads(max(1, int(job[1].cluster.cpus_per_worker)))
-            self._ranker = Ranker(*job)
-        return number, [vars(self._ranker(request)) for request in requests]
-
-
-def _in_parallel(job: RankJob, numbers: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """(part, its rows) of the parts ``numbers``, as they are finished.
-
-    Raises:
-        UserError: raised by a worker, or the cluster lacks the resources, or a worker kept dying.
+    Args:
+        model, config, catalogue, top: see ``Ranker``.
     """
-    import ray
-    from ray.util import ActorPool
 
-    from dmpo_dist.cluster.train import gpus_per_worker_of, require_resources
+    def __init__(self, model: str, config: RunConfig, catalogue: Catalogue | None, top: int) -> None:
+        self._ranker = Ranker(model, config, catalogue, top)
 
-    cluster = job.config.cluster
-    gpus = gpus_per_worker_of(cluster)
-    require_resources(cluster, gpus)
-    actor = ray.remote(
-        num_cpus=cluster.cpus_per_worker, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1
-    )(_RankActor)
-    shared = ray.put((job.model, job.config, job.catalogue, job.top))
-    pool = ActorPool([actor.remote() for _ in range(min(cluster.workers, len(numbers)))])
-    parts = job.parts
-    try:
-        yield from pool.map_unordered(lambda worker, number: worker.rank.remote(shared, number, parts[number]), numbers)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayActorError:
-        raise UserError(
-            f"a worker died more than cluster.max_failures={cluster.max_failures} times, perhaps for lack of memory; run "
-            "the same command again to go on with the parts that are missing"
-        ) from None
+    def __call__(self, part: tuple[int, list[RankingRequest]]) -> tuple[int, list[dict[str, Any]], str | None]:
+        """(part, its rows, what to tell the user of how they were scored)."""
+        number, requests = part
+        rows = [vars(self._ranker(request)) for request in requests]
+        return number, rows, self._ranker.fallback

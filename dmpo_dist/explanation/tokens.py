@@ -1,12 +1,10 @@
 """A title token by token: which of its characters a token stands for, and log-probs that are not summed over the title."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from dmpo_dist.batching.layout import Layout
-from dmpo_dist.batching.targets import single_targets
 from dmpo_dist.explanation.words import END
 
 
@@ -16,17 +14,6 @@ class Piece:
 
     text: str
     tokens: slice
-
-
-def per_token(layout: Layout) -> Layout:
-    """``layout`` with every scored token as a response of its own, in the order branch by branch.
-
-    A ``LogProbModel`` then gives (N,) log-probs instead of (R,) sums, by the same forward pass. Meant for groups of one
-    response and without scored histories: group ids and positives have no meaning here.
-    """
-    targets = layout.targets
-    single = single_targets(targets.predict_index, targets.target_row, targets.target_ids)
-    return replace(layout, targets=single, reference_targets=None)
 
 
 def readable_pieces(text: str, spans: Sequence[tuple[int, int]], start: int, end: int) -> list[Piece]:

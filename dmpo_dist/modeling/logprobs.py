@@ -12,6 +12,7 @@ from dmpo_dist.modeling.attention import no_mask
 from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, output_head
 
 AnyLayout = Layout | PromptPart | TriePart
+Which = Literal["policy", "reference"]
 
 MAX_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 """Most logits held at once by kind of device: 64 or 256 MiB in fp32, whatever the vocabulary. A GPU reads the whole head
@@ -135,7 +136,7 @@ class LogProbModel(nn.Module):
         check_head(language_model)
         self.head = LogProbHead(output_head(language_model), LogitTransform.of(language_model.config))
 
-    def forward(self, layout: AnyLayout, which: Literal["policy", "reference"] = "policy") -> Tensor:
+    def forward(self, layout: AnyLayout, which: Which = "policy") -> Tensor:
         """Log-probs summed over each response's scored tokens, fp32 or wider.
 
         Returns:
