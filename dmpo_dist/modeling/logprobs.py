@@ -34,7 +34,7 @@ class LogProbHead(nn.Module):
         self.max_logits: int | None = None  # None: by the device it runs on; a plan for another device sets it
 
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
-        """(P, H) hidden states of all positions -> summed log-probs of responses and histories, see ``Targets.summed``."""
+        """(P, H) hidden states of all positions -> summed log-probs of responses and histories (``Targets.summed``)."""
         rows = hidden[targets.predict_index]  # (M, H), each source position once
         chunk = max(1, (self.max_logits or MAX_CHUNK_LOGITS[rows.device.type]) // self.weight.shape[0])
         arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.transform)
@@ -57,14 +57,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor, target_ids: Tensor,
         transform: LogitTransform, chunk: int,
     ) -> Tensor:  # fmt: skip
+        # rows (M, H), weight (V, H), target_row and target_ids (N,); N >= M, as branches share the row of a prompt's end
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         lse = rows.new_empty(rows.shape[0], dtype=wide)
         picked = rows.new_empty(target_ids.shape[0], dtype=wide)
         for start in range(0, rows.shape[0], chunk):
-            logits = transform.logits(rows[start : start + chunk], weight, bias)
+            logits = transform.logits(rows[start : start + chunk], weight, bias)  # (chunk, V), all that is held of them
             lse[start : start + chunk] = logits.logsumexp(-1)
             local, inside = _within(target_row, start, logits.shape[0])
-            picked = torch.where(inside, logits[local, target_ids], picked)
+            picked = torch.where(inside, logits[local, target_ids], picked)  # (N,); each target is in one chunk
         ctx.save_for_backward(rows, weight, bias, target_row, target_ids, lse)
         ctx.transform, ctx.chunk = transform, chunk
         return picked - lse[target_row]
@@ -77,15 +78,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
         d_rows = torch.empty_like(rows) if wants_rows else None
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and wants_bias else None
+        # (M,) upstream gradients of all targets that a row predicts: softmax is subtracted once for their sum
         per_row = lse.new_zeros(rows.shape[0]).index_add_(0, target_row, upstream)
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = transform.logits(rows[part], weight, bias)
-            # d log p / d logits = onehot - softmax, weighted by the upstream gradients of the row's targets
-            slope = (
-                1 - (logits / transform.softcap).square() if transform.softcap else None
-            )  # tanh' by the value of tanh
-            gradient = logits.sub_(lse[part, None]).exp_().mul_(-per_row[part, None])
+            # tanh' = 1 - tanh^2, from the capped logits before they are overwritten
+            slope = 1 - (logits / transform.softcap).square() if transform.softcap else None
+            # d log p / d logits = onehot - softmax: first -softmax * per_row in place, then the onehots are added
+            gradient = logits.sub_(lse[part, None]).exp_().mul_(-per_row[part, None])  # (chunk, V)
             local, inside = _within(target_row, start, logits.shape[0])
             gradient.index_put_((local, target_ids), torch.where(inside, upstream, 0.0), accumulate=True)
             if slope is not None:
@@ -107,8 +108,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 
 def _within(target_row: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Places of the targets in the chunk of ``rows`` rows from ``start`` on, and which are in it; without asking the device
-    how many, which would make the host wait."""
+    """(N,) each target's row in the chunk of ``rows`` rows from ``start`` on (clamped), and (N,) bool whether it is in it.
+
+    A mask instead of the few targets inside: to ask the device how many there are would make the host wait.
+    """
     local = target_row - start
     return local.clamp(0, rows - 1), (local >= 0) & (local < rows)
 
