@@ -104,9 +104,9 @@ def _measure(
 ) -> CatalogueBench:  # fmt: skip
     few = TokenGroup(group.prefix, subset.branches[:2], subset.scored_from[:2])
     shared.score_many(few), separate.score_many(few)  # first calls compare, and allocate
-    mine, shared_mib = _peak(lambda: shared.score_many(group), device)
-    theirs, separate_mib = _peak(lambda: separate.score_many(subset), device)
-    error = float(np.max(np.abs(mine[pick] - theirs) / np.abs(theirs)))
+    of_shared, shared_mib = _peak(lambda: shared.score_many(group), device)
+    of_separate, separate_mib = _peak(lambda: separate.score_many(subset), device)
+    error = float(np.max(np.abs(of_shared[pick] - of_separate) / np.abs(of_separate)))
     turns = [
         (_timed(lambda: shared.score_many(group), device), _timed(lambda: separate.score_many(subset), device))
         for _ in range(rounds)
@@ -143,9 +143,9 @@ def show(result: CatalogueBench, console: Console) -> None:
     )
     console.print(table)
     console.print(
-        f"{result.titles} titles of {result.tokens} tokens, {result.nodes} distinct beginnings, {result.inner} of them run; "
-        f"prompt of {result.prompt} tokens. Separate rows were timed on {round(result.titles / result.scaled)} titles and "
-        f"scaled by {result.scaled:.1f}; their log-probs differ by at most {result.error:.1e} of their size.",
+        f"{result.titles} titles of {result.tokens} tokens, {result.nodes} distinct beginnings, {result.inner} of them "
+        f"run; prompt of {result.prompt} tokens. Separate rows were timed on {round(result.titles / result.scaled)} "
+        f"titles and scaled by {result.scaled:.1f}; log-probs differ by at most {result.error:.1e} of their size.",
         highlight=False,
     )
 

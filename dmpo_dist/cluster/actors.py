@@ -15,7 +15,7 @@ MakeWorker = Callable[..., Callable[[Any], Any]]
 def map_over_actors(
     cluster: ClusterConfig, make_worker: MakeWorker, arguments: tuple[Any, ...], tasks: Sequence[Any]
 ) -> Iterator[Any]:
-    """``make_worker(*arguments)(task)`` for each of ``tasks``, in whatever order they finish; call within ``ray_session``.
+    """``make_worker(*arguments)(task)`` for each of ``tasks``, in the order they finish; call within ``ray_session``.
 
     Each of ``cluster.workers`` actors makes its worker once, with its first task, so that a user's mistake comes back
     as an error of that task. A lost actor is started again up to ``cluster.max_failures`` times and repeats its task.
@@ -47,8 +47,8 @@ def map_over_actors(
         raise
     except ray.exceptions.RayActorError:
         raise UserError(
-            f"a worker died more than cluster.max_failures={cluster.max_failures} times, perhaps for lack of memory; run "
-            "the same command again to go on with the parts that are missing"
+            f"a worker died more than cluster.max_failures={cluster.max_failures} times, perhaps for lack of memory; "
+            "run the same command again to go on with the parts that are missing"
         ) from None
 
 

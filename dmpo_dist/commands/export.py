@@ -108,8 +108,8 @@ def export(
         part.rename(output)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{output}: cannot be written ({getattr(error, 'strerror', None) or error}); check space and permissions, or "
-            "choose another folder"
+            f"{output}: cannot be written ({getattr(error, 'strerror', None) or error}); check space and permissions, "
+            "or choose another folder"
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -155,8 +155,8 @@ def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: s
         raise UserError(f"{output}: exists already and is left as it is; remove it or choose another output folder")
     if "template" not in source.stamp:
         raise UserError(
-            f"{source.path}: has no {STAMP} with a template, so how to prompt it is not known; give a model folder that "
-            "`dmpo sft` or `dmpo train` wrote, such as runs/dmpo/model"
+            f"{source.path}: has no {STAMP} with a template, so how to prompt it is not known; give a model folder "
+            "that `dmpo sft` or `dmpo train` wrote, such as runs/dmpo/model"
         )
     if merge and not source.is_adapter:
         raise UserError(f"--merge: {source.path} is a whole model already, with nothing to merge; leave --merge out")
@@ -180,8 +180,8 @@ def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: b
     rows = base_config.get_text_config().vocab_size
     if largest >= rows:
         raise UserError(
-            f"{source.path}: its tokenizer has ids up to {largest}, but the embedding of {source.base} has {rows} rows; put "
-            "the tokenizer the model was trained with beside it"
+            f"{source.path}: its tokenizer has ids up to {largest}, but the embedding of {source.base} has {rows} "
+            "rows; put the tokenizer the model was trained with beside it"
         )
 
 
@@ -240,7 +240,8 @@ def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
         raise UserError(f"--evaluation {file}: cannot be read ({error.strerror}); correct the path") from None
     except ValueError:
         raise UserError(
-            f"--evaluation {file}: is no evaluation.json that `dmpo evaluate` wrote; leave it out or give the right file"
+            f"--evaluation {file}: is no evaluation.json that `dmpo evaluate` wrote; leave it out or give the right "
+            "file"
         ) from None
     for name, path in content.folders.items():
         if Path(path).resolve() == Path(model).resolve():
@@ -322,12 +323,12 @@ def _require_same(expected: dict[str, torch.Tensor], seen: dict[str, torch.Tenso
             raise RuntimeError(f"{where}: {name} did not survive saving")
 
 
-def _write_stamp(folder: Path, source: ModelSource, facts: dict[str, Any]) -> None:
+def _write_stamp(folder: Path, source: ModelSource, export: dict[str, Any]) -> None:
     """``dmpo.json`` as the stage wrote it, without the paths of the machine it was written on."""
     stamp = dict(source.stamp)
     if Path(str(stamp.get("start", ""))).is_absolute():
         stamp["start"] = Path(stamp["start"]).name
-    text = json.dumps(stamp | {"export": facts}, indent=2, ensure_ascii=False)
+    text = json.dumps(stamp | {"export": export}, indent=2, ensure_ascii=False)
     (folder / STAMP).write_text(text + "\n", encoding="utf-8")
 
 
@@ -342,7 +343,8 @@ def _tell(
     echo(f"{written}. {difference}")
     if written.is_adapter and Path(source.base).exists():
         echo(
-            f"its {ADAPTER} names the base by its folder here, {source.base}; elsewhere correct it, or export with --merge"
+            f"its {ADAPTER} names the base by its folder on this machine, {source.base}; elsewhere correct it, or "
+            "export with --merge"
         )
     if origin.same_data is False:
         echo("the requests are not from the data the model was trained on: the fingerprints differ")

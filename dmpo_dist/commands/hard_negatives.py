@@ -41,8 +41,8 @@ def mine_hard_negatives(
     for row, scores in zip(rows, load_ranking_model(model, config).score_rows(data.train), strict=True):
         hardest = np.argsort(-scores[1:], kind="stable")[skip : skip + keep].tolist()
         for name in ("negatives", "negative_items"):
-            row[name] = [row[name][place] for place in hardest] if row[name] else []
+            row[name] = [row[name][index] for index in hardest] if row[name] else []
         if row["oracle"]:
-            row["oracle"] = [row["oracle"][0], *(row["oracle"][1 + place] for place in hardest)]
+            row["oracle"] = [row["oracle"][0], *(row["oracle"][1 + index] for index in hardest)]
     note = f"Training negatives: the {keep} that {model} scores highest of {fewest} or more, after the first {skip}."
     return rewrite(data, {"train": rows}, note, output, echo)

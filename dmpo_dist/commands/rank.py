@@ -136,8 +136,8 @@ def _catalogue(
 ) -> Catalogue | None:
     whole = requests[0].candidates is None
     weight = config.ranking.popularity_weight
-    place = catalogue_file or (config.data.path if whole or weight else None)
-    if place is None:
+    path = catalogue_file or (config.data.path if whole or weight else None)
+    if path is None:
         if whole:
             raise UserError(
                 f"{requests_file} has no column 'candidates', so the whole catalogue would be ranked: give --catalogue "
@@ -146,10 +146,10 @@ def _catalogue(
         if weight:
             raise UserError(f"ranking.popularity_weight={weight:g} needs --catalogue with a column popularity")
         return None
-    catalogue = read_catalogue(place)
+    catalogue = read_catalogue(path)
     if weight and catalogue.counts is None:
         raise UserError(
-            f"ranking.popularity_weight={weight:g}: {place} does not say how often titles were taken; add a column "
+            f"ranking.popularity_weight={weight:g}: {path} does not say how often titles were taken; add a column "
             "popularity"
         )
     check_against(requests, catalogue, requests_file, config.ranking.exclude_history)
@@ -194,12 +194,12 @@ class PartStore:
 
     def __init__(self, output: Path, key: dict[str, Any]) -> None:
         self._output, self._folder = output, output.with_name(output.name + ".parts")
-        place = self._folder / KEY_FILE
+        key_file = self._folder / KEY_FILE
         self._folder.mkdir(exist_ok=True)
         if any(self._folder.glob("part-*.parquet")):
-            self._require_same(self._read_key(place), key)
+            self._require_same(self._read_key(key_file), key)
         else:
-            _write_whole(place, lambda path: path.write_text(json.dumps(key, indent=1), encoding="utf-8"))
+            _write_whole(key_file, lambda path: path.write_text(json.dumps(key, indent=1), encoding="utf-8"))
 
     def has(self, number: int) -> bool:
         return self._part(number).exists()
@@ -233,12 +233,12 @@ class PartStore:
         if written != users:
             raise UserError(f"{self._folder}: its parts do not hold each user once; remove the folder and run again")
 
-    def _read_key(self, place: Path) -> dict[str, Any]:
+    def _read_key(self, key_file: Path) -> dict[str, Any]:
         try:
-            return json.loads(place.read_text(encoding="utf-8"))
+            return json.loads(key_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(
-                f"{place}: missing or damaged, so what the parts beside it hold is not known; remove {self._folder}"
+                f"{key_file}: missing or damaged, so what the parts beside it hold is not known; remove {self._folder}"
             ) from None
 
     def _require_same(self, before: dict[str, Any], key: dict[str, Any]) -> None:
@@ -251,8 +251,8 @@ class PartStore:
                 for name in names
             ]
             raise UserError(
-                f"{self._folder}: holds parts of a ranking with another {' and '.join(changed)}; give the same again to "
-                "go on, remove the folder to begin anew, or choose another --output"
+                f"{self._folder}: holds parts of a ranking with another {' and '.join(changed)}; give the same again "
+                "to go on, remove the folder to begin anew, or choose another --output"
             )
 
 

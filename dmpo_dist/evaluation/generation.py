@@ -22,8 +22,8 @@ class Beam(NamedTuple):
 def beam_search(forward: Forward, prefix: list[int], trie: TitleTrie, beams: int, device: torch.device) -> list[Beam]:
     """At most ``beams`` titles, best first, each a title of the trie.
 
-    Level by level the ``beams`` best unfinished beginnings are kept, so with as many beams as titles nothing is lost and
-    the result is the full ranking.
+    Level by level the ``beams`` best unfinished beginnings are kept, so with as many beams as titles nothing is lost
+    and the result is the full ranking.
 
     Args:
         forward: of a model whose attention is ``trie_attention``.
@@ -68,8 +68,8 @@ def generate_freely(
 ) -> list[str]:
     """What ``model`` writes greedily after each prompt, up to the end of a response.
 
-    transformers fills what a generation configuration leaves open from the model's own (sampling, temperature, penalties,
-    suppressed tokens); so the model's own is put aside meanwhile.
+    transformers fills what a generation configuration leaves open from the model's own (sampling, temperature,
+    penalties, suppressed tokens); so the model's own is put aside meanwhile.
 
     Args:
         model: a transformers causal LM or a PEFT model around one, with the attention of ordinary rows
@@ -116,7 +116,7 @@ def valid_ratio(generated: Sequence[str], template: Template, titles: Sequence[s
 
 
 def _written(tokenizer: Any, template: Template, prompt: list[int], new: list[int]) -> str:
-    """The text of ``new`` behind ``prompt``, without its end; decoded together, as a decoder may drop a leading space."""
+    """The text of ``new`` without its end; decoded with ``prompt``, as a decoder may drop a leading space."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     before, whole = tokenizer.decode(prompt, **options), tokenizer.decode(prompt + new, **options)
     return whole[len(before) :].split(template.terminator, 1)[0]

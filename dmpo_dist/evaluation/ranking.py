@@ -178,26 +178,24 @@ def adjusted(
     return scores if log_popularity is None else scores - popularity_weight * log_popularity
 
 
-def reference_of(source: ModelSource, asked: str | None) -> str | None:
+def reference_of(source: ModelSource, asked: str | None, option: str = "ranking.reference=") -> str | None:
     """Folder or hub id of the model whose log-probs are subtracted; None for none.
 
+    Args:
+        asked: ``base``, ``start``, a model folder or a hub id.
+        option: what the user sets it by, for errors.
+
     Raises:
-        UserError: the model has no base or does not say what it started from.
+        UserError: the model has no base or does not say what it started from, or there is no such model.
     """
     if asked == "base":
         if not source.is_adapter:
-            raise UserError(
-                f"ranking.reference=base: {source.path} is a whole model without a base; name a folder, or start"
-            )
+            raise UserError(f"{option}base: {source.path} is a whole model without a base; name a folder, or start")
         return source.base
     if asked == "start":
-        start = source.stamp.get("start")
-        if not start:
-            raise UserError(
-                f"ranking.reference=start: {source.path} does not say what it was started from; name that model's folder"
-            )
-        find_model(start)
-        return start
+        asked = source.stamp.get("start")
+        if not asked:
+            raise UserError(f"{option}start: {source.path} does not say what it was started from; name that model")
     return find_model(asked).path if asked else None
 
 

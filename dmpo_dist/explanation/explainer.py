@@ -192,7 +192,7 @@ class Explainer:
         return self._scorer.scores(groups, question.candidates, question.user, self.whole_catalogue)
 
     def _allows_empty_history(self) -> bool:
-        """Whether anything stands before a response whose prompt has no history: a begin token or the template's text."""
+        """Whether a prompt without a history has any text: a begin token, or what the template puts around it."""
         return bool(self._model.template.render(()).text)
 
     def _pieces(self, subject: Subject, group: TokenGroup) -> list[Piece]:

@@ -1,4 +1,4 @@
-"""A title token by token: which of its characters a token stands for, and log-probs that are not summed over the title."""
+"""A title token by token: which of its characters a token stands for, and numbers summed over the parts of a title."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Piece:
 def readable_pieces(text: str, spans: Sequence[tuple[int, int]], start: int, end: int) -> list[Piece]:
     """Divide ``text[start:end]`` among tokens; joined, the pieces but ``END`` are that text again.
 
-    A token that adds no whole character, as where several bytes spell one, belongs to the piece before it; one that lies
-    in the prompt, as after a merge over the boundary, to the piece behind it.
+    A token that adds no whole character, as where several bytes spell one, belongs to the piece before it; one that
+    lies in the prompt, as after a merge over the boundary, to the piece behind it.
 
     Args:
         text: prompt and response.

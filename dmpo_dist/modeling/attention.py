@@ -150,7 +150,7 @@ def dense_attention(
 
 
 def two_part(query: Tensor, key: Tensor, value: Tensor, flash: Any) -> Tensor:
-    """Both parts, merged: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, H, T, D); ``flash`` has the methods of ``Flash``."""
+    """Both parts, merged: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, H, T, D); ``flash`` is a ``Flash``."""
     return _TwoPart.apply(query, key, value, flash)
 
 

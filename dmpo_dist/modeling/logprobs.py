@@ -15,8 +15,8 @@ AnyLayout = Layout | PromptPart | TriePart
 Which = Literal["policy", "reference"]
 
 MAX_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
-"""Most logits held at once by kind of device: 64 or 256 MiB in fp32, whatever the vocabulary. A GPU reads the whole head
-for every chunk, so that a chunk must have rows enough to be worth it."""
+"""Most logits held at once by kind of device: 64 or 256 MiB in fp32, whatever the vocabulary. A GPU reads the whole
+head for every chunk, so that a chunk must have rows enough to be worth it."""
 
 
 class LogProbHead(nn.Module):
@@ -57,7 +57,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor, target_ids: Tensor,
         transform: LogitTransform, chunk: int,
     ) -> Tensor:  # fmt: skip
-        # rows (M, H), weight (V, H), target_row and target_ids (N,); N >= M, as branches share the row of a prompt's end
+        # rows (M, H), weight (V, H), target_row and target_ids (N,); N >= M: branches share the row of a prompt's end
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         lse = rows.new_empty(rows.shape[0], dtype=wide)
         picked = rows.new_empty(target_ids.shape[0], dtype=wide)
@@ -108,7 +108,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 
 def _within(target_row: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-    """(N,) each target's row in the chunk of ``rows`` rows from ``start`` on (clamped), and (N,) bool whether it is in it.
+    """For the chunk of ``rows`` rows from ``start``: (N,) each target's row in it, clamped, and (N,) bool if it is in.
 
     A mask instead of the few targets inside: to ask the device how many there are would make the host wait.
     """

@@ -1,7 +1,7 @@
 """Attention of the parts of a title trie: each token sees the prompt, whose keys are kept, and its ancestors.
 
-One softmax over both kinds of keys in plain arithmetic, so windows (by position) and soft-capping are a mask and a tanh,
-and one function serves every device and type. For scoring only: the prompt's keys carry no gradient.
+One softmax over both kinds of keys in plain arithmetic, so windows (by position) and soft-capping are a mask and a
+tanh, and one function serves every device and type. For scoring only: the prompt's keys carry no gradient.
 """
 
 from typing import Any
@@ -86,7 +86,7 @@ def _behind_prompt(
     query: Tensor, key: Tensor, value: Tensor, part: TriePart, prompt: tuple[Tensor, Tensor], scale: float,
     window: int | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """(1, H, T, D) -> (1, T, H, D): one softmax over a token's prompt (P keys) and its ancestors (A keys, itself first).
+    """(1, H, T, D) -> (1, T, H, D): one softmax over a token's prompt (P keys) and ancestors (A keys, itself first).
 
     Some tokens at a time: gathering ancestors copies their keys and values once for each token.
     """
