@@ -137,7 +137,8 @@ class Ranker:
     @property
     def fallback(self) -> str | None:
         """Why separate rows are scored where prompts were to be shared; see ``TokenScorer``."""
-        return self._scorer.policy.load_weights().fallback
+        models = [self._scorer.policy, *([self._scorer.reference] if self._scorer.reference else [])]
+        return next(filter(None, (model.load_weights().fallback for model in models)), None)
 
 
 def load_ranking_model(path: str, config: RunConfig) -> RankingModel:
