@@ -23,6 +23,7 @@ def test_rank_and_score(folder):  # noqa: F811
     assert [one.title for one in ranked] == [TITLES[i] for i in order]
     np.testing.assert_allclose([one.score for one in ranked], expected[order], rtol=1e-5)
     assert model.rank(HISTORY, TITLES, top=2) == ranked[:2]
+    assert model.rank(HISTORY, []) == []
 
 
 def test_the_base_of_an_adapter_shares_its_weights(folder):  # noqa: F811

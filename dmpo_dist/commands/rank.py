@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,25 +72,29 @@ def rank(
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):
         console.print(f"{len(job.parts) - len(missing)} of {len(job.parts)} parts are done already", highlight=False)
-    with ExitStack() as stack:
-        if missing:
-            from dmpo_dist.cluster.actors import map_over_actors
-            from dmpo_dist.cluster.train import ray_session
-
-            cluster, arguments = job.config.cluster, (job.model, job.config, job.catalogue, job.top)
-            stack.enter_context(ray_session(cluster))
-            done = sum(len(part) for number, part in enumerate(job.parts) if store.has(number))
-            progress = stack.enter_context(UserProgress("rank", len(job.requests), done, console))
-            tasks = [(number, job.parts[number]) for number in missing]
-            notes: set[str] = set()
-            for number, rows, note in map_over_actors(cluster, PartRanker, arguments, tasks):
-                if note and note not in notes:
-                    notes.add(note)
-                    console.print(f"note: {note}", highlight=False, markup=False)
-                store.write(number, rows)
-                progress.advance(len(rows))
+    if missing:
+        _rank_parts(job, store, missing, console)
     store.join(len(job.parts), [request.user for request in job.requests])
     console.print(f"written: {output}, {len(job.requests)} users", highlight=False)
+
+
+def _rank_parts(job: RankJob, store: "PartStore", missing: list[int], console: Console) -> None:
+    """Rank the parts ``missing`` on the cluster and store each as it is finished."""
+    from dmpo_dist.cluster.actors import map_over_actors
+    from dmpo_dist.cluster.train import ray_session
+
+    cluster, parts = job.config.cluster, job.parts
+    arguments = (job.model, job.config, job.catalogue, job.top)
+    done = len(job.requests) - sum(len(parts[number]) for number in missing)
+    notes: set[str] = set()
+    with ray_session(cluster), UserProgress("rank", len(job.requests), done, console) as progress:
+        tasks = [(number, parts[number]) for number in missing]
+        for number, rows, note in map_over_actors(cluster, PartRanker, arguments, tasks):
+            if note and note not in notes:
+                notes.add(note)
+                console.print(f"note: {note}", highlight=False, markup=False)
+            store.write(number, rows)
+            progress.advance(len(rows))
 
 
 def preflight(

@@ -128,6 +128,8 @@ class RankingModel:
             UserError: a title that the tokenizer cannot represent or that does not fit into ``max_length``, weights
                 that cannot be loaded, or an attention that is asked for and wrong for this model.
         """
+        if not candidates:
+            return np.empty(0)
         check_titles([*history, *candidates], self.tokenizer)
         return self.score_catalogue(self.token_group(history, candidates))
 
