@@ -2,23 +2,21 @@
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from dmpo_dist.bench.memory import peak_above
+from dmpo_dist.bench.timing import timed
 from dmpo_dist.config import ModelConfig, ScratchModel, Simulator
 from dmpo_dist.data.sources.simulator import simulate
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import make_scratch_model
-from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.token_scorer import TokenScorer
 
@@ -99,16 +97,21 @@ def bench_catalogue(
 
 
 def _measure(
-    shared: TokenScorer, separate: TokenScorer, group: TokenGroup, subset: TokenGroup, pick: np.ndarray,
-    device: torch.device, rounds: int,
-) -> CatalogueBench:  # fmt: skip
+    shared: TokenScorer,
+    separate: TokenScorer,
+    group: TokenGroup,
+    subset: TokenGroup,
+    pick: np.ndarray,
+    device: torch.device,
+    rounds: int,
+) -> CatalogueBench:
     few = TokenGroup(group.prefix, subset.branches[:2], subset.scored_from[:2])
     shared.score_many(few), separate.score_many(few)  # first calls compare, and allocate
-    of_shared, shared_mib = _peak(lambda: shared.score_many(group), device)
-    of_separate, separate_mib = _peak(lambda: separate.score_many(subset), device)
-    error = float(np.max(np.abs(of_shared[pick] - of_separate) / np.abs(of_separate)))
+    scores, shared_mib = peak_above(lambda: shared.score_many(group), device)
+    expected, separate_mib = peak_above(lambda: separate.score_many(subset), device)
+    error = float(np.max(np.abs(scores[pick] - expected) / np.abs(expected)))
     turns = [
-        (_timed(lambda: shared.score_many(group), device), _timed(lambda: separate.score_many(subset), device))
+        (timed(lambda: shared.score_many(group), device), timed(lambda: separate.score_many(subset), device))
         for _ in range(rounds)
     ]
     scaled = len(group.branches) / len(subset.branches)
@@ -156,20 +159,3 @@ def _group(model: RankingModel, titles: list[str], prompt: int) -> TokenGroup:
         if len(model.token_group(history, titles[:1], "bench").prefix) >= prompt:
             return model.token_group(history, titles, "bench")
     raise UserError(f"--prompt {prompt}: all titles together are shorter; lower it")
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds by the clock and CPU seconds of this process."""
-    start = time.perf_counter(), time.process_time()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-
-def _peak(run: Callable[[], np.ndarray], device: torch.device) -> tuple[np.ndarray, float]:
-    """What ``run`` gives, and the MiB it took above what was held."""
-    reset_peak(device)
-    before = held_bytes(device)
-    result = run()
-    return result, (peak_bytes(device) - before) / 2**20

@@ -47,7 +47,7 @@ def shared_prompt_log_probs(
         ValueError: no prompts, a prompt without responses, or as many lists of responses as prompts are not given.
 
     Example:
-        >>> policy = shared_prompt_log_probs(model, tokenizer, ["Liked: Alien, Blade Runner\\nNext:"], [[" Dune", " Cars"]])
+        >>> policy = shared_prompt_log_probs(model, tokenizer, ["Liked: Alien\\nNext:"], [[" Dune", " Cars"]])
         >>> loss = softplus(policy[0][1] - policy[0][0])  # a reference-free pair
         >>> loss.backward()
     """

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.figures.curves import has_values, read_records, series
 
@@ -120,6 +121,8 @@ def read_run(folder: Path) -> Run:
         ) from None
     if not isinstance(config, dict) or not isinstance(environment, dict):
         raise UserError(f"{files[0]}: must hold a mapping of keys to values; was it edited?")
+    if config.get("submit") == SubmitConfig().model_dump(mode="json"):
+        del config["submit"]  # earlier versions wrote it even where it was wholly default
     return Run(folder, config, environment, records)
 
 
