@@ -11,7 +11,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.self_check import disagreement, tolerance
 from dmpo_dist.modeling.token_scorer import TokenScorer
 
-GROUPS = random_groups(5, seed=1, prompt=30)
+GROUPS = random_groups(5, seed=1, prompt=30, k=9)
 
 
 class Forgetful(torch.nn.Module):

@@ -8,6 +8,9 @@ import torch
 from dmpo_dist.batching.layout import group_cost
 from dmpo_dist.data.tokenization import TokenGroup
 
+COMPARED = 8
+"""Most responses of a group that are compared: the longest, and others spread over the group."""
+
 
 def probe(groups: Sequence[TokenGroup], token_budget: int) -> list[TokenGroup]:
     """A few responses of the group with the longest prompt, and where both fit into one row, of that with the shortest.
@@ -52,7 +55,8 @@ def tolerance(log_probs: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 def _few_responses(group: TokenGroup) -> TokenGroup:
-    """``group`` with no responses but the first, the longest and the last."""
+    """``group`` with at most ``COMPARED`` of its responses."""
     lengths = [len(branch) for branch in group.branches]
-    few = sorted({0, lengths.index(max(lengths)), len(lengths) - 1})
+    spread = np.linspace(0, len(lengths) - 1, min(COMPARED - 1, len(lengths))).astype(int).tolist()
+    few = sorted({lengths.index(max(lengths)), *spread})
     return TokenGroup(group.prefix, tuple(group.branches[i] for i in few), tuple(group.scored_from[i] for i in few))
