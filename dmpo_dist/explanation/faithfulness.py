@@ -55,11 +55,6 @@ class Deletion:
         return areas
 
 
-def deletion_curve(values: Values, order: Sequence[int]) -> np.ndarray:
-    """(n,) values without the first k items of ``order``, k = 0 .. n - 1: the last one always stays."""
-    return values([frozenset(order[:k]) for k in range(len(order))])
-
-
 def area_between(upper: np.ndarray, lower: np.ndarray, first: int = 1) -> float:
     """Mean of ``upper - lower`` over k = first .. n - 1, in units of the value; both start from the whole history."""
     return float((upper - lower)[first:].mean())
