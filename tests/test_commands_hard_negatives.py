@@ -20,7 +20,7 @@ from dmpo_dist.config import (
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
 from dmpo_dist.records.log import make_console
 
@@ -52,7 +52,7 @@ def test_the_hardest_come_first(world: Path, tmp_path: Path) -> None:
     old = PreparedData.load(world / "a")
     said: list[str] = []
     new = mine_hard_negatives(model, config, tmp_path / "hard", keep=3, skip_top=1, draw_from=None, echo=said.append)
-    scores = score_requests(model, config, old.train)
+    scores = load_ranking_model(model, config).score_rows(old.train)
     for before, after, (_, *negatives) in zip(old.train, new.train, scores, strict=True):
         order = np.argsort(-np.array(negatives))[1:4]
         assert after["negatives"] == [before["negatives"][place] for place in order]

@@ -19,7 +19,7 @@ from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel
-from dmpo_dist.modeling.routing import choose_backend, use_backend
+from dmpo_dist.modeling.routing import take_route
 from dmpo_dist.objectives.dmpo import Dmpo
 from dmpo_dist.training.groups import groups_of
 
@@ -147,10 +147,9 @@ class LayoutImplementation:
         self.name = "ours" if shared else "unshared"
         self.groups_per_step = self.groups_per_row = 1
         base = make_base(spec)
-        route = choose_backend(base, spec.device, longest, "auto" if shared else "unshared")
+        route = take_route(base, spec.device, longest, "auto" if shared else "unshared")
         if shared and route.backend == "unshared":
             raise UserError(f"--model-config: prompts of this model cannot be shared: {route.reason}")
-        use_backend(base, route.backend)
         if spec.compiled:
             compile_layers(base)
         peft = get_peft_model(base, make_lora()).train()

@@ -69,7 +69,7 @@ def find_model(path: str) -> ModelSource:
         relative = folder / base
         if base.startswith(("/", ".")) and not relative.exists():
             raise UserError(
-                f"{folder / ADAPTER}: its base model {base} is not there; correct base_model_name_or_path to where it is"
+                f"{folder / ADAPTER}: its base model {base} is not there; correct its base_model_name_or_path"
             )
         return ModelSource(path, str(relative.resolve()) if relative.exists() else base, True, stamp)
     if not (folder / "config.json").exists():
@@ -113,16 +113,16 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     beside = Path(source.path)
-    place = source.path if (beside / "tokenizer_config.json").exists() or not source.is_adapter else source.base
+    folder = source.path if (beside / "tokenizer_config.json").exists() or not source.is_adapter else source.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the Rust tokenizers raise plain Exceptions
         raise UserError(
-            f"{place}: no tokenizer could be loaded ({_first_line(error)}); its files, tokenizer.json and "
+            f"{folder}: no tokenizer could be loaded ({_first_line(error)}); its files, tokenizer.json and "
             "tokenizer_config.json, must lie whole beside the model"
         ) from None
     if not tokenizer.is_fast:
-        raise UserError(f"{place}: the tokenizer is not a fast one; convert it, so that there is a tokenizer.json")
+        raise UserError(f"{folder}: the tokenizer is not a fast one; convert it, so that there is a tokenizer.json")
     return tokenizer
 
 
@@ -180,7 +180,7 @@ def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, Referenc
 
 
 def load_for_scoring(path: str, config: ModelConfig) -> Any:
-    """A frozen model in evaluation mode, adapter applied if ``path`` holds one; the process keeps the memory it frees."""
+    """A frozen model in evaluation mode, with the adapter if ``path`` holds one; the process keeps memory it frees."""
     source = find_model(path)
     model = load_causal_lm(source.base, config)
     if source.is_adapter:
@@ -202,8 +202,8 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
             peft.set_adapter("default")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"{source.path}: the adapter does not fit {source.base} ({_first_line(error)}); name the base it was trained on "
-            f"as base_model_name_or_path in its {ADAPTER}"
+            f"{source.path}: the adapter does not fit {source.base} ({_first_line(error)}); name the base it was "
+            f"trained on as base_model_name_or_path in its {ADAPTER}"
         ) from None
     return peft.train() if copy else peft
 
@@ -214,8 +214,9 @@ def _require_low_rank_only(source: ModelSource) -> None:
     for key, harmless in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
         if config.get(key) not in (harmless, [], {}):
             raise UserError(
-                f"{Path(source.path) / ADAPTER}: {key} is {config[key]!r}, so training it on would change the reference as "
-                "well; merge it into its base (dmpo export --merge) and start from that with model.lora set"
+                f"{Path(source.path) / ADAPTER}: {key} is {config[key]!r}, so training it on would change the "
+                "reference as well; merge it into its base (dmpo export --merge) and start from that with model.lora "
+                "set"
             )
 
 
@@ -251,8 +252,8 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
         return get_peft_model(
             model,
             PeftLora(
-                r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM",
-                use_rslora=lora.variant == "rslora", use_dora=lora.variant == "dora",
+                r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0,
+                task_type="CAUSAL_LM", use_rslora=lora.variant == "rslora", use_dora=lora.variant == "dora",
             ),
         ).train()  # fmt: skip
     except ValueError as error:
@@ -332,7 +333,7 @@ def write_stamp(folder: Path, template: TemplateConfig, **facts: Any) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put the finished folder ``new`` in the place of ``target``."""
+    """Replace the folder ``target`` by the finished folder ``new``."""
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

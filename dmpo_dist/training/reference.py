@@ -25,8 +25,8 @@ from torch import Tensor
 from dmpo_dist.batching.layout import Layout
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.scoring import deal_for_scoring, score_micro_batches
 from dmpo_dist.modeling.backbone import STAMP, ModelSource
+from dmpo_dist.modeling.scoring import deal_for_scoring, score_micro_batches
 from dmpo_dist.training.groups import candidate_columns, with_negatives
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.runtime import from_rank_zero

@@ -11,7 +11,7 @@ from dmpo_dist.batching.layout import Layout
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import ranking_metrics
-from dmpo_dist.evaluation.scoring import deal_for_scoring, score_micro_batches
+from dmpo_dist.modeling.scoring import deal_for_scoring, score_micro_batches
 
 METRICS = ("ndcg@10", "hr@1", "hr@10", "mrr", "auc")
 
