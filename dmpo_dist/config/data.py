@@ -26,7 +26,16 @@ class Simulator(Section):
 
 
 Kind = Literal[
-    "simulator", "movielens", "amazon", "recbole", "csv", "jsonl", "parquet", "huggingface", "preferences", "sdpo",
+    "simulator",
+    "movielens",
+    "amazon",
+    "recbole",
+    "csv",
+    "jsonl",
+    "parquet",
+    "huggingface",
+    "preferences",
+    "sdpo",
     "dmpo_released",
 ]
 

@@ -2,15 +2,14 @@
 
 import fcntl
 import hashlib
+import os
 import re
 import shutil
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,30 +18,12 @@ import torch
 
 from dmpo_dist.cache import cache_folder
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.gguf_header import Header, read_header
 from dmpo_dist.modeling.published import PUBLISHED
 
 SUFFIX = ".gguf"
 LICENCE_PATTERNS = ("LICEN[CS]E*", "NOTICE*", "*TERMS*")
 BYTES_PER_WEIGHT = 4  # written in float32: dequantised values are products of a scale and a small integer
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a GGUF file says of itself.
-
-    Attributes:
-        architecture: as llama.cpp names it.
-        tokenizer: kind of vocabulary, such as llama or gpt2; "" where there is none.
-        licence: identifier, "" where none is given.
-        weights: number of weights.
-        end: bytes that the file must have.
-    """
-
-    architecture: str
-    tokenizer: str
-    licence: str
-    weights: int
-    end: int
 
 
 def local_model(path: str) -> str:
@@ -83,7 +64,9 @@ def moved_base(base: str) -> str:
     if not folder_of(digest).exists():
         known = [name for name, model in PUBLISHED.items() if model.sha256 == digest]
         todo = f"run `dmpo models fetch {known[0]}`" if known else "use that file as model.path once, which converts it"
-        raise UserError(f"{base}: the adapter's base was made from the GGUF file of this sha256 and is not here; {todo}")
+        raise UserError(
+            f"{base}: the adapter's base was made from the GGUF file of this sha256 and is not here; {todo}"
+        )
     return str(folder_of(digest))
 
 
@@ -113,7 +96,7 @@ def convert(file: Path, target: Path, echo: Callable[[str], None], licence: str 
     header, began = read_header(file), time.monotonic()
     needed = header.weights * BYTES_PER_WEIGHT
     try:
-        with _alone(target):
+        with _alone(target.parent):
             if target.exists():
                 return
             _require_room(target.parent, needed, file)
@@ -141,33 +124,11 @@ def _convert(file: Path, header: Header, target: Path, licence: str, echo: Calla
         part.mkdir()
         _save(model, tokenizer, part)
         _keep_licence(file, licence or header.licence, part)
+        for path in part.iterdir():
+            path.chmod((part / "README.md").stat().st_mode)  # safetensors lets only the owner read
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def read_header(file: Path) -> Header:
-    """What ``file`` says of itself.
-
-    Raises:
-        UserError: no GGUF file, or one that is cut off.
-    """
-    from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
-
-    try:
-        metadata, _ = read_gguf_metadata(str(file))
-        table = GgufHeader.from_file(str(file))
-    except (struct.error, UnicodeDecodeError) as error:  # reads past the end
-        raise UserError(f"{file}: cut off or damaged ({error}); copy or download it again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as GGUF ({error}); is it the right file?") from None
-    end = max((table.data_start + tensor.offset + tensor.nbytes for tensor in table.tensors), default=0)
-    size = file.stat().st_size
-    if size < end:
-        raise UserError(f"{file}: cut off, {size:,} of {end:,} bytes are there; copy or download it again")
-    weights = sum(torch.Size(tensor.shape).numel() for tensor in table.tensors)
-    kind, licence = metadata.get("tokenizer.ggml.model", ""), metadata.get("general.license", "")
-    return Header(table.architecture, str(kind), str(licence), weights, end)
 
 
 def _load_tokenizer(file: Path, header: Header) -> Any:
@@ -200,7 +161,8 @@ def _load_model(file: Path, header: Header) -> Any:
         raise UserError(f"{file}: lacks {len(lacking)} of the model's weights, such as {lacking[0]}; take another file")
     # save_pretrained refuses a model that came from GGUF, so its weights move into a new one of the same class.
     config = deepcopy(loaded.config)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
@@ -239,14 +201,15 @@ def _keep_licence(file: Path, licence: str, folder: Path) -> None:
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Keep other processes of this machine from converting to the same folder."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.with_name(f".{target.name}.lock")
-    with lock.open("w") as handle:
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep this machine's other processes from converting into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def _require_room(folder: Path, needed: int, file: Path) -> None:

@@ -42,7 +42,9 @@ def read_recbole(folder: Path, columns: dict[str, str], duplicate_titles: str, t
 def _atomic_file(folder: Path) -> Path:
     """The one ``.inter`` file of ``folder``; of several the one with the folder's name."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: data.source.kind=recbole wants the folder with NAME.inter and NAME.item, not a file")
+        raise UserError(
+            f"{folder}: data.source.kind=recbole wants the folder with NAME.inter and NAME.item, not a file"
+        )
     found = sorted(folder.glob("*.inter"))
     named = folder / f"{folder.resolve().name}.inter"
     if len(found) != 1 and named not in found:
@@ -100,7 +102,9 @@ def _read_header(file: Path) -> dict[str, str]:
                 "user_id:token<tab>item_id:token<tab>rating:float<tab>timestamp:float"
             )
         if kind not in TYPES:
-            raise UserError(f"{file}, line 1: field {name!r} has the unknown type {kind!r}; types are {', '.join(TYPES)}")
+            raise UserError(
+                f"{file}, line 1: field {name!r} has the unknown type {kind!r}; types are {', '.join(TYPES)}"
+            )
         if name in types:
             raise UserError(f"{file}, line 1: field {name!r} occurs twice; rename one")
         types[name] = kind
