@@ -78,7 +78,9 @@ def unpack_members(wheel: Path, names: Sequence[str], folder: Path) -> list[Path
 
 
 def _reason(output: str) -> str:
-    """What pip gives as errors, each once; its last lines where it marks none."""
+    """What pip gives as errors, each once; the end of its output where it marks none or shows a traceback."""
     lines = [line.strip() for line in output.strip().splitlines() if line.strip()]
+    if "ERROR: Exception:" in lines:
+        return lines[-1]
     marked = [line for line in lines if line.startswith(("ERROR:", "WARNING: Retrying"))]
     return "\n".join(list(dict.fromkeys(marked or lines))[-SHOWN_LINES:]) or "it gave no reason"

@@ -88,7 +88,8 @@ def _value(content: BinaryIO, kind: int) -> Any:
     kind, count = _unpack(content, "IQ")
     if kind == STRING:
         for _ in range(count):
-            content.seek(*_unpack(content, "Q"), 1)
+            (length,) = _unpack(content, "Q")
+            content.seek(length, 1)
     else:
         content.seek(count * struct.calcsize(SCALARS[kind]), 1)
     return None
