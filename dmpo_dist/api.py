@@ -50,7 +50,8 @@ def prepare(
         UserError: a malformed log, no group left, or a leak; see ``dmpo data prepare``.
 
     Example:
-        >>> data = dmpo.prepare(frame, columns={"user": "customer", "item": "sku", "timestamp": "time", "title": "name"})
+        >>> columns = {"user": "customer", "item": "sku", "timestamp": "time", "title": "name"}
+        >>> data = dmpo.prepare(frame, columns=columns)
     """
     with TemporaryDirectory(prefix="dmpo-") as scratch:
         source: dict[str, Any] = {"columns": dict(columns or {})}
@@ -147,7 +148,7 @@ def evaluate(
         models: name in the table -> trained model, model folder or hub id.
         baselines: names of ``evaluation.baselines``.
         against: names that all others are compared with, paired by user; none compares dmpo with all others.
-        folder: for evaluation.json, evaluation.md and scores.parquet; None is the first free one of runs/evaluation, ...
+        folder: for evaluation.json, evaluation.md and scores.parquet; None is the first free runs/evaluation-N.
         seed: of the bootstrap and of the random baseline.
         settings: further keys, such as ``{"model.dtype": "bfloat16"}``.
 

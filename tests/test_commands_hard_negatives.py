@@ -80,7 +80,7 @@ def test_hard_negatives_drawn_among_the_hardest(world: Path, tmp_path: Path) -> 
     assert drawn[0].fingerprint == drawn[1].fingerprint
     ranks = set()
     for before, after, (_, *negatives) in zip(
-        old.train, drawn[0].train, score_requests(model, config, old.train), strict=True
+        old.train, drawn[0].train, load_ranking_model(model, config).score_rows(old.train), strict=True
     ):
         order = [before["negatives"][index] for index in np.argsort(-np.array(negatives))]
         chosen = [order.index(title) for title in after["negatives"]]

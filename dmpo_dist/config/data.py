@@ -26,7 +26,17 @@ class Simulator(Section):
 
 
 Kind = Literal[
-    "simulator", "movielens", "amazon", "csv", "jsonl", "parquet", "huggingface", "preferences", "sdpo", "dmpo_released"
+    "simulator",
+    "movielens",
+    "amazon",
+    "recbole",
+    "csv",
+    "jsonl",
+    "parquet",
+    "huggingface",
+    "preferences",
+    "sdpo",
+    "dmpo_released",
 ]
 
 
@@ -34,16 +44,16 @@ class Source(Section):
     """Where interactions (or ready preference rows) come from."""
 
     kind: Kind = "simulator"
-    """Interactions: simulator | movielens | amazon (folders in the official layouts) | csv | jsonl | parquet |
-    huggingface. Ready rows: preferences (TRL's) | sdpo (history, itemList, trueSelection) | dmpo_released
-    (the authors' JSON)."""
+    """Interactions: simulator | movielens | amazon (folders in the official layouts) | recbole (a folder of atomic
+    files) | csv | jsonl | parquet | huggingface. Ready rows: preferences (TRL's) | sdpo (history, itemList,
+    trueSelection) | dmpo_released (the authors' JSON)."""
     path: Path | None = None
     """File or folder to read (or a hub id for huggingface); not used by the simulator."""
     items_path: Path | None = None
     """File with item, title and optional genres, when the interactions file holds no titles."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """For csv, jsonl, parquet and huggingface: our column name -> the file's, for user, item, rating, timestamp, title,
-    genres."""
+    """For recbole, csv, jsonl, parquet and huggingface: our column name -> the file's, for user, item, rating,
+    timestamp, title, genres."""
     duplicate_titles: Literal["error", "merge"] = "error"
     """What to do when two items share one title: stop, or merge them into one item (the number is printed)."""
     tolerated_rows: float = Field(0.0, ge=0, lt=1)

@@ -18,7 +18,9 @@ from torch import nn
 from dmpo_dist import __version__
 from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.gguf import local_model, moved_base
 from dmpo_dist.modeling.memory import keep_freed_memory
+from dmpo_dist.modeling.published import PUBLISHED
 from dmpo_dist.modeling.quantize import keep_arithmetic, quantization_config, require_trainable
 
 STAMP = "dmpo.json"
@@ -43,11 +45,12 @@ class ModelSource:
 
 
 def find_model(path: str) -> ModelSource:
-    """Look at a model folder or hub id without loading weights.
+    """Look at a model folder, GGUF file, name of a fetched model or hub id; a new GGUF file is converted first.
 
     Raises:
         UserError: a folder that is not there or holds no model, or a damaged file in it.
     """
+    path = local_model(path)
     folder = Path(path)
     if not folder.exists():
         if (
@@ -56,8 +59,8 @@ def find_model(path: str) -> ModelSource:
             or (folder.parent.exists() and folder.parent != Path("."))
         ):
             raise UserError(
-                f"{path}: there is no such model folder; correct model.path or --model to a model folder or a hub id "
-                "such as org/name"
+                f"{path}: there is no such model folder; correct model.path or --model to a model folder, a GGUF file "
+                f"or a hub id such as org/name; or fetch one of {', '.join(PUBLISHED)} by `dmpo models fetch`"
             )
         return ModelSource(path, path, False, {})
     stamp = _read_json(folder / STAMP) if (folder / STAMP).exists() else {}
@@ -66,6 +69,7 @@ def find_model(path: str) -> ModelSource:
         if not base:
             raise UserError(f"{folder / ADAPTER}: names no base model; set its base_model_name_or_path")
         _check_weights(folder)
+        base = moved_base(base)
         relative = folder / base
         if base.startswith(("/", ".")) and not relative.exists():
             raise UserError(

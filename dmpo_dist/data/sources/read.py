@@ -9,6 +9,7 @@ from dmpo_dist.data.cleaning import LOG_COLUMNS, assemble
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.amazon import read_amazon
 from dmpo_dist.data.sources.movielens import read_movielens
+from dmpo_dist.data.sources.recbole import read_recbole
 from dmpo_dist.data.sources.simulator import simulate
 from dmpo_dist.data.tables import EVENT_COLUMNS, as_strings, pick, read_table
 from dmpo_dist.errors import UserError
@@ -38,6 +39,8 @@ def load_interactions(source: Source, seed: int) -> Interactions:
         return read_movielens(path, source.duplicate_titles, source.tolerated_rows)
     if source.kind == "amazon":
         return read_amazon(path, source.category, source.duplicate_titles, source.tolerated_rows)
+    if source.kind == "recbole":
+        return read_recbole(path, source.columns, source.duplicate_titles, source.tolerated_rows)
     return _own_log(read_table(path, source.kind), path, names, source)
 
 
