@@ -5,6 +5,7 @@ Each function does what the command of its name does, and takes any key of the c
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -56,7 +57,7 @@ def prepare(
     with TemporaryDirectory(prefix="dmpo-") as scratch:
         source: dict[str, Any] = {"columns": dict(columns or {})}
         path = _as_file(log, Path(scratch) / "log.parquet", dict(columns or {}).get("rating", "rating"))
-        source |= {"path": path, "kind": kind_of(path)}
+        source |= {"path": path, "kind": dict(settings or {}).get("data.source.kind") or kind_of(path)}
         if titles is not None:
             source["items_path"] = _as_file(titles, Path(scratch) / "titles.parquet")
         config = config_of({"seed": seed, "data.source": source} | dict(settings or {}))
@@ -105,13 +106,16 @@ def train(
     """
     from dmpo_dist.commands.train import run_stage
     from dmpo_dist.records.log import make_console
+    from dmpo_dist.training.engine import single_rank
 
     start = model.source.path if isinstance(model, RankingModel) else str(model)
     given = {"data.shots": shots, "seed": seed, "cluster.workers": workers, "model.path": start}
     if stage == "preference":
         given |= {"objective.name": objective, "train.negatives": negatives}
     config = _run_config(data, folder, "sft" if stage == "sft" else objective, given | dict(settings or {}))
-    return load(run_stage(stage, config, make_console(), here=not _needs_ray(config)), settings=settings)
+    with nullcontext() if _needs_ray(config) else single_rank():
+        folder_of_model = run_stage(stage, config, make_console())
+    return load(folder_of_model, settings=settings)
 
 
 def load(path: str | Path, *, settings: Settings | None = None) -> RankingModel:

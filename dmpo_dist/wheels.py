@@ -59,8 +59,8 @@ def fetch_wheel(wheel: Wheel, folder: Path, offline: Path | None, echo: Callable
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if digest != wheel.sha256:
         raise UserError(
-            f"{file.name}: its sha256 is {digest}, expected is {wheel.sha256}; it was altered or cut off on its way, so "
-            "nothing of it was used: fetch it again or from another index"
+            f"{file.name}: its sha256 is {digest}, expected is {wheel.sha256}; it was altered or cut off on its way, "
+            "so nothing of it was used: fetch it again or from another index"
         )
     return file
 

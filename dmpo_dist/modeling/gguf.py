@@ -53,7 +53,7 @@ def local_model(path: str) -> str:
 
 
 def moved_base(base: str) -> str:
-    """The base an adapter names; one in another machine's or user's cache of GGUF files is looked for in the cache here.
+    """The base an adapter names; one in another user's or machine's cache of GGUF files is looked for in our own.
 
     Raises:
         UserError: it is such a one and not here.
@@ -104,8 +104,8 @@ def convert(file: Path, target: Path, echo: Callable[[str], None], licence: str 
             _convert(file, header, target, licence, echo)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}); free some room or set XDG_CACHE_HOME to a folder "
-            f"with {_gigabytes(needed)} free"
+            f"{target}: cannot be written ({error.strerror or error}); free some room or set XDG_CACHE_HOME to a "
+            f"folder with {_gigabytes(needed)} free"
         ) from None
     echo(f"{target}: ready after {time.monotonic() - began:.0f} s")
 
@@ -114,8 +114,8 @@ def _convert(file: Path, header: Header, target: Path, licence: str, echo: Calla
     tokenizer, model = _load_tokenizer(file, header), _load_model(file, header)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"{file}: {len(tokenizer)} tokens, but the model embeds {model.config.vocab_size}; its tokenizer is not the "
-            "model's, so convert it anew from the original"
+            f"{file}: {len(tokenizer)} tokens, but the model embeds {model.config.vocab_size}; its tokenizer is not "
+            "the model's, so convert it anew from the original"
         )
     echo(f"writing {target}")
     part = target.with_name(target.name + ".part")
@@ -174,8 +174,8 @@ def _load_model(file: Path, header: Header) -> Any:
 def _not_convertible(file: Path, header: Header, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(
-        f"{file}: transformers cannot convert its architecture {header.architecture!r} with tokenizer {header.tokenizer!r} "
-        f"({reason}); take the model in Hugging Face's format"
+        f"{file}: transformers cannot convert its architecture {header.architecture!r} with tokenizer "
+        f"{header.tokenizer!r} ({reason}); take the model in Hugging Face's format"
     )
 
 
@@ -216,8 +216,8 @@ def _require_room(folder: Path, needed: int, file: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder}: {_gigabytes(free)} free, but {file.name} dequantised takes {_gigabytes(needed)}; free some room or "
-            "set XDG_CACHE_HOME to a folder on a larger disk"
+            f"{folder}: {_gigabytes(free)} free, but {file.name} dequantised takes {_gigabytes(needed)}; free some "
+            "room or set XDG_CACHE_HOME to a folder on a larger disk"
         )
 
 

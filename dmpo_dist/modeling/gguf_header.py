@@ -1,4 +1,7 @@
-"""What a GGUF file says of itself before its weights; read in a moment, where the library's reader takes half a minute."""
+"""What a GGUF file says of itself before its weights.
+
+It is read in a moment, where the library's reader takes half a minute.
+"""
 
 import struct
 from dataclasses import dataclass

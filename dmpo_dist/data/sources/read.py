@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.config.data import Source
+from dmpo_dist.config.data import Kind, Source
 from dmpo_dist.data.cleaning import LOG_COLUMNS, assemble
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.amazon import read_amazon
 from dmpo_dist.data.sources.movielens import read_movielens
 from dmpo_dist.data.sources.recbole import read_recbole
 from dmpo_dist.data.sources.simulator import simulate
-from dmpo_dist.data.tables import EVENT_COLUMNS, as_strings, pick, read_table
+from dmpo_dist.data.tables import EVENT_COLUMNS, SUFFIX_KINDS, as_strings, pick, read_table
 from dmpo_dist.errors import UserError
 
 READY_ROWS = ("preferences", "sdpo", "dmpo_released")
@@ -42,6 +42,29 @@ def load_interactions(source: Source, seed: int) -> Interactions:
     if source.kind == "recbole":
         return read_recbole(path, source.columns, source.duplicate_titles, source.tolerated_rows)
     return _own_log(read_table(path, source.kind), path, names, source)
+
+
+def kind_of(path: Path) -> Kind:
+    """The ``data.source.kind`` of what lies at ``path``, by its name or, for a folder, by the files in it.
+
+    Raises:
+        UserError: nothing is there, or nothing that tells its kind.
+    """
+    existing(path, "there is no log at this path")
+    suffix = path.suffix.removesuffix(".gz") or path.with_suffix("").suffix
+    if path.is_file() and suffix in SUFFIX_KINDS:
+        return SUFFIX_KINDS[suffix]
+    by_content: dict[str, Kind] = {
+        "ratings.*": "movielens",
+        "u.data": "movielens",
+        "*.inter": "recbole",
+        "*.parquet": "parquet",
+        "state.json": "huggingface",
+    }
+    for pattern, kind in by_content.items():
+        if path.is_dir() and any(path.glob(pattern)):
+            return kind
+    raise UserError(f"{path}: neither its name nor what is in it tells what it is; set data.source.kind")
 
 
 def existing(path: Path | None, what: str) -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.data.assemble import assemble
+from dmpo_dist.data.cleaning import assemble
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.movielens import MOVIELENS_TERMS
 from dmpo_dist.data.tables import EVENT_COLUMNS, pick, read_delimited
@@ -118,6 +118,6 @@ def _check_widths(file: Path, fields: int) -> None:
             found = line.count(b"\t") + 1
             if found != fields and line.strip():
                 raise UserError(
-                    f"{file}, line {number}: {found} fields, the header names {fields}; separate fields by one tab each "
-                    "and leave empty ones in"
+                    f"{file}, line {number}: {found} fields, the header names {fields}; separate fields by one tab "
+                    "each and leave empty ones in"
                 )
