@@ -14,7 +14,12 @@ import pandas as pd
 from dmpo_dist.errors import UserError
 
 EVENT_COLUMNS = ["user", "item", "rating", "timestamp"]
-SUFFIX_KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+SUFFIX_KINDS: dict[str, Literal["csv", "jsonl", "parquet"]] = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+}
 
 
 def read_table(path: Path, kind: str | None = None) -> pd.DataFrame:
