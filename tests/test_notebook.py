@@ -25,7 +25,7 @@ def test_the_notebook_runs(tmp_path):
     ranked = next(texts(index) for source, index in cells.items() if source.startswith("history"))
     assert ranked.count("RankedTitle") == 4
     table = next(texts(index) for source, index in cells.items() if source.startswith("result"))
-    assert "sft" in table and "dmpo" in table and "popularity" in table
+    assert all(name in table for name in ("sft", "dmpo", "popularity"))
     steps = next(texts(index) for source, index in cells.items() if source.startswith("import torch"))
     first, last = (float(line.split()[-1]) for line in (steps.splitlines()[0], steps.splitlines()[-1]))
     assert first == pytest.approx(0.896, abs=1e-3)  # (log 3 + log 2) / 2: the policy is the reference
