@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dmpo_dist.artifacts.files import write_whole
+
 # Okabe-Ito: told apart by colour-blind readers and in grey.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 RIVALS = {"trl": "TRL DPOTrainer", "unshared": "our separate rows"}
@@ -51,8 +53,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def write_json(result: dict[str, Any], file: Path) -> None:
     """Write ``result``."""
-    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def draw(result: dict[str, Any], file: Path) -> None:

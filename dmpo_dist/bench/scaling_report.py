@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.figures.curves import BLUE, GREEN, GREY, ORANGE, PURPLE
 
 SETTING = ["zero", "offload", "token_budget"]
@@ -82,7 +83,7 @@ def report_scaling(results: Sequence[dict[str, Any]], folder: Path, console: Con
     ]
     lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     lines += ["| " + " | ".join(row) + " |" for row in cells] + ["", EXPLANATION + "."]
-    (folder / "scaling.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / "scaling.md", "\n".join(lines) + "\n")
     draw_scaling(table, folder / "scaling.png")
     terminal = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +10,8 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from dmpo_dist.artifacts.dataset import DatasetCard, LeakFinding
+from dmpo_dist.artifacts.files import whole_folder, write_whole
 from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import data_card
 from dmpo_dist.data.groups import Rows
@@ -47,8 +46,8 @@ def check(path: Path, echo: Callable[[str], None]) -> None:
 
 def sample_rows(rows: Dataset) -> list[dict[str, Any]]:
     """At most ``CHECKED_ROWS`` rows, at equal distances."""
-    places = np.unique(np.linspace(0, len(rows) - 1, min(CHECKED_ROWS, len(rows))).astype(int))
-    return rows.select(places).to_list() if len(rows) else []
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(CHECKED_ROWS, len(rows))).astype(int))
+    return rows.select(chosen).to_list() if len(rows) else []
 
 
 def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Callable[[str], None]) -> PreparedData:
@@ -61,8 +60,9 @@ def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Ca
     rows = {split: changed[split] if split in changed else getattr(data, split).to_list() for split in SPLITS}
     found = {"items": data.items, "interactions": data.interactions}
     tables = {name: table for name, table in found.items() if table is not None}
-    card = data.card | {"notes": [*data.card["notes"], note], "fingerprint": fingerprint(rows, data.items)}
-    card["leaks"] = checked_for_leaks(rows, data.interactions, card, echo, allow=True)
+    changed_card = {"notes": [*data.card.notes, note], "fingerprint": fingerprint(rows, data.items)}
+    card = data.card.model_copy(update=changed_card)
+    card.leaks = checked_for_leaks(rows, data.interactions, card, echo, allow=True)
     write_folder(output, rows, tables, card)
     return PreparedData.load(output)
 
@@ -73,18 +73,18 @@ def require_free(output: Path) -> None:
 
 
 def _say_findings(
-    rows: Rows, events: pd.DataFrame | None, card: dict[str, Any], echo: Callable[[str], None]
+    rows: Rows, events: pd.DataFrame | None, card: DatasetCard, echo: Callable[[str], None]
 ) -> list[Finding]:
-    leave_one_out = card["config"].get("split") == "leave_one_out"
-    findings = check_leaks(rows, events, card.get("shown_at"), leave_one_out)
+    leave_one_out = card.config.get("split") == "leave_one_out"
+    findings = check_leaks(rows, events, card.shown_at, leave_one_out)
     for line in finding_lines(findings):
         echo(line)
     return findings
 
 
 def checked_for_leaks(
-    rows: Rows, events: pd.DataFrame | None, card: dict[str, Any], echo: Callable[[str], None], allow: bool
-) -> list[dict[str, Any]]:
+    rows: Rows, events: pd.DataFrame | None, card: DatasetCard, echo: Callable[[str], None], allow: bool
+) -> list[LeakFinding]:
     """The findings for the card; raises UserError for leaks that are not allowed."""
     findings = _say_findings(rows, events, card, echo)
     found = leaks(findings)
@@ -119,9 +119,14 @@ def make_card(
     notes: list[str],
     rows: Mapping[str, SplitRows],
     tables: Mapping[str, pd.DataFrame],
-) -> dict[str, Any]:
-    """What ``dataset.json`` holds, but for the cuts and drops of a log."""
-    return {
+    log: Mapping[str, Any] | None = None,
+) -> DatasetCard:
+    """The card of ``rows`` and ``tables``, but for the findings of the leak check.
+
+    Args:
+        log: cuts and drops, of rows that were made from a log (see ``facts_of``).
+    """
+    content = {
         "format_version": FORMAT_VERSION,
         "name": name,
         "seed": seed,
@@ -135,9 +140,10 @@ def make_card(
         "fingerprint": fingerprint(rows, tables.get("items")),
         "config": config.model_dump(mode="json"),
     }
+    return DatasetCard.model_validate(content | dict(log or {}))
 
 
-def write_folder(output: Path, rows: Rows, tables: dict[str, pd.DataFrame], card: dict[str, Any]) -> None:
+def write_folder(output: Path, rows: Rows, tables: dict[str, pd.DataFrame], card: DatasetCard) -> None:
     """Write rows, tables and card to ``output``, which appears whole or not at all."""
     with whole_folder(output) as partial:
         for split in (split for split in SPLITS if rows[split]):
@@ -148,27 +154,13 @@ def write_folder(output: Path, rows: Rows, tables: dict[str, pd.DataFrame], card
         write_card(partial, card)
 
 
-@contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """A sibling folder to write to, which becomes ``output`` at the end; after an error nothing stays."""
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error}); choose another data.path") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def save_split(rows: Dataset, folder: Path) -> None:
     """Save a split; an empty one has no folder, as ``datasets`` cannot read it back."""
     if len(rows):
         rows.save_to_disk(str(folder))
 
 
-def write_card(folder: Path, card: dict[str, Any]) -> None:
+def write_card(folder: Path, card: DatasetCard) -> None:
     """The card for programs and for people."""
-    (folder / "dataset.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "card.md").write_text(data_card(card), encoding="utf-8")
+    card.write(folder)
+    write_whole(folder / "card.md", data_card(card))

@@ -48,15 +48,15 @@ def prepare(
         if titles is not None:
             tables["items"] = pd.DataFrame({"item": titles, "title": titles, "genres": ""})
         card = make_card(config, seed, preferences.name, preferences.notes, rows, tables)
-        card["users"], card["shown_at"] = preferences.users(), preferences.shown_at()
+        card.users, card.shown_at = preferences.users(), preferences.shown_at()
     else:
         log = core(load_interactions(config.source, seed), config.k_core)
         rows, facts, notes = groups_of_log(log, config, seed)
         tables = {"items": log.items, "interactions": log.events}
-        card = make_card(config, seed, log.name, [*log.notes, *notes], rows, tables) | facts
-    for note in card["notes"]:
+        card = make_card(config, seed, log.name, [*log.notes, *notes], rows, tables, facts)
+    for note in card.notes:
         echo(note)
-    card["leaks"] = checked_for_leaks(rows, tables.get("interactions"), card, echo, allow_leaks)
+    card.leaks = checked_for_leaks(rows, tables.get("interactions"), card, echo, allow_leaks)
     echo(summary(card))
     write_folder(output, rows, tables, card)
     return PreparedData.load(output)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.assemble import LOG_COLUMNS, MILLISECONDS, items_of_events, unique_titles
 from dmpo_dist.data.card import summary
@@ -27,7 +28,6 @@ from dmpo_dist.data.folder import (
     make_card,
     sample_rows,
     save_split,
-    whole_folder,
     write_card,
 )
 from dmpo_dist.data.groups import facts_of, log_rows, requests_of, require_groups, with_enough_candidates
@@ -68,18 +68,24 @@ def prepare_stream(config: DataConfig, seed: int, output: Path, echo: Callable[[
         dropped["validation"]["over_max_validation_users"] = left_out
         tables = {"items": log.items, "interactions": pd.DataFrame()}
         batched = {split: _Rows(rows[split]) for split in SPLITS}
-        card = make_card(config, seed, log.name, log.notes, batched, tables) | facts_of(
-            log.cuts, {split: dict(dropped[split]) for split in SPLITS}
+        card = make_card(
+            config,
+            seed,
+            log.name,
+            log.notes,
+            batched,
+            tables,
+            facts_of(log.cuts, {split: dict(dropped[split]) for split in SPLITS}),
         )
         if max(map(len, rows.values())) > CHECKED_ROWS:
-            card["notes"].append(
+            card.notes.append(
                 f"Leak check on {CHECKED_ROWS} rows of a split at equal distances, and on their users' events."
             )
-        for note in card["notes"]:
+        for note in card.notes:
             echo(note)
         sample = {split: sample_rows(rows[split]) for split in SPLITS}
         users = {row["user"] for part in sample.values() for row in part}
-        card["leaks"] = checked_for_leaks(sample, log.events_of(users), card, echo, allow_leaks)
+        card.leaks = checked_for_leaks(sample, log.events_of(users), card, echo, allow_leaks)
         for split in SPLITS:
             save_split(rows[split], folder / split)
         log.items.to_parquet(folder / "items.parquet", index=False)

@@ -126,7 +126,7 @@ def reference_of(source: ModelSource, asked: str | None) -> str | None:
             )
         return source.base
     if asked == "start":
-        start = source.stamp.get("start")
+        start = source.stamp.start
         if not start:
             raise UserError(
                 f"ranking.reference=start: {source.path} does not say what it was started from; name that model's folder"

@@ -1,15 +1,13 @@
 """Training curves of one run as a PNG."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from dmpo_dist.artifacts.log import StepRecord, ValidationRecord, by_step, read_log
 
 # Okabe-Ito: told apart by colour-blind readers and in grey.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
@@ -33,11 +31,12 @@ def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "n
     Positive and negative log-probs share a panel, so that a margin that grows while the positive falls is seen.
 
     Args:
-        metrics_file: JSON lines with ``kind`` ("train" or "validation"), ``step`` and numbers; null and NaN are gaps.
+        metrics_file: a run's metrics.jsonl; null and NaN are gaps.
         output: the PNG; its folder is made.
         select_metric: the best step of this validation metric is marked; None marks none.
     """
-    train, validation = series(read_records(Path(metrics_file)))
+    records = read_log(metrics_file).records
+    train, validation = by_step(records, StepRecord), by_step(records, ValidationRecord)
     panels = {title: s for title, s in TRAIN_PANELS.items() if any(has_values(train, column) for column in s)}
     metrics = {name: (name, colour) for name, colour in VALIDATION_COLOURS.items() if has_values(validation, name)}
     if metrics:
@@ -60,31 +59,6 @@ def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "n
         figure.text(0.5, 0.5, "no metrics were logged", ha="center", va="center", color=GREY)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, format="png")
-
-
-def read_records(metrics_file: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in order, without the half line that a run killed while writing leaves."""
-    records = []
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "kind" in record:
-            records.append(record)
-    return records
-
-
-def series(records: Sequence[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train and validation figures by step; where a resumed run logged a step again, its last record counts."""
-    stepped = [record for record in records if record.get("step") is not None]
-    frame = pd.DataFrame(stepped, columns=sorted({"kind", "step"}.union(*stepped)))
-    numbers = frame.drop(columns="kind").apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan)
-    train, validation = (
-        numbers[frame["kind"] == kind].drop_duplicates("step", keep="last").sort_values("step").set_index("step")
-        for kind in ("train", "validation")
-    )
-    return train, validation
 
 
 def has_values(frame: pd.DataFrame, column: str) -> bool:

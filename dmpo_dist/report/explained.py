@@ -1,7 +1,7 @@
 """Explanations of single rankings, and how faithful they were measured to be."""
 
+from dmpo_dist.artifacts.explanations import ExplainedRequest, Faithfulness
 from dmpo_dist.explanation.words import signed
-from dmpo_dist.report.records import ExplainedRequest, Faithfulness
 from dmpo_dist.report.svg import Figure, IntervalRow, Line, Panel, bar, interval_chart, line_chart
 from dmpo_dist.report.tables import Cell, Table
 from dmpo_dist.report.words import MISSING, interval, number

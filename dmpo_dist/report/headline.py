@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from dmpo_dist.artifacts.evaluation import Comparison, Evaluation
+from dmpo_dist.artifacts.explanations import Explanations
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import Material
 from dmpo_dist.report.intervals import BASELINES
-from dmpo_dist.report.records import Comparison, Evaluation, Explanations
 from dmpo_dist.report.study import SWEEP_METRIC, at_home, labels
 from dmpo_dist.report.words import candidates, interval, joined, metric_name, number, verdict
 
@@ -67,7 +68,7 @@ def _training(material: Material, evaluation: Evaluation | None) -> str:
     run = runs[name]
     done, total = run.steps
     steps = f"{done} of {total} steps" if total else f"{done} steps"
-    data = f", on {joined([str(card.content['name']) for card in material.cards])}" if material.cards else ""
+    data = f", on {joined([card.content.name for card in material.cards])}" if material.cards else ""
     others = f" It is one of {len(runs)} training runs here." if len(runs) > 1 else ""
     return f"{name}: {describe_run(run)}, {steps}{'' if run.end else ', not finished'}{data}.{others}"
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
+from dmpo_dist.artifacts.evaluation import Comparison, Evaluation, Metrics, Stratum
 from dmpo_dist.config.evaluation import Baseline
-from dmpo_dist.report.records import Comparison, Evaluation, Metrics, Stratum
 from dmpo_dist.report.svg import Figure, IntervalRow, interval_chart
 from dmpo_dist.report.words import interval, metric_name, number
 

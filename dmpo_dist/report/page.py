@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import dmpo_dist
+from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.errors import UserError
 from dmpo_dist.report.gather import MARK, Material, gather, is_report
 from dmpo_dist.report.parts import make_page
@@ -37,7 +38,7 @@ def write_report(folders: Sequence[Path], output: Path, explanations: bool, echo
     material = gather(folders, explanations)
     content = render(material)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(content)
+    write_whole(output, content)
     for note in material.notes:
         echo(f"note: {note}")
     echo(f"written: {output} ({size(len(content))}, one file, nothing in it is loaded from elsewhere)")

@@ -7,13 +7,15 @@ from itertools import combinations
 import pandas as pd
 import yaml
 
+from dmpo_dist.artifacts.evaluation import SCORES_FILE, Evaluation
+from dmpo_dist.artifacts.explanations import ExplainedRequest, Explanations
+from dmpo_dist.evaluation.metrics import sure_hits
 from dmpo_dist.evaluation.seeds import split_name
 from dmpo_dist.explanation.words import by_word
 from dmpo_dist.records.compare import evaluation_of, paired_lines
 from dmpo_dist.report import curves, explained, facts, intervals, study, tables
-from dmpo_dist.report.gather import DataCard, Material
+from dmpo_dist.report.gather import Material, ReportedData
 from dmpo_dist.report.headline import describe_run, headline
-from dmpo_dist.report.records import Evaluation, ExplainedRequest, Explanations
 from dmpo_dist.report.svg import Figure
 from dmpo_dist.report.tables import Table
 from dmpo_dist.report.words import candidates
@@ -190,15 +192,18 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
     catalogue, catalogue_all = None, None
     if e.catalogue is not None:
         items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
-        few = tables.first_metrics(e.catalogue.models)
+        ranked = e.catalogue.all_metrics()
+        few = tables.first_metrics(ranked)
         catalogue = tables.metrics_table(f"Among {items}, those a user had taken left out", few)
-        if few != e.catalogue.models:
-            catalogue_all = tables.metrics_table(f"All metrics among {items}", e.catalogue.models)
+        if few != ranked:
+            catalogue_all = tables.metrics_table(f"All metrics among {items}", ranked)
     strata = {
         WAYS.get(way, way.replace("_", " ")): StrataPart(
             figures,
             [
-                tables.metrics_table(f"{name}: {stratum.requests} requests", stratum.models, e.sure_hits)
+                tables.metrics_table(
+                    f"{name}: {stratum.requests} requests", stratum.models, sure_hits(e.most_negatives)
+                )
                 for name, stratum in e.strata[way].items()
             ],
         )
@@ -209,9 +214,13 @@ def _evaluation(e: Evaluation) -> EvaluationPart:
         notes=e.notes,
         lines=facts.evaluation_lines(e),
         models=tables.metrics_table(
-            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates", first, e.sure_hits
+            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates",
+            first,
+            sure_hits(e.most_negatives),
         ),
-        all_metrics=tables.metrics_table("All metrics", e.models, e.sure_hits) if first != e.models else None,
+        all_metrics=tables.metrics_table("All metrics", e.models, sure_hits(e.most_negatives))
+        if first != e.models
+        else None,
         figures=intervals.model_figures(e),
         seeds=tables.seeds_table(e) if e.seeds else None,
         catalogue=catalogue,
@@ -228,7 +237,7 @@ def _other_pairs(material: Material) -> list[str]:
     A run that is one seed of a model has that beside its name: the model's name alone stands for all seeds.
     """
     folders = material.evaluation_folders
-    scored = [folder for folder in folders.values() if (folder / "scores.parquet").exists()]
+    scored = [folder for folder in folders.values() if (folder / SCORES_FILE).exists()]
     found = {name: evaluation_of(run, scored) for name, run in material.runs.items()}
     places = {name: place for name, place in found.items() if place is not None}
     by_folder = {folder: material.evaluations[name] for name, folder in folders.items()}
@@ -278,23 +287,22 @@ def _explanations(x: Explanations) -> ExplanationsPart:
     )
 
 
-def _data(card: DataCard) -> DataPart:
+def _data(card: ReportedData) -> DataPart:
     content = card.content
-    cuts = content.get("cuts")
-    config = content.get("config") or {}
-    lines = [f"Validation from {cuts['validation']['utc']}, test from {cuts['test']['utc']}."] if cuts else []
-    lines += map(str, content.get("notes") or [])
-    lines.append(f"Fingerprint {content['fingerprint']}, seed {content.get('seed')}.")
+    cuts = content.cuts
+    lines = [f"Validation from {cuts['validation'].utc}, test from {cuts['test'].utc}."] if cuts else []
+    lines += content.notes
+    lines.append(f"Fingerprint {content.fingerprint}, seed {content.seed}.")
     if card.trained:
         lines.append(f"By its fingerprint what these runs were trained on: {', '.join(card.trained)}.")
     if card.others:
         lines.append(f"Not what these runs were trained on: {', '.join(card.others)}.")
     return DataPart(
-        name=str(content["name"]),
+        name=content.name,
         counts=facts.counts_table(card),
         leaks=facts.leaks_table(card),
         lines=lines,
-        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(content.config, sort_keys=False, allow_unicode=True),
     )
 
 

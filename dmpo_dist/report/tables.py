@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.artifacts.evaluation import Comparison, Evaluation, Metrics
+from dmpo_dist.evaluation.metrics import METRICS, sure_hits
 from dmpo_dist.evaluation.tables import seeds_note
-from dmpo_dist.report.records import Comparison, Evaluation, Metrics
 from dmpo_dist.report.words import interval, metric_name, number, verdict
 
 NOT_BETTER = ("coverage@10", "gini@10")
@@ -98,7 +98,7 @@ def seeds_table(evaluation: Evaluation) -> Table:
     """Mean over seeds, the smallest and the largest."""
     seeds = evaluation.seeds
     there = {m for of_model in seeds.values() for of_seed in of_model.values() for m in of_seed}
-    metrics = [m for m in FIRST if m in there.difference(evaluation.sure_hits)]
+    metrics = [m for m in FIRST if m in there.difference(sure_hits(evaluation.most_negatives))]
     rows = []
     for name, of_model in seeds.items():
         cells = [Cell(name, kind="code"), Cell(str(len(of_model)))]

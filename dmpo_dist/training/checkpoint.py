@@ -1,7 +1,6 @@
 """Saving what training needs to go on, and what people use afterwards."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import find_model, replace_folder, write_stamp
+from dmpo_dist.modeling.backbone import find_model, write_stamp
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.training.engine import gathered_state
 from dmpo_dist.training.job import Job
@@ -54,15 +54,12 @@ def save_model(
     adapter_only = hasattr(module.causal_lm, "peft_config")
     state = gathered_state(module.causal_lm, stage3, keep=rank == 0, trained_only=adapter_only)
     if rank == 0:
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _write_weights(module.causal_lm, part, state)
-        tokenizer.save_pretrained(part)
-        behind = {"stages": 1 + find_model(job.start).stamp.get("stages", 0)}
+        behind = {"stages": 1 + find_model(job.start).stamp.stages}
         base = {"quantization": job.config.model.quantization}
-        write_stamp(part, job.config.template, stage=job.kind, start=job.start, **behind, **base, **facts)
-        replace_folder(part, folder)
+        with whole_folder(folder, replace=True) as part:
+            _write_weights(module.causal_lm, part, state)
+            tokenizer.save_pretrained(part)
+            write_stamp(part, job.config.template, stage=job.kind, start=job.start, **behind, **base, **facts)
     dist.barrier()
 
 

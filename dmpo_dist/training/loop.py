@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmpo_dist.artifacts.files import replace_folder
 from dmpo_dist.batching.layout import Layout, prefix_layout, rows_layout
 from dmpo_dist.batching.plan import MicroBatch, Step
 from dmpo_dist.config import StageConfig
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import replace_folder
 from dmpo_dist.objectives import Objective, sft_loss
 from dmpo_dist.training.busy import Stopwatch
 from dmpo_dist.training.checkpoint import load_state, save_model, save_state
@@ -140,7 +140,8 @@ class Trainer:
         if index == 0 and self.objective is not None:
             self._check_first_loss(means)
         record = {
-            "kind": "train",
+            "kind": "step",
+            "stage": self.job.kind,
             "step": index + 1,
             "total_steps": self.total_steps,
             **{name: value for name, value in means.items() if name != "initial_loss"},
