@@ -59,7 +59,7 @@ def test_the_hardest_come_first(world: Path, tmp_path: Path) -> None:
         assert after["oracle"] == [before["oracle"][0], *(before["oracle"][1 + place] for place in order)]
     assert new.test.to_list() == old.test.to_list()
     assert new.fingerprint != old.fingerprint
-    assert "scores highest" in new.card["notes"][-1]
+    assert "scores highest" in new.card.notes[-1]
     with pytest.raises(UserError, match=r"need 9 negatives, but a training group of .* holds 6"):
         mine_hard_negatives(model, config, tmp_path / "other", keep=7, skip=2, echo=lambda line: None)
 

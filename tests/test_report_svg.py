@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 from report_world import study
 
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.log import Log, StepRecord
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.curves import MOST_POINTS, run_figures
 from dmpo_dist.report.records import read_study
@@ -59,8 +61,8 @@ def test_a_whisker_has_its_figure_where_it_belongs():
 def test_a_long_series_keeps_its_spikes_and_few_points(tmp_path):
     loss = np.ones(20_000)
     loss[7_001], loss[13_002] = 50.0, -40.0
-    records = [{"kind": "train", "step": step, "loss": value} for step, value in enumerate(loss)]
-    (figure,) = run_figures(Run(tmp_path, {}, {}, records))
+    records = [StepRecord(step=step, loss=value) for step, value in enumerate(loss)]
+    (figure,) = run_figures(Run(tmp_path, {}, Environment(), Log(records)))
     raw, smooth = places(figure.chart)
     assert max(len(raw), len(smooth)) <= MOST_POINTS + 2
     assert raw[:, 1].max() - raw[:, 1].min() > 0.8 * 0.7 * HEIGHT  # both spikes: nearly the whole height of the plot

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, model_validator
 
 from dmpo_dist.artifacts.base import Artifact, Typed
 
@@ -12,11 +12,16 @@ SCORES_FILE = "scores.parquet"
 
 
 class Interval(Typed):
-    """A figure and, where it was resampled, its 95 % interval."""
+    """A figure and, where it was resampled, its 95 % interval; a bare number is a figure without one."""
 
     value: FiniteFloat
     low: FiniteFloat | None = None
     high: FiniteFloat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, data: Any) -> Any:
+        return {"value": data} if isinstance(data, int | float) else data
 
 
 Metrics = Annotated[dict[str, Interval], Field(min_length=1)]

@@ -143,8 +143,8 @@ def read_log(file: Path) -> Log:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); was it edited or copied in part?") from None
-    records: list[LogRecord] = Field(default_factory=list)
-    damaged: list[int] = Field(default_factory=list)
+    records: list[LogRecord] = []
+    damaged: list[int] = []
     stage: str | None = None
     for number, line in enumerate(lines, start=1):
         content = _json_object(line)

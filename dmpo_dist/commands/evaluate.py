@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dmpo_dist.artifacts.evaluation import SCORES_FILE, Evaluation, OrderCheck
+from dmpo_dist.artifacts.evaluation import SCORES_FILE, BaselineTraining, Evaluation, OrderCheck
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import Baseline
@@ -114,7 +114,8 @@ def evaluate(
     evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation.folders = models
     evaluation.notes = notes_of(data, config)
-    evaluation.baselines = classical.facts if classical else {}
+    facts = classical.facts if classical else {}
+    evaluation.baselines = {name: BaselineTraining.model_validate(known) for name, known in facts.items()}
     if spreads:
         again = min(settings.order_requests, len(data.test))
         evaluation.order = OrderCheck(requests=again, orders=ORDERS, models=spreads)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmpo_dist.artidescribed.evaluation import Evaluation
+from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.report import COMPARED_METRICS

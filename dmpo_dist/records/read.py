@@ -73,7 +73,7 @@ class Run:
     @property
     def began(self) -> float:
         """Unix time of the first record, 0 if it is not known."""
-        return (self.start and self.start.time) or 0.0
+        return self.start.time or 0.0 if self.start else 0.0
 
     @property
     def steps(self) -> tuple[int, int]:

@@ -97,12 +97,12 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
     configs = {name: run.config for name, run in by_name.items()}
     environments = {name: run.environment for name, run in by_name.items()}
     cells = _unique([p for f in found for p in f.cells])
-    for folder in cells[:1]:  # an example: in what the others differ their study's table shows
-        configs.setdefault(_name(folder, root), read_config(folder / CONFIG_FILE))
-    for name, folder in {_name(cell, root): cell for cell in cells} | ranked.items():
-        environments.setdefault(name, Environment.read_if_there(folder) or Environment())
+    for cell in cells[:1]:  # an example: in what the others differ their study's table shows
+        configs.setdefault(_name(cell, root), read_config(cell / CONFIG_FILE))
     for name, folder in ranked.items():
         configs.setdefault(name, read_config(folder / CONFIG_FILE))
+    for folder in [*cells, *ranked.values()]:
+        environments.setdefault(_name(folder, root), Environment.read_if_there(folder) or Environment())
     explained = _unique([p for f in found for p in f.explanations]) if explanations else []
     studies = {_name(p, root): read_study(p / STUDY_FILE) for p in _unique([p for f in found for p in f.studies])}
     notes = [note for name, run in by_name.items() for note in _damaged_lines(name, run.log)]
