@@ -90,7 +90,7 @@ def test_a_file_of_today_is_read_and_written_as_it_was(kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "text", "problem"),
-    [(Evaluation, '{"requests": 2', "cannot be read"), (Evaluation, "[]", "the file: input should be a valid dictionary"),
+    [(Evaluation, '{"requests": 2', "damaged, not JSON"), (Evaluation, "[]", "the file: input should be a valid dictionary"),
      (Evaluation, json.dumps(FILES[Evaluation] | {"requests": "many"}), "requests: input should be a valid integer"),
      (Explanations, '{"model": "m"}', "requests: field required"),
      (DatasetCard, json.dumps({**FILES[DatasetCard], "cuts": {"test": {"utc": "x"}}}), "cuts.test.timestamp: field required"),

@@ -70,8 +70,8 @@ def test_a_model_of_one_domain_ranks_another(world: Path, tmp_path: Path) -> Non
     for domain in ("a", "b"):
         (tmp_path / domain).mkdir()
         result = evaluate({"of_a": str(world / "model")}, settings(world, domain), tmp_path / domain, make_console())
-        assert result["data"]["fingerprint"] == PreparedData.load(world / domain).fingerprint
-        values[domain] = result["models"]["of_a"]["ndcg@10"]["value"]
+        assert result.data["fingerprint"] == PreparedData.load(world / domain).fingerprint
+        values[domain] = result.models["of_a"]["ndcg@10"].value
     titles = [set(PreparedData.load(world / domain).items["title"]) for domain in ("a", "b")]
     assert not titles[0] & titles[1], "no title of B was known to A's tokenizer"
     assert all(0 < value < 1 for value in values.values())

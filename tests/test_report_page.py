@@ -292,7 +292,7 @@ def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
         ([run, "--output", tmp_path / "mine.html"], "mine.html exists already and is no report of ours"),
         ([run, "--output", tmp_path / "page.pdf"], "must end in .html"),
         ([broken["version"]], "evaluation.json: models.sft.hr@1: input should be a valid dictionary"),
-        ([broken["json"]], "evaluation.json: damaged, cannot be read"),
+        ([broken["json"]], "evaluation.json: damaged, not JSON"),
         ([broken["explained"]], "explanations.json: requests: field required; made by another version?"),
         ([broken["card"]], "dataset.json: name: field required; damaged, or not the card of prepared data"),
         ([broken["study"]], "experiment.parquet: cannot be read"),
@@ -306,5 +306,5 @@ def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
         assert message in error
     write_report([broken["explained"]], tmp_path / "without.html", explanations=False, echo=lambda line: None)
     (run / "metrics.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="run: cannot be read"):
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read"):
         gather([run])

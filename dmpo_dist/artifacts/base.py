@@ -42,8 +42,10 @@ class Artifact(Typed):
         file = path / cls.FILE if path.is_dir() else path
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: damaged, cannot be read ({first_line(error)}); {cls.ADVICE}") from None
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}); correct the path") from None
+        except ValueError as error:
+            raise UserError(f"{file}: damaged, not JSON ({first_line(error)}); {cls.ADVICE}") from None
         try:
             return cls.model_validate(content)
         except ValidationError as error:
