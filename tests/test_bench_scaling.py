@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from dmpo_dist.bench.scaling import Cell, Sweep
+from dmpo_dist.bench.scaling import ScalingCell, Sweep
 from dmpo_dist.bench.scaling_report import report_scaling, scaling_table
 from dmpo_dist.planning.flops import Shape, Work, forward_flops, step_flops
 
@@ -24,7 +24,7 @@ def test_a_sweep_holds_every_cell_once():
     assert len(cells) == len(settings) * 2 * 5
 
 
-def result(cell: Cell, seconds: float) -> dict:
+def result(cell: ScalingCell, seconds: float) -> dict:
     """A cell whose ranks need as many CPU seconds as the clock shows."""
     return {
         "workers": cell.workers, "zero": cell.zero, "offload": cell.offload, "token_budget": cell.token_budget,
@@ -36,7 +36,7 @@ def result(cell: Cell, seconds: float) -> dict:
 
 def test_efficiency_is_relative_to_the_fewest_workers_of_the_same_setting(tmp_path):
     # ideal strong scaling under ZeRO-1, none at all under ZeRO-3; weak scaling half as good as could be
-    def seconds(cell: Cell) -> float:
+    def seconds(cell: ScalingCell) -> float:
         slower = cell.token_budget / 512
         if cell.groups == SWEEP.groups:
             return slower * (2 / cell.workers if cell.zero == 1 else 1)

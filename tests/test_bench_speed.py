@@ -1,4 +1,4 @@
-"""The contest end to end on a tiny model, its guard, and the gate's verdicts."""
+"""The comparison end to end on a tiny model, its guard, and the gate's verdicts."""
 
 import copy
 import json
@@ -7,11 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dmpo_dist.batching.synthetic import random_groups
-from dmpo_dist.bench.contestants import BENCH_MODEL, LayoutContestant, ModelSpec
 from dmpo_dist.bench.gate import read_baseline, violations
-from dmpo_dist.bench.settings import Cell, check_outputs, make_settings
+from dmpo_dist.bench.implementations import BENCH_MODEL, LayoutImplementation, ModelSpec
+from dmpo_dist.bench.settings import SpeedCell, check_outputs, make_settings
 from dmpo_dist.bench.speed import check_agreement
 from dmpo_dist.bench.timing import Turn, fastest
 from dmpo_dist.cli import app, main
@@ -39,12 +40,12 @@ def settings(**values):
 
 @pytest.fixture(scope="module")
 def ours():
-    return LayoutContestant(SPEC, True, 21)
+    return LayoutImplementation(SPEC, True, 21)
 
 
 def test_the_guard_passes_equals_and_catches_another_model(ours):
-    """Weights, adapters and ids are the same for all; one weight of one contestant moved is noticed."""
-    unshared = LayoutContestant(SPEC, False, 21)
+    """Weights, adapters and ids are the same for all; one weight of one implementation moved is noticed."""
+    unshared = LayoutImplementation(SPEC, False, 21)
     assert check_agreement({"ours": ours, "unshared": unshared}, GROUPS[0], 1e-4) < 1e-4
     with torch.no_grad():
         next(p for n, p in unshared._model.named_parameters() if "lora_B" in n).add_(0.05)
@@ -54,10 +55,10 @@ def test_the_guard_passes_equals_and_catches_another_model(ours):
 
 @needs_trl
 def test_trl_computes_the_same_in_any_batching():
-    from dmpo_dist.bench.trl_pairs import TrlContestant
+    from dmpo_dist.bench.trl_pairs import TrlImplementation
 
-    trl = TrlContestant(SPEC, pairs_per_batch=2)
-    field = {"ours": LayoutContestant(SPEC, True, 21), "trl": trl}
+    trl = TrlImplementation(SPEC, pairs_per_batch=2)
+    field = {"ours": LayoutImplementation(SPEC, True, 21), "trl": trl}
     assert check_agreement(field, GROUPS[0], 1e-4) < 1e-4
     gradients: list[torch.Tensor] = []
     trl._optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.append(_gradients(optimizer)))
@@ -77,18 +78,15 @@ def test_groups_in_one_row_take_the_same_step(ours):
     """One row of two groups and two rows of one: the same loss gradient, so the same adapters after the step."""
     after = []
     for rows in (1, 2):
-        contestant = LayoutContestant(SPEC, True, 21).with_rows(rows, 2)
-        contestant.step(GROUPS)
-        after.append(torch.cat([p.detach().flatten() for p in contestant._model.parameters() if p.requires_grad]))
+        implementation = LayoutImplementation(SPEC, True, 21).with_rows(rows, 2)
+        implementation.step(GROUPS)
+        after.append(torch.cat([p.detach().flatten() for p in implementation._model.parameters() if p.requires_grad]))
     assert torch.allclose(*after, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompts": [256, 0]}, "--prompt 0 is too small; give at least 1"),
-        ({"negatives": [-1]}, "--negatives -1"),
-        ({"response": 1}, "--response 1"),
         ({"prompts": [9000]}, "--prompt 9000 with --response 12 exceeds the model's 8192 positions"),
         ({"device": "tpu"}, "--device tpu is not known; choose auto, cpu or cuda"),
     ],
@@ -96,6 +94,13 @@ def test_groups_in_one_row_take_the_same_step(ours):
 def test_bad_values_name_the_flag(values, message):
     with pytest.raises(UserError, match=message):
         settings(**values)
+
+
+@pytest.mark.parametrize("flag", ["--prompt=0", "--negatives=-1", "--vocab=15", "--response=1", "--rounds=0"])
+def test_values_out_of_range_name_the_flag(flag):
+    done = CliRunner().invoke(app, ["bench", "speed", flag], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert flag.partition("=")[0] in done.output
 
 
 def test_bad_models_name_the_file(tmp_path):
@@ -121,7 +126,7 @@ def test_without_trl_it_says_what_to_install(monkeypatch):
 def test_defaults_are_the_grid():
     asked = settings()
     assert len(asked.cells) == 24
-    assert asked.cells[0] == Cell(64, 1, 4096, 12)
+    assert asked.cells[0] == SpeedCell(64, 1, 4096, 12)
     assert asked.dtype == "float32"
 
 
@@ -160,7 +165,7 @@ def test_files_are_kept(tmp_path):
 def made(memory=20.0, trl=10.0, unshared=5.0):
     """A result with one cell, as far as the gate reads it."""
     cell = {"prompt": 256, "negatives": 7, "vocab": 4096, "response": 12}
-    cell |= {"speedup_trl": trl, "speedup_unshared": unshared, "contestants": {"ours": {"peak_memory_mib": memory}}}
+    cell |= {"speedup_trl": trl, "speedup_unshared": unshared, "implementations": {"ours": {"peak_memory_mib": memory}}}
     head = {"model": TINY, "device_type": "cpu", "dtype": "float32", "threads": 1, "rounds": 2, "with_trl": True}
     return {**head, "cells": [cell]}
 
@@ -226,8 +231,8 @@ def test_the_command_measures_draws_and_gates(tmp_path, monkeypatch, capsys):
     (cell,) = result["cells"]
     assert (cell["prompt"], cell["negatives"], cell["vocab"]) == (16, 2, 97)
     assert cell["largest_difference"] < 1e-4
-    assert set(cell["contestants"]) == {"ours", "unshared", "trl"}
-    for figures in cell["contestants"].values():
+    assert set(cell["implementations"]) == {"ours", "unshared", "trl"}
+    for figures in cell["implementations"].values():
         assert figures.keys() >= FIGURES
         assert figures["peak_memory_mib"] > 0
     for rival in ("trl", "unshared"):
@@ -235,15 +240,15 @@ def test_the_command_measures_draws_and_gates(tmp_path, monkeypatch, capsys):
         assert low <= cell[f"speedup_{rival}"] <= high
         assert cell[f"memory_ratio_{rival}"] > 0
         assert cell[f"ceiling_{rival}"] > 1
-    assert cell["contestants"]["ours"]["reuse"] == 3 * 28 / (16 + 3 * 11)
-    assert cell["contestants"]["trl"]["physical_tokens_per_second"] == pytest.approx(
-        4 * 28 * cell["contestants"]["trl"]["groups_per_second"]
+    assert cell["implementations"]["ours"]["reuse"] == 3 * 28 / (16 + 3 * 11)
+    assert cell["implementations"]["trl"]["physical_tokens_per_second"] == pytest.approx(
+        4 * 28 * cell["implementations"]["trl"]["groups_per_second"]
     )
     assert cell["one_row"]["groups"] == 3
     assert "Ours against the others" in capsys.readouterr().out
 
     worse = copy.deepcopy(result)
-    worse["cells"][0]["contestants"]["ours"]["peak_memory_mib"] = 0.01
+    worse["cells"][0]["implementations"]["ours"]["peak_memory_mib"] = 0.01
     (tmp_path / "worse.json").write_text(json.dumps(worse))
     monkeypatch.setattr(
         "sys.argv", ["dmpo", "bench", "gate", "--without-trl", "--baseline", str(tmp_path / "worse.json")]

@@ -9,7 +9,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from dmpo_dist.cli import app
 from dmpo_dist.config import CONFIG_VERSION, RunConfig, dump_config, load_config
 from dmpo_dist.errors import UserError
 
@@ -221,8 +223,29 @@ def test_a_dumped_configuration_loads_to_an_equal_one(tmp_path_factory, template
             "data": {"path": path, "source": {"columns": {"user": template["preamble"]}}},
         }
     )  # fmt: skip
-    layer = write(tmp_path_factory.getbasetemp(), "config.yaml", dump_config(config))
-    assert load_config([layer]) == config
+    for extent in ("all", "saved", "changed"):
+        layer = write(tmp_path_factory.getbasetemp(), "config.yaml", dump_config(config, extent))
+        assert load_config([layer]) == config
+
+
+def test_what_is_shown_are_the_keys_that_differ(tmp_path):
+    overrides = ["train.steps=7", "model.lora={}", "submit.slurm.partition=gpu", "train.negatives=7", "data.path=null"]
+    runner, show = CliRunner(), ["config", "show", *overrides]
+    assert yaml.safe_load(runner.invoke(app, show).stdout) == {
+        "train": {"steps": 7}, "model": {"lora": {}}, "submit": {"slurm": {"partition": "gpu"}},
+    }  # fmt: skip
+    assert yaml.safe_load(runner.invoke(app, ["train", "--dry-run", *overrides]).stdout)["train"] == {"steps": 7}
+    assert yaml.safe_load(runner.invoke(app, [*show, "--all"]).stdout) == load_config([], overrides).model_dump(
+        mode="json"
+    )
+    assert yaml.safe_load(runner.invoke(app, ["config", "show"]).stdout) == {}
+
+
+def test_a_run_on_this_machine_keeps_no_settings_of_clusters():
+    saved = yaml.safe_load(dump_config(RunConfig()))
+    assert set(RunConfig.model_fields) - set(saved) == {"submit"}
+    nodes = RunConfig.model_validate({"submit": {"nodes": 2}})
+    assert yaml.safe_load(dump_config(nodes)) == nodes.model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
@@ -244,8 +267,8 @@ def test_there_are_recipes():
     assert "quickstart" in {recipe.stem for recipe in RECIPES}
 
 
-VERBS = ["sft", "train", "evaluate", "quickstart", "doctor", "plan", "explain", "data prepare", "submit train --to slurm",
-         "rank -m x --requests x --output x"]  # fmt: skip
+VERBS = ["sft", "train", "evaluate", "quickstart", "doctor", "plan", "explain", "data prepare"]
+VERBS += ["submit train --to slurm", "rank -m x --requests x --output x"]
 HEAVY = ["torch", "ray", "transformers", "datasets", "deepspeed"]
 
 

@@ -8,14 +8,14 @@ import pytest
 from dmpo_dist.cluster.address import require_answer
 from dmpo_dist.cluster.network import require_reachable
 from dmpo_dist.doctor.cluster import Clock, NodeFindings, common_problems, node_problems
-from dmpo_dist.doctor.node import NodeReport, Places, look_around, versions_here
+from dmpo_dist.doctor.node import NodeReport, RunPaths, look_around, own_versions
 from dmpo_dist.errors import UserError
 from dmpo_dist.training import network
 
 HERE = {"python": "3.11.7", "torch": "2.13.0"}
-PLACES = Places(Path("/shared/run"), None, Path("/shared/data"))
+PATHS = RunPaths(Path("/shared/run"), None, Path("/shared/data"))
 REPORT = NodeReport(
-    "beta", HERE, cpus=8, gpus=2, memory=64, shared_memory=8, disk=50, writable=True, sees_marker=True, data="a"
+    HERE, cpus=8, gpus=2, memory=64, shared_memory=8, disk=50, writable=True, sees_marker=True, data="a"
 )
 SOUND = NodeFindings("10.0.0.2 (beta)", False, 2.0, REPORT, clock=Clock(0.9, 0.01), fetched=900.0)
 
@@ -32,21 +32,21 @@ FAULTS = [
 
 
 def test_a_sound_node_has_no_problem():
-    assert node_problems(SOUND, HERE, PLACES) == []
+    assert node_problems(SOUND, HERE, PATHS) == []
     assert common_problems([SOUND, SOUND], 0.1) == []
 
 
 @pytest.mark.parametrize(("fault", "expected"), FAULTS)
 def test_a_fault_of_a_node_is_named(fault, expected):
-    (problem,) = node_problems(replace(SOUND, report=replace(REPORT, **fault)), HERE, PLACES)
+    (problem,) = node_problems(replace(SOUND, report=replace(REPORT, **fault)), HERE, PATHS)
     assert problem.startswith("10.0.0.2 (beta)")
     assert expected in problem
 
 
 def test_clocks_count_only_beyond_their_uncertainty():
     late = replace(SOUND, clock=Clock(-1.5, 0.1))
-    assert "its clock is 1.5 s behind the head's" in node_problems(late, HERE, PLACES)[0]
-    assert node_problems(replace(SOUND, clock=Clock(-1.5, 0.6)), HERE, PLACES) == []
+    assert "its clock is 1.5 s behind the head's" in node_problems(late, HERE, PATHS)[0]
+    assert node_problems(replace(SOUND, clock=Clock(-1.5, 0.6)), HERE, PATHS) == []
 
 
 def test_faults_between_nodes_are_named():
@@ -55,16 +55,16 @@ def test_faults_between_nodes_are_named():
     assert "10.0.0.3 (gamma) gets only 3.0 MB/s" in slow
     assert "connection refused" in gloo
     assert "different prepared data" in data
-    (silent,) = node_problems(replace(SOUND, report=None, problem="No module named 'dmpo_dist'"), HERE, PLACES)
+    (silent,) = node_problems(replace(SOUND, report=None, problem="No module named 'dmpo_dist'"), HERE, PATHS)
     assert "10.0.0.2 (beta) runs no task of ours: No module named 'dmpo_dist'" in silent
 
 
 def test_this_machine_reports_what_it_has(tmp_path):
     (tmp_path / "marker").touch()
-    report = look_around(Places(tmp_path / "run", tmp_path / "marker", tmp_path / "data"))
-    assert report.versions == versions_here()
+    report = look_around(RunPaths(tmp_path / "run", tmp_path / "marker", tmp_path / "data"))
+    assert report.versions == own_versions()
     assert (report.writable, report.sees_marker, report.data) == (True, True, "")
-    assert not look_around(Places(tmp_path / "run", tmp_path / "gone", None)).sees_marker
+    assert not look_around(RunPaths(tmp_path / "run", tmp_path / "gone", None)).sees_marker
 
 
 # The network of several hosts

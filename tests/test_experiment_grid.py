@@ -53,7 +53,8 @@ def test_every_combination_is_one_cell_and_growing_keeps_the_cells_there_were(bl
         objective = BOUNDARY if config.objective.negative_selection == "boundary" else config.objective.name
         found = {"dataset": cell.dataset, "shots": config.data.shots or "all", "k": config.train.negatives,
                  "objective": objective, "seed": config.seed, "train.learning_rate": config.train.learning_rate,
-                 "model.lora": config.model.lora and {"r": config.model.lora.r}, "template.preamble": config.template.preamble}  # fmt: skip
+                 "model.lora": config.model.lora and {"r": config.model.lora.r},
+                 "template.preamble": config.template.preamble}  # fmt: skip
         return str([found[axis] for axis in axes])
 
     wanted = sorted(str(list(values)) for values in product(*axes.values()))
@@ -104,14 +105,18 @@ MISTAKES = {
         {"grid": {"objective": ["dmpo", {"name": "dmpo", "beta": 1.0}]}},
         ("a_shots-all_k-7_dmpo_seed-0 and a_shots-all_k-7_dmpo-beta1.0_seed-0 have equal settings", "remove one"),
     ),
-    "set_twice": ({"grid": {"objective": [{"beta": 1}], "objective.beta": [2]}}, ("objective.beta is set by", "remove")),
+    "set_twice": ({"grid": {"objective": [{"beta": 1}], "objective.beta": [2]}},
+                  ("objective.beta is set by", "remove")),
     "long_name_of_an_axis": ({"grid": {"train.negatives": [3]}}, ("train.negatives: write it as the axis k",)),
-    "of_the_data": ({"grid": {"data.negatives": ["uniform"]}}, ("data.negatives: decided when data is prepared", "datasets")),
-    "of_the_cluster": ({"grid": {"cluster.workers": [1, 2]}}, ("cluster.workers: does not change a trained model", "settings")),
+    "of_the_data": ({"grid": {"data.negatives": ["uniform"]}},
+                    ("data.negatives: decided when data is prepared", "datasets")),
+    "of_the_cluster": ({"grid": {"cluster.workers": [1, 2]}},
+                       ("cluster.workers: does not change a trained model", "settings")),
     "dataset": ({"grid": {"dataset": ["c"]}}, ("no dataset 'c'", "nearest is")),
     "key": ({"grid": {}, "dataset": {}}, ("dataset: unknown key", "nearest known key is datasets")),
     "setting": ({"grid": {}, "settings": {"train": {"step": 3}}}, ("train.step: unknown key", "train.steps")),
-    "path_as_setting": ({"grid": {}, "settings": {"data": {"path": "x"}}}, ("settings.data.path: not here", "datasets")),
+    "path_as_setting": ({"grid": {}, "settings": {"data": {"path": "x"}}},
+                        ("settings.data.path: cannot be set there", "datasets")),
     "no_file": ({"grid": {}, "config": ["moovielens"]}, ("config moovielens", "movielens, ")),
     "neither": ({"grid": {}, "datasets": {"a": {"seed": 1}}}, ("datasets.a", "either path", "or prepare")),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from dmpo_dist.experiment.stamps import failure, trained
 
 
 class Stages:
-    """Stands in for ``run_stage`` and ``run_stages``: opens all folders first, as they do, then trains one after another."""
+    """Stands in for ``run_stage`` and ``run_stages``: opens all folders first, as they do, then trains each."""
 
     def __init__(self, diverge: str = "", refused: str = "", lost: int = 0) -> None:
         self.diverge, self.refused, self.lost, self.calls = diverge, refused, lost, []

@@ -85,7 +85,8 @@ def test_what_the_trace_keeps_is_what_autograd_saves(lora, checkpointing, tmp_pa
     model, _ = load_policy(find_model(str(tmp_path)), config)
     use_backend(model.get_base_model() if lora else model, "two_part")
     module, layout = LogProbModel(model), ROW.layout(97)
-    given = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *vars(layout).values(), *vars(layout.targets).values()] if isinstance(p, torch.Tensor)}  # fmt: skip
+    inputs = [*module.parameters(), *vars(layout).values(), *vars(layout.targets).values()]
+    given = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, torch.Tensor)}
     saved: dict[int, int] = {}
 
     def keep(tensor):
@@ -176,7 +177,7 @@ def test_a_recommendation_fits_when_planned_again(middle):
 
 
 def test_what_is_printed_of_a_small_model(middle):
-    """Every amount has a unit in which it is not 0.0; what was assumed of the cluster is said, and why the attention."""
+    """Every amount has a unit in which it is not 0.0; assumptions of the cluster and the attention are named."""
     base = ["plan", "-c", "pretrained_lora", f"model.path={middle}", "model.max_length=1024", "--groups", "1000"]
     text = CliRunner().invoke(app, base).stdout
     assert not re.search(r"\b0\.00? [GMK]iB", text), text
@@ -215,7 +216,8 @@ def test_buckets_of_a_configuration_count(middle):
         (["--prompt", "1020"], "model.max_length=1024"),
         (["model.path=./nowhere"], "config.json"),
         (["--gpu", "rtx4090-24g", "--gpus-per-node", "1", "model.lora=null", "deepspeed=zero3_offload",
-          "model.gradient_checkpointing=true", "model.scratch={hidden_size: 65536, layers: 2, heads: 64, intermediate_size: 262144}"], "at its smallest"),
+          "model.gradient_checkpointing=true",
+          "model.scratch={hidden_size: 65536, layers: 2, heads: 64, intermediate_size: 262144}"], "at its smallest"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_says_what_to_do(options, message, middle):

@@ -11,20 +11,20 @@ from dmpo_dist.planning.flops import (
     Shape,
     Work,
     forward_flops,
-    known_peak,
     pairs_work,
     shape_of,
     shared_work,
     step_flops,
     unshared_work,
 )
+from dmpo_dist.planning.gpus import known_peak
 from tests.conftest import tiny_model
 
 SHAPE = Shape(hidden=4, layers=2, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocab=11, lora_rank=1)
 
 
 def test_by_hand():
-    """One layer: q 4x6, k and v 4x3, o 6x4, gate and up 4x5, down 5x4 = 132 weights; adapters of rank 1: 10 + 14 + 10 + 27."""
+    """A layer: q 4x6, k and v 4x3, o 6x4, gate and up 4x5, down 5x4 = 132 weights; adapters: 10 + 14 + 10 + 27."""
     flops = forward_flops(SHAPE, Work(tokens=7, pairs=28, head_rows=3))
     assert flops.linear == 2 * 2 * 132 * 7
     assert flops.adapters == 2 * 2 * (10 + 14 + 10 + 27) * 7

@@ -1,4 +1,4 @@
-"""``dmpo submit``: what it renders is valid and current, what it refuses, and that an interruption leaves nothing behind."""
+"""``dmpo submit``: what it renders is valid and current, what it refuses, what an interruption leaves."""
 
 import copy
 import os
@@ -15,7 +15,7 @@ from dmpo_dist.cli import main
 from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import load_config
 from dmpo_dist.submit import kubernetes, slurm
-from dmpo_dist.submit.job import Job
+from dmpo_dist.submit.job import SubmitJob
 from dmpo_dist.submit.ready import lacking, node_problems
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +32,9 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     return int(exit_.value.code or 0), capsys.readouterr().err
 
 
-def job(*overrides: str, verb: str = "train", resume: bool = False) -> Job:
+def job(*overrides: str, verb: str = "train", resume: bool = False) -> SubmitJob:
     needed = ["data.path=/shared/data", "output_dir=/shared/runs/a"]
-    return Job(verb, load_config([], needed + list(overrides)), resume, Path("submitted"))  # type: ignore[arg-type]
+    return SubmitJob(verb, load_config([], needed + list(overrides)), resume, Path("submitted"))  # type: ignore[arg-type]
 
 
 # What is rendered
@@ -75,7 +75,7 @@ def test_scripts_are_sound_shell(tmp_path, overrides, resume):
         subprocess.run([shellcheck, "--shell=bash", "--severity=style", "--exclude=SC1091,SC2016", script], check=True)
 
 
-def ray_driver(job: Job) -> str:
+def ray_driver(job: SubmitJob) -> str:
     from dmpo_dist.submit import ray_jobs
 
     return ray_jobs.files(job)["upload/driver.sh"]
@@ -245,8 +245,9 @@ REFUSED = {
     "too many": ("train --to slurm --render-only data.path=d cluster.workers=9", "which hold 8; ask for more"),
     "too many GPUs": (
         "train --to slurm --render-only data.path=d cluster.workers=5 submit.gpus_per_node=4", "which hold 4"),
-    "uneven": ("train --to slurm --render-only data.path=d cluster.workers=3 submit.nodes=2 submit.slurm.launcher=torchrun",
-               "cannot be shared equally by submit.nodes=2"),
+    "uneven": (
+        "train --to slurm --render-only data.path=d cluster.workers=3 submit.nodes=2 submit.slurm.launcher=torchrun",
+        "cannot be shared equally by submit.nodes=2"),
     "doctor by torchrun": ("doctor --to slurm --render-only submit.slurm.launcher=torchrun", "doctor has none"),
     "address": ("train --to slurm --render-only data.path=d cluster.address=10.0.0.1:6379", "finds its own cluster"),
     "secret": ("doctor --to slurm --render-only submit.env.HF_TOKEN=x", "submit.kubernetes.secret"),
@@ -254,7 +255,7 @@ REFUSED = {
     "partition name": ("doctor --to slurm --render-only submit.slurm.partition=a;b", "submit.slurm.partition"),
     "typo": ("doctor --to slurm --render-only submit.slurm.partitoin=a", "nearest known key is submit.slurm.partition"),
     "no Slurm": ("doctor --to slurm", "sinfo is not on PATH; submit from a login node"),
-    "missing data": ("train --to slurm data.path=nowhere", "nowhere: no such file or folder here"),
+    "missing data": ("train --to slurm data.path=nowhere", "nowhere: no such file or folder on this machine"),
     "no image": ("doctor --to kubernetes --render-only", "submit.kubernetes.image is not set"),
     "no claim": ("doctor --to kubernetes --render-only submit.kubernetes.image=a", "volume_claim is not set"),
     "outside the volume": (
@@ -294,7 +295,8 @@ NODES = ["cpu|n1|16|(null)", "gpu|n2|64|gpu:a100:8(S:0-1),nvme:1", "gpu|n3|64|gp
         (["submit.nodes=2", "submit.gpus_per_node=8"], "gpu", None),
         (["submit.nodes=4"], None, None),
         ([], "gpus", "no such partition; this Slurm has cpu, gpu"),
-        (["submit.nodes=3", "submit.gpus_per_node=8"], "gpu", "has 2 such nodes (it has 1 with 32 CPUs and 4 GPUs, 2 with 64"),
+        (["submit.nodes=3", "submit.gpus_per_node=8"], "gpu",
+         "has 2 such nodes (it has 1 with 32 CPUs and 4 GPUs, 2 with 64"),
         (["submit.gpus_per_node=1"], "cpu", "has 0 such nodes (it has 1 with 16 CPUs and 0 GPUs)"),
     ],
 )  # fmt: skip

@@ -52,4 +52,4 @@ class DatasetCard(Artifact):
     """The section ``data`` of the configuration."""
     leaks: list[LeakFinding] = Field(default_factory=list)
     shown_at: dict[str, dict[str, list[int]]] | None = None
-    """Where prompts list the candidates: split -> number of candidates -> how often the target stood at each position."""
+    """Where prompts list the candidates: split -> their number -> how often the target stood at each position."""

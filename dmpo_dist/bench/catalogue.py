@@ -2,17 +2,16 @@
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from dmpo_dist.bench.memory import peak_above
+from dmpo_dist.bench.timing import timed
 from dmpo_dist.config import ModelConfig, ScratchModel, Simulator, TemplateConfig
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.sources.simulator import simulate
@@ -27,7 +26,6 @@ from dmpo_dist.modeling.backbone import (
     load_tokenizer,
     make_scratch_model,
 )
-from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak
 
 SUBSET = 64
 """Titles that separate rows are timed and compared on; their time is scaled up to all titles."""
@@ -104,15 +102,20 @@ def bench_catalogue(
 
 
 def _measure(
-    shared: TitleScorer, separate: TitleScorer, group: TokenGroup, subset: TokenGroup, pick: np.ndarray,
-    device: torch.device, rounds: int,
-) -> CatalogueBench:  # fmt: skip
+    shared: TitleScorer,
+    separate: TitleScorer,
+    group: TokenGroup,
+    subset: TokenGroup,
+    pick: np.ndarray,
+    device: torch.device,
+    rounds: int,
+) -> CatalogueBench:
     few = TokenGroup(group.prefix, subset.branches[:2], subset.scored_from[:2])
     shared(few), separate(few)  # first calls allocate
-    mine, shared_mib = _peak(lambda: shared(group), device)
-    theirs, separate_mib = _peak(lambda: separate(subset), device)
-    error = float(np.max(np.abs(mine[pick] - theirs) / np.abs(theirs)))
-    turns = [(_timed(lambda: shared(group), device), _timed(lambda: separate(subset), device)) for _ in range(rounds)]
+    scores, shared_mib = peak_above(lambda: shared(group), device)
+    expected, separate_mib = peak_above(lambda: separate(subset), device)
+    error = float(np.max(np.abs(scores[pick] - expected) / np.abs(expected)))
+    turns = [(timed(lambda: shared(group), device), timed(lambda: separate(subset), device)) for _ in range(rounds)]
     scaled = len(group.branches) / len(subset.branches)
     ours, cpu, other, other_cpu = (
         statistics.median(turn[way][kind] for turn in turns) for way, kind in ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -145,9 +148,9 @@ def show(result: CatalogueBench, console: Console) -> None:
     )
     console.print(table)
     console.print(
-        f"{result.titles} titles of {result.tokens} tokens, {result.nodes} distinct beginnings, {result.inner} of them run; "
-        f"prompt of {result.prompt} tokens. Separate rows were timed on {round(result.titles / result.scaled)} titles and "
-        f"scaled by {result.scaled:.1f}; their log-probs differ by at most {result.error:.1e} of their size.",
+        f"{result.titles} titles of {result.tokens} tokens, {result.nodes} distinct beginnings, {result.inner} of them "
+        f"run; prompt of {result.prompt} tokens. Separate rows were timed on {round(result.titles / result.scaled)} "
+        f"titles and scaled by {result.scaled:.1f}; their log-probs differ by at most {result.error:.1e} of their size.",
         highlight=False,
     )
 
@@ -162,20 +165,3 @@ def _group(model: str, titles: list[str], prompt: int, max_length: int) -> Token
         if len(group_tokenizer(PreferenceGroup("bench", 0, history, titles[0], ())).prefix) >= prompt:
             return group_tokenizer(PreferenceGroup("bench", 0, history, titles[0], tuple(titles[1:])))
     raise UserError(f"--prompt {prompt}: all titles together are shorter; lower it")
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds by the clock and CPU seconds of this process."""
-    start = time.perf_counter(), time.process_time()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-
-def _peak(run: Callable[[], np.ndarray], device: torch.device) -> tuple[np.ndarray, float]:
-    """What ``run`` gives, and the MiB it took above what was held."""
-    reset_peak(device)
-    before = held_bytes(device)
-    result = run()
-    return result, (peak_bytes(device) - before) / 2**20

@@ -28,6 +28,8 @@ def read_baseline(file: Path) -> dict[str, Any]:
         raise UserError(
             f"--baseline {file}: has no {', '.join(missing)}; give a file that dmpo bench speed --json wrote"
         )
+    for cell in content["cells"]:
+        cell.setdefault("implementations", cell.get("contestants"))  # their name in baselines of earlier versions
     return content
 
 
@@ -45,17 +47,17 @@ def violations(baseline: dict[str, Any], measured: dict[str, Any]) -> list[str]:
         if now is None:
             lines.append(f"{where}: was not measured")
             continue
-        had, has = (cell["contestants"]["ours"]["peak_memory_mib"] for cell in (before, now))
+        had, has = (cell["implementations"]["ours"]["peak_memory_mib"] for cell in (before, now))
         if has > had * (1 + MEMORY_TOLERANCE):
             lines.append(
                 f"{where}: memory {has:.1f} MiB is {has / had - 1:.0%} above the baseline's {had:.1f}; "
                 f"{MEMORY_TOLERANCE:.0%} is allowed"
             )
-        for rival in ("trl", "unshared"):
-            had, has = before[f"speedup_{rival}"], now[f"speedup_{rival}"]
+        for other in ("trl", "unshared"):
+            had, has = before[f"speedup_{other}"], now[f"speedup_{other}"]
             if had is not None and has is not None and has < had * (1 - SPEED_TOLERANCE):
                 lines.append(
-                    f"{where}: speed-up over {rival} {has:.2f} is {1 - has / had:.0%} below the baseline's {had:.2f}; "
+                    f"{where}: speed-up over {other} {has:.2f} is {1 - has / had:.0%} below the baseline's {had:.2f}; "
                     f"{SPEED_TOLERANCE:.0%} is allowed"
                 )
     return lines

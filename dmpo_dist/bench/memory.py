@@ -1,32 +1,35 @@
-"""Peak memory of a contestant's step: on a CPU in a process of its own, on a GPU by torch's own count."""
+"""Peak memory of a implementation's step: on a CPU in a process of its own, on a GPU by torch's own count."""
 
 import multiprocessing
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
 import torch
 
 from dmpo_dist.batching.synthetic import random_groups
-from dmpo_dist.bench.contestants import Contestant
-from dmpo_dist.bench.settings import Cell
+from dmpo_dist.bench.implementations import Implementation
+from dmpo_dist.bench.settings import SpeedCell
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory
 
 MEASURED_STEPS = 2
 
+T = TypeVar("T")
 
-def peak_memory(make: Callable[[], Contestant], cell: Cell, threads: int, name: str) -> float:
-    """MiB of this machine's memory that steps take above what is held once model and optimizer exist, at most.
 
-    Measured in a process of its own. A first step on a tiny group makes the optimizer's state and the libraries' buffers,
-    which are not counted.
+def peak_memory(make: Callable[[], Implementation], cell: SpeedCell, threads: int, name: str) -> float:
+    """The most MiB that steps take on this machine above what model and optimizer hold.
+
+    Measured in a process of its own. A first step on a tiny group makes the optimizer's state and the libraries'
+    buffers, which are not counted.
 
     Args:
-        make: builds the contestant in the new process; picklable.
+        make: builds the implementation in the new process; picklable.
         cell: what groups.
         threads: as in the timed run.
-        name: what to call the contestant in an error.
+        name: what to call the implementation in an error.
 
     Raises:
         UserError: the process ended without a figure, as when memory ran out.
@@ -50,25 +53,34 @@ def peak_memory(make: Callable[[], Contestant], cell: Cell, threads: int, name: 
         child.join()
 
 
-def peak_of_steps(contestant: Contestant, cell: Cell, device: str) -> float:
-    """MiB that steps of ``contestant``, which has made a step before, take above what is held between them, at most.
+def peak_of_steps(implementation: Implementation, cell: SpeedCell, device: str) -> float:
+    """MiB that steps of ``implementation``, which has made a step before, take above what is held between them, at
+    most.
 
-    On a GPU what torch allocated, which tells contestants apart in one process; elsewhere the resident set.
+    On a GPU what torch allocated, which tells implementations apart in one process; elsewhere the resident set.
     """
-    count = contestant.groups_per_step * MEASURED_STEPS
-    groups = random_groups(count, cell.prompt, cell.response, cell.negatives, cell.vocab)
-    place = torch.device(device)
-    reset_peak(place)
-    before = held_bytes(place)
-    for start in range(0, len(groups), contestant.groups_per_step):
-        contestant.step(groups[start : start + contestant.groups_per_step])
-    return (peak_bytes(place) - before) / 2**20
+    size = implementation.groups_per_step
+    groups = random_groups(size * MEASURED_STEPS, cell.prompt, cell.response, cell.negatives, cell.vocab)
+
+    def run() -> None:
+        for start in range(0, len(groups), size):
+            implementation.step(groups[start : start + size])
+
+    return peak_above(run, torch.device(device))[1]
 
 
-def _measure(make: Callable[[], Contestant], cell: Cell, threads: int, sender: Connection) -> None:
+def peak_above(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What ``run`` returns, and the MiB it took at most above what was held before."""
+    reset_peak(device)
+    before = held_bytes(device)
+    result = run()
+    return result, (peak_bytes(device) - before) / 2**20
+
+
+def _measure(make: Callable[[], Implementation], cell: SpeedCell, threads: int, sender: Connection) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(threads)
     return_freed_memory()
-    contestant = make()
-    contestant.step(random_groups(1, 8, 4, 1, cell.vocab))
-    sender.send(peak_of_steps(contestant, cell, "cpu"))
+    implementation = make()
+    implementation.step(random_groups(1, 8, 4, 1, cell.vocab))
+    sender.send(peak_of_steps(implementation, cell, "cpu"))

@@ -19,10 +19,10 @@ BAR = 0.38
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print figures of every contestant, then ratios beside their ceilings."""
-    figures = Table(title="Contestants", box=box.SIMPLE_HEAD, caption=_conditions(result))
-    for name in ("P", "K", "vocab", "contestant"):
-        figures.add_column(name, justify="left" if name == "contestant" else "right")
+    """Print figures of every implementation, then ratios beside their ceilings."""
+    figures = Table(title="Implementations", box=box.SIMPLE_HEAD, caption=_conditions(result))
+    for name in ("P", "K", "vocab", "implementation"):
+        figures.add_column(name, justify="left" if name == "implementation" else "right")
     for name in ("groups/s", "logical tok/s", "physical", "reuse", "padding", "peak MiB", "MFU"):
         figures.add_column(name, justify="right")
     ratios = Table(title="Ours against the others: above 1, ours is faster or smaller", box=box.SIMPLE_HEAD)
@@ -30,7 +30,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         ratios.add_column(name, justify="left" if name == "against" else "right")
     for cell in result["cells"]:
         where = (str(cell["prompt"]), str(cell["negatives"]), f"{cell['vocab']:,}")
-        for name, f in cell["contestants"].items():
+        for name, f in cell["implementations"].items():
             figures.add_row(
                 *where, name, f"{f['groups_per_second']:.3g}", f"{f['logical_tokens_per_second']:,.0f}",
                 f"{f['physical_tokens_per_second']:,.0f}", f"{f['reuse']:.2f}", f"{f['padding']:.0%}",

@@ -40,7 +40,7 @@ CELLS = "cells"
 
 
 @dataclass(frozen=True)
-class Cell:
+class ScalingCell:
     """What one job measures.
 
     Attributes:
@@ -69,8 +69,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cells of strong scaling (``groups`` per step for any number of workers) and of weak scaling (``groups`` at the
-    fewest workers, and in proportion for more)."""
+    """The cells of strong scaling (``groups`` per step for any number of workers) and of weak scaling (``groups`` at
+    the fewest workers, and in proportion for more)."""
 
     workers: Sequence[int]
     zero: Sequence[int]
@@ -78,11 +78,11 @@ class Sweep:
     token_budgets: Sequence[int]
     groups: int
 
-    def cells(self) -> list[Cell]:
-        """Every cell once; at the fewest workers strong and weak are one."""
+    def cells(self) -> list[ScalingCell]:
+        """Every cell once: at the fewest workers, strong and weak scaling share one."""
         fewest = min(self.workers)
         found = [
-            Cell(workers, zero, offload, budget, groups)
+            ScalingCell(workers, zero, offload, budget, groups)
             for zero, offload, budget, workers in product(self.zero, self.offload, self.token_budgets, self.workers)
             if not offload or zero >= 2  # what deepspeed_configs/ has
             for groups in (self.groups, self.groups * workers // fewest)
@@ -96,7 +96,8 @@ def run_scaling(
     """Measure every cell of ``sweep`` that has no file yet; returns them all, see ``measure``.
 
     Args:
-        config: as for ``dmpo train``; without ``data.path`` it is prepared in ``output_dir``. The cluster is the one the
+        config: as for ``dmpo train``; without ``data.path`` it is prepared in ``output_dir``. The cluster is the one
+            the
             configuration names.
         warmup, steps: optimizer steps before measuring, and measured.
         resume: go on in ``output_dir``.
@@ -131,7 +132,7 @@ def run_scaling(
     return results
 
 
-def _run_cell(config: RunConfig, cell: Cell, folder: Path, file: Path, warmup: int, steps: int) -> None:
+def _run_cell(config: RunConfig, cell: ScalingCell, folder: Path, file: Path, warmup: int, steps: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted cell
     train = {"global_batch_size": cell.groups, "token_budget": cell.token_budget, "steps": 10 * (warmup + steps)}
     changes = {
@@ -158,7 +159,7 @@ def measure(job: Job, runtime: Runtime, warmup: int, steps: int) -> None:
     ranks), ``groups_per_second`` and ``tokens_per_second`` by the median step, ``memory_gib`` (peak of each rank),
     ``waiting_share`` (share of the steps that ranks were not busy, see ``Stopwatch``; mean), ``communication_share``
     (time in collectives over the time of a step, profiled; mean), ``phases_ms`` (of rank 0), ``imbalance``,
-    ``flops`` of the busiest rank in a step, its ``micro_batches``, and facts of the model.
+    ``flops`` of the busiest rank in a step, its ``micro_batches``, and the model's parameters and layers.
     """
     trainer = set_up(job, runtime)
     try:
@@ -169,14 +170,14 @@ def measure(job: Job, runtime: Runtime, warmup: int, steps: int) -> None:
         memory = peak_bytes(trainer.device) / 2**30
         phases = watched_phases(trainer, warmup + steps, steps)
         collective_ms, _ = profiled_collectives(trainer, warmup + 2 * steps)
-        mine = {
+        own = {
             "memory_gib": memory,
             "waiting_share": timed["waiting_share"],
             "cpu_seconds": statistics.median(timed["cpu_seconds"]),
             "communication_share": min(1.0, collective_ms / sum(phases.values())),
         }
         ranks: list[Any] = [None] * runtime.world_size
-        dist.all_gather_object(ranks, mine)
+        dist.all_gather_object(ranks, own)
         if runtime.rank == 0:
             runtime.log({"kind": "cell", "phases_ms": phases} | _summary(trainer, timed, ranks))
     finally:

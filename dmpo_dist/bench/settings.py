@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 
-from dmpo_dist.bench.contestants import BENCH_MODEL, LORA_RANK, ModelSpec
+from dmpo_dist.bench.implementations import BENCH_MODEL, LORA_RANK, ModelSpec
 from dmpo_dist.bench.trl_pairs import require_trl
 from dmpo_dist.errors import UserError
 from dmpo_dist.planning.flops import shape_of
 
 PROMPTS, NEGATIVES, VOCABS = (64, 256, 1024), (1, 3, 7, 15), (4096, 32000)
-LEAST = {"prompt": 1, "negatives": 1, "vocab": 16, "response": 2, "rounds": 1, "groups-per-row": 1, "threads": 0}
 
 
 @dataclass(frozen=True)
-class Cell:
+class SpeedCell:
     """Lengths of the groups of one measurement, in tokens, and the vocabulary."""
 
     prompt: int
@@ -34,20 +33,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on; the JSON holds it, so that a gate can repeat the run.
+    """Everything a run depends on; it is kept in the JSON, so that ``dmpo bench gate`` can repeat the run.
 
     Attributes:
         cells: what to measure.
         model: a config.json's content; each cell sets its vocabulary.
         device, dtype: of the models; ``cpu`` or ``cuda``.
-        threads: CPU threads of every contestant.
-        rounds: turns of every contestant in a cell.
+        threads: CPU threads of every implementation.
+        rounds: turns of every implementation in a cell.
         with_trl: whether TRL takes part.
         groups_per_row: also measure ours with that many groups in one row (1: not).
-        compiled: ours with ``model.compile``; TRL has no part in it.
+        compiled: ours with ``model.compile``; TRL runs uncompiled.
     """
 
-    cells: tuple[Cell, ...]
+    cells: tuple[SpeedCell, ...]
     model: dict[str, Any]
     device: str
     dtype: str
@@ -57,7 +56,7 @@ class Settings:
     groups_per_row: int = 1
     compiled: bool = False
 
-    def spec(self, cell: Cell) -> ModelSpec:
+    def spec(self, cell: SpeedCell) -> ModelSpec:
         """What the models of ``cell`` are made from."""
         return ModelSpec({**self.model, "vocab_size": cell.vocab}, self.device, self.dtype, self.compiled)
 
@@ -78,19 +77,13 @@ def make_settings(
     """The command line's values, checked and completed; empty lists and 0 threads stand for the defaults.
 
     Raises:
-        UserError: a value out of range, a model that cannot be used, a device that is not there, or no trl.
+        UserError: prompts longer than the model reads, an unusable model, a missing device, or no trl.
     """
-    given = {"prompt": prompts, "negatives": negatives, "vocab": vocabs, "response": [response]}
-    given |= {"rounds": [rounds], "groups-per-row": [groups_per_row], "threads": [threads]}
-    for name, values in given.items():
-        if values and min(values) < LEAST[name]:
-            raise UserError(f"--{name} {min(values)} is too small; give at least {LEAST[name]}")
     model = BENCH_MODEL if model_config is None else _read_model(model_config)
     longest, context = max(prompts or PROMPTS) + response, model.get("max_position_embeddings")
     if context and longest > context:
-        raise UserError(
-            f"--prompt {longest - response} with --response {response} exceeds the model's {context} positions; lower it"
-        )
+        asked = f"--prompt {longest - response} with --response {response}"
+        raise UserError(f"{asked} exceeds the model's {context} positions; lower it")
     if with_trl:
         require_trl()
     device = _device(device)
@@ -99,7 +92,7 @@ def make_settings(
         prompts or PROMPTS,
         negatives or NEGATIVES,
     )
-    cells = tuple(Cell(prompt, k, vocab, response) for vocab, prompt, k in dict.fromkeys(grid))
+    cells = tuple(SpeedCell(prompt, k, vocab, response) for vocab, prompt, k in dict.fromkeys(grid))
     settings = Settings(
         cells=cells,
         model=model,
@@ -119,13 +112,13 @@ def make_settings(
 
 
 def settings_of(baseline: dict[str, Any], rounds: int | None, with_trl: bool) -> Settings:
-    """The settings that made the content of a JSON of ``dmpo bench speed``, for a run to compare with it.
+    """The settings by which ``dmpo bench speed`` made ``baseline``, for a run to compare with it.
 
     Raises:
-        UserError: it was made on a device that is not here, or with trl, which is not installed.
+        UserError: it was made on a device that this machine lacks, or with trl, which is not installed.
     """
     cells = tuple(
-        Cell(cell["prompt"], cell["negatives"], cell["vocab"], cell["response"]) for cell in baseline["cells"]
+        SpeedCell(cell["prompt"], cell["negatives"], cell["vocab"], cell["response"]) for cell in baseline["cells"]
     )
     with_trl = with_trl and baseline["with_trl"]
     if with_trl:

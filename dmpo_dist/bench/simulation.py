@@ -20,21 +20,24 @@ from dmpo_dist.bench.scaling_report import COLOURS
 from dmpo_dist.errors import UserError
 from dmpo_dist.figures.curves import GREY
 from dmpo_dist.planning.flops import shape_of, shared_work, step_flops
-from dmpo_dist.planning.simulate import (
-    Calibration,
-    Machine,
-    Workload,
-    calibrate,
-    daly_interval,
-    simulate,
-    young_interval,
-)
+from dmpo_dist.planning.gpus import GPUS, Gpu, find_gpu
+from dmpo_dist.planning.simulate import Machine, Workload, calibrate, daly_interval, simulate, young_interval
 
 COUNTS = tuple(2**power for power in range(13))
+PER_NODE = 8
+# (key in a row of ``simulate``, heading in the table, format) of the table's columns
+COLUMNS = (
+    ("gpus", "GPUs", ","), ("step_seconds", "step s", ".3f"), ("groups_per_second", "groups/s", ",.1f"),
+    ("efficiency", "efficiency", ".2f"), ("communication_share", "exposed", ".0%"), ("goodput", "goodput", ".1%"),
+    ("checkpoint_interval", "interval s", ",.0f"), ("young", "Young", ",.0f"), ("daly", "Daly", ",.0f"),
+)  # fmt: skip
 CONSTANTS = {
-    "flops": "a FLOP", "micro_batches": "a micro-batch", "gathers": "a gathered module", "messages": "a message",
+    "flops": "a FLOP",
+    "micro_batches": "a micro-batch",
+    "gathers": "a gathered module",
+    "messages": "a message",
     "bytes": "a byte",
-}  # fmt: skip
+}
 PANELS = {
     "useful_groups_per_second": "Groups per second that last",
     "efficiency": "Efficiency of a GPU",
@@ -42,6 +45,15 @@ PANELS = {
     "goodput": "Goodput: share of the time that lasts",
     "checkpoint_interval": "Best checkpoint interval (s)",
 }
+
+
+def named_gpu(name: str) -> Gpu:
+    """The device of the table by its key or, the first of several, by the name on its data sheet, such as H100.
+
+    Raises:
+        UserError: not in the table.
+    """
+    return find_gpu(next((key for key, gpu in GPUS.items() if gpu.sheet == name), name), PER_NODE)
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
@@ -60,8 +72,12 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
     return cells
 
 
-def calibrate_cells(cells: Sequence[dict[str, Any]], seconds: Callable[[dict[str, Any]], float]) -> Calibration:
-    """Fit the model to ``seconds`` of each of ``cells``."""
+def show_calibration(cells: Sequence[dict[str, Any]], console: Console) -> None:
+    """Each cell as measured, as fitted, and as predicted by a fit that has not seen it.
+
+    Twice: by the clock (rank 0's median step), and by the CPU seconds of a rank, which leave out waiting and what other
+    programs take.
+    """
     works = [
         Workload(
             flops=cell["flops"],
@@ -75,18 +91,16 @@ def calibrate_cells(cells: Sequence[dict[str, Any]], seconds: Callable[[dict[str
         )
         for cell in cells
     ]
-    return calibrate(works, [cell["workers"] for cell in cells], [seconds(cell) for cell in cells])
-
-
-def show_calibration(cells: Sequence[dict[str, Any]], console: Console) -> None:
-    """Each cell as measured, as fitted, and as predicted by a fit that has not seen it: by the clock, and by the CPU
-    seconds of a rank, which leave out waiting and what other programs take."""
-    for what, seconds in (("clock", clock_seconds), ("CPU", cpu_seconds)):
-        fit = calibrate_cells(cells, seconds)
+    kinds: dict[str, Callable[[dict[str, Any]], float]] = {
+        "clock": lambda cell: statistics.median(cell["step_seconds"]),
+        "CPU": lambda cell: cell["cpu_seconds"],
+    }
+    for kind, seconds in kinds.items():
+        fit = calibrate(works, [cell["workers"] for cell in cells], [seconds(cell) for cell in cells])
+        headings = ("cell", "measured ms", "fitted ms", "left out ms", "error")
         table = Table(
-            "cell", "measured ms", "fitted ms", "left out ms", "error", title=f"A step by the {what}", title_justify="left",
-            box=box.SIMPLE_HEAD, pad_edge=False,
-        )  # fmt: skip
+            *headings, title=f"A step by the {kind}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         errors = []
         for cell, fitted, predicted in zip(cells, fit.fitted, fit.held_out, strict=True):
             measured = seconds(cell)
@@ -101,16 +115,6 @@ def show_calibration(cells: Sequence[dict[str, Any]], console: Console) -> None:
             f"error of a cell left out of the fit: median {statistics.median(errors):.0%}, largest {max(errors):.0%}",
             highlight=False,
         )
-
-
-def clock_seconds(cell: dict[str, Any]) -> float:
-    """The median step by rank 0's clock."""
-    return statistics.median(cell["step_seconds"])
-
-
-def cpu_seconds(cell: dict[str, Any]) -> float:
-    """The CPU seconds of a rank's median step."""
-    return cell["cpu_seconds"]
 
 
 def make_workload(
@@ -153,26 +157,13 @@ def run_simulation(works: Sequence[Workload], machine: Machine, title: str, outp
     results = {work.zero: simulate(work, machine, COUNTS) for work in works}
     for zero, rows in results.items():
         table = Table(title=f"ZeRO-{zero}: {title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in (
-            "GPUs",
-            "step s",
-            "groups/s",
-            "efficiency",
-            "exposed",
-            "goodput",
-            "interval s",
-            "Young",
-            "Daly",
-        ):
+        for _, heading, _ in COLUMNS:
             table.add_column(heading, justify="right")
         for row in rows[::2]:
             between = machine.failure_hours * 3600 / row["gpus"]
-            table.add_row(
-                f"{row['gpus']:,}", f"{row['step_seconds']:.3f}", f"{row['groups_per_second']:,.1f}",
-                f"{row['efficiency']:.2f}", f"{row['communication_share']:.0%}", f"{row['goodput']:.1%}",
-                f"{row['checkpoint_interval']:,.0f}", f"{young_interval(machine.checkpoint_seconds, between):,.0f}",
-                f"{daly_interval(machine.checkpoint_seconds, between):,.0f}",
-            )  # fmt: skip
+            written = machine.checkpoint_seconds
+            shown = row | {"young": young_interval(written, between), "daly": daly_interval(written, between)}
+            table.add_row(*(format(shown[key], form) for key, _, form in COLUMNS))
         console.print(table)
     content = {"workloads": [asdict(work) for work in works], "machine": asdict(machine), "zero": results}
     write_json(output, content)
@@ -188,8 +179,8 @@ def draw_simulation(results: dict[int, list[dict[str, Any]]], assumptions: str, 
     for axes, (column, title) in zip(panels, PANELS.items(), strict=True):
         for number, (zero, rows) in enumerate(results.items()):
             values = [row[column] for row in rows]
-            axes.plot([row["gpus"] for row in rows], values, color=COLOURS[number], marker="osD^"[number], markersize=3,
-                      label=f"ZeRO-{zero}")  # fmt: skip
+            style = {"color": COLOURS[number], "marker": "osD^"[number], "markersize": 3}
+            axes.plot([row["gpus"] for row in rows], values, label=f"ZeRO-{zero}", **style)
         _finish(axes, title, logarithmic=column in ("useful_groups_per_second", "checkpoint_interval"))
     panels[0].legend(fontsize=8, frameon=False)
     last.axis("off")
@@ -212,17 +203,21 @@ def _finish(axes: Axes, title: str, logarithmic: bool) -> None:
 
 
 def _assumptions(work: Workload, machine: Machine, title: str) -> str:
-    network = machine.network
-    return "\n".join(
-        [
-            "Assumed, not measured:", title,
-            f"{work.flops / 1e12:,.1f} TFLOP and {work.groups:g} groups a GPU and step, in {work.micro_batches:g} micro-batches",
-            f"{work.parameters / 1e9:.2f} G parameters, {work.trained / 1e6:,.1f} M trained",
-            f"a GPU achieves {machine.flops_per_second / 1e12:,.0f} TFLOP/s; {1000 * machine.overhead:g} ms a micro-batch beside",
-            f"in a node of {network.gpus_per_node}: {network.node.bandwidth / 1e9:g} GB/s, {1e6 * network.node.latency:g} µs",
-            f"between nodes: {network.fabric.bandwidth / 1e9:g} GB/s a GPU, {1e6 * network.fabric.latency:g} µs",
-            f"{machine.overlap:.0%} of the collectives hidden; computing times spread by {machine.jitter:.0%}",
-            f"a GPU fails every {machine.failure_hours:,.0f} h; checkpoint {machine.checkpoint_seconds:g} s, restart {machine.restart_seconds:g} s",
-            "groups a GPU stay the same (weak scaling)",
-        ]
-    )  # fmt: skip
+    """What the simulation takes for granted, a line each, for the picture."""
+    node, fabric = machine.network.node, machine.network.fabric
+    lines = [
+        "Assumed, not measured:",
+        title,
+        f"{work.flops / 1e12:,.1f} TFLOP and {work.groups:g} groups a GPU and step, in {work.micro_batches:g} "
+        "micro-batches",
+        f"{work.parameters / 1e9:.2f} G parameters, {work.trained / 1e6:,.1f} M trained",
+        f"a GPU achieves {machine.flops_per_second / 1e12:,.0f} TFLOP/s; {1000 * machine.overhead:g} ms a micro-batch "
+        "beside",
+        f"in a node of {machine.network.gpus_per_node}: {node.bandwidth / 1e9:g} GB/s, {1e6 * node.latency:g} µs",
+        f"between nodes: {fabric.bandwidth / 1e9:g} GB/s a GPU, {1e6 * fabric.latency:g} µs",
+        f"{machine.overlap:.0%} of the collectives hidden; computing times spread by {machine.jitter:.0%}",
+        f"a GPU fails every {machine.failure_hours:,.0f} h; checkpoint {machine.checkpoint_seconds:g} s, restart "
+        f"{machine.restart_seconds:g} s",
+        "groups a GPU stay the same (weak scaling)",
+    ]
+    return "\n".join(lines)

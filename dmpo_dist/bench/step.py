@@ -23,6 +23,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dmpo_dist.artifacts.files import write_json
+from dmpo_dist.bench.timing import synchronize, timed
 from dmpo_dist.commands.train import as_rank
 from dmpo_dist.config import RunConfig
 from dmpo_dist.training.groups import ahead
@@ -78,9 +79,9 @@ def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str,
         bare([trainer.prepare(1)])
         loops, bares, step = [], [], 2
         for _ in range(rounds):
-            loops.append(_timed(lambda first=step: _loop_block(trainer, first, steps), trainer.device))
+            loops.append(timed(lambda first=step: _loop_block(trainer, first, steps), trainer.device))
             work = [trainer.prepare(index) for index in range(step, step + steps)]
-            bares.append(_timed(lambda work=work: bare(work), trainer.device))
+            bares.append(timed(lambda work=work: bare(work), trainer.device))
             step += steps
         watched = watched_phases(trainer, step, steps)
         collective_ms, host_waits = profiled_collectives(trainer, step + steps)
@@ -139,10 +140,10 @@ def watched_phases(trainer: Trainer, first: int, steps: int) -> dict[str, float]
 
     @contextmanager
     def watch(name: str) -> Iterator[None]:
-        _synchronize(trainer.device)
+        synchronize(trainer.device)
         start = time.perf_counter()
         yield
-        _synchronize(trainer.device)
+        synchronize(trainer.device)
         spent[name] += 1000 * (time.perf_counter() - start)
 
     before, trainer.phases = trainer.phases, watch
@@ -158,8 +159,10 @@ def watched_phases(trainer: Trainer, first: int, steps: int) -> dict[str, float]
 
 
 def profiled_collectives(trainer: Trainer, first: int) -> tuple[float, dict[str, float]]:
-    """Milliseconds in collectives, and how often the host waits (see ``HOST_WAITS``) in each phase, per step on this rank;
-    runs ``PROFILED`` steps."""
+    """Milliseconds in collectives, and how often the host waits (``HOST_WAITS``) by phase, per step on this rank.
+
+    Runs ``PROFILED`` steps.
+    """
     prepared = [trainer.prepare(index) for index in range(first, first + PROFILED)]
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
     before, trainer.phases = trainer.phases, record_function
@@ -174,20 +177,6 @@ def profiled_collectives(trainer: Trainer, first: int) -> tuple[float, dict[str,
     inside = {name: sum(s.start <= t <= s.end for n, s in spans if n == name for t in waits) for name in PHASES[1:]}
     inside["elsewhere"] = len(waits) - sum(inside.values())
     return collectives / 1000 / PROFILED, {name: count / PROFILED for name, count in inside.items()}
-
-
-def _timed(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Seconds by the clock and CPU seconds of this process."""
-    _synchronize(device)
-    start = time.perf_counter(), time.process_time()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer as a contestant: K pairs a group, LoRA, adapters off as the reference, its fused head.
+"""TRL's DPOTrainer as a implementation: K pairs a group, LoRA, adapters off as the reference, its fused head.
 
 It is TRL as its users have it: trainer, collator, ``training_step`` and metrics are its own and nothing is patched.
 Left out, in its favour: tokenization, the data loader, gradient clipping and logging around a step.
@@ -13,8 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dmpo_dist.bench.contestants import (
+from dmpo_dist.bench.implementations import (
     END_TOKEN,
+    MAX_TOKENS,
     PAD_TOKEN,
     ModelSpec,
     Tokens,
@@ -49,7 +50,7 @@ def pairs_of(group: TokenGroup) -> list[dict[str, list[int]]]:
     return [{"prompt_ids": group.prefix, "chosen_ids": chosen, "rejected_ids": ids} for ids in rejected]
 
 
-class TrlContestant:
+class TrlImplementation:
     """DPOTrainer on batches of ``pairs_per_batch`` pairs, as many as the step's groups need for one optimizer step."""
 
     name = "trl"
@@ -65,6 +66,15 @@ class TrlContestant:
         other = copy(self)
         other.pairs_per_batch, other.groups_per_step = pairs_per_batch, groups_per_step
         return other
+
+    def batchings(self, group: TokenGroup, device: str) -> dict[str, Self]:
+        """One pair at a time, all pairs of a group, and the pairs of two and of four groups."""
+        pairs, tokens = self.pairs_per_batch, self.tokens(group).physical
+        found = {f"{n} pairs": self.with_batches(n, 1) for n in sorted({1, pairs})}
+        for count in (2, 4):
+            if count * tokens <= MAX_TOKENS[device]:
+                found[f"{count * pairs} pairs of {count} groups"] = self.with_batches(count * pairs, count)
+        return found
 
     def step(self, groups: Sequence[TokenGroup]) -> None:
         pairs = [pair for group in groups for pair in pairs_of(group)]
@@ -118,7 +128,7 @@ def _make_trainer(spec: ModelSpec) -> Any:
 
 
 def _tokenizer() -> Any:
-    """A tokenizer the trainer can be made with; the contest runs on ids."""
+    """A tokenizer that the trainer asks for and does not use: the groups are token ids already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

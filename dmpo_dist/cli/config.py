@@ -1,27 +1,34 @@
 """`dmpo config`."""
 
+from typing import Annotated
+
 import typer
 
-from dmpo_dist.cli.options import Layers, Overrides, read_settings
-from dmpo_dist.config import dump_config
+from dmpo_dist.cli.options import Layers, Overrides, read_settings, show_settings
 
-config_app = typer.Typer(help="Look at and check configurations.", no_args_is_help=True)
+config_app = typer.Typer(help="Show and check configurations.", no_args_is_help=True)
 
 
 @config_app.command("show")
-def config_show(config: Layers = None, overrides: Overrides = None) -> None:
-    """Print the resolved configuration as YAML.
+def config_show(
+    config: Layers = None,
+    overrides: Overrides = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print every key, those with their defaults too.")] = False,
+) -> None:
+    """Print the keys that differ from their defaults, as YAML.
 
     Examples:
 
         dmpo config show -c quickstart train.negatives=15
+
+        dmpo config show -c quickstart --all
     """
-    print(dump_config(read_settings(config, overrides, dry_run=False)), end="")
+    show_settings(read_settings(config, overrides, dry_run=False), everything)
 
 
 @config_app.command("validate")
 def config_validate(config: Layers = None, overrides: Overrides = None) -> None:
-    """Check configuration files; exit 2 with the first mistakes named.
+    """Check configuration files and overrides; print what is wrong and exit with status 2.
 
     Examples:
 

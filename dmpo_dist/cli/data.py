@@ -57,7 +57,7 @@ def data_download(
     accept_terms: Annotated[bool, typer.Option("--accept-terms", help="You accept the terms this prints.")] = False,
     mirror: Annotated[str | None, typer.Option(help="Address in place of the official one, same paths below.")] = None,
 ) -> None:
-    """Download a public dataset; a broken download goes on when the command is run again.
+    """Download a public dataset; run the command again to resume a broken download.
 
     Examples:
 
@@ -80,7 +80,7 @@ def data_hard_negatives(
     skip: Annotated[int, typer.Option(min=0, help="Leave out that many of the very hardest.")] = 0,
     dry_run: DryRun = False,
 ) -> None:
-    """Keep of the prepared training negatives those that a model scores highest; evaluation stays as it is.
+    """Keep the training negatives that a model scores highest; the evaluation data stay as they are.
 
     Examples:
 

@@ -9,6 +9,18 @@ from dmpo_dist.cli.options import DryRun, Layers, Overrides, read_settings
 
 explain_app = typer.Typer()
 
+ITEM = "Title or item id to explain.  [the positive of the request; with --requests the title ranked first]"
+REQUESTS = "File of users in the form that `dmpo rank` takes.  [the test requests of data.path]"
+CATALOGUE = "Rank all titles of this Parquet, CSV or prepared data.  [the candidates of each request]"
+REFERENCE = (
+    "Compare the title's words with base, start, none or a model folder.  [what training started from, else base]"
+)
+METHOD = "What history items add to: the title's margin over the mean of the other candidates, or its log-probability."
+RIVALS = "With --catalogue, how many of the titles ranked below stay in the comparison; 0 keeps all, which is slow."
+TOP = "The counterfactual moves the title out of the top N, or into it.  [1, 5, 10 or 20: the first that holds it]"
+BUDGET = "Most pairs of items, and most larger sets, that a counterfactual tries.  [200; 0 for whole catalogues]"
+FAITHFULNESS = "Measure by deletion curves whether the contributions say what the model does."
+
 
 @explain_app.command()
 def explain(
@@ -16,31 +28,33 @@ def explain(
     config: Layers = None,
     overrides: Overrides = None,
     user: Annotated[str | None, typer.Option(help="Whose ranking to explain.")] = None,
-    item: Annotated[str | None, typer.Option(help="Title or item id.  [the test positive; in a file, the title ranked first]")] = None,
+    item: Annotated[str | None, typer.Option(help=ITEM)] = None,
     users: Annotated[int | None, typer.Option(min=1, help="Explain a sample of so many users instead.")] = None,
-    requests: Annotated[Path | None, typer.Option(help="Users as `dmpo rank` takes them.  [test requests of data.path]")] = None,
-    catalogue: Annotated[Path | None, typer.Option(help="Rank among all its titles: Parquet or CSV with title, or prepared data.  [each request's candidates]")] = None,
-    reference: Annotated[str | None, typer.Option(help="Compare the title's words with: base, start, none, or a model folder.  [what training started from, else an adapter's base]")] = None,
-    method: Annotated[Literal["margin", "log_prob"], typer.Option(help="Value that history items add to: the title's margin over the mean of the other candidates, or its log-probability.")] = "margin",
-    rivals: Annotated[int, typer.Option(min=0, help="Of a whole catalogue, what is left of the history ranks a title among all above it and so many below; 0: all titles, which is slow.")] = 500,
-    top: Annotated[int | None, typer.Option(min=1, help="The counterfactual takes the title out of the top so many, or into it.  [1, 5, 10 or 20: the first that holds it]")] = None,
-    budget: Annotated[int | None, typer.Option(min=0, help="Most pairs of history items tried for a counterfactual, and most larger sets.  [200, or 0 for whole catalogues]")] = None,
-    faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Measure by deletion curves whether contributions say what the model does.")] = False,
-    faithfulness_users: Annotated[int, typer.Option(min=2, help="Users it is measured on at most.")] = 200,
-    output: Annotated[Path | None, typer.Option(help="Folder for explanations.json and the measurement.  [terminal alone]")] = None,
+    requests: Annotated[Path | None, typer.Option(help=REQUESTS)] = None,
+    catalogue: Annotated[Path | None, typer.Option(help=CATALOGUE)] = None,
+    reference: Annotated[str | None, typer.Option(help=REFERENCE)] = None,
+    method: Annotated[Literal["margin", "log_prob"], typer.Option(help=METHOD)] = "margin",
+    rivals: Annotated[int, typer.Option(min=0, help=RIVALS)] = 500,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="The counterfactual is about the top N.  [1, 5, 10, 20]")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(min=0, help=BUDGET)] = None,
+    faithfulness: Annotated[bool, typer.Option("--faithfulness", help=FAITHFULNESS)] = False,
+    faithfulness_users: Annotated[int, typer.Option(min=2, help="Most users that it is measured on.")] = 200,
+    output: Annotated[Path | None, typer.Option(help="Folder for explanations.json.  [nothing is written]")] = None,
     dry_run: DryRun = False,
-) -> None:  # fmt: skip
-    """Say which history items put a title where it is for a user, what removing them would change, and how training changed its words.
+) -> None:
+    """Show which history items rank a title where it is, what removing them changes, and what training changed.
 
     Examples:
 
         dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --user 12
 
-        dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --user 12 --item "Heat (1995)" --catalogue runs/ml/data
+        dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --user 12 --item "Heat (1995)" --catalogue items.csv
 
         dmpo explain -m exported --requests users.csv --user anna --reference none
 
-        dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --users 20 --faithfulness --output runs/ml/explained
+        dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --users 20 --faithfulness --output explained
     """
     settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.commands.explain import Order
@@ -48,7 +62,18 @@ def explain(
     from dmpo_dist.records.log import make_console
 
     order = Order(
-        model=model, user=user, item=item, users=users, requests=requests, catalogue=catalogue, reference=reference,
-        method=method, rivals=rivals, top=top, budget=budget, faithfulness=faithfulness_users if faithfulness else 0, output=output,
-    )  # fmt: skip
+        model=model,
+        user=user,
+        item=item,
+        users=users,
+        requests=requests,
+        catalogue=catalogue,
+        reference=reference,
+        method=method,
+        rivals=rivals,
+        top=top,
+        budget=budget,
+        faithfulness=faithfulness_users if faithfulness else 0,
+        output=output,
+    )
     run(order, settings, make_console())

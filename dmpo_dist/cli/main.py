@@ -30,7 +30,7 @@ SECONDS_FOR_RANK_0 = 3
 
 app = typer.Typer(
     name="dmpo",
-    help="Fine-tune language models into personalised rankers by Direct Multi-Preference Optimization, on Ray and DeepSpeed.",
+    help="Fine-tune language models into personalised rankers by Direct Multi-Preference Optimization (DMPO).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -81,7 +81,7 @@ def main() -> NoReturn:
 
 
 def _tell(message: str) -> None:
-    """Print an error: rank 0 at once; another rank only if torchrun, seeing rank 0 gone, has not ended it by then."""
+    """Print an error: rank 0 at once, another rank after a while, if torchrun has not ended it by then."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(SECONDS_FOR_RANK_0)
@@ -92,7 +92,7 @@ def _tell(message: str) -> None:
 
 
 def _tell_torchrun(report: Path, message: str) -> None:
-    """Leave an error where torchrun looks for it: its own traceback comes after ours, and ends with what is there."""
+    """Leave an error where torchrun looks for it: its own traceback comes last and ends with this message."""
     content = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
     with contextlib.suppress(OSError):
         report.write_text(json.dumps({"message": content}), encoding="utf-8")

@@ -1,44 +1,46 @@
 """What several commands take, and the configuration they make of it."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dmpo_dist.config import RunConfig, dump_config, load_config
-from dmpo_dist.errors import UserError
+from dmpo_dist.config.load import find_recipe
 
 Layers = Annotated[
     list[Path] | None,
     typer.Option("-c", "--config", help="YAML file, or the name of a recipe in launch/recipes; later ones win."),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as train.learning_rate=1e-4.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print the settings that differ from the defaults (all of them: dmpo config show --all) and stop.",
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir from its latest checkpoint.")]
 
 
 def read_settings(layers: list[Path] | None, overrides: list[str] | None, dry_run: bool) -> RunConfig:
-    """The resolved configuration; printed, and the command ended, for a dry run."""
-    settings = load_config([find_layer(layer) for layer in layers or []], overrides)
+    """The resolved configuration; for a dry run it is shown and the command ends."""
+    settings = load_config([find_recipe(str(layer), "--config") for layer in layers or []], overrides)
     if dry_run:
-        print(dump_config(settings), end="")
+        show_settings(settings, everything=False)
         raise typer.Exit
     return settings
 
 
-def find_layer(layer: Path) -> Path:
-    """A file, or the recipe of that name."""
-    folder = resources.files("dmpo_dist.recipes")
-    recipe = folder / f"{layer}.yaml"
-    if layer.exists() or recipe.is_file():
-        return layer if layer.exists() else Path(str(recipe))
-    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    raise UserError(f"--config {layer}: no such file, and no recipe of that name; recipes are {', '.join(known)}")
+def show_settings(settings: RunConfig, everything: bool) -> None:
+    """Print a configuration as YAML that ``-c`` reads: every key, or those that differ from their defaults."""
+    print(dump_config(settings, "all" if everything else "changed"), end="")
+    if not everything:
+        print("# all other keys have their defaults: dmpo config show --all")
 
 
 def print_now(line: str) -> None:
-    """A line that is seen at once, also through a pipe."""
+    """Print a line without delay, also into a pipe."""
     print(line, flush=True)
 
 

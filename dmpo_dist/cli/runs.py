@@ -15,7 +15,7 @@ Compared = Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="out
 
 @runs_app.command("list")
 def runs_list(root: Annotated[Path, typer.Argument(help="Folder that holds runs.")] = Path("runs")) -> None:
-    """All training runs below a folder: stage, steps, best validation, test figures, speed, commit, finished or not.
+    """List the training runs below a folder: stage, steps, best validation, test figures, speed, commit, state.
 
     Examples:
 
@@ -35,7 +35,7 @@ def runs_compare(
         Path | None, typer.Option(help="Folder that holds evaluations.  [the folder that holds all runs]")
     ] = None,
 ) -> None:
-    """Settings that differ, final figures, and paired differences on the test requests where `dmpo evaluate` ranked both.
+    """Show settings that differ, final figures and, where `dmpo evaluate` ranked both, paired test differences.
 
     Examples:
 
@@ -55,7 +55,7 @@ def runs_plot(
     metric: Annotated[str, typer.Option(help="Validation metric.")] = "ndcg@10",
     output: Annotated[Path, typer.Option("--output", help="PNG to write.")] = Path("runs.png"),
 ) -> None:
-    """Loss, margin and validation of several runs in one picture.
+    """Draw loss, margin and validation of several runs in one picture.
 
     Examples:
 

@@ -15,33 +15,48 @@ To = Annotated[Target, typer.Option("--to", help="Kind of cluster.", show_defaul
 RenderOnly = Annotated[
     bool, typer.Option("--render-only", help="Write the files, to ./submit or submit.folder, and submit nothing.")
 ]
-Detach = Annotated[bool, typer.Option("--detach", help="Do not follow the output (Slurm is never followed at once).")]
+Detach = Annotated[
+    bool, typer.Option("--detach", help="Do not show the job's output until it ends (for Slurm it never is).")
+]
 Submitted = Annotated[Path, typer.Argument(help="output_dir or submit.folder of the submitted run.")]
 
 
 @submit_app.command("sft")
 def submit_sft(
-    to: To, config: Layers = None, overrides: Overrides = None, resume: Resume = False,
-    render_only: RenderOnly = False, detach: Detach = False, dry_run: DryRun = False,
-) -> None:  # fmt: skip
+    to: To,
+    config: Layers = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    render_only: RenderOnly = False,
+    detach: Detach = False,
+    dry_run: DryRun = False,
+) -> None:
     """Run `dmpo sft` on a cluster; see `dmpo submit train`."""
     _submit(to, "sft", read_settings(config, overrides, dry_run), resume, render_only, detach)
 
 
 @submit_app.command("train")
 def submit_train(
-    to: To, config: Layers = None, overrides: Overrides = None, resume: Resume = False,
-    render_only: RenderOnly = False, detach: Detach = False, dry_run: DryRun = False,
-) -> None:  # fmt: skip
+    to: To,
+    config: Layers = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    render_only: RenderOnly = False,
+    detach: Detach = False,
+    dry_run: DryRun = False,
+) -> None:
     """Run `dmpo train` on a cluster: writes readable files to output_dir/submit and submits them.
 
     Examples:
 
-        dmpo submit train --to slurm -c pretrained_lora submit.nodes=2 submit.gpus_per_node=4 submit.slurm.partition=gpu data.path=... output_dir=/shared/runs/a
+        dmpo submit train --to slurm -c pretrained_lora submit.nodes=2 submit.gpus_per_node=4 submit.slurm.partition=gpu
+        data.path=... output_dir=/shared/runs/a
 
-        dmpo submit train --to ray -c pretrained_lora submit.ray.address=http://head:8265 data.path=... output_dir=/shared/runs/a
+        dmpo submit train --to ray -c pretrained_lora submit.ray.address=http://head:8265 data.path=...
+        output_dir=/shared/runs/a
 
-        dmpo submit train --to kubernetes --render-only -c pretrained_lora submit.folder=a submit.kubernetes.image=... output_dir=/checkpoints/a
+        dmpo submit train --to kubernetes --render-only -c pretrained_lora submit.folder=a submit.kubernetes.image=...
+        output_dir=/checkpoints/a
     """
     _submit(to, "train", read_settings(config, overrides, dry_run), resume, render_only, detach)
 
@@ -50,13 +65,13 @@ def submit_train(
 def submit_doctor(
     to: To, config: Layers = None, overrides: Overrides = None, render_only: RenderOnly = False, detach: Detach = False
 ) -> None:
-    """Run `dmpo doctor` where a run's driver would: a first look at a cluster."""
+    """Run `dmpo doctor` on a cluster, where the driver of a run would be: a first test of it."""
     _submit(to, "doctor", read_settings(config, overrides, dry_run=False), False, render_only, detach)
 
 
 @submit_app.command("status")
 def submit_status(run: Submitted) -> None:
-    """Say what the cluster does with a submitted run."""
+    """Print the state of a submitted run."""
     from dmpo_dist.submit.run import job_status
 
     print(job_status(run))
@@ -64,7 +79,7 @@ def submit_status(run: Submitted) -> None:
 
 @submit_app.command("logs")
 def submit_logs(run: Submitted) -> None:
-    """Show a submitted run's output to its end; Ctrl-C leaves the run alone."""
+    """Show the output of a submitted run until it ends; Ctrl-C does not stop the run."""
     from dmpo_dist.submit.run import job_logs
 
     job_logs(run, print_now)
@@ -72,7 +87,7 @@ def submit_logs(run: Submitted) -> None:
 
 @submit_app.command("stop")
 def submit_stop(run: Submitted) -> None:
-    """Stop a submitted run; `dmpo submit ... --resume` goes on with it."""
+    """Stop a submitted run; `dmpo submit ... --resume` continues it."""
     from dmpo_dist.submit.run import stop_job
 
     print(stop_job(run))

@@ -1,4 +1,4 @@
-"""One schema for everything a run depends on, a section a file; ``load_config`` reads it from YAML and the command line."""
+"""One schema for everything a run depends on, a file for each section; ``load_config`` reads YAML and overrides."""
 
 from dmpo_dist.config.data import DataConfig, Simulator, Source
 from dmpo_dist.config.evaluation import EvaluationConfig, RankingConfig

@@ -48,7 +48,7 @@ class EvaluationConfig(Section):
     """Ranked beside the models. popularity counts before each request, pop_fitted in what the others are fitted on;
     ease, sasrec and bert4rec come from RecTools, in an environment of their own that is made on first use."""
     baseline_environment: Path | None = None
-    """Folder of that environment; None is one in the user's cache. Make it beforehand where compute nodes have no network."""
+    """Folder of that environment; None is one in the user's cache. Make it first where nodes have no network."""
     knn_neighbours: int = Field(50, ge=1)
     """Neighbours kept per item by the item-kNN baseline."""
     ease_regularization: list[Annotated[float, Field(gt=0)]] = Field([1000, 300, 3000, 10_000], min_length=1)
@@ -56,8 +56,8 @@ class EvaluationConfig(Section):
     transformer: TransformerBaseline = Field(default_factory=TransformerBaseline)
     """Of sasrec and bert4rec."""
     order_requests: int = Field(32, ge=0)
-    """Test requests that each model scores again with candidates and requests in other orders, to see whether that moves
-    anything; 0 leaves it out."""
+    """Test requests that each model scores again with candidates and requests in other orders, to see whether that
+    moves anything; 0 leaves it out."""
 
     @field_validator("baselines")
     @classmethod

@@ -1,14 +1,18 @@
-"""Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one pydantic schema."""
+"""Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one schema."""
 
 import difflib
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from dmpo_dist.config.run import RunConfig
+from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
+
+Extent = Literal["all", "saved", "changed"]
 
 
 def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunConfig:
@@ -28,23 +32,61 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        given = [key.partition("=")[0] for key in overrides or []]
-        mistaken = [".".join(str(part) for part in e["loc"]) for e in error.errors()]
-        on_line = [
-            any(key == g or key.startswith(f"{g}.") or g.startswith(f"{key}.") for g in given) for key in mistaken
-        ]
-        places = [] if all(on_line) else [str(layer) for layer in layers]
-        where = ", ".join([*places, *(["the command line"] if any(on_line) or not layers else [])])
-        raise UserError(f"configuration ({where}):\n" + "\n".join(_explain(e) for e in error.errors())) from None
+        # a mistake is the command line's where an override names the key, a section of it, or a key of that section
+        given = [f"{override.partition('=')[0]}." for override in overrides or []]
+        mistaken = [".".join(map(str, e["loc"])) + "." for e in error.errors()]
+        on_line = [any(key.startswith(g) or g.startswith(key) for g in given) for key in mistaken]
+        sources = [] if all(on_line) else [str(layer) for layer in layers]
+        sources += ["the command line"] if any(on_line) or not layers else []
+        problems = "\n".join(_explain(e) for e in error.errors())
+        raise UserError(f"configuration ({', '.join(sources)}):\n{problems}") from None
 
 
-def dump_config(config: RunConfig, leave_out: set[str] | None = None) -> str:
-    """The resolved configuration, or its sections but ``leave_out``, as YAML that ``load_config`` reads back equal."""
-    content = config.model_dump(mode="json", exclude=leave_out)
+def find_recipe(name: str, what: str, prefix: str = "") -> Path:
+    """The file called ``name``, or the recipe of that name.
+
+    Args:
+        what: what the name stands for, for the message of an error.
+        prefix: only recipes whose names begin with it are offered there.
+
+    Raises:
+        UserError: neither is there.
+    """
+    folder = resources.files("dmpo_dist.recipes")
+    recipe = folder / f"{name}.yaml"
+    if Path(name).is_file() or recipe.is_file():
+        return Path(name) if Path(name).is_file() else Path(str(recipe))
+    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    offered = ", ".join(name for name in known if name.startswith(prefix))
+    raise UserError(f"{what} {name}: no such file, and no recipe of that name; recipes are {offered}")
+
+
+def dump_config(config: RunConfig, extent: Extent = "saved") -> str:
+    """The configuration as YAML that ``load_config`` reads back equal.
+
+    Args:
+        extent: ``all`` keys, those that differ from their defaults (``changed``), or all but a ``submit`` section that
+            is wholly default (``saved``, what a run's folder keeps).
+    """
+    content = changed_values(config) if extent == "changed" else config.model_dump(mode="json")
+    if extent == "saved" and config.submit == SubmitConfig():
+        del content["submit"]
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if any(mark in text for mark in "\x85\u2028\u2029"):  # PyYAML reads these line breaks as spaces unless escaped
         text = yaml.safe_dump(content, sort_keys=False)
     return text
+
+
+def changed_values(section: BaseModel) -> dict[str, Any]:
+    """The fields that differ from the defaults of their section, as JSON types; sections within are nested."""
+    whole, changed = section.model_dump(mode="json"), {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        # a type with one literal, such as the name of a loss, says which class of a union the section is of
+        one_literal = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+        if one_literal or value != field.get_default(call_default_factory=True):
+            changed[name] = changed_values(value) if isinstance(value, BaseModel) else whole[name]
+    return changed
 
 
 def _read_layer(path: Path) -> dict[str, Any]:

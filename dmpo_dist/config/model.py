@@ -19,7 +19,7 @@ class TemplateConfig(Section):
     response: str = "{title}"
     """The response without its terminator; must contain {title}."""
     terminator: str = "{eos}"
-    """What ends a response; {eos} is the tokenizer's end token (ignored when a chat template is used: it ends its own turns)."""
+    """What ends a response; {eos} is the tokenizer's end token. Ignored with a chat template, which ends turns."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Wrap the prompt in the tokenizer's chat template: when it has one, always, or never."""
 
@@ -68,8 +68,8 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False
-    """Compile the decoder layers with torch.compile: a minute or more at the start, then some 1.25 times faster steps of an 8B
-    model on a GPU. Not with ZeRO-3."""
+    """Compile the decoder layers with torch.compile: a minute or more at the start, then some 1.25 times faster steps
+    of an 8B model on a GPU. Not with ZeRO-3."""
     attention: Literal["auto", "two_part", "flex", "sdpa", "unshared"] = "auto"
     """How K+1 responses share their prompt: auto picks by model and device (see ``dmpo doctor``); unshared runs
     separate rows."""

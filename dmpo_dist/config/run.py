@@ -1,6 +1,6 @@
 """The run configuration: everything a run depends on, as one pydantic schema.
 
-The docstring below each field is its help text; ``dmpo config show`` prints the resolved values.
+The docstring below each field is its help text; ``dmpo config show --all`` prints all values.
 """
 
 from pathlib import Path
@@ -48,6 +48,6 @@ class RunConfig(Section):
         if value != CONFIG_VERSION:
             raise ValueError(
                 f"this configuration is of version {value}, this dmpo reads version {CONFIG_VERSION}; "
-                "compare with `dmpo config show` and update the file"
+                "compare with `dmpo config show --all` and update the file"
             )
         return value

@@ -56,7 +56,7 @@ class RayJobsConfig(Section):
     address: str | None = Field(None, pattern=r"^https?://[^\s]+$")
     """The head's dashboard, such as http://head:8265; None takes RAY_API_SERVER_ADDRESS."""
     token_file: Path | None = None
-    """File with the cluster's token; None leaves it to Ray (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or ~/.ray/auth_token)."""
+    """File with the cluster's token; None leaves it to Ray (RAY_AUTH_TOKEN or ~/.ray/auth_token)."""
     working_dir: Path | None = None
     """Folder whose copy the driver and the workers run in; None uploads the run's configuration alone."""
     excludes: list[str] = Field(
@@ -109,7 +109,7 @@ class KubernetesConfig(Section):
 
 
 class SubmitConfig(Section):
-    """``dmpo submit``: what the cluster must give, and what each kind of cluster must be told."""
+    """``dmpo submit``: the resources to ask for, and settings of each kind of cluster."""
 
     folder: Path | None = None
     """Folder for what is rendered; None is output_dir/submit, with --render-only ./submit."""
@@ -120,7 +120,7 @@ class SubmitConfig(Section):
     cpus_per_node: int = Field(8, ge=1)
     gpus_per_node: int = Field(0, ge=0)
     env: dict[str, Line] = Field(default_factory=dict)
-    """Environment of all processes, such as NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME. It is written down: no secrets."""
+    """Environment of all processes, such as NCCL_SOCKET_IFNAME. It is written to files, so it must hold no secrets."""
     ready_seconds: int = Field(600, ge=1)
     """How long the driver waits for the nodes before it says what is missing."""
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
@@ -132,10 +132,11 @@ class SubmitConfig(Section):
     def _plain_names(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name!r} is no name of an environment variable")
+                raise ValueError(f"{name!r} cannot be the name of an environment variable")
             if name.upper().endswith(SECRET_ENDINGS):
                 raise ValueError(
-                    f"{name} looks like a secret and would be written into a file; on Slurm export it before dmpo submit, "
-                    "on Kubernetes name its secret in submit.kubernetes.secret, on Ray set it where the nodes start"
+                    f"{name} looks like a secret and would be written into a file; on Slurm export it before dmpo "
+                    "submit, on Kubernetes name its secret in submit.kubernetes.secret, on Ray set it where the nodes "
+                    "start"
                 )
         return value

@@ -26,7 +26,7 @@ class MlflowConfig(Section):
 
 
 class TrackingConfig(Section):
-    """JSON lines and TensorBoard are always written; these come on top: ``tracking.wandb={}`` is enough."""
+    """Trackers beside the JSON lines and TensorBoard files of every run; ``tracking.wandb={}`` turns one on."""
 
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None

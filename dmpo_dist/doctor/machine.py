@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -37,8 +38,13 @@ def examine(config: RunConfig, console: Console) -> bool:
     problems += _shared_memory(console) + _writable(config, console)
     for problem in problems:
         console.print(f"[red]problem:[/red] {problem}", highlight=False)
-    console.print("all there" if not problems else f"{len(problems)} to mend", style="bold")
+    console.print(summary(problems), style="bold")
     return not problems
+
+
+def summary(problems: Sequence[str]) -> str:
+    """How many problems there are, for the last line."""
+    return "no problems found" if not problems else f"{len(problems)} problem{'s' * (len(problems) > 1)} found"
 
 
 def _accelerator(torch: object) -> str:
@@ -50,7 +56,7 @@ def _accelerator(torch: object) -> str:
 
 
 def _show_attention(config: RunConfig, device_type: str, console: Console) -> None:
-    """What ``model.attention=auto`` takes here by kind of model, and what has been proven on the device."""
+    """What ``model.attention=auto`` takes on this machine by kind of model, and which backends are proven on it."""
     import torch
 
     from dmpo_dist.modeling.routing import PROVEN, typical_routes
@@ -62,11 +68,11 @@ def _show_attention(config: RunConfig, device_type: str, console: Console) -> No
 
 
 def _shared_memory(console: Console) -> list[str]:
-    place = Path("/dev/shm")
-    if not place.exists():
+    folder = Path("/dev/shm")
+    if not folder.exists():
         console.print("shared memory: no /dev/shm (Ray will use the disk)")
         return []
-    free = shutil.disk_usage(place).free / 2**30
+    free = shutil.disk_usage(folder).free / 2**30
     console.print(f"shared memory: {free:.1f} GiB free in /dev/shm", highlight=False)
     if free >= MIN_SHARED_MEMORY_GIB:
         return []
@@ -76,11 +82,10 @@ def _shared_memory(console: Console) -> list[str]:
 def _writable(config: RunConfig, console: Console) -> list[str]:
     """Whether the folders a run writes to can be written, and have room."""
     problems = []
-    places = {"output_dir": config.output_dir, "temporary files": Path(tempfile.gettempdir())}
-    for what, place in places.items():
-        folder = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    for what, path in {"output_dir": config.output_dir, "temporary files": Path(tempfile.gettempdir())}.items():
+        folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         free = shutil.disk_usage(folder).free / 2**30
-        console.print(f"{what}: {place}, {free:.1f} GiB free", highlight=False)
+        console.print(f"{what}: {path}, {free:.1f} GiB free", highlight=False)
         if not os.access(folder, os.W_OK) or not folder.is_dir():
             problems.append(f"{what}: {folder} cannot be written; choose another (output_dir=..., or TMPDIR)")
         elif free < MIN_DISK_GIB:

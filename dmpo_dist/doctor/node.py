@@ -1,4 +1,4 @@
-"""What ``dmpo doctor --cluster`` does on each node: look around, tell the time, and move data to the others."""
+"""What ``dmpo doctor --cluster`` runs on each node: a report, its clock, and moving data to the other nodes."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ GROUP_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """What a run would use on every node.
 
     Args:
@@ -42,7 +42,6 @@ class Places:
 class NodeReport:
     """What was found on one node; sizes in GiB."""
 
-    host: str
     versions: dict[str, str | None]
     cpus: int
     gpus: int
@@ -57,7 +56,7 @@ class NodeReport:
     """Digest of the prepared data's description; "" where it cannot be read, None where no data.path is set."""
 
 
-def versions_here() -> dict[str, str | None]:
+def own_versions() -> dict[str, str | None]:
     """Versions that must agree over a run's nodes."""
     packages = describe_environment().packages
     return {"python": platform.python_version(), "dmpo_dist": dmpo_dist.__version__} | {
@@ -65,23 +64,22 @@ def versions_here() -> dict[str, str | None]:
     }
 
 
-def look_around(places: Places) -> NodeReport:
+def look_around(paths: RunPaths) -> NodeReport:
     """The report of the node this runs on."""
     import psutil
 
     shm = Path("/dev/shm")
-    existing = next(p for p in (places.output, *places.output.parents) if p.exists())
+    existing = next(p for p in (paths.output, *paths.output.parents) if p.exists())
     return NodeReport(
-        host=socket.gethostname(),
-        versions=versions_here(),
+        versions=own_versions(),
         cpus=os.cpu_count() or 1,
         gpus=_count_gpus(),
         memory=psutil.virtual_memory().total / GIB,
         shared_memory=shutil.disk_usage(shm).free / GIB if shm.exists() else None,
         disk=shutil.disk_usage(existing).free / GIB,
         writable=existing.is_dir() and os.access(existing, os.W_OK),
-        sees_marker=places.marker is None or places.marker.exists(),
-        data=None if places.data is None else _digest(places.data / "dataset.json"),
+        sees_marker=paths.marker is None or paths.marker.exists(),
+        data=None if paths.data is None else _digest(paths.data / "dataset.json"),
     )
 
 
@@ -103,8 +101,8 @@ def _count_gpus() -> int:
 class NodeProbe:
     """An actor on one node."""
 
-    def look_around(self, places: Places) -> NodeReport:
-        return look_around(places)
+    def look_around(self, paths: RunPaths) -> NodeReport:
+        return look_around(paths)
 
     def time(self) -> float:
         """This node's clock, in seconds since 1970."""
@@ -141,9 +139,12 @@ class NodeProbe:
 
         bind_gloo(ray.util.get_node_ip_address())
         distributed.init_process_group(
-            "gloo", init_method=f"tcp://{meeting[0]}:{meeting[1]}", rank=rank, world_size=world_size,
+            "gloo",
+            init_method=f"tcp://{meeting[0]}:{meeting[1]}",
+            rank=rank,
+            world_size=world_size,
             timeout=timedelta(seconds=GROUP_SECONDS),
-        )  # fmt: skip
+        )
         try:
             values, seconds = torch.zeros(size // 4), []
             for _ in range(ALL_REDUCE_REPEATS + 1):

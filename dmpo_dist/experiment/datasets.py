@@ -1,4 +1,4 @@
-"""The datasets of an experiment: folders that were prepared, or are prepared here once."""
+"""The datasets of an experiment: prepared folders, or folders that the experiment prepares once."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +18,11 @@ def open_datasets(grid: GridConfig, make: Callable[[str], None] | None) -> dict[
     """Every dataset of the grid that is there, by name.
 
     Args:
-        make: prepares those that are to be prepared here and says so through it; None leaves them out.
+        make: takes a line for each dataset that is prepared now; None leaves out what is not prepared yet.
 
     Raises:
-        UserError: a folder holds no prepared data or no test requests, was prepared by other settings than the grid's, or
+        UserError: a folder holds no prepared data or no test requests, was prepared by other settings than the grid's,
+            or
             cannot be prepared.
     """
     found: dict[str, PreparedData] = {}
@@ -64,6 +65,6 @@ def _require_as_prepared(name: str, data: PreparedData, settings: RunConfig, see
     for key, value in wanted.items():
         if key in there and there[key] != value:
             raise UserError(
-                f"datasets.{name}: {data.path} was prepared with {key}={there[key]}, the grid now says {value}; give the "
-                "dataset another name, or write to another output_dir"
+                f"datasets.{name}: {data.path} was prepared with {key}={there[key]}, the grid now says {value}; give "
+                "the dataset another name, or write to another output_dir"
             )

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from dmpo_dist.config import RunConfig, load_config
+from dmpo_dist.config.load import find_recipe
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.schema import (
@@ -20,7 +21,6 @@ from dmpo_dist.experiment.schema import (
     DatasetConfig,
     GridConfig,
     as_json,
-    find_recipe,
     last_line,
     layers_of,
     nearest,
@@ -29,10 +29,11 @@ from dmpo_dist.experiment.schema import (
 )
 
 LONGEST_VALUE = 40  # of a free axis in a cell's name
+Free = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One combination of the grid.
 
     Attributes:
@@ -49,7 +50,7 @@ class Cell:
     k: int
     objective: str
     seed: int
-    free: tuple[tuple[str, Any], ...]
+    free: Free
     config: RunConfig
 
 
@@ -62,7 +63,7 @@ def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
     Raises:
         UserError: it cannot be read, or a key or value is wrong; the message names the file.
     """
-    path = find_recipe(str(file), "GRID")
+    path = find_recipe(str(file), "GRID", prefix="experiment")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -86,20 +87,20 @@ def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
     return grid
 
 
-def expand(grid: GridConfig) -> list[Cell]:
+def expand(grid: GridConfig) -> list[GridCell]:
     """Every combination of every block once; those of equal dataset, shots and seed follow each other.
 
     Raises:
         UserError: a combination comes up twice, or a cell's configuration is not valid.
     """
     base = load_config(layers_of(grid), settings_of(grid))
-    cells: dict[str, Cell] = {}
+    cells: dict[str, GridCell] = {}
     for block in grid.grid:
-        mine: set[str] = set()
+        names: set[str] = set()
         for cell in _expand_block(block, grid, base):
-            if cell.name in mine:
+            if cell.name in names:
                 raise UserError(f"the cell {cell.name} comes up twice in the grid; remove the repeated value")
-            mine.add(cell.name)
+            names.add(cell.name)
             cells.setdefault(cell.name, cell)
     _require_different(cells.values())
     return sorted(cells.values(), key=lambda c: (list(grid.datasets).index(c.dataset), c.shots or 10**12, c.seed))
@@ -115,7 +116,7 @@ def _with_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[
     return flat
 
 
-def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig) -> Iterable[Cell]:
+def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig) -> Iterable[GridCell]:
     defaults = {
         "dataset": list(grid.datasets),
         "shots": [ALL_SHOTS],
@@ -128,13 +129,11 @@ def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig
     for dataset, shots, seed, *others in product(*values[:3], *(block[axis] for axis in free), *values[3:]):
         k, objective = others[-2:]
         options = {"name": base.objective.name} | (objective if isinstance(objective, dict) else {"name": objective})
-        yield _make_cell(grid, dataset, shots, seed, k, options, tuple(zip(free, others[:-2], strict=True)))
+        yield _make_cell(grid, dataset, (shots, seed, k), options, tuple(zip(free, others[:-2], strict=True)))
 
 
-def _make_cell(
-    grid: GridConfig, dataset: str, shots: Any, seed: Any, k: Any, options: dict[str, Any],
-    free: tuple[tuple[str, Any], ...],
-) -> Cell:  # fmt: skip
+def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: dict[str, Any], free: Free) -> GridCell:
+    shots, seed, k = values
     label = "-".join(map(str, [options["name"], *(_option(*o) for o in options.items() if o[0] != "name")]))
     few = None if shots in (None, ALL_SHOTS) else shots
     name = f"{dataset}_shots-{few or ALL_SHOTS}_k-{k}_{_as_file_name(label)}"
@@ -149,7 +148,7 @@ def _make_cell(
         config = load_config(layers_of(grid), [*settings_of(grid), *overrides])
     except UserError as error:
         raise UserError(f"the cell {name}: {last_line(error)}") from None
-    return Cell(name, dataset, few, k, label, seed, free, config)
+    return GridCell(name, dataset, few, k, label, seed, free, config)
 
 
 def free_part(free: Iterable[tuple[str, Any]]) -> str:
@@ -167,7 +166,7 @@ def _as_file_name(text: str) -> str:
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def _require_different(cells: Iterable[Cell]) -> None:
+def _require_different(cells: Iterable[GridCell]) -> None:
     """No two cells train the same."""
     seen: dict[str, str] = {}
     for cell in cells:

@@ -14,13 +14,16 @@ from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import named_path
-from dmpo_dist.experiment.grid import Cell, free_part
+from dmpo_dist.experiment.grid import Free, GridCell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, GridConfig
 from dmpo_dist.training.groups import require_negatives
 from dmpo_dist.training.job import Kind
 
+Role = Literal["start", "continued", "cell"]
 FOLDERS = {"start": "sft", "continued": "sft_continued", "cell": "cells"}
 PREFERENCE_SECTIONS = ("objective", "reference")
+WITHOUT = {"start": ("train", *PREFERENCE_SECTIONS), "continued": PREFERENCE_SECTIONS, "cell": ()}
+"""Sections of the configuration that a part of each role does not depend on."""
 NO_INFLUENCE = ("token_budget", "checkpoint_every", "keep_checkpoints", "log_every")
 """Of a stage: what changes how it runs, and not what it ends with."""
 
@@ -44,14 +47,14 @@ class Part:
         continued: title of the SFT continued that a cell is compared with; None for the others, and without that arm.
     """
 
-    role: Literal["start", "continued", "cell"]
+    role: Role
     name: str
     folder: Path
     config: RunConfig
     start: str | None
-    cell: Cell
+    cell: GridCell
     shots: int | None
-    free: tuple[tuple[str, Any], ...]
+    free: Free
     measured: dict[str, Path]
     evaluate_on: tuple[str, ...]
     settings: dict[str, Any]
@@ -83,7 +86,7 @@ class Part:
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def make_parts(grid: GridConfig, cells: Sequence[Cell], data: Mapping[str, PreparedData]) -> list[Part]:
+def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, PreparedData]) -> list[Part]:
     """Every model once, each after the start it needs.
 
     Args:
@@ -97,50 +100,38 @@ def make_parts(grid: GridConfig, cells: Sequence[Cell], data: Mapping[str, Prepa
         config = _on_dataset(cell.config, cell, grid, data)
         if cell.dataset in data:
             _require_enough(config, cell, data[cell.dataset])
-        start = _start(config, cell, grid, data)
+        start = _part("start", config, cell, None, grid, data)
         parts.setdefault(start.title, start)
-        part = _cell(config, cell, start, grid, data)
+        part = _part("cell", config, cell, start, grid, data)
         if "sft_continued" in grid.arms:
-            continued = _continued(config, cell, start, grid, data)
+            same = {
+                key: getattr(config.train, key) for key in ("select", "select_metric", "max_grad_norm", "log_every")
+            }
+            longer = continued_config(config)
+            longer = longer.model_copy(update={"sft": longer.sft.model_copy(update=same)})
+            continued = _part("continued", longer, cell, start, grid, data)
             parts.setdefault(continued.title, continued)
             part = replace(part, continued=continued.title)
         parts[part.title] = part
     return list(parts.values())
 
 
-def _start(config: RunConfig, cell: Cell, grid: GridConfig, data: Mapping[str, PreparedData]) -> Part:
-    shots = {"cell": cell.shots, ALL_SHOTS: None}.get(str(grid.sft_shots), grid.sft_shots)
-    assert not isinstance(shots, str)
-    free = tuple(axis for axis in cell.free if axis[0].split(".")[0] not in ("train", *PREFERENCE_SECTIONS))
-    name = f"{cell.dataset}_shots-{shots or ALL_SHOTS}_seed-{cell.seed}{free_part(free)}"
-    config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
-    return _part("start", name, config, None, cell, shots, free, grid, data)
-
-
-def _continued(config: RunConfig, cell: Cell, start: Part, grid: GridConfig, data: Mapping[str, PreparedData]) -> Part:
-    free = tuple(axis for axis in cell.free if axis[0].split(".")[0] not in PREFERENCE_SECTIONS)
-    name = f"{cell.dataset}_shots-{cell.shots or ALL_SHOTS}_seed-{cell.seed}{free_part(free)}"
-    config = continued_config(config)
-    same = {key: getattr(config.train, key) for key in ("select", "select_metric", "max_grad_norm", "log_every")}
-    config = config.model_copy(update={"sft": config.sft.model_copy(update=same)})
-    return _part("continued", name, config, start, cell, cell.shots, free, grid, data)
-
-
-def _cell(config: RunConfig, cell: Cell, start: Part, grid: GridConfig, data: Mapping[str, PreparedData]) -> Part:
-    return _part("cell", cell.name, config, start, cell, cell.shots, cell.free, grid, data)
-
-
 def _part(
-    role: Literal["start", "continued", "cell"],
-    name: str,
+    role: Role,
     config: RunConfig,
+    cell: GridCell,
     start: Part | None,
-    cell: Cell,
-    shots: int | None,
-    free: tuple[tuple[str, Any], ...],
     grid: GridConfig,
     data: Mapping[str, PreparedData],
 ) -> Part:
+    """The part of this role that ``cell`` needs; cells that differ only in what it does not depend on share it."""
+    shots = cell.shots
+    if role == "start":
+        shots = grid.sft_shots if isinstance(grid.sft_shots, int) else cell.shots if grid.sft_shots == "cell" else None
+        config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
+    free = tuple(axis for axis in cell.free if axis[0].split(".")[0] not in WITHOUT[role])
+    name = f"{cell.dataset}_shots-{shots or ALL_SHOTS}_seed-{cell.seed}{free_part(free)}"
+    name = cell.name if role == "cell" else name
     folder = grid.output_dir.absolute() / FOLDERS[role] / name
     stage = "train" if role == "cell" else "sft"
     changes: dict[str, Any] = {"output_dir": folder / stage}
@@ -152,7 +143,7 @@ def _part(
     if start is not None:
         changes["model"] = config.model.model_copy(update={"path": str(start.model)})
     config = config.model_copy(update=changes)
-    where = tuple(grid.datasets) if grid.evaluate_on == "all" else (cell.dataset,)
+    datasets = tuple(grid.datasets) if grid.evaluate_on == "all" else (cell.dataset,)
     measured = _measured(role, folder / stage, config.model.path, cell, grid)
     fingerprint = data[cell.dataset].fingerprint if cell.dataset in data else None
     return Part(
@@ -165,12 +156,12 @@ def _part(
         shots=shots,
         free=free,
         measured=measured,
-        evaluate_on=where if measured else (),
+        evaluate_on=datasets if measured else (),
         settings=_settings(config, stage, fingerprint, None if start is None else start.settings_hash),
     )
 
 
-def _measured(role: str, run: Path, start: str, cell: Cell, grid: GridConfig) -> dict[str, Path]:
+def _measured(role: str, run: Path, start: str, cell: GridCell, grid: GridConfig) -> dict[str, Path]:
     if role == "cell":
         return {cell.objective: run / "model"}
     if role == "continued":
@@ -190,7 +181,7 @@ def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str
     return {key: value for key, value in flat.items() if key not in {f"{stage}.{name}" for name in NO_INFLUENCE}}
 
 
-def _on_dataset(config: RunConfig, cell: Cell, grid: GridConfig, data: Mapping[str, PreparedData]) -> RunConfig:
+def _on_dataset(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mapping[str, PreparedData]) -> RunConfig:
     """The configuration with the dataset's path, and all paths absolute, as the run folder will have them."""
     changes: dict[str, Any] = {"data": config.data.model_copy(update={"path": named_path(data, cell.dataset, grid)})}
     if config.deepspeed.endswith(".json"):
@@ -202,12 +193,12 @@ def _on_dataset(config: RunConfig, cell: Cell, grid: GridConfig, data: Mapping[s
     return config.model_copy(update=changes)
 
 
-def _require_enough(config: RunConfig, cell: Cell, data: PreparedData) -> None:
+def _require_enough(config: RunConfig, cell: GridCell, data: PreparedData) -> None:
     """What would otherwise stop a cell hours later."""
     if cell.shots is not None and cell.shots > len(data.train):
         raise UserError(
-            f"the cell {cell.name}: shots={cell.shots}, but {data.path} holds {len(data.train)} training groups; take that "
-            "number out of the grid, or give the dataset a block of its own"
+            f"the cell {cell.name}: shots={cell.shots}, but {data.path} holds {len(data.train)} training groups; take "
+            "that number out of the grid, or give the dataset a block of its own"
         )
     try:
         require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)

@@ -4,13 +4,13 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dmpo_dist.config import RunConfig, load_config
+from dmpo_dist.config.load import find_recipe
 from dmpo_dist.config.section import Section, dotted
 from dmpo_dist.errors import UserError
 
@@ -26,7 +26,7 @@ class DatasetConfig(Section):
     path: Path | None = None
     """Folder that ``dmpo data prepare`` wrote."""
     prepare: dict[str, Any] | None = None
-    """Keys of the ``data`` section to prepare it by, over those of ``config`` and ``settings``; goes to output_dir/data."""
+    """Keys of the ``data`` section, over those of ``config`` and ``settings``; prepared in output_dir/data."""
     seed: int = Field(0, ge=0)
     """Seed of that preparation. Cells of any seed share the data, so that they are measured on the same candidates."""
 
@@ -49,10 +49,10 @@ class GridConfig(Section):
     datasets: dict[str, DatasetConfig] = Field(min_length=1)
     """Name -> a prepared folder (a text), or ``prepare`` and ``seed``."""
     grid: list[dict[str, list[Any]]] = Field(min_length=1)
-    """Axis -> values, or a list of such blocks whose cells add up. Axes: dataset, shots (numbers or all), k, objective (names,
-    or mappings of the objective section), seed, and any dotted key of the configuration."""
+    """Axis -> values, or a list of such blocks whose cells add up. Axes: dataset, shots (numbers or all), k, objective
+    (names, or mappings of the objective section), seed, and any dotted key of the configuration."""
     arms: list[Literal["untuned", "sft", "sft_continued"]] = Field(default_factory=lambda: ["sft"])
-    """Evaluated beside the cells: the model before training, after SFT, and after as many further SFT steps as the cell's."""
+    """Evaluated beside the cells: the model before training, after SFT, and after as many more SFT steps."""
     baselines: bool = True
     """Evaluate those of ``evaluation.baselines`` (and a simulator's oracle) on every dataset."""
     evaluate_on: Literal["own", "all"] = "own"
@@ -73,9 +73,11 @@ class GridConfig(Section):
         """One block is a list of one, one value a list of one."""
         blocks = value if isinstance(value, list) else [value]
         return [
-            {str(axis): v if isinstance(v, list) else [v] for axis, v in block.items()} if isinstance(block, dict) else block
+            {str(axis): v if isinstance(v, list) else [v] for axis, v in block.items()}
+            if isinstance(block, dict)
+            else block
             for block in blocks
-        ]  # fmt: skip
+        ]
 
     def check(self) -> None:
         """Raise UserError for what only the values show: names that are no file names, axes, empty lists."""
@@ -86,7 +88,9 @@ class GridConfig(Section):
                 )
         for key in dotted(self.settings):
             if key in ("output_dir", "data.path", "seed", "data.shots"):
-                raise UserError(f"settings.{key}: not here; the grid's own output_dir, datasets, seed and shots say it")
+                raise UserError(
+                    f"settings.{key}: cannot be set there; use the grid's output_dir, datasets, seed and shots"
+                )
         for number, block in enumerate(self.grid):
             where = "grid" if len(self.grid) == 1 else f"grid, block {number + 1}"
             for axis, values in block.items():
@@ -116,18 +120,6 @@ class GridConfig(Section):
                 load_config(layers_of(self), [*settings_of(self), override(axis, value)])
             except UserError as error:
                 raise UserError(f"{where}: {last_line(error)}") from None
-
-
-def find_recipe(name: str, what: str) -> Path:
-    """The file, or the recipe, of this name."""
-    folder = resources.files("dmpo_dist.recipes")
-    recipe = folder / f"{name}.yaml"
-    if Path(name).is_file() or recipe.is_file():
-        return Path(name) if Path(name).is_file() else Path(str(recipe))
-    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    if what == "GRID":
-        known = [name for name in known if name.startswith("experiment")]
-    raise UserError(f"{what} {name}: no such file, and no recipe of that name; recipes are {', '.join(known)}")
 
 
 def layers_of(grid: GridConfig) -> list[Path]:

@@ -6,11 +6,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from dmpo_dist.commands.train import run_stage, run_stages, say
-from dmpo_dist.config import RunConfig
+from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.parts import Part
@@ -26,8 +25,8 @@ def in_this_process() -> bool:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         raise UserError(
-            "dmpo experiment under torchrun trains in one process; use --nproc-per-node 1, or start it without torchrun and "
-            "set cluster.workers for that many Ray workers"
+            "dmpo experiment under torchrun trains in one process; use --nproc-per-node 1, or start it without "
+            "torchrun and set cluster.workers for that many Ray workers"
         )
     return "RANK" in os.environ
 
@@ -35,8 +34,8 @@ def in_this_process() -> bool:
 def placed(config: RunConfig, output: Path, alone: bool) -> RunConfig:
     """The cluster settings of a stage: one worker in this process, or checkpoints where ``run_stages`` and a resumed
     ``run_stage`` both look for them."""
-    place = {"workers": 1} if alone else {"storage_path": config.cluster.storage_path or str(output)}
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update=place)})
+    changes = {"workers": 1} if alone else {"storage_path": config.cluster.storage_path or str(output)}
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=changes)})
 
 
 def train_parts(parts: Sequence[Part], alone: bool, heading: Callable[[Part], str], console: Console) -> None:
@@ -114,7 +113,7 @@ def _without_start(part: Part, among: Sequence[Part] = ()) -> bool:
 
 def _resumable(part: Part) -> bool:
     """Whether an interrupted run can go on; one that cannot, as the cluster is another now, makes way for a new one."""
-    if begun(part) and _as_saved(part.run / CONFIG_FILE) == _comparable(part.config.model_dump(mode="json")):
+    if begun(part) and _saved_settings(part.run / CONFIG_FILE) == _comparable(part.config):
         return True
     _clear(part)
     return False
@@ -124,11 +123,13 @@ def _clear(part: Part) -> None:
     shutil.rmtree(part.run, ignore_errors=True)
 
 
-def _as_saved(file: Path) -> dict[str, object]:
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return _comparable(content) if isinstance(content, dict) else {}
+def _saved_settings(file: Path) -> dict[str, object]:
+    try:
+        return _comparable(load_config([file]))
+    except UserError:  # cut off while it was written, or of another version of the schema
+        return {}
 
 
-def _comparable(content: dict[str, object]) -> dict[str, object]:
-    """A saved configuration but for the template, which is the start's."""
-    return {key: value for key, value in dotted(content).items() if not key.startswith("template.")}
+def _comparable(config: RunConfig) -> dict[str, object]:
+    """All settings but the template, which is the start's."""
+    return dotted(config.model_dump(mode="json", exclude={"template"}))

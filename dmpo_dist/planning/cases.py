@@ -1,6 +1,6 @@
 """CPU configurations that ``dmpo plan --verify`` predicts and measures: random models, each in processes of its own."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from dmpo_dist.config import LoraConfig, RunConfig
@@ -85,10 +85,6 @@ class Case:
                 "cluster": {"workers": self.ranks},
             }
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON that ``Case(**...)`` reads back."""
-        return asdict(self)
 
 
 CASES = (

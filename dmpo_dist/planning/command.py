@@ -72,7 +72,7 @@ def run_verify(console: Console) -> bool:
 
 
 def _assumed(request: Request) -> str:
-    """What nobody asked for of the cluster; "" where all was."""
+    """Which flags of the cluster were left out and how to give them; "" where all were given."""
     flags = {"--gpu": request.gpu, "--gpus-per-node": request.gpus_per_node}
     missing = [flag for flag, value in flags.items() if value is None]
     return (
@@ -87,8 +87,8 @@ def _lengths(config: RunConfig, request: Request) -> Lengths:
     prompt = longest - request.response if request.prompt is None else request.prompt
     if prompt < 1 or prompt + request.response > longest:
         raise UserError(
-            f"--prompt {prompt} and --response {request.response} do not fit into model.max_length={longest}; lower them "
-            "or raise it"
+            f"--prompt {prompt} and --response {request.response} do not fit into model.max_length={longest}; lower "
+            "them or raise it"
         )
     return Lengths(prompt, request.response, data_groups(config, request.groups))
 
@@ -98,6 +98,6 @@ def _what_to_change(plan: Plan, advice: Advice | None, lengths: Lengths) -> str:
     what = f"the run needs {short} more than a {plan.cluster.name} has to give"
     if advice is not None:
         return f"{what}; it fits with {' '.join(advice.change.keys)}"
-    places = elsewhere(plan, lengths)
-    where = f"it would fit with {' or '.join(places)} at its smallest" if places else "no GPU in the table would do"
+    flags = elsewhere(plan, lengths)
+    where = f"it would fit with {' or '.join(flags)} at its smallest" if flags else "no GPU in the table would do"
     return f"{what}, and no ZeRO stage, row length, quantization, offload or adapter makes it fit; {where}"

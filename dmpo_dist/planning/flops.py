@@ -1,6 +1,6 @@
 """The FLOP model: what a training step on one preference group must compute.
 
-Convention, the same for every contestant:
+Convention, the same for every implementation:
 
 - a matrix product of (m, k) and (k, n) is 2 m k n FLOPs; nothing but matrix products counts.
 - attention is causal: a query meets the keys up to itself, two products of ``head_dim`` a pair and head.
@@ -10,17 +10,11 @@ Convention, the same for every contestant:
 - recomputation (flash attention's, a chunked head's) does not count: it is how, not what.
 
 The first layer's query, key and value need no gradient of their input, which is not subtracted: 1 to 2 % of a small
-model's step, for all contestants alike.
+model's step, for all implementations alike.
 """
 
 from dataclasses import dataclass
 from typing import Any
-
-DENSE_BF16_PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12,
-}  # fmt: skip
-"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +143,6 @@ def pairs_work(prompt: int, response: int, negatives: int, head_everywhere: bool
     rows, length = 2 * negatives, prompt + response
     scored = length - 1 if head_everywhere else response
     return Work(tokens=rows * length, pairs=rows * _triangle(length), head_rows=rows * scored)
-
-
-def known_peak(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name, None where the table does not know it."""
-    return next((peak for part, peak in DENSE_BF16_PEAKS.items() if part in device_name), None)
 
 
 def _triangle(n: int) -> int:

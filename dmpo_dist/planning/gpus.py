@@ -1,4 +1,4 @@
-"""What an accelerator has, from its maker's data sheet, and what a training step is assumed to make of it."""
+"""The one table of devices: what data sheets say of them, and what a training step is assumed to reach of it."""
 
 import difflib
 from dataclasses import dataclass
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import psutil
 
 from dmpo_dist.errors import UserError
-from dmpo_dist.planning.flops import known_peak
+from dmpo_dist.planning.network import Link, Network
 
 GB, MIB = 10**9, 2**20
 CPU_PEAK = 1e11
 """Assumed fp32 FLOP/s of the cores behind one CPU rank; machines differ by ten times."""
+NODE_LATENCY, FABRIC_LATENCY = 3e-6, 10e-6
+"""Assumed seconds per message within a node and between nodes."""
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,18 @@ class Gpu:
     """One device.
 
     Attributes:
-        sheet: its name in ``planning.flops``, which holds the dense bf16 FLOP/s.
+        sheet: part of the name that its driver reports.
+        bf16: dense FLOP/s in bf16.
         fp32: FLOP/s in fp32, without tensor cores.
         memory: bytes, as the driver reports them.
         bandwidth: of its memory, bytes/s.
         intra: to the others in its node, bytes/s in one direction.
         inter: its share of its node's network, bytes/s in one direction.
-        mfu: assumed share of the peak that matrix products of a step reach.
+        mfu: assumed share of the peak that the matrix products of a step reach.
     """
 
     sheet: str
+    bf16: float
     fp32: float
     memory: int
     bandwidth: float
@@ -42,36 +46,51 @@ class Gpu:
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s in a type."""
-        return self.fp32 if dtype == "float32" or not self.cuda else known_peak(self.sheet) or self.fp32
+        return self.fp32 if dtype == "float32" else self.bf16
+
+    def network(self, per_node: int) -> Network:
+        """Nodes of ``per_node`` such devices."""
+        return Network(Link(NODE_LATENCY, self.intra), Link(FABRIC_LATENCY, self.inter), per_node)
 
 
-# Memory bandwidth and NVLink (given there for both directions together, halved here) from NVIDIA's data sheets "A100
-# Tensor Core GPU", "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU" (SXM), "HGX B200", "L40S"; GeForce RTX 4090 from
-# its product page and the Ada white paper. Without NVLink: PCIe 4.0 x16, 32 GB/s. The network is the one of NVIDIA's own
-# systems: DGX A100 200 Gbit/s, DGX H100, H200 and B200 400 Gbit/s for each GPU; for L40S two ports of 200 Gbit/s for
-# eight GPUs and for RTX 4090 one of 25 Gbit/s for eight are assumed.
+# Peaks, memory bandwidth and NVLink (halved: the sheets add up both directions) from NVIDIA's data sheets
+# "A100 Tensor Core GPU", "H100 Tensor Core GPU" (SXM and PCIe), "H200 Tensor Core GPU" (SXM), "HGX B200", "L40S", "L4",
+# "A10"; GeForce RTX 4090 from its product page and the Ada white paper. Without NVLink: PCIe x16, 32 GB/s for version
+# 4.0, 64 GB/s for 5.0. The network of A100, H100, H200 and B200 is the one of NVIDIA's own systems: DGX A100 200
+# Gbit/s, the others 400 Gbit/s for each GPU. The rest is assumed, for eight GPUs: two ports of 200 Gbit/s for L40S and
+# H100 PCIe, one of 100 for L4 and A10, one of 25 for RTX 4090.
 GPUS = {
-    "a100-40g": Gpu("A100", 19.5e12, 40536 * MIB, 1555 * GB, 300 * GB, 25 * GB, 0.45),
-    "a100-80g": Gpu("A100", 19.5e12, 81251 * MIB, 2039 * GB, 300 * GB, 25 * GB, 0.45),
-    "h100-80g": Gpu("H100", 67e12, 81559 * MIB, 3350 * GB, 450 * GB, 50 * GB, 0.40),
-    "h200-141g": Gpu("H200", 67e12, 143771 * MIB, 4800 * GB, 450 * GB, 50 * GB, 0.40),
-    "b200-180g": Gpu("B200", 80e12, 183359 * MIB, 7700 * GB, 900 * GB, 50 * GB, 0.35),
-    "l40s-48g": Gpu("L40S", 91.6e12, 46068 * MIB, 864 * GB, 32 * GB, 6.25 * GB, 0.40),
-    "rtx4090-24g": Gpu("RTX 4090", 82.6e12, 24564 * MIB, 1008 * GB, 32 * GB, 0.39 * GB, 0.45),
+    "a10-24g": Gpu("A10", 125e12, 31.2e12, 23028 * MIB, 600 * GB, 32 * GB, 1.5625 * GB, 0.40),
+    "l4-24g": Gpu("L4", 121e12, 30.3e12, 23034 * MIB, 300 * GB, 32 * GB, 1.5625 * GB, 0.40),
+    "a100-40g": Gpu("A100", 312e12, 19.5e12, 40536 * MIB, 1555 * GB, 300 * GB, 25 * GB, 0.45),
+    "a100-80g": Gpu("A100", 312e12, 19.5e12, 81251 * MIB, 2039 * GB, 300 * GB, 25 * GB, 0.45),
+    "h100-80g": Gpu("H100", 989e12, 67e12, 81559 * MIB, 3350 * GB, 450 * GB, 50 * GB, 0.40),
+    "h100-pcie-80g": Gpu("H100 PCIe", 756e12, 51.2e12, 81559 * MIB, 2000 * GB, 64 * GB, 6.25 * GB, 0.40),
+    "h200-141g": Gpu("H200", 989e12, 67e12, 143771 * MIB, 4800 * GB, 450 * GB, 50 * GB, 0.40),
+    "b200-180g": Gpu("B200", 2250e12, 80e12, 183359 * MIB, 7700 * GB, 900 * GB, 50 * GB, 0.35),
+    "l40s-48g": Gpu("L40S", 362e12, 91.6e12, 46068 * MIB, 864 * GB, 32 * GB, 6.25 * GB, 0.40),
+    "rtx4090-24g": Gpu("RTX 4090", 165e12, 82.6e12, 24564 * MIB, 1008 * GB, 32 * GB, 0.39 * GB, 0.45),
 }
 CPU = "cpu"
 
 
 def find_gpu(name: str, per_node: int) -> Gpu:
-    """The device called ``name``; ``cpu`` is a rank's share of this machine.
+    """The device called ``name``; ``cpu`` is one rank's share of this machine.
 
     Raises:
         UserError: not in the table; names the nearest.
     """
     if name == CPU:
-        return Gpu("CPU", CPU_PEAK, psutil.virtual_memory().total // per_node, 10 * GB, 2 * GB, 1.25 * GB, 0.5)
+        memory = psutil.virtual_memory().total // per_node
+        return Gpu("CPU", CPU_PEAK, CPU_PEAK, memory, 10 * GB, 2 * GB, 1.25 * GB, 0.5)
     if name in GPUS:
         return GPUS[name]
     known = [*GPUS, CPU]
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
     raise UserError(f"--gpu {name} is not in the table; the nearest is {near}; known are {', '.join(known)}")
+
+
+def known_peak(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by the name its driver reports, None where the table does not hold it."""
+    matches = [gpu for gpu in GPUS.values() if gpu.sheet in device_name]
+    return max(matches, key=lambda gpu: len(gpu.sheet)).bf16 if matches else None  # "L4" is also in "L40S"

@@ -88,7 +88,7 @@ class Row:
 
 
 class Blueprint:
-    """A model that takes no memory.
+    """A model on the meta device, which takes no memory.
 
     Attributes:
         module: as it is trained, on the meta device.

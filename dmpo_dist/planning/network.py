@@ -1,7 +1,8 @@
-"""How long collectives take on a two-level network: fast links within a node, slower ones between nodes.
+"""How long the collectives of a step take on a two-level network: fast links within a node, slower ones between nodes.
 
-Costs are the usual alpha-beta model (Thakur et al., doi 10.1177/1094342005051521): a message of b bytes over a link takes
-latency + b / bandwidth. Sizes are those of the whole tensor, not of a rank's part.
+Costs follow the alpha-beta model (Thakur et al., doi 10.1177/1094342005051521): a message of b bytes over a link takes
+latency + b / bandwidth. Sizes are those of the whole tensor, not of a rank's part. ``dmpo plan`` and ``dmpo bench
+simulate`` both take their collectives from here.
 """
 
 import math
@@ -31,8 +32,8 @@ class Network:
     def all_gather(self, size: float, gpus: int) -> float:
         """Seconds until every GPU has the whole tensor of ``size`` bytes, of which each held 1/gpus.
 
-        Between nodes each GPU gathers, over its own links, the part of the tensor that belongs to its place in the
-        node; then the node exchanges these parts.
+        First each GPU gathers one part of the tensor from the GPUs with the same local rank in the other nodes; then
+        the GPUs of a node exchange these parts.
         """
         local, nodes = self._split(gpus)
         return _ring(size / local, nodes, self.fabric) + _ring(size, local, self.node)
@@ -42,8 +43,10 @@ class Network:
         return self.all_gather(size, gpus)
 
     def all_reduce(self, size: float, gpus: int) -> float:
-        """Seconds until every GPU has the whole sum: reduce-scatter in the node, ring or tree between nodes, whichever
-        is faster, and all-gather in the node."""
+        """Seconds until every GPU has the whole sum.
+
+        Within the node a reduce-scatter and an all-gather, between nodes a ring or a tree, whichever is faster.
+        """
         local, nodes = self._split(gpus)
         between = 2 * _ring(size / local, nodes, self.fabric)
         if self.trees:
@@ -51,8 +54,57 @@ class Network:
         return 2 * _ring(size, local, self.node) + between
 
     def _split(self, gpus: int) -> tuple[int, int]:
-        """GPUs of a node that take part, and nodes."""
+        """GPUs per node that take part, and nodes."""
         return min(gpus, self.gpus_per_node), math.ceil(gpus / self.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective in an optimizer step: ``times`` of them, each of ``size`` bytes and ``seconds``."""
+
+    name: str
+    times: float
+    size: float
+    seconds: float
+
+
+def step_collectives(
+    network: Network,
+    gpus: int,
+    zero: int,
+    gradients: float,
+    weights: float,
+    micro_batches: float,
+    passes: int,
+    modules: int,
+) -> list[Collective]:
+    """The collectives of one optimizer step as DeepSpeed 0.19 runs it with ``managed_gradient_accumulation`` off.
+
+    Args:
+        network: the links.
+        gpus: ranks.
+        zero: ZeRO stage.
+        gradients: bytes of all gradients, which travel in the dtype of the weights.
+        weights: bytes of all weights.
+        micro_batches: of a rank in the step.
+        passes: how often a micro-batch runs through the layers: reference, forward, recomputation, backward.
+        modules: layers, embedding and head, which stage 3 gathers one by one.
+    """
+    if zero == 0:
+        return [Collective("gradient all-reduce", 1, gradients, network.all_reduce(gradients, gpus))]
+    if zero < 3:
+        # Stage 1 adds gradients up on the rank and reduces them in step(); stage 2 keeps only its part of them and so
+        # reduces in every backward pass. Both all-reduce whole buckets (use_multi_rank_bucket_allreduce).
+        reductions = micro_batches if zero == 2 else 1
+        return [
+            Collective("gradient all-reduce", reductions, gradients, network.all_reduce(gradients, gpus)),
+            Collective("all-gather of updated weights", 1, gradients, network.all_gather(gradients, gpus)),
+        ]
+    gather = modules * network.all_gather(weights / modules, gpus)
+    return [
+        Collective("gradient reduce-scatter", micro_batches, gradients, network.reduce_scatter(gradients, gpus)),
+        Collective("weights gathered", passes * micro_batches, weights, gather),
+    ]
 
 
 def _ring(size: float, members: int, link: Link) -> float:
@@ -61,6 +113,5 @@ def _ring(size: float, members: int, link: Link) -> float:
 
 
 def _tree(size: float, members: int, link: Link) -> float:
-    """All-reduce by two pipelined binary trees (Sanders et al., doi 10.1016/j.parco.2009.09.001): up and down, all
-    links busy."""
+    """All-reduce up and down two pipelined binary trees (Sanders et al., doi 10.1016/j.parco.2009.09.001)."""
     return 2 * math.ceil(math.log2(members)) * link.latency + 2 * size / link.bandwidth if members > 1 else 0.0

@@ -13,7 +13,7 @@ from dmpo_dist.modeling.routing import Route
 from dmpo_dist.planning.gpus import Gpu
 from dmpo_dist.planning.memory import WIDTHS, Rank, Term, Zero, peak_bytes, phase_bytes
 from dmpo_dist.planning.model import Blueprint, Row, blueprint
-from dmpo_dist.planning.speed import Network, Part, Step
+from dmpo_dist.planning.speed import Duration, OptimizerStep
 from dmpo_dist.planning.trace import Trace
 from dmpo_dist.training.budget import LIMITS
 from dmpo_dist.training.engine import resolve_config
@@ -35,12 +35,8 @@ class Cluster:
     per_node: int
 
     @property
-    def network(self) -> Network:
-        return Network(self.gpu, self.nodes, self.per_node)
-
-    @property
     def world_size(self) -> int:
-        """N."""
+        """N, the number of devices."""
         return self.nodes * self.per_node
 
     @property
@@ -77,7 +73,7 @@ class Plan:
     blueprint: Blueprint
     route: Route
     zero: Zero
-    step: Step
+    step: OptimizerStep
     steps: int | None
 
     @cached_property
@@ -87,22 +83,22 @@ class Plan:
 
     @cached_property
     def terms(self) -> list[Term]:
-        """Memory of a device."""
+        """What the memory of a device holds."""
         return self.rank.device_terms()
 
     @cached_property
     def host_terms(self) -> list[Term]:
-        """Memory of a node, beside its devices'."""
+        """What the memory of a node holds, without that of its devices."""
         return self.rank.host_terms(self.cluster.per_node)
 
     @property
     def peak(self) -> int:
-        """Bytes of a device."""
+        """Most bytes that a device holds."""
         return peak_bytes(self.terms)
 
     @property
     def phase(self) -> str:
-        """When the peak is reached."""
+        """The phase in which the peak is reached."""
         phases = phase_bytes(self.terms)
         return max(phases, key=phases.__getitem__)
 
@@ -117,23 +113,23 @@ class Plan:
         return peak_bytes(rank.device_terms()) <= self.cluster.capacity
 
     @cached_property
-    def parts(self) -> list[Part]:
-        """A step's seconds."""
-        return self.step.parts(self.cluster.network)
+    def durations(self) -> list[Duration]:
+        """What the seconds of a step are spent on."""
+        return self.step.durations(self.cluster.gpu, self.cluster.nodes, self.cluster.per_node)
 
     @property
     def seconds(self) -> float:
-        """Of an optimizer step."""
-        return sum(part.seconds for part in self.parts)
+        """Seconds of an optimizer step."""
+        return sum(part.seconds for part in self.durations)
 
     @property
     def groups_per_second(self) -> float:
-        """Over all devices."""
+        """Groups per second over all devices."""
         return self.config.train.global_batch_size / self.seconds
 
     @property
     def hours(self) -> float | None:
-        """Of the run, validation and start left out."""
+        """Hours of the run without its start and validation."""
         return None if self.steps is None else self.steps * self.seconds / 3600
 
 
@@ -146,13 +142,14 @@ def make_plan(config: RunConfig, cluster: Cluster, lengths: Lengths) -> Plan:
     if config.train.token_budget != "auto":
         return _plan(config, cluster, lengths, config.train.token_budget)
     budget = LIMITS["cuda" if cluster.gpu.cuda else "cpu"]
+    group = _row(config, lengths, 0).group_tokens
     plan = None
-    while budget >= max(SMALLEST_BUDGET, _row(config, lengths, 0, shared=True).group_tokens):
+    while budget >= max(SMALLEST_BUDGET, group):
         plan = _plan(config, cluster, lengths, budget)
         if plan.fits:
             break
         budget //= 2
-    return plan or _plan(config, cluster, lengths, _row(config, lengths, 0, shared=True).group_tokens)
+    return plan or _plan(config, cluster, lengths, group)
 
 
 def make_rank(config: RunConfig, row: Row, world_size: int, cuda: bool, backend: str | None) -> Rank:
@@ -174,7 +171,7 @@ def make_rank(config: RunConfig, row: Row, world_size: int, cuda: bool, backend:
 
 
 def data_groups(config: RunConfig, asked: int | None) -> int | None:
-    """Training groups: as asked, or as the prepared data holds; None where neither is there."""
+    """Number of training groups: as asked for, or those of the prepared data; None without either."""
     if asked is not None or config.data.path is None or not config.data.path.exists():
         return asked
     return len(PreparedData.load(config.data.path).train)
@@ -192,14 +189,15 @@ def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int) ->
     route = model.route(cluster.gpu.cuda, config.model.max_length, config.model.attention)
     row = _row(config, lengths, budget, route.backend != "unshared")
     if row.group_tokens > budget:
+        group = f"(prompt {lengths.prompt}, response {lengths.response}, K={config.train.negatives})"
         raise UserError(
-            f"train.token_budget={budget}: a preference group takes {row.group_tokens} tokens (prompt {lengths.prompt}, "
-            f"response {lengths.response}, K={config.train.negatives}); raise it, or lower --prompt or train.negatives"
+            f"train.token_budget={budget}: a preference group takes {row.group_tokens} tokens {group}; raise it, or "
+            "lower --prompt or train.negatives"
         )
     on_rank = ceil(batch / world)
     row = _row(config, lengths, min(budget, on_rank * row.group_tokens), row.shared)
     zero = _zero(config, world)
-    step = Step(
+    step = OptimizerStep(
         shape=model.shape,
         sizes=model.sizes,
         zero=zero,
@@ -221,7 +219,7 @@ def _zero(config: RunConfig, world_size: int) -> Zero:
     return Zero.of(resolve_config(config.deepspeed, config.train, config.model.dtype, world_size, parameters))
 
 
-def _row(config: RunConfig, lengths: Lengths, tokens: int, shared: bool) -> Row:
+def _row(config: RunConfig, lengths: Lengths, tokens: int, shared: bool = True) -> Row:
     return Row(lengths.prompt, lengths.response, config.train.negatives, tokens, shared)
 
 

@@ -14,6 +14,16 @@ FASTER = 0.05
 """Share of the time that a change must save to be worth naming."""
 MOST_NODES = 64
 SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+"""From fast to small."""
+STAGES = {
+    "zero1": ("the optimizer's state is divided over the ranks", 1),
+    "zero2": ("optimizer state and gradients are divided over the ranks", 1),
+    "zero3": ("the weights are divided over the ranks too, and gathered layer by layer", 1),
+    "zero2_offload": ("the optimizer's state lies in host memory and is updated there", 2),
+    "zero3_offload": ("weights and optimizer lie in host memory", 3),
+}
+LOWER = {"zero3": ["zero2"], "zero2_offload": ["zero2"], "zero3_offload": ["zero3", "zero2"]}
+"""Configurations without offload that send less over the network."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +34,27 @@ class Change:
         keys: ``key=value`` for the command line; none where nothing needs to change.
         reasons: one for each key.
         size: how much the change asks for: time, precision, or another kind of training.
+        values: the same for ``changed``.
     """
 
-    keys: tuple[str, ...]
-    reasons: tuple[str, ...]
-    size: int
+    keys: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    size: int = 0
+    values: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def to(cls, key: str, value: Any, reason: str, size: int = 1) -> "Change":
+        """A change of one setting."""
+        shown = str(value).lower() if isinstance(value, bool) else value
+        return cls((f"{key}={shown}",), (reason,), size, ((key.replace(".", "__"), value),))
 
     def __or__(self, other: "Change") -> "Change":
-        return Change(self.keys + other.keys, self.reasons + other.reasons, self.size + other.size)
+        values = self.values + other.values
+        return Change(self.keys + other.keys, self.reasons + other.reasons, self.size + other.size, values)
+
+    def of(self, config: RunConfig) -> RunConfig:
+        """``config`` with the change."""
+        return changed(config, **dict(self.values))
 
 
 @dataclass(frozen=True)
@@ -42,19 +65,16 @@ class Advice:
     plan: Plan
 
 
-NOTHING = Change((), (), 0)
-
-
 def smallest_change(plan: Plan, lengths: Lengths) -> Advice | None:
     """The smallest change by which ``plan`` fits, the fastest among equals; None where none helps."""
-    options = sorted(_options(plan), key=lambda option: option[0].size)
-    for size in range(options[-1][0].size + 2):  # a shorter row adds 1
-        found = []
-        for change, config in options:
-            if size - 1 <= change.size <= size:
-                advice = _with_row(change, config, plan, lengths, shorter=change.size < size)
-                found += [advice] if advice else []
-        if found:
+    options = sorted(_options(plan), key=lambda change: change.size)
+    for size in range(options[-1].size + 2):  # a shorter row adds 1
+        tried = [
+            _with_row(change, plan, lengths, change.size < size)
+            for change in options
+            if size - 1 <= change.size <= size
+        ]
+        if found := [advice for advice in tried if advice is not None]:
             return min(found, key=lambda advice: advice.plan.seconds)
     return None
 
@@ -64,25 +84,28 @@ def faster(plan: Plan, lengths: Lengths) -> Advice | None:
     config, budget = plan.config, plan.config.train.token_budget
     assert isinstance(budget, int)
     limit = LIMITS["cuda" if plan.cluster.gpu.cuda else "cpu"]
-    budgets = [budget, *(size for size in (2 * budget, 4 * budget, 8 * budget) if size <= limit)]
-    recomputes = sorted({config.model.gradient_checkpointing, False})
+    rows, recompute, stages = [Change()], [Change()], [Change()]
+    for size in (2 * budget, 4 * budget, 8 * budget):
+        rows += [Change.to("train.token_budget", size, "longer rows, fewer collectives")] if size <= limit else []
+    if config.model.gradient_checkpointing:
+        reason = "activations fit, nothing needs to be recomputed"
+        recompute.insert(0, Change.to("model.gradient_checkpointing", False, reason))
+    for name in LOWER.get(config.deepspeed, ()):
+        stages.append(Change.to("deepspeed", name, "weights and optimizer fit with less moved around"))
     candidates = []
-    for tokens, recompute, stage in product(budgets, recomputes, _lower(config.deepspeed)):
-        keys = {"train__token_budget": tokens, "model__gradient_checkpointing": recompute, "deepspeed": stage}
-        candidates.append(make_plan(changed(config, **keys), plan.cluster, lengths))
-    worth = [other for other in candidates if other.seconds < (1 - FASTER) * plan.seconds]
+    for row, recomputing, stage in product(rows, recompute, stages):
+        change = row | recomputing | stage
+        candidate = make_plan(change.of(config), plan.cluster, lengths)
+        if candidate.seconds < (1 - FASTER) * plan.seconds:
+            candidates.append(Advice(change, candidate))
     # longer rows save little by little: what saves most within a percent goes by how little changes
-    for other in sorted(
-        worth, key=lambda other: (round(100 * other.seconds / plan.seconds), _difference(config, other.config).size)
-    ):
-        if other.fits:
-            return Advice(_difference(config, other.config), other)
-    return None
+    candidates.sort(key=lambda advice: (round(100 * advice.plan.seconds / plan.seconds), advice.change.size))
+    return next((advice for advice in candidates if advice.plan.fits), None)
 
 
 def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
-    """Where the run, as small as it can be made, would fit: more nodes of the same, or one of the other GPUs."""
-    smallest = max(_options(plan), key=lambda option: option[0].size)[1]
+    """Flags under which the run, made as small as it can be, would fit: more nodes, or a larger GPU."""
+    smallest = max(_options(plan), key=lambda change: change.size).of(plan.config)
     smallest = changed(smallest, train__token_budget=plan.step.row.group_tokens)
     found = []
     nodes = 2 * plan.cluster.nodes
@@ -100,81 +123,40 @@ def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
     return found
 
 
-def _with_row(change: Change, config: RunConfig, plan: Plan, lengths: Lengths, shorter: bool) -> Advice | None:
-    """With the rows of ``plan``, or with the longest shorter ones that fit, halved as often as it takes."""
-    tokens, least = plan.config.train.token_budget, plan.step.row.group_tokens
+def _with_row(change: Change, plan: Plan, lengths: Lengths, shorter: bool) -> Advice | None:
+    """The change with the rows of ``plan``, or with rows halved until they fit; None where it does not fit."""
+    config, tokens, least = change.of(plan.config), plan.config.train.token_budget, plan.step.row.group_tokens
     assert isinstance(tokens, int)
     if not shorter:
         candidate = make_plan(config, plan.cluster, lengths)
         return Advice(change, candidate) if candidate.may_fit and candidate.fits else None
     while tokens > least:
         tokens = max(least, tokens // 2)
-        candidate = make_plan(changed(config, train__token_budget=tokens), plan.cluster, lengths)
+        row = Change.to("train.token_budget", tokens, "shorter rows hold fewer activations")
+        candidate = make_plan(row.of(config), plan.cluster, lengths)
         if not candidate.may_fit:
             return None
         if candidate.fits:
-            row = Change((f"train.token_budget={tokens}",), ("shorter rows hold fewer activations",), 1)
             return Advice(change | row, candidate)
     return None
 
 
-def _options(plan: Plan) -> Iterator[tuple[Change, RunConfig]]:
-    """Every combination of changes but shorter rows, and the configuration it gives."""
-    full = plan.blueprint.reference == "model_copy"
-    for choice in product(*_choices(plan.config, full)):
-        change, config = NOTHING, plan.config
-        for step, keys in choice:
-            change, config = change | step, changed(config, **keys)
-        if not (full and config.model.lora is None and config.model.quantization != "none"):
-            yield change, config  # only adapters train on a quantized base
-
-
-def _choices(config: RunConfig, full: bool) -> list[list[tuple[Change, dict[str, Any]]]]:
-    """For each setting to leave it alone, or a change of it with the keys of ``changed``."""
-    same: tuple[Change, dict[str, Any]] = (NOTHING, {})
-    recompute, stages, quantize, adapter = [same], [same], [same], [same]
+def _options(plan: Plan) -> Iterator[Change]:
+    """Every combination of changes but shorter rows, no change included."""
+    config, full = plan.config, plan.blueprint.reference == "model_copy"
+    recompute, stages, quantize, adapter = [Change()], [Change()], [Change()], [Change()]
     if not config.model.gradient_checkpointing:
-        change = Change(("model.gradient_checkpointing=true",), ("activations are recomputed, a forward pass more",), 1)
-        recompute.append((change, {"model__gradient_checkpointing": True}))
-    why = {
-        "zero1": (1, "the optimizer's state is divided over the ranks"),
-        "zero2": (1, "optimizer state and gradients are divided over the ranks"),
-        "zero3": (1, "the weights are divided over the ranks too, and gathered layer by layer"),
-        "zero2_offload": (2, "the optimizer's state lies in host memory and is updated there"),
-        "zero3_offload": (3, "weights and optimizer lie in host memory"),
-    }
-    for name, (size, reason) in why.items():
-        if _order(name) > _order(config.deepspeed):
-            stages.append((Change((f"deepspeed={name}",), (reason,), size), {"deepspeed": name}))
+        reason = "activations are recomputed, a forward pass more"
+        recompute.append(Change.to("model.gradient_checkpointing", True, reason))
+    for name in SHIPPED[SHIPPED.index(config.deepspeed) + 1 :] if config.deepspeed in SHIPPED else ():
+        stages.append(Change.to("deepspeed", name, *STAGES[name]))
     if config.model.quantization == "none":
-        change = Change(("model.quantization=nf4",), ("the frozen base takes 4 bits a weight, rounded",), 2)
-        quantize.append((change, {"model__quantization": "nf4"}))
+        quantize.append(Change.to("model.quantization", "nf4", "the frozen base takes 4 bits a weight, rounded", 2))
     if full:
         reason = "adapters are trained instead of all weights, a different model"
-        adapter.append((Change(("model.lora.r=16",), (reason,), 10), {"model__lora": LoraConfig()}))
-    return [recompute, stages, quantize, adapter]
-
-
-def _order(name: str) -> int:
-    """Place among the shipped configurations; others stay as they are."""
-    return SHIPPED.index(name) if name in SHIPPED else len(SHIPPED)
-
-
-def _lower(name: str) -> list[str]:
-    """This stage and those without offload that send less over the network."""
-    lower = {"zero3": ["zero2"], "zero2_offload": ["zero2"], "zero3_offload": ["zero3", "zero2"]}
-    return [name, *lower.get(name, [])]
-
-
-def _difference(old: RunConfig, new: RunConfig) -> Change:
-    keys, reasons = [], []
-    if new.train.token_budget != old.train.token_budget:
-        keys.append(f"train.token_budget={new.train.token_budget}")
-        reasons.append("longer rows, fewer collectives")
-    if new.model.gradient_checkpointing != old.model.gradient_checkpointing:
-        keys.append("model.gradient_checkpointing=false")
-        reasons.append("activations fit, nothing needs to be recomputed")
-    if new.deepspeed != old.deepspeed:
-        keys.append(f"deepspeed={new.deepspeed}")
-        reasons.append("weights and optimizer fit with less moved around")
-    return Change(tuple(keys), tuple(reasons), len(keys))
+        adapter.append(Change(("model.lora.r=16",), (reason,), 10, (("model__lora", LoraConfig()),)))
+    for one, two, three, four in product(recompute, stages, quantize, adapter):
+        change = one | two | three | four
+        model = change.of(config).model
+        if not (full and model.lora is None and model.quantization != "none"):
+            yield change  # only adapters train on a quantized base

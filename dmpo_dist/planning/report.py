@@ -16,7 +16,7 @@ SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "\u00b5s": 1e-6}
 
 
 def amount(size: float, units: Mapping[str, float]) -> str:
-    """``size`` in the largest of ``units`` (name -> how much it is) that it fills, three digits or more: "1.23 GiB"."""
+    """``size`` in the largest of ``units`` (name -> size) that is not larger, with at least three digits: 1.23 GiB."""
     unit = next((name for name, one in units.items() if abs(size) >= one), [*units][-1])
     value = size / units[unit]
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}" if value else f"0 {unit}"
@@ -28,67 +28,58 @@ def show_plan(plan: Plan, explain: bool, console: Console, assumed: str = "") ->
     Args:
         assumed: what nobody asked for of the cluster, and how to ask for another.
     """
-    config, cluster, row, sizes = plan.config, plan.cluster, plan.step.row, plan.blueprint.sizes
-    lora = f" ({config.model.lora.variant} r={config.model.lora.r})" if config.model.lora else ""
-    _line(
-        console,
-        "model",
-        f"{config.model.path}: {sizes.total / 1e6:,.1f} M parameters, {sizes.trainable / 1e6:,.1f} M trained{lora}",
-    )
-    reference = plan.blueprint.reference if plan.rank.reference_copy or plan.step.reference else "not run in a step"
-    quantization = "" if config.model.quantization == "none" else f", {config.model.quantization}"
-    recompute = ", gradient checkpointing" if config.model.gradient_checkpointing else ""
-    _line(
-        console,
-        "run",
-        f"{config.deepspeed}, {config.model.dtype}{quantization}{recompute}, reference: {reference}",
-    )
-    _line(console, "attention", f"{plan.route.backend}: {plan.route.reason}")
-    groups = "preference group" if row.groups == 1 else "preference groups"
-    _line(
-        console,
-        "row",
-        f"{row.tokens} tokens: {row.groups} {groups} of prompt {row.prompt}, {row.negatives + 1} responses of {row.response}",
-    )
-    rows = f"{plan.step.micro_batches} row{'s' * (plan.step.micro_batches > 1)}"
-    _line(
-        console,
-        "on",
-        f"{cluster.nodes} x {cluster.per_node} {cluster.name}, {rows} a device in a step of {config.train.global_batch_size} groups",
-    )
-    if assumed:
-        _line(console, "", assumed)
+    _show_run(plan, assumed, console)
     console.print()
     console.print(_memory_table(plan.terms, explain))
+    _show_memory(plan, explain, console)
+    console.print()
+    _show_time(plan, explain, console)
+
+
+def _show_run(plan: Plan, assumed: str, console: Console) -> None:
+    config, model, cluster = plan.config, plan.config.model, plan.cluster
+    row, sizes = plan.step.row, plan.blueprint.sizes
+    lora = f" ({model.lora.variant} r={model.lora.r})" if model.lora else ""
+    parameters = f"{sizes.total / 1e6:,.1f} M parameters, {sizes.trainable / 1e6:,.1f} M trained"
+    _line(console, "model", f"{model.path}: {parameters}{lora}")
+    reference = plan.blueprint.reference if plan.rank.reference_copy or plan.step.reference else "not run in a step"
+    quantization = "" if model.quantization == "none" else f", {model.quantization}"
+    recompute = ", gradient checkpointing" if model.gradient_checkpointing else ""
+    _line(console, "run", f"{config.deepspeed}, {model.dtype}{quantization}{recompute}, reference: {reference}")
+    _line(console, "attention", f"{plan.route.backend}: {plan.route.reason}")
+    groups = f"{row.groups} preference group{'s' * (row.groups > 1)}"
+    responses = f"{row.negatives + 1} responses of {row.response}"
+    _line(console, "row", f"{row.tokens} tokens: {groups} of prompt {row.prompt}, {responses}")
+    rows = f"{plan.step.micro_batches} row{'s' * (plan.step.micro_batches > 1)}"
+    devices = f"{cluster.nodes} x {cluster.per_node} {cluster.name}"
+    _line(console, "on", f"{devices}, {rows} a device in a step of {config.train.global_batch_size} groups")
+    if assumed:
+        _line(console, "", assumed)
+
+
+def _show_memory(plan: Plan, explain: bool, console: Console) -> None:
+    cluster, host = plan.cluster, sum(term.bytes for term in plan.host_terms)
     short = plan.peak - cluster.capacity
     verdict = f"fits, {amount(-short, BYTES)} left" if plan.fits else f"does NOT fit, {amount(short, BYTES)} too much"
     usable = f"{amount(cluster.capacity, BYTES)} usable ({1 - RESERVED:.0%} of {amount(cluster.gpu.memory, BYTES)})"
     _line(console, "device", f"peak {amount(plan.peak, BYTES)} in {plan.phase} of {usable}: {verdict}")
-    host = sum(term.bytes for term in plan.host_terms)
-    _line(
-        console,
-        "host",
-        f"up to {amount(host, BYTES)} a node: "
-        + "; ".join(f"{t.name} {amount(t.bytes, BYTES)}" for t in plan.host_terms),
-    )
-    if explain:
-        for term in plan.host_terms:
-            _line(console, "", f"{term.name} = {term.formula} = {term.numbers} = {amount(term.bytes, BYTES)}")
-    console.print()
-    parts = ", ".join(f"{part.name} {amount(part.seconds, SECONDS)}" for part in plan.parts)
+    terms = "; ".join(f"{t.name} {amount(t.bytes, BYTES)}" for t in plan.host_terms)
+    _line(console, "host", f"up to {amount(host, BYTES)} a node: {terms}")
+    for term in plan.host_terms if explain else ():
+        _line(console, "", f"{term.name} = {term.formula} = {term.numbers} = {amount(term.bytes, BYTES)}")
+
+
+def _show_time(plan: Plan, explain: bool, console: Console) -> None:
+    parts = ", ".join(f"{part.name} {amount(part.seconds, SECONDS)}" for part in plan.durations)
     _line(console, "step", f"{amount(plan.seconds, SECONDS)}: {parts}")
-    if explain:
-        for part in plan.parts:
-            _line(console, "", f"{part.name} = {part.numbers} = {amount(part.seconds, SECONDS)}")
-    _line(
-        console,
-        "speed",
-        f"{plan.groups_per_second:,.1f} groups/s at an assumed MFU of {cluster.gpu.mfu:g}, no communication hidden, kernel launches not counted",
-    )
-    if plan.hours is None:
-        _line(console, "run time", "unknown: give --groups, train.steps or a data.path that exists")
-    else:
-        _line(console, "run time", f"{amount(plan.hours * 3600, SECONDS)} for {plan.steps} steps, without validation")
+    for part in plan.durations if explain else ():
+        _line(console, "", f"{part.name} = {part.numbers} = {amount(part.seconds, SECONDS)}")
+    assumption = f"an assumed MFU of {plan.cluster.gpu.mfu:g}, no communication hidden, kernel launches not counted"
+    _line(console, "speed", f"{plan.groups_per_second:,.1f} groups/s at {assumption}")
+    run_time = "unknown: give --groups, train.steps or a data.path that exists"
+    if plan.hours is not None:
+        run_time = f"{amount(plan.hours * 3600, SECONDS)} for {plan.steps} steps, without validation"
+    _line(console, "run time", run_time)
 
 
 def show_advice(title: str, advice: Advice, console: Console) -> None:
@@ -98,11 +89,8 @@ def show_advice(title: str, advice: Advice, console: Console) -> None:
     _line(console, title, " ".join(advice.change.keys))
     for key, reason in zip(advice.change.keys, advice.change.reasons, strict=True):
         _line(console, "", f"{key}: {reason}")
-    _line(
-        console,
-        "",
-        f"then {amount(plan.peak, BYTES)} of {amount(plan.cluster.capacity, BYTES)}, {plan.groups_per_second:,.1f} groups/s",
-    )
+    memory = f"{amount(plan.peak, BYTES)} of {amount(plan.cluster.capacity, BYTES)}"
+    _line(console, "", f"then {memory}, {plan.groups_per_second:,.1f} groups/s")
 
 
 def show_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
@@ -134,13 +122,12 @@ def as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "device": _dicts(plan.terms),
         "host": _dicts(plan.host_terms),
         "step_seconds": plan.seconds,
-        "step": [vars(part) for part in plan.parts],
+        "step": [vars(part) for part in plan.durations],
         "groups_per_second": plan.groups_per_second,
         "steps": plan.steps,
         "hours": plan.hours,
-        "recommendation": None
-        if advice is None
-        else {
+        "recommendation": advice
+        and {
             "changes": advice.change.keys,
             "reasons": advice.change.reasons,
             "peak_bytes": advice.plan.peak,

@@ -1,7 +1,7 @@
 """A training step on N GPUs, and what failures leave of it: throughput, efficiency, goodput, checkpoint interval.
 
-The model has no hidden state: a step is computing, the part of the collectives that does not hide behind it, and waiting
-for the slowest GPU. ``calibrate`` fits its constants to measured cells; everything else is an assumption, named as one.
+A step is the computing of the slowest GPU and the part of the collectives that does not hide behind it. ``calibrate``
+fits the constants of this model to measured steps; without that they are assumptions.
 """
 
 import math
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar, nnls
+from scipy.stats import norm
 
-from dmpo_dist.planning.network import Link, Network
+from dmpo_dist.planning.network import Link, Network, step_collectives
 
-GRADIENT_BYTES = 4
+PASSES = 3  # reference, forward, backward
 FEATURES = ("flops", "micro_batches", "gathers", "messages", "bytes")
 
 
@@ -27,7 +28,7 @@ class Workload:
         groups: preference groups of one rank.
         micro_batches: how many.
         parameters, trained: of the model, and how many get gradients.
-        parameter_bytes: of one parameter as stored.
+        parameter_bytes: of one parameter as stored, and of its gradient as it travels.
         layers: decoder layers; ZeRO-3 gathers each by itself.
         zero: ZeRO stage.
     """
@@ -43,24 +44,16 @@ class Workload:
 
     @property
     def gathers(self) -> float:
-        """Modules gathered in a step under ZeRO-3: layers, embedding and head, in three passes of each micro-batch."""
-        return 3 * self.micro_batches * (self.layers + 2) if self.zero == 3 else 0.0
-
-    @property
-    def reductions(self) -> float:
-        """How often a step reduces the gradients: stages 2 and 3 keep no whole gradient to add the next one to."""
-        return self.micro_batches if self.zero >= 2 else 1.0
+        """Modules gathered in a step under ZeRO-3."""
+        return PASSES * self.micro_batches * (self.layers + 2) if self.zero == 3 else 0.0
 
     def communication(self, network: Network, gpus: int) -> float:
         """Seconds in collectives if nothing hides them."""
-        gradients = self.trained * GRADIENT_BYTES
-        if self.zero == 0:
-            return network.all_reduce(gradients, gpus)
-        scatter = self.reductions * network.reduce_scatter(gradients, gpus)
-        if self.zero < 3:
-            return scatter + network.all_gather(self.trained * self.parameter_bytes, gpus)
-        one = network.all_gather(self.parameters * self.parameter_bytes / (self.layers + 2), gpus)
-        return scatter + self.gathers * one
+        gradients, weights = self.trained * self.parameter_bytes, self.parameters * self.parameter_bytes
+        parts = step_collectives(
+            network, gpus, self.zero, gradients, weights, self.micro_batches, PASSES, self.layers + 2
+        )
+        return sum(part.times * part.seconds for part in parts)
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,9 @@ class Machine:
 def step_seconds(work: Workload, machine: Machine, gpus: int) -> tuple[float, float]:
     """Seconds of a step on ``gpus`` GPUs, and of these the exposed collectives."""
     computing = work.flops / machine.flops_per_second + machine.overhead * work.micro_batches
-    slowest = computing * (1 + machine.jitter * _expected_maximum(gpus))
+    # the largest of that many standard normal variables, approximately (Blom, 1958)
+    latest = float(norm.ppf((gpus - 0.375) / (gpus + 0.25))) if gpus > 1 else 0.0
+    slowest = computing * (1 + machine.jitter * latest)
     collectives = work.communication(machine.network, gpus)
     exposed = max(collectives * (1 - machine.overlap), collectives - computing)  # cannot hide behind more than there is
     return slowest + exposed, exposed
@@ -123,7 +118,7 @@ def simulate(work: Workload, machine: Machine, counts: Sequence[int]) -> list[di
 
 
 def goodput(interval: float, checkpoint: float, restart: float, between_failures: float) -> float:
-    """Share of the time that goes into work that lasts, with a checkpoint after every ``interval`` seconds of work.
+    """Share of the time that goes into work that no failure undoes, with a checkpoint every ``interval`` seconds.
 
     Failures are a Poisson process, also during checkpoints and restarts: the expected time for an interval is
     M exp(R / M) (exp((interval + C) / M) - 1) (Daly, doi 10.1016/j.future.2004.11.016, equation 13).
@@ -135,7 +130,7 @@ def goodput(interval: float, checkpoint: float, restart: float, between_failures
 
 
 def best_interval(checkpoint: float, restart: float, between_failures: float) -> float:
-    """Seconds of work between checkpoints that maximise ``goodput``, by a search; see ``daly_interval``."""
+    """Seconds of work between checkpoints that maximise ``goodput``, found by a search; ``daly_interval`` is close."""
     found = minimize_scalar(
         lambda log: -goodput(math.exp(log), checkpoint, restart, between_failures),
         bounds=(math.log(between_failures) - 20, math.log(between_failures) + 2),
@@ -160,34 +155,31 @@ def daly_interval(checkpoint: float, between_failures: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Constants fitted to measured cells.
+    """Constants fitted to measured steps.
 
     Attributes:
         coefficients: seconds per FLOP, micro-batch, gathered module, message and byte.
-        fitted: seconds of each cell's step by the fit.
-        held_out: the same, each by a fit without that cell.
+        fitted: seconds of each step by the fit.
+        held_out: the same, each by a fit without that step.
     """
 
     coefficients: dict[str, float]
     fitted: list[float]
     held_out: list[float]
 
-    def network(self) -> Network:
-        """One flat level with the fitted latency and bandwidth (infinite where the fit found no cost)."""
-        per_byte = self.coefficients["bytes"]
-        return _flat(Link(self.coefficients["messages"], 1 / per_byte if per_byte else math.inf))
-
 
 def calibrate(works: Sequence[Workload], gpus: Sequence[int], seconds: Sequence[float]) -> Calibration:
     """Fit the model to measured steps by non-negative least squares of the relative errors.
 
     Args:
-        works, gpus, seconds: a measured cell each, on a flat network of rings; nothing was hidden (``overlap`` 0).
+        works, gpus, seconds: of each measured step, on a flat network of rings; nothing was hidden (``overlap`` 0).
     """
-    features = np.array([_features(work, n) for work, n in zip(works, gpus, strict=True)])  # (n_cells, n_features)
+    features = np.array([_features(work, n) for work, n in zip(works, gpus, strict=True)])  # (steps, features)
     measured = np.asarray(seconds, dtype=float)
 
     def fit(keep: np.ndarray) -> np.ndarray:
+        # rows: (steps, features), divided by the measured time, so that the target is 1 and errors are relative;
+        # columns are brought to one scale, as FLOPs are 1e10 times as many as messages
         rows = features[keep] / measured[keep, None]
         scale = np.where(rows.any(axis=0), np.abs(rows).max(axis=0), 1.0)
         return nnls(rows / scale, np.ones(len(rows)))[0] / scale
@@ -209,12 +201,3 @@ def _features(work: Workload, gpus: int) -> list[float]:
 
 def _flat(link: Link) -> Network:
     return Network(link, link, gpus_per_node=1, trees=False)
-
-
-def _expected_maximum(members: int) -> float:
-    """Of that many standard normal variables, approximately (Blom, 1958)."""
-    if members < 2:
-        return 0.0
-    from scipy.stats import norm
-
-    return float(norm.ppf((members - 0.375) / (members + 0.25)))

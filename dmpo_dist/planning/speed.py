@@ -1,8 +1,4 @@
-"""Seconds of an optimizer step: matrix products at an assumed MFU, memory traffic, and collectives that nothing hides.
-
-The network has two levels. An all-reduce of G bytes over n nodes of g GPUs sends 2 G (g - 1) / g over the links of a
-node and 2 G / g (n - 1) / n over each GPU's share of the network; gathering or scattering alone sends half of it.
-"""
+"""Seconds of an optimizer step: matrix products at an assumed MFU, memory traffic, collectives that nothing hides."""
 
 from dataclasses import dataclass
 
@@ -10,9 +6,10 @@ from dmpo_dist.planning.flops import Shape, forward_flops, shared_work, unshared
 from dmpo_dist.planning.gpus import Gpu
 from dmpo_dist.planning.memory import WIDTHS, Zero
 from dmpo_dist.planning.model import Row, Sizes
+from dmpo_dist.planning.network import step_collectives
 
 OPTIMIZER_TRAFFIC = 28
-"""Bytes that AdamW moves for each parameter: reads weight, gradient and two moments, writes weight and moments, in fp32."""
+"""Bytes that AdamW moves per parameter: reads weight, gradient and two moments, writes weight and moments, in fp32."""
 PCIE = 25e9
 """Assumed bytes/s between a GPU and host memory."""
 HOST_TRAFFIC = 2e10
@@ -20,7 +17,7 @@ HOST_TRAFFIC = 2e10
 
 
 @dataclass(frozen=True)
-class Part:
+class Duration:
     """A share of a step's seconds and how it comes about."""
 
     name: str
@@ -29,33 +26,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Network:
-    """``nodes`` of ``per_node`` devices."""
-
-    gpu: Gpu
-    nodes: int
-    per_node: int
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.per_node
-
-    def gather_seconds(self, size: float) -> float:
-        """All-gather to, or reduce-scatter of, ``size`` bytes on every rank."""
-        g, n = self.per_node, self.nodes
-        return size * (g - 1) / g / self.gpu.intra + size / g * (n - 1) / n / self.gpu.inter
-
-    def all_reduce_seconds(self, size: float) -> float:
-        """All-reduce of ``size`` bytes."""
-        return 2 * self.gather_seconds(size)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What an optimizer step of a rank is made of.
+class OptimizerStep:
+    """What decides the time of a rank's optimizer step.
 
     Attributes:
-        row: a micro-batch; ``micro_batches`` of them, ``groups`` groups on this rank.
+        row: a micro-batch; the rank runs ``micro_batches`` of them with ``groups`` groups in all.
         full: whether all weights are trained.
         reference: whether the frozen reference runs in the step.
         recompute: whether layers run again in the backward pass.
@@ -74,9 +49,9 @@ class Step:
     dtype: str
 
     @property
-    def width(self) -> int:
-        """b, bytes of a weight."""
-        return WIDTHS[self.dtype]
+    def passes(self) -> int:
+        """How often a micro-batch needs the weights: forward, backward, and reference and recomputation if they run."""
+        return 2 + self.reference + self.recompute
 
     def flops(self) -> dict[str, float]:
         """FLOPs of a group by pass; the backward pass computes the head's logits again."""
@@ -92,60 +67,45 @@ class Step:
             "recomputation": f.linear + f.attention + adapters if self.recompute else 0,
         }
 
-    def parts(self, network: Network) -> list[Part]:
-        """The seconds of a step, one after the other."""
-        gpu, s = network.gpu, self.sizes
-        peak = gpu.peak(self.dtype)
-        out = []
-        for name, flops in self.flops().items():
-            seconds = flops * self.groups / (peak * gpu.mfu)
-            if flops:
-                numbers = (
-                    f"{flops / 1e9:.4g} GFLOP x {self.groups:g} groups / ({peak / 1e12:g} TFLOP/s x MFU {gpu.mfu})"
-                )
-                out.append(Part(name, numbers, seconds))
-        if self.nf4:
-            passes = 2 + self.reference + self.recompute
-            moved = s.linear * (0.53 + 2 * self.width) * passes * self.micro_batches
-            out.append(
-                Part("dequantization", f"{moved / 1e9:.1f} GB / {gpu.bandwidth / 1e9:.0f} GB/s", moved / gpu.bandwidth)
+    def durations(self, gpu: Gpu, nodes: int, per_node: int) -> list[Duration]:
+        """The seconds of a step on ``nodes`` nodes of ``per_node`` devices, one after the other."""
+        peak, world, width = gpu.peak(self.dtype), nodes * per_node, WIDTHS[self.dtype]
+        rate = f"({peak / 1e12:g} TFLOP/s x MFU {gpu.mfu})"
+        out = [
+            Duration(
+                name,
+                f"{flops / 1e9:.4g} GFLOP x {self.groups:g} groups / {rate}",
+                flops * self.groups / (peak * gpu.mfu),
             )
-        shard = s.trainable / (1 if self.zero.stage == 0 else network.world_size)
+            for name, flops in self.flops().items()
+            if flops
+        ]
+        if self.nf4:
+            moved = self.sizes.linear * (0.53 + 2 * width) * self.passes * self.micro_batches
+            numbers = f"{moved / 1e9:.1f} GB / {gpu.bandwidth / 1e9:.0f} GB/s"
+            out.append(Duration("dequantization", numbers, moved / gpu.bandwidth))
+        shard = self.sizes.trainable / (1 if self.zero.stage == 0 else world)
         moved = OPTIMIZER_TRAFFIC * shard
         if self.zero.offload_optimizer:
-            seconds = moved / HOST_TRAFFIC + 2 * self.width * shard / PCIE
+            seconds = moved / HOST_TRAFFIC + 2 * width * shard / PCIE
             numbers = f"{moved / 1e9:.3g} GB / {HOST_TRAFFIC / 1e9:.0f} GB/s of host memory + PCIe"
-            out.append(Part("optimizer, offloaded", numbers, seconds))
+            out.append(Duration("optimizer, offloaded", numbers, seconds))
         else:
-            out.append(
-                Part("optimizer", f"{moved / 1e9:.3g} GB / {gpu.bandwidth / 1e9:.0f} GB/s", moved / gpu.bandwidth)
-            )
-        return out + self._collectives(network)
+            numbers = f"{moved / 1e9:.3g} GB / {gpu.bandwidth / 1e9:.0f} GB/s"
+            out.append(Duration("optimizer", numbers, moved / gpu.bandwidth))
+        if world > 1 or self.zero.offload_param:
+            out += self._collectives(gpu, nodes, per_node, width)
+        return out
 
-    def _collectives(self, network: Network) -> list[Part]:
-        if network.world_size == 1 and not self.zero.offload_param:
-            return []
-        gradients, weights = self.width * self.sizes.trainable, self.width * self.sizes.total
-        parts = []
-        reductions = 1 if self.zero.stage == 0 else self.micro_batches  # ZeRO 1 to 3 reduce in every backward pass
-        where = f"over {network.nodes} x {network.per_node}"
-        if self.zero.stage < 3:
-            seconds = network.all_reduce_seconds(gradients) * reductions
-            parts.append(Part("gradient all-reduce", f"{reductions} x {gradients / 1e9:.3g} GB {where}", seconds))
-            if self.zero.stage:
-                parts.append(
-                    Part(
-                        "all-gather of updated weights",
-                        f"{gradients / 1e9:.3g} GB {where}",
-                        network.gather_seconds(gradients),
-                    )
-                )
-            return parts
-        seconds = network.gather_seconds(gradients) * reductions
-        parts.append(Part("gradient reduce-scatter", f"{reductions} x {gradients / 1e9:.3g} GB {where}", seconds))
-        gathers = (2 + self.reference + self.recompute) * self.micro_batches
-        seconds = network.gather_seconds(weights) * gathers
-        if self.zero.offload_param:
-            seconds += gathers * weights / network.world_size / PCIE
-        parts.append(Part("weights gathered", f"{gathers} x {weights / 1e9:.3g} GB {where}", seconds))
-        return parts
+    def _collectives(self, gpu: Gpu, nodes: int, per_node: int, width: int) -> list[Duration]:
+        gradients, weights, modules = width * self.sizes.trainable, width * self.sizes.total, self.shape.layers + 2
+        counts = (self.micro_batches, self.passes, modules)
+        world, out = nodes * per_node, []
+        for part in step_collectives(gpu.network(per_node), world, self.zero.stage, gradients, weights, *counts):
+            seconds, times = part.seconds * part.times, f"{part.times:g} x "
+            if part.name == "weights gathered" and self.zero.offload_param:
+                seconds += part.times * weights / world / PCIE
+            if part.name == "all-gather of updated weights":  # always one
+                times = ""
+            out.append(Duration(part.name, f"{times}{part.size / 1e9:.3g} GB over {nodes} x {per_node}", seconds))
+        return out

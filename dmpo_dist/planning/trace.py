@@ -2,8 +2,8 @@
 
 Nothing is computed: every operation only makes the tensors it would make, and a dispatch mode adds up the storages that
 are alive. So the figures follow from the modules themselves, for any decoder, adapters and checkpointing included, not
-from a formula per architecture. Only attention's kernels, which take no meta tensors, are replaced by what they make and
-keep.
+from a formula per architecture. Only attention's kernels, which take no meta tensors, are replaced by what they make
+and keep.
 """
 
 import weakref
@@ -91,6 +91,7 @@ class _Meter(TorchDispatchMode):
     def _count(self, storage: Any) -> None:
         if storage._cdata in self._sizes:
             return
+        # A view shares its storage, so it is counted once; the finalizer runs when the last tensor of it is gone.
         self._sizes[storage._cdata] = storage.nbytes()
         self.alive += storage.nbytes()
         self.peak = max(self.peak, self.alive)
@@ -113,9 +114,14 @@ def _attention(kernel: Kernel) -> Iterator[None]:
 
 
 def _stand_in(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    layout: PrefixLayout | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    layout: PrefixLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """Attention in transformers' form: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, T, H, D)."""
     if _kernel[-1] != "varlen":
         key, value = repeated(query, key, value)
@@ -144,7 +150,7 @@ class _NoKernel:
 
 
 class _Masked(torch.autograd.Function):
-    """One kernel that also keeps its mask, made additive and so a number for each pair of positions."""
+    """A kernel that keeps a dense additive mask, one number for each pair of positions."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

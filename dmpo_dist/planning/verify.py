@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
+        """Relative error of the prediction."""
         return self.predicted / self.measured - 1
 
     @property
@@ -52,11 +52,10 @@ def predict(case: Case, folder: Path) -> int:
 
 def terms(case: Case, folder: Path) -> list[Term]:
     """The terms of a case on the CPU, as for any plan; writes the config.json to ``folder``."""
-    place = folder / "config"
-    place.mkdir(exist_ok=True)
-    (place / "config.json").write_text(json.dumps(case.transformers_config))
-    config = case.run_config(str(place))
-    return make_rank(config, case.row, case.ranks, cuda=False, backend="two_part").device_terms()
+    model = folder / "config"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(case.transformers_config))
+    return make_rank(case.run_config(str(model)), case.row, case.ranks, cuda=False, backend="two_part").device_terms()
 
 
 def measure(case: Case, folder: Path) -> int:
@@ -67,15 +66,13 @@ def measure(case: Case, folder: Path) -> int:
     """
     for name, which in (("small", SMALL), ("model", case)):
         _write_model(which, folder / name)
-    (folder / "case.json").write_text(json.dumps(case.as_dict()))
+    (folder / "case.json").write_text(json.dumps(asdict(case)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(case.ranks), "--standalone"]
     log = folder / "log.txt"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as out:
-        done = subprocess.run(
-            [*command, "-m", "dmpo_dist.planning.measure", str(folder / "case.json")],
-            stdout=out, stderr=out, env=environment, check=False,
-        )  # fmt: skip
+        command += ["-m", "dmpo_dist.planning.measure", str(folder / "case.json")]
+        done = subprocess.run(command, stdout=out, stderr=out, env=environment, check=False)
     if done.returncode:
         last = "\n".join(log.read_text().splitlines()[-30:])
         raise UserError(
@@ -86,7 +83,7 @@ def measure(case: Case, folder: Path) -> int:
 
 
 def _write_model(case: Case, folder: Path) -> None:
-    """A random model with a tokenizer that is never asked."""
+    """A random model, with a tokenizer that loading needs and training on ids does not."""
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 

@@ -20,6 +20,7 @@ from dmpo_dist.artifacts.log import (
     by_step,
     read_log,
 )
+from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.figures.curves import has_values
 
@@ -123,8 +124,11 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / CONFIG_FILE).exists() or not (folder / METRICS_FILE).exists():
         raise UserError(f"{folder} holds no training run (no {CONFIG_FILE} with {METRICS_FILE}); see `dmpo runs list`")
+    config = read_config(folder / CONFIG_FILE)
+    if config.get("submit") == SubmitConfig().model_dump(mode="json"):
+        del config["submit"]  # earlier versions wrote it even where it was wholly default
     environment = Environment.read_if_there(folder) or Environment()
-    return Run(folder, read_config(folder / CONFIG_FILE), environment, read_log(folder / METRICS_FILE))
+    return Run(folder, config, environment, read_log(folder / METRICS_FILE))
 
 
 def find_runs(root: Path) -> list[Run]:

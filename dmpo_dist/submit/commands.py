@@ -17,7 +17,7 @@ SAME_PRESS_SECONDS = 1.0
 
 
 class Unanswered(UserError):
-    """A cluster was asked to take a job and has not said whether it did."""
+    """A cluster was asked to take a job and did not answer."""
 
 
 def ask(*command: str) -> str:
@@ -43,7 +43,7 @@ def attempt(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def hand_over(*command: str) -> str:
-    """The output of the command that submits; it sees no Ctrl-C, so that its output always says what it has done.
+    """The output of the command that submits; Ctrl-C does not reach it, so that its output always says what it did.
 
     Raises:
         UserError: it is not there or fails.
@@ -70,7 +70,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def holding_interruptions() -> Iterator[list[float]]:
-    """Interruptions only fill the list yielded; one more, not of the same press, raises KeyboardInterrupt after all."""
+    """Interruptions only fill the yielded list; a second one, a second later, raises KeyboardInterrupt."""
     came: list[float] = []
 
     def hold(number: int, frame: FrameType | None) -> None:

@@ -21,8 +21,8 @@ RECORD_FILE = "submitted.json"
 
 
 @dataclass(frozen=True)
-class Job:
-    """A command of ours on a cluster.
+class SubmitJob:
+    """A dmpo command to run on a cluster.
 
     Args:
         verb: the command.
@@ -63,21 +63,21 @@ class Job:
         return [str(path) for key, path in self.folders().items() if key != "output_dir"]
 
     def folders(self) -> dict[str, Path]:
-        """Keys of the configuration that name files and folders, and these: not hub ids and names of ours."""
+        """The files and folders that the configuration names, by key; hub ids and shipped files are none."""
         config = self.config
-        places = {"output_dir": config.output_dir}
+        paths = {"output_dir": config.output_dir}
         if config.data.path is not None:
-            places["data.path"] = config.data.path
+            paths["data.path"] = config.data.path
         model = Path(config.model.path)
         if config.model.path.startswith(("/", "./", "../")) or model.exists():
-            places["model.path"] = model
+            paths["model.path"] = model
         if config.deepspeed.endswith(".json"):
-            places["deepspeed"] = Path(config.deepspeed)
-        return places
+            paths["deepspeed"] = Path(config.deepspeed)
+        return paths
 
     def config_text(self) -> str:
-        """The configuration the cluster reads: without how it was submitted, which ``--resume`` may change."""
-        return dump_config(self.config, leave_out={"submit"})
+        """The configuration for the cluster, without the section ``submit``, which may change on ``--resume``."""
+        return dump_config(self.config.model_copy(update={"submit": SubmitConfig()}))
 
     def values(self) -> dict[str, Any]:
         """What every template may use."""
@@ -114,11 +114,12 @@ def render(template: str, values: dict[str, Any]) -> str:
     return environment.get_template(template).render(values)
 
 
-def check(job: Job, target: Target) -> None:
+def check(job: SubmitJob, target: Target) -> None:
     """Refuse what no cluster could run.
 
     Raises:
-        UserError: an odd folder name, no data.path, an address beside the target, more workers than the nodes asked for can hold.
+        UserError: an odd folder name, no data.path, an address beside the target, more workers than the nodes asked for
+            can hold.
     """
     config, submit = job.config, job.submit
     if not re.fullmatch(r"[\w./+@=,-]+", str(job.folder)):
@@ -150,7 +151,8 @@ def check(job: Job, target: Target) -> None:
 def choose_folder(config: RunConfig, render_only: bool) -> Path:
     """submit.folder, or output_dir/submit; where that holds files already, the first of submit-2, submit-3, ... free.
 
-    What is only rendered goes to ``submit`` here: output_dir may be a place of the cluster's that this machine does not have.
+    What is only rendered goes to ./submit: output_dir may be a path on the cluster that this machine does not
+    have.
     """
     first = config.submit.folder or (Path() if render_only else config.output_dir) / "submit"
     candidates = (first, *(first.with_name(f"{first.name}-{n}") for n in range(2, 1000)))
@@ -159,7 +161,7 @@ def choose_folder(config: RunConfig, render_only: bool) -> Path:
     )
 
 
-def write(job: Job, files: dict[str, str]) -> None:
+def write(job: SubmitJob, files: dict[str, str]) -> None:
     """Write rendered files (name -> text) into the job's folder; scripts become executable.
 
     Raises:

@@ -10,13 +10,13 @@ import yaml
 from dmpo_dist.config.submit import KubernetesConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit.commands import ask, attempt, failure, hand_over, interruptible
-from dmpo_dist.submit.job import CONFIG_FILE, Job, Record, render
+from dmpo_dist.submit.job import CONFIG_FILE, Record, SubmitJob, render
 
 MANIFEST = "rayjob.yaml"
 RUN_PATH = "/etc/dmpo"
 
 
-def files(job: Job) -> dict[str, str]:
+def files(job: SubmitJob) -> dict[str, str]:
     """The manifest.
 
     Raises:
@@ -43,7 +43,7 @@ def files(job: Job) -> dict[str, str]:
     return {MANIFEST: text, CONFIG_FILE: job.config_text()}
 
 
-def _require_whole(text: str, job: Job) -> None:
+def _require_whole(text: str, job: SubmitJob) -> None:
     """What is rendered must be YAML that holds the configuration unchanged."""
     config_map, ray_job = yaml.safe_load_all(text)
     assert ray_job["kind"] == "RayJob"
@@ -54,7 +54,7 @@ def _kubectl(namespace: str, context: str | None) -> list[str]:
     return ["kubectl", *(["--context", context] if context else []), "--namespace", namespace, "--request-timeout=30s"]
 
 
-def check(job: Job) -> None:
+def check(job: SubmitJob) -> None:
     """Refuse what this cluster cannot run.
 
     Raises:
@@ -65,8 +65,8 @@ def check(job: Job) -> None:
     done = attempt(*kubectl, "get", "--raw", "/version")
     if done.returncode:
         raise UserError(
-            f"the Kubernetes cluster cannot be reached ({failure(('kubectl',), done.stderr)}); check `kubectl cluster-info` "
-            "and submit.kubernetes.context, or write the manifest with --render-only"
+            f"the Kubernetes cluster cannot be reached ({failure(('kubectl',), done.stderr)}); check `kubectl "
+            "cluster-info` and submit.kubernetes.context, or write the manifest with --render-only"
         )
     found = attempt(*kubectl, "get", "crd", "rayjobs.ray.io", "--output=name")
     if found.returncode and "NotFound" in found.stderr:
@@ -95,7 +95,7 @@ def _needed(settings: KubernetesConfig) -> list[tuple[str, str]]:
     return [(kind, name) for kind, name in named if name is not None]
 
 
-def unfit(job: Job, nodes: list[dict[str, Any]]) -> str | None:
+def unfit(job: SubmitJob, nodes: list[dict[str, Any]]) -> str | None:
     """Why nodes (as kubectl lists them) cannot hold the workers; None when they can, other pods left aside."""
     submit, resource = job.submit, job.submit.kubernetes.gpu_resource
     wanted, room = submit.kubernetes.node_selector, 0
@@ -111,10 +111,10 @@ def unfit(job: Job, nodes: list[dict[str, Any]]) -> str | None:
     if room >= submit.nodes:
         return None
     return (
-        f"submit.nodes={submit.nodes} pods with {submit.cpus_per_node} CPUs and {submit.gpus_per_node} {resource} each: the "
-        f"cluster has room for {room} ({len(have)} nodes to choose from, {sum(c for c, _ in have):g} CPUs and "
-        f"{sum(g for _, g in have)} GPUs in all); ask for less, or set submit.kubernetes.autoscaling=true if nodes are "
-        "added on demand"
+        f"submit.nodes={submit.nodes} pods with {submit.cpus_per_node} CPUs and {submit.gpus_per_node} {resource} "
+        f"each: the cluster has room for {room} ({len(have)} nodes to choose from, {sum(c for c, _ in have):g} CPUs "
+        f"and {sum(g for _, g in have)} GPUs in all); ask for less, or set submit.kubernetes.autoscaling=true if nodes "
+        "are added on demand"
     )
 
 
@@ -122,7 +122,7 @@ def _cpus(text: str) -> float:
     return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
 
 
-def submit(job: Job) -> Record:
+def submit(job: SubmitJob) -> Record:
     """Create the objects of the manifest.
 
     Raises:
@@ -135,8 +135,8 @@ def submit(job: Job) -> Record:
         found = attempt(*kubectl, "get", "rayjob", job.name, "--output=name")
     if found.returncode == 0:
         raise UserError(
-            f"namespace {settings.namespace} has a RayJob {job.name} already; choose another submit.name, or remove it: "
-            f"kubectl --namespace {settings.namespace} delete rayjob,configmap {job.name}"
+            f"namespace {settings.namespace} has a RayJob {job.name} already; choose another submit.name, or remove "
+            f"it: kubectl --namespace {settings.namespace} delete rayjob,configmap {job.name}"
         )
     # apply, not create: a ConfigMap that an earlier, finished job left is no obstacle
     hand_over(*kubectl, "apply", "-f", manifest)
@@ -148,13 +148,13 @@ def announce(record: Record, folder: Path) -> str:
     return f"{record.label} is created in namespace {record.where}"
 
 
-def look(job: Job) -> str:
+def look(job: SubmitJob) -> str:
     """The commands that show whether the cluster has the job, and end it."""
     return f"kubectl --namespace {job.submit.kubernetes.namespace} get|delete rayjob {job.name}"
 
 
 def status(record: Record) -> str:
-    """KubeRay's word for the job's state, with the driver's."""
+    """The job's state as KubeRay reports it, with the driver's."""
     fields = "{.status.jobDeploymentStatus} {.status.jobStatus} {.status.message}"
     kubectl = _kubectl(record.where, record.context)
     done = attempt(*kubectl, "get", "rayjob", record.id, f"--output=jsonpath={fields}")

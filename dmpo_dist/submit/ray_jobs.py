@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dmpo_dist.cluster.resources import shortage
 from dmpo_dist.config.submit import RayJobsConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit.commands import Unanswered, interruptible
-from dmpo_dist.submit.job import CONFIG_FILE, Job, Record, render
+from dmpo_dist.submit.job import CONFIG_FILE, Record, SubmitJob, render
 
 DRIVER = "driver.sh"
 UPLOAD = "upload"
@@ -23,11 +24,11 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 ADDRESS_NAMES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
-def files(job: Job) -> dict[str, str]:
+def files(job: SubmitJob) -> dict[str, str]:
     """The submission, and the driver script and configuration that are uploaded.
 
     Raises:
-        UserError: a path is relative, which would be a place inside the upload's copy.
+        UserError: a path is relative, which would lie inside the uploaded copy.
     """
     for key, path in job.folders().items():
         if job.verb != "doctor" and not path.is_absolute():
@@ -43,12 +44,12 @@ def files(job: Job) -> dict[str, str]:
     }
 
 
-def submission_id(job: Job) -> str:
+def submission_id(job: SubmitJob) -> str:
     """The job's name and the folder's number, so that a second submission of a run has another id."""
     return job.name if job.folder.name == "submit" else f"{job.name}-{job.folder.name}"
 
 
-def check(job: Job) -> None:
+def check(job: SubmitJob) -> None:
     """Refuse what this cluster cannot run.
 
     Raises:
@@ -59,7 +60,9 @@ def check(job: Job) -> None:
     if job.verb != "doctor":
         have = resources(address, headers)
         gpus = job.config.cluster.gpus_per_worker
-        _require(job, have, float(bool(have.get("GPU"))) if gpus is None else gpus)
+        lacking = shortage(job.config.cluster, float(bool(have.get("GPU"))) if gpus is None else gpus, have)
+        if lacking:
+            raise UserError(f"{lacking}; lower one of them")
     if settings.working_dir is not None:
         require_small(settings.working_dir, settings.excludes, settings.max_upload_mib)
 
@@ -92,13 +95,14 @@ def connect(settings: RayJobsConfig) -> tuple[Any, dict[str, str], str]:
     except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"submit.ray.address={address}: the Ray head cannot be reached ({first}); check the address, that the head's "
-            "dashboard runs (ray[default] there, --dashboard-host=0.0.0.0), and the way there (ssh -L 8265:head:8265)"
+            f"submit.ray.address={address}: the Ray head cannot be reached ({first}); check the address, that the "
+            "head's dashboard runs (ray[default] there, --dashboard-host=0.0.0.0), and that this machine reaches it "
+            "(ssh -L 8265:head:8265)"
         ) from None
     if settings.check_versions and version != ray.__version__:
         raise UserError(
-            f"{address} runs Ray {version}, this is Ray {ray.__version__}; install ray=={version} here, or submit all the "
-            "same with submit.ray.check_versions=false"
+            f"{address} runs Ray {version}, this is Ray {ray.__version__}; install ray=={version} here, or submit all "
+            "the same with submit.ray.check_versions=false"
         )
     return client, headers, address
 
@@ -164,17 +168,6 @@ def resources(address: str, headers: dict[str, str]) -> dict[str, float]:
     return totals
 
 
-def _require(job: Job, have: dict[str, float], gpus: float) -> None:
-    cluster = job.config.cluster
-    for name, each, key in (("CPU", cluster.cpus_per_worker, "cpus"), ("GPU", gpus, "gpus")):
-        if cluster.workers * each > have.get(name, 0):
-            raise UserError(
-                f"cluster.workers={cluster.workers} with cluster.{key}_per_worker={each:g} need "
-                f"{cluster.workers * each:g} {name}s, but the cluster has {have.get('CPU', 0):g} CPUs and "
-                f"{have.get('GPU', 0):g} GPUs; lower one of them"
-            )
-
-
 def require_small(folder: Path, excludes: list[str], limit_mib: float) -> None:
     """Refuse a working directory above ``limit_mib``, naming what is large in it.
 
@@ -185,10 +178,10 @@ def require_small(folder: Path, excludes: list[str], limit_mib: float) -> None:
         raise UserError(f"submit.ray.working_dir={folder}: no such folder")
     ignore = shutil.ignore_patterns(*excludes)
     sizes: dict[str, int] = {}
-    for place, folders, names in os.walk(folder):
-        out = ignore(place, [*folders, *names])
+    for parent, folders, names in os.walk(folder):
+        out = ignore(parent, [*folders, *names])
         folders[:] = [name for name in folders if name not in out]
-        for path in (Path(place) / name for name in names if name not in out):
+        for path in (Path(parent) / name for name in names if name not in out):
             top = path.relative_to(folder).parts[0]
             sizes[top] = sizes.get(top, 0) + path.lstat().st_size
     total = sum(sizes.values()) / MIB
@@ -196,13 +189,14 @@ def require_small(folder: Path, excludes: list[str], limit_mib: float) -> None:
         largest = sorted(sizes.items(), key=lambda entry: -entry[1])[:3]
         listed = ", ".join(f"{name} ({size / MIB:.1f} MiB)" for name, size in largest)
         raise UserError(
-            f"submit.ray.working_dir={folder} holds {total:.1f} MiB, more than submit.ray.max_upload_mib={limit_mib:g}; "
-            f"the largest are {listed}: leave them out with submit.ray.excludes, or upload no working_dir"
+            f"submit.ray.working_dir={folder} holds {total:.1f} MiB, more than "
+            f"submit.ray.max_upload_mib={limit_mib:g}; the largest are {listed}: leave them out with "
+            "submit.ray.excludes, or upload no working_dir"
         )
 
 
-def submit(job: Job) -> Record:
-    """Upload the working directory, which an interruption cuts short, and start the driver.
+def submit(job: SubmitJob) -> Record:
+    """Upload the working directory, which Ctrl-C interrupts, and start the driver.
 
     Raises:
         UserError: the cluster refuses it.
@@ -244,7 +238,7 @@ def announce(record: Record, folder: Path) -> str:
     return f"{record.label} is submitted to {record.where}"
 
 
-def look(job: Job) -> str:
+def look(job: SubmitJob) -> str:
     """The commands that show whether the cluster has the job, and end it."""
     return f"ray job status|stop --address {_address(job.submit.ray)} {submission_id(job)}"
 
@@ -259,8 +253,9 @@ def _copy(source: Path, upload: Path, excludes: list[str]) -> None:
         )
     target, names = upload.resolve(), shutil.ignore_patterns(*excludes)
 
-    def ignore(place: str, entries: list[str]) -> set[str]:
-        return names(place, entries) | {entry for entry in entries if (Path(place) / entry).resolve() == target.parent}
+    def ignore(parent: str, entries: list[str]) -> set[str]:
+        own = {entry for entry in entries if (Path(parent) / entry).resolve() == target.parent}
+        return names(parent, entries) | own
 
     shutil.copytree(source, upload, ignore=ignore, dirs_exist_ok=True)
 
@@ -280,7 +275,7 @@ def _client(record: Record) -> Any:
 
 
 def status(record: Record) -> str:
-    """Ray's word for the job's state, with its message."""
+    """The job's state as Ray reports it, with its message."""
     return _state(_client(record), record)
 
 
@@ -313,7 +308,8 @@ def follow(record: Record, folder: Path, echo: Callable[[str], None]) -> None:
             if lost == MAY_BE_LOST:
                 first = str(error).strip().splitlines()[0]
                 raise UserError(
-                    f"{record.where} no longer answers ({first}); the job may still run there: dmpo submit status {folder}"
+                    f"{record.where} no longer answers ({first}); the job may still run there: dmpo submit status "
+                    f"{folder}"
                 ) from None
             time.sleep(POLL_SECONDS)
             continue

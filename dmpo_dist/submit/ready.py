@@ -18,7 +18,7 @@ NODE_SECONDS = 120
 
 
 def main() -> None:
-    """Exit 0 when the cluster is ready, 2 with a message when it will not do."""
+    """Exit with status 0 when the cluster is ready, with 2 and a message when it cannot run the job."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--nodes", type=int, default=1, help="nodes the cluster must have at least")
@@ -56,7 +56,7 @@ def wait_until_ready(config: RunConfig, nodes: int, seconds: float, versions: di
         reports = _look(ray, [*versions], paths)
         problems = [line for name, report in reports for line in node_problems(name, report, versions)]
         if problems:
-            raise UserError("\n  ".join(["the cluster's nodes will not do:", *problems]))
+            raise UserError("\n  ".join(["the cluster's nodes cannot run the job:", *problems]))
         print(f"cluster ready: {len(reports)} nodes, {_amounts(ray.cluster_resources())}", flush=True)
     finally:
         ray.shutdown()
@@ -73,7 +73,8 @@ def lacking(config: RunConfig, nodes: int, alive: int, have: dict[str, float]) -
     short = [name for name, amount in need.items() if amount > have.get(name, 0)]
     if not short:
         return None
-    return f"cluster.workers={cluster.workers} need {_amounts(need)}, but the cluster has {_amounts(have)} on {alive} nodes"
+    needed = f"cluster.workers={cluster.workers} need {_amounts(need)}"
+    return f"{needed}, but the cluster has {_amounts(have)} on {alive} nodes"
 
 
 def node_problems(name: str, report: dict[str, Any], versions: dict[str, str]) -> list[str]:
@@ -109,8 +110,8 @@ def _look(ray: Any, packages: list[str], paths: list[str]) -> list[tuple[str, di
     task = ray.remote(num_cpus=0, max_retries=0)(_report)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     names = [f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})" for node in nodes]
-    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    reports = [task.options(scheduling_strategy=place).remote(packages, paths) for place in places]
+    pinned = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    reports = [task.options(scheduling_strategy=node).remote(packages, paths) for node in pinned]
     try:
         return list(zip(names, ray.get(reports, timeout=NODE_SECONDS), strict=True))
     except ray.exceptions.RayError as error:

@@ -10,7 +10,7 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit import kubernetes, ray_jobs, slurm
 from dmpo_dist.submit.commands import Unanswered, holding_interruptions, interruptible, say
-from dmpo_dist.submit.job import RECORD_FILE, Job, Record, Target, Verb, check, choose_folder, find_record, write
+from dmpo_dist.submit.job import RECORD_FILE, Record, SubmitJob, Target, Verb, check, choose_folder, find_record, write
 
 TARGETS: dict[Target, ModuleType] = {"slurm": slurm, "ray": ray_jobs, "kubernetes": kubernetes}
 
@@ -26,12 +26,12 @@ def submit_job(
         What was submitted (None if only rendered), and the folder. It is removed again when nothing was.
 
     Raises:
-        UserError: see ``check`` here and of the target; what the message does not name is not running.
+        UserError: ``check`` of the job or of the target refuses it; nothing runs but what the message names.
     """
     with interruptible():
         try:
             module = TARGETS[target]
-            job = Job(verb, config, resume, choose_folder(config, render_only))
+            job = SubmitJob(verb, config, resume, choose_folder(config, render_only))
             check(job, target)
             files = module.files(job)
             if not render_only:
@@ -43,7 +43,7 @@ def submit_job(
 
 
 def _hand_over(
-    job: Job, target: Target, files: dict[str, str], render_only: bool, echo: Callable[[str], None]
+    job: SubmitJob, target: Target, files: dict[str, str], render_only: bool, echo: Callable[[str], None]
 ) -> Record | None:
     try:
         write(job, files)
@@ -52,8 +52,8 @@ def _hand_over(
         return None if render_only else _submit(job, target, echo)
     except Unanswered as error:
         raise UserError(
-            f"{error}; the job may be on the cluster all the same, {TARGETS[target].look(job)} shows and ends it; its files "
-            f"are kept in {job.folder}"
+            f"{error}; the job may be on the cluster all the same, {TARGETS[target].look(job)} shows and ends it; its "
+            f"files are kept in {job.folder}"
         ) from None
     except (UserError, KeyboardInterrupt) as error:
         if not (job.folder / RECORD_FILE).exists():
@@ -63,8 +63,8 @@ def _hand_over(
         raise
 
 
-def _submit(job: Job, target: Target, echo: Callable[[str], None]) -> Record:
-    """Submit and record a job: both or, when interrupted, neither."""
+def _submit(job: SubmitJob, target: Target, echo: Callable[[str], None]) -> Record:
+    """Submit a job and record it; when interrupted, neither."""
     module = TARGETS[target]
     with holding_interruptions() as interrupted:
         try:
@@ -82,7 +82,7 @@ def _submit(job: Job, target: Target, echo: Callable[[str], None]) -> Record:
 
 
 def _take_back(record: Record, folder: Path) -> NoReturn:
-    """Stop a job that was submitted meanwhile.
+    """Stop a job whose submission was interrupted too late.
 
     Raises:
         KeyboardInterrupt: done.
@@ -93,8 +93,8 @@ def _take_back(record: Record, folder: Path) -> NoReturn:
     except (UserError, RuntimeError, OSError, KeyboardInterrupt) as error:
         reason = str(error).strip() or "interrupted again"
         raise UserError(
-            f"interrupted, but {record.label} is submitted and may go on ({reason.splitlines()[0]}); end it with dmpo submit "
-            f"stop {folder}"
+            f"interrupted, but {record.label} is submitted and may go on ({reason.splitlines()[0]}); end it with dmpo "
+            f"submit stop {folder}"
         ) from None
     (folder / RECORD_FILE).unlink()
     raise KeyboardInterrupt(f"{record.label} was submitted meanwhile and is stopped")

@@ -8,13 +8,13 @@ from pathlib import Path
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit.commands import ask, attempt, hand_over
-from dmpo_dist.submit.job import CONFIG_FILE, Job, Record, render
+from dmpo_dist.submit.job import CONFIG_FILE, Record, SubmitJob, render
 
 SCRIPT = "job.sbatch"
 POLL_SECONDS = 2.0
 
 
-def files(job: Job) -> dict[str, str]:
+def files(job: SubmitJob) -> dict[str, str]:
     """The script and the configuration it reads.
 
     Raises:
@@ -33,16 +33,18 @@ def files(job: Job) -> dict[str, str]:
     return {SCRIPT: render("slurm.sbatch", values), CONFIG_FILE: job.config_text()}
 
 
-def check(job: Job) -> None:
+def check(job: SubmitJob) -> None:
     """Refuse what this Slurm cannot run.
 
     Raises:
-        UserError: no Slurm here, no such partition, more nodes, CPUs or GPUs than it has, paths that are not there, a
+        UserError: no Slurm on this machine, no such partition, more nodes, CPUs or GPUs than it has, a missing path, a
             run in output_dir that is not to be resumed.
     """
     for path in map(Path, job.paths):
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder here; give a path on storage that all nodes see")
+            raise UserError(
+                f"{path}: no such file or folder on this machine; give a path on storage that all nodes see"
+            )
     if not job.resume and (job.config.output_dir / "config.yaml").exists():
         raise UserError(
             f"output_dir {job.config.output_dir} holds a run already; choose another (output_dir=...), or go on with "
@@ -73,8 +75,8 @@ def unfit(submit: SubmitConfig, partition: str | None, lines: list[str]) -> str 
     has = ", ".join(f"{n} with {cpus} CPUs and {gpus} GPUs" for (cpus, gpus), n in sorted(kinds.items())) or "none"
     return (
         f"submit.nodes={submit.nodes} with submit.cpus_per_node={submit.cpus_per_node} and submit.gpus_per_node="
-        f"{submit.gpus_per_node}: {'partition ' + partition if partition else 'this Slurm'} has {fit} such nodes (it has "
-        f"{has}); ask for less, or for another partition"
+        f"{submit.gpus_per_node}: {'partition ' + partition if partition else 'this Slurm'} has {fit} such nodes (it "
+        f"has {has}); ask for less, or for another partition"
     )
 
 
@@ -83,7 +85,7 @@ def _gpus(gres: str) -> int:
     return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
 
 
-def submit(job: Job) -> Record:
+def submit(job: SubmitJob) -> Record:
     """Submit the rendered script.
 
     Raises:
@@ -99,13 +101,13 @@ def announce(record: Record, folder: Path) -> str:
     return f"{record.label} is queued; its log: {folder}/slurm-{record.id}.log"
 
 
-def look(job: Job) -> str:
+def look(job: SubmitJob) -> str:
     """The commands that show whether Slurm has the job, and end it."""
     return f"squeue|scancel --me --name={job.name}"
 
 
 def status(record: Record) -> str:
-    """Slurm's word for the job's state, with the reason why it waits."""
+    """The job's state as Slurm reports it, with the reason why it waits."""
     done = attempt("squeue", "--noheader", "--jobs", record.id, "--format=%T after %M (%R)")
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "ended; not in the queue any more"
 

@@ -1,11 +1,14 @@
-"""How much of a GPU's peak our compiled step reaches with rows of 8 to 40 groups, by two ways of a branch's own attention.
+"""How much of a GPU's peak our compiled step reaches with rows of 8 to 40 groups, by two ways of a branch's own
+attention.
 
-To be run where a GPU is lent, in one call; it has not run on one yet, its arithmetic has (``test_stacked_branches.py``):
+To be run where a GPU is lent, in one call; it has not run on one yet, its arithmetic has
+(``test_stacked_branches.py``):
 
     PYTHONPATH=.:tests:tests/gpu python tests/gpu/mfu.py --json mfu.json
 
 A branch of 11 tokens fills a tile of 128 in the flash kernel. ``StackedBranches`` runs all branches as one batch of
-small products instead. If it is faster here, it belongs into ``dmpo_dist/modeling/flash.py`` in the place of ``CudaFlash.own``.
+small products instead. If it is faster here, it belongs into ``dmpo_dist/modeling/flash.py`` in the place of
+``CudaFlash.own``.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from dmpo_dist.batching.layout import PrefixLayout
 from dmpo_dist.batching.synthetic import random_groups
-from dmpo_dist.bench.contestants import BENCH_MODEL, LORA_RANK, LayoutContestant, ModelSpec
+from dmpo_dist.bench.implementations import BENCH_MODEL, LORA_RANK, LayoutImplementation, ModelSpec
 from dmpo_dist.bench.timing import measure_peak
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.modeling import attention
@@ -40,7 +43,8 @@ TIMED_STEPS = 3
 
 
 class Stack:
-    """Where the branches of a layout lie in a batch of S branches of R tokens, R a multiple of 8 as the products like it.
+    """Where the branches of a layout lie in a batch of S branches of R tokens, R a multiple of 8 as the products like
+    it.
 
     Attributes:
         index: (S, R) row positions, the last one repeated as padding.
@@ -131,9 +135,9 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def measure(spec: ModelSpec, sizes: list[int], peak: float) -> Iterator[dict[str, Any]]:
-    """First how far the two ways of the branches lie apart; then for each number of groups in a row the milliseconds a group,
-    MFU and peak of each, None where the row does not fit."""
-    ours = LayoutContestant(spec, True, PROMPT + RESPONSE)
+    """First how far the two ways of the branches lie apart; then for each number of groups in a row the milliseconds a
+    group, MFU and peak of each, None where the row does not fit."""
+    ours = LayoutImplementation(spec, True, PROMPT + RESPONSE)
     groups = random_groups(max(sizes), PROMPT, RESPONSE, NEGATIVES, spec.config["vocab_size"])
     ways: dict[str, Callable[[Tensor], Any]] = {"flash": attention.flash_for, "stacked": attention.flash_for}
     if spec.device == "cuda":
@@ -144,9 +148,9 @@ def measure(spec: ModelSpec, sizes: list[int], peak: float) -> Iterator[dict[str
         result: dict[str, Any] = {"groups": size}
         for name, way in ways.items():
             attention.flash_for = way
-            contestant = ours.with_rows(size, size)
+            implementation = ours.with_rows(size, size)
             try:
-                seconds, gib = _timed(contestant, groups[:size], spec.device)
+                seconds, gib = _timed(implementation, groups[:size], spec.device)
             except torch.OutOfMemoryError:
                 result[name] = None
                 continue
@@ -159,7 +163,7 @@ def measure(spec: ModelSpec, sizes: list[int], peak: float) -> Iterator[dict[str
 
 
 def _difference(
-    ours: LayoutContestant, groups: list[TokenGroup], ways: dict[str, Callable[[Tensor], Any]]
+    ours: LayoutImplementation, groups: list[TokenGroup], ways: dict[str, Callable[[Tensor], Any]]
 ) -> dict[str, Any]:
     """Nats between the log-probs, and the relative error of the adapters' gradients of one against the other."""
     log_probs, gradients = [], []
@@ -174,15 +178,15 @@ def _difference(
     return {"nats": (log_probs[0] - log_probs[1]).abs().max().item(), "gradient_error": error.item()}
 
 
-def _timed(contestant: LayoutContestant, groups: list[TokenGroup], device: str) -> tuple[float, float | None]:
+def _timed(implementation: LayoutImplementation, groups: list[TokenGroup], device: str) -> tuple[float, float | None]:
     """Median seconds of a step after one that allocates and compiles, and the peak in GiB."""
-    contestant.step(groups)
+    implementation.step(groups)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(TIMED_STEPS):
         start = _now(device)
-        contestant.step(groups)
+        implementation.step(groups)
         seconds.append(_now(device) - start)
     return median(seconds), torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
 

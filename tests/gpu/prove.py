@@ -234,7 +234,7 @@ def time_backends(device: str, small: bool) -> Iterator[dict[str, Any]]:
 
 
 def all_checks(device: str, only: str, jobs: int) -> Iterator[dict[str, Any]]:
-    """Every check whose name holds ``only``, in as many processes as ``jobs`` says, each with the checks of one name."""
+    """Every check whose name holds ``only``, in ``jobs`` processes, each with the checks of one name."""
     names = [*(f"models: {case}" for case in CASES), *map(_heads_name, HEADS), "sync"]
     wanted = [name for name in names if only in name]
     if jobs == 1:

@@ -118,8 +118,8 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; what it leaves in the background stays."""
         return subprocess.run(
-            self.command(*arguments, hide=hide), env=dict(env or environment()), capture_output=True, text=True, timeout=400,
-            cwd=self._folder,
+            self.command(*arguments, hide=hide), env=dict(env or environment()), capture_output=True, text=True,
+            timeout=400, cwd=self._folder,
         )  # fmt: skip
 
     def ray(self, *options: str, env: Mapping[str, str], head: "Host | None" = None, hide: Sequence[Path] = ()) -> None:

@@ -195,11 +195,15 @@ REFUSED = {
     "no_file": (CSV + " data.source.path={world}/none.csv", ("{world}/none.csv", "no such file", "data.source.path")),
     "unreadable_file": (CSV + " data.source.path={world}/old", ("{world}/old", "cannot be read", "correct the path")),
     "no_source": (CSV, ("data.source.path", "set it")),
-    "columns": (CSV + " data.source.path={world}/columns.csv", ("no column 'item'", "'movie'", "data.source.columns.item")),
+    "columns": (CSV + " data.source.path={world}/columns.csv",
+                ("no column 'item'", "'movie'", "data.source.columns.item")),
     "rating": (CSV + " data.source.path={world}/rating.csv", ("rating.csv, row 7", "'good'", "write a number")),
-    "no_title": (CSV + " data.source.path={world}/no_title.csv", ("no_title.csv, row ", "'i4' has no title", "add its title")),
-    "same_title": (CSV + " data.source.path={world}/same_title.csv", ("'i3'", "'i4'", "'Title i3'", "duplicate_titles=merge")),
-    "empty_history": (CSV + " data.source.path={world}/short.csv", ("no train and no test requests", "data.min_history=3")),
+    "no_title": (CSV + " data.source.path={world}/no_title.csv",
+                 ("no_title.csv, row ", "'i4' has no title", "add its title")),
+    "same_title": (CSV + " data.source.path={world}/same_title.csv",
+                   ("'i3'", "'i4'", "'Title i3'", "duplicate_titles=merge")),
+    "empty_history": (CSV + " data.source.path={world}/short.csv",
+                      ("no train and no test requests", "data.min_history=3")),
     "nothing_left": (
         CSV + " data.source.path={world}/good.csv data.rating_threshold=6",
         ("0 likes (rating >= data.rating_threshold=6)", "loosen data.rating_threshold"),
@@ -208,7 +212,8 @@ REFUSED = {
         CSV.replace("group=4", "group=99") + " data.source.path={world}/good.csv",
         ("99 negatives are asked for", "lower data.negatives_per_group"),
     ),
-    "positive_is_negative": (PREFERENCES + " data.source.path={world}/rows.jsonl", ("rows.jsonl, row 2", "'a'", "remove it")),
+    "positive_is_negative": (PREFERENCES + " data.source.path={world}/rows.jsonl",
+                             ("rows.jsonl, row 2", "'a'", "remove it")),
     "prepare_over_folder": (
         CSV.replace("{out}/run", "{world}/old") + " data.source.path={world}/good.csv",
         ("{world}/old", "exists already", "choose another data.path"),
@@ -219,7 +224,8 @@ REFUSED = {
     ),
     # configuration
     "other_version": (TRAIN + " -c {world}/v2.yaml", ("v2.yaml", "version 2", "reads version 1", "update the file")),
-    "unknown_key": (TRAIN + " -c {world}/typo.yaml", ("typo.yaml", "train.learning_rat", "nearest known key is train.learning_rate")),
+    "unknown_key": (TRAIN + " -c {world}/typo.yaml",
+                    ("typo.yaml", "train.learning_rat", "nearest known key is train.learning_rate")),
     "unknown_override": (TRAIN + " train.lr=1", ("train.lr", "nearest known key")),
     "bad_value": (TRAIN + " train.negatives=0", ("train.negatives", "greater than or equal to 1", "0")),
     "no_value": (TRAIN + " train.negatives", ("'train.negatives'", "key=value")),
@@ -232,7 +238,8 @@ REFUSED = {
     "not_prepared": (TRAIN + " data.path={world}/old", ("{world}/old", "dataset.json", "dmpo data prepare")),
     "nowhere": (TRAIN + " data.path={world}/none", ("{world}/none", "dmpo data prepare")),
     "damaged_data": (TRAIN + " data.path={world}/data_cut", ("data_cut/train", "damaged", "dmpo data prepare")),
-    "other_format": (TRAIN + " data.path={world}/data_v9", ("data_v9/dataset.json", "version 9", "prepare the data again")),
+    "other_format": (TRAIN + " data.path={world}/data_v9",
+                     ("data_v9/dataset.json", "version 9", "prepare the data again")),
     "more_negatives_than_stored": (MODEL + " train.negatives=7", ("train.negatives=7", "6", "lower train.negatives")),
     # models
     "unknown_model": (TRAIN + " model.path={world}/none", ("{world}/none", "model.path", "hub id")),
@@ -245,7 +252,8 @@ REFUSED = {
     "damaged_tokenizer": (TRAIN + " model.path={world}/bad_tokenizer", ("bad_tokenizer", "tokenizer")),
     "no_end_token": (TRAIN + " model.path={world}/no_end", ("no end token", "template.terminator")),
     "damaged_stamp": (TRAIN + " model.path={world}/bad_stamp", ("bad_stamp/dmpo.json", "preambel")),
-    "adapter_without_weights": (TRAIN + " model.path={world}/half_adapter", ("half_adapter", "no weights", "safetensors")),
+    "adapter_without_weights": (TRAIN + " model.path={world}/half_adapter",
+                                ("half_adapter", "no weights", "safetensors")),
     "template_mismatch": (
         TRAIN + " model.path={world}/stamped template.preamble=Liked:",
         ("{world}/stamped", "template.preamble", "leave the template out"),
@@ -261,10 +269,12 @@ REFUSED = {
         MODEL + " deepspeed={world}/managed.json",
         ("managed.json", '"managed_gradient_accumulation": false'),
     ),
-    "deepspeed_without_stage": (MODEL + " deepspeed={world}/no_stage.json", ("no_stage.json", "zero_optimization", "stage")),
+    "deepspeed_without_stage": (MODEL + " deepspeed={world}/no_stage.json",
+                                ("no_stage.json", "zero_optimization", "stage")),
     "existing_output": (MODEL + " output_dir={world}/old", ("output_dir {world}/old", "choose another", "--resume")),
     "output_is_a_file": (MODEL + " output_dir={world}/v2.yaml", ("output_dir {world}/v2.yaml", "choose another")),
-    "output_below_file": (MODEL + " output_dir={world}/v2.yaml/run", ("v2.yaml/run", "cannot be written", "choose another")),
+    "output_below_file": (MODEL + " output_dir={world}/v2.yaml/run",
+                          ("v2.yaml/run", "cannot be written", "choose another")),
     "resume_of_nothing": (MODEL + " --resume", ("--resume", "{out}/run", "start it without --resume")),
     # evaluation
     "evaluate_no_data": ("evaluate output_dir={out}/run", ("data.path is not set", "dmpo data prepare")),
@@ -331,9 +341,12 @@ def test_another_configuration_is_not_resumed(dmpo, world, tmp_path):
 
 SHORT = " sft.steps=3 sft.global_batch_size=8 sft.log_every=1 deepspeed=zero0"
 IN_A_WORKER = {
-    "nan_loss": (SFT + SHORT + " sft.learning_rate=1e30", ("the loss became nan", "sft.learning_rate (now 1e+30)", "{out}/run")),
-    "no_such_layers": (SFT + SHORT + " model.lora.target_modules=[nope]", ("model.lora.target_modules=['nope']", "not found")),
-    "prompt_over_max_length": (SFT + SHORT + " model.max_length=16", ("user 'u", "model.max_length=16", "raise model.max_length")),
+    "nan_loss": (SFT + SHORT + " sft.learning_rate=1e30",
+                 ("the loss became nan", "sft.learning_rate (now 1e+30)", "{out}/run")),
+    "no_such_layers": (SFT + SHORT + " model.lora.target_modules=[nope]",
+                       ("model.lora.target_modules=['nope']", "not found")),
+    "prompt_over_max_length": (SFT + SHORT + " model.max_length=16",
+                               ("user 'u", "model.max_length=16", "raise model.max_length")),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""``dmpo submit --to slurm`` on a real Slurm with two nodes: interrupted, by Ray with a requeue in the middle, by torchrun."""
+"""``dmpo submit --to slurm`` on a real Slurm with two nodes: interrupted, requeued under Ray, by torchrun."""
 
 import os
 import re
@@ -63,7 +63,7 @@ def test_refusals_say_what_this_slurm_has(slurm, paths):
 
 
 def interrupted(slurm, script: str, number: signal.Signals, *arguments: object) -> tuple[int, str]:
-    """Submit by a ``script`` around the real sbatch, with a signal when it reaches ``now``; the status and the output."""
+    """Submit by a ``script`` around sbatch, with a signal when it reaches ``now``; the status and the output."""
     tools, log = slurm.folder / "tools", slurm.folder / "interrupted.log"
     tools.mkdir(exist_ok=True)
     mark = tools / "mark"
@@ -116,7 +116,7 @@ def test_a_job_that_slurm_may_take_later_is_not_forgotten(slurm, paths):
 
 
 def test_two_nodes_to_the_end_with_a_requeue_between(slurm, paths):
-    """Requeued after its second checkpoint, the job goes on from there; torchrun on both nodes ends at the same weights."""
+    """Requeued after its second checkpoint, the job goes on from it; torchrun ends at the same weights."""
     run, whole = slurm.folder / "requeued", slurm.folder / "torchrun"
     done = submit(slurm, "train", "--to", "slurm", *paths, *NODES, f"output_dir={run}")
     assert done.returncode == 0, done.stderr

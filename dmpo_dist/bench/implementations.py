@@ -1,12 +1,13 @@
-"""The contestants: our step with the prompt shared, the same with separate rows; TRL's is in ``trl_pairs.py``.
+"""Our training step with the prompt shared and with separate rows, to compare with TRL's in ``trl_pairs.py``.
 
 All have the same random weights and adapters, read the same token ids, and take the same step: reference forward with
 adapters off, policy forward, objective, backward, AdamW on the adapters. Laying out (ours) and collating (TRL) count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol, Self
 
 import torch
@@ -22,6 +23,12 @@ from dmpo_dist.modeling.routing import choose_backend, use_backend
 from dmpo_dist.objectives import Objective
 
 LORA_RANK = 16
+MAX_TOKENS = {"cpu": 8_192, "cuda": 20_000}
+"""Several groups in a batch or row are tried up to so many tokens; more fill any device, and may not fit its memory."""
+ROWS = {"cpu": (1, 2, 4), "cuda": (1, 8, 16, 24, 32)}
+"""Groups in a row that are tried."""
+ACCUMULATED = {"cpu": (1, 4), "cuda": (1,)}
+"""Groups in an optimizer step that are tried: short rows do for a CPU, but AdamW need not follow each of them."""
 BENCH_MODEL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6,
     "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1024, "max_position_embeddings": 8192,
@@ -32,7 +39,7 @@ BENCH_MODEL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a contestant's model is made from.
+    """What an implementation's model is made from.
 
     Attributes:
         config: the content of a config.json, with ``model_type`` and ``vocab_size``; weights are random.
@@ -67,14 +74,14 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of some groups: as separate full rows, as they pass through the model, and the padding among these."""
+    """Tokens of some groups: in separate full rows, as run by the model, and how many of those run are padding."""
 
     logical: int
     physical: int
     padding: int
 
 
-class Contestant(Protocol):
+class Implementation(Protocol):
     """One way to train on preference groups."""
 
     name: str
@@ -87,7 +94,10 @@ class Contestant(Protocol):
         """(K+1,) the policy's log-probs of the responses, positive first, on the CPU."""
 
     def tokens(self, group: TokenGroup) -> Tokens:
-        """What ``group`` costs here."""
+        """How many tokens ``group`` takes."""
+
+    def batchings(self, group: TokenGroup, device: str) -> Mapping[str, "Implementation"]:
+        """The same model with the batches worth trying for groups like ``group``, by name, the smallest first."""
 
 
 def make_base(spec: ModelSpec) -> Any:
@@ -100,7 +110,7 @@ def make_base(spec: ModelSpec) -> Any:
 
 
 def make_lora() -> Any:
-    """The adapters all contestants train."""
+    """The adapters all implementations train."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -109,11 +119,11 @@ def make_lora() -> Any:
 
 
 def fill_adapters(model: Any, spec: ModelSpec) -> None:
-    """Give all contestants the same adapters, not zero, so that policy and reference differ; in the weights' dtype."""
+    """Give every implementation the same adapters, not zero, so that policy and reference differ."""
     generator = torch.Generator().manual_seed(spec.seed + 1)
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
-            values = torch.empty(parameter.shape).normal_(std=0.02, generator=generator)
+            values = torch.empty(parameter.shape).normal_(std=0.02, generator=generator)  # the same on any device
             parameter.data = values.to(parameter.device, getattr(torch, spec.dtype))
 
 
@@ -123,7 +133,7 @@ def make_optimizer(model: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(trained, lr=1e-5, fused=trained[0].is_cuda)
 
 
-class LayoutContestant:
+class LayoutImplementation:
     """Our step on rows of ``groups_per_row`` groups, each row a micro-batch, with DMPO as the objective.
 
     Attributes:
@@ -155,6 +165,14 @@ class LayoutContestant:
         other.groups_per_row, other.groups_per_step = groups_per_row, groups_per_step
         return other
 
+    def batchings(self, group: TokenGroup, device: str) -> dict[str, Self]:
+        tokens, found = self.tokens(group).physical, {}
+        for row, least in product(ROWS[device], ACCUMULATED[device]):
+            step = max(row, least)
+            if step == 1 or step * tokens <= MAX_TOKENS[device]:
+                found[f"{row}" if row == step else f"{row} ({step} a step)"] = self.with_rows(row, step)
+        return found
+
     def step(self, groups: Sequence[TokenGroup]) -> None:
         for start in range(0, len(groups), self.groups_per_row):
             row = groups[start : start + self.groups_per_row]
@@ -167,10 +185,9 @@ class LayoutContestant:
         targets = layout.targets
         with torch.no_grad():
             reference = self._model(layout, "reference")
-        loss, _ = self._objective(
-            self._model(layout), reference, targets.response_lengths, targets.group_id, targets.is_positive,
-            torch.ones_like(targets.is_positive), targets.n_groups,
-        )  # fmt: skip
+        mask = torch.ones_like(targets.is_positive)
+        rows = (targets.response_lengths, targets.group_id, targets.is_positive, mask)  # each (n_responses,)
+        loss, _ = self._objective(self._model(layout), reference, *rows, targets.n_groups)
         return loss
 
     @torch.no_grad()
