@@ -87,7 +87,7 @@ class PreparedData:
 
 
 def few_fingerprint(fingerprint: str, shots: int | None) -> str:
-    """The fingerprint of prepared data of which a run sees ``shots`` training groups; None keeps all and the fingerprint."""
+    """The fingerprint of the data that a run on ``shots`` training groups sees; of all of it, for None, its own."""
     return fingerprint if shots is None else hashlib.sha256(f"{fingerprint} {shots} shots".encode()).hexdigest()
 
 
@@ -110,7 +110,7 @@ def groups_from_rows(rows: Dataset) -> list[PreferenceGroup]:
 
 
 def _few(train: Dataset, shots: int, path: Path) -> Dataset:
-    """The ``shots`` groups that come first by a hash of their content, in their old order: nested for any two numbers."""
+    """The ``shots`` groups first by a hash of their content, in their old order: nested for any two numbers."""
     if shots > len(train):
         raise UserError(f"data.shots={shots}, but {path} holds {len(train)} training groups; lower data.shots")
     keys = zip(*(train[name][:] for name in ("user", "timestamp", "history", "positive", "prompt")), strict=True)
@@ -122,8 +122,8 @@ def _read_card(path: Path) -> DatasetCard:
     card = DatasetCard.read(require_prepared(path))
     if card.format_version != FORMAT_VERSION:
         raise UserError(
-            f"{path / DatasetCard.FILE}: format version {card.format_version}, this dmpo reads version {FORMAT_VERSION}; "
-            "prepare the data again"
+            f"{path / DatasetCard.FILE}: format version {card.format_version}, this dmpo reads version "
+            f"{FORMAT_VERSION}; prepare the data again"
         )
     if {*card.counts} != {*SPLITS}:
         raise _damaged(path / DatasetCard.FILE, f"counts must be of {', '.join(SPLITS)}")

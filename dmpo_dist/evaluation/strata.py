@@ -20,8 +20,8 @@ Strata = dict[str, np.ndarray]
 def strata_of(rows: Dataset, log: pd.DataFrame | None) -> dict[str, Strata]:
     """The strata of the requests ``rows``; those that need a log or a history are left out where there is none.
 
-    ``popularity``: head, mid and tail, items that hold a third of the interactions each. ``history``: likes the model is
-    shown. ``item_cold``: how often the positive was taken in the log. Empty strata are left out.
+    ``popularity``: head, mid and tail, items that hold a third of the interactions each. ``history``: likes the model
+    is shown. ``item_cold``: how often the positive was taken in the log. Empty strata are left out.
 
     Args:
         log: what baselines may be fitted on (``fitting_log``), column item.

@@ -46,7 +46,7 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
 
 
 def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: RunConfig, console: Console) -> None:
-    """Evaluate the baselines on every dataset that has no evaluation of them in ``folder``, or one by other settings."""
+    """Evaluate the baselines on every dataset without an evaluation of them in ``folder`` by these settings."""
     settings = baseline_settings(config)
     for name, prepared in data.items():
         if evaluated(folder / name, prepared, settings):

@@ -33,8 +33,8 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
     """A row for each finished model or baseline and each dataset it was evaluated on.
 
     Columns: those of ``POINT`` (shots, train_groups and k are <NA> where they mean nothing; shots also for all), part,
-    start (name of the SFT start), seed, objective (None but for cells), and what no file shows: ``folder`` of the evaluation,
-    ``losses`` (see ``final_losses``), ``continued`` (part of the SFT continued a cell is compared with).
+    start (name of the SFT start), seed, objective (None but for cells), and what no file shows: ``folder`` of the
+    evaluation, ``losses`` (see ``final_losses``), ``continued`` (part of the SFT continued a cell is compared with).
     """
     rows = []
     for part in parts:
@@ -59,8 +59,8 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
 def figures(found: pd.DataFrame) -> pd.DataFrame:
     """``experiment.parquet``: a row for each evaluation in ``found`` and each metric.
 
-    Columns as in ``evaluations`` less ``NOT_SHOWN``, then metric, value, low, high (95 % bootstrap over users), requests,
-    and for cells final_train_loss and final_preference_loss.
+    Columns as in ``evaluations`` less ``NOT_SHOWN``, then metric, value, low, high (95 % bootstrap over users),
+    requests, and for cells final_train_loss and final_preference_loss.
     """
     rows = []
     for row in found.to_dict("records"):
@@ -93,8 +93,8 @@ def curves(parts: Sequence[Part], data: Mapping[str, PreparedData]) -> pd.DataFr
 def points(found: pd.DataFrame, samples: int) -> pd.DataFrame:
     """Means over seeds: a row for each point and metric.
 
-    Columns: ``POINT``, metric, value (mean over seeds), low and high (95 % bootstrap over users and seeds), values (one per
-    seed), seeds, and the mean losses first_preference_loss, final_preference_loss, final_train_loss.
+    Columns: ``POINT``, metric, value (mean over seeds), low and high (95 % bootstrap over users and seeds), values (one
+    per seed), seeds, and the mean losses first_preference_loss, final_preference_loss, final_train_loss.
     """
     rows = []
     for key, group in found.groupby(POINT, dropna=False, sort=False):
@@ -179,8 +179,11 @@ def _mean_losses(group: pd.DataFrame) -> dict[str, float]:
 
 
 def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """What a cell's model is compared with: its SFT start, or that start trained on with the cell's groups and axes, or the
-    cell that differs in having the fewest negatives (None for that cell itself)."""
+    """What a cell's model is compared with.
+
+    Its SFT start, or that start trained on with the cell's groups and axes, or the cell that differs in having the
+    fewest negatives (None for that cell itself).
+    """
     if name == "sft":
         same = own[(own["model"] == name) & (own["part"] == f"{FOLDERS['start']}/{row['start']}")]
     elif name == "sft_continued":

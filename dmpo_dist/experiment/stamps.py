@@ -111,8 +111,8 @@ def require_unchanged(parts: Sequence[Part]) -> None:
     more = f" (as were {', '.join(others)}{' and more' if len(changed) > 1 + SHOWN else ''})" if others else ""
     where = first.folder.parent.parent
     raise UserError(
-        f"{first.title} in {where} was trained with other settings than the grid now asks for{more}: {'; '.join(lines)}. "
-        "Undo the change, remove these folders to train them again, or write to another output_dir"
+        f"{first.title} in {where} was trained with other settings than the grid now asks for{more}: "
+        f"{'; '.join(lines)}. Undo the change, remove these folders to train them again, or write to another output_dir"
     )
 
 

@@ -27,8 +27,8 @@ from dmpo_dist.training.job import Job
 NOTABLY_SLOW = 1.1
 """A slowest rank's share from which the display names it."""
 LEGEND = (
-    "margin: reward of the positive minus the mean of its negatives'; acc: share of negatives with a log-prob below the "
-    "positive's; all columns: docs/RUNS.md"
+    "margin: reward of the positive minus the mean of its negatives'; acc: share of negatives with a log-prob below "
+    "the positive's; all columns: docs/RUNS.md"
 )
 
 
@@ -62,9 +62,9 @@ class RunLog:
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                console=self._console,
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
             )  # fmt: skip
             self._task = self._progress.add_task(self._title, total=None, figures="setting up workers")
             self._progress.start()

@@ -41,7 +41,7 @@ class Found:
 
 @dataclass(frozen=True)
 class ReportedData:
-    """The card of prepared data, and by fingerprint the runs that were trained on just that data or a few of its groups."""
+    """The card of prepared data, and by fingerprint the runs trained on just that data or a few of its groups."""
 
     content: DatasetCard
     trained: list[str]
