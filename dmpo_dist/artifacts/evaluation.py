@@ -130,7 +130,7 @@ class Evaluation(Artifact):
         return {name: by_name[name] for name in self.models if name in by_name}
 
     def name_of(self, model: Path) -> str | None:
-        """What the model in the folder ``model`` is called, name@seed for one of several seeds; None if it is not ranked."""
+        """What the model in the folder ``model`` is called, name@seed for one of several seeds; None: none."""
         model = model.resolve()
         for name, folder in self.folders.items():
             # a relative path was relative to wherever `dmpo evaluate` ran
