@@ -31,7 +31,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
             assert not held, "two models in memory"
             held.add(self)
 
-        def __call__(self, rows):
+        def score_rows(self, rows):
             return [np.arange(1.0 + len(negatives)) for negatives in rows["negatives"][:]]
 
     def catalogue_model(whole, path, config, advance):
@@ -39,7 +39,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
         advance(whole.requests)
         return whole.scored([np.zeros((len(data.test), 40))])
 
-    monkeypatch.setattr(evaluation, "RequestScorer", Scorer)
+    monkeypatch.setattr(evaluation, "load_ranking_model", Scorer)
     monkeypatch.setattr(evaluation, "template_of", lambda *_: None)
     monkeypatch.setattr(evaluation, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))
     monkeypatch.setattr(WholeCatalogue, "model", catalogue_model)

@@ -22,7 +22,7 @@ from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.evaluation.metrics import METRICS
-from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model, write_stamp
 
 CONFIG = RunConfig(model=ModelConfig(max_length=128))
@@ -151,8 +151,8 @@ def test_plain_transformers_ranks_alike(world, tmp_path, capsys, merge, dtype, n
     out = tmp_path / "out"
     difference = export(str(world / "run/model"), out, merge, dtype, data=world / "data", echo=print)
     rows = PreparedData.load(world / "data").validation.select(range(4))
-    expected = score_requests(str(world / "run/model"), CONFIG, rows)
-    base = score_requests(str(world / "base"), CONFIG, rows)
+    expected = load_ranking_model(str(world / "run/model"), CONFIG).score_rows(rows)
+    base = load_ranking_model(str(world / "base"), CONFIG).score_rows(rows)
     assert np.abs(np.concatenate(expected) - np.concatenate(base)).max() > 1, "or there is nothing to lose"
     assert_same_ranking(scores_by_the_card(out, rows), expected, nats)
     assert difference.max_nats < nats

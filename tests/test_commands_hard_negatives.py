@@ -20,7 +20,7 @@ from dmpo_dist.config import (
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
 from dmpo_dist.records.log import make_console
 
@@ -50,8 +50,9 @@ def settings(world: Path, domain: str) -> RunConfig:
 def test_the_hardest_come_first(world: Path, tmp_path: Path) -> None:
     config, model = settings(world, "a"), str(world / "model")
     old = PreparedData.load(world / "a")
-    new = mine_hard_negatives(model, config, tmp_path / "hard", keep=3, skip=1, echo=lambda line: None)
-    scores = score_requests(model, config, old.train)
+    said: list[str] = []
+    new = mine_hard_negatives(model, config, tmp_path / "hard", keep=3, skip_top=1, draw_from=None, echo=said.append)
+    scores = load_ranking_model(model, config).score_rows(old.train)
     for before, after, (_, *negatives) in zip(old.train, new.train, scores, strict=True):
         order = np.argsort(-np.array(negatives))[1:4]
         assert after["negatives"] == [before["negatives"][place] for place in order]
@@ -60,8 +61,50 @@ def test_the_hardest_come_first(world: Path, tmp_path: Path) -> None:
     assert new.test.to_list() == old.test.to_list()
     assert new.fingerprint != old.fingerprint
     assert "scores highest" in new.card.notes[-1]
-    with pytest.raises(UserError, match=r"need 9 negatives, but a training group of .* holds 6"):
-        mine_hard_negatives(model, config, tmp_path / "other", keep=7, skip=2, echo=lambda line: None)
+    liked = old.interactions.query("rating >= 4").set_index(["user", "item"])["timestamp"].to_dict()
+    pairs = [(row["user"], item, row["timestamp"]) for row in new.train for item in row["negative_items"]]
+    later = sum(liked.get((user, item), t) > t for user, item, t in pairs)
+    share = f"{later / len(pairs):.1%} of them ({later} of {len(pairs)}) were liked by their user later."
+    assert later > 0
+    assert new.card.notes[-1].endswith(share)
+    assert any("WARNING: likely false negatives" in line and share in line for line in said)
+
+
+def test_hard_negatives_drawn_among_the_hardest(world: Path, tmp_path: Path) -> None:
+    config, model = settings(world, "a"), str(world / "model")
+    old = PreparedData.load(world / "a")
+    drawn = [
+        mine_hard_negatives(model, config, tmp_path / name, keep=2, skip_top=1, draw_from=4, echo=lambda line: None)
+        for name in ("one", "two")
+    ]
+    assert drawn[0].fingerprint == drawn[1].fingerprint
+    ranks = set()
+    for before, after, (_, *negatives) in zip(
+        old.train, drawn[0].train, load_ranking_model(model, config).score_rows(old.train), strict=True
+    ):
+        order = [before["negatives"][index] for index in np.argsort(-np.array(negatives))]
+        chosen = [order.index(title) for title in after["negatives"]]
+        assert 1 <= chosen[0] < chosen[1] < 5
+        ranks |= set(chosen)
+    assert ranks == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("keep", "skip_top", "draw_from", "message"),
+    [
+        (7, 2, None, r"--keep 7 and --skip-top 2 need 9 negatives, but a training group of .* holds 6"),
+        (2, 2, 5, r"--draw-from 5 and --skip-top 2 need 7 negatives, but a training group of .* holds 6"),
+        (4, 0, 3, r"--draw-from 3 holds fewer negatives than --keep 4"),
+    ],
+)
+def test_numbers_that_do_not_fit(
+    world: Path, tmp_path: Path, keep: int, skip_top: int, draw_from: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        mine_hard_negatives(
+            str(world / "model"), settings(world, "a"), tmp_path / "x", keep, skip_top, draw_from, lambda line: None
+        )
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_model_of_one_domain_ranks_another(world: Path, tmp_path: Path) -> None:

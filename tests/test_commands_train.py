@@ -16,7 +16,7 @@ from dmpo_dist.training.job import Job
 
 
 def job_in(folder, run_id=""):
-    return Job("train", RunConfig(), "scratch", folder, run_id)
+    return Job("preference", RunConfig(), "scratch", folder, run_id)
 
 
 def test_a_late_note_does_not_reopen_the_log_of_a_finished_stage(tmp_path):
@@ -78,7 +78,7 @@ class _RayTrain:
         monkeypatch.setattr(ray_train, "report", self.report)
         monkeypatch.setattr("ray.get", lambda value: value)
         self._checkpoint = ray_train.Checkpoint
-        self.mailbox = SimpleNamespace(unwritten=SimpleNamespace(remote=self.written_at_the_third_look))
+        self.queue = SimpleNamespace(unwritten=SimpleNamespace(remote=self.written_at_the_third_look))
         self.looks = 0
 
     def written_at_the_third_look(self):
@@ -112,7 +112,7 @@ def test_a_run_goes_on_from_its_own_latest_whole_checkpoint(tmp_path, monkeypatc
     assert restored(job) is None
 
     def save(step):
-        runtime = ray_runtime.RayRuntime(0, job, ray_train.mailbox)
+        runtime = ray_runtime.RayRuntime(0, job, ray_train.queue)
         runtime.save(step, lambda folder: (folder / "step").write_text(str(step)))
 
     save(5)

@@ -157,6 +157,23 @@ def test_leave_one_out_warns_of_the_future(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity", "in_batch"])
+def test_under_leave_one_out_no_negative_is_taken_later(tmp_path: Path, kind: str) -> None:
+    config = small(split="leave_one_out", negatives=kind, train_requests_per_user=3, negatives_per_group=24)
+    data = prepare(config, seed=0, output=tmp_path / "loo", echo=lambda line: None)
+    events = data.interactions
+    taken = dict(zip(zip(events["user"], events["item"], strict=True), events["timestamp"], strict=True))
+    first = events.groupby("item")["timestamp"].min().to_dict()
+    left_out = 0
+    for row in data.train:
+        when = [taken.get((row["user"], item)) for item in row["negative_items"]]
+        assert all(t is None or (kind == "dislikes" and t < row["timestamp"]) for t in when)
+        own = [item for (user, item), t in taken.items() if user == row["user"] and t > row["timestamp"]]
+        left_out += sum(first[item] < row["timestamp"] for item in own)
+    assert left_out > 0
+    assert any(f"there were {left_out} of those to leave out" in note for note in data.card.notes)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity", "in_batch"])
 def test_negatives_do_not_depend_on_the_target(tmp_path: Path, kind: str) -> None:
     """Two likes in one second are two requests of one user and time: they get the same negatives, neither of the two."""
     lines = ["user,item,rating,timestamp,title"]

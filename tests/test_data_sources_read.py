@@ -151,6 +151,15 @@ def test_few_malformed_rows_are_skipped_and_counted(tmp_path: Path) -> None:
     assert "the first in row 5" in log.notes[0]
 
 
+def test_a_malformed_row_without_item_is_skipped(tmp_path: Path) -> None:
+    log = read_csv(tmp_path, GOOD + "u1,,5,5,Gamma\nu1,b_1,1_000,7,Delta\n", tolerated_rows=0.4)
+    assert log.items["item"].tolist() == ["a", "b"]
+    assert log.notes == [
+        "2 malformed rows skipped (no user or item, or no number where one must be), the first in row 5.",
+        "1 items without interactions left out.",
+    ]
+
+
 def test_a_repeated_event_keeps_the_first_in_time(tmp_path: Path) -> None:
     log = read_csv(tmp_path, GOOD + "u1,a,1,50,Alpha\n")
     assert log.events.query("user == 'u1' and item == 'a'")["rating"].tolist() == [1.0]
@@ -178,6 +187,7 @@ def test_duplicate_titles_stop_or_merge(tmp_path: Path) -> None:
         ("user;item;rating\n1;2;3\n", r"no column 'user'.*separated by commas"),
         (GOOD + "u1,c,good,5,Gamma\n", r"row 5: rating 'good' is not a number"),
         (GOOD + "u1,c,nan,5,Gamma\n", r"row 5: rating 'nan' is not a number"),
+        (GOOD + "u1,c,1_0,5,Gamma\nu1,d,x,5,Delta\n", r"row 5: rating '1_0' is not a number \(2 such rows\)"),
         (GOOD + "u1,c,5,2020-01-01,Gamma\n", r"row 5: timestamp '2020-01-01' is not a number.*seconds since 1970"),
         (GOOD + "\nu1,c,5\n", r"row 6: timestamp '' is not a number"),
         (GOOD + ",c,5,5,Gamma\n", r"row 5: column 'user' is empty"),

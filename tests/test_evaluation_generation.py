@@ -8,23 +8,23 @@ import torch
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluation_catalogue import GROUP, MODEL, titles
+from test_modeling_token_scorer import GROUP, MODEL, titles
 
 from dmpo_dist.config import ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import TokenGroup
-from dmpo_dist.evaluation.catalogue import TitleScorer
 from dmpo_dist.evaluation.generation import beam_search, generate_freely, valid_ratio
 from dmpo_dist.modeling.backbone import find_model, load_for_scoring, load_tokenizer, make_scratch_model
 from dmpo_dist.modeling.logprobs import LogProbModel
+from dmpo_dist.modeling.token_scorer import TokenScorer
 
 CPU = torch.device("cpu")
 
 
 def searched(model, group, beams):
     """What beam search finds, and the full ranking's scores."""
-    scorer = TitleScorer(model, 64, CPU)
-    scores, trie = scorer(group), scorer.trie(group)
+    scorer = TokenScorer(model, 64, 256)
+    scores, trie = scorer.score_many(group), scorer.trie(group)
     return beam_search(LogProbModel(model), group.prefix, trie, beams, CPU), scores
 
 

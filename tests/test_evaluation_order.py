@@ -7,7 +7,7 @@ from datasets import Dataset
 from dmpo_dist.config import RunConfig, ScratchModel
 from dmpo_dist.data.store import ROW_FEATURES
 from dmpo_dist.evaluation.order import order_spread
-from dmpo_dist.evaluation.scoring import RequestScorer
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.modeling.backbone import make_scratch_model
 
 
@@ -54,7 +54,7 @@ def test_a_language_model_has_no_spread(rows, tmp_path):
     scratch = ScratchModel(hidden_size=16, layers=1, heads=2, intermediate_size=16, vocab_size=280)
     make_scratch_model(tmp_path / "model", scratch, sorted({t for n in rows["negatives"] for t in n}), 128, seed=0)
     config = RunConfig.model_validate({"model": {"max_length": 128}, "evaluation": {"token_budget": 200}})
-    scorer = RequestScorer(str(tmp_path / "model"), config)
-    spread = order_spread(scorer, rows, scorer(rows), requests=8, seed=0)
+    score_rows = load_ranking_model(str(tmp_path / "model"), config).score_rows
+    spread = order_spread(score_rows, rows, score_rows(rows), requests=8, seed=0)
     assert spread["candidates"]["max_difference"] < 1e-4
     assert spread["packing"]["max_difference"] < 1e-4

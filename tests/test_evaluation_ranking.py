@@ -7,13 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from dmpo_dist.config import RunConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
-from dmpo_dist.data.schema import PreferenceGroup
-from dmpo_dist.data.template import make_template
-from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import Ranker, reference_of
-from dmpo_dist.evaluation.scoring import score_token_groups
-from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model, write_stamp
+from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of, scored_lengths
+from dmpo_dist.modeling.backbone import find_model, make_scratch_model, write_stamp
 
 TITLES = ("Heat", "Alien", "Alien 3", "Aliens", "The Thing", "The Fly", "The Fly (1958)", "Up")
 COUNTS = np.array([9, 0, 3, 1, 80, 2, 0, 5])
@@ -41,11 +37,9 @@ def config(**ranking):
 
 def log_probs(model, titles):
     """By the layouts that training and evaluation use, and the numbers of scored tokens."""
-    tokenizer = load_tokenizer(find_model(str(model)))
-    encode = GroupTokenizer(tokenizer, make_template(TemplateConfig(), tokenizer), 128)
-    group = encode(PreferenceGroup("u", 0, HISTORY, titles[0], tuple(titles[1:])))
-    lengths = [len(branch) - start for branch, start in zip(group.branches, group.scored_from, strict=True)]
-    return score_token_groups(str(model), config().model, [group], 4096)[0], np.array(lengths)
+    loaded = load_ranking_model(str(model), config())
+    group = loaded.token_group(HISTORY, titles)
+    return loaded.score_groups([group])[0], scored_lengths(group)
 
 
 def ranked(model, request, top=20, **ranking):

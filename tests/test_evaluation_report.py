@@ -205,7 +205,7 @@ def test_the_markdown_has_the_catalogue_as_the_terminal_has_it(evaluation):
     result = {"items": 400, "models": {"mine": dict.fromkeys(TOP_METRICS, figure)}, "coverage@10": {"mine": 0.5}, "gini@10": {"mine": 0.75}}  # fmt: skip
     text = markdown(evaluation | {"catalogue": result})
     assert f"{N} requests among all 400 items" in text
-    assert "| mine |" + " 0.100 (0.050\u20130.250) |" * len(CATALOGUE_METRICS) + " 0.500 | 0.750 |" in text
+    assert "| mine |" + " **0.100** (0.050\u20130.250) |" * len(CATALOGUE_METRICS) + " 0.500 | 0.750 |" in text
     assert "among all" not in markdown(evaluation)
 
 

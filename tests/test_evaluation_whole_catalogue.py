@@ -8,14 +8,11 @@ from rich.console import Console
 
 from dmpo_dist.config import DataConfig, RunConfig, ScratchModel
 from dmpo_dist.data.prepare import prepare
-from dmpo_dist.data.schema import PreferenceGroup
-from dmpo_dist.data.template import make_template
-from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.evaluation.metrics import top_metrics
-from dmpo_dist.evaluation.scoring import score_token_groups
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.tables import catalogue_table
 from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
-from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model
+from dmpo_dist.modeling.backbone import make_scratch_model
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +47,9 @@ def assert_equal(seen, expected):
 
 def test_a_model(world):
     data, model = world
-    tokenizer = load_tokenizer(find_model(model))
-    encode = GroupTokenizer(tokenizer, make_template(CONFIG.template, tokenizer), 256)
-    groups = []
-    for row in data.test:
-        titles = candidates(data, row)[1]
-        groups.append(encode(PreferenceGroup(row["user"], 0, tuple(row["history"]), titles[0], tuple(titles[1:]))))
-    expected = top_metrics(score_token_groups(model, CONFIG.model, groups, 4096))
+    loaded = load_ranking_model(model, CONFIG)
+    groups = [loaded.token_group(row["history"], candidates(data, row)[1], row["user"]) for row in data.test]
+    expected = top_metrics(loaded.score_groups(groups))
     told = []
     assert_equal(WholeCatalogue(data).model(model, CONFIG, told.append).metrics, expected)
     assert told == [1] * len(data.test)

@@ -77,13 +77,17 @@ def test_baselines_are_measured_again_when_their_settings_change_and_only_then(t
 def test_models_are_scored_again_when_their_settings_change_and_the_gpu_is_free_after(data, parts_of, monkeypatch):
     events = []
 
-    def score(path, config, rows):
-        events.append("scored")
-        if config.evaluation.token_budget == 32:
-            raise RuntimeError("CUDA out of memory")
-        return [np.arange(5.0)] * len(rows)
+    class Model:
+        def __init__(self, path, config):
+            self.token_budget = config.evaluation.token_budget
 
-    monkeypatch.setattr(measure, "score_requests", score)
+        def score_rows(self, rows):
+            events.append("scored")
+            if self.token_budget == 32:
+                raise RuntimeError("CUDA out of memory")
+            return [np.arange(5.0)] * len(rows)
+
+    monkeypatch.setattr(measure, "load_ranking_model", Model)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("freed"))
 

@@ -7,7 +7,12 @@ import pytest
 
 from dmpo_dist.explanation.contributions import Outcomes, leave_one_out, title_ranks, title_values
 from dmpo_dist.explanation.counterfactual import nearest_counterfactual, sentence, usual_top
-from dmpo_dist.explanation.faithfulness import area_between, delete, deletion_curve, summarise
+from dmpo_dist.explanation.faithfulness import area_between, delete, summarise
+
+
+def deletion_curve(values, order):
+    """(n,) values without the first k items of ``order``: the last one always stays."""
+    return values([frozenset(order[:k]) for k in range(len(order))])
 
 
 def additive(weights):

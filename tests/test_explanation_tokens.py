@@ -6,10 +6,11 @@ from conftest import random_groups, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dmpo_dist.batching.layout import lay_out
-from dmpo_dist.explanation.tokens import per_token, readable_pieces, sum_pieces
+from dmpo_dist.explanation.tokens import readable_pieces, sum_pieces
 from dmpo_dist.explanation.words import END
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import use_backend
+from dmpo_dist.modeling.scoring import per_token
 
 TITLES = ("Heat (1995)", "Léon: 日本 🎬", "Amélie", "naïve", "Ōkami")
 

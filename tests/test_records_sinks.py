@@ -42,7 +42,7 @@ RECORDS = [
 def job_of(folder: Path, **trackers: dict) -> Job:
     config = RunConfig.model_validate({"output_dir": folder, "tracking": {"tags": ["mine"], **trackers}})
     open_run_folder(config, resume=False)
-    return Job("train", config, "scratch", folder)
+    return Job("preference", config, "scratch", folder)
 
 
 def log_all(job: Job, records: list[dict] = RECORDS, sinks: tuple = (), append: bool = False) -> str:

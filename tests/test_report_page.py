@@ -1,4 +1,4 @@
-"""The page as a whole: everything found is on it and nothing else, whatever the data holds, the same bytes every time."""
+"""The page as a whole: everything found is on it, whatever the data holds, with the same bytes every time."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.cli import main
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.formats import number
 from dmpo_dist.report.gather import gather
 from dmpo_dist.report.page import render, write_report
 from dmpo_dist.report.parts import SECTIONS
-from dmpo_dist.report.words import number
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 
@@ -78,7 +78,9 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(ids)
     charts = [a for a in page.all("svg") if a["class"] == "chart"]
     assert len(charts) == len(page.all("figure")) == len(page.all("figcaption")) >= 30
-    assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in charts)
+    assert all(a["role"] == "img" and {a["aria-labelledby"], a["aria-describedby"]} <= set(ids) for a in charts)
+    assert page.all("image") == []
+    assert not any("style" in attributes for _, attributes in page.elements)
     assert len(page.all("caption")) == len(page.all("table")) > 10
     assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
 
@@ -103,8 +105,8 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world
 
 def test_nothing_is_loaded_from_anywhere(content):
     page = Page(content)
-    assert set(page.links) - {link for link in page.links if link.startswith("#")} == {"data:,"}
-    assert not re.search(r"@import|url\(|https?:", content.decode())
+    assert {link for link in page.links if not link.startswith("#")} == {"data:,"}
+    assert not re.search(r"@import|url\((?!#)|https?:", content.decode())
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
@@ -255,7 +257,7 @@ def test_colours_can_be_read_in_both_schemes():
     for scheme in schemes:
         for text in ("text", "soft", "link", "warn"):
             assert min(contrast(scheme[text], scheme["page"]), contrast(scheme[text], scheme["box"])) >= 4.5
-        assert min(contrast(scheme[f"c{i}"], scheme["page"]) for i in range(5)) >= 3
+        assert min(contrast(scheme[f"c{i}"], scheme["page"]) for i in range(8)) >= 3
 
 
 def contrast(one: str, other: str) -> float:

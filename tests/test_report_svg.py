@@ -1,95 +1,153 @@
-"""Charts say what the figures are: places on the page are linear in the values, and nothing is lost or mixed up."""
+"""Charts of a page: the same bytes every time, text that stays text, figures that are in them and never mixed up."""
 
 import re
-from xml.etree.ElementTree import fromstring
+from importlib import resources
+from xml.etree.ElementTree import Element, fromstring
 
 import numpy as np
 import pandas as pd
 import pytest
-from report_world import study
+from report_world import NASTY, study
 
-from dmpo_dist.artifacts.environment import Environment
-from dmpo_dist.artifacts.log import Log, StepRecord
-from dmpo_dist.records.read import Run
-from dmpo_dist.report.curves import MOST_POINTS, run_figures
+from dmpo_dist.artifacts.log import StepRecord, ValidationRecord, by_step
+from dmpo_dist.figures.curves import run_drawings
+from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
+from dmpo_dist.figures.study import few_shot_drawings, matrix_drawings, sweep_drawings
+from dmpo_dist.figures.style import PALETTE, Drawing, chart, looks
 from dmpo_dist.report.records import read_study
-from dmpo_dist.report.study import cells_table, shots_figures, sweep_figures, transfer_table
-from dmpo_dist.report.svg import HEIGHT, WIDTH, IntervalRow, Line, Panel, interval_chart, line_chart
+from dmpo_dist.report.study import cells_table, points_of, transfer_table
+
+ROWS = [IntervalRow("a", 0.2, 0.1, 0.3), IntervalRow("group"), IntervalRow("b" * 40, -0.4, -0.5, -0.2)]
 
 
-def places(chart: str) -> list[np.ndarray]:
-    """(n, 2) corners of each line."""
-    lines = [e.get("points") for e in fromstring(chart).iter("polyline")]
-    return [np.array([[float(v) for v in point.split(",")] for point in line.split()]) for line in lines]
+def svg(drawing: Drawing) -> Element:
+    return fromstring(str(chart(drawing, 1)))
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e7])
-def test_lines_are_linear_in_their_values_and_stay_inside(scale):
-    x, y = np.arange(20.0), scale * np.random.default_rng(0).normal(size=20)
-    (corners,) = places(line_chart([Panel([Line("a", list(zip(x, y, strict=True)))])], "alt", "step"))
-    assert corners.min() >= 0
-    assert corners[:, 0].max() <= WIDTH
-    assert corners[:, 1].max() <= HEIGHT
-    for of_chart, values, sign in ((corners[:, 0], x, 1), (corners[:, 1], y, -1)):  # upwards is a smaller coordinate
-        slope, intercept = np.polyfit(values, of_chart, 1)
-        assert slope * sign > 0
-        np.testing.assert_allclose(slope * values + intercept, of_chart, atol=0.06)  # of a tenth of a unit
+def corners(line: Element) -> np.ndarray:
+    """(n, 2) points of a path."""
+    return np.array([[float(v) for v in pair] for pair in re.findall(r"[ML] (-?[\d.]+) (-?[\d.]+)", line.get("d"))])
 
 
-@pytest.mark.parametrize("value", [0.0, -3.0, 1e-12])
-def test_a_level_line_and_a_single_point_are_drawn(value):
-    for points in ([(1.0, value)], [(0.0, value), (5.0, value)]):
-        (corners,) = places(line_chart([Panel([Line("a", points)])], "alt", "step"))
-        assert np.isfinite(corners).all()
-        assert 0 < corners[0, 1] < HEIGHT
+def lines(drawing: Drawing, colour: str) -> list[np.ndarray]:
+    root = svg(drawing)
+    return [corners(e) for e in root.iter("path") if e.get("stroke") == colour.lower() and "clip-path" in e.attrib]
 
 
-def test_a_whisker_has_its_figure_where_it_belongs():
-    rows = [IntervalRow("a", 0.2, 0.1, 0.3), IntervalRow("group"), IntervalRow("b" * 40, -0.4, -0.5, -0.2)]
-    chart = fromstring(interval_chart(rows, "alt", zero=True))
-    whiskers = [e for e in chart.iter("line") if e.get("class") == "whisker"]
-    ends = np.array([[float(e.get("x1")), float(e.get("x2"))] for e in whiskers]).ravel()
-    dots = [float(e.get("cx")) for e in chart.iter("circle")]
-    zero = next(float(e.get("x1")) for e in chart.iter("line") if e.get("class") == "zero")
-    drawn, values = np.array([*ends, *dots, zero]), np.array([0.1, 0.3, -0.5, -0.2, 0.2, -0.4, 0.0])
+def spread(values: np.ndarray) -> float:
+    return values.max() - values.min()
+
+
+def test_the_same_figures_give_the_same_bytes_and_ids_of_their_own():
+    drawing = interval_drawing("NDCG@10", ROWS, zero=True)
+    one, same, other = chart(drawing, 1), chart(drawing, 1), chart(drawing, 2)
+    assert one == same
+    ids = [set(re.findall(r'id="(.*?)"', str(element))) for element in (one, other)]
+    assert ids[0] & ids[1] == set()
+    referred = re.findall(r'href="#(.*?)"|url\(#(.*?)\)|aria-\w+="(.*?)"', str(one))
+    assert {name for names in referred for name in names if name} <= ids[0]
+
+
+def test_text_is_text_with_a_title_and_a_description():
+    root = svg(interval_drawing("NDCG@10", ROWS, zero=True))
+    texts = [e.text for e in root.iter("text")]
+    assert {"a", "group", "+0.200", "\u22120.400"} <= set(texts)
+    assert [e.tag for e in root][:2] == ["title", "desc"]
+    assert root.find("title").text == "NDCG@10"
+    assert (
+        "a +0.200 [+0.100, +0.300]; group " + "b" * 40 + " \u22120.400 [\u22120.500, \u22120.200]"
+        in root.find("desc").text
+    )
+    assert {e.text for e in root.iter("title")} >= {f"{'b' * 40} \u22120.400 [\u22120.500, \u22120.200]"}  # on its dot
+    assert root.get("viewBox").startswith("0 0 338.4 ")
+    assert not {"width", "height", "style"} & root.attrib.keys()
+    assert not any("style" in e.attrib or e.tag in ("style", "metadata", "image") for e in root.iter())
+
+
+@pytest.mark.parametrize("name", [*NASTY, "a $\\frac{1}{2}$ b", "]]>&amp;"])
+def test_any_name_is_drawn_as_it_is(name):
+    """Whatever markup it looks like; what cannot be printed becomes a question mark, and a long name is cut."""
+    root = svg(interval_drawing(name, [IntervalRow(name, 0.5)]))
+    (label,) = [e.text for e in root.iter("text") if e.text[:3] == name[:3]]
+    assert len(label) <= 28
+    assert label.isprintable()
+    if name.isprintable() and len(name) <= 28:
+        assert label == name
+
+
+def test_whiskers_and_dots_are_where_their_figures_are():
+    drawing = interval_drawing("x", [r for r in ROWS if r.value is not None], zero=True)
+    ends = [line[:, 0] for line in lines(drawing, "#555555") if spread(line[:, 1]) == 0]
+    zero = [line[0, 0] for line in lines(drawing, "#555555") if spread(line[:, 0]) == 0]
+    dots = [float(e.get("x")) for e in svg(drawing).iter("use") if e.get("fill") == "#555555"]
+    drawn, values = np.array([*np.ravel(ends), *dots, *zero]), np.array([0.1, 0.3, -0.5, -0.2, 0.2, -0.4, 0.0])
     slope, intercept = np.polyfit(values, drawn, 1)
-    np.testing.assert_allclose(slope * values + intercept, drawn, atol=0.06)
-    assert "b" * 40 in [e.text for e in chart.iter("title")]  # cut in its column, whole on demand
-    assert [e.text for e in chart.iter("text")][-1] == "\u22120.400"
+    assert slope > 0
+    np.testing.assert_allclose(slope * values + intercept, drawn, atol=0.02)
 
 
-def test_a_long_series_keeps_its_spikes_and_few_points(tmp_path):
-    loss = np.ones(20_000)
+def test_a_long_series_keeps_its_spikes_and_few_points():
+    loss = np.ones(20_000) + np.random.default_rng(0).normal(size=20_000) / 100
     loss[7_001], loss[13_002] = 50.0, -40.0
     records = [StepRecord(step=step, loss=value) for step, value in enumerate(loss)]
-    (figure,) = run_figures(Run(tmp_path, {}, Environment(), Log(records)))
-    raw, smooth = places(figure.chart)
-    assert max(len(raw), len(smooth)) <= MOST_POINTS + 2
-    assert raw[:, 1].max() - raw[:, 1].min() > 0.8 * 0.7 * HEIGHT  # both spikes: nearly the whole height of the plot
-    assert "running mean" in figure.note.lower()
+    frames = [by_step(records, kind) for kind in (StepRecord, ValidationRecord)]
+    (drawing,) = run_drawings(*frames, best=None, metric="")
+    raw, smooth = lines(drawing, "#0072b2")
+    assert max(len(raw), len(smooth)) < 2_500
+    height = float(svg(drawing).get("viewBox").split()[-1])
+    assert spread(raw[:, 1]) > 0.65 * height  # both spikes: nearly the whole height of the plot
+    assert spread(smooth[:, 1]) < 0.1 * height
+    assert "running mean" in drawing.note.lower()
 
 
-def test_a_sweep_shows_seed_means_and_never_mixes_models(tmp_path):
+def test_the_page_has_a_colour_for_each_that_a_chart_uses():
+    style = (resources.files("dmpo_dist.report") / "templates/style.css").read_text()
+    known = set(re.findall(r'\[(?:fill|stroke)="(#\w+)"\]', style))
+    of_looks = looks(range(49))
+    assert len({(look.colour, look.marker) for look in of_looks.values()}) == 49
+
+    def draw(axes):
+        for number, look in of_looks.items():
+            axes.plot([0, number], look.dash, color=look.colour, marker=look.marker, label=str(number))
+
+    drawings = [Drawing("all looks", "alt", draw), interval_drawing("x", [IntervalRow("a", 0.5, hollow=True)])]
+    used = {c for drawing in drawings for c in re.findall(r'(?:fill|stroke)="(#\w+)"', chart(drawing, 1))}
+    assert {colour.lower() for colour in PALETTE} <= used <= known
+
+
+@pytest.fixture
+def grid(tmp_path) -> pd.DataFrame:
+    """Two models under one name, apart by a free axis."""
     rows = study()
     boundary = rows[rows["objective"] == "dmpo"].assign(free="objective.negative_selection=boundary")
     boundary["value"] += 0.1
     pd.concat([rows.assign(free=""), boundary]).to_parquet(tmp_path / "experiment.parquet")
-    rows = read_study(tmp_path / "experiment.parquet")
-    figures = sweep_figures(rows)
-    assert {re.sub(",.*", "", f.title) for f in figures} == {"games", "films"}
-    legend = {label for label, _ in figures[0].legend}
-    assert legend == {"dmpo", "sdpo", "dmpo, objective.negative_selection=boundary", "sft", "popularity"}
-    said = re.search(r"HR@1, dmpo: ([\d., at]+)", figures[-1].chart)[1]
-    own = rows[
-        (rows["objective"] == "dmpo") & (rows["free"] == "") & (rows["dataset"] == "games") & rows["shots"].isna()
+    return read_study(tmp_path / "experiment.parquet")
+
+
+def test_a_sweep_shows_seed_means_and_never_mixes_models(grid):
+    drawings = sweep_drawings(points_of(grid))
+    assert {re.sub(",.*", "", drawing.title) for drawing in drawings} == {"games", "films"}
+    legend = {e.text for e in svg(drawings[0]).iter("text")}
+    assert legend >= {"dmpo", "sdpo", "dmpo, objective.negative_selection=boundary", "SFT", "popularity"}
+    drawing = next(drawing for drawing in drawings if drawing.title.startswith("games, all training groups: HR@1"))
+    said = re.search(r" dmpo: ([\d., at]+)", drawing.alt)[1]
+    own = grid[
+        (grid["objective"] == "dmpo") & (grid["free"] == "") & (grid["dataset"] == "games") & grid["shots"].isna()
     ]
     own = own[(own["metric"] == "hr@1") & (own["evaluated_on"] == "games")]
     expected = [f"{value:.3f} at {k:g}" for k, value in own.groupby("k")["value"].mean().items()]
     assert said.strip(", ").startswith(", ".join(expected))
-    assert len(shots_figures(rows)) == 2
-    table = transfer_table(rows)
+    assert len(few_shot_drawings(points_of(grid), ["ndcg@10"])) == 2
+
+
+def test_transfer_is_of_what_was_evaluated_elsewhere(grid):
+    table = transfer_table(grid)
     assert table.columns[1:] == ["films \u2192 films", "films \u2192 games", "games \u2192 films", "games \u2192 games"]
     by_model = {row[0].text: [float(cell.text) for cell in row[1:]] for row in table.rows}
     assert not {"sft", "popularity"} & by_model.keys()
     assert np.diff(by_model["sdpo, K=15"]) == pytest.approx([-0.2, 0.0, 0.2])
-    assert len(cells_table(rows).rows) == 3 * 4 * 2 * 4 + 2 * 2  # curves x K x data x (home, away, 2 sizes), 2 levels
+    drawing = next(drawing for drawing in matrix_drawings(points_of(grid)) if drawing.title == "sdpo, K=15")
+    texts = [e.text for e in svg(drawing).iter("text")]
+    assert {f"{value:.3f}" for value in by_model["sdpo, K=15"]} <= set(texts)
+    assert len(cells_table(grid).rows) == 3 * 4 * 2 * 4 + 2 * 2  # curves x K x data x (home, away, 2 sizes), 2 levels

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
         UserError: it cannot be written, or exists and may not.
     """
     part = _beside(folder)
+    missing = [parent for parent in part.parents if not parent.exists()]
     try:
         part.mkdir(parents=True)
         yield part
@@ -64,6 +65,10 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if not folder.exists():
+            for parent in missing:
+                with suppress(OSError):  # not made, or somebody else uses it by now
+                    parent.rmdir()
 
 
 def replace_folder(new: Path, target: Path) -> None:

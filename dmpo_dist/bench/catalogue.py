@@ -12,20 +12,13 @@ from rich.table import Table
 
 from dmpo_dist.bench.memory import peak_above
 from dmpo_dist.bench.timing import timed
-from dmpo_dist.config import ModelConfig, ScratchModel, Simulator, TemplateConfig
-from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.config import ModelConfig, ScratchModel, Simulator
 from dmpo_dist.data.sources.simulator import simulate
-from dmpo_dist.data.template import make_template
-from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
+from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.catalogue import TitleScorer
-from dmpo_dist.modeling.backbone import (
-    enforce_template,
-    find_model,
-    load_for_scoring,
-    load_tokenizer,
-    make_scratch_model,
-)
+from dmpo_dist.modeling.backbone import make_scratch_model
+from dmpo_dist.modeling.ranking_model import RankingModel
+from dmpo_dist.modeling.token_scorer import TokenScorer
 
 SUBSET = 64
 """Titles that separate rows are timed and compared on; their time is scaled up to all titles."""
@@ -90,11 +83,13 @@ def bench_catalogue(
         if model is None:
             model = folder
             make_scratch_model(Path(folder), BENCH_SCRATCH, titles, config.max_length, seed=0)
-        group = _group(model, titles[:count], prompt, config.max_length)
-        shared = TitleScorer(load_for_scoring(model, config).to(device), token_budget, device)
-        separate = TitleScorer(load_for_scoring(model, config).to(device), token_budget, device, unshared=True)
-    if shared.obstacle:
-        raise UserError(f"{model}: {shared.obstacle}, so there is nothing to compare")
+        ranking_model = RankingModel.load(model, config, None, token_budget)
+        group = _group(ranking_model, titles[:count], prompt)
+        shared = ranking_model.load_weights()
+        by_rows = config.model_copy(update={"attention": "unshared"})
+        separate = RankingModel.load(model, by_rows, None, token_budget).load_weights()
+    if shared.trie_obstacle:
+        raise UserError(f"{model}: {shared.trie_obstacle}, so there is nothing to compare")
     size = min(SUBSET, count)
     pick = np.linspace(0, count - 1, size).astype(int)
     subset = TokenGroup(group.prefix, tuple(group.branches[i] for i in pick), tuple(group.scored_from[i] for i in pick))
@@ -102,8 +97,8 @@ def bench_catalogue(
 
 
 def _measure(
-    shared: TitleScorer,
-    separate: TitleScorer,
+    shared: TokenScorer,
+    separate: TokenScorer,
     group: TokenGroup,
     subset: TokenGroup,
     pick: np.ndarray,
@@ -111,11 +106,14 @@ def _measure(
     rounds: int,
 ) -> CatalogueBench:
     few = TokenGroup(group.prefix, subset.branches[:2], subset.scored_from[:2])
-    shared(few), separate(few)  # first calls allocate
-    scores, shared_mib = peak_above(lambda: shared(group), device)
-    expected, separate_mib = peak_above(lambda: separate(subset), device)
+    shared.score_many(few), separate.score_many(few)  # first calls compare, and allocate
+    scores, shared_mib = peak_above(lambda: shared.score_many(group), device)
+    expected, separate_mib = peak_above(lambda: separate.score_many(subset), device)
     error = float(np.max(np.abs(scores[pick] - expected) / np.abs(expected)))
-    turns = [(timed(lambda: shared(group), device), timed(lambda: separate(subset), device)) for _ in range(rounds)]
+    turns = [
+        (timed(lambda: shared.score_many(group), device), timed(lambda: separate.score_many(subset), device))
+        for _ in range(rounds)
+    ]
     scaled = len(group.branches) / len(subset.branches)
     ours, cpu, other, other_cpu = (
         statistics.median(turn[way][kind] for turn in turns) for way, kind in ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -150,18 +148,14 @@ def show(result: CatalogueBench, console: Console) -> None:
     console.print(
         f"{result.titles} titles of {result.tokens} tokens, {result.nodes} distinct beginnings, {result.inner} of them "
         f"run; prompt of {result.prompt} tokens. Separate rows were timed on {round(result.titles / result.scaled)} "
-        f"titles and scaled by {result.scaled:.1f}; their log-probs differ by at most {result.error:.1e} of their size.",
+        f"titles and scaled by {result.scaled:.1f}; log-probs differ by at most {result.error:.1e} of their size.",
         highlight=False,
     )
 
 
-def _group(model: str, titles: list[str], prompt: int, max_length: int) -> TokenGroup:
-    source = find_model(model)
-    tokenizer = load_tokenizer(source)
-    template = make_template(enforce_template(source.stamp, TemplateConfig(), model), tokenizer)
-    group_tokenizer = GroupTokenizer(tokenizer, template, max_length)
+def _group(model: RankingModel, titles: list[str], prompt: int) -> TokenGroup:
     for length in range(1, len(titles) + 1):
-        history = tuple(titles[:length])
-        if len(group_tokenizer(PreferenceGroup("bench", 0, history, titles[0], ())).prefix) >= prompt:
-            return group_tokenizer(PreferenceGroup("bench", 0, history, titles[0], tuple(titles[1:])))
+        history = titles[:length]
+        if len(model.token_group(history, titles[:1], "bench").prefix) >= prompt:
+            return model.token_group(history, titles, "bench")
     raise UserError(f"--prompt {prompt}: all titles together are shorter; lower it")

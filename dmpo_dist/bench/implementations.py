@@ -19,8 +19,9 @@ from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel
-from dmpo_dist.modeling.routing import choose_backend, use_backend
-from dmpo_dist.objectives import Objective
+from dmpo_dist.modeling.routing import take_route
+from dmpo_dist.objectives.dmpo import Dmpo
+from dmpo_dist.training.groups import groups_of
 
 LORA_RANK = 16
 MAX_TOKENS = {"cpu": 8_192, "cuda": 20_000}
@@ -146,10 +147,9 @@ class LayoutImplementation:
         self.name = "ours" if shared else "unshared"
         self.groups_per_step = self.groups_per_row = 1
         base = make_base(spec)
-        route = choose_backend(base, spec.device, longest, "auto" if shared else "unshared")
+        route = take_route(base, spec.device, longest, "auto" if shared else "unshared")
         if shared and route.backend == "unshared":
             raise UserError(f"--model-config: prompts of this model cannot be shared: {route.reason}")
-        use_backend(base, route.backend)
         if spec.compiled:
             compile_layers(base)
         peft = get_peft_model(base, make_lora()).train()
@@ -157,7 +157,7 @@ class LayoutImplementation:
         self.attention, self._shared, self._device = route.backend, shared, spec.device
         self._model = LogProbModel(peft, "adapter_off")
         self._optimizer = make_optimizer(self._model)
-        self._objective = Objective("dmpo")
+        self._objective = Dmpo()
 
     def with_rows(self, groups_per_row: int, groups_per_step: int) -> Self:
         """The same model with other rows and steps."""
@@ -182,12 +182,9 @@ class LayoutImplementation:
 
     def _loss(self, groups: Sequence[TokenGroup]) -> Tensor:
         layout = lay_out(groups, self._shared).to(self._device)
-        targets = layout.targets
         with torch.no_grad():
             reference = self._model(layout, "reference")
-        mask = torch.ones_like(targets.is_positive)
-        rows = (targets.response_lengths, targets.group_id, targets.is_positive, mask)  # each (n_responses,)
-        loss, _ = self._objective(self._model(layout), reference, *rows, targets.n_groups)
+        loss, _ = self._objective(self._model(layout), reference, groups_of(layout.targets))
         return loss
 
     @torch.no_grad()

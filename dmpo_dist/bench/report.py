@@ -6,47 +6,41 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from dmpo_dist.artifacts.files import write_whole
+from dmpo_dist.figures.style import BLUE, ORANGE, PALE, add_legend, drawing, save_png
+from dmpo_dist.tables import Table, terminal, texts
 
-# Okabe-Ito: told apart by colour-blind readers and in grey.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 RIVALS = {"trl": "TRL DPOTrainer", "unshared": "our separate rows"}
 BAR = 0.38
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print figures of every implementation, then ratios beside their ceilings."""
-    figures = Table(title="Implementations", box=box.SIMPLE_HEAD, caption=_conditions(result))
-    for name in ("P", "K", "vocab", "implementation"):
-        figures.add_column(name, justify="left" if name == "implementation" else "right")
-    for name in ("groups/s", "logical tok/s", "physical", "reuse", "padding", "peak MiB", "MFU"):
-        figures.add_column(name, justify="right")
-    ratios = Table(title="Ours against the others: above 1, ours is faster or smaller", box=box.SIMPLE_HEAD)
-    for name in ("P", "K", "vocab", "against", "speed-up", "quartiles", "ceiling", "share", "memory"):
-        ratios.add_column(name, justify="left" if name == "against" else "right")
+    """Print the figures of every implementation, then ratios beside their ceilings."""
+    figures, ratios = [], []
     for cell in result["cells"]:
-        where = (str(cell["prompt"]), str(cell["negatives"]), f"{cell['vocab']:,}")
+        shape = [cell["prompt"], cell["negatives"], f"{cell['vocab']:,}"]
         for name, f in cell["implementations"].items():
-            figures.add_row(
-                *where, name, f"{f['groups_per_second']:.3g}", f"{f['logical_tokens_per_second']:,.0f}",
-                f"{f['physical_tokens_per_second']:,.0f}", f"{f['reuse']:.2f}", f"{f['padding']:.0%}",
-                f"{f['peak_memory_mib']:,.1f}", f"{f['mfu']:.0%}",
+            rates = [f"{f[kind]:,.0f}" for kind in ("logical_tokens_per_second", "physical_tokens_per_second")]
+            figures.append(
+                [*shape, name, f"{f['groups_per_second']:.3g}", *rates, f"{f['reuse']:.2f}", f"{f['padding']:.0%}",
+                 f"{f['peak_memory_mib']:,.1f}", f"{f['mfu']:.0%}"]
             )  # fmt: skip
         for rival, label in RIVALS.items():
-            if cell[f"speedup_{rival}"] is None:
-                continue
-            speedup, ceiling = cell[f"speedup_{rival}"], cell[f"ceiling_{rival}"]
-            low, high = cell[f"speedup_{rival}_quartiles"]
-            ratios.add_row(
-                *where, label, f"{speedup:.2f}", f"{low:.2f} – {high:.2f}", f"{ceiling:.2f}", f"{speedup / ceiling:.0%}",
-                f"{cell[f'memory_ratio_{rival}']:.1f}",
-            )  # fmt: skip
-    console.print(figures)
-    console.print(ratios)
+            if cell[f"speedup_{rival}"] is not None:
+                speedup, ceiling = cell[f"speedup_{rival}"], cell[f"ceiling_{rival}"]
+                low, high = cell[f"speedup_{rival}_quartiles"]
+                ratios.append(
+                    [*shape, label, f"{speedup:.2f}", f"{low:.2f} \u2013 {high:.2f}", f"{ceiling:.2f}",
+                     f"{speedup / ceiling:.0%}", f"{cell[f'memory_ratio_{rival}']:.1f}"]
+                )  # fmt: skip
+    columns = ["P", "K", "vocab", "implementation", "groups/s", "logical tok/s"]
+    columns += ["physical", "reuse", "padding", "peak MiB", "MFU"]
+    console.print(terminal(Table("Implementations", columns, texts(figures), 4, note=_conditions(result))))
+    title = "Ours against the others: above 1, ours is faster or smaller"
+    columns = ["P", "K", "vocab", "against", "speed-up", "quartiles", "ceiling", "share", "memory"]
+    console.print(terminal(Table(title, columns, texts(ratios), 4)))
     for line in _notes(result):
         console.print(line, highlight=False)
 
@@ -56,23 +50,23 @@ def write_json(result: dict[str, Any], file: Path) -> None:
     write_whole(file, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+@drawing()
 def draw(result: dict[str, Any], file: Path) -> None:
     """A PNG: measured speed-up and ratio of memory beside the FLOP model's ceiling, a column of panels a vocabulary."""
     vocabs = list(dict.fromkeys(cell["vocab"] for cell in result["cells"]))
     rivals = [name for name in RIVALS if any(cell[f"speedup_{name}"] is not None for cell in result["cells"])]
     most = max(sum(cell["vocab"] == vocab for cell in result["cells"]) for vocab in vocabs)
     size = (max(4.8, 1.4 + 0.62 * most) * len(vocabs), 3.1 * len(rivals) + 0.5)
-    figure = Figure(figsize=size, dpi=160, layout="constrained")
+    figure = Figure(figsize=size)
     grid = figure.subplots(len(rivals), len(vocabs), squeeze=False)
     for row, rival in enumerate(rivals):
         for column, vocab in enumerate(vocabs):
             cells = [cell for cell in result["cells"] if cell["vocab"] == vocab]
             _bars(grid[row, column], cells, rival)
-            grid[row, column].set_title(f"against {RIVALS[rival]}, vocabulary {vocab:,}", fontsize=9)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(vocabs), fontsize=8, frameon=False)
+            grid[row, column].set_title(f"against {RIVALS[rival]}, vocabulary {vocab:,}", fontsize=9, loc="center")
+    add_legend(figure, columns=2 * len(vocabs))
     figure.suptitle(f"Speed-up of the shared-prefix step: {_device(result)}", fontsize=10)
-    figure.savefig(file, format="png")
+    save_png(figure, file)
 
 
 def _bars(axes: Axes, cells: list[dict[str, Any]], rival: str) -> None:
@@ -87,7 +81,7 @@ def _bars(axes: Axes, cells: list[dict[str, Any]], rival: str) -> None:
         [max(0.0, high - value) for value, (_, high) in zip(measured, spread, strict=True)],
     ]
     axes.bar([x - BAR / 2 for x in places], measured, BAR, color=BLUE, label="measured", yerr=error, ecolor="black")
-    axes.bar([x + BAR / 2 for x in places], ceilings, BAR, color=GREY, label="ceiling by FLOPs")
+    axes.bar([x + BAR / 2 for x in places], ceilings, BAR, color=PALE, label="ceiling by FLOPs")
     if rival == "trl":
         lower = [cell["ceiling_trl_head_on_completions"] for cell in cells]
         axes.plot(
@@ -102,7 +96,7 @@ def _bars(axes: Axes, cells: list[dict[str, Any]], rival: str) -> None:
     axes.set_xticks(list(places), [f"P={c['prompt']}\nK={c['negatives']}" for c in cells], fontsize=7)
     axes.set_ylabel("how many times ours")
     axes.set_ylim(0, 1.25 * max(*measured, *ceilings, *memory, 1.0))
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(visible=False)
 
 
 def _device(result: dict[str, Any]) -> str:
@@ -148,7 +142,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         if cell["one_row"]:
             row = cell["one_row"]
             notes.append(
-                f"{where}: {row['groups']} groups in one row of {row['tokens']} tokens take {row['time_ratio']:.3f} of the "
-                f"time they take in a row each (by CPU seconds {row['cpu_time_ratio']:.3f})"
+                f"{where}: {row['groups']} groups in one row of {row['tokens']} tokens take {row['time_ratio']:.3f} of "
+                f"the time they take in a row each (by CPU seconds {row['cpu_time_ratio']:.3f})"
             )
     return notes

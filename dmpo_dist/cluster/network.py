@@ -46,14 +46,14 @@ def require_reachable(nodes: Iterable[tuple[str, str]]) -> None:
     Raises:
         UserError: there is one.
     """
-    places = sorted(set(nodes))
-    if len({host for host, _ in places}) == 1:
+    known = sorted(set(nodes))
+    if len({host for host, _ in known}) == 1:
         return
-    for host, address in places:
+    for host, address in known:
         if ipaddress.ip_address(address).is_loopback:
             raise UserError(
-                f"the ranks are on {len(places)} hosts, but {host} joined the Ray cluster as {address}, where no other host "
-                "finds it (it has no default route); start its node with ray start --node-ip-address=ITS_ADDRESS"
+                f"the ranks are on {len(known)} hosts, but {host} joined the Ray cluster as {address}, where no other "
+                "host finds it (it has no default route); start its node with ray start --node-ip-address=ITS_ADDRESS"
             )
 
 

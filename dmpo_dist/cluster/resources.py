@@ -8,7 +8,7 @@ WATCH_SECONDS = 5.0
 
 
 def shortage(cluster: ClusterConfig, gpus: float, have: Mapping[str, float]) -> str | None:
-    """Which resource of ``have`` is too scarce for ``cluster.workers`` with ``gpus`` each; None when there is enough."""
+    """Which resource of ``have`` is too scarce for ``cluster.workers`` with ``gpus`` each; None where all suffice."""
     for name, each, key in (("CPU", cluster.cpus_per_worker, "cpus"), ("GPU", gpus, "gpus")):
         if cluster.workers * each > have.get(name, 0):
             return (

@@ -29,23 +29,24 @@ class RayRuntime:
     themselves: Ray's own list lacks those it had not taken note of when the driver died.
 
     Args:
-        index: the job's place among the jobs of these workers.
+        index: the job's number among the jobs of these workers.
         job: what is trained; its run id tells its checkpoints from another run's in the same storage.
-        mailbox: the actor that takes log records.
+        queue: the ``RecordQueue`` that takes log records.
     """
 
-    def __init__(self, index: int, job: Job, mailbox: Any) -> None:
+    def __init__(self, index: int, job: Job, queue: Any) -> None:
         import ray.train
 
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._index, self._mailbox = index, mailbox
+        self._index, self._queue = index, queue
         self._prefix = f"{job.output.name}-{job.run_id}-step-"
         storage = context.get_storage()
         self._files, self._folder = storage.storage_filesystem, storage.experiment_fs_path
 
     def log(self, record: dict[str, Any]) -> None:
-        self._mailbox.put.remote(self._index, record)
+        if self.rank == 0:
+            self._queue.put.remote(self._index, record)
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Every rank writes its part to a folder of its own; Ray joins them into one checkpoint."""
@@ -86,7 +87,7 @@ class RayRuntime:
         import ray
 
         deadline = time.monotonic() + LOG_SECONDS
-        while ray.get(self._mailbox.unwritten.remote()) and time.monotonic() < deadline:
+        while ray.get(self._queue.unwritten.remote()) and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def _complete(self) -> list[str]:
@@ -105,8 +106,8 @@ class RayRuntime:
 def remove_damaged_list(storage: str) -> None:
     """Remove Ray's list of checkpoints below ``storage`` where it cannot be read, so that Ray starts; none is needed.
 
-    Ray (2.60) writes it in place: a driver killed in that moment leaves an empty or cut file on a disk. Stores of objects,
-    as ``s3://...``, replace it whole.
+    Ray (2.60) writes it in place: a driver killed in that moment leaves an empty or cut file on a disk. Stores of
+    objects, as ``s3://...``, replace it whole.
     """
     file = Path(storage, RUN_NAME, "checkpoint_manager_snapshot.json")
     if not file.is_file():

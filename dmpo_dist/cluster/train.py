@@ -5,13 +5,13 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dmpo_dist.cluster.address import explain_refusal, require_answer
+from dmpo_dist.cluster.record_queue import forwarded, start_record_queue
 from dmpo_dist.cluster.resources import ClusterWatch, shortage
 from dmpo_dist.cluster.runtime import RUN_NAME, RayRuntime, remove_damaged_list
 from dmpo_dist.config import ClusterConfig
@@ -21,8 +21,6 @@ from dmpo_dist.training.job import Job
 from dmpo_dist.training.runtime import Runtime
 
 Body = Callable[[Job, Runtime], None]
-
-POLL_SECONDS = 0.3
 
 
 @contextmanager
@@ -34,7 +32,8 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Raylet is terminated")  # a lost node's log: pages, and no news
+    # Ray prints pages for a lost node; they say nothing that we have not logged.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Raylet is terminated")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     import ray
 
@@ -65,8 +64,8 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
 
     Args:
         jobs: at least one; a later one may start from the model of an earlier one. The first one's configuration says
-            how many workers there are. Unless ``cluster.storage_path`` says otherwise, checkpoints go to the folder that
-            holds all outputs.
+            how many workers there are. Unless ``cluster.storage_path`` says otherwise, checkpoints go to the folder
+            that holds all outputs.
         sink: called from a thread.
         body: what each rank does with a job instead of ``training.worker.run``.
 
@@ -78,17 +77,18 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     from ray.train.torch import TorchTrainer
 
     from dmpo_dist.cluster.network import NodeNetworkConfig
+    from dmpo_dist.training.worker import run
 
     cluster = jobs[0].config.cluster
     storage = str(cluster.storage_path or os.path.commonpath([job.output for job in jobs]))
     gpus = gpus_per_worker_of(cluster)
     require_resources(cluster, gpus)
     remove_damaged_list(storage)
-    mailbox = _mailbox_here()
+    queue = start_record_queue()
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"jobs": tuple(jobs), "mailbox": mailbox, "body": body},
+        _run_jobs,
+        train_loop_config={"jobs": tuple(jobs), "queue": queue, "body": body or run},
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=bool(gpus), resources_per_worker=resources),
         torch_config=NodeNetworkConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
@@ -100,7 +100,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
         ),
     )
     failure: BaseException | None = None
-    with _forwarded(mailbox, sink, ClusterWatch(cluster, gpus)) as problems:
+    with forwarded(queue, sink, ClusterWatch(cluster, gpus)) as problems:
         try:
             with _ctrl_c():
                 trainer.fit()
@@ -114,7 +114,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
 
 @contextmanager
 def _ctrl_c() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt within, as elsewhere; Ray's own handler exits, and would stay for what comes after."""
+    """Ctrl-C is a KeyboardInterrupt within, as elsewhere; Ray's own handler exits, and would stay afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -127,52 +127,13 @@ def _ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _mailbox_here() -> Any:
-    """A mailbox on the driver's node: on another it would die with that node, and the run with it."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
-
-
-class _Mailbox:
-    """An actor between the workers and the driver."""
-
-    def __init__(self) -> None:
-        self._records: list[tuple[int, dict[str, Any]]] = []
-        self._taken = 0
-        self._failed = False
-
-    def put(self, job: int, record: dict[str, Any]) -> None:
-        self._records.append((job, record))
-        self._failed = self._failed or record["kind"] == "error"
-
-    def take(self) -> list[tuple[int, dict[str, Any]]]:
-        records, self._records = self._records, []
-        self._taken += len(records)
-        return records
-
-    def written(self, count: int) -> None:
-        """Of the records taken, so many more are in the run's files."""
-        self._taken -= count
-
-    def unwritten(self) -> int:
-        return len(self._records) + self._taken
-
-    def failed(self) -> bool:
-        return self._failed
-
-
-def _worker(payload: dict[str, Any]) -> None:
+def _run_jobs(payload: dict[str, Any]) -> None:
     """A rank's process. A user's mistake is told once; the workers Ray then restarts see that and leave."""
     import ray
     import torch
 
-    from dmpo_dist.training.worker import run
-
-    jobs, mailbox, body = payload["jobs"], payload["mailbox"], payload["body"] or run
-    if ray.get(mailbox.failed.remote()):
+    jobs, queue, body = payload["jobs"], payload["queue"], payload["body"]
+    if ray.get(queue.failed.remote()):
         return
     for index, job in enumerate(jobs):
         if job is not jobs[-1] and (job.output / "model").exists():
@@ -180,17 +141,17 @@ def _worker(payload: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
         try:
             _require_shared(job.output)
-            body(job, RayRuntime(index, job, mailbox))
+            body(job, RayRuntime(index, job, queue))
         except (UserError, OSError) as error:
-            ray.get(mailbox.put.remote(index, {"kind": "error", "text": _user_text(error)}))
+            ray.get(queue.put.remote(index, {"kind": "error", "text": _user_text(error)}))
             raise
 
 
 def _require_shared(output: Path) -> None:
     if not output.exists():
         raise UserError(
-            f"output_dir {output}: the driver has made it, and this node does not see it; choose an output_dir on storage "
-            "that all nodes share (dmpo doctor --cluster checks each)"
+            f"output_dir {output}: the driver has made it, and this node does not see it; choose an output_dir on "
+            "storage that all nodes share (dmpo doctor --cluster checks each)"
         )
 
 
@@ -199,45 +160,10 @@ def _user_text(error: Exception) -> str:
     import ray.train
 
     context = ray.train.get_context()
-    where = "" if context.get_local_world_size() == context.get_world_size() else f"on {socket.gethostname()}: "
+    host = "" if context.get_local_world_size() == context.get_world_size() else f"on {socket.gethostname()}: "
     if isinstance(error, OSError) and not isinstance(error, UserError):
-        return f"{where}a worker could not read or write a file: {error}; is the disk full or the folder not writable?"
-    return f"{where}{error}"
-
-
-@contextmanager
-def _forwarded(mailbox: Any, sink: Callable[[int, dict[str, Any]], None], watch: ClusterWatch) -> Iterator[list[str]]:
-    """Pass the mailbox's records and the watch's notes to ``sink`` while inside; yields the workers' error messages."""
-    import ray
-
-    problems: list[str] = []
-    done = threading.Event()
-    current = 0
-
-    def drain() -> None:
-        nonlocal current
-        records = ray.get(mailbox.take.remote())
-        for job, record in records:
-            current = job
-            problems.append(record["text"]) if record["kind"] == "error" else sink(job, record)
-        if records:
-            mailbox.written.remote(len(records))
-
-    def poll() -> None:
-        while not done.wait(POLL_SECONDS):
-            drain()
-            note = watch.news(time.monotonic())
-            if note is not None:
-                sink(current, {"kind": "note", "text": note})
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
-        yield problems
-    finally:
-        done.set()
-        thread.join()
-        drain()
+        return f"{host}a worker could not read or write a file: {error}; is the disk full or the folder not writable?"
+    return f"{host}{error}"
 
 
 def gpus_per_worker_of(cluster: ClusterConfig) -> float:

@@ -117,7 +117,7 @@ class Measurement(NamedTuple):
         reason: why.
         nats: largest absolute error of a response's log-prob; not a number where refused, as the next two.
         log_probs: relative error of all log-probs, |seen - expected| / |expected|.
-        gradients: relative error of the worst parameter's gradient; one below a thousandth of the whole is held to that.
+        gradients: relative error of the worst parameter's gradient; small ones are held to a thousandth of the whole.
     """
 
     family: str
@@ -190,11 +190,11 @@ def markdown(measurements: Sequence[Measurement], device: torch.device) -> str:
         "Made by `dmpo architectures --output docs/ARCHITECTURES.md`: tiny random models of each family in fp32 on "
         f"{device.type}, transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}.",
         "",
-        "*Shared*: a group's prompt runs once, by the attention named. *Unshared*: each candidate runs as its own row, through "
-        "the same commands. *Refused*: an error that says why. Errors are against one full, unpadded row for each response "
-        "through the model's own logits: the largest of a response's log-probs in nats, and the worst parameter's gradient, "
-        f"relative. A test holds them to {LOG_PROB_LIMIT:g} (log-probs, relative) and {GRADIENT_LIMIT:g}. A *short* window is "
-        "shorter than the rows, a *long* one is not.",
+        "*Shared*: a group's prompt runs once, by the attention named. *Unshared*: each candidate runs as its own row, "
+        "through the same commands. *Refused*: an error that says why. Errors are against one full, unpadded row for "
+        "each response through the model's own logits: the largest of a response's log-probs in nats, and the worst "
+        f"parameter's gradient, relative. A test holds them to {LOG_PROB_LIMIT:g} (log-probs, relative) and "
+        f"{GRADIENT_LIMIT:g}. A *short* window is shorter than the rows, a *long* one is not.",
         "",
         "| family | prompt | attention | log-probs (nats) | gradients | why |",
         "|---|---|---|---:|---:|---|",

@@ -27,8 +27,8 @@ from dmpo_dist.evaluation.classical import CLASSICAL, ClassicalScores, classical
 from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
 from dmpo_dist.evaluation.order import ORDERS, order_spread
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
-from dmpo_dist.evaluation.scoring import RequestScorer
 from dmpo_dist.evaluation.seeds import by_name
 from dmpo_dist.evaluation.strata import strata_of
 from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, order_line, show_comparisons
@@ -191,10 +191,10 @@ def _model_scores(
     _note_quantization(name, path, config, console)
     requests = config.evaluation.order_requests
     with console.status(f"scoring {name}"):
-        scorer = RequestScorer(path, config)
-        scores = scorer(data.test)
+        score_rows = load_ranking_model(path, config).score_rows
+        scores = score_rows(data.test)
         _require_finite(f"--model {name}={path}", scores, config.model.dtype)
-        return scores, order_spread(scorer, data.test, scores, requests, config.seed) if requests else {}
+        return scores, order_spread(score_rows, data.test, scores, requests, config.seed) if requests else {}
 
 
 def _rank_catalogue(

@@ -1,4 +1,4 @@
-"""`dmpo explain`: why a title has its place for a user, and whether such explanations hold."""
+"""`dmpo explain`: why a title is at its rank for a user, and whether such explanations hold."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from dmpo_dist.explanation.faithfulness import delete, summarise
 from dmpo_dist.explanation.questions import (
     Question,
     asked,
-    places_of_user,
+    indices_of_user,
     questions_of_data,
     questions_of_requests,
     sampled,
@@ -45,8 +45,8 @@ class Order:
 
     Attributes:
         model: model folder or hub id.
-        user, item: one user, and a title or item id; None for the test positive, or in a file for the title ranked first.
-        users: instead, a sample of so many.
+        user, item: one user, and a title or item id; None for the test positive, or in a file for the title ranked
+        first. users: instead, a sample of so many.
         requests: file of users as ``dmpo rank`` takes it; None for the test requests of ``data.path``.
         catalogue: rank among its titles; None for each request's own candidates.
         reference: ``base``, ``start``, ``none``, a model folder or hub id; None takes what the model says of itself.
@@ -110,7 +110,8 @@ def _check(order: Order) -> None:
         raise UserError("say whom to explain: --user NAME, --users N for a sample, or --faithfulness to measure alone")
     if order.top is not None and 0 < order.rivals < order.top:
         raise UserError(
-            f"--top {order.top}: with --rivals {order.rivals} a title is not seen to fall that far; raise --rivals, or give 0 for all"
+            f"--top {order.top}: with --rivals {order.rivals} a title is not seen to fall that far; raise --rivals, or "
+            "give 0 for all"
         )
     if order.faithfulness and order.output is None:
         raise UserError("--faithfulness writes a table and a picture: give --output a folder for them")
@@ -132,15 +133,9 @@ def _reference(source: ModelSource, flag: str | None, config: RunConfig) -> tupl
                 f"--reference {flag}: the ranking subtracts ranking.reference={ranked_by}; give one of the two"
             )
         return reference_of(source, ranked_by), ""
-    if flag == "none":
-        return None, ""
-    if flag == "base" and not source.is_adapter:
-        raise UserError(f"--reference base: {source.path} is a whole model without a base; name a folder, or start")
-    if flag == "start" and not source.stamp.start:
-        raise UserError(
-            f"--reference start: {source.path} does not say what it was started from; name that model's folder"
-        )
-    return _usual_reference(source) if flag is None else (reference_of(source, flag), "")
+    if flag is None:
+        return _usual_reference(source)
+    return (None if flag == "none" else reference_of(source, flag, "--reference ")), ""
 
 
 def _usual_reference(source: ModelSource) -> tuple[str | None, str]:
@@ -170,7 +165,7 @@ def _questions(
         raise UserError("say what to explain: data.path=FOLDER of `dmpo data prepare`, or --requests FILE")
     data = PreparedData.load(config.data.path)
     catalogue = _catalogue_beside(data, order.catalogue) if order.catalogue else None
-    chosen, measured = _places(order, data.test["user"][:], f"the test requests in {data.path}", config.seed)
+    chosen, measured = _indices(order, data.test["user"][:], f"the test requests in {data.path}", config.seed)
     exclude = config.ranking.exclude_history
     answered = questions_of_data(data, chosen, catalogue, exclude)
     if order.item is not None and data.items is not None:
@@ -181,10 +176,9 @@ def _questions(
     return answered, questions_of_data(data, measured, catalogue, exclude), catalogue
 
 
-def _catalogue_beside(data: PreparedData, place: Path) -> Catalogue:
-    """The catalogue in ``place``; where that is ``data`` itself, whose test requests are explained, popularity ends before
-    the test."""
-    return catalogue_at_test(data) if place.resolve() == data.path.resolve() else read_catalogue(place)
+def _catalogue_beside(data: PreparedData, path: Path) -> Catalogue:
+    """The catalogue in ``path``; where that is ``data``, whose test is explained, popularity ends before the test."""
+    return catalogue_at_test(data) if path.resolve() == data.path.resolve() else read_catalogue(path)
 
 
 def _questions_of_file(
@@ -195,27 +189,27 @@ def _questions_of_file(
     whole, weight = requests[0].candidates is None, config.ranking.popularity_weight
     if order.catalogue and not whole and not weight:
         raise UserError(f"--catalogue {order.catalogue}: {file} has candidates of its own; leave out one of the two")
-    place = order.catalogue or (config.data.path if whole or weight else None)
-    catalogue = read_catalogue(place) if place else None
+    beside = order.catalogue or (config.data.path if whole or weight else None)
+    catalogue = read_catalogue(beside) if beside else None
     exclude = config.ranking.exclude_history
     if catalogue is not None:
         check_against(requests, catalogue, file, exclude)
     known = set(catalogue.titles if catalogue else ())
     known = known.union(*(request.history + (request.candidates or ()) for request in requests))
     check_titles(sorted(known), load_tokenizer(source))
-    chosen, measured = _places(order, [request.user for request in requests], str(file), config.seed)
+    chosen, measured = _indices(order, [request.user for request in requests], str(file), config.seed)
     answered = questions_of_requests([requests[i] for i in chosen], catalogue, exclude)
     if order.item is not None:
         answered = [asked(question, order.item, {title: title for title in known}) for question in answered]
     return answered, questions_of_requests([requests[i] for i in measured], catalogue, exclude), catalogue
 
 
-def _places(order: Order, users: list[str], where: str, seed: int) -> tuple[list[int], list[int]]:
+def _indices(order: Order, users: list[str], where: str, seed: int) -> tuple[list[int], list[int]]:
     """Which of the requests, one for each of ``users``, are answered and which are measured."""
     if not users:
         raise UserError(f"{where}: there are none to explain; see its card.md, or give --requests")
     if order.user is not None:
-        chosen = places_of_user(order.user, users, where)
+        chosen = indices_of_user(order.user, users, where)
     else:
         chosen = sampled(order.users or 0, len(users), seed)
     return chosen, sampled(order.faithfulness, len(users), seed)
@@ -225,8 +219,8 @@ def _check_top(top: int | None, questions: list[Question]) -> None:
     for question in questions:
         if top is not None and top >= len(question.candidates):
             raise UserError(
-                f"--top {top}: user {question.user!r} has {len(question.candidates)} candidates, so every title is always among "
-                "the first; give a smaller one"
+                f"--top {top}: user {question.user!r} has {len(question.candidates)} candidates, so every title is "
+                "always among the first; give a smaller one"
             )
 
 
@@ -251,8 +245,8 @@ def _measured(
     enough = [subject for subject in subjects if len(subject.history) > 1]
     if len(enough) < 2:
         raise UserError(
-            f"--faithfulness: {len(enough)} of {len(subjects)} requests have a history of two items or more, and an interval needs "
-            "several users; give more requests, and leave --user out"
+            f"--faithfulness: {len(enough)} of {len(subjects)} requests have a history of two items or more, and an "
+            "interval needs several users; give more requests, and leave --user out"
         )
 
     def deletion(index: int, subject: Subject) -> Any:

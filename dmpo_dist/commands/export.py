@@ -19,26 +19,23 @@ from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands.model_card import model_card
-from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.config import ModelConfig
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.difference import Difference, compare_scores
 from dmpo_dist.evaluation.generation import greedy_config
-from dmpo_dist.evaluation.scoring import score_token_groups
 from dmpo_dist.evaluation.seeds import split_name
 from dmpo_dist.modeling.backbone import (
     ADAPTER,
     ModelSource,
-    enforce_template,
     find_model,
     load_for_scoring,
-    load_tokenizer,
     read_model_config,
 )
 from dmpo_dist.modeling.quantize import quantization_of
+from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.records.provenance import Provenance, read_provenance
 
 Dtype = Literal["bfloat16", "float32"]
@@ -80,40 +77,28 @@ def export(
     """
     source = find_model(model)
     _check_request(source, output, merge, shard_size)
-    tokenizer = load_tokenizer(source)
     base_config = read_model_config(source.base, 0)
-    _check_model(source, base_config, tokenizer, merge)
-    template = make_template(enforce_template(source.stamp, TemplateConfig(), model), tokenizer)
     prepared = PreparedData.load(data) if data else None
     origin = read_provenance(source, prepared.card if prepared else None)
     ranked = _find_in_evaluation(evaluation, model) if evaluation else None
     trained = _trained_as(origin, base_config)
+    encode = RankingModel.load(model, trained).encode
+    _check_model(source, base_config, encode.tokenizer, merge)
     with whole_folder(output) as part:
-        tokenizer.save_pretrained(part)
-        generation = greedy_config(tokenizer, template)
-        requests = _requests(prepared, GroupTokenizer(tokenizer, template, trained.max_length))
-        before = score_token_groups(model, trained, requests.groups, TOKEN_BUDGET)
+        requests = _requests(prepared, encode)
+        before = _scores(model, encode, trained, requests)
         _require_finite(
             before, f"{model}: its scores", "its training diverged or its weights are damaged; train it again"
         )
-        if source.is_adapter and not merge:
-            written = _write_adapter(source, part, dtype)
-        else:
-            written = _write_whole(source, part, dtype or "bfloat16", shard_size or SHARD_SIZE, generation)
-        generation.save_pretrained(part)
+        written = _write_weights(source, encode, part, merge, dtype, shard_size)
         whole = {"dtype": written.dtype, "quantization": "none"}
         as_written = trained if written.is_adapter else trained.model_copy(update=whole)
-        after = score_token_groups(str(part), as_written, requests.groups, TOKEN_BUDGET)
+        after = _scores(str(part), encode, as_written, requests)
         _require_finite(after, f"{model}: scores in {written.dtype}", "it is too narrow a type; try --dtype float32")
         difference = compare_scores(before, after, requests.name, requests.real, _type_of(trained))
-        facts = {
-            "merged": merge,
-            "dtype": written.dtype,
-            "max_nats": difference.max_nats,
-            "mean_nats": difference.mean_nats,
-        }
-        _stamp(source, facts).write(part)
-        card = model_card(output.resolve().name, str(written), origin, template, str(difference), ranked)
+        nats = {"max_nats": difference.max_nats, "mean_nats": difference.mean_nats}
+        _stamp(source, {"merged": merge, "dtype": written.dtype, **nats}).write(part)
+        card = model_card(output.resolve().name, str(written), origin, encode.template, str(difference), ranked)
         (part / "README.md").write_text(card, encoding="utf-8")
         for file in part.iterdir():
             file.chmod((part / "README.md").stat().st_mode)  # safetensors lets only the owner read
@@ -143,6 +128,11 @@ class Requests:
     real: bool
 
 
+def _scores(path: str, encode: GroupTokenizer, config: ModelConfig, requests: Requests) -> list[np.ndarray]:
+    """By the model in ``path``, which is gone when this returns: the next copy has the memory to itself."""
+    return RankingModel(find_model(path), encode, config, TOKEN_BUDGET).score_groups(requests.groups)
+
+
 def _require_finite(scores: Sequence[np.ndarray], whose: str, advice: str) -> None:
     if not np.isfinite(np.concatenate(scores)).all():
         raise UserError(f"{whose} are not finite; {advice}")
@@ -154,8 +144,8 @@ def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: s
         raise UserError(f"{output}: exists already and is left as it is; remove it or choose another output folder")
     if source.stamp.template is None:
         raise UserError(
-            f"{source.path}: has no {ModelStamp.FILE} with a template, so how to prompt it is not known; give a model folder that "
-            "`dmpo sft` or `dmpo train` wrote, such as runs/dmpo/model"
+            f"{source.path}: has no {ModelStamp.FILE} with a template, so how to prompt it is not known; give a model "
+            "folder that `dmpo sft` or `dmpo train` wrote, such as runs/dmpo/model"
         )
     if merge and not source.is_adapter:
         raise UserError(f"--merge: {source.path} is a whole model already, with nothing to merge; leave --merge out")
@@ -179,8 +169,8 @@ def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: b
     rows = base_config.get_text_config().vocab_size
     if largest >= rows:
         raise UserError(
-            f"{source.path}: its tokenizer has ids up to {largest}, but the embedding of {source.base} has {rows} rows; put "
-            "the tokenizer the model was trained with beside it"
+            f"{source.path}: its tokenizer has ids up to {largest}, but the embedding of {source.base} has {rows} "
+            "rows; put the tokenizer the model was trained with beside it"
         )
 
 
@@ -202,7 +192,7 @@ def _type_of(trained: ModelConfig) -> str:
     return trained.dtype + ("" if trained.quantization == "none" else f" on a base in {trained.quantization}")
 
 
-def _requests(prepared: PreparedData | None, tokenizer: GroupTokenizer) -> Requests:
+def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> Requests:
     """Validation requests, or made-up ones in the model's template."""
     if prepared is not None:
         if not len(prepared.validation):
@@ -210,9 +200,7 @@ def _requests(prepared: PreparedData | None, tokenizer: GroupTokenizer) -> Reque
                 f"--data {prepared.path}: holds no validation requests; leave --data out to use made-up prompts"
             )
         rows = prepared.validation.select(range(min(REQUESTS, len(prepared.validation))))
-        return Requests(
-            tokenize_rows(rows, tokenizer), f"{len(rows)} validation requests of {prepared.card.name}", True
-        )
+        return Requests(tokenize_rows(rows, encode), f"{len(rows)} validation requests of {prepared.card.name}", True)
     titles = [f"{first} {second}" for first in WORDS for second in WORDS[:4]]
     groups = [
         PreferenceGroup(
@@ -220,7 +208,7 @@ def _requests(prepared: PreparedData | None, tokenizer: GroupTokenizer) -> Reque
         )
         for start in range(0, 40, 5)
     ]
-    return Requests([tokenizer(group) for group in groups], f"{len(groups)} made-up requests", False)
+    return Requests([encode(group) for group in groups], f"{len(groups)} made-up requests", False)
 
 
 def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
@@ -244,6 +232,20 @@ def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
         return all_seeds, found
     own = {name: found.figures_of(name)}
     return name, found.model_copy(update={"models": found.models | own})
+
+
+def _write_weights(
+    source: ModelSource, encode: GroupTokenizer, folder: Path, merge: bool, dtype: Dtype | None, shard_size: str | None
+) -> Written:
+    """Weights, tokenizer and generation configuration."""
+    encode.tokenizer.save_pretrained(folder)
+    generation = greedy_config(encode.tokenizer, encode.template)
+    if source.is_adapter and not merge:
+        written = _write_adapter(source, folder, dtype)
+    else:
+        written = _write_whole(source, folder, dtype or "bfloat16", shard_size or SHARD_SIZE, generation)
+    generation.save_pretrained(folder)
+    return written
 
 
 def _write_adapter(source: ModelSource, folder: Path, dtype: Dtype | None) -> Written:
@@ -314,7 +316,8 @@ def _tell(
     echo(f"{written}. {difference}")
     if written.is_adapter and Path(source.base).exists():
         echo(
-            f"its {ADAPTER} names the base by its folder here, {source.base}; elsewhere correct it, or export with --merge"
+            f"its {ADAPTER} names the base by its folder on this machine, {source.base}; elsewhere correct it, or "
+            "export with --merge"
         )
     if origin.same_data is False:
         echo("the requests are not from the data the model was trained on: the fingerprints differ")

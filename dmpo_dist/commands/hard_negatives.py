@@ -2,47 +2,99 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.folder import rewrite
+from dmpo_dist.data.negatives import request_stream
+from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.scoring import score_requests
+from dmpo_dist.evaluation.ranking import load_ranking_model
 
 
 def mine_hard_negatives(
-    model: str, config: RunConfig, output: Path, keep: int, skip: int, echo: Callable[[str], None]
+    model: str,
+    config: RunConfig,
+    output: Path,
+    keep: int,
+    skip_top: int,
+    draw_from: int | None,
+    echo: Callable[[str], None],
 ) -> PreparedData:
-    """Write ``config.data.path`` again with the ``keep`` hardest negatives of each training group, hardest first.
+    """Write ``config.data.path`` again with ``keep`` hard negatives for each training group, hardest first.
 
-    Validation and test stay as they are, so figures before and after compare.
+    Validation and test stay as they are, so figures before and after compare. The card notes the share of chosen
+    negatives that their user liked later, which are likely false negatives; ``echo`` gets a warning of them.
 
     Args:
         model: folder or hub id of the model that scores.
-        skip: leave out that many of the very hardest, which may be likes the log does not know.
+        skip_top: leave out that many of the very hardest, which may be likes the log does not know.
+        draw_from: draw ``keep`` (by ``config.seed``) among this many of the hardest after the skipped ones; None takes the
+            hardest.
 
     Raises:
-        UserError: no prepared data, fewer than ``keep + skip`` negatives in a group, or a model that will not do.
+        UserError: no prepared data, too few negatives in a group, or a model that will not do.
     """
     if config.data.path is None:
         raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote")
     data = PreparedData.load(config.data.path)
     fewest = min(data.stored_negatives(), default=0)
-    if keep + skip > fewest:
-        raise UserError(
-            f"--keep {keep} and --skip {skip} need {keep + skip} negatives, but a training group of {config.data.path} "
-            f"holds {fewest}; lower them, or prepare the data with a higher data.negatives_per_group"
-        )
+    _check_numbers(keep, skip_top, draw_from, fewest, config.data.path)
     template_of(model, config)
     rows = data.train.to_list()
-    for row, scores in zip(rows, score_requests(model, config, data.train), strict=True):
-        hardest = np.argsort(-scores[1:], kind="stable")[skip : skip + keep].tolist()
+    pool = keep if draw_from is None else draw_from
+    for row, scores in zip(rows, load_ranking_model(model, config).score_rows(data.train), strict=True):
+        hardest = np.argsort(-scores[1:], kind="stable")[skip_top : skip_top + pool]
+        if draw_from is not None:
+            drawn = request_stream(config.seed, row["user"], row["timestamp"]).choice(pool, keep, replace=False)
+            hardest = hardest[np.sort(drawn)]
         for name in ("negatives", "negative_items"):
-            row[name] = [row[name][place] for place in hardest] if row[name] else []
+            row[name] = [row[name][index] for index in hardest.tolist()] if row[name] else []
         if row["oracle"]:
-            row["oracle"] = [row["oracle"][0], *(row["oracle"][1 + place] for place in hardest)]
-    note = f"Training negatives: the {keep} that {model} scores highest of {fewest} or more, after the first {skip}."
+            row["oracle"] = [row["oracle"][0], *(row["oracle"][1 + index] for index in hardest.tolist())]
+    drawn_among = "" if draw_from is None else f"{keep} drawn among "
+    note = (
+        f"Training negatives: {drawn_among}the {pool} that {model} scores highest of {fewest} or more, after the first "
+        f"{skip_top}."
+    )
+    if data.interactions is not None:
+        note += _liked_later(rows, data.interactions, data.card.config["rating_threshold"], echo)
     return rewrite(data, {"train": rows}, note, output, echo)
+
+
+def _check_numbers(keep: int, skip_top: int, draw_from: int | None, fewest: int, path: Path) -> None:
+    if draw_from is not None and draw_from < keep:
+        raise UserError(f"--draw-from {draw_from} holds fewer negatives than --keep {keep}; raise it or lower --keep")
+    name, pool = ("--keep", keep) if draw_from is None else ("--draw-from", draw_from)
+    if pool + skip_top > fewest:
+        raise UserError(
+            f"{name} {pool} and --skip-top {skip_top} need {pool + skip_top} negatives, but a training group of {path} "
+            f"holds {fewest}; lower them, or prepare the data with a higher data.negatives_per_group"
+        )
+
+
+def _liked_later(
+    rows: list[dict[str, Any]], interactions: pd.DataFrame, rating_threshold: float, echo: Callable[[str], None]
+) -> str:
+    """A sentence for the card on the negatives that their user liked after the request; warns where there are any."""
+    liked = likes(interactions, rating_threshold)
+    when = dict(zip(zip(liked["user"], liked["item"], strict=True), liked["timestamp"], strict=True))
+    later = [
+        when.get((row["user"], item), row["timestamp"]) > row["timestamp"]
+        for row in rows
+        for item in row["negative_items"]
+    ]
+    share = (
+        f"{sum(later) / max(len(later), 1):.1%} of them ({sum(later)} of {len(later)}) were liked by their user later."
+    )
+    if any(later):
+        echo(
+            f"WARNING: likely false negatives: {share} Leave out more of the hardest (--skip-top) or draw from more of "
+            "them (--draw-from)."
+        )
+    return f" {share}"

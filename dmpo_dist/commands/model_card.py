@@ -10,7 +10,10 @@ from dmpo_dist.data.template import Template
 from dmpo_dist.evaluation.metrics import METRICS, sure_hits
 from dmpo_dist.records.provenance import Provenance
 
-SHOWN_OBJECTIVE = ("beta", "sft_weight", "sft_loss_on", "label_smoothing", "reference_free", "length_normalize", "negative_selection")  # fmt: skip
+SHOWN_OBJECTIVE = (
+    "import_path", "kwargs", "beta", "sft_weight", "sft_loss_on", "label_smoothing", "reference_free",
+    "length_normalize", "negative_selection",
+)  # fmt: skip
 SHOWN_STAGE = ("global_batch_size", "learning_rate", "schedule", "negatives", "loss_on", "history_order")
 
 SNIPPET = '''\
@@ -59,12 +62,12 @@ def model_card(
         "Export": [f"{kind}. {difference}"],
         "Licences": _licences(origin),
         "Intended use and limits": [
-            "To order items that a user may like next, among candidates that are given to it, from titles the user liked "
-            "before, in the template of `dmpo.json`; other prompts, lists of items it was not trained on and other "
-            "languages were not measured.",
-            "It learned from logged choices, so it can carry on their popularity bias and whatever else they hold of their "
-            "users. It was not examined for safety as a chat model and is none. A log-probability is a score for ranking, "
-            "not the chance that a user likes an item.",
+            "To order items that a user may like next, among candidates that are given to it, from titles the user "
+            "liked before, in the template of `dmpo.json`; other prompts, lists of items it was not trained on and "
+            "other languages were not measured.",
+            "It learned from logged choices, so it can carry on their popularity bias and whatever else they hold of "
+            "their users. It was not examined for safety as a chat model and is none. A log-probability is a score for "
+            "ranking, not the chance that a user likes an item.",
         ],
         "Not known": [
             "\n".join(f"- {gap}" for gap in _gaps(origin, evaluation)) or "Nothing that this card should say."
@@ -115,9 +118,7 @@ def _training(origin: Provenance) -> list[str]:
     objective = origin.config.get("objective") or {} if stage == "train" else {}
     if objective:
         shown = ", ".join(f"{key} {objective[key]}" for key in SHOWN_OBJECTIVE if key in objective)
-        lines.append(
-            f"Objective: `{objective.get('name')}` ({shown}); see the docstrings of dmpo_dist's objectives.py."
-        )
+        lines.append(f"Objective: `{objective.get('name')}` ({shown}); see the docstrings of dmpo_dist/objectives.")
     elif stage == "sft":
         scored = "all titles, those of the history too" if section.get("loss_on") == "all_titles" else "the response"
         lines.append(f"Objective: likelihood of {scored}.")

@@ -36,7 +36,7 @@ def quickstart(config: RunConfig, console: Console) -> None:
             ),
             (
                 "3/5 DMPO: one positive against K negatives per user",
-                "train",
+                "preference",
                 _into(config, output / "dmpo", start),
             ),
             (

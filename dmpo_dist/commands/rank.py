@@ -8,15 +8,13 @@ part it was at; a rerun of the command after the driver was lost goes on with th
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from rich.console import Console
 
 from dmpo_dist import __version__
@@ -74,18 +72,29 @@ def rank(
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):
         console.print(f"{len(job.parts) - len(missing)} of {len(job.parts)} parts are done already", highlight=False)
-    with ExitStack() as stack:
-        if missing:
-            from dmpo_dist.cluster.train import ray_session
-
-            stack.enter_context(ray_session(job.config.cluster))
-            done = sum(len(part) for number, part in enumerate(job.parts) if store.has(number))
-            progress = stack.enter_context(UserProgress("rank", len(job.requests), done, console))
-            for number, rows in _in_parallel(job, missing):
-                store.write(number, rows)
-                progress.advance(len(rows))
+    if missing:
+        _rank_parts(job, store, missing, console)
     store.join(len(job.parts), [request.user for request in job.requests])
     console.print(f"written: {output}, {len(job.requests)} users", highlight=False)
+
+
+def _rank_parts(job: RankJob, store: "PartStore", missing: list[int], console: Console) -> None:
+    """Rank the parts ``missing`` on the cluster and store each as it is finished."""
+    from dmpo_dist.cluster.actors import map_over_actors
+    from dmpo_dist.cluster.train import ray_session
+
+    cluster, parts = job.config.cluster, job.parts
+    arguments = (job.model, job.config, job.catalogue, job.top)
+    done = len(job.requests) - sum(len(parts[number]) for number in missing)
+    notes: set[str] = set()
+    with ray_session(cluster), UserProgress("rank", len(job.requests), done, console) as progress:
+        tasks = [(number, parts[number]) for number in missing]
+        for number, rows, note in map_over_actors(cluster, PartRanker, arguments, tasks):
+            if note and note not in notes:
+                notes.add(note)
+                console.print(f"note: {note}", highlight=False, markup=False)
+            store.write(number, rows)
+            progress.advance(len(rows))
 
 
 def preflight(
@@ -130,8 +139,8 @@ def _catalogue(
 ) -> Catalogue | None:
     whole = requests[0].candidates is None
     weight = config.ranking.popularity_weight
-    place = catalogue_file or (config.data.path if whole or weight else None)
-    if place is None:
+    path = catalogue_file or (config.data.path if whole or weight else None)
+    if path is None:
         if whole:
             raise UserError(
                 f"{requests_file} has no column 'candidates', so the whole catalogue would be ranked: give --catalogue "
@@ -140,10 +149,10 @@ def _catalogue(
         if weight:
             raise UserError(f"ranking.popularity_weight={weight:g} needs --catalogue with a column popularity")
         return None
-    catalogue = read_catalogue(place)
+    catalogue = read_catalogue(path)
     if weight and catalogue.counts is None:
         raise UserError(
-            f"ranking.popularity_weight={weight:g}: {place} does not say how often titles were taken; add a column "
+            f"ranking.popularity_weight={weight:g}: {path} does not say how often titles were taken; add a column "
             "popularity"
         )
     check_against(requests, catalogue, requests_file, config.ranking.exclude_history)
@@ -188,12 +197,12 @@ class PartStore:
 
     def __init__(self, output: Path, key: dict[str, Any]) -> None:
         self._output, self._folder = output, output.with_name(output.name + ".parts")
-        place = self._folder / KEY_FILE
+        key_file = self._folder / KEY_FILE
         self._folder.mkdir(exist_ok=True)
         if any(self._folder.glob("part-*.parquet")):
-            self._require_same(self._read_key(place), key)
+            self._require_same(self._read_key(key_file), key)
         else:
-            write_json(place, key)
+            write_json(key_file, key)
 
     def has(self, number: int) -> bool:
         return self._part(number).exists()
@@ -226,12 +235,12 @@ class PartStore:
         if written != users:
             raise UserError(f"{self._folder}: its parts do not hold each user once; remove the folder and run again")
 
-    def _read_key(self, place: Path) -> dict[str, Any]:
+    def _read_key(self, key_file: Path) -> dict[str, Any]:
         try:
-            return json.loads(place.read_text(encoding="utf-8"))
+            return json.loads(key_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(
-                f"{place}: missing or damaged, so what the parts beside it hold is not known; remove {self._folder}"
+                f"{key_file}: missing or damaged, so what the parts beside it hold is not known; remove {self._folder}"
             ) from None
 
     def _require_same(self, before: dict[str, Any], key: dict[str, Any]) -> None:
@@ -244,54 +253,23 @@ class PartStore:
                 for name in names
             ]
             raise UserError(
-                f"{self._folder}: holds parts of a ranking with another {' and '.join(changed)}; give the same again to "
-                "go on, remove the folder to begin anew, or choose another --output"
+                f"{self._folder}: holds parts of a ranking with another {' and '.join(changed)}; give the same again "
+                "to go on, remove the folder to begin anew, or choose another --output"
             )
 
 
-class _RankActor:
-    """A worker; its model is loaded with the first part, so that a user's mistake comes back as an error of a task."""
+class PartRanker:
+    """What an actor does: ranks the users of one part after the other.
 
-    def __init__(self) -> None:
-        self._ranker: Ranker | None = None
-
-    def rank(
-        self, job: tuple[str, RunConfig, Catalogue | None, int], number: int, requests: list[RankingRequest]
-    ) -> tuple[int, list[dict[str, Any]]]:
-        if self._ranker is None:
-            torch.set_num_threads(max(1, int(job[1].cluster.cpus_per_worker)))
-            self._ranker = Ranker(*job)
-        return number, [vars(self._ranker(request)) for request in requests]
-
-
-def _in_parallel(job: RankJob, numbers: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """(part, its rows) of the parts ``numbers``, as they are finished.
-
-    Raises:
-        UserError: raised by a worker, or the cluster lacks the resources, or a worker kept dying.
+    Args:
+        model, config, catalogue, top: see ``Ranker``.
     """
-    import ray
-    from ray.util import ActorPool
 
-    from dmpo_dist.cluster.train import gpus_per_worker_of, require_resources
+    def __init__(self, model: str, config: RunConfig, catalogue: Catalogue | None, top: int) -> None:
+        self._ranker = Ranker(model, config, catalogue, top)
 
-    cluster = job.config.cluster
-    gpus = gpus_per_worker_of(cluster)
-    require_resources(cluster, gpus)
-    actor = ray.remote(
-        num_cpus=cluster.cpus_per_worker, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1
-    )(_RankActor)
-    shared = ray.put((job.model, job.config, job.catalogue, job.top))
-    pool = ActorPool([actor.remote() for _ in range(min(cluster.workers, len(numbers)))])
-    parts = job.parts
-    try:
-        yield from pool.map_unordered(lambda worker, number: worker.rank.remote(shared, number, parts[number]), numbers)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayActorError:
-        raise UserError(
-            f"a worker died more than cluster.max_failures={cluster.max_failures} times, perhaps for lack of memory; run "
-            "the same command again to go on with the parts that are missing"
-        ) from None
+    def __call__(self, part: tuple[int, list[RankingRequest]]) -> tuple[int, list[dict[str, Any]], str | None]:
+        """(part, its rows, what to tell the user of how they were scored)."""
+        number, requests = part
+        rows = [vars(self._ranker(request)) for request in requests]
+        return number, rows, self._ranker.fallback

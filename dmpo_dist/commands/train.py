@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -28,6 +28,7 @@ from dmpo_dist.modeling.backbone import (
     read_model_config,
     write_stamp,
 )
+from dmpo_dist.objectives.registry import make_objective
 from dmpo_dist.records.environment import describe_environment
 from dmpo_dist.records.log import RunLog
 from dmpo_dist.records.tracking import check_tracking
@@ -50,7 +51,10 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
         UserError: see ``open_run_folder``, ``preflight`` and ``training.worker.run``.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _run_as_rank(kind, config, console, resume)
+        from dmpo_dist.training.worker import run
+
+        job, _ = as_rank(kind, config, console, resume, run)
+        return job.output / "model"
     from dmpo_dist.cluster.gauges import RayGauges
     from dmpo_dist.cluster.train import ray_session, train_with_ray
 
@@ -178,7 +182,8 @@ def _check_plan(job: Job, data: PreparedData) -> None:
     """Whether the data is enough for the plan, and DeepSpeed's configuration one we can train by."""
     config, workers = job.config, job.config.cluster.workers
     make_schedule(job, len(data.train), workers)
-    if job.kind == "train":
+    if job.kind == "preference":
+        make_objective(config.objective)  # refuses a class that cannot be loaded
         require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)
     elif config.sft.history_order == "shuffled":
         require_reorderable(config, data)
@@ -198,8 +203,8 @@ def require_reorderable(config: RunConfig, data: PreparedData) -> None:
         )
 
 
-def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
-    """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` there.
+def open_run_folder(config: RunConfig, resume: bool, data_fingerprint: str | None = None) -> None:
+    """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` (with the fingerprint) there.
 
     Raises:
         UserError: it exists and ``resume`` is not set, it is to be resumed and does not exist or holds another
@@ -215,8 +220,8 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
         changed = _changed_keys(saved, config)
         if changed:
             raise UserError(
-                f"--resume: the configuration differs from {saved} in {', '.join(changed)}; resume with the same settings, or "
-                "start a new run with another output_dir"
+                f"--resume: the configuration differs from {saved} in {', '.join(changed)}; resume with the same "
+                "settings, or start a new run with another output_dir"
             )
         return
     if output.exists() and not _is_free_folder(output):
@@ -226,8 +231,10 @@ def open_run_folder(config: RunConfig, resume: bool, **facts: Any) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(saved, dump_config(config))
-        facts = {"seed": config.seed, "run_id": uuid4().hex} | facts
-        describe_environment().model_copy(update=facts).write(output)
+        known = {"seed": config.seed, "run_id": uuid4().hex}
+        if data_fingerprint is not None:
+            known["data_fingerprint"] = data_fingerprint
+        describe_environment().model_copy(update=known).write(output)
     except OSError as error:
         raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
 
@@ -252,7 +259,7 @@ def _is_free_folder(path: Path) -> bool:
 
 
 def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
-    """A random model and its tokenizer for ``model.path: scratch``, learned from the titles and the template's texts."""
+    """A random model for ``model.path: scratch``, its tokenizer learned from the titles and the template's texts."""
     if data.items is None:
         raise UserError("model.path is scratch, but the data has no catalogue to learn a tokenizer from; give a model")
     template = config.template
@@ -263,39 +270,18 @@ def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
         write_stamp(part, config.template, stage="untuned")
 
 
-def _run_as_rank(kind: Kind, config: RunConfig, console: Console, resume: bool) -> Path:
-    from dmpo_dist.training.worker import run
-
-    job, _ = as_rank(kind, config, console, resume, run)
-    return job.output / "model"
-
-
 def as_rank(
     kind: Kind, config: RunConfig, console: Console, resume: bool, body: Callable[[Job, Runtime], T]
 ) -> tuple[Job, T]:
     """Run ``body`` in this process as one rank of torchrun or srun; rank 0 checks the job and owns the run folder."""
-    from dmpo_dist.training.runtime import ProcessRuntime
+    from dmpo_dist.training.engine import start_process_group
+    from dmpo_dist.training.runtime import ProcessRuntime, from_rank_zero
 
     workers = {"workers": int(os.environ["WORLD_SIZE"])}
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update=workers)})
-    if os.environ["RANK"] == "0":
-        job = _exchange(preflight(kind, config, resume))
-        with RunLog(job, console, append=resume) as log:
-            return job, body(job, _process_runtime(ProcessRuntime, job, log))
-    job = _exchange(None)
-    return job, body(job, _process_runtime(ProcessRuntime, job, lambda record: None))
-
-
-def _process_runtime(runtime: Any, job: Job, sink: Callable[[dict[str, Any]], None]) -> Any:
-    return runtime(job.output / "checkpoints", job.stage.keep_checkpoints, sink)
-
-
-def _exchange(job: Job | None) -> Job:
-    """Rank 0's ``job`` on every rank."""
-    from dmpo_dist.training.engine import start_process_group
-    from dmpo_dist.training.runtime import from_rank_zero
-
+    own = preflight(kind, config, resume) if os.environ["RANK"] == "0" else None
     start_process_group()
-    job = from_rank_zero(job)
+    job = from_rank_zero(own)
     assert job is not None
-    return job
+    with nullcontext(lambda record: None) if own is None else RunLog(job, console, append=resume) as log:
+        return job, body(job, ProcessRuntime(job.output / "checkpoints", job.stage.keep_checkpoints, log))

@@ -2,7 +2,7 @@
 
 from dmpo_dist.config.data import DataConfig, Simulator, Source
 from dmpo_dist.config.evaluation import EvaluationConfig, RankingConfig
-from dmpo_dist.config.load import dump_config, load_config
+from dmpo_dist.config.load import config_of, dump_config, load_config
 from dmpo_dist.config.model import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.config.objective import ObjectiveConfig
 from dmpo_dist.config.run import CONFIG_VERSION, RunConfig
@@ -26,6 +26,7 @@ __all__ = [
     "StageConfig",
     "TemplateConfig",
     "TrainConfig",
+    "config_of",
     "dump_config",
     "load_config",
 ]

@@ -26,7 +26,17 @@ class Simulator(Section):
 
 
 Kind = Literal[
-    "simulator", "movielens", "amazon", "csv", "jsonl", "parquet", "huggingface", "preferences", "sdpo", "dmpo_released"
+    "simulator",
+    "movielens",
+    "amazon",
+    "recbole",
+    "csv",
+    "jsonl",
+    "parquet",
+    "huggingface",
+    "preferences",
+    "sdpo",
+    "dmpo_released",
 ]
 
 
@@ -34,14 +44,16 @@ class Source(Section):
     """Where interactions (or ready preference rows) come from."""
 
     kind: Kind = "simulator"
-    """Interactions: simulator | movielens | amazon (folders in the official layouts) | csv | jsonl | parquet | huggingface.
-    Ready rows: preferences (TRL's) | sdpo (history, itemList, trueSelection) | dmpo_released (the authors' JSON)."""
+    """Interactions: simulator | movielens | amazon (folders in the official layouts) | recbole (a folder of atomic
+    files) | csv | jsonl | parquet | huggingface. Ready rows: preferences (TRL's) | sdpo (history, itemList,
+    trueSelection) | dmpo_released (the authors' JSON)."""
     path: Path | None = None
     """File or folder to read (or a hub id for huggingface); not used by the simulator."""
     items_path: Path | None = None
     """File with item, title and optional genres, when the interactions file holds no titles."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """For csv, jsonl, parquet and huggingface: our column name -> the file's, for user, item, rating, timestamp, title, genres."""
+    """For recbole, csv, jsonl, parquet and huggingface: our column name -> the file's, for user, item, rating,
+    timestamp, title, genres."""
     duplicate_titles: Literal["error", "merge"] = "error"
     """What to do when two items share one title: stop, or merge them into one item (the number is printed)."""
     tolerated_rows: float = Field(0.0, ge=0, lt=1)
@@ -55,8 +67,8 @@ class Source(Section):
     released_negatives: int | None = Field(None, ge=1)
     """For dmpo_released: train on the file ..._dpo_ranking_K.json of this K; None takes the largest."""
     prompts: Literal["rebuild", "original"] = "rebuild"
-    """For dmpo_released: titles by the template here, all negatives of a history in one group; or the authors' prompts, which
-    list two titles, one negative each."""
+    """For dmpo_released: titles by the template here, all negatives of a history in one group; or the authors' prompts,
+    which list two titles, one negative each."""
     simulator: Simulator = Field(default_factory=Simulator)
 
 
@@ -73,10 +85,12 @@ class DataConfig(Section):
     max_history: int = Field(20, ge=1)
     """Keep at most this many of the latest likes as history."""
     k_core: int = Field(1, ge=1)
-    """Keep users and items with at least this many interactions each, repeatedly; it looks at the whole log, future and all."""
+    """Keep users and items with at least this many interactions each, repeatedly; it looks at the whole log, future and
+    all."""
     split: Literal["time", "leave_one_out"] = "time"
-    """time: one cut for all users; leave_one_out: each user's last like is for testing and the one before for validation,
-    so that training knows events from after the requests (the leak check counts them)."""
+    """time: one cut for all users; leave_one_out: each user's last like is for testing and the one before for
+    validation, so that training knows events from after the requests (the leak check counts them), and negatives
+    are never items the user takes later."""
     validation_quantile: float = Field(0.8, gt=0, lt=1)
     """Requests before this quantile of all timestamps are for training (split=time)."""
     test_quantile: float = Field(0.9, gt=0, lt=1)
@@ -84,9 +98,9 @@ class DataConfig(Section):
     train_requests_per_user: int = Field(1, ge=1)
     """Up to this many of a user's latest requests before the cut become training groups."""
     negatives: Literal["uniform", "dislikes", "popularity", "in_batch"] = "uniform"
-    """Training negatives: uniform among unseen items, the user's own low ratings (filled up with uniform), in proportion to
-    popularity, or the positives of other training requests, as a random batch holds them (filled up with uniform).
-    Hard ones are made of prepared data by ``dmpo data hard-negatives``."""
+    """Training negatives: uniform among unseen items, the user's own low ratings (filled up with uniform), in
+    proportion to popularity, or the positives of other training requests, as a random batch holds them (filled up with
+    uniform). Hard ones are made of prepared data by ``dmpo data hard-negatives``."""
     popularity_exponent: float = Field(1.0, gt=0)
     """With negatives=popularity: draw in proportion to popularity to this power."""
     negatives_per_group: int = Field(32, ge=1)
@@ -94,13 +108,13 @@ class DataConfig(Section):
     evaluation_negatives: int = Field(19, ge=1)
     """Negatives next to the positive in each validation and test request."""
     evaluation_candidates: Literal["known", "all"] = "known"
-    """Items that validation and test requests rank: those somebody took before the request, or, with leave_one_out alone,
-    all of the log, as protocols without a clock have it."""
+    """Items that validation and test requests rank: those somebody took before the request, or, with leave_one_out
+    alone, all of the log, as protocols without a clock have it."""
     max_validation_users: int | None = Field(None, ge=1)
     """Keep at most this many validation requests (a seeded sample); None keeps all."""
     stream: bool = False
-    """Prepare a log larger than memory: kind=parquet with a folder of shards, which are sorted and split on disk (needs
-    duckdb, the extra ``stream``). The groups are those of the same log read at once."""
+    """Prepare a log larger than memory: kind=parquet with a folder of shards, which are sorted and split on disk. The
+    groups are those of the same log read at once."""
     stream_memory: str = "1GB"
     """Memory for sorting and joining the shards; Python and the share of users at work come on top, about as much."""
     shots: int | None = Field(None, ge=1)
@@ -124,8 +138,8 @@ class DataConfig(Section):
     def _all_candidates_need_leave_one_out(self) -> "DataConfig":
         if self.evaluation_candidates == "all" and (self.split != "leave_one_out" or self.stream):
             raise ValueError(
-                "evaluation_candidates=all would rank items that nobody had taken yet; set data.split=leave_one_out and "
-                "data.stream=false, or data.evaluation_candidates=known"
+                "evaluation_candidates=all would rank items that nobody had taken yet; set data.split=leave_one_out "
+                "and data.stream=false, or data.evaluation_candidates=known"
             )
         return self
 

@@ -1,6 +1,7 @@
 """Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one schema."""
 
 import difflib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -8,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dmpo_dist.config.objective import BUILT_IN, CUSTOM, options_below
 from dmpo_dist.config.run import RunConfig
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
@@ -23,20 +25,37 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = _merge(merged, _read_layer(layer))
+        merged = _with_layer(merged, _read_layer(layer))
     for override in overrides or []:
         key, sep, raw = override.partition("=")
         if not sep or not key:
             raise UserError(f"override {override!r} is not of the form key=value, for example train.learning_rate=1e-4")
-        merged = _merge(merged, _nest(key.split("."), _parse_value(raw)))
+        merged = _with_layer(merged, _nest(key.split("."), _parse_value(raw)))
+    return _validated(merged, [str(layer) for layer in layers], overrides or [])
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration with ``values`` by dotted key, ``{"train.steps": 20, "model.lora": {}}``, over the defaults.
+
+    Raises:
+        UserError: an unknown key (names the nearest one) or a bad value.
+    """
+    merged: dict[str, Any] = {}
+    for key, value in values.items():
+        merged = _with_layer(merged, _nest(key.split("."), value))
+    return _validated(merged, ["settings"], [])
+
+
+def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) -> RunConfig:
+    """``values`` against the schema; errors name the ``layers`` and ``overrides`` they came from."""
     try:
-        return RunConfig.model_validate(merged)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         # a mistake is the command line's where an override names the key, a section of it, or a key of that section
-        given = [f"{override.partition('=')[0]}." for override in overrides or []]
-        mistaken = [".".join(map(str, e["loc"])) + "." for e in error.errors()]
+        given = [f"{override.partition('=')[0]}." for override in overrides]
+        mistaken = [".".join(_key_path(e)) + "." for e in error.errors()]
         on_line = [any(key.startswith(g) or g.startswith(key) for g in given) for key in mistaken]
-        sources = [] if all(on_line) else [str(layer) for layer in layers]
+        sources = [] if all(on_line) else list(layers)
         sources += ["the command line"] if any(on_line) or not layers else []
         problems = "\n".join(_explain(e) for e in error.errors())
         raise UserError(f"configuration ({', '.join(sources)}):\n{problems}") from None
@@ -132,6 +151,13 @@ def _nest(keys: list[str], value: Any) -> dict[str, Any]:
     return value
 
 
+def _with_layer(merged: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    below, over = merged.get("objective"), layer.get("objective")
+    if isinstance(below, dict) and isinstance(over, dict):
+        merged = merged | {"objective": options_below(below, over)}
+    return _merge(merged, layer)
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
@@ -141,15 +167,37 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
+    path = _key_path(error)
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _all_keys(RunConfig), n=1, cutoff=0.4) or difflib.get_close_matches(
-            path[-1], [k.rsplit(".", 1)[-1] for k in _all_keys(RunConfig)], n=1, cutoff=0.0
+        known = _all_keys(RunConfig)
+        if key in known:
+            return f"  {key}: {_no_option_here(error)}"
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4) or difflib.get_close_matches(
+            path[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.0
         )
         return f"  {key}: unknown key; the nearest known key is {near[0]}"
+    if error["type"] == "union_tag_invalid":  # the objective is the one section with a choice of options
+        name = error["input"].get("name")
+        return f"  {key}.name: must be one of {', '.join(BUILT_IN)}, or give {key}.import_path (got {name!r})"
+    if error["type"] == "union_tag_not_found":
+        return f"  {key}: must be a mapping of options (got {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
     return f"  {key or 'top level'}: {message} (got {error['input']!r})"
+
+
+def _key_path(error: Any) -> list[str]:
+    """The key an error is about; pydantic puts the kind of objective between the section and its options."""
+    path = [str(part) for part in error["loc"]]
+    return [*path[:1], *path[2:]] if path[:1] == ["objective"] else path
+
+
+def _no_option_here(error: Any) -> str:
+    """Why an option that some kind of objective takes is refused for the one that was chosen."""
+    kind = error["loc"][1]
+    if kind == CUSTOM:
+        return "is no option beside objective.import_path; options of your class go into objective.kwargs"
+    return f"is no option of objective.name={kind}; leave it out, or choose the objective that takes it"
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -157,7 +205,13 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        for candidate in [field.annotation, *getattr(field.annotation, "__args__", ())]:
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                keys += _all_keys(candidate, prefix + name + ".")
-    return keys
+        for below in _sections(field.annotation):
+            keys += _all_keys(below, prefix + name + ".")
+    return list(dict.fromkeys(keys))
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field of this type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]

@@ -54,7 +54,8 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     path: str = "scratch"
-    """A model folder or hub id, a folder written by an earlier stage, or "scratch"."""
+    """A model folder or hub id, a folder written by an earlier stage, a GGUF file (converted once), the name of a
+    model that ``dmpo models fetch`` brought, or "scratch"."""
     scratch: ScratchModel = Field(default_factory=ScratchModel)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights and the arithmetic."""

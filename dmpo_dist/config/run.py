@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from dmpo_dist.config.data import DataConfig
 from dmpo_dist.config.evaluation import EvaluationConfig, RankingConfig
 from dmpo_dist.config.model import ModelConfig, TemplateConfig
-from dmpo_dist.config.objective import ObjectiveConfig
+from dmpo_dist.config.objective import DmpoConfig, ObjectiveConfig
 from dmpo_dist.config.section import Section
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.config.tracking import TrackingConfig
@@ -30,7 +30,7 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = Field(default_factory=DmpoConfig)
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

@@ -10,10 +10,10 @@ from dmpo_dist.config.section import Section
 
 class ReferenceConfig(Section):
     cache: Literal["off", "memory", "disk"] = "off"
-    """off runs the frozen reference in every step; memory and disk run it once over the training groups before the first
-    step, which pays from the second epoch on (and saves full fine-tuning its second copy of the model)."""
+    """off runs the frozen reference in every step; memory and disk run it once over the training groups before the
+    first step, which pays from the second epoch on (and saves full fine-tuning its second copy of the model)."""
     path: Path | None = None
-    """Folder for cache=disk, which runs on equal model, data and template share; None puts it in output_dir/reference."""
+    """Folder for cache=disk, shared by runs on equal model, data and template; None: output_dir/reference."""
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -63,15 +63,16 @@ class SFTConfig(StageConfig):
     loss_on: Literal["response", "all_titles"] = "response"
     """Loss on the response alone, or also on every title of the history (its items must then end with {end})."""
     history_order: Literal["given", "shuffled"] = "given"
-    """shuffled permutes each user's titles anew in every epoch, so that any comes to be asked for after any others: more
-    to learn from the same likes where their order says little."""
+    """given, or shuffled: a new random order of each history in every epoch, so that any title is asked for after any
+    others. More to learn from the same likes where their order says little."""
 
 
 class TrainConfig(StageConfig):
     negatives: int = Field(7, ge=1)
     """K: negatives per preference group in each step."""
     self_check: bool = True
-    """Compare one group's fused log-probs with separate rows before the first step, and the first loss with its known value."""
+    """Compare one group's fused log-probs with separate rows before the first step, and the first loss with its known
+    value."""
 
 
 class ClusterConfig(Section):
@@ -85,4 +86,4 @@ class ClusterConfig(Section):
     max_failures: int = Field(2, ge=0)
     """Worker failures survived by going back to the latest checkpoint."""
     storage_path: str | None = None
-    """Shared folder or bucket for checkpoints; None uses the output folder (right for one machine or a shared file system)."""
+    """Shared folder or bucket for checkpoints; None uses the output folder (on one machine or a shared file system)."""

@@ -40,17 +40,17 @@ def data_card(card: DatasetCard) -> str:
         lines += [
             "",
             f"{split}. A request is a like (rating >= {config['rating_threshold']:g}) with at "
-            f"least {config['min_history']} earlier likes; its history is the latest {config['max_history']} of them, all "
-            "strictly before it.",
+            f"least {config['min_history']} earlier likes; its history is the latest {config['max_history']} of them, "
+            "all strictly before it.",
             "",
-            f"Training negatives: {config['negatives_per_group']} per group, {config['negatives']}, among items seen by "
-            f"anybody before the request. Evaluation: {config['evaluation_negatives']} per group, uniform among "
+            f"Training negatives: {config['negatives_per_group']} per group, {config['negatives']}, among items seen "
+            f"by anybody before the request. Evaluation: {config['evaluation_negatives']} per group, uniform among "
             f"{'all items of the log' if everything else 'such items'} the user never took, neither before nor after.",
             "",
             "Dropped likes: `short_history` too few earlier likes; `unseen_positive` nobody took the item before; "
             "`over_limit` the user has enough requests; `few_candidates` too few items to draw negatives from; "
-            "`over_max_validation_users` not in the validation sample; `same_moment` liked in the second of a held-out like, so "
-            "that its history would be the same.",
+            "`over_max_validation_users` not in the validation sample; `same_moment` liked in the second of a held-out "
+            "like, so that its history would be the same.",
         ]
     if card.leaks:
         lines += ["", *findings_table(card.leaks)]

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,21 +14,14 @@ from dmpo_dist.artifacts.dataset import DatasetCard, LeakFinding
 from dmpo_dist.artifacts.files import whole_folder, write_whole
 from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import data_card
-from dmpo_dist.data.groups import Rows
 from dmpo_dist.data.leaks import Finding, check_leaks, finding_lines, findings_to_json, leak_message, leaks
 from dmpo_dist.data.splits import SPLITS
-from dmpo_dist.data.store import FORMAT_VERSION, ROW_FEATURES, PreparedData
+from dmpo_dist.data.store import FORMAT_VERSION, PreparedData, dataset_of, rows_of
 from dmpo_dist.errors import UserError
 
+INTERACTIONS_FILE = "interactions.parquet"
+Rows = dict[str, list[dict[str, Any]]]  # split -> rows with the columns of ``ROW_FEATURES``
 CHECKED_ROWS = 20_000  # of each split, for the leak check of data that was not made in memory
-
-
-class SplitRows(Protocol):
-    """Rows to count and to go over, in memory or read as they are needed."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
 
 
 def check(path: Path, echo: Callable[[str], None]) -> None:
@@ -57,13 +50,15 @@ def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Ca
         UserError: ``output`` exists or cannot be written.
     """
     require_free(output)
-    rows = {split: changed[split] if split in changed else getattr(data, split).to_list() for split in SPLITS}
-    found = {"items": data.items, "interactions": data.interactions}
-    tables = {name: table for name, table in found.items() if table is not None}
-    changed_card = {"notes": [*data.card.notes, note], "fingerprint": fingerprint(rows, data.items)}
-    card = data.card.model_copy(update=changed_card)
-    card.leaks = checked_for_leaks(rows, data.interactions, card, echo, allow=True)
-    write_folder(output, rows, tables, card)
+    rows = {split: dataset_of(changed[split]) if split in changed else getattr(data, split) for split in SPLITS}
+    card = data.card.model_copy(deep=True)
+    card.notes, card.fingerprint = [*data.card.notes, note], fingerprint(rows, data.items)
+    lists = {split: rows[split].to_list() for split in SPLITS}
+    card.leaks = checked_for_leaks(lists, data.interactions, card, echo, allow=True)
+    with whole_folder(output) as folder:
+        write_rows(folder, rows, data.items, card)
+        if data.interactions is not None:
+            data.interactions.to_parquet(folder / INTERACTIONS_FILE, index=False)
     return PreparedData.load(output)
 
 
@@ -93,7 +88,7 @@ def checked_for_leaks(
     return findings_to_json(findings)
 
 
-def fingerprint(rows: Mapping[str, Iterable[Mapping[str, Any]]], items: pd.DataFrame | None) -> str:
+def fingerprint(rows: Mapping[str, Dataset], items: pd.DataFrame | None) -> str:
     """sha256 over items and rows in order; equal on every machine for equal content.
 
     Oracle scores are left out: no model sees them, and their last bits depend on the machine's linear algebra.
@@ -107,7 +102,7 @@ def fingerprint(rows: Mapping[str, Iterable[Mapping[str, Any]]], items: pd.DataF
         add(item)
     for split in SPLITS:
         add(split)
-        for row in rows[split]:
+        for row in rows_of(rows[split]):
             add({key: value for key, value in row.items() if key != "oracle"})
     return digest.hexdigest()
 
@@ -117,50 +112,33 @@ def make_card(
     seed: int,
     name: str,
     notes: list[str],
-    rows: Mapping[str, SplitRows],
-    tables: Mapping[str, pd.DataFrame],
-    log: Mapping[str, Any] | None = None,
+    rows: Mapping[str, Dataset],
+    items: pd.DataFrame | None,
 ) -> DatasetCard:
-    """The card of ``rows`` and ``tables``, but for the findings of the leak check.
-
-    Args:
-        log: cuts and drops, of rows that were made from a log (see ``facts_of``).
-    """
+    """The card of rows that are no log's."""
     content = {
         "format_version": FORMAT_VERSION,
         "name": name,
         "seed": seed,
         "counts": {split: len(rows[split]) for split in SPLITS},
-        "users": {split: len({row["user"] for row in rows[split]}) for split in SPLITS},
+        "users": {split: len(rows[split].unique("user")) for split in SPLITS},
         "cuts": None,
         "dropped": {split: {} for split in SPLITS},
         "notes": notes,
-        "items": "items" in tables,
-        "interactions": "interactions" in tables,
-        "fingerprint": fingerprint(rows, tables.get("items")),
+        "items": items is not None,
+        "interactions": False,
+        "fingerprint": fingerprint(rows, items),
         "config": config.model_dump(mode="json"),
     }
-    return DatasetCard.model_validate(content | dict(log or {}))
+    return DatasetCard.model_validate(content)
 
 
-def write_folder(output: Path, rows: Rows, tables: dict[str, pd.DataFrame], card: DatasetCard) -> None:
-    """Write rows, tables and card to ``output``, which appears whole or not at all."""
-    with whole_folder(output) as partial:
-        for split in (split for split in SPLITS if rows[split]):
-            columns = {name: [row[name] for row in rows[split]] for name in ROW_FEATURES}
-            save_split(Dataset.from_dict(columns, features=ROW_FEATURES), partial / split)
-        for name, table in tables.items():
-            table.to_parquet(partial / f"{name}.parquet", index=False)
-        write_card(partial, card)
-
-
-def save_split(rows: Dataset, folder: Path) -> None:
-    """Save a split; an empty one has no folder, as ``datasets`` cannot read it back."""
-    if len(rows):
-        rows.save_to_disk(str(folder))
-
-
-def write_card(folder: Path, card: DatasetCard) -> None:
-    """The card for programs and for people."""
+def write_rows(folder: Path, rows: Mapping[str, Dataset], items: pd.DataFrame | None, card: DatasetCard) -> None:
+    """Write rows, items and the card for programs and for people; an empty split has no folder."""
+    for split in SPLITS:
+        if len(rows[split]):  # ``datasets`` cannot read an empty one back
+            rows[split].save_to_disk(str(folder / split))
+    if items is not None:
+        items.to_parquet(folder / "items.parquet", index=False)
     card.write(folder)
     write_whole(folder / "card.md", data_card(card))

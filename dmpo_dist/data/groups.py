@@ -1,87 +1,137 @@
 """From a log to rows of preference groups: requests, negatives, titles."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from datasets import Dataset, concatenate_datasets
 
 from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import moment
+from dmpo_dist.data.log import Log, Score
 from dmpo_dist.data.negatives import NegativeSampler
-from dmpo_dist.data.schema import Interactions
-from dmpo_dist.data.sources.simulator import LIKE
-from dmpo_dist.data.splits import SPLITS, Requests, find_requests, k_core, time_cuts
+from dmpo_dist.data.splits import SPLITS, Requests, find_requests
+from dmpo_dist.data.store import dataset_of, on_disk
 from dmpo_dist.errors import UserError
 
-Rows = dict[str, list[dict[str, Any]]]  # split -> rows with the columns of ``ROW_FEATURES``
+
+@dataclass
+class _Found:
+    """What the shares of a log gave.
+
+    Attributes:
+        pieces: split -> the rows of each share that has any.
+        asked: split -> number of requests ``kept`` before candidates were counted, and of likes dropped by reason.
+        dropped: split -> number of likes dropped in the end, by reason.
+        spared: by training group, how many items its user takes later and that were therefore no negatives.
+        shortages: the most negatives that a share's training requests can be given, and the error, where too few.
+    """
+
+    pieces: dict[str, list[Dataset]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    asked: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
+    dropped: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
+    spared: list[int] = field(default_factory=list)
+    shortages: list[tuple[int, UserError]] = field(default_factory=list)
 
 
-def core(log: Interactions, k: int) -> Interactions:
-    """The k-core of ``log``, with what it cost as a note."""
-    if k == 1:
-        return log
-    events = k_core(log.events, k)
-    if events.empty:
-        raise UserError(f"data.k_core={k} leaves nothing of {len(log.events)} interactions; lower it")
-    kept = log.items["item"].isin(events["item"])
-    note = (
-        f"{k}-core of the whole log: {len(events)} of {len(log.events)} interactions, "
-        f"{events['user'].nunique()} of {log.events['user'].nunique()} users, {int(kept.sum())} of {len(kept)} items."
-    )
-    return replace(
-        log,
-        events=events.reset_index(drop=True),
-        items=log.items[kept].reset_index(drop=True),
-        notes=[*log.notes, note],
-        oracle=None if log.oracle is None else log.oracle[:, kept.to_numpy()],
-    )
+def groups_of_log(
+    log: Log, config: DataConfig, seed: int, work: Path, echo: Callable[[str], None]
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """Rows by split, and what the card says about the cuts and drops.
+
+    Args:
+        work: a folder that stays as long as the rows are used: those of a log in several shares lie there.
+        echo: gets the progress of a log in several shares.
+
+    Raises:
+        UserError: no training or test request is left, or negatives run out.
+    """
+    cuts = log.cuts(config.validation_quantile, config.test_quantile) if config.split == "time" else None
+    found = _find_groups(log, cuts, config, seed, work, echo)
+    require_groups(found.asked, log, config)
+    if not found.pieces["train"]:
+        raise max(found.shortages, key=lambda shortage: shortage[0])[1]
+    if config.split == "leave_one_out":
+        log.notes.append(
+            f"No training negative is an item that its user takes later: there were {sum(found.spared)} of those to "
+            f"leave out, in {np.count_nonzero(found.spared)} of {len(found.spared)} groups."
+        )
+    rows = {split: _in_order(found.pieces[split], work / f"{split}.arrow") for split in SPLITS}
+    rows["validation"], left_out = _sampled(rows["validation"], config.max_validation_users, seed)
+    found.dropped["validation"]["over_max_validation_users"] = left_out
+    return rows, {
+        "cuts": cuts and {name: moment(cut) for name, cut in zip(SPLITS[1:], cuts, strict=True)},
+        "dropped": {split: dict(found.dropped[split]) for split in SPLITS},
+    }
 
 
-def groups_of_log(log: Interactions, config: DataConfig, seed: int) -> tuple[Rows, dict[str, Any], list[str]]:
-    """Rows by split, what the card says about the cuts and drops, and notes."""
-    cuts = None
-    if config.split == "time":
-        cuts = time_cuts(log.events["timestamp"].to_numpy(), config.validation_quantile, config.test_quantile)
-    requests = requests_of(log.events, cuts, config)
-    require_groups(
-        {split: (len(found.table), found.dropped) for split, found in requests.items()},
-        len(log.events),
-        log.events["user"].nunique(),
-        int((log.events["rating"] >= config.rating_threshold).sum()),
-        config,
-    )
-    sampler = NegativeSampler(
-        log.events, config.rating_threshold, seed, config.popularity_exponent, requests["train"].table["item"].tolist()
-    )
-    asked = requests["train"].table
-    requests = with_enough_candidates(requests, sampler, config)
-    if requests["train"].table.empty:  # let the request with the most to choose from say what is missing
-        pairs = list(zip(asked["user"], asked["timestamp"], strict=True))
-        best = max(pairs, key=lambda pair: sampler.available_for_training(config.negatives, *pair))
-        sampler.training(config.negatives, *best, config.negatives_per_group)
-    requests["validation"] = _sampled(requests["validation"], config.max_validation_users, seed)
+def _find_groups(
+    log: Log, cuts: tuple[int, int] | None, config: DataConfig, seed: int, work: Path, echo: Callable[[str], None]
+) -> _Found:
+    """The rows of one share of the users after the other, those of several shares on disk."""
+    found = _Found()
+    world = log.world(with_log=config.negatives == "popularity")
     title = dict(zip(log.items["item"], log.items["title"], strict=True))
-    score = _oracle_scores(log)
-    rows = {split: log_rows(requests[split], split, title, sampler, config, score) for split in SPLITS}
-    return rows, facts_of(cuts, {split: requests[split].dropped for split in SPLITS}), _notes(log, config)
+    for number in range(log.shares):
+        events = log.share(number)
+        requests = find_requests(
+            events,
+            cuts,
+            rating_threshold=config.rating_threshold,
+            min_history=config.min_history,
+            max_history=config.max_history,
+            train_requests_per_user=config.train_requests_per_user,
+            first_seen=pd.Series(world.first_seen, index=world.names),
+            unseen_positives=config.evaluation_candidates == "all",
+        )
+        training = requests["train"].table
+        sampler = NegativeSampler(
+            events,
+            config.rating_threshold,
+            seed,
+            config.popularity_exponent,
+            training["item"].tolist(),
+            world,
+            spare_later=config.split == "leave_one_out",
+        )
+        kept = with_enough_candidates(requests, sampler, config)
+        if len(training) and not len(kept["train"].table):
+            found.shortages.append(sampler.shortage(config.negatives, training, config.negatives_per_group))
+        pairs = zip(kept["train"].table["user"], kept["train"].table["timestamp"], strict=True)
+        found.spared += [sampler.spared(user, timestamp) for user, timestamp in pairs]
+        for split in SPLITS:
+            found.asked[split].update({"kept": len(requests[split].table), **requests[split].dropped})
+            found.dropped[split].update(kept[split].dropped)
+            if len(kept[split].table):
+                rows = dataset_of(log_rows(kept[split], split, title, sampler, config, log.score))
+                found.pieces[split].append(rows if log.shares == 1 else on_disk(rows, work / split / str(number)))
+        if log.shares > 1:
+            echo(f"share {number + 1} of {log.shares} of the users: {len(events):,} interactions")
+    return found
 
 
-def requests_of(
-    events: pd.DataFrame, cuts: tuple[int, int] | None, config: DataConfig, first_seen: pd.Series | None = None
-) -> dict[str, Requests]:
-    """``find_requests`` under the configuration."""
-    return find_requests(
-        events,
-        cuts,
-        rating_threshold=config.rating_threshold,
-        min_history=config.min_history,
-        max_history=config.max_history,
-        train_requests_per_user=config.train_requests_per_user,
-        first_seen=first_seen,
-        unseen_positives=config.evaluation_candidates == "all",
-    )
+def _in_order(pieces: list[Dataset], file: Path) -> Dataset:
+    """The rows of all shares sorted as those of a single one are; only their keys are sorted in memory."""
+    if not pieces:
+        return dataset_of([])
+    if len(pieces) == 1:
+        return pieces[0]
+    rows = concatenate_datasets(pieces)
+    keys = rows.select_columns(["timestamp", "user", "positive_item"]).to_pandas()
+    order = keys.sort_values(["timestamp", "user", "positive_item"]).index.to_numpy()
+    return rows.select(order).flatten_indices(cache_file_name=str(file))
+
+
+def _sampled(rows: Dataset, limit: int | None, seed: int) -> tuple[Dataset, int]:
+    """A seeded sample of at most ``limit`` rows, and how many it leaves out."""
+    if limit is None or len(rows) <= limit:
+        return rows, 0
+    kept = np.random.default_rng(seed).choice(len(rows), limit, replace=False)
+    return rows.select(np.sort(kept)).flatten_indices(), len(rows) - limit
 
 
 def evaluated_until(config: DataConfig, timestamp: int) -> int | None:
@@ -89,50 +139,29 @@ def evaluated_until(config: DataConfig, timestamp: int) -> int | None:
     return None if config.evaluation_candidates == "all" else timestamp
 
 
-def facts_of(cuts: tuple[int, int] | None, dropped: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """What the card says about the cuts and drops."""
-    return {
-        "cuts": cuts and {name: moment(cut) for name, cut in zip(SPLITS[1:], cuts, strict=True)},
-        "dropped": dropped,
-    }
-
-
-def _notes(log: Interactions, config: DataConfig) -> list[str]:
-    notes = []
-    singles = int((log.events["user"].value_counts() == 1).sum())
-    if singles:
-        notes.append(f"{singles} users with one interaction give no request.")
-    if log.oracle is not None and config.rating_threshold != LIKE:
-        notes.append(
-            f"The oracle assumes likes at {LIKE}, not at {config.rating_threshold}: it is not the best ranking here."
-        )
-    return notes
-
-
-def require_groups(
-    found: dict[str, tuple[int, dict[str, int]]], n_events: int, n_users: int, n_likes: int, config: DataConfig
-) -> None:
+def require_groups(asked: Mapping[str, Mapping[str, int]], log: Log, config: DataConfig) -> None:
     """Stop when a split that must not be empty is, with the count at every stage.
 
     Args:
-        found: split -> requests kept, and why others were dropped.
+        asked: split -> number of requests ``kept``, and of likes dropped by reason.
     """
-    empty = [split for split in ("train", "test") if not found[split][0]]
+    empty = [split for split in ("train", "test") if not asked[split]["kept"]]
     if not empty:
         return
+    likes = log.count(f"CASE WHEN rating >= {config.rating_threshold} THEN 1 END")
     lines = [
         f"no {' and no '.join(empty)} requests are left after filtering:",
-        f"  {n_events} interactions of {n_users} users",
-        f"  {n_likes} likes (rating >= data.rating_threshold={config.rating_threshold:g})",
+        f"  {log.count()} interactions of {log.count('DISTINCT user')} users",
+        f"  {likes} likes (rating >= data.rating_threshold={config.rating_threshold:g})",
     ]
     for split in SPLITS:
-        kept, dropped = found[split]
-        in_period = kept + sum(dropped.values())
-        with_history = in_period - dropped["short_history"]
+        counts = asked[split]
+        in_period = sum(counts.values())
+        with_history = in_period - counts["short_history"]
         lines.append(
             f"  {split}: {in_period} likes in its period, {with_history} of them with at least "
-            f"data.min_history={config.min_history} likes before, {with_history - dropped['unseen_positive']} of them of an "
-            f"item somebody took before, {kept} kept"
+            f"data.min_history={config.min_history} likes before, {with_history - counts['unseen_positive']} of them "
+            f"of an item somebody took before, {counts['kept']} kept"
         )
     lines.append(
         "loosen data.rating_threshold or data.min_history, or move the cuts data.validation_quantile="
@@ -144,7 +173,7 @@ def require_groups(
 def with_enough_candidates(
     requests: dict[str, Requests], sampler: NegativeSampler, config: DataConfig
 ) -> dict[str, Requests]:
-    """Drop requests so early in the log that too few items were in the world; in a time split only training ones are."""
+    """Drop requests before which too few items had been taken; under a time split these are training requests."""
 
     def enough(split: str, user: str, timestamp: int) -> bool:
         if split == "train":
@@ -162,22 +191,13 @@ def with_enough_candidates(
     return kept
 
 
-def _sampled(requests: Requests, limit: int | None, seed: int) -> Requests:
-    """A seeded sample of at most ``limit`` requests."""
-    table = requests.table
-    if limit is not None and len(table) > limit:
-        kept = np.random.default_rng(seed).choice(len(table), limit, replace=False)
-        table = table.iloc[np.sort(kept)].reset_index(drop=True)
-    return Requests(table, requests.dropped | {"over_max_validation_users": len(requests.table) - len(table)})
-
-
 def log_rows(
     requests: Requests,
     split: str,
     title: Mapping[str, str],
     sampler: NegativeSampler,
     config: DataConfig,
-    score: Callable[[str, list[str]], list[float]] = lambda user, items: [],
+    score: Score,
 ) -> list[dict[str, Any]]:
     """The rows of a split's requests.
 
@@ -209,13 +229,3 @@ def log_rows(
             }
         )
     return rows
-
-
-def _oracle_scores(log: Interactions) -> Callable[[str, list[str]], list[float]]:
-    """A function that scores candidates of a user; it returns [] where the world is unknown."""
-    if log.oracle is None or log.oracle_users is None:
-        return lambda user, items: []
-    oracle = log.oracle
-    row = {user: number for number, user in enumerate(log.oracle_users)}
-    column = {item: number for number, item in enumerate(log.items["item"])}
-    return lambda user, items: oracle[row[user], [column[item] for item in items]].astype(float).tolist()

@@ -232,8 +232,8 @@ def _trained_on_the_future(rows: Mapping[str, Sequence[Row]], timed: bool, leave
 def _candidate_lookup(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None) -> Finding:
     """A classifier that sees the candidates and no user: naive Bayes over items, learnt from the training candidates.
 
-    Popular items are likelier targets than random negatives whatever the user likes, so HR@1 above chance is a leak only
-    where it is also above counting popularity.
+    Popular items are likelier targets than random negatives whatever the user likes, so HR@1 above chance is a leak
+    only where it is also above counting popularity.
     """
     check = "candidate look-up"
     tested = rows["test"] or rows["validation"]
@@ -248,8 +248,9 @@ def _candidate_lookup(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | 
     gain_low, gain_high = _interval(probe - popular)
     verdict: Verdict = "leak" if gain_low > PROBE_GAIN else "warning" if low > chance + PROBE_GAIN else "ok"
     text = (
-        f"From the candidates alone HR@1 is {probe.mean():.3f} [{low:.3f}, {high:.3f}] on {len(tested)} requests; chance is "
-        f"{chance:.3f}, counting popularity gives {popular.mean():.3f} (difference [{gain_low:.3f}, {gain_high:.3f}])."
+        f"From the candidates alone HR@1 is {probe.mean():.3f} [{low:.3f}, {high:.3f}] on {len(tested)} requests; "
+        f"chance is {chance:.3f}, counting popularity gives {popular.mean():.3f} "
+        f"(difference [{gain_low:.3f}, {gain_high:.3f}])."
     )
     if verdict == "warning":
         text += " Random negatives are less popular than targets: show a popularity baseline beside every figure."
@@ -294,7 +295,7 @@ def _popularity_hits(
     candidates: Sequence[list[str]],
     events: pd.DataFrame | None,
 ) -> np.ndarray:
-    """(n,) hits of ranking by popularity: events before the request, else occurrences in the histories of other rows."""
+    """(n,) hits of ranking by popularity: events before the request, else occurrences in other rows' histories."""
     if events is not None:
         times = np.repeat([row["timestamp"] for row in tested], [len(items) for items in candidates])
         flat = counts_before([item for items in candidates for item in items], times, events)
@@ -368,8 +369,8 @@ def _duplicate_titles(rows: Mapping[str, Sequence[Row]]) -> Finding:
     forms = Counter(names.values())
     alike = sorted(title for title, name in names.items() if forms[name] > 1)
     text = (
-        f"{len(twice)} of {len(every)} rows have the target a second time among the negatives; {len(alike)} of {len(names)} "
-        "titles equal another one up to case, HTML and punctuation."
+        f"{len(twice)} of {len(every)} rows have the target a second time among the negatives; {len(alike)} of "
+        f"{len(names)} titles equal another one up to case, HTML and punctuation."
     )
     verdict: Verdict = "leak" if len(twice) > TOLERATED * len(every) else "warning" if twice or alike else "ok"
     figures = {"rows_with_the_target_twice": len(twice), "titles_alike": len(alike)}

@@ -66,6 +66,8 @@ class NegativeSampler:
         exponent: popularity negatives are drawn in proportion to popularity to this power.
         batch: the positives of all training requests, for in-batch negatives.
         world: items and log, where ``events`` are not all of it.
+        spare_later: training negatives are never items the user takes later. Leave-one-out needs it, else a user's
+            held-out likes are drawn as negatives of their training requests; a time split must not look ahead.
     """
 
     def __init__(
@@ -76,10 +78,11 @@ class NegativeSampler:
         exponent: float = 1.0,
         batch: Sequence[str] = (),
         world: World | None = None,
+        spare_later: bool = False,
     ) -> None:
         self._world = world or World.of(events)
         self._names, self._first_seen = self._world.names, self._world.first_seen
-        self._seed = seed
+        self._seed, self._spare_later = seed, spare_later
         log = events.assign(code=codes_of(events["item"], self._names)).sort_values(["timestamp", "user", "code"])
         self._time = log["timestamp"].to_numpy()
         self._code = log["code"].to_numpy()
@@ -92,12 +95,13 @@ class NegativeSampler:
     def training(self, kind: Kind, user: str, timestamp: int, count: int) -> list[str]:
         """``count`` distinct items, none of which the user took at or before ``timestamp``, dislikes apart.
 
-        Nothing after the request plays a part: an item the user takes later may be drawn, as at the time it would have been.
+        Unless later items are spared, nothing after the request plays a part: an item the user takes later may
+        be drawn, as at the time it would have been.
 
         Raises:
             UserError: fewer than ``count`` such items.
         """
-        taken = self._taken(user, timestamp)
+        taken = self._barred(user, timestamp)
         rng = request_stream(self._seed, user, timestamp)
         chosen = np.empty(0, dtype=np.int64)
         if kind == "dislikes":
@@ -127,7 +131,13 @@ class NegativeSampler:
     def available_for_training(self, kind: Kind, user: str, timestamp: int) -> int:
         """How many negatives ``training`` can give this request at most."""
         dislikes = len(self._dislike_codes(user, timestamp)) if kind == "dislikes" else 0
-        return dislikes + self._available(timestamp, self._taken(user, timestamp))
+        return dislikes + self._available(timestamp, self._barred(user, timestamp))
+
+    def spared(self, user: str, timestamp: int) -> int:
+        """How many items known before ``timestamp`` are no training negatives because the user takes them later."""
+        return self._available(timestamp, self._taken(user, timestamp)) - self._available(
+            timestamp, self._barred(user, timestamp)
+        )
 
     def available_for_evaluation(self, user: str, until: int | None) -> int:
         """How many negatives ``evaluation`` can give a user at most."""
@@ -146,6 +156,10 @@ class NegativeSampler:
             rows = rows[self._time[rows] <= until]
         return self._code[rows]
 
+    def _barred(self, user: str, timestamp: int) -> np.ndarray:
+        """Items that are no training negatives of a request."""
+        return self._taken(user, None if self._spare_later else timestamp)
+
     def _dislike_codes(self, user: str, timestamp: int) -> np.ndarray:
         rows = self._rows_of_user[user]
         return self._code[rows[(self._time[rows] < timestamp) & self._disliked[rows]]]
@@ -157,14 +171,24 @@ class NegativeSampler:
         n_known = self._n_known(timestamp)
         return n_known - int(np.count_nonzero(taken < n_known))
 
+    def shortage(self, kind: Kind, requests: pd.DataFrame, count: int) -> tuple[int, UserError]:
+        """The most negatives that any of ``requests`` can be given, too few for ``count``, and the error about it."""
+        pairs = list(zip(requests["user"], requests["timestamp"], strict=True))
+        best = max(pairs, key=lambda pair: self.available_for_training(kind, *pair))
+        try:
+            self.training(kind, *best, count)
+        except UserError as error:
+            return self.available_for_training(kind, *best), error
+        raise AssertionError("there are enough negatives")
+
     def _require(self, count: int, taken: np.ndarray, user: str, timestamp: int | None, key: str) -> None:
         available = self._available(timestamp, taken)
         if available < count:
             when = "" if timestamp is None else f" at {timestamp} ({pd.Timestamp(timestamp, unit='s').isoformat()})"
             world = "are in the log" if timestamp is None else "had been seen by then"
             raise UserError(
-                f"user {user!r}{when}: {count} negatives are asked for, but only {available} items {world} that this user "
-                f"had not taken; lower {key}"
+                f"user {user!r}{when}: {count} negatives are asked for, but only {available} items {world} that this "
+                f"user had not taken; lower {key}"
             )
 
     def _uniform(self, timestamp: int | None, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -183,10 +207,10 @@ class NegativeSampler:
         return np.array(list(dict.fromkeys(usable.tolist())), dtype=np.int64)[:count]
 
     def _by_popularity(self, timestamp: int, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Distinct items, drawn one after the other in proportion to their interactions before ``timestamp``, to a power.
+        """Distinct items, drawn one by one in proportion to their interactions before ``timestamp``, to a power.
 
-        At power 1 an event drawn uniformly from the log names an item in that proportion; skipping what is taken or drawn already
-        leaves the right distribution over the rest. Where the rest is rare, it is counted instead.
+        At power 1 an event drawn uniformly from the log names an item in that proportion; skipping what is taken or
+        drawn already leaves the right distribution over the rest. Where the rest is rare, it is counted instead.
         """
         n_events = int(np.searchsorted(self._world.log_time, timestamp, side="left"))
         n_known = self._n_known(timestamp)
@@ -207,7 +231,7 @@ class NegativeSampler:
         return np.fromiter(chosen, dtype=np.int64, count=len(chosen))[:count]
 
     def _counts(self, n_events: int, n_known: int) -> np.ndarray:
-        """(n_known,) interactions of each item in the first ``n_events`` of the log; cheap where calls come in time order."""
+        """(n_known,) interactions of each item in the first ``n_events`` of the log; cheap for calls in time order."""
         if n_events < self._counted:
             self._counted, self._counter = 0, np.zeros_like(self._counter)
         self._counter += np.bincount(self._world.log_code[self._counted : n_events], minlength=len(self._counter))

@@ -20,6 +20,6 @@ def require_prepared(path: Path | None) -> Path:
         raise UserError(f"{path}: no such folder of prepared data; write it with `dmpo data prepare data.path={path}`")
     if not (path / DatasetCard.FILE).is_file():
         raise UserError(
-            f"{path}: not prepared data (it has no {DatasetCard.FILE}); data.path must be what `dmpo data prepare` wrote"
+            f"{path}: not prepared data (it has no {DatasetCard.FILE}); give what `dmpo data prepare` wrote"
         )
     return path

@@ -1,20 +1,34 @@
 """From a source to a folder of preference groups: read, split, draw negatives, write."""
 
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from dmpo_dist.artifacts.dataset import DatasetCard
+from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.config.data import DataConfig, Source
 from dmpo_dist.data.card import summary
-from dmpo_dist.data.folder import checked_for_leaks, make_card, require_free, write_folder
-from dmpo_dist.data.groups import core, groups_of_log
+from dmpo_dist.data.database import Database
+from dmpo_dist.data.folder import (
+    CHECKED_ROWS,
+    INTERACTIONS_FILE,
+    checked_for_leaks,
+    make_card,
+    require_free,
+    sample_rows,
+    write_rows,
+)
+from dmpo_dist.data.groups import groups_of_log
+from dmpo_dist.data.log import open_log
 from dmpo_dist.data.sources.preferences import Preferences, load_preferences
-from dmpo_dist.data.sources.read import READY_ROWS, load_interactions
+from dmpo_dist.data.sources.read import READY_ROWS
 from dmpo_dist.data.sources.released import load_released, load_sdpo
 from dmpo_dist.data.splits import SPLITS
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.store import PreparedData, dataset_of
 
 
 def prepare(
@@ -35,31 +49,60 @@ def prepare(
     """
     output = Path(output)
     require_free(output)
-    if config.stream:
-        from dmpo_dist.data.streaming import prepare_stream
+    with whole_folder(output) as folder:
+        if config.source.kind in READY_ROWS:
+            _prepare_ready_rows(config, seed, folder, echo, allow_leaks)
+        else:
+            _prepare_log(config, seed, folder, echo, allow_leaks)
+    return PreparedData.load(output)
 
-        prepare_stream(config, seed, output, echo, allow_leaks)
-        return PreparedData.load(output)
-    tables: dict[str, pd.DataFrame] = {}
-    if config.source.kind in READY_ROWS:
-        preferences = _ready_rows(config.source, seed)
-        rows = {split: _preference_rows(preferences, split) for split in SPLITS}
-        titles = preferences.catalogue()
-        if titles is not None:
-            tables["items"] = pd.DataFrame({"item": titles, "title": titles, "genres": ""})
-        card = make_card(config, seed, preferences.name, preferences.notes, rows, tables)
-        card.users, card.shown_at = preferences.users(), preferences.shown_at()
-    else:
-        log = core(load_interactions(config.source, seed), config.k_core)
-        rows, facts, notes = groups_of_log(log, config, seed)
-        tables = {"items": log.items, "interactions": log.events}
-        card = make_card(config, seed, log.name, [*log.notes, *notes], rows, tables, facts)
+
+def _prepare_ready_rows(
+    config: DataConfig, seed: int, folder: Path, echo: Callable[[str], None], allow_leaks: bool
+) -> None:
+    preferences = _ready_rows(config.source, seed)
+    rows = {split: _preference_rows(preferences, split) for split in SPLITS}
+    titles, items = preferences.catalogue(), None
+    if titles is not None:
+        items = pd.DataFrame({"item": titles, "title": titles, "genres": ""})
+    splits = {split: dataset_of(rows[split]) for split in SPLITS}
+    card = make_card(config, seed, preferences.name, preferences.notes, splits, items)
+    card.users, card.shown_at = preferences.users(), preferences.shown_at()
     for note in card.notes:
         echo(note)
-    card.leaks = checked_for_leaks(rows, tables.get("interactions"), card, echo, allow_leaks)
+    card.leaks = checked_for_leaks(rows, None, card, echo, allow_leaks)
+    write_rows(folder, splits, items, card)
     echo(summary(card))
-    write_folder(output, rows, tables, card)
-    return PreparedData.load(output)
+
+
+def _prepare_log(config: DataConfig, seed: int, folder: Path, echo: Callable[[str], None], allow_leaks: bool) -> None:
+    start = time.monotonic()
+    work = folder / "work"
+    work.mkdir()
+    with Database(work, config.stream_memory) if config.stream else Database() as database:
+        log = open_log(config, seed, database, echo)
+        rows, cuts_and_drops = groups_of_log(log, config, seed, work, echo)
+        card = make_card(config, seed, log.name, log.notes, rows, log.items)
+        card = DatasetCard.model_validate(card.content() | {"interactions": True} | cuts_and_drops)
+        if config.stream and max(map(len, rows.values())) > CHECKED_ROWS:
+            card.notes.append(
+                f"Leak check on {CHECKED_ROWS} rows of a split at equal distances, and on their users' events."
+            )
+        for note in card.notes:
+            echo(note)
+        checked = {split: sample_rows(rows[split]) if config.stream else rows[split].to_list() for split in SPLITS}
+        asked = {row["user"] for part in checked.values() for row in part}
+        events = log.events_of(asked) if config.stream else log.share(0)
+        card.leaks = checked_for_leaks(checked, events, card, echo, allow_leaks)
+        write_rows(folder, rows, log.items, card)
+        log.write(folder / INTERACTIONS_FILE)
+        size = log.count()
+    del rows  # their files may be in ``work``
+    shutil.rmtree(work)
+    echo(summary(card))
+    if config.stream:
+        seconds = time.monotonic() - start
+        echo(f"{size:,} interactions in {seconds:,.0f} s, {size / seconds:,.0f} per second")
 
 
 def _ready_rows(source: Source, seed: int) -> Preferences:

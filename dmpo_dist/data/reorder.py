@@ -12,10 +12,10 @@ from dmpo_dist.errors import UserError
 class ReorderedGroups:
     """The groups of some users under a random order of each user's titles: ``(index, epoch) -> PreferenceGroup``.
 
-    A user's titles are those of all their groups' histories and positives. In each epoch they are permuted anew, the last
-    ones become the positives of the user's groups, and what stands before a positive its history, as long as the longest
-    history of all groups. So every title comes to be asked for, after any of the others. Negatives are left out: they
-    belong to the old positives.
+    A user's titles are those of all their groups' histories and positives. In each epoch they are permuted anew, the
+    last ones become the positives of the user's groups, and what stands before a positive its history, as long as the
+    longest history of all groups. So every title comes to be asked for, after any of the others. Negatives are left
+    out: they belong to the old positives.
 
     A group depends on its index, the epoch and the seed alone, so that ranks agree and a resumed run goes on alike.
     """
@@ -63,5 +63,6 @@ def require_histories(prompts: Iterable[str | None]) -> None:
     """Raise UserError for groups with a finished prompt, which have no titles to reorder."""
     if any(prompt is not None for prompt in prompts):
         raise UserError(
-            "sft.history_order=shuffled needs histories, but the data holds finished prompts; set sft.history_order=given"
+            "sft.history_order=shuffled needs histories, but the data holds finished prompts; set "
+            "sft.history_order=given"
         )

@@ -47,8 +47,8 @@ def read_requests(path: Path) -> list[RankingRequest]:
     Lists are lists in Parquet and titles separated by ``|`` in CSV.
 
     Raises:
-        UserError: no such file or column, no rows, a user twice, an empty history, no candidates or one of them twice; the
-            message names file, user and row.
+        UserError: no such file or column, no rows, a user twice, an empty history, no candidates or one of them twice;
+            the message names file, user and row.
     """
     columns, rows = _read(path, "--requests", ("user", "history"), ("candidates",))
     users = [None if user is None else str(user).strip() for user in columns["user"]]

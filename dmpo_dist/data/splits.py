@@ -1,4 +1,4 @@
-"""Which requests a log can be asked, split by global time or per user: a like, and what was known strictly before it."""
+"""The requests a log can be asked, split by global time or per user: a like, and what was known strictly before."""
 
 from dataclasses import dataclass
 
@@ -24,19 +24,9 @@ class Requests:
 
 
 def time_cuts(timestamps: np.ndarray, validation_quantile: float, test_quantile: float) -> tuple[int, int]:
-    """The two timestamps that part training, validation and test: quantiles of all events, taken from the log itself."""
+    """The two timestamps that part training, validation and test: quantiles of all events of the log."""
     cuts = np.quantile(timestamps, [validation_quantile, test_quantile], method="higher")
     return int(cuts[0]), int(cuts[1])
-
-
-def k_core(events: pd.DataFrame, k: int) -> pd.DataFrame:
-    """The largest part of ``events`` in which every user and every item has at least ``k`` of them; maybe none."""
-    while True:
-        few = [events.groupby(column, sort=False)[column].transform("size") < k for column in ("user", "item")]
-        thin = few[0] | few[1]
-        if not thin.any():
-            return events
-        events = events[~thin]
 
 
 def likes(events: pd.DataFrame, rating_threshold: float) -> pd.DataFrame:

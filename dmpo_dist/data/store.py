@@ -1,7 +1,7 @@
 """The prepared folder: reading it back, and one row as a preference group."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
 
 FORMAT_VERSION = 1
+ROWS_AT_ONCE = 1000
 ROW_FEATURES = Features(
     {
         "user": Value("string"),
@@ -87,7 +88,7 @@ class PreparedData:
 
 
 def few_fingerprint(fingerprint: str, shots: int | None) -> str:
-    """The fingerprint of the data that a run on ``shots`` training groups sees; of all of it, for None, its own."""
+    """The fingerprint of data of which a run sees ``shots`` training groups; None keeps all and the fingerprint."""
     return fingerprint if shots is None else hashlib.sha256(f"{fingerprint} {shots} shots".encode()).hexdigest()
 
 
@@ -109,8 +110,25 @@ def groups_from_rows(rows: Dataset) -> list[PreferenceGroup]:
     return [group_from_row(row) for row in rows.select_columns(columns).to_list()]
 
 
+def dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Rows with the columns of ``ROW_FEATURES`` as a split."""
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in ROW_FEATURES}, features=ROW_FEATURES)
+
+
+def on_disk(rows: Dataset, folder: Path) -> Dataset:
+    """The same rows, read from ``folder`` as they are used."""
+    rows.save_to_disk(str(folder))
+    return load_from_disk(str(folder))
+
+
+def rows_of(split: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows of a split, of which one batch at a time is in memory."""
+    for batch in split.with_format("arrow").iter(ROWS_AT_ONCE):
+        yield from batch.to_pylist()
+
+
 def _few(train: Dataset, shots: int, path: Path) -> Dataset:
-    """The ``shots`` groups first by a hash of their content, in their old order: nested for any two numbers."""
+    """The ``shots`` groups that come first by a hash of their content, in their old order: nested for any numbers."""
     if shots > len(train):
         raise UserError(f"data.shots={shots}, but {path} holds {len(train)} training groups; lower data.shots")
     keys = zip(*(train[name][:] for name in ("user", "timestamp", "history", "positive", "prompt")), strict=True)
@@ -133,7 +151,7 @@ def _read_card(path: Path) -> DatasetCard:
 def _read_split(folder: Path, count: int) -> Dataset:
     """The rows of a split; an empty split has no folder."""
     if count == 0:
-        return Dataset.from_dict({name: [] for name in ROW_FEATURES}, features=ROW_FEATURES)
+        return dataset_of([])
     try:
         dataset = load_from_disk(str(folder))
     # Broken arrow files surface as whatever the arrow reader tripped over.

@@ -140,13 +140,17 @@ def _read_bytes(path: Path, encoding: str) -> bytes:
 
 def pick(frame: pd.DataFrame, columns: dict[str, str], path: Path, advice: str) -> pd.DataFrame:
     """The columns under our names; ``advice`` says how to mend a missing one, with our name for {column}."""
+    require_columns(columns, list(frame.columns), path, advice)
+    return frame[list(columns.values())].set_axis(list(columns), axis=1)
+
+
+def require_columns(columns: dict[str, str], there: list[str], path: Path, advice: str) -> None:
+    """Raise UserError for the first of ``columns`` (our name -> the file's) that is not ``there``; see ``pick``."""
     for ours, theirs in columns.items():
-        if theirs not in frame.columns:
-            exist = ", ".join(map(repr, frame.columns))
+        if theirs not in there:
             todo = advice.format(column=ours)
             if ours == "rating":
                 todo += "; a log without ratings wants a column of ones and data.rating_threshold=1"
-            if len(frame.columns) == 1:
+            if len(there) == 1:
                 todo = "fields must be separated by commas (by tabs in a .tsv file)"
-            raise UserError(f"{path}: no column {theirs!r}; the file has {exist}; {todo}")
-    return frame[list(columns.values())].set_axis(list(columns), axis=1)
+            raise UserError(f"{path}: no column {theirs!r}; the file has {', '.join(map(repr, there))}; {todo}")

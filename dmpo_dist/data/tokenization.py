@@ -137,8 +137,8 @@ class GroupTokenizer:
     def _continue(self, prompt_ids: list[int], response: str) -> tuple[int, list[int]] | None:
         """What ``_whole`` gives, from how ``response`` comes out after the template's tail; None where that may differ.
 
-        A row of BPE ids is right if each pair of neighbours is. So the ids of the tail that the response changes, and one
-        more before them that it does not, must stand at the end of this prompt too.
+        A row of BPE ids is right if each pair of neighbours is. So the ids of the tail that the response changes, and
+        one more before them that it does not, must stand at the end of this prompt too.
         """
         if response not in self._after_tail:
             ids = self._ids(self.template.tail + response)

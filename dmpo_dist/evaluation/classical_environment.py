@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dmpo_dist.cache import cache_folder
 from dmpo_dist.errors import UserError
 
 REQUIREMENTS = ("rectools[torch]==0.19.0", "torch==2.13.0", "pyarrow==21.0.0")
@@ -31,9 +32,8 @@ FOREIGN = (
 
 def default_environment() -> Path:
     """A folder in the user's cache, another one for other versions."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(repr((REQUIREMENTS, sys.version_info[:2])).encode()).hexdigest()[:12]
-    return cache / "dmpo_dist" / f"baselines-{key}"
+    return cache_folder() / f"baselines-{key}"
 
 
 def run_environment() -> dict[str, str]:

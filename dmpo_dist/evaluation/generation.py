@@ -8,7 +8,7 @@ import torch
 
 from dmpo_dist.batching.trie import PromptMemory, TitleTrie, prompt_part, trie_part
 from dmpo_dist.data.template import Template
-from dmpo_dist.evaluation.catalogue import LogProbs
+from dmpo_dist.modeling.scoring import Forward
 
 
 class Beam(NamedTuple):
@@ -19,16 +19,14 @@ class Beam(NamedTuple):
 
 
 @torch.no_grad()
-def beam_search(
-    log_probs: LogProbs, prefix: list[int], trie: TitleTrie, beams: int, device: torch.device
-) -> list[Beam]:
+def beam_search(forward: Forward, prefix: list[int], trie: TitleTrie, beams: int, device: torch.device) -> list[Beam]:
     """At most ``beams`` titles, best first, each a title of the trie.
 
-    Level by level the ``beams`` best unfinished beginnings are kept, so with as many beams as titles nothing is lost and
-    the result is the full ranking.
+    Level by level the ``beams`` best unfinished beginnings are kept, so with as many beams as titles nothing is lost
+    and the result is the full ranking.
 
     Args:
-        log_probs: a ``LogProbModel`` whose attention is ``trie_attention``.
+        forward: of a model whose attention is ``trie_attention``.
         prefix: ids of the prompt.
         trie: of all titles.
         beams: kept beginnings; at least one.
@@ -42,7 +40,7 @@ def beam_search(
     finished: list[Beam] = []
     level, part = trie.children(np.array([-1])), prompt_part(prefix, trie, memory)
     while True:
-        values = log_probs(part.to(device)).double().cpu().numpy()
+        values = forward(part.to(device)).double().cpu().numpy()
         before = np.where(trie.parent[level] >= 0, totals[trie.parent[level]], 0.0)
         totals[level] = before + np.where(trie.scored[level], values, 0.0)
         finished += [Beam(title, totals[n]) for n in level.tolist() for title in titles_at.get(n, ())]
@@ -70,8 +68,8 @@ def generate_freely(
 ) -> list[str]:
     """What ``model`` writes greedily after each prompt, up to the end of a response.
 
-    transformers fills what a generation configuration leaves open from the model's own (sampling, temperature, penalties,
-    suppressed tokens); so the model's own is put aside meanwhile.
+    transformers fills what a generation configuration leaves open from the model's own (sampling, temperature,
+    penalties, suppressed tokens); so the model's own is put aside meanwhile.
 
     Args:
         model: a transformers causal LM or a PEFT model around one, with the attention of ordinary rows
@@ -118,7 +116,7 @@ def valid_ratio(generated: Sequence[str], template: Template, titles: Sequence[s
 
 
 def _written(tokenizer: Any, template: Template, prompt: list[int], new: list[int]) -> str:
-    """The text of ``new`` behind ``prompt``, without its end; decoded together, as a decoder may drop a leading space."""
+    """The text of ``new`` without its end; decoded with ``prompt``, as a decoder may drop a leading space."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     before, whole = tokenizer.decode(prompt, **options), tokenizer.decode(prompt + new, **options)
     return whole[len(before) :].split(template.terminator, 1)[0]

@@ -13,7 +13,7 @@ Score = Callable[[Dataset], list[np.ndarray]]
 
 
 def order_spread(score: Score, rows: Dataset, scores: Sequence[np.ndarray], requests: int, seed: int) -> dict[str, Any]:
-    """Score some requests again, with candidates shuffled ``ORDERS`` times, and with other neighbours in the packed rows.
+    """Score some requests again, with candidates shuffled ``ORDERS`` times and with other neighbours in packed rows.
 
     Args:
         score: rows -> per request (1 + K,), the positive first.
@@ -32,7 +32,7 @@ def order_spread(score: Score, rows: Dataset, scores: Sequence[np.ndarray], requ
     shuffled = [_shuffled(score, few, rng) for _ in range(ORDERS)]
     order = rng.permutation(len(few))
     moved = score(few.select(order))
-    packed = [moved[place] for place in np.argsort(order)]
+    packed = [moved[index] for index in np.argsort(order)]
     return {"candidates": _spread(before, shuffled), "packing": _spread(before, [packed])}
 
 

@@ -1,26 +1,89 @@
-"""One user's titles ranked by a model: what a worker of `dmpo rank` does."""
+"""What titles are ranked by, and one user's titles in that order: what a worker of `dmpo rank` does."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
-from dmpo_dist.data.schema import PreferenceGroup
-from dmpo_dist.data.template import make_template
-from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
+from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.catalogue import TitleScorer, adjusted
-from dmpo_dist.modeling.backbone import (
-    ModelSource,
-    enforce_template,
-    find_model,
-    load_for_scoring,
-    load_tokenizer,
-    read_model_config,
-)
+from dmpo_dist.modeling.backbone import ModelSource, find_model, read_model_config
+from dmpo_dist.modeling.ranking_model import RankingModel
+
+
+class TitleScorer:
+    """A model and its reference under ``config.ranking``: length, popularity and reference corrections.
+
+    Args:
+        model: model folder or hub id.
+        config: gives template, model, evaluation and ranking settings.
+        catalogue: gives the titles' popularity.
+        reference: model folder or hub id whose log-probs can be subtracted; None for none.
+
+    Attributes:
+        policy: the model.
+        reference: the other one, if any; an adapter's base shares its weights.
+
+    Raises:
+        UserError: a model, reference or template that cannot be used, or a popularity weight without popularity.
+    """
+
+    def __init__(self, model: str, config: RunConfig, catalogue: Catalogue | None, reference: str | None) -> None:
+        self._path, self._config = model, config
+        self.policy = load_ranking_model(model, config)
+        self.reference = None if reference is None else self.policy.reference(reference)
+        self._log_popularity = self._popularity_of(catalogue) if config.ranking.popularity_weight else None
+
+    def scores(
+        self, groups: Sequence[TokenGroup], titles: Sequence[str], user: str, whole_catalogue: bool
+    ) -> np.ndarray:
+        """(n, R) float64, what ``titles`` are ranked by after each of n prompts, see ``adjusted``.
+
+        Args:
+            groups: n prompts of ``user``, each with ``titles`` as its responses.
+            whole_catalogue: there are too many titles to pack.
+
+        Raises:
+            UserError: a score that is not finite, or a title without popularity where that is corrected for.
+        """
+        ranking = self._config.ranking
+        log_probs = log_probs_of(self.policy, groups, whole_catalogue)
+        references: Sequence[np.ndarray | None] = [None] * len(groups)
+        if ranking.reference is not None and self.reference is not None:
+            references = log_probs_of(self.reference, groups, whole_catalogue)
+        popularity = self._popularity(titles)
+        scores = np.stack([
+            adjusted(own, scored_lengths(group), other, popularity, ranking.length_normalize, ranking.popularity_weight)
+            for own, other, group in zip(log_probs, references, groups, strict=True)
+        ])  # fmt: skip
+        if not np.isfinite(scores).all():
+            raise UserError(
+                f"--model {self._path}: a score of user {user!r} is not finite; its training diverged or its weights "
+                f"are damaged, or model.dtype={self._config.model.dtype} is too narrow: try model.dtype=float32"
+            )
+        return scores
+
+    def _popularity_of(self, catalogue: Catalogue | None) -> dict[str, float]:
+        if catalogue is None or catalogue.counts is None:
+            raise UserError(
+                f"ranking.popularity_weight={self._config.ranking.popularity_weight:g} needs --catalogue with a column "
+                "popularity, or prepared data in data.path"
+            )
+        return dict(zip(catalogue.titles, np.log1p(catalogue.counts).tolist(), strict=True))
+
+    def _popularity(self, titles: Sequence[str]) -> np.ndarray | None:
+        """(R,) log(1 + count) of the titles where rankings are corrected by it."""
+        known = self._log_popularity
+        if known is None:
+            return None
+        missing = next((title for title in titles if title not in known), None)
+        if missing is not None:
+            raise UserError(
+                f"ranking.popularity_weight: {missing!r} is not in the catalogue; add it, or leave the weight out"
+            )
+        return np.array([known[title] for title in titles])
 
 
 @dataclass(frozen=True)
@@ -46,29 +109,10 @@ class Ranker:
     """
 
     def __init__(self, model: str, config: RunConfig, catalogue: Catalogue | None, top: int) -> None:
-        source = find_model(model)
-        tokenizer = load_tokenizer(source)
-        template = make_template(enforce_template(source.stamp, config.template, model), tokenizer)
-        self._tokenize = GroupTokenizer(tokenizer, template, config.model.max_length)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model, self._config, self._catalogue, self._top = model, config, catalogue, top
-        reference = reference_of(source, config.ranking.reference)
-        base = source.is_adapter and reference == source.base
-        self._policy = self._load(model, base)
-        self._reference: Callable[[TokenGroup], np.ndarray] | None = None
-        if base:
-            self._reference = lambda group: self._policy(group, "reference")
-        elif reference is not None:
-            if load_tokenizer(find_model(reference)).get_vocab() != tokenizer.get_vocab():
-                raise UserError(
-                    f"ranking.reference={reference}: has another tokenizer than {model}, so their log-probs cannot be "
-                    "compared; name a model with the same one"
-                )
-            self._reference = self._load(reference, False)
-        counts = catalogue.counts if catalogue else None
-        self._log_popularity = (
-            dict(zip(catalogue.titles, np.log1p(counts), strict=True)) if catalogue and counts is not None else None
-        )
+        reference = reference_of(find_model(model), config.ranking.reference)
+        self._scorer = TitleScorer(model, config, catalogue, reference)
+        self._titles = catalogue.titles if catalogue else ()
+        self._exclude_history, self._top = config.ranking.exclude_history, top
 
     def __call__(self, request: RankingRequest) -> RankedTitles:
         """Rank ``request``.
@@ -76,63 +120,83 @@ class Ranker:
         Raises:
             UserError: a prompt that does not fit into ``model.max_length``, or scores that are not finite.
         """
-        candidates = np.array(request.candidates or (self._catalogue.titles if self._catalogue else ()), dtype=object)
+        candidates = np.array(request.candidates or self._titles, dtype=object)
         scores = self.scores(request, candidates)
-        if not np.isfinite(scores).all():
-            raise UserError(
-                f"--model {self._model}: a score of user {request.user!r} is not finite; its training diverged or its "
-                f"weights are damaged, or model.dtype={self._config.model.dtype} is too narrow: try model.dtype=float32"
-            )
-        if request.candidates is None and self._config.ranking.exclude_history:
+        if request.candidates is None and self._exclude_history:
             new = ~np.isin(candidates, request.history)
             candidates, scores = candidates[new], scores[new]
         order = np.argsort(-scores, kind="stable")[: self._top]
         return RankedTitles(request.user, candidates[order].tolist(), scores[order].tolist())
 
     def scores(self, request: RankingRequest, candidates: np.ndarray) -> np.ndarray:
-        """(R,) float64, what ``candidates`` (R titles) are ranked by."""
-        first, *rest = candidates.tolist()
-        group = self._tokenize(PreferenceGroup(request.user, 0, request.history, first, tuple(rest)))
-        lengths = np.array([len(b) - s for b, s in zip(group.branches, group.scored_from, strict=True)])
-        weight = self._config.ranking.popularity_weight
-        popularity = None
-        if weight and self._log_popularity is not None:
-            popularity = np.array([self._log_popularity[title] for title in candidates])
-        return adjusted(
-            self._policy(group), lengths,
-            reference=self._reference(group) if self._reference else None,
-            log_popularity=popularity,
-            length_normalize=self._config.ranking.length_normalize,
-            popularity_weight=weight,
-        )  # fmt: skip
+        """(R,) float64, what ``candidates`` (R titles) are ranked by; raises as a call does."""
+        titles = candidates.tolist()
+        group = self._scorer.policy.token_group(request.history, titles, request.user)
+        return self._scorer.scores([group], titles, request.user, whole_catalogue=True)[0]
 
-    def _load(self, path: str, base_too: bool) -> TitleScorer:
-        model = load_for_scoring(path, self._config.model).to(self._device)
-        unshared = self._config.model.attention == "unshared"
-        budget = self._config.evaluation.token_budget
-        return TitleScorer(model, budget, self._device, unshared, "adapter_off" if base_too else None)
+    @property
+    def fallback(self) -> str | None:
+        """Why separate rows are scored where prompts were to be shared; see ``TokenScorer``."""
+        models = [self._scorer.policy, *([self._scorer.reference] if self._scorer.reference else [])]
+        return next(filter(None, (model.load_weights().fallback for model in models)), None)
 
 
-def reference_of(source: ModelSource, asked: str | None) -> str | None:
+def load_ranking_model(path: str, config: RunConfig) -> RankingModel:
+    """``RankingModel.load`` by a run's template, model and evaluation settings."""
+    return RankingModel.load(path, config.model, config.template, config.evaluation.token_budget)
+
+
+def log_probs_of(model: RankingModel, groups: Sequence[TokenGroup], whole_catalogue: bool) -> list[np.ndarray]:
+    """For each group (R,) float64 log-probs: packed, or one catalogue after the other."""
+    return [model.score_catalogue(group) for group in groups] if whole_catalogue else model.score_groups(groups)
+
+
+def scored_lengths(group: TokenGroup) -> np.ndarray:
+    """(R,) int64, scored tokens of each response."""
+    return np.array([len(row) - start for row, start in zip(group.branches, group.scored_from, strict=True)])
+
+
+def adjusted(
+    log_probs: np.ndarray,
+    lengths: np.ndarray,
+    reference: np.ndarray | None = None,
+    log_popularity: np.ndarray | None = None,
+    length_normalize: bool = False,
+    popularity_weight: float = 0.0,
+) -> np.ndarray:
+    """What titles are ranked by: (log pi - log pi_ref) / length - a * log popularity; arrays of (R,).
+
+    Args:
+        log_probs: summed over each title's tokens.
+        lengths: these tokens, the end counted.
+        reference: log-probs of another model, to be subtracted.
+        log_popularity: on whatever scale; a constant does not change a ranking.
+        length_normalize: divide by ``lengths``.
+        popularity_weight: the a above.
+    """
+    scores = log_probs if reference is None else log_probs - reference
+    scores = scores / lengths if length_normalize else scores
+    return scores if log_popularity is None else scores - popularity_weight * log_popularity
+
+
+def reference_of(source: ModelSource, asked: str | None, option: str = "ranking.reference=") -> str | None:
     """Folder or hub id of the model whose log-probs are subtracted; None for none.
 
+    Args:
+        asked: ``base``, ``start``, a model folder or a hub id.
+        option: what the user sets it by, for errors.
+
     Raises:
-        UserError: the model has no base or does not say what it started from.
+        UserError: the model has no base or does not say what it started from, or there is no such model.
     """
     if asked == "base":
         if not source.is_adapter:
-            raise UserError(
-                f"ranking.reference=base: {source.path} is a whole model without a base; name a folder, or start"
-            )
+            raise UserError(f"{option}base: {source.path} is a whole model without a base; name a folder, or start")
         return source.base
     if asked == "start":
-        start = source.stamp.start
-        if not start:
-            raise UserError(
-                f"ranking.reference=start: {source.path} does not say what it was started from; name that model's folder"
-            )
-        find_model(start)
-        return start
+        asked = source.stamp.start
+        if not asked:
+            raise UserError(f"{option}start: {source.path} does not say what it was started from; name that model")
     return find_model(asked).path if asked else None
 
 

@@ -75,20 +75,20 @@ class WholeCatalogue:
         items, self._log = require_catalogue(data)
         self._data, self._fitting_log = data, fitting_log(data, "test")
         self.items, self.titles = items["item"].to_numpy(), items["title"].to_numpy()
-        place = {item: index for index, item in enumerate(self.items.tolist())}
+        index_of = {item: index for index, item in enumerate(self.items.tolist())}
         test = data.test
         self._users, self._times = test["user"][:], test["timestamp"][:]
         self.requests = len(test)
         log = self._log[self._log["user"].isin(set(self._users))]
-        by_user = {user: (part["item"].map(place).to_numpy(), part["timestamp"].to_numpy())
+        by_user = {user: (part["item"].map(index_of).to_numpy(), part["timestamp"].to_numpy())
                    for user, part in log.groupby("user", sort=False)}  # fmt: skip
         self._candidates = []
         for user, time, positive in zip(self._users, self._times, test["positive_item"][:], strict=True):
             taken, when = by_user.get(user, (np.empty(0, np.int64), np.empty(0, np.int64)))
             left = np.ones(len(self.items), dtype=bool)
             left[taken[when < time]] = False
-            left[place[positive]] = False
-            self._candidates.append(np.concatenate([[place[positive]], np.flatnonzero(left)]))
+            left[index_of[positive]] = False
+            self._candidates.append(np.concatenate([[index_of[positive]], np.flatnonzero(left)]))
 
     def baselines(self, names: Sequence[str], config: RunConfig) -> dict[str, Ranked]:
         """Those of ``names`` that need no environment of their own."""
@@ -110,7 +110,7 @@ class WholeCatalogue:
         parts, start = [], 0
         for scores in blocks:
             candidates = self._candidates[start : start + len(scores)]
-            own = [row[places] for row, places in zip(scores, candidates, strict=True)]
+            own = [row[columns] for row, columns in zip(scores, candidates, strict=True)]
             parts.append(_ranked(own, candidates))
             start += len(scores)
         assert start == len(self._candidates), "every request is scored"
@@ -127,8 +127,6 @@ class WholeCatalogue:
         parts = []
         for user, history, candidates in rows:
             scores = ranker.scores(RankingRequest(user, tuple(history), None), self.titles)
-            if not np.isfinite(scores).all():
-                raise UserError(f"{path}: a score of user {user!r} is not finite; try model.dtype=float32")
             parts.append(_ranked([scores[candidates]], [candidates]))
             advance(1)
         return _joined(parts)

@@ -128,7 +128,9 @@ def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig
     values = [block.get(axis, defaults[axis]) for axis in AXES]
     for dataset, shots, seed, *others in product(*values[:3], *(block[axis] for axis in free), *values[3:]):
         k, objective = others[-2:]
-        options = {"name": base.objective.name} | (objective if isinstance(objective, dict) else {"name": objective})
+        options = objective if isinstance(objective, dict) else {"name": objective}
+        name = options["import_path"].rpartition(":")[2] if "import_path" in options else base.objective.name
+        options = {"name": name} | options
         yield _make_cell(grid, dataset, (shots, seed, k), options, tuple(zip(free, others[:-2], strict=True)))
 
 

@@ -17,8 +17,8 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import oracle_scores
 from dmpo_dist.evaluation.metrics import METRICS, ranking_metrics
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
-from dmpo_dist.evaluation.scoring import score_requests
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, model_settings, to_evaluate
 
@@ -35,7 +35,7 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
         scores: dict[str, list[np.ndarray]] = {}
         for name, path in part.measured.items():
             with console.status(f"scoring {part.title} on {dataset}"):
-                scores[name] = score_requests(str(path), part.config, data[dataset].test)
+                scores[name] = load_ranking_model(str(path), part.config).score_rows(data[dataset].test)
             if not all(np.isfinite(candidates).all() for candidates in scores[name]):
                 raise UserError(f"{path}: scores on {dataset} are not finite; its training diverged")
         about = {

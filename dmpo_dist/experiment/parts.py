@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dmpo_dist.commands.quickstart import continued_config
 from dmpo_dist.commands.train import require_reorderable
-from dmpo_dist.config import ObjectiveConfig, ReferenceConfig, RunConfig, TrainConfig
+from dmpo_dist.config import ReferenceConfig, RunConfig, TrainConfig
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -61,8 +61,13 @@ class Part:
     continued: str | None = None
 
     @property
-    def stage(self) -> Kind:
-        """The command it is trained by."""
+    def kind(self) -> Kind:
+        """Of the stage it is trained by."""
+        return "preference" if self.role == "cell" else "sft"
+
+    @property
+    def stage(self) -> Literal["sft", "train"]:
+        """That stage's section of the configuration."""
         return "train" if self.role == "cell" else "sft"
 
     @property
@@ -136,7 +141,7 @@ def _part(
     stage = "train" if role == "cell" else "sft"
     changes: dict[str, Any] = {"output_dir": folder / stage}
     if stage == "sft":  # shared by cells that differ in these
-        changes |= {"train": TrainConfig(), "objective": ObjectiveConfig(), "reference": ReferenceConfig()}
+        changes |= {"train": TrainConfig(), "objective": RunConfig().objective, "reference": ReferenceConfig()}
     if config.tracking.wandb or config.tracking.mlflow:
         shown = config.tracking.name or f"{FOLDERS[role]}/{name}"
         changes["tracking"] = config.tracking.model_copy(update={"name": shown})

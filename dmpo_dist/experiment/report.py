@@ -21,13 +21,22 @@ from dmpo_dist.figures.study import (
     draw_k_sweep,
     draw_matrix,
 )
+from dmpo_dist.tables import Table, markdown, texts
 
 SHOWN = ("hr@1", "ndcg@10", "auc")
 PICTURES = {
-    FEW_SHOT_FILE: (draw_few_shot, "Few-shot curves: means over seeds, bars 95 % over users and seeds, small points single seeds."),
-    K_SWEEP_FILE: (draw_k_sweep, "Accuracy, preference loss and how far it fell over the number of negatives; before training S-DPO's loss is log(1 + K), the others' log 2."),
+    FEW_SHOT_FILE: (
+        draw_few_shot,
+        "Few-shot curves: means over seeds, bars 95 % over users and seeds, small points single seeds.",
+    ),
+    K_SWEEP_FILE: (
+        draw_k_sweep,
+        "Accuracy, preference loss and how far it fell over the number of negatives; before training S-DPO's loss is "
+        "log(1 + K), the others' log 2.",
+    ),
     MATRIX_FILE: (draw_matrix, "Trained on one dataset, evaluated on another."),
-}  # fmt: skip
+}
+"""File -> what draws it, and its caption."""
 
 
 def write_report(
@@ -132,11 +141,11 @@ def _with_interval(row: pd.Series, form: str = ".3f") -> str:
 
 
 def _as_markdown(rows: Sequence[dict[str, object]]) -> str:
-    last = [name for name in dict.fromkeys(name for row in rows for name in row)]
-    first = [name for name in ("model", "axes", "K", "groups", "seeds", "trained on") if name in last]
-    columns = [*first, *(name for name in last if name not in first)]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |" for row in rows)])
+    names = dict.fromkeys(name for row in rows for name in row)
+    first = [name for name in ("model", "axes", "K", "groups", "seeds", "trained on") if name in names]
+    columns = [*first, *(name for name in names if name not in first)]
+    cells = texts([[row.get(name, "") for name in columns] for row in rows])
+    return markdown(Table("", columns, cells, text_columns=len(columns)))
 
 
 def _write(frame: pd.DataFrame, file: Path) -> None:
@@ -146,9 +155,10 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
 
 HOW = """## How to read it
 
-All models of a dataset rank the same test candidates. A figure is the mean over seeds (of training; data and candidates stay) and
-its interval a 95 % bootstrap over users and seeds, the one that `dmpo evaluate NAME@SEED=FOLDER` gives: what other users and other
-seeds would give; with one seed other users alone, as in `experiment.parquet`, which has each seed by itself. The pictures show
-each seed as a point. Differences are paired, user by user and seed by seed. Losses are means over the last fifth of
-the training steps. `experiment.parquet` has a row for every model, dataset and metric, `curves.parquet` validation and
-training loss by step; every model is a run folder that `dmpo runs list` reads."""
+All models of a dataset rank the same test candidates. A figure is the mean over seeds (of training; data and
+candidates stay) and its interval a 95 % bootstrap over users and seeds, the one that `dmpo evaluate NAME@SEED=FOLDER`
+gives: what other users and other seeds would give; with one seed other users alone, as in `experiment.parquet`, which
+has each seed by itself. The pictures show each seed as a point. Differences are paired, user by user and seed by
+seed. Losses are means over the last fifth of the training steps. `experiment.parquet` has a row for every model,
+dataset and metric, `curves.parquet` validation and training loss by step; every model is a run folder that `dmpo runs
+list` reads."""

@@ -65,7 +65,7 @@ def _train_one(part: Part, resume: bool, heading: Callable[[Part], str], console
     say(console, heading(part) + (", from its latest checkpoint" if resume else ""))
     begin(part)
     try:
-        run_stage(part.stage, part.config, console, resume)
+        run_stage(part.kind, part.config, console, resume)
     except (UserError, RuntimeError) as error:  # of this part alone: diverged, out of memory
         record_failure(part, error, console)
 
@@ -76,7 +76,7 @@ def _train_together(parts: list[Part], heading: Callable[[Part], str], console: 
         for part in parts:
             begin(part)
         try:
-            run_stages([(heading(part), part.stage, part.config) for part in parts], console)
+            run_stages([(heading(part), part.kind, part.config) for part in parts], console)
             return
         except UserError as error:
             parts = [part for part in parts if not trained(part)]

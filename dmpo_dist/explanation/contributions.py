@@ -9,7 +9,7 @@ Method = Literal["margin", "log_prob"]
 """How a title's scores become one value; see ``title_values``."""
 
 Removed = frozenset[int]
-"""Places in the history of the items that are taken away."""
+"""Indices of the history items that are taken away."""
 
 Score = Callable[[Sequence[Removed]], np.ndarray]
 """n sets of removed items -> (n, R) scores of a request's R candidates without them."""
@@ -42,9 +42,9 @@ def title_ranks(scores: np.ndarray, item: int) -> np.ndarray:
 
 
 def rivals(scores: np.ndarray, item: int, below: int) -> list[int]:
-    """Ascending places of ``item``, of all candidates (R,) that score higher or the same, and of the next ``below``.
+    """Ascending indices of ``item``, of all candidates (R,) that score higher or the same, and of the next ``below``.
 
-    So its rank among them is its rank among all, and stays so for other scores unless a title from further below overtakes.
+    Its rank among them is its rank among all, and with other scores too, unless a title from further below overtakes.
     """
     behind = np.flatnonzero(scores < scores[item])
     nearest = behind[np.argsort(-scores[behind], kind="stable")[:below]]
@@ -56,7 +56,7 @@ class Outcomes:
 
     Args:
         score: scores the candidates of one request.
-        item: the title's place among them.
+        item: the title's index among them.
         method: see ``title_values``.
     """
 
@@ -89,6 +89,6 @@ def singles(items: int) -> list[Removed]:
 
 
 def leave_one_out(values: Values, items: int) -> np.ndarray:
-    """(items,) contribution of each history item, c_i = v(history) - v(history without i): positive speaks for the title."""
+    """(items,) contributions c_i = v(history) - v(history without i): a positive one speaks for the title."""
     whole, *without = values([frozenset(), *singles(items)])
     return whole - np.array(without)

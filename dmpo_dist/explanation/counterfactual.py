@@ -18,7 +18,7 @@ class Counterfactual:
 
     Attributes:
         top: the n of the top n.
-        removed: places in the history, ascending.
+        removed: indices of history items, ascending.
         rank_before, rank_after: with the whole history and without ``removed``.
         crosses: whether the title leaves the top n, or enters it where it was outside; where nothing found does,
             ``removed`` is the single item with the largest effect, or nothing.
@@ -59,7 +59,7 @@ def nearest_counterfactual(outcomes: Outcomes, items: int, top: int, budget: int
 
 
 def usual_top(rank: int, candidates: int) -> int:
-    """The first of ``CUTOFFS`` that holds ``rank`` and is smaller than ``candidates`` (two or more), else the largest that is."""
+    """The first of ``CUTOFFS`` that holds ``rank``, or the largest; all below ``candidates``, which are two or more."""
     possible = [n for n in CUTOFFS if n < candidates]
     return next((n for n in possible if rank <= n), possible[-1])
 
@@ -75,7 +75,8 @@ def sentence(found: Counterfactual, titles: Sequence[str]) -> str:
     if not found.removed:
         rest = (" or rises" if found.rank_before > 1 else "") if falls else " or falls"
         return f"{nothing}; without any single item it stays at rank {found.rank_before}{rest}."
-    return f"{nothing}; without {_listed([titles[i] for i in found.removed])} it {_move(found)}, the most a single item does."
+    without = _listed([titles[i] for i in found.removed])
+    return f"{nothing}; without {without} it {_move(found)}, the most a single item does."
 
 
 def _move(found: Counterfactual) -> str:
@@ -120,8 +121,10 @@ class _Search:
         ]
 
     def greedily(self, start: Removed, budget: int) -> Removed:
-        """``start`` and one item after another, always the one that moves furthest, until it crosses or ``budget`` is spent;
-        then without what turns out not to be needed."""
+        """``start`` and one item after another until it crosses or ``budget`` is spent, always what moves furthest.
+
+        Then items that turn out not to be needed are put back.
+        """
         chosen, spent = start, 0
         while not self.crosses(chosen) and len(chosen) < self._items - 1:
             wider = [chosen | {i} for i in range(self._items) if i not in chosen]

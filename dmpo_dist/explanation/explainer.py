@@ -1,24 +1,19 @@
 """Questions answered by a model: contributions, counterfactuals and the words of a title; see ``contributions.py``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
+from dmpo_dist.batching.layout import group_cost
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue
-from dmpo_dist.data.schema import PreferenceGroup
-from dmpo_dist.data.template import make_template
-from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
-from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.catalogue import adjusted
+from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.evaluation.ranking import TitleScorer, log_probs_of
 from dmpo_dist.explanation.contributions import Method, Outcomes, Removed, leave_one_out, rivals, singles
 from dmpo_dist.explanation.counterfactual import Counterfactual, nearest_counterfactual, usual_top
 from dmpo_dist.explanation.questions import Question, among
-from dmpo_dist.explanation.scoring import LoadedModel, Which, needs_trie
 from dmpo_dist.explanation.tokens import Piece, readable_pieces, sum_pieces
-from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 
 USUAL_BUDGET = 200
 """Pairs of history items tried for a counterfactual: all of those of 20 items."""
@@ -109,32 +104,20 @@ class Explainer:
         self, model: str, config: RunConfig, reference: str | None, catalogue: Catalogue | None, method: Method,
         rivals: int,
     ) -> None:  # fmt: skip
-        source = find_model(model)
-        self._tokenizer = load_tokenizer(source)
-        self._template = make_template(enforce_template(source.stamp, config.template, model), self._tokenizer)
-        self._tokenize = GroupTokenizer(self._tokenizer, self._template, config.model.max_length)
-        self._path, self._config, self._method, self._rivals = model, config, method, rivals
-        self._base = source.is_adapter and reference == source.base
-        if reference is not None and not self._base:
-            _require_same_tokenizer(reference, self._tokenizer, model)
-        self._which: Which = "reference" if self._base else "policy"  # how the reference is asked for
-        self._reference_path = reference
-        self._log_popularity = _log_popularity(catalogue, config.ranking.popularity_weight)
+        self._scorer = TitleScorer(model, config, catalogue, reference)
+        self._model = self._scorer.policy
+        self._token_budget, self._method, self._rivals = config.evaluation.token_budget, method, rivals
 
     def load(self, questions: Sequence[Question]) -> None:
-        """Load what scores ``questions``: packed rows, or a trie where their candidates are too many.
+        """Load what scores ``questions``, and see whether their candidates are too many to pack.
 
         Raises:
             UserError: a prompt that does not fit into ``model.max_length``, or weights that cannot be loaded.
         """
         # a generator: of whole catalogues there is one in memory at a time
-        groups = (self._tokenize(_group(q.user, q.history, q.candidates)) for q in questions)
-        self.whole_catalogue = needs_trie(groups, self._config.evaluation.token_budget)
-        load = partial(LoadedModel, config=self._config, catalogue=self.whole_catalogue)
-        self._policy = load(self._path, base_too=self._base)
-        self._reference: LoadedModel | None = None
-        if self._reference_path is not None:
-            self._reference = self._policy if self._base else load(self._reference_path, base_too=False)
+        groups = (self._model.token_group(q.history, q.candidates, q.user) for q in questions)
+        self.whole_catalogue = needs_trie(groups, self._token_budget)
+        self._model.load_weights()
 
     def subject(self, question: Question) -> Subject:
         """``question`` with its prompt, and where it names no title, about the one ranked first.
@@ -142,9 +125,9 @@ class Explainer:
         A whole catalogue is scored once, for the whole history; what is left of that is scored for the title's rivals.
         """
         ranked = len(question.candidates)
-        before = self._tokenize.dropped_titles
-        group = self._tokenize(_group(question.user, question.history, question.candidates))
-        history = question.history[self._tokenize.dropped_titles - before :]
+        before = self._model.encode.dropped_titles
+        group = self._model.token_group(question.history, question.candidates, question.user)
+        history = question.history[self._model.encode.dropped_titles - before :]
         narrow = self.whole_catalogue and 0 < self._rivals < ranked
         if question.item is None or narrow:
             scores = self._scores([group], question)[0]
@@ -154,25 +137,30 @@ class Explainer:
 
         def score(removed: Sequence[Removed]) -> np.ndarray:
             kept = [tuple(title for i, title in enumerate(history) if i not in one) for one in removed]
-            return self._scores([self._tokenize(_group(question.user, k, question.candidates)) for k in kept], question)
+            groups = [self._model.token_group(titles, question.candidates, question.user) for titles in kept]
+            return self._scores(groups, question)
 
         assert question.item is not None
         return Subject(question, ranked, history, Outcomes(score, question.item, self._method))
 
     def words(self, subjects: Sequence[Subject]) -> list[Words]:
         """For each subject what training did to its title; nothing without a reference."""
-        if self._reference is None or not subjects:
+        reference = self._scorer.reference
+        if reference is None or not subjects:
             return [Words([], np.empty(0), None) for _ in subjects]
+        titles = [(subject.question.candidates[subject.item],) for subject in subjects]
         groups = [
-            self._tokenize(_group(s.question.user, s.history, (s.question.candidates[s.item],))) for s in subjects
+            self._model.token_group(subject.history, title, subject.question.user)
+            for subject, title in zip(subjects, titles, strict=True)
         ]
-        policy, reference = self._policy.token_scores(groups), self._reference.token_scores(groups, self._which)
+        of_policy, of_reference = self._model.token_scores(groups), reference.token_scores(groups)
         words = []
-        for subject, group, ours, theirs in zip(subjects, groups, policy, reference, strict=True):
+        for subject, group, ours, theirs in zip(subjects, groups, of_policy, of_reference, strict=True):
             pieces = self._pieces(subject, group)
-            whole = [self._tokenize(_group(subject.question.user, subject.history, subject.question.candidates))]
-            change = self._policy.scores(whole)[0] - self._reference.scores(whole, self._which)[0]
-            others = float(np.delete(change, subject.item).mean())
+            question = subject.question
+            whole = [self._model.token_group(subject.history, question.candidates, question.user)]
+            before, after = (log_probs_of(model, whole, self.whole_catalogue)[0] for model in (reference, self._model))
+            others = float(np.delete(after - before, subject.item).mean())
             words.append(Words([piece.text for piece in pieces], sum_pieces(pieces, ours - theirs), others))
         return words
 
@@ -201,66 +189,22 @@ class Explainer:
 
     def _scores(self, groups: list[TokenGroup], question: Question) -> np.ndarray:
         """(n, R) what the candidates are ranked by, see ``adjusted``."""
-        ranking = self._config.ranking
-        lengths = [np.array([len(b) - s for b, s in zip(g.branches, g.scored_from, strict=True)]) for g in groups]
-        references: Sequence[np.ndarray | None] = [None] * len(groups)
-        if ranking.reference is not None and self._reference is not None:
-            references = self._reference.scores(groups, self._which)
-        popularity = self._popularity(question)
-        scores = np.stack([
-            adjusted(ours, length, theirs, popularity, ranking.length_normalize, ranking.popularity_weight)
-            for ours, theirs, length in zip(self._policy.scores(groups), references, lengths, strict=True)
-        ])  # fmt: skip
-        if not np.isfinite(scores).all():
-            raise UserError(
-                f"--model {self._path}: a score of user {question.user!r} is not finite; its training diverged or its weights "
-                f"are damaged, or model.dtype={self._config.model.dtype} is too narrow: try model.dtype=float32"
-            )
-        return scores
+        return self._scorer.scores(groups, question.candidates, question.user, self.whole_catalogue)
 
     def _allows_empty_history(self) -> bool:
-        """Whether anything stands before a response whose prompt has no history: a begin token or the template's text."""
-        return bool(self._template.render(()).text)
-
-    def _popularity(self, question: Question) -> np.ndarray | None:
-        """(R,) log(1 + count) of the candidates where rankings are corrected by it."""
-        known = self._log_popularity
-        if known is None:
-            return None
-        missing = next((title for title in question.candidates if title not in known), None)
-        if missing is not None:
-            raise UserError(
-                f"ranking.popularity_weight: {missing!r} is not in the catalogue; add it, or leave the weight out"
-            )
-        return np.array([known[title] for title in question.candidates])
+        """Whether a prompt without a history has any text: a begin token, or what the template puts around it."""
+        return bool(self._model.template.render(()).text)
 
     def _pieces(self, subject: Subject, group: TokenGroup) -> list[Piece]:
-        prompt = self._template.render(subject.history).text
-        text = prompt + self._template.render_response(subject.question.candidates[subject.item])
-        encoded = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        prompt = self._model.template.render(subject.history).text
+        text = prompt + self._model.template.render_response(subject.question.candidates[subject.item])
+        encoded = self._model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         scored = group.branches[0][group.scored_from[0] :]
         assert encoded.ids[-len(scored) :] == scored, "prompt and response are tokenized together"
-        end = len(text) - len(self._template.terminator)
+        end = len(text) - len(self._model.template.terminator)
         return readable_pieces(text, encoded.offsets[-len(scored) :], len(prompt), end)
 
 
-def _group(user: str, history: tuple[str, ...], candidates: tuple[str, ...]) -> PreferenceGroup:
-    return PreferenceGroup(user, 0, history, candidates[0], candidates[1:])
-
-
-def _log_popularity(catalogue: Catalogue | None, weight: float) -> dict[str, float] | None:
-    if not weight:
-        return None
-    if catalogue is None or catalogue.counts is None:
-        raise UserError(
-            f"ranking.popularity_weight={weight:g} needs --catalogue with a column popularity, or prepared data in data.path"
-        )
-    return dict(zip(catalogue.titles, np.log1p(catalogue.counts).tolist(), strict=True))
-
-
-def _require_same_tokenizer(reference: str, tokenizer: object, model: str) -> None:
-    if load_tokenizer(find_model(reference)).get_vocab() != tokenizer.get_vocab():  # pyrefly: ignore
-        raise UserError(
-            f"--reference {reference}: has another tokenizer than {model}, so their log-probs cannot be compared; name a "
-            "model with the same one"
-        )
+def needs_trie(groups: Iterable[TokenGroup], token_budget: int) -> bool:
+    """Whether a group's responses, packed behind their prompt, would take more than a row of ``token_budget``."""
+    return any(group_cost(group, shared=True).tokens > token_budget for group in groups)

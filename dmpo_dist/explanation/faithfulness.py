@@ -40,8 +40,8 @@ class Deletion:
     def areas(self) -> dict[str, float]:
         """How far each comparison's first curve is below its second, see ``area_between``.
 
-        ``attribution_vs_random_after_first`` leaves out the first step, which leave-one-out wins by construction; it takes three
-        items.
+        ``attribution_vs_random_after_first`` leaves out the first step, which leave-one-out wins by construction; it
+        takes three items.
         """
         random = self.random.mean(axis=0)
         areas = {
@@ -53,11 +53,6 @@ class Deletion:
         if len(random) > 2:
             areas["attribution_vs_random_after_first"] = area_between(random, self.attribution, first=2)
         return areas
-
-
-def deletion_curve(values: Values, order: Sequence[int]) -> np.ndarray:
-    """(n,) values without the first k items of ``order``, k = 0 .. n - 1: the last one always stays."""
-    return values([frozenset(order[:k]) for k in range(len(order))])
 
 
 def area_between(upper: np.ndarray, lower: np.ndarray, first: int = 1) -> float:
@@ -86,8 +81,8 @@ def delete(user: str, values: Values, contributions: np.ndarray, orders: int, rn
 def summarise(deletions: Sequence[Deletion], samples: int, seed: int) -> dict[str, Any]:
     """Mean areas with 95 % bootstrap intervals over users, sign tests and mean curves, as plain JSON types.
 
-    A user's area is the mean over that user's requests. The sign test counts users whose area is above and below 0 (none
-    of them at 0) and gives the two-sided binomial p-value of that split.
+    A user's area is the mean over that user's requests. The sign test counts users whose area is above and below 0
+    (none of them at 0) and gives the two-sided binomial p-value of that split.
     """
     of_user: dict[str, dict[str, list[float]]] = {}  # comparison -> user -> areas
     for deletion in deletions:

@@ -14,7 +14,7 @@ from dmpo_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Question:
-    """Why does a title have its place for a user?
+    """Why is a title at its rank for a user?
 
     Attributes:
         user: of the request.
@@ -22,7 +22,7 @@ class Question:
         history_items: their item ids; the titles themselves where there are none.
         candidates: distinct titles that are ranked.
         candidate_items: their item ids, likewise.
-        item: place of the explained title among the candidates; None for the one ranked first.
+        item: index of the explained title among the candidates; None for the one ranked first.
     """
 
     user: str
@@ -34,23 +34,23 @@ class Question:
 
 
 def questions_of_data(
-    data: PreparedData, places: Sequence[int], catalogue: Catalogue | None, exclude_taken: bool = True
+    data: PreparedData, indices: Sequence[int], catalogue: Catalogue | None, exclude_taken: bool = True
 ) -> list[Question]:
     """Test requests of ``data`` and their positives.
 
     Args:
-        places: which test requests, see ``places_of_user`` and ``sampled``.
+        indices: which test requests, see ``indices_of_user`` and ``sampled``.
         catalogue: rank among its titles; None for the request's own candidates.
         exclude_taken: leave the catalogue's titles out that the user took before.
 
     Raises:
         UserError: rows that are finished prompts without a history.
     """
-    rows = data.test.select(places).to_list()
+    rows = data.test.select(indices).to_list()
     if any(row["prompt"] is not None for row in rows):
         raise UserError(
-            f"{data.path} was made from ready preferences: their prompts are finished texts without a list of history items, "
-            "so there is nothing to leave out; give --requests with the columns user, history and candidates"
+            f"{data.path} was made from ready preferences: their prompts are finished texts without a list of history "
+            "items, so there is nothing to leave out; give --requests with the columns user, history and candidates"
         )
     questions = [_of_row(row) for row in rows]
     if catalogue is None:
@@ -83,32 +83,32 @@ def questions_of_requests(
         candidates = request.candidates or tuple(t for t in catalogue.titles if t not in taken)  # pyrefly: ignore
         if len(candidates) < 2:
             raise UserError(
-                f"--requests: user {request.user!r} has fewer than two titles to choose from ({len(candidates)}), so there is no "
-                "ranking to explain; give more candidates"
+                f"--requests: user {request.user!r} has fewer than two titles to choose from ({len(candidates)}), so "
+                "there is no ranking to explain; give more candidates"
             )
         out.append(Question(request.user, request.history, request.history, candidates, candidates, None))
     return out
 
 
-def among(question: Question, places: Sequence[int]) -> Question:
-    """``question``, whose item is known, with no candidates but those at ``places``, the item's one of them."""
+def among(question: Question, indices: Sequence[int]) -> Question:
+    """``question``, whose item is known, with no candidates but those at ``indices``, the item's one of them."""
     return replace(
         question,
-        candidates=tuple(question.candidates[place] for place in places),
-        candidate_items=tuple(question.candidate_items[place] for place in places),
-        item=list(places).index(question.item),  # pyrefly: ignore
+        candidates=tuple(question.candidates[index] for index in indices),
+        candidate_items=tuple(question.candidate_items[index] for index in indices),
+        item=list(indices).index(question.item),  # pyrefly: ignore
     )
 
 
-def places_of_user(user: str, users: Sequence[str], where: str) -> list[int]:
-    """The places of ``user`` among ``users``, those of the requests in ``where``.
+def indices_of_user(user: str, users: Sequence[str], where: str) -> list[int]:
+    """The indices of ``user`` among ``users``, those of the requests in ``where``.
 
     Raises:
         UserError: there is none (names the nearest).
     """
-    places = [place for place, one in enumerate(users) if one == user]
-    if places:
-        return places
+    indices = [index for index, one in enumerate(users) if one == user]
+    if indices:
+        return indices
     distinct = list(dict.fromkeys(users))
     raise UserError(
         f"--user {user}: not among the {len(distinct)} users of {where}, such as {', '.join(distinct[:5])}"
@@ -117,7 +117,7 @@ def places_of_user(user: str, users: Sequence[str], where: str) -> list[int]:
 
 
 def sampled(count: int, total: int, seed: int) -> list[int]:
-    """A seeded sample of at most ``count`` of ``total`` places, ascending."""
+    """A seeded sample of at most ``count`` of ``total`` indices, ascending."""
     if count >= total:
         return list(range(total))
     return np.sort(np.random.default_rng(seed).choice(total, count, replace=False)).tolist()
@@ -146,13 +146,14 @@ def asked(question: Question, wanted: str, titles: dict[str, str]) -> Question:
         raise UserError(f"--item {wanted!r}: no such title or item id{advice}")
     if title in question.history:
         raise UserError(
-            f"--item {wanted!r}: user {question.user!r} has it in the history already, so it is not among the titles ranked; "
-            "choose another"
+            f"--item {wanted!r}: user {question.user!r} has it in the history already, so it is not among the titles "
+            "ranked; choose another"
         )
     few = ", ".join(repr(one) for one in question.candidates[:5])
     raise UserError(
-        f"--item {wanted!r}: {title!r} is not among the {len(question.candidates)} candidates of user {question.user!r}; choose "
-        f"one of them ({few} ...), or give --catalogue to rank among all titles the user has not taken"
+        f"--item {wanted!r}: {title!r} is not among the {len(question.candidates)} candidates of user "
+        f"{question.user!r}; choose one of them ({few} ...), or give --catalogue to rank among all titles the user has "
+        "not taken"
     )
 
 

@@ -1,12 +1,10 @@
-"""A title token by token: which of its characters a token stands for, and log-probs that are not summed over the title."""
+"""A title token by token: which of its characters a token stands for, and numbers summed over the parts of a title."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from dmpo_dist.batching.layout import Layout
-from dmpo_dist.batching.targets import single_targets
 from dmpo_dist.explanation.words import END
 
 
@@ -18,22 +16,11 @@ class Piece:
     tokens: slice
 
 
-def per_token(layout: Layout) -> Layout:
-    """``layout`` with every scored token as a response of its own, in the order branch by branch.
-
-    A ``LogProbModel`` then gives (N,) log-probs instead of (R,) sums, by the same forward pass. Meant for groups of one
-    response and without scored histories: group ids and positives have no meaning here.
-    """
-    targets = layout.targets
-    single = single_targets(targets.predict_index, targets.target_row, targets.target_ids)
-    return replace(layout, targets=single, reference_targets=None)
-
-
 def readable_pieces(text: str, spans: Sequence[tuple[int, int]], start: int, end: int) -> list[Piece]:
     """Divide ``text[start:end]`` among tokens; joined, the pieces but ``END`` are that text again.
 
-    A token that adds no whole character, as where several bytes spell one, belongs to the piece before it; one that lies
-    in the prompt, as after a merge over the boundary, to the piece behind it.
+    A token that adds no whole character, as where several bytes spell one, belongs to the piece before it; one that
+    lies in the prompt, as after a merge over the boundary, to the piece behind it.
 
     Args:
         text: prompt and response.

@@ -73,8 +73,8 @@ def notes(entry: dict[str, Any]) -> list[str]:
     if entry["cut_off"]:
         named = ", ".join(map(repr, entry["cut_off"]))
         lines.append(
-            f"The {len(entry['cut_off'])} oldest history items did not fit into model.max_length, so the model never saw them "
-            f"and they have no contribution: {named}."
+            f"The {len(entry['cut_off'])} oldest history items did not fit into model.max_length, so the model never "
+            f"saw them and they have no contribution: {named}."
         )
     if len(entry["history"]) == 1:
         lines.append("The model saw one history item: its contribution is against a prompt without any history.")
@@ -82,8 +82,8 @@ def notes(entry: dict[str, Any]) -> list[str]:
         lines.append("The model saw no history item that could be taken away and leave a prompt.")
     if entry["compared"] < entry["candidates"]:
         lines.append(
-            f"With items left out it is compared with {entry['compared'] - 1} titles: all above it and the next below. One from further "
-            "below could overtake it unseen; --rivals says how many, 0 all."
+            f"With items left out it is compared with {entry['compared'] - 1} titles: all above it and the next below. "
+            "One from further below could overtake it unseen; --rivals says how many, 0 all."
         )
     return lines
 
@@ -113,8 +113,8 @@ def _words(entry: dict[str, Any], reference: str | None) -> Text:
     others = entry["others_log_ratio"]
     gained = "gained on" if total > others else "lost against"
     text = Text(
-        f"Since the reference ({reference}) its log-probability changed by {total:+.2f}, that of the other candidates by "
-        f"{others:+.2f} on average: it {gained} them. Word by word:\n"
+        f"Since the reference ({reference}) its log-probability changed by {total:+.2f}, that of the other candidates "
+        f"by {others:+.2f} on average: it {gained} them. Word by word:\n"
     )
     for word, ratio in by_word((token["text"], token["log_ratio"]) for token in entry["tokens"]):
         text.append(word, style=f"bold {FOR if ratio > 0 else AGAINST}").append(f" {ratio:+.2f}  ", style="dim")
@@ -125,9 +125,9 @@ def show_faithfulness(result: dict[str, Any], console: Console) -> None:
     """The measured areas, in sentences."""
     console.print()
     console.print(
-        f"[bold]Do these contributions say what the model does?[/bold] {result['requests']} requests of {result['users']} users, "
-        f"{result['random_orders']} random orders each; items taken away one after another; mean distance between curves "
-        f"in nats, 95 % intervals over users.",
+        f"[bold]Do these contributions say what the model does?[/bold] {result['requests']} requests of "
+        f"{result['users']} users, {result['random_orders']} random orders each; items taken away one after another; "
+        f"mean distance between curves in nats, 95 % intervals over users.",
         highlight=False,
     )
     table = Table("curves", "area", "95 % interval", "users +/-", "sign test p", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,34 +1,48 @@
-"""Training curves of one run as a PNG."""
+"""Training curves: of one run, and of several side by side, as PNG files and as charts of a web page."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dmpo_dist.artifacts.log import StepRecord, ValidationRecord, by_step, read_log
+from dmpo_dist.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, Drawing, Look, hover, looks, save_grid, short
+from dmpo_dist.formats import metric_name
 
-# Okabe-Ito: told apart by colour-blind readers and in grey.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
-VALIDATION_COLOURS = {"ndcg@10": BLUE, "hr@1": ORANGE, "mrr": GREEN, "auc": PURPLE}
-
-# Panel title, and its series: column -> (label, colour). A panel is drawn when one of its series has a value.
+CURVES_FILE = "curves.png"
 TRAIN_PANELS = {
     "Loss": {"loss": ("loss", BLUE)},
+    "Preference loss, without the likelihood term": {"preference_loss": ("preference loss", BLUE)},
     "Margin: positive minus negatives": {"margin": ("margin", BLUE)},
     "Accuracy: positive preferred": {"accuracy": ("accuracy", BLUE)},
     "Log-probability of responses": {"logp_positive": ("positive", GREEN), "logp_negative": ("negatives", ORANGE)},
     "Gradient norm": {"grad_norm": ("gradient norm", GREY)},
 }
+"""Title -> column -> (label, colour).
+
+Positive and negative log-probs share a plot: a margin may also grow while both fall.
+"""
+VALIDATION_COLOURS = {"ndcg@10": BLUE, "hr@1": ORANGE, "mrr": GREEN, "auc": PURPLE}
 VALIDATION_PANEL = "Validation"
-CURVES_FILE = "curves.png"
+SIDE_BY_SIDE = {
+    "loss": "Loss",
+    "margin": "Margin: positive minus negatives",
+    "logp_positive": "Log-probability of positives",
+    "logp_negative": "Log-probability of negatives",
+}
+NOISY = 50  # log lines from which a running mean is drawn over them
+FEW = 25  # points up to which each has a marker
+MOST_RUNS = 21  # side by side on a page: as many looks there are without markers
+
+Lines = Mapping[str, tuple[str, Look]]
+"""Column -> label and look."""
 
 
 def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "ndcg@10") -> None:
     """Draw the series of a metrics.jsonl that has them: loss, margin, accuracy, log-probs, gradient norm, validation.
-
-    Positive and negative log-probs share a panel, so that a margin that grows while the positive falls is seen.
 
     Args:
         metrics_file: a run's metrics.jsonl; null and NaN are gaps.
@@ -37,28 +51,103 @@ def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "n
     """
     records = read_log(metrics_file).records
     train, validation = by_step(records, StepRecord), by_step(records, ValidationRecord)
-    panels = {title: s for title, s in TRAIN_PANELS.items() if any(has_values(train, column) for column in s)}
-    metrics = {name: (name, colour) for name, colour in VALIDATION_COLOURS.items() if has_values(validation, name)}
-    if metrics:
-        panels[VALIDATION_PANEL] = metrics
+    best = None
+    if select_metric is not None and has_values(validation, select_metric):
+        best = int(validation[select_metric].idxmax())
+    drawings = run_drawings(train, validation, best, select_metric or "")
+    columns = {0: 1, 4: 2}.get(len(drawings), min(len(drawings), 3))
+    save_grid(drawings, Path(output), columns, heading="" if drawings else "no metrics were logged")
 
-    columns = {0: 1, 4: 2}.get(len(panels), min(len(panels), 3))
-    rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(4.4 * columns, 3.2 * rows), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    last_step = max([1, *train.index, *validation.index])
-    for place, (title, lines) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        draw_panel(axes, title, validation if title == VALIDATION_PANEL else train, lines)
-        if len(lines) > 1:
-            axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, -0.34), ncols=4)
-        if title == VALIDATION_PANEL:
-            _mark_best(axes, validation, select_metric)
-        axes.set_xlim(0, 1.02 * last_step)
-    if not panels:
-        figure.text(0.5, 0.5, "no metrics were logged", ha="center", va="center", color=GREY)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+
+def run_drawings(train: pd.DataFrame, validation: pd.DataFrame, best: int | None, metric: str) -> list[Drawing]:
+    """One run: a plot of each quantity it logged.
+
+    The preference loss has one where the loss is more than that.
+
+    Args:
+        train, validation: see ``artifacts.log.by_step``.
+        best: step to mark, whose weights are kept; it is the best by the validation ``metric``.
+    """
+    drawings = []
+    for title, columns in TRAIN_PANELS.items():
+        lines = {c: (label, Look(colour)) for c, (label, colour) in columns.items() if has_values(train, c)}
+        if lines and not ("preference_loss" in lines and _same(train["loss"], train["preference_loss"])):
+            drawings.append(_drawing(title, train, lines))
+    metrics = {
+        name: (metric_name(name), Look(colour))
+        for name, colour in VALIDATION_COLOURS.items()
+        if has_values(validation, name)
+    }
+    if metrics:
+        note = "" if best is None else f"The line is step {best}, whose weights are the result."
+        drawings.append(_drawing(VALIDATION_PANEL, validation, metrics, note, mark=(best, metric)))
+    return drawings
+
+
+def side_by_side_drawings(
+    runs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]],
+    metric: str,
+    quantities: Mapping[str, str] = SIDE_BY_SIDE,
+    note: str = "",
+    fewest: int = 1,
+) -> list[Drawing]:
+    """Several runs: a plot of each of ``quantities`` and the validation ``metric``, with a line per run that logged it.
+
+    Args:
+        runs: name -> its train and validation frames, see ``artifacts.log.by_step``.
+        fewest: quantities that fewer runs logged are left out.
+    """
+    of_run = looks(runs)
+    drawings = []
+    for column, title in {**quantities, metric: f"Validation {metric_name(metric)}"}.items():
+        frames = {name: validation if column == metric else train for name, (train, validation) in runs.items()}
+        there = {name: frame[column] for name, frame in frames.items() if has_values(frame, column)}
+        if len(there) >= fewest:
+            lines = {name: (short(name), of_run[name]) for name in there}
+            drawings.append(_drawing(title, pd.DataFrame(there), lines, note, raw=False))
+    return drawings
+
+
+def _drawing(
+    title: str,
+    frame: pd.DataFrame,
+    lines: Lines,
+    note: str = "",
+    raw: bool = True,
+    mark: tuple[int | None, str] = (None, ""),
+) -> Drawing:
+    if any(frame[column].count() >= NOISY for column in lines):
+        note = f"{note} Running means{'; pale: each log line' if raw else ''}.".strip()
+    words = [_in_words(_smooth(frame[column].dropna()), label) for column, (label, _) in lines.items()]
+    alt = f"{title}, by optimizer step: {'; '.join(words)}"
+    return Drawing(title, alt, partial(_draw_lines, frame=frame, lines=lines, raw=raw, mark=mark), note=note)
+
+
+def _draw_lines(axes: Axes, frame: pd.DataFrame, lines: Lines, raw: bool, mark: tuple[int | None, str]) -> None:
+    """Columns of ``frame``, which is indexed by step; long ones as their running mean, over themselves if ``raw``."""
+    for column, (label, look) in lines.items():
+        values = frame[column].dropna()
+        marker = look.marker if len(values) <= FEW else None
+        if raw and len(values) >= NOISY:
+            axes.plot(values.index, values, color=look.colour, linewidth=0.8, alpha=0.35)
+        values = _smooth(values)
+        (line,) = axes.plot(
+            values.index, values, color=look.colour, linestyle=look.dash, marker=marker, markersize=3.5, label=label
+        )
+        if marker:
+            hover(line, [f"{label}, {step:g}: {value:.4g}" for step, value in values.items()])
+    best, metric = mark
+    if best is not None:
+        axes.axvline(best, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        if metric in lines and best in frame.index:
+            axes.plot(
+                best, frame.loc[best, metric], "*", markersize=13, color=lines[metric][1].colour, mec="black", zorder=5
+            )
+        axes.set_title(f"best {metric}: step {best}", fontsize="medium", loc="right", color=GREY)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_xlim(left=0)
+    axes.margins(y=0.08)
 
 
 def has_values(frame: pd.DataFrame, column: str) -> bool:
@@ -66,34 +155,19 @@ def has_values(frame: pd.DataFrame, column: str) -> bool:
     return column in frame and bool(frame[column].notna().any())
 
 
-def draw_panel(axes: Axes, title: str, frame: pd.DataFrame, lines: dict[str, tuple[str, str]]) -> None:
-    """Draw columns of ``frame``, which is indexed by step: column -> (label, colour); long ones with a running mean."""
-    for column, (label, colour) in lines.items():
-        if not has_values(frame, column):
-            continue
-        values = frame[column].dropna()
-        marker = "o" if len(values) <= 25 else None
-        if len(values) >= 50:  # noisy training series: the raw values pale, their running mean on top
-            axes.plot(values.index, values, color=colour, linewidth=0.8, alpha=0.3)
-            values = values.ewm(span=max(5, len(values) / 20)).mean()
-        axes.plot(values.index, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel("optimizer step", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.08)
+def _smooth(values: pd.Series) -> pd.Series:
+    """The running mean of a noisy series; a short one as it is."""
+    return values.ewm(span=max(5, len(values) / 20)).mean() if len(values) >= NOISY else values
 
 
-def _mark_best(axes: Axes, validation: pd.DataFrame, select_metric: str | None) -> None:
-    if select_metric is None or not has_values(validation, select_metric):
-        return
-    step = validation[select_metric].idxmax()
-    axes.axvline(step, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-    colour = VALIDATION_COLOURS.get(select_metric, GREY)
-    axes.plot(
-        step, validation.loc[step, select_metric], "*", markersize=13, color=colour, mec="black", mew=0.7, zorder=5
+def _same(one: pd.Series, other: pd.Series) -> bool:
+    return not (one - other).abs().max() > 1e-6
+
+
+def _in_words(values: pd.Series, label: str) -> str:
+    low, high = values.idxmin(), values.idxmax()
+    return (
+        f"{label} {values.iloc[0]:.4g} at step {values.index[0]:g}, "
+        f"{values.iloc[-1]:.4g} at step {values.index[-1]:g}, "
+        f"lowest {values[low]:.4g} at {low:g}, highest {values[high]:.4g} at {high:g}"
     )
-    axes.set_title(f"best {select_metric}: step {step:g}", fontsize=8, loc="right", color=GREY)

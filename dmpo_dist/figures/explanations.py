@@ -1,70 +1,77 @@
-"""Deletion curves and their areas in one picture."""
+"""Faithfulness of explanations: deletion curves, and the areas between them."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from dmpo_dist.figures.curves import BLUE, GREEN, GREY, ORANGE
+from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
+from dmpo_dist.figures.style import BLUE, GREEN, GREY, ORANGE, Drawing, Look, save_grid
 
-CURVES = {
-    "attribution": ("largest contribution first", BLUE, "-"),
-    "recent": ("most recent first", GREEN, "--"),
-    "random": ("random order", GREY, "-"),
-    "inverse": ("smallest contribution first", ORANGE, "-."),
+SHARE = "share_removed"
+"""The curves' common horizontal axis."""
+ORDERS = {
+    "attribution": ("largest contribution first", Look(BLUE)),
+    "recent": ("most recent first", Look(GREEN, dash="--")),
+    "random": ("random order", Look(GREY)),
+    "inverse": ("smallest contribution first", Look(ORANGE, dash="-.")),
 }
 AREAS = {
-    "attribution_vs_random": ("contributions\nagainst random", BLUE),
-    "attribution_vs_random_after_first": ("the same without\nthe first step", BLUE),
-    "attribution_vs_recent": ("contributions\nagainst recent", BLUE),
-    "recent_vs_random": ("recent\nagainst random", GREEN),
-    "inverse_vs_random": ("inverse order\nagainst random", ORANGE),
+    "attribution_vs_random": ("contributions", "random"),
+    "attribution_vs_random_after_first": ("contributions", "random, after the first step"),
+    "attribution_vs_recent": ("contributions", "recent"),
+    "recent_vs_random": ("recent", "random"),
+    "inverse_vs_random": ("inverse", "random"),
 }
+AREAS_NOTE = "Above 0: taking items away in the first order pulls the title down faster than in the second."
 
 
-def plot_faithfulness(result: dict[str, Any], output: Path) -> None:
-    """Draw what ``faithfulness.summarise`` returns.
-
-    Args:
-        result: with ``value``, what the curves show.
-        output: the PNG; its folder exists.
-    """
-    figure = Figure(figsize=(10.5, 4.4), dpi=160, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
-    _curves(left, result)
-    _areas(right, result)
-    figure.savefig(output, format="png")
+def plot_faithfulness(result: Mapping[str, Any], output: Path) -> None:
+    """Draw what ``faithfulness.summarise`` returns, with ``value``, what the curves show, into a PNG."""
+    save_grid(faithfulness_drawings(result), output, columns=2)
 
 
-def _curves(axes: Axes, result: dict[str, Any]) -> None:
-    share = [100 * x for x in result["curves"]["share_removed"]]
-    for name, (label, colour, style) in CURVES.items():
-        axes.plot(share, result["curves"][name], style, color=colour, label=label, linewidth=1.8)
+def faithfulness_drawings(result: Mapping[str, Any]) -> list[Drawing]:
+    """The deletion curves and the areas between them, where ``result`` has some."""
+    drawings = []
+    curves = {name: curve for name, curve in result["curves"].items() if name != SHARE and len(curve) > 1}
+    if curves:
+        ends = "; ".join(f"{_order(name)[0]} ends at {curve[-1]:.3g}" for name, curve in curves.items())
+        title = f"Change of the title's {result['value']} (nats)"
+        alt = f"{title} as history items are taken away: {ends}"
+        share = result["curves"].get(SHARE, [])
+        drawings.append(Drawing(title, alt, partial(_draw_deletion, curves=curves, share=share)))
+    if result["areas"]:
+        users = f" over {result['users']} users" if result.get("users") else ""
+        rows = _area_rows(result["areas"])
+        drawings.append(
+            interval_drawing(f"Areas between the curves{users}", rows, zero=True, note=AREAS_NOTE, unit="nats")
+        )
+    return drawings
+
+
+def _draw_deletion(axes: Axes, curves: Mapping[str, Sequence[float]], share: Sequence[float]) -> None:
+    for name, curve in curves.items():
+        label, look = _order(name)
+        xs = [100 * x for x in share] if len(share) == len(curve) else range(len(curve))
+        axes.plot(xs, curve, look.dash, color=look.colour, label=label)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_title("History items taken away one after another", fontsize=10, loc="left")
-    axes.set_xlabel("% of the history removed (the last item stays)", fontsize=9)
-    axes.set_ylabel(f"change in nats of the title's\n{result['value']}", fontsize=9)
-    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    _plain(axes)
+    axes.set_xlabel("% of the history removed (the last item stays)" if share else "history items removed")
 
 
-def _areas(axes: Axes, result: dict[str, Any]) -> None:
-    shown = {name: of_name for name, of_name in AREAS.items() if name in result["areas"]}
-    for place, (name, (_, colour)) in enumerate(shown.items()):
-        area = result["areas"][name]
-        axes.plot([area["low"], area["high"]], [place, place], color=colour, linewidth=2.2)
-        axes.plot(area["area"], place, "o", color=colour)
-    axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_yticks(range(len(shown)), [label for label, _ in shown.values()], fontsize=8)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_title(f"Area between curves, {result['users']} users", fontsize=10, loc="left")
-    axes.set_xlabel("nats, 95 % interval; above 0: pulls down faster", fontsize=9)
-    _plain(axes)
+def _area_rows(areas: Mapping[str, Mapping[str, float]]) -> list[IntervalRow]:
+    """Two rows for each area, as its names are long: a heading, and the figure."""
+    rows = []
+    for name, area in areas.items():
+        first, second = AREAS.get(name, (name.partition("_vs_")[0], name.partition("_vs_")[2]))
+        low, high = area.get("low"), area.get("high")
+        unclear = low is None or high is None or low <= 0 <= high
+        colour = GREY if unclear else BLUE if low > 0 else ORANGE
+        rows += [IntervalRow(f"{first}, against"), IntervalRow(second, area.get("area"), low, high, colour)]
+    return rows
 
 
-def _plain(axes: Axes) -> None:
-    axes.tick_params(labelsize=8)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+def _order(name: str) -> tuple[str, Look]:
+    return ORDERS.get(name, (name, Look(GREY)))

@@ -1,201 +1,268 @@
-"""The pictures of an experiment: few-shot curves, the sweep over K, the cross-domain matrix."""
+"""The figures of an experiment: few-shot curves, the sweep over K, the cross-domain matrix.
 
-from collections.abc import Sequence
+All take *points*: a row for each model, its training and a metric, with columns dataset, evaluated_on, train_groups, k,
+model, free (values of further axes of the grid), metric, value, low, high, values (one per seed),
+first_preference_loss and final_preference_loss, and loss_low and loss_high where several seeds have a loss. k and the
+losses are missing for models that were trained without negatives, train_groups for baselines.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from dmpo_dist.figures.curves import BLUE, GREEN, GREY, ORANGE, PURPLE
+from dmpo_dist.figures.style import GREY, PALE, Drawing, Look, hover, log_ticks, looks, save_grid, short
+from dmpo_dist.formats import interval, metric_name
 
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-ARMS = {"sft": ("SFT", "--"), "sft_continued": ("SFT continued", ":")}
-BASELINES = {"popularity": (0, (6, 2)), "random": (0, (1, 2))}
-METRIC_TITLES = {"hr@1": "HR@1", "ndcg@10": "NDCG@10"}
-HEAT = "cividis"
-BELOW_K = "negatives per group K (log scale)"
-MOST_PANELS = 12
-APART = 1.03  # factor on the logarithmic axis
 FEW_SHOT_FILE, K_SWEEP_FILE, MATRIX_FILE = "few_shot.png", "k_sweep.png", "cross_domain.png"
+MAIN_METRIC, SWEEP_METRIC = "ndcg@10", "hr@1"
+LEVELS = {
+    "sft": ("SFT", "--", GREY),
+    "sft_continued": ("SFT continued", ":", GREY),
+    "popularity": ("popularity", (0, (6, 2)), PALE),
+    "random": ("random", (0, (1, 2)), PALE),
+}
+"""Models that are drawn as a level line where they do not depend on the horizontal axis: label, dash, colour."""
+BESIDE_K = ("sft", "sft_continued", "popularity")
+HEAT, DARK = "cividis", "#111111"
+MOST_PANELS = 12
+APART = 1.03  # factor on the logarithmic axis between the points of two curves, to tell them apart
+
+Curves = Mapping[str, pd.DataFrame]
+"""Label -> the points of one curve, in the order of its horizontal axis."""
 
 
 def draw_few_shot(points: pd.DataFrame, output: Path) -> bool:
-    """HR@1 and NDCG@10 over the number of training groups, a column for each dataset; False where there is no such curve."""
-    own = points[points["dataset"] == points["evaluated_on"]]
-    cells = own[own["k"].notna()]
-    datasets = [name for name, group in cells.groupby("dataset", sort=False) if group["train_groups"].nunique() > 1]
-    if not datasets:
-        return False
-    figure = Figure(figsize=(1.2 + 4.6 * len(datasets), 7.4), dpi=160, layout="constrained")
-    panels = figure.subplots(2, len(datasets), squeeze=False, sharex="col")
-    for column, dataset in enumerate(datasets):
-        for axes, metric in zip(panels[:, column], METRIC_TITLES, strict=True):
-            here = own[(own["dataset"] == dataset) & (own["metric"] == metric)]
-            curves = here[here["k"].notna()].groupby(["model", "k", "free"], sort=False)
-            several_k = here["k"].nunique() > 1
-            curves = [(_label(m, k if several_k else None, free), g) for (m, k, free), g in curves if len(g) > 1]
-            for style, (label, group) in enumerate(curves):
-                _draw_curve(axes, group.sort_values("train_groups"), "train_groups", label, style)
-            _draw_arms(axes, here, "train_groups")
-            _draw_baselines(axes, here)
-            _finish(axes, f"{dataset}: {METRIC_TITLES[metric]}", "", here["train_groups"])
-        panels[-1, column].set_xlabel("training groups (log scale)", fontsize=9)
-    _legend(figure)
-    figure.savefig(output, format="png")
-    return True
+    """HR@1 and NDCG@10 over the number of training groups; False where no dataset has several."""
+    drawings = few_shot_drawings(points, [SWEEP_METRIC, MAIN_METRIC])
+    if drawings:
+        save_grid(drawings, output, columns=2)
+    return bool(drawings)
 
 
 def draw_k_sweep(points: pd.DataFrame, output: Path) -> bool:
-    """HR@1, the preference loss and how far it fell, over K; a row for each dataset and number of groups. False without a sweep."""
-    own = points[(points["dataset"] == points["evaluated_on"]) & (points["metric"] == "hr@1")]
-    cells = own[own["k"].notna()]
-    groups = cells.groupby(["dataset", "train_groups"], sort=False)
-    rows = [(key, group) for key, group in groups if group["k"].nunique() > 1]
-    if not rows:
-        return False
-    figure = Figure(figsize=(13.2, 0.9 + 3.7 * len(rows)), dpi=160, layout="constrained")
-    panels = figure.subplots(len(rows), 3, squeeze=False)
-    for ((dataset, n), group), (left, loss, fall) in zip(rows, panels, strict=True):
-        title = f"{dataset}, {n} training groups"
-        for style, ((model, free), curve) in enumerate(group.groupby(["model", "free"], sort=False)):
-            curve = curve.sort_values("k")
-            _draw_curve(left, curve, "k", _label(model, None, free), style)
-            colour, marker = _look(style)
-            look = {"color": colour, "marker": marker, "markersize": 5}
-            k = curve["k"].astype(float) * APART**style
-            first, final = curve["first_preference_loss"], curve["final_preference_loss"]
-            loss.plot(k, final, linewidth=1.8, **look)
-            loss.plot(k, first, linewidth=0.9, linestyle=":", markerfacecolor="white", **look)
-            fall.plot(k, final - first, linewidth=1.8, **look)
-        levels = own[(own["dataset"] == dataset) & own["k"].isna()]
-        for arm, (label, line) in ARMS.items():
-            mine = levels[(levels["model"] == arm) & (levels["free"] == "")]
-            same = mine[mine["train_groups"] == n]
-            if len(mine):
-                _draw_level(left, (same if len(same) else mine).iloc[0], label, line)
-        _draw_baselines(left, levels, ["popularity"])
-        fall.axhline(0, color=GREY, linewidth=0.8)
-        _finish(left, f"HR@1: {title}", BELOW_K, group["k"])
-        _finish(loss, "Preference loss: filled at the end, hollow at the start", BELOW_K, group["k"])
-        _finish(fall, "Preference loss: end minus start", BELOW_K, group["k"])
-    _legend(figure)
-    figure.savefig(output, format="png")
-    return True
+    """HR@1, the preference loss and how far it fell, over K; False where no dataset has several K."""
+    drawings = sweep_drawings(points)
+    if drawings:
+        save_grid(drawings, output, columns=3)
+    return bool(drawings)
 
 
-def draw_matrix(points: pd.DataFrame, output: Path, metric: str = "ndcg@10") -> bool:
-    """Trained on (rows) against evaluated on (columns), a panel for each of the first models at the most shots; False without
-    a matrix."""
-    trained = points[(points["metric"] == metric) & points["train_groups"].notna()]
-    if not (trained["dataset"] != trained["evaluated_on"]).any():
-        return False
-    most = trained.groupby("dataset")["train_groups"].transform("max")
-    trained = trained[trained["train_groups"] == most]
+def draw_matrix(points: pd.DataFrame, output: Path) -> bool:
+    """NDCG@10 by data trained on (rows) and evaluated on (columns), a panel per model; False without a matrix."""
+    drawings = matrix_drawings(points)
+    if drawings:
+        chance = points[(points["metric"] == MAIN_METRIC) & (points["model"] == "random")]["value"]
+        note = f"; a random order has {chance.mean():.3f}" if len(chance) else ""
+        heading = f"{metric_name(MAIN_METRIC)}, mean over seeds [95 % over users and seeds]{note}"
+        save_grid(drawings, output, columns=2 if len(drawings) == 4 else min(3, len(drawings)), heading=heading)
+    return bool(drawings)
+
+
+def few_shot_drawings(points: pd.DataFrame, metrics: Sequence[str], note: str = "") -> list[Drawing]:
+    """Each of ``metrics`` over the number of training groups, for each dataset that has several."""
+    own = points[points["dataset"] == points["evaluated_on"]]
+    cells = own[own["k"].notna() & own["train_groups"].notna()]
+    drawings = []
+    for dataset, of_dataset in cells.groupby("dataset", sort=False):
+        if of_dataset["train_groups"].nunique() < 2:
+            continue
+        several_k = of_dataset["k"].nunique() > 1
+        for metric in metrics:
+            curves = {
+                _label(model, k if several_k else None, free): curve.sort_values("train_groups")
+                for (model, k, free), curve in of_dataset[of_dataset["metric"] == metric].groupby(
+                    ["model", "k", "free"], sort=False
+                )
+                if len(curve) > 1
+            }
+            others = own[(own["dataset"] == dataset) & (own["metric"] == metric) & own["k"].isna()]
+            several = (
+                others[others["free"] == ""].groupby("model").filter(lambda rows: rows["train_groups"].nunique() > 1)
+            )
+            levels = _levels(others[~others["model"].isin(several["model"])], LEVELS, float("nan"))
+            title = f"{dataset}: {metric_name(metric)} by training examples"
+            draw = partial(_draw_few_shot, curves=curves, several=several, levels=levels)
+            drawings.append(Drawing(title, _alt(title, curves, "train_groups", "value", levels), draw, 3.0, note))
+    return drawings
+
+
+def sweep_drawings(points: pd.DataFrame, note: str = "") -> list[Drawing]:
+    """HR@1 and, where it is known, the preference loss and how far it fell, over K.
+
+    Three drawings (two where the first loss is unknown, one without losses) for each dataset and number of training
+    groups with several K.
+    """
+    metric = SWEEP_METRIC if (points["metric"] == SWEEP_METRIC).any() else MAIN_METRIC
+    own = points[(points["dataset"] == points["evaluated_on"]) & (points["metric"] == metric)]
+    drawings = []
+    for (dataset, groups), cells in own[own["k"].notna()].groupby(
+        ["dataset", "train_groups"], sort=False, dropna=False
+    ):
+        if cells["k"].nunique() < 2:
+            continue
+        name = f"{dataset}, {'all' if pd.isna(groups) else f'{groups:g}'} training groups"
+        by_model = cells.groupby(["model", "free"], sort=False)
+        curves = {_label(model, None, free): curve.sort_values("k") for (model, free), curve in by_model}
+        others = own[(own["dataset"] == dataset) & own["k"].isna()]
+        title = f"{name}: {metric_name(metric)} by negatives K"
+        levels = _levels(others, BESIDE_K, groups)
+        draw = partial(_draw_metric_by_k, curves=curves, levels=levels)
+        drawings.append(Drawing(title, _alt(title, curves, "k", "value", levels), draw, 2.8, note))
+        if cells["final_preference_loss"].notna().any():
+            hollow = ", hollow at the start" if cells["first_preference_loss"].notna().any() else ""
+            title = f"{name}: loss at the end{hollow}"
+            alt = _alt(title, curves, "k", "final_preference_loss")
+            drawings.append(Drawing(title, alt, partial(_draw_loss, curves=curves), 2.8, note))
+        if cells["first_preference_loss"].notna().any():
+            curves = {
+                label: curve.assign(fall=curve["final_preference_loss"] - curve["first_preference_loss"])
+                for label, curve in curves.items()
+            }
+            title = f"{name}: loss, end minus start"
+            drawings.append(
+                Drawing(title, _alt(title, curves, "k", "fall"), partial(_draw_fall, curves=curves), 2.8, note)
+            )
+    return drawings
+
+
+def matrix_drawings(points: pd.DataFrame) -> list[Drawing]:
+    """NDCG@10 by data trained on (rows) and evaluated on (columns), for each model that was evaluated on other data.
+
+    Of each dataset only what was trained on its most groups; at most MOST_PANELS models.
+    """
+    trained = points[points["metric"] == MAIN_METRIC]
+    away = trained.loc[trained["dataset"] != trained["evaluated_on"], "model"].unique()
+    trained = trained[trained["model"].isin(away)]  # a baseline knows no other data
+    groups = trained["train_groups"].astype(float).fillna(float("inf"))
+    trained = trained[groups == groups.groupby(trained["dataset"]).transform("max")]
     several_k = trained["k"].nunique() > 1
-    panels = [
-        (_label(model, None if pd.isna(k) or not several_k else k, free), group)
-        for (model, k, free), group in trained.groupby(["model", "k", "free"], dropna=False, sort=False)
-    ]
-    panels = panels[:MOST_PANELS]
-    names = list(dict.fromkeys(trained["evaluated_on"]))
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    size = 1.5 + 0.95 * len(names)
-    figure = Figure(figsize=(columns * (size + 0.5), lines * size + 1.0), dpi=160, layout="constrained")
-    low, high = trained["value"].min(), trained["value"].max()
-    image = None
-    for place, (label, group) in enumerate(panels, start=1):
-        axes = figure.add_subplot(lines, columns, place)
-        image = _draw_heat(axes, group, names, low, high)
-        axes.set_title(label, fontsize=10, loc="left")
-        axes.set_ylabel("trained on", fontsize=9)
-        axes.set_xlabel("evaluated on", fontsize=9)
-    figure.colorbar(image, ax=figure.axes, shrink=0.8, label=METRIC_TITLES.get(metric, metric))
-    chance = points[(points["metric"] == metric) & (points["model"] == "random")]["value"]
-    note = f"; a random order has {chance.mean():.3f}" if len(chance) else ""
-    figure.suptitle(
-        f"{METRIC_TITLES.get(metric, metric)}, mean over seeds [95 % over users and seeds]{note}", fontsize=10
+    names, extent = list(dict.fromkeys(trained["evaluated_on"])), (trained["value"].min(), trained["value"].max())
+    drawings = []
+    for (model, k, free), of_model in trained.groupby(["model", "k", "free"], dropna=False, sort=False):
+        label = _label(model, None if pd.isna(k) or not several_k else k, free)
+        words = [f"trained on {r.dataset}, evaluated on {r.evaluated_on} {r.value:.3f}" for r in of_model.itertuples()]
+        alt = f"{metric_name(MAIN_METRIC)} of {label}: {'; '.join(words)}"
+        draw = partial(_draw_heat, cells=of_model, names=names, extent=extent)
+        drawings.append(Drawing(label, alt, draw, 1.0 + 0.6 * of_model["dataset"].nunique()))
+    return drawings[:MOST_PANELS]
+
+
+def _draw_few_shot(axes: Axes, curves: Curves, several: pd.DataFrame, levels: Mapping[str, float]) -> None:
+    _draw_curves(axes, curves, "train_groups")
+    for name, (label, dash, colour) in LEVELS.items():
+        rows = several[several["model"] == name].sort_values("train_groups")
+        if len(rows):
+            axes.plot(rows["train_groups"].astype(float), rows["value"], color=colour, linestyle=dash, label=label)
+    _draw_levels(axes, levels)
+    log_ticks(axes, pd.concat(list(curves.values()))["train_groups"])
+    axes.set_xlabel("training groups (log scale)")
+
+
+def _draw_metric_by_k(axes: Axes, curves: Curves, levels: Mapping[str, float]) -> None:
+    _draw_curves(axes, curves, "k")
+    _draw_levels(axes, levels)
+    _finish_k(axes, curves)
+
+
+def _draw_loss(axes: Axes, curves: Curves) -> None:
+    for label, curve, look, shift in _with_looks(curves):
+        k, first, final = (curve[c].astype(float) for c in ("k", "first_preference_loss", "final_preference_loss"))
+        drawn = {"color": look.colour, "marker": look.marker, "markersize": 5}
+        (line,) = axes.plot(shift * k, final, label=label, **drawn)
+        hover(line, _hover_texts(label, curve, "k", final))
+        if "loss_low" in curve:
+            axes.vlines(shift * k, curve["loss_low"], curve["loss_high"], color=look.colour, linewidth=1)
+        if first.notna().any():
+            axes.plot(shift * k, first, linewidth=0.9, linestyle=":", markerfacecolor="white", **drawn)
+    _finish_k(axes, curves)
+
+
+def _draw_fall(axes: Axes, curves: Curves) -> None:
+    for label, curve, look, shift in _with_looks(curves):
+        axes.plot(shift * curve["k"].astype(float), curve["fall"], color=look.colour, marker=look.marker, label=label)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    _finish_k(axes, curves)
+
+
+def _draw_curves(axes: Axes, curves: Curves, x: str) -> None:
+    """Means over seeds with their intervals, and each seed as a small point."""
+    for label, curve, look, shift in _with_looks(curves):
+        at = shift * curve[x].astype(float)
+        bars = [curve["value"] - curve["low"], curve["high"] - curve["value"]]
+        line, _, _ = axes.errorbar(
+            at, curve["value"], yerr=bars, color=look.colour, marker=look.marker, markersize=5, elinewidth=1,
+            capsize=2.5, label=label, zorder=3,
+        )  # fmt: skip
+        hover(line, _hover_texts(label, curve, x, curve["value"]))
+        for place, values in zip(at, curve["values"], strict=True):
+            if len(values) > 1:
+                axes.plot([place] * len(values), values, ".", color=look.colour, markersize=3, alpha=0.7)
+
+
+def _draw_heat(axes: Axes, cells: pd.DataFrame, names: Sequence[str], extent: tuple[float, float]) -> None:
+    rows = [name for name in names if name in set(cells["dataset"])]
+    low, high = extent
+    values = cells.pivot(index="dataset", columns="evaluated_on", values="value").reindex(index=rows, columns=names)
+    axes.pcolormesh(values.to_numpy(dtype=float), cmap=HEAT, vmin=low, vmax=max(high, low + 1e-9))
+    for cell in cells.replace(np.nan, None).itertuples():
+        x, y = names.index(cell.evaluated_on) + 0.5, rows.index(cell.dataset)
+        look = {"ha": "center", "va": "center", "color": DARK if cell.value > (low + high) / 2 else "white"}
+        axes.text(x, y + 0.38, f"{cell.value:.3f}", **look)
+        axes.text(x, y + 0.66, interval(cell.low, cell.high), **look)
+    axes.set_xticks(
+        np.arange(len(names)) + 0.5, [short(name) for name in names], rotation=30 * (max(map(len, names)) > 8)
     )
-    figure.savefig(output, format="png")
-    return True
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [short(name) for name in rows])
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_ylabel("trained on")
+    axes.set_xlabel("evaluated on")
 
 
-def _draw_heat(axes: Axes, group: pd.DataFrame, names: Sequence[str], low: float, high: float) -> object:
-    cells = group.set_index(["dataset", "evaluated_on"])[["value", "low", "high"]]
-    rows = [name for name in names if name in set(group["dataset"])]
-    values = cells["value"].unstack().reindex(index=rows, columns=list(names)).to_numpy(dtype=float)
-    image = axes.imshow(values, cmap=HEAT, vmin=low, vmax=max(high, low + 1e-9))
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            cell = cells.loc[(rows[i], names[j])]
-            colour = "black" if value > (low + high) / 2 else "white"
-            text = f"{value:.3f}\n[{cell['low']:.3f}, {cell['high']:.3f}]"
-            axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
-    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=30 if max(map(len, names)) > 8 else 0)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    return image
+def _levels(others: pd.DataFrame, names: Iterable[str], groups: float) -> dict[str, float]:
+    """Model -> its value at ``groups`` training groups, else the one it has: a baseline has no number of groups."""
+    levels = {}
+    for name in names:
+        rows = others[(others["model"] == name) & (others["free"] == "")]
+        same = rows[rows["train_groups"].isna() if pd.isna(groups) else (rows["train_groups"] == groups).fillna(False)]
+        if len(rows):
+            levels[name] = float((same if len(same) else rows)["value"].iloc[0])
+    return levels
 
 
-def _draw_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, style: int) -> None:
-    """Mean over seeds with its interval, and each seed as a small point; curves stand a little apart, to be told apart."""
-    colour, marker = _look(style)
-    at = curve[x].astype(float) * APART**style
-    bars = [curve["value"] - curve["low"], curve["high"] - curve["value"]]
-    axes.errorbar(
-        at, curve["value"], yerr=bars, color=colour, marker=marker, markersize=5, linewidth=1.8, elinewidth=1, capsize=2.5,
-        label=label, zorder=3,
-    )  # fmt: skip
-    for place, values in zip(at, curve["values"], strict=True):
-        if len(values) > 1:
-            axes.plot([place] * len(values), values, ".", color=colour, markersize=3, alpha=0.7)
+def _draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
+    for name, value in levels.items():
+        label, dash, colour = LEVELS[name]
+        axes.axhline(value, color=colour, linestyle=dash, linewidth=1.4, label=label)
 
 
-def _draw_arms(axes: Axes, here: pd.DataFrame, x: str) -> None:
-    for arm, (label, line) in ARMS.items():
-        mine = here[(here["model"] == arm) & (here["free"] == "")].sort_values(x)
-        if len(mine) > 1:
-            axes.plot(mine[x].astype(float), mine["value"], color=GREY, linestyle=line, linewidth=1.6, label=label)
-        elif len(mine):
-            _draw_level(axes, mine.iloc[0], label, line)
+def _finish_k(axes: Axes, curves: Curves) -> None:
+    log_ticks(axes, pd.concat(list(curves.values()))["k"])
+    axes.set_xlabel("negatives per group K (log scale)")
 
 
-def _draw_level(axes: Axes, row: pd.Series, label: str, line: object, colour: str = GREY) -> None:
-    axes.axhline(row["value"], color=colour, linestyle=line, linewidth=1.4, label=label)
+def _with_looks(curves: Curves) -> list[tuple[str, pd.DataFrame, Look, float]]:
+    """Label, points, look and the factor by which the curve is drawn beside the others."""
+    of_curve = looks(curves)
+    return [(label, curve, of_curve[label], APART**i) for i, (label, curve) in enumerate(curves.items())]
 
 
-def _draw_baselines(axes: Axes, here: pd.DataFrame, names: Sequence[str] = tuple(BASELINES)) -> None:
-    for name, line in ((name, BASELINES[name]) for name in names):
-        mine = here[here["model"] == name]
-        if len(mine):
-            _draw_level(axes, mine.iloc[0], name, line, "#999999")
+def _hover_texts(label: str, curve: pd.DataFrame, x: str, values: pd.Series) -> list[str]:
+    return [f"{label}, {at:g}: {value:.4g}" for at, value in zip(curve[x].astype(float), values, strict=True)]
 
 
-def _finish(axes: Axes, title: str, below: str, ticks: pd.Series) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(below, fontsize=9)
-    axes.set_xscale("log", base=2)
-    at = sorted({int(value) for value in ticks.dropna()})
-    axes.set_xticks(at, [str(value) for value in at], minor=False)
-    axes.minorticks_off()
-    axes.tick_params(labelsize=8)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.1)
-
-
-def _legend(figure: Figure) -> None:
-    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-
-
-def _look(style: int) -> tuple[str, str]:
-    """Colour and marker, together different for 49 curves."""
-    return COLOURS[style % len(COLOURS)], MARKERS[(style + style // len(COLOURS)) % len(MARKERS)]
+def _alt(title: str, curves: Curves, x: str, column: str, levels: Mapping[str, float] | None = None) -> str:
+    words = [
+        f"{label}: " + ", ".join(f"{value:.3f} at {at:g}" for at, value in zip(curve[x], curve[column], strict=True))
+        for label, curve in curves.items()
+    ]
+    words += [f"{LEVELS[name][0]}: {value:.3f}" for name, value in (levels or {}).items()]
+    return f"{title}. {'; '.join(words)}"
 
 
 def _label(model: str, k: float | None, free: str) -> str:
-    return model + (f", K={int(k)}" if k is not None else "") + (f", {free}" if free else "")
+    return short(model + (f", K={int(k)}" if k is not None else "")) + (f", {free}" if free else "")

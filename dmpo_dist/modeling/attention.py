@@ -150,7 +150,7 @@ def dense_attention(
 
 
 def two_part(query: Tensor, key: Tensor, value: Tensor, flash: Any) -> Tensor:
-    """Both parts, merged: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, H, T, D); ``flash`` has the methods of ``Flash``."""
+    """Both parts, merged: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, H, T, D); ``flash`` is a ``Flash``."""
     return _TwoPart.apply(query, key, value, flash)
 
 
@@ -216,10 +216,14 @@ class _TwoPart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, flash: Flash) -> Tensor:
+        # Part 1: every prompt and every branch sees itself, causally. out (1, H, T, D), lse (1, H, T)
         out, lse = flash.own(q, k, v)
-        if flash.layout.longest_run:
+        if flash.layout.longest_run:  # 0 where all responses are one token long: a last token is only a target
             prompts, branches = _halves(flash.layout)
+            # Part 2: every branch token sees the whole prompt of its group. (1, H, T_b, D), (1, H, T_b)
             far_out, far_lse = flash.far(q[:, :, branches], k[:, :, prompts], v[:, :, prompts])
+            # Each part is a softmax over its own keys. exp(lse) is its denominator, so the softmax over both kinds of
+            # keys is their mean with weights exp(lse_i) / (exp(lse_1) + exp(lse_2)).
             own_lse = lse[:, :, branches].clone()
             lse[:, :, branches] = merged = torch.logaddexp(own_lse, far_lse)
             own, far = (own_lse - merged).exp()[..., None], (far_lse - merged).exp()[..., None]
@@ -231,9 +235,13 @@ class _TwoPart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyrefly: ignore
         q, k, v, out, lse = ctx.saved_tensors
+        # With the merged lse a part's kernel recomputes P = exp(S - lse), its share of the whole softmax, and with the
+        # merged out D = rowsum(d_out * out) is that of the whole row. Both are what the gradient of the joint softmax
+        # asks for, and gradients of disjoint sets of keys add up; no gradient of an lse is needed.
         dq, dk, dv = ctx.flash.own_backward(d_out, q, k, v, out, lse)
         if ctx.flash.layout.longest_run:
             prompts, branches = _halves(ctx.flash.layout)
+            # part 2 has queries in the branches and keys in the prompts alone
             of_queries, of_keys = (x[:, :, branches] for x in (d_out, q)), (x[:, :, prompts] for x in (k, v))
             far = ctx.flash.far_backward(*of_queries, *of_keys, out[:, :, branches], lse[:, :, branches])
             for total, rows, gradient in zip((dq, dk, dv), (branches, prompts, prompts), far, strict=True):

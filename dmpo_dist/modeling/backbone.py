@@ -18,7 +18,9 @@ from dmpo_dist.artifacts.base import first_line
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.gguf import local_model, moved_base
 from dmpo_dist.modeling.memory import keep_freed_memory
+from dmpo_dist.modeling.published import PUBLISHED
 from dmpo_dist.modeling.quantize import keep_arithmetic, quantization_config, require_trainable
 
 ADAPTER = "adapter_config.json"
@@ -42,11 +44,12 @@ class ModelSource:
 
 
 def find_model(path: str) -> ModelSource:
-    """Look at a model folder or hub id without loading weights.
+    """Look at a model folder, GGUF file, name of a fetched model or hub id; a new GGUF file is converted first.
 
     Raises:
         UserError: a folder that is not there or holds no model, or a damaged file in it.
     """
+    path = local_model(path)
     folder = Path(path)
     if not folder.exists():
         if (
@@ -55,8 +58,8 @@ def find_model(path: str) -> ModelSource:
             or (folder.parent.exists() and folder.parent != Path("."))
         ):
             raise UserError(
-                f"{path}: there is no such model folder; correct model.path or --model to a model folder or a hub id "
-                "such as org/name"
+                f"{path}: there is no such model folder; correct model.path or --model to a model folder, a GGUF file "
+                f"or a hub id such as org/name; or fetch one of {', '.join(PUBLISHED)} by `dmpo models fetch`"
             )
         return ModelSource(path, path, False, ModelStamp())
     stamp = ModelStamp.read_if_there(folder) or ModelStamp()
@@ -65,10 +68,11 @@ def find_model(path: str) -> ModelSource:
         if not base:
             raise UserError(f"{folder / ADAPTER}: names no base model; set its base_model_name_or_path")
         _check_weights(folder)
+        base = moved_base(base)
         relative = folder / base
         if base.startswith(("/", ".")) and not relative.exists():
             raise UserError(
-                f"{folder / ADAPTER}: its base model {base} is not there; correct base_model_name_or_path to where it is"
+                f"{folder / ADAPTER}: its base model {base} is not there; correct its base_model_name_or_path"
             )
         return ModelSource(path, str(relative.resolve()) if relative.exists() else base, True, stamp)
     if not (folder / "config.json").exists():
@@ -112,16 +116,16 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     beside = Path(source.path)
-    place = source.path if (beside / "tokenizer_config.json").exists() or not source.is_adapter else source.base
+    folder = source.path if (beside / "tokenizer_config.json").exists() or not source.is_adapter else source.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the Rust tokenizers raise plain Exceptions
         raise UserError(
-            f"{place}: no tokenizer could be loaded ({first_line(error)}); its files, tokenizer.json and "
+            f"{folder}: no tokenizer could be loaded ({first_line(error)}); its files, tokenizer.json and "
             "tokenizer_config.json, must lie whole beside the model"
         ) from None
     if not tokenizer.is_fast:
-        raise UserError(f"{place}: the tokenizer is not a fast one; convert it, so that there is a tokenizer.json")
+        raise UserError(f"{folder}: the tokenizer is not a fast one; convert it, so that there is a tokenizer.json")
     return tokenizer
 
 
@@ -179,7 +183,7 @@ def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, Referenc
 
 
 def load_for_scoring(path: str, config: ModelConfig) -> Any:
-    """A frozen model in evaluation mode, adapter applied if ``path`` holds one; the process keeps the memory it frees."""
+    """A frozen model in evaluation mode, with the adapter if ``path`` holds one; the process keeps memory it frees."""
     source = find_model(path)
     model = load_causal_lm(source.base, config)
     if source.is_adapter:
@@ -201,8 +205,8 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
             peft.set_adapter("default")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"{source.path}: the adapter does not fit {source.base} ({first_line(error)}); name the base it was trained on "
-            f"as base_model_name_or_path in its {ADAPTER}"
+            f"{source.path}: the adapter does not fit {source.base} ({first_line(error)}); name the base it was "
+            f"trained on as base_model_name_or_path in its {ADAPTER}"
         ) from None
     return peft.train() if copy else peft
 
@@ -213,8 +217,9 @@ def _require_low_rank_only(source: ModelSource) -> None:
     for key, harmless in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
         if config.get(key) not in (harmless, [], {}):
             raise UserError(
-                f"{Path(source.path) / ADAPTER}: {key} is {config[key]!r}, so training it on would change the reference as "
-                "well; merge it into its base (dmpo export --merge) and start from that with model.lora set"
+                f"{Path(source.path) / ADAPTER}: {key} is {config[key]!r}, so training it on would change the "
+                "reference as well; merge it into its base (dmpo export --merge) and start from that with model.lora "
+                "set"
             )
 
 
@@ -250,8 +255,8 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
         return get_peft_model(
             model,
             PeftLora(
-                r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM",
-                use_rslora=lora.variant == "rslora", use_dora=lora.variant == "dora",
+                r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0,
+                task_type="CAUSAL_LM", use_rslora=lora.variant == "rslora", use_dora=lora.variant == "dora",
             ),
         ).train()  # fmt: skip
     except ValueError as error:

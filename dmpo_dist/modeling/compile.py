@@ -12,7 +12,7 @@ from dmpo_dist.modeling.heads import backbone_of
 
 RECOMPILE_LIMIT = 64
 """Graphs of a part of a layer: the first layer or another, policy, reference or validation, one row length or any, each
-model of a benchmark. At torch's own limit of 8 a training run went on uncompiled after a few steps, with a warning only."""
+model of a benchmark. At torch's own limit of 8 a training run went on uncompiled after a few steps, and only warned."""
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:

@@ -132,7 +132,7 @@ def varlen_forward(
         q, k, v: (1, H, T_q, D) and (1, H_kv, T_k, D), any strides but 1 for the last; bf16 or fp16.
         q_offsets, k_offsets: (S + 1,) int32 on the device; a run of queries may be empty.
         longest_q, longest_k: tokens of the longest runs.
-        causal: whether a run's queries see only the keys up to their own place; both runs then have one length.
+        causal: whether a run's queries see only the keys up to their own position; both runs then have one length.
         scale: of the logits.
 
     Returns:
@@ -177,7 +177,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _not_one(longest: int) -> int:
-    """An upper bound is enough; told 1, the kernel folds heads for decoding and fails on empty runs (flash-attention #1537)."""
+    """An upper bound is enough; at 1 the kernel decodes and fails on empty runs (flash-attention #1537)."""
     return max(2, longest)
 
 

@@ -41,8 +41,10 @@ class LogitTransform(NamedTuple):
 
 
 def wide_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """(M, H) and (V, H) -> (M, V), accumulated and kept in fp32 for half types: a logit of 20 rounded to bf16 is off by up
-    to 0.06, which log-probabilities then are too."""
+    """(M, H) and (V, H) -> (M, V), accumulated and kept in fp32 for half types.
+
+    A logit of 20 rounded to bf16 is off by up to 0.06, and log-probabilities would be as well.
+    """
     if rows.dtype not in (torch.bfloat16, torch.float16):
         return linear(rows, weight)
     if rows.is_cuda:

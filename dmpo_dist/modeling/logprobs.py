@@ -12,10 +12,11 @@ from dmpo_dist.modeling.attention import no_mask
 from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, output_head
 
 AnyLayout = Layout | PromptPart | TriePart
+Which = Literal["policy", "reference"]
 
 MAX_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
-"""Most logits held at once by kind of device: 64 or 256 MiB in fp32, whatever the vocabulary. A GPU reads the whole head
-for every chunk, so that a chunk must have rows enough to be worth it."""
+"""Most logits held at once by kind of device: 64 or 256 MiB in fp32, whatever the vocabulary. A GPU reads the whole
+head for every chunk, so that a chunk must have rows enough to be worth it."""
 
 
 class LogProbHead(nn.Module):
@@ -33,7 +34,7 @@ class LogProbHead(nn.Module):
         self.max_logits: int | None = None  # None: by the device it runs on; a plan for another device sets it
 
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
-        """(P, H) hidden states of all positions -> summed log-probs of responses and histories, see ``Targets.summed``."""
+        """(P, H) hidden states of all positions -> summed log-probs of responses and histories (``Targets.summed``)."""
         rows = hidden[targets.predict_index]  # (M, H), each source position once
         chunk = max(1, (self.max_logits or MAX_CHUNK_LOGITS[rows.device.type]) // self.weight.shape[0])
         arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.transform)
@@ -56,14 +57,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor, target_ids: Tensor,
         transform: LogitTransform, chunk: int,
     ) -> Tensor:  # fmt: skip
+        # rows (M, H), weight (V, H), target_row and target_ids (N,); N >= M: branches share the row of a prompt's end
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         lse = rows.new_empty(rows.shape[0], dtype=wide)
         picked = rows.new_empty(target_ids.shape[0], dtype=wide)
         for start in range(0, rows.shape[0], chunk):
-            logits = transform.logits(rows[start : start + chunk], weight, bias)
+            logits = transform.logits(rows[start : start + chunk], weight, bias)  # (chunk, V), all that is held of them
             lse[start : start + chunk] = logits.logsumexp(-1)
             local, inside = _within(target_row, start, logits.shape[0])
-            picked = torch.where(inside, logits[local, target_ids], picked)
+            picked = torch.where(inside, logits[local, target_ids], picked)  # (N,); each target is in one chunk
         ctx.save_for_backward(rows, weight, bias, target_row, target_ids, lse)
         ctx.transform, ctx.chunk = transform, chunk
         return picked - lse[target_row]
@@ -76,15 +78,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
         d_rows = torch.empty_like(rows) if wants_rows else None
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and wants_bias else None
+        # (M,) upstream gradients of all targets that a row predicts: softmax is subtracted once for their sum
         per_row = lse.new_zeros(rows.shape[0]).index_add_(0, target_row, upstream)
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = transform.logits(rows[part], weight, bias)
-            # d log p / d logits = onehot - softmax, weighted by the upstream gradients of the row's targets
-            slope = (
-                1 - (logits / transform.softcap).square() if transform.softcap else None
-            )  # tanh' by the value of tanh
-            gradient = logits.sub_(lse[part, None]).exp_().mul_(-per_row[part, None])
+            # tanh' = 1 - tanh^2, from the capped logits before they are overwritten
+            slope = 1 - (logits / transform.softcap).square() if transform.softcap else None
+            # d log p / d logits = onehot - softmax: first -softmax * per_row in place, then the onehots are added
+            gradient = logits.sub_(lse[part, None]).exp_().mul_(-per_row[part, None])  # (chunk, V)
             local, inside = _within(target_row, start, logits.shape[0])
             gradient.index_put_((local, target_ids), torch.where(inside, upstream, 0.0), accumulate=True)
             if slope is not None:
@@ -106,8 +108,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 
 def _within(target_row: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Places of the targets in the chunk of ``rows`` rows from ``start`` on, and which are in it; without asking the device
-    how many, which would make the host wait."""
+    """For the chunk of ``rows`` rows from ``start``: (N,) each target's row in it, clamped, and (N,) bool if it is in.
+
+    A mask instead of the few targets inside: to ask the device how many there are would make the host wait.
+    """
     local = target_row - start
     return local.clamp(0, rows - 1), (local >= 0) & (local < rows)
 
@@ -135,7 +139,7 @@ class LogProbModel(nn.Module):
         check_head(language_model)
         self.head = LogProbHead(output_head(language_model), LogitTransform.of(language_model.config))
 
-    def forward(self, layout: AnyLayout, which: Literal["policy", "reference"] = "policy") -> Tensor:
+    def forward(self, layout: AnyLayout, which: Which = "policy") -> Tensor:
         """Log-probs summed over each response's scored tokens, fp32 or wider.
 
         Returns:

@@ -10,8 +10,8 @@ import torch
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
-"""Environment of a process whose tensors are made by another thread than its first, as in a worker of Ray Train: that thread
-would get an arena of pieces of 64 MiB, which hold no large tensor and are given back whenever they are empty."""
+"""Environment of a process whose tensors are made by another thread than its first, as in a worker of Ray Train. That
+thread would get an arena of pieces of 64 MiB, which hold no large tensor and are given back whenever they are empty."""
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -23,8 +23,10 @@ def held_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far, and on the CPU give freed pages back, which would hide what is allocated next; outside Linux
-    a CPU peak cannot be forgotten and only grows."""
+    """Forget the peak so far, and on the CPU give freed pages back, which would hide what is allocated next.
+
+    Outside Linux a CPU peak cannot be forgotten and only grows.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -50,17 +52,19 @@ def peak_bytes(device: torch.device) -> int:
 def keep_freed_memory() -> None:
     """From here on the process keeps what tensors on the CPU free, for those that follow; Linux only.
 
-    Else the kernel clears the pages of every long row's tensors anew: 5 % of a step on rows of 4,000 tokens, 10 % of scoring.
-    Of threads other than the first only with ``ONE_ARENA``.
+    Else the kernel clears the pages of every long row's tensors anew: 5 % of a step on rows of 4,000 tokens, 10 % of
+    scoring. Of threads other than the first only with ``ONE_ARENA``.
     """
-    # glibc before 2.35 takes half of a thread's arena at most; all refused, the threshold must stay the moving one it is
+    # glibc before 2.35 takes half of a thread's arena at most; where it refuses both, its moving threshold must stay
     if any(_mallopt(M_MMAP_THRESHOLD, threshold) for threshold in (2**30, 2**25)):
         _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed_memory() -> None:
-    """From here on tensors on the CPU get pages of their own and give them back when freed, so that a peak is what lives,
-    not fragmentation; Linux only."""
+    """From here on tensors on the CPU get pages of their own and give them back when freed; Linux only.
+
+    So a peak is what lives, not fragmentation.
+    """
     _mallopt(M_MMAP_THRESHOLD, 2**16)
 
 

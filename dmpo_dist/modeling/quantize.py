@@ -56,12 +56,12 @@ def quantization_of(checkpoint: Any) -> str | None:
     stored = getattr(checkpoint, "quantization_config", None)
     if stored is None:
         return None
-    facts = stored if isinstance(stored, dict) else stored.to_dict()
-    if facts.get("load_in_8bit"):
+    options = stored if isinstance(stored, dict) else stored.to_dict()
+    if options.get("load_in_8bit"):
         return "int8"
-    if facts.get("load_in_4bit"):
-        return str(facts.get("bnb_4bit_quant_type", "fp4"))
-    return str(facts.get("quant_method", "unknown"))
+    if options.get("load_in_4bit"):
+        return str(options.get("bnb_4bit_quant_type", "fp4"))
+    return str(options.get("quant_method", "unknown"))
 
 
 def require_trainable(config: ModelConfig, adapter: bool) -> None:
@@ -92,8 +92,8 @@ def packed_weights(module: nn.Module) -> list[tuple[str, Any]]:
 def keep_arithmetic(model: nn.Module) -> None:
     """Have 4-bit layers compute in the type asked for, in every mode.
 
-    On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call in evaluation mode and multiplies in bf16 from then
-    on: log-probs of an fp32 model moved by 0.1 % there, and policy and reference would differ between modes.
+    On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call in evaluation mode and multiplies in bf16
+    from then on: log-probs of an fp32 model moved by 0.1 % there, and policy and reference would differ between modes.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -125,6 +125,13 @@ def use_backend(model: Any, backend: Backend) -> None:
     model.set_attn_implementation(names.get(backend) or native_attention(model))
 
 
+def take_route(model: Any, device_type: str, max_length: int, requested: str = "auto") -> Route:
+    """``choose_backend`` for ``model`` (not wrapped), and ``use_backend`` with what it says."""
+    taken = choose_backend(model, device_type, max_length, requested)
+    use_backend(model, taken.backend)
+    return taken
+
+
 def attention_of(model: Any) -> Attention:
     """What ``model`` (a transformers causal LM) asks of a backend."""
     config = model.config.get_text_config()

@@ -11,7 +11,7 @@ from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.template import Template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
-from dmpo_dist.modeling.routing import choose_backend, use_backend
+from dmpo_dist.modeling.routing import take_route
 
 
 def shared_prompt_log_probs(
@@ -47,7 +47,7 @@ def shared_prompt_log_probs(
         ValueError: no prompts, a prompt without responses, or as many lists of responses as prompts are not given.
 
     Example:
-        >>> policy = shared_prompt_log_probs(model, tokenizer, ["Liked: Alien, Blade Runner\\nNext:"], [[" Dune", " Cars"]])
+        >>> policy = shared_prompt_log_probs(model, tokenizer, ["Liked: Alien\\nNext:"], [[" Dune", " Cars"]])
         >>> loss = softplus(policy[0][1] - policy[0][0])  # a reference-free pair
         >>> loss.backward()
     """
@@ -60,8 +60,7 @@ def shared_prompt_log_probs(
     groups = _tokenized(tokenizer, prompts, responses, end, context)
     longest = max(len(group.prefix) + max(map(len, group.branches)) for group in groups)
     device = next(model.parameters()).device
-    route = choose_backend(language_model, device.type, longest, attention)
-    use_backend(language_model, route.backend)
+    route = take_route(language_model, device.type, longest, attention)
     log_probs = LogProbModel(model)(lay_out(groups, shared=route.backend != "unshared").to(device))
     return list(log_probs.split([len(group.branches) for group in groups]))
 

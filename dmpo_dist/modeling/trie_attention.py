@@ -1,7 +1,7 @@
 """Attention of the parts of a title trie: each token sees the prompt, whose keys are kept, and its ancestors.
 
-One softmax over both kinds of keys in plain arithmetic, so windows (by position) and soft-capping are a mask and a tanh,
-and one function serves every device and type. For scoring only: the prompt's keys carry no gradient.
+One softmax over both kinds of keys in plain arithmetic, so windows (by position) and soft-capping are a mask and a
+tanh, and one function serves every device and type. For scoring only: the prompt's keys carry no gradient.
 """
 
 from typing import Any
@@ -73,10 +73,10 @@ def _causal(
     if softcap is None and (window is None or window >= length):
         out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     else:
-        place = torch.arange(length, device=query.device)
-        seen = place <= place[:, None]
+        position = torch.arange(length, device=query.device)
+        seen = position <= position[:, None]  # (P, P)
         if window is not None:
-            seen &= place > place[:, None] - window
+            seen &= position > position[:, None] - window
         weights = _softmax(_capped(query @ key.transpose(2, 3) * scale, softcap).masked_fill(~seen, -torch.inf), value)
         out = weights @ value
     return out.transpose(1, 2).contiguous()
@@ -86,9 +86,12 @@ def _behind_prompt(
     query: Tensor, key: Tensor, value: Tensor, part: TriePart, prompt: tuple[Tensor, Tensor], scale: float,
     window: int | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """(1, H, T, D) -> (1, T, H, D), some tokens at a time."""
+    """(1, H, T, D) -> (1, T, H, D): one softmax over a token's prompt (P keys) and ancestors (A keys, itself first).
+
+    Some tokens at a time: gathering ancestors copies their keys and values once for each token.
+    """
     kv_heads, per_kv = key.shape[1], query.shape[1] // key.shape[1]
-    queries = query[0].unflatten(0, (kv_heads, per_kv)).transpose(1, 2)  # (H_kv, T, G, D)
+    queries = query[0].unflatten(0, (kv_heads, per_kv)).transpose(1, 2)  # (H_kv, T, G, D), G query heads to a key head
     far_keys, far_values = prompt[0][0], prompt[1][0]  # (H_kv, P, D)
     length, deep = far_keys.shape[1], part.ancestors.shape[1]
     per_token = query.shape[1] * (length + deep) + deep * kv_heads * (key.shape[-1] + value.shape[-1])
@@ -96,18 +99,20 @@ def _behind_prompt(
     out = []
     for start in range(0, query.shape[2], step):
         q, ancestors = queries[:, start : start + step], part.ancestors[start : start + step]
-        own_keys, own_values = key[0][:, ancestors], value[0][:, ancestors]  # (H_kv, t, D_anc, D)
+        own_keys, own_values = key[0][:, ancestors], value[0][:, ancestors]  # (H_kv, t, A, D)
+        # The prompt's keys are the same for all tokens, so no copy of them is made: (H_kv, t G, D) @ (H_kv, D, P)
         far = (q.flatten(1, 2) @ far_keys.transpose(1, 2)).unflatten(1, q.shape[1:3])  # (H_kv, t, G, P)
-        own = q @ own_keys.transpose(2, 3)  # (H_kv, t, G, D_anc)
-        unseen = ancestors < 0
+        own = q @ own_keys.transpose(2, 3)  # (H_kv, t, G, A)
+        unseen = ancestors < 0  # (t, A), where the way up to the prompt is shorter than the longest
         if window is not None:
+            # column a of the ancestors is a positions back; key p of the prompt is position - p back
             unseen = unseen | (torch.arange(deep, device=q.device) >= window)
             position = part.position_ids[0, start : start + step, None]
             beyond = torch.arange(length, device=q.device) <= position - window
             unseen = torch.cat([beyond, unseen], dim=1)
         else:
             unseen = torch.nn.functional.pad(unseen, (length, 0))
-        scores = _capped(torch.cat([far, own], dim=-1) * scale, softcap)
+        scores = _capped(torch.cat([far, own], dim=-1) * scale, softcap)  # (H_kv, t, G, P + A)
         weights = _softmax(scores.masked_fill_(unseen[:, None], -torch.inf), value)
         mixed = weights[..., length:] @ own_values
         mixed += (weights[..., :length].flatten(1, 2) @ far_values).unflatten(1, q.shape[1:3])

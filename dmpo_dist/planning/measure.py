@@ -50,7 +50,7 @@ def main(path: Path) -> None:
 def _run(case: Case, folder: Path, device: torch.device) -> dict[str, int]:
     """Train as ``dmpo train`` does; the peak is reset after the warm-up. Returns parameter counts."""
     config = case.run_config(str(folder))
-    job = Job("train", config, str(folder), folder.parent)
+    job = Job("preference", config, str(folder), folder.parent)
     world = dist.get_world_size()
     deepspeed = resolve_config(case.deepspeed, job.stage, case.dtype, world, 0)
     policy = load_module(job, device, deepspeed)
@@ -64,12 +64,10 @@ def _run(case: Case, folder: Path, device: torch.device) -> dict[str, int]:
         device=device,
         engine=engine,
         tokenizer=policy.tokenizer,
-        objective=job.objective,
+        loss=job.loss,
         reference=lambda layout, groups, epoch: frozen(layout, "reference"),
         batches=Batches(groups, schedule, case.negatives, world, case.budget, shared=True),
         validation=[],
-        shared=True,
-        stage3=deepspeed["zero_optimization"]["stage"] == 3,
     )
     for index in range(WARM_UP + MEASURED):
         if index == WARM_UP:

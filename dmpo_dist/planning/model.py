@@ -20,6 +20,7 @@ from dmpo_dist.modeling.backbone import (
     scratch_config,
     with_new_adapter,
 )
+from dmpo_dist.modeling.gguf import local_model
 from dmpo_dist.modeling.logprobs import MAX_CHUNK_LOGITS, LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend
 from dmpo_dist.planning import trace
@@ -157,14 +158,15 @@ def _read(model: ModelConfig) -> tuple[Any, Any]:
     """The transformers configuration and, where training starts from an adapter, the adapter's."""
     if model.path == SCRATCH:
         return scratch_config(model.scratch, model.scratch.vocab_size, model.max_length), None
-    folder = Path(model.path)
+    path = local_model(model.path)
+    folder = Path(path)
     if (folder / ADAPTER).exists():
         from peft import PeftConfig
 
-        return read_model_config(find_model(model.path).base, model.max_length), PeftConfig.from_pretrained(model.path)
+        return read_model_config(find_model(path).base, model.max_length), PeftConfig.from_pretrained(path)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{model.path}: holds neither config.json nor {ADAPTER}; a plan needs one of them")
-    return read_model_config(model.path, model.max_length), None
+    return read_model_config(path, model.max_length), None
 
 
 def _base(config: Any, model: ModelConfig) -> Any:

@@ -224,7 +224,7 @@ def _row(config: RunConfig, lengths: Lengths, tokens: int, shared: bool = True) 
 
 
 def _needs_reference(config: RunConfig) -> bool:
-    return Job("train", config, config.model.path, config.output_dir).needs_reference
+    return Job("preference", config, config.model.path, config.output_dir).loss.needs_reference
 
 
 def _steps(config: RunConfig, groups: int | None) -> int | None:

@@ -8,24 +8,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from dmpo_dist.artifacts.evaluation import SCORES_FILE, Evaluation
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import paired_bootstrap, ranking_metrics
 from dmpo_dist.evaluation.report import COMPARED_METRICS
-from dmpo_dist.figures.curves import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_panel, has_values
+from dmpo_dist.figures.curves import SIDE_BY_SIDE, has_values, side_by_side_drawings
+from dmpo_dist.figures.style import save_grid
 from dmpo_dist.records.read import LAST_FIGURES, VALIDATION_METRICS, Run
+from dmpo_dist.tables import Table, terminal, texts
 
 METRIC = "ndcg@10"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
-TRAIN_CURVES = {"loss": "Loss", "margin": "Margin: positive minus negatives"}
+DRAWN = ("loss", "margin")
 REQUEST = ["timestamp", "user"]
 
 
@@ -37,24 +33,14 @@ def find_evaluations(root: Path) -> list[Path]:
 def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
     """A table, a row per run: validation at its best step, and the latest evaluation below ``root`` of its model."""
     names, evaluations = run_names(runs, root), find_evaluations(root)
-    caption = f"best: {METRIC} on validation, at the step whose weights were selected; test: {METRIC} where evaluated"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-    table.add_column("run", overflow="fold")
-    table.add_column("start", overflow="fold", min_width=8)
-    for heading in ("stage", "objective"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("steps", "best", "at step", "test", "groups/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("when", "commit", ""):
-        table.add_column(heading, no_wrap=True)
-    for run, name in zip(runs, names, strict=True):
-        done, total = run.steps
-        table.add_row(
+    note = f"best: {METRIC} on validation, at the step whose weights were selected; test: {METRIC} where evaluated"
+    rows = [
+        [
             name,
             _start(run),
             run.stage or "-",
             run.config["objective"]["name"] if run.stage == "train" else "-",
-            f"{done}/{total}" if total else "-",
+            f"{run.steps[0]}/{run.steps[1]}" if run.steps[1] else "-",
             _number(run.result().get(f"validation/{METRIC}"), ".3f"),
             _number(run.best_step, "d"),
             _test(run, evaluations),
@@ -62,8 +48,24 @@ def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
             datetime.fromtimestamp(run.began).strftime("%Y-%m-%d %H:%M") if run.began else "-",
             _commit(run),
             "finished" if run.end else "unfinished",
-        )
-    console.print(table)
+        ]
+        for run, name in zip(runs, names, strict=True)
+    ]
+    columns = [
+        "run",
+        "start",
+        "stage",
+        "objective",
+        "steps",
+        "best",
+        "at step",
+        "test",
+        "groups/s",
+        "when",
+        "commit",
+        "",
+    ]
+    console.print(terminal(Table("", columns, texts(rows), text_columns=2, note=note)))
 
 
 def run_names(runs: Sequence[Run], root: Path) -> list[str]:
@@ -125,43 +127,22 @@ def plot_runs(runs: Sequence[Run], names: Sequence[str], metric: str, output: Pa
     Raises:
         UserError: none of the runs has any of it, or none has ``metric``.
     """
-    colours = (
-        COLOURS
-        if len(runs) <= len(COLOURS)
-        else [to_hex(c) for c in colormaps["viridis"](np.linspace(0, 0.95, len(runs)))]
-    )
-    lines = {str(i): (name, colours[i]) for i, name in enumerate(names)}
-    panels = {title: _columns([run.train for run in runs], column) for column, title in TRAIN_CURVES.items()}
-    panels[f"Validation {metric}"] = _columns([run.validation for run in runs], metric)
-    panels = {title: frame for title, frame in panels.items() if len(frame)}
     logged = sorted({name for run in runs for name in VALIDATION_METRICS if has_values(run.validation, name)})
     if logged and metric not in logged:
         raise UserError(f"--metric {metric}: no validation {metric} was logged; there is {', '.join(logged)}")
-    if not panels:
+    frames = {name: (run.train, run.validation) for name, run in zip(names, runs, strict=True)}
+    drawings = side_by_side_drawings(frames, metric, {column: SIDE_BY_SIDE[column] for column in DRAWN})
+    if not drawings:
         raise UserError(f"nothing to draw: {', '.join(names)} stopped before the first log line")
-    figure = Figure(figsize=(4.6 * len(panels), 3.2 + 0.2 * len(runs)), dpi=160, layout="constrained")
-    for axes, (title, frame) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        draw_panel(axes, title, frame, lines)
-    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
-
-
-def _columns(frames: Sequence[pd.DataFrame], column: str) -> pd.DataFrame:
-    """One column per run, named by its number."""
-    found = {str(i): frame[column] for i, frame in enumerate(frames) if has_values(frame, column)}
-    return pd.DataFrame(found)
+    save_grid(drawings, output, columns=len(drawings))
 
 
 def _show_side_by_side(title: str, rows: dict[str, list[Any]], names: Sequence[str], console: Console) -> None:
     if not rows:
         console.print(f"{title}: no difference")
         return
-    table = Table("", *names, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for key, values in rows.items():
-        table.add_row(key, *map(str, values))
-    console.print(table)
+    table = Table(title, ["", *names], texts([[key, *values] for key, values in rows.items()]), 1 + len(names))
+    console.print(terminal(table))
 
 
 def _at(key: str) -> str:

@@ -135,7 +135,7 @@ class RunLog:
 
 def _figures(record: StepRecord) -> str:
     parts = [f"loss {record.loss:.4f}"]
-    if record.margin is not None:
+    if record.margin is not None and record.accuracy is not None:
         parts += [f"margin {record.margin:+.3f}", f"acc {record.accuracy:.3f}"]
     parts += [
         f"{record.groups_per_second:.1f} groups/s",

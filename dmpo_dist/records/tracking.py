@@ -63,7 +63,7 @@ class WandbRun:
             entity=config.entity,
             mode=config.mode,
             name=_name(job),
-            job_type=job.kind,
+            job_type=job.section,
             tags=_tags(job),
             config=job.config.model_dump(mode="json") | {"environment": _environment(job).content()},
             dir=str(job.output),
@@ -102,7 +102,7 @@ class MlflowRun:
             return
         found = self._client.get_experiment_by_name(config.experiment)
         experiment = found.experiment_id if found else self._client.create_experiment(config.experiment)
-        tags = {"stage": job.kind} | {tag: "yes" for tag in _tags(job)}
+        tags = {"stage": job.section} | {tag: "yes" for tag in _tags(job)}
         if commit := _environment(job).git_commit:
             tags["mlflow.source.git.commit"] = commit
         self._id = self._client.create_run(experiment, run_name=_name(job), tags=tags).info.run_id
@@ -177,8 +177,8 @@ def _name(job: Job) -> str:
 
 
 def _tags(job: Job) -> list[str]:
-    objective = [job.objective.name] if job.kind == "train" else []
-    return list(dict.fromkeys([job.kind, *objective, *job.config.tracking.tags]))
+    objective = [job.config.objective.name] if job.kind == "preference" else []
+    return list(dict.fromkeys([job.section, *objective, *job.config.tracking.tags]))
 
 
 def _environment(job: Job) -> Environment:

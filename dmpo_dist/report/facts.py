@@ -12,10 +12,10 @@ from dmpo_dist.artifacts.evaluation import BaselineTraining, Evaluation
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.evaluation.tables import left_out_line, order_line
+from dmpo_dist.formats import MISSING, number, size
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import ReportedData
-from dmpo_dist.report.tables import Cell, Table
-from dmpo_dist.report.words import MISSING, number, size
+from dmpo_dist.tables import Cell, Table
 
 NO_SETTING = "output_dir"
 CHOSEN = ("regularization", "epochs")

@@ -6,11 +6,12 @@ import pandas as pd
 
 from dmpo_dist.artifacts.evaluation import Comparison, Evaluation
 from dmpo_dist.artifacts.explanations import Explanations
+from dmpo_dist.figures.study import SWEEP_METRIC
+from dmpo_dist.formats import candidates, interval, joined, metric_name, number, verdict
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import Material
 from dmpo_dist.report.intervals import BASELINES
-from dmpo_dist.report.study import SWEEP_METRIC, at_home, labels
-from dmpo_dist.report.words import candidates, interval, joined, metric_name, number, verdict
+from dmpo_dist.report.study import at_home, labels
 
 METRIC, SUBJECT = "ndcg@10", "dmpo"
 MOST_DATASETS = 3  # of a study that get a sentence each
@@ -47,7 +48,7 @@ def describe_run(run: Run) -> str:
 
 
 def subject_of(evaluation: Evaluation) -> str:
-    """The model an evaluation is about: SUBJECT, else the one that all others were compared with, else the best trained."""
+    """The model an evaluation is about: SUBJECT, else the one that all were compared with, else the best trained."""
     compared = {c.a for c in evaluation.comparisons} & evaluation.models.keys()
     if SUBJECT in evaluation.models or len(compared) == 1:
         return SUBJECT if SUBJECT in evaluation.models else compared.pop()
@@ -79,7 +80,7 @@ def _made(run: Run, model: str) -> bool:
 
 
 def _result(evaluation: Evaluation) -> str:
-    """The subject's figure, then how it stands to what it must be compared with, by paired intervals where there are."""
+    """The subject's figure, then its paired differences from the fairest other model and the best baseline."""
     subject = subject_of(evaluation)
     metrics = evaluation.models[subject]
     metric = METRIC if METRIC in metrics else next(iter(metrics))
@@ -135,7 +136,7 @@ def _explanations(explanations: Explanations) -> str:
 
 
 def _study(study: pd.DataFrame) -> str:
-    """How many cells; what more negatives did; where that is not one curve per objective, the best setting of each dataset."""
+    """How many cells there are, and what more negatives did or, with several datasets or sizes, the best settings."""
     trained = study[study["objective"].notna()]
     cells = len(trained[["dataset", "shots", "k", "objective", "free", "seed"]].drop_duplicates())
     datasets = list(study["dataset"].unique())

@@ -2,21 +2,22 @@
 
 import base64
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from importlib import resources
+from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 import dmpo_dist
 from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.errors import UserError
+from dmpo_dist.figures.style import Drawing, chart
+from dmpo_dist.formats import number, size
 from dmpo_dist.report.gather import MARK, Material, gather, is_report
-from dmpo_dist.report.parts import make_page
-from dmpo_dist.report.svg import swatch
-from dmpo_dist.report.words import number, size
+from dmpo_dist.report.parts import SECTIONS, make_page
+from dmpo_dist.tables import html
 
 
 def write_report(folders: Sequence[Path], output: Path, explanations: bool, echo: Callable[[str], None]) -> None:
@@ -61,12 +62,16 @@ def render(material: Material) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["breakable"] = _breakable
-    page = make_page(material)
+    numbers = count(1)
+
+    def svg(drawing: Drawing) -> Markup:
+        return chart(drawing, next(numbers))
+
+    environment.filters["svg"] = svg
+    environment.filters["table"] = html
     text = environment.get_template("page.html.j2").render(
-        page=page,
-        sections=page.sections,
-        swatch=swatch,
+        page=make_page(material),
+        headings={key: heading for key, (heading, _) in SECTIONS.items()},
         number=number,
         mark=Markup(MARK),
         policy=policy,
@@ -75,11 +80,6 @@ def render(material: Material) -> bytes:
         version=dmpo_dist.__version__,
     )
     return text.encode("utf-8", errors="replace")  # half a surrogate pair in a title becomes a question mark
-
-
-def _breakable(text: str) -> Markup:
-    """``text`` with places where a long name or path may break."""
-    return Markup(re.sub(r"([._/]+)", r"\1<wbr>", str(escape(text))))
 
 
 def _part(name: str) -> str:

@@ -1,85 +1,27 @@
-"""What a page shows, section by section, as tables, figures and sentences; a section without data is empty."""
+"""What a page shows, section by section; a section without data is left out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
-import pandas as pd
 import yaml
 
-from dmpo_dist.artifacts.evaluation import SCORES_FILE, Evaluation
 from dmpo_dist.artifacts.explanations import ExplainedRequest, Explanations
-from dmpo_dist.evaluation.metrics import sure_hits
-from dmpo_dist.evaluation.seeds import split_name
 from dmpo_dist.explanation.words import by_word
-from dmpo_dist.records.compare import evaluation_of, paired_lines
-from dmpo_dist.report import curves, explained, facts, intervals, study, tables
+from dmpo_dist.figures.curves import MOST_RUNS, run_drawings, side_by_side_drawings
+from dmpo_dist.figures.explanations import faithfulness_drawings
+from dmpo_dist.figures.study import MAIN_METRIC, few_shot_drawings, matrix_drawings, sweep_drawings
+from dmpo_dist.figures.style import Drawing
+from dmpo_dist.records.read import Run
+from dmpo_dist.report import evaluated, facts, study
+from dmpo_dist.report.blocks import Block, folded_table, heading
+from dmpo_dist.report.explained import history_table
 from dmpo_dist.report.gather import Material, ReportedData
 from dmpo_dist.report.headline import describe_run, headline
-from dmpo_dist.report.svg import Figure
-from dmpo_dist.report.tables import Table
-from dmpo_dist.report.words import candidates
+from dmpo_dist.tables import Table
 
-SECTIONS = {
-    "results": "Results",
-    "comparisons": "Paired comparisons",
-    "training": "Training curves",
-    "strata": "Strata",
-    "sweep": "K sweep",
-    "shots": "Few-shot curves",
-    "transfer": "Other domains",
-    "cells": "Study, cell by cell",
-    "explanations": "Explanations",
-    "data": "Data and leak check",
-    "configuration": "Configuration",
-    "environment": "Environment",
-    "files": "Files",
-}
-"""Key -> heading, in the page's order."""
-WAYS = {
-    "popularity": "popularity of the target",
-    "history": "length of the history",
-    "item_cold": "how often the target was taken before",
-}
 STAGES = {"sft": "SFT runs", "train": "Preference runs"}
 SHOWN, FOLDED = 5, 20  # of the requests of an explanations.json
 OPEN_RUNS = 4  # whose curves are not folded
-MOST_PAIRS = 10  # of runs, beyond those an evaluation compares
-
-
-@dataclass(frozen=True)
-class StrataPart:
-    """The requests parted in one way."""
-
-    figures: Sequence[Figure]
-    tables: Sequence[Table]
-
-
-@dataclass(frozen=True)
-class EvaluationPart:
-    """One evaluation; ``notes`` are what a reader must know of its figures, ``lines`` what else is known of them."""
-
-    notes: Sequence[str]
-    lines: Sequence[str]
-    models: Table
-    all_metrics: Table | None
-    figures: Sequence[Figure]
-    seeds: Table | None
-    catalogue: Table | None
-    catalogue_all: Table | None
-    comparisons: Table | None
-    comparison_figures: Sequence[Figure]
-    strata: dict[str, StrataPart]
-
-
-@dataclass(frozen=True)
-class StudyPart:
-    """One ``dmpo experiment``."""
-
-    sweep: Sequence[Figure]
-    shots: Sequence[Figure]
-    transfer: Table | None
-    cells: Table
 
 
 @dataclass(frozen=True)
@@ -92,218 +34,180 @@ class ExplainedPart:
 
 
 @dataclass(frozen=True)
-class ExplanationsPart:
-    """One ``explanations.json``."""
-
-    model: str
-    reference: str | None
-    shown: Sequence[ExplainedPart]
-    folded: Sequence[ExplainedPart]
-    left_out: int
-    figures: Sequence[Figure]
-
-
-@dataclass(frozen=True)
-class DataPart:
-    """One prepared data set."""
-
-    name: str
-    counts: Table
-    leaks: Table | None
-    lines: Sequence[str]
-    config: str
-
-
-@dataclass(frozen=True)
 class Page:
-    """Everything the template shows."""
+    """Everything the template shows.
+
+    Attributes:
+        sections: key -> blocks, in the order of ``SECTIONS``.
+        absent: headings of the sections that have none.
+    """
 
     title: str
     headline: Sequence[str]
     privacy: str
     notes: Sequence[str]
-    sections: dict[str, str]
-    absent: str
-    evaluations: dict[str, EvaluationPart]
-    paired_runs: Sequence[str]
-    runs: Table | None
-    open_runs: int
-    described: dict[str, str]
-    curves: dict[str, Sequence[Figure]]
-    side_by_side: dict[str, Sequence[Figure]]
-    studies: dict[str, StudyPart]
-    explanations: dict[str, ExplanationsPart]
-    cards: Sequence[DataPart]
-    differences: Table | None
-    configs: dict[str, str]
-    environment: Table | None
-    files: Table
+    sections: dict[str, list[Block]]
+    absent: Sequence[str]
 
 
 def make_page(material: Material) -> Page:
     """Turn what was gathered into what is shown."""
-    evaluations = {name: _evaluation(e) for name, e in material.evaluations.items()}
-    studies = {name: _study(s) for name, s in material.studies.items()}
-    paired = _other_pairs(material)
-    environment = facts.environment_table(material.environments)
-    there = {
-        "results": bool(evaluations),
-        "comparisons": any(e.comparisons for e in evaluations.values()) or bool(paired),
-        "training": bool(material.runs),
-        "strata": any(e.strata for e in evaluations.values()),
-        "sweep": any(s.sweep for s in studies.values()),
-        "shots": any(s.shots for s in studies.values()),
-        "transfer": any(s.transfer for s in studies.values()),
-        "cells": bool(studies),
-        "explanations": bool(material.explanations),
-        "data": bool(material.cards),
-        "configuration": bool(material.configs),
-        "environment": environment is not None,
-        "files": bool(material.files),
-    }
+    sections = {key: list(blocks(material)) for key, (_, blocks) in SECTIONS.items()}
     return Page(
         title=material.title,
         headline=headline(material),
         privacy=_privacy(material),
         notes=material.notes,
-        sections={key: name for key, name in SECTIONS.items() if there[key]},
-        absent=", ".join(name for key, name in SECTIONS.items() if not there[key]),
-        evaluations=evaluations,
-        paired_runs=paired,
-        runs=facts.runs_table(material.runs) if material.runs else None,
-        open_runs=OPEN_RUNS,
-        described={name: describe_run(run) for name, run in material.runs.items()},
-        curves={name: curves.run_figures(run) for name, run in material.runs.items()},
-        side_by_side={
-            STAGES.get(stage, stage): curves.side_by_side(runs)
-            for stage, runs in curves.runs_by_stage(material.runs).items()
-        },
-        studies=studies,
-        explanations={name: _explanations(x) for name, x in material.explanations.items()},
-        cards=[_data(card) for card in material.cards],
-        differences=facts.differences_table(material.runs),
-        configs=facts.config_texts(material.configs),
-        environment=environment,
-        files=facts.files_table(material.files),
+        sections={key: blocks for key, blocks in sections.items() if blocks},
+        absent=[SECTIONS[key][0] for key, blocks in sections.items() if not blocks],
     )
 
 
-def _evaluation(e: Evaluation) -> EvaluationPart:
-    catalogue, catalogue_all = None, None
-    if e.catalogue is not None:
-        items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
-        ranked = e.catalogue.all_metrics()
-        few = tables.first_metrics(ranked)
-        catalogue = tables.metrics_table(f"Among {items}, those a user had taken left out", few)
-        if few != ranked:
-            catalogue_all = tables.metrics_table(f"All metrics among {items}", ranked)
-    strata = {
-        WAYS.get(way, way.replace("_", " ")): StrataPart(
-            figures,
-            [
-                tables.metrics_table(
-                    f"{name}: {stratum.requests} requests", stratum.models, sure_hits(e.most_negatives)
-                )
-                for name, stratum in e.strata[way].items()
-            ],
+def _training(material: Material) -> Iterator[Block]:
+    if not material.runs:
+        return
+    yield Block("table", facts.runs_table(material.runs))
+    for stage, title in STAGES.items():
+        runs = {name: run for name, run in material.runs.items() if run.stage == stage}
+        if len(runs) > 1:
+            yield Block("heading", f"{title} side by side")
+            yield Block("figures", _side_by_side(runs))
+    for place, (name, run) in enumerate(material.runs.items()):
+        drawings = run_drawings(run.train, run.validation, run.best_step, run.metric)
+        if drawings:
+            yield Block("heading", name)
+            yield Block("note", describe_run(run))
+            curves = Block("figures", drawings)
+            yield curves if place < OPEN_RUNS else Block("folded", [curves], f"Curves of {name}")
+
+
+def _side_by_side(runs: Mapping[str, Run]) -> list[Drawing]:
+    """The quantities that two of the first MOST_RUNS runs logged."""
+    shown = dict(list(runs.items())[:MOST_RUNS])
+    frames = {name: (run.train, run.validation) for name, run in shown.items()}
+    note = f"The first {MOST_RUNS} of {len(runs)} runs." if len(runs) > MOST_RUNS else ""
+    return side_by_side_drawings(frames, next(iter(shown.values())).metric, note=note, fewest=2)
+
+
+def _sweep(material: Material) -> Iterator[Block]:
+    for name, table in material.studies.items():
+        yield from _figures(name, material, sweep_drawings(study.points_of(table), study.whiskers_note(table)))
+
+
+def _shots(material: Material) -> Iterator[Block]:
+    for name, table in material.studies.items():
+        note = study.whiskers_note(table)
+        yield from _figures(name, material, few_shot_drawings(study.points_of(table), [MAIN_METRIC], note))
+
+
+def _transfer(material: Material) -> Iterator[Block]:
+    for name, table in material.studies.items():
+        transfer = study.transfer_table(table)
+        if transfer is not None:
+            yield from _figures(name, material, matrix_drawings(study.points_of(table)))
+            yield Block("table", transfer)
+
+
+def _cells(material: Material) -> Iterator[Block]:
+    for name, table in material.studies.items():
+        yield from heading(name, material.studies)
+        yield folded_table("The grid as a table", study.cells_table(table))
+
+
+def _explanations(material: Material) -> Iterator[Block]:
+    for name, x in material.explanations.items():
+        yield from heading(name, material.explanations)
+        yield Block("text", f"Model {x.model}{f', reference {x.reference}' if x.reference else ''}.")
+        drawings = faithfulness_drawings(x.faithfulness.model_dump()) if x.faithfulness else []
+        if drawings:
+            yield Block("heading", "Faithfulness")
+            yield Block("figures", drawings)
+        yield from _explained(x)
+
+
+def _explained(x: Explanations) -> Iterator[Block]:
+    blocks = [
+        Block(
+            "explained",
+            ExplainedPart(
+                r,
+                by_word((token.text, token.log_ratio) for token in r.tokens),
+                history_table(r) if r.history else None,
+            ),
         )
-        for way, figures in intervals.strata_figures(e).items()
-    }
-    first = tables.first_metrics(e.models)
-    return EvaluationPart(
-        notes=e.notes,
-        lines=facts.evaluation_lines(e),
-        models=tables.metrics_table(
-            f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates",
-            first,
-            sure_hits(e.most_negatives),
-        ),
-        all_metrics=tables.metrics_table("All metrics", e.models, sure_hits(e.most_negatives))
-        if first != e.models
-        else None,
-        figures=intervals.model_figures(e),
-        seeds=tables.seeds_table(e) if e.seeds else None,
-        catalogue=catalogue,
-        catalogue_all=catalogue_all,
-        comparisons=tables.comparisons_table(e) if e.comparisons else None,
-        comparison_figures=intervals.comparison_figures(e.comparisons),
-        strata=strata,
-    )
-
-
-def _other_pairs(material: Material) -> list[str]:
-    """Paired differences of runs, by the scores their evaluations left, which no evaluation shown gives itself.
-
-    A run that is one seed of a model has that beside its name: the model's name alone stands for all seeds.
-    """
-    folders = material.evaluation_folders
-    scored = [folder for folder in folders.values() if (folder / SCORES_FILE).exists()]
-    found = {name: evaluation_of(run, scored) for name, run in material.runs.items()}
-    places = {name: place for name, place in found.items() if place is not None}
-    by_folder = {folder: material.evaluations[name] for name, folder in folders.items()}
-    labels = {
-        name: f"{name} ({ranked_as})" if split_name(ranked_as)[1] else name for name, (_, ranked_as) in places.items()
-    }
-    pairs = []
-    for a, b in combinations(places, 2):
-        (first, as_a), (second, as_b) = places[a], places[b]
-        compared = {frozenset((c.a, c.b)) for c in by_folder[first].comparisons} if first == second else set()
-        if frozenset((as_a, as_b)) not in compared:
-            pairs.append((a, b))
-    lines = [
-        line
-        for a, b in pairs[:MOST_PAIRS]
-        for line in paired_lines([material.runs[a], material.runs[b]], [labels[a], labels[b]], scored)
+        for r in x.requests[: SHOWN + FOLDED]
     ]
-    more = len(pairs) - MOST_PAIRS
-    return lines + ([f"{more} more pairs: `dmpo runs compare` shows them"] if more > 0 else [])
+    yield from blocks[:SHOWN]
+    if blocks[SHOWN:]:
+        yield Block("folded", blocks[SHOWN:], f"{len(blocks) - SHOWN} more")
+    if len(x.requests) > len(blocks):
+        yield Block("note", f"{len(x.requests) - len(blocks)} further explanations are in explanations.json.")
 
 
-def _study(table: pd.DataFrame) -> StudyPart:
-    return StudyPart(
-        sweep=study.sweep_figures(table),
-        shots=study.shots_figures(table),
-        transfer=study.transfer_table(table),
-        cells=study.cells_table(table),
-    )
+def _data(material: Material) -> Iterator[Block]:
+    for card in material.cards:
+        content = card.content
+        yield Block("heading", content.name)
+        yield Block("table", facts.counts_table(card))
+        leaks = facts.leaks_table(card)
+        missing = "No leak check is written down: the data was prepared by a version without one."
+        yield Block("table", leaks) if leaks else Block("text", missing)
+        yield Block("lines", _card_lines(card))
+        config = yaml.safe_dump(content.config, sort_keys=False, allow_unicode=True)
+        yield Block("folded", [Block("code", config)], "How it was prepared")
 
 
-def _explanations(x: Explanations) -> ExplanationsPart:
-    parts = [
-        ExplainedPart(
-            r,
-            by_word((token.text, token.log_ratio) for token in r.tokens),
-            explained.history_table(r) if r.history else None,
-        )
-        for r in x.requests
-    ]
-    return ExplanationsPart(
-        model=x.model,
-        reference=x.reference,
-        shown=parts[:SHOWN],
-        folded=parts[SHOWN : SHOWN + FOLDED],
-        left_out=max(0, len(parts) - SHOWN - FOLDED),
-        figures=explained.faithfulness_figures(x.faithfulness) if x.faithfulness else [],
-    )
-
-
-def _data(card: ReportedData) -> DataPart:
-    content = card.content
-    cuts = content.cuts
+def _card_lines(card: ReportedData) -> list[str]:
+    content, cuts = card.content, card.content.cuts
     lines = [f"Validation from {cuts['validation'].utc}, test from {cuts['test'].utc}."] if cuts else []
-    lines += content.notes
-    lines.append(f"Fingerprint {content.fingerprint}, seed {content.seed}.")
+    lines += [*content.notes, f"Fingerprint {content.fingerprint}, seed {content.seed}."]
     if card.trained:
         lines.append(f"By its fingerprint what these runs were trained on: {', '.join(card.trained)}.")
     if card.others:
         lines.append(f"Not what these runs were trained on: {', '.join(card.others)}.")
-    return DataPart(
-        name=content.name,
-        counts=facts.counts_table(card),
-        leaks=facts.leaks_table(card),
-        lines=lines,
-        config=yaml.safe_dump(content.config, sort_keys=False, allow_unicode=True),
-    )
+    return lines
+
+
+def _configuration(material: Material) -> Iterator[Block]:
+    differences = facts.differences_table(material.runs)
+    if differences:
+        yield Block("table", differences)
+    for name, text in facts.config_texts(material.configs).items():
+        yield Block("folded", [Block("code", text)], f"Whole configuration of {name}")
+
+
+def _environment(material: Material) -> Iterator[Block]:
+    table = facts.environment_table(material.environments)
+    if table:
+        yield Block("table", table)
+
+
+def _files(material: Material) -> Iterator[Block]:
+    if material.files:
+        table = facts.files_table(material.files)
+        yield folded_table(table.caption, table)
+
+
+def _figures(name: str, material: Material, drawings: Sequence[Drawing]) -> list[Block]:
+    return [*heading(name, material.studies), Block("figures", drawings)] if drawings else []
+
+
+SECTIONS = {
+    "results": ("Results", evaluated.results),
+    "comparisons": ("Paired comparisons", evaluated.comparisons),
+    "training": ("Training curves", _training),
+    "strata": ("Strata", evaluated.strata),
+    "sweep": ("K sweep", _sweep),
+    "shots": ("Few-shot curves", _shots),
+    "transfer": ("Other domains", _transfer),
+    "cells": ("Study, cell by cell", _cells),
+    "explanations": ("Explanations", _explanations),
+    "data": ("Data and leak check", _data),
+    "configuration": ("Configuration", _configuration),
+    "environment": ("Environment", _environment),
+    "files": ("Files", _files),
+}
+"""Key -> heading and what makes the blocks, in the page's order."""
 
 
 def _privacy(material: Material) -> str:

@@ -17,10 +17,10 @@ FORWARDS = ("reference", "policy")
 class Stopwatch:
     """Wall-clock and busy seconds of this rank, without synchronising with the device before a line is due.
 
-    On the CPU the training thread is busy while it runs or waits for a processor, and not while it sleeps, as it does in
-    a collective (Linux tells both; elsewhere only the running counts). On a GPU busy is the time of the forward passes,
-    by events in its stream: those of the backward pass lie among collectives. Under ZeRO-3 forwards gather parameters
-    and wait for each other, so there a slow GPU shows less than it is.
+    On the CPU the training thread is busy while it runs or waits for a processor, and not while it sleeps, as it does
+    in a collective (Linux tells both; elsewhere only the running counts). On a GPU busy is the time of the forward
+    passes, by events in its stream: those of the backward pass lie among collectives. Under ZeRO-3 forwards gather
+    parameters and wait for each other, so there a slow GPU shows less than it is.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -11,55 +11,68 @@ from torch import Tensor
 from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, write_stamp
-from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
+from dmpo_dist.modeling.logprobs import unwrap_peft
 from dmpo_dist.training.engine import gathered_state
 from dmpo_dist.training.job import Job
+from dmpo_dist.training.runtime import Runtime
 
 TAG = "state"
 
 
-def save_state(engine: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Write every rank's part of optimizer and trainable weights, and ``state`` (JSON), to ``folder``."""
-    frozen = any(not p.requires_grad for p in engine.module.parameters())
-    engine.save_checkpoint(
-        str(folder), tag=TAG, client_state={"dmpo": json.dumps(state)}, exclude_frozen_parameters=frozen
+def save_checkpoint(runtime: Runtime, engine: Any, step: int, best: dict[str, float]) -> None:
+    """Keep what training needs to go on after ``step`` steps: every rank's part of optimizer and trainable weights, and
+    the best validation so far; all ranks call it."""
+    state = {"dmpo": json.dumps({"step": step, "best": best})}
+    frozen = _has_frozen(engine)
+    runtime.save(
+        step,
+        lambda folder: engine.save_checkpoint(
+            str(folder), tag=TAG, client_state=state, exclude_frozen_parameters=frozen
+        ),
     )
+    runtime.log({"kind": "checkpoint", "step": step})
 
 
-def load_state(engine: Any, folder: Path) -> dict[str, Any]:
-    """Put ``engine`` into the state saved in ``folder``; returns what ``save_state`` was given as ``state``.
+def resume(runtime: Runtime, engine: Any) -> tuple[int, dict[str, float]]:
+    """Go on from the latest checkpoint: the steps it has done and the best validation so far; 0 and {} without one.
 
     Raises:
         UserError: the checkpoint is damaged or was written by another number of ranks.
     """
-    frozen = any(not p.requires_grad for p in engine.module.parameters())
-    try:
-        _, client = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not frozen)
-    except Exception as error:
-        raise UserError(
-            f"{folder}: the checkpoint cannot be resumed ({str(error).splitlines()[0] if str(error) else error!r}); "
-            "use the same number of workers and ZeRO stage as the run that wrote it"
-        ) from error
-    return json.loads(client["dmpo"])
+    with runtime.restore() as folder:
+        if folder is None:
+            return 0, {}
+        try:
+            _, client = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not _has_frozen(engine))
+        except Exception as error:
+            raise UserError(
+                f"{folder}: the checkpoint cannot be resumed ({(str(error) or repr(error)).splitlines()[0]}); "
+                "use the same number of workers and ZeRO stage as the run that wrote it"
+            ) from error
+    state = json.loads(client["dmpo"])
+    runtime.log({"kind": "note", "text": f"resumed from step {state['step']}"})
+    return state["step"], state["best"]
 
 
-def save_model(
-    module: LogProbModel, tokenizer: Any, folder: Path, job: Job, facts: dict[str, Any], stage3: bool
-) -> None:
-    """Write the policy as a Hugging Face model or PEFT adapter with tokenizer and stamp; all ranks call it.
+def _has_frozen(engine: Any) -> bool:
+    return any(not parameter.requires_grad for parameter in engine.module.parameters())
+
+
+def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[str, Any]) -> None:
+    """Write the policy as a Hugging Face model or PEFT adapter with tokenizer and ``stamp``; all ranks call it.
 
     The folder appears whole or not at all, and what was written is read back and compared.
     """
     rank = dist.get_rank()
-    adapter_only = hasattr(module.causal_lm, "peft_config")
-    state = gathered_state(module.causal_lm, stage3, keep=rank == 0, trained_only=adapter_only)
+    causal_lm, stage3 = engine.module.causal_lm, engine.zero_optimization_stage() == 3
+    state = gathered_state(causal_lm, stage3, keep=rank == 0, trained_only=hasattr(causal_lm, "peft_config"))
     if rank == 0:
         behind = {"stages": 1 + find_model(job.start).stamp.stages}
         base = {"quantization": job.config.model.quantization}
         with whole_folder(folder, replace=True) as part:
-            _write_weights(module.causal_lm, part, state)
+            _write_weights(causal_lm, part, state)
             tokenizer.save_pretrained(part)
-            write_stamp(part, job.config.template, stage=job.kind, start=job.start, **behind, **base, **facts)
+            write_stamp(part, job.config.template, stage=job.section, start=job.start, **behind, **base, **stamp)
     dist.barrier()
 
 

@@ -6,6 +6,7 @@ Everything that leans on how DeepSpeed behaves (checked on 0.19.8) is in this fi
 import json
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,27 @@ def start_process_group() -> torch.device:
             bind_gloo_towards(os.environ["MASTER_ADDR"], several_hosts)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return device
+
+
+@contextmanager
+def single_rank() -> Iterator[None]:
+    """Within, this process is the only rank of a run, as torchrun would have started it; afterwards it is free again.
+
+    For a notebook: environment and process group are as they were before when this ends.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = dict(os.environ)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        if distributed.is_initialized():
+            _import_deepspeed().comm.destroy_process_group()
 
 
 def resolve_config(name: str, stage: StageConfig, dtype: str, world_size: int, parameters: int) -> dict[str, Any]:
@@ -142,8 +164,8 @@ def whole(parameters: list[Tensor], gather: bool) -> Iterator[None]:
 def gathered_state(module: nn.Module, stage3: bool, keep: bool, trained_only: bool) -> dict[str, Tensor]:
     """Names and CPU copies of parameters (tied ones once) and buffers of ``module``, one at a time under ZeRO-3.
 
-    All ranks take part; only those with ``keep`` get the copies (the others an empty dict). With ``trained_only`` frozen
-    parameters are left where they are.
+    All ranks take part; only those with ``keep`` get the copies (the others an empty dict). With ``trained_only``
+    frozen parameters are left where they are.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -159,15 +181,12 @@ def gathered_state(module: nn.Module, stage3: bool, keep: bool, trained_only: bo
 
 def _read_config(name: str) -> dict[str, Any]:
     shipped = resources.files("dmpo_dist.deepspeed_configs")
-    if name.endswith(".json"):
-        place: Any = Path(name)
-    else:
-        place = shipped / f"{name}.json"
-    if not place.is_file():
+    file: Any = Path(name) if name.endswith(".json") else shipped / f"{name}.json"
+    if not file.is_file():
         names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir() if f.name.endswith(".json"))
         raise UserError(f"deepspeed={name}: no such configuration; known are {', '.join(names)}, or give a .json path")
     try:
-        config = json.loads(place.read_text())
+        config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed={name}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):

@@ -7,11 +7,20 @@ from typing import TypeVar
 
 from dmpo_dist.batching.layout import Cost, Layout, group_cost, lay_out
 from dmpo_dist.batching.plan import MicroBatch, Schedule, Step, deal
+from dmpo_dist.batching.targets import Targets
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
+from dmpo_dist.objectives.groups import Groups
 from dmpo_dist.training.job import Job
 
 T = TypeVar("T")
+
+
+def groups_of(targets: Targets) -> Groups:
+    """What a loss is told of the groups of a layout."""
+    return Groups(
+        targets.group_id, targets.is_positive, targets.response_lengths, targets.n_groups, targets.history_lengths
+    )
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Batches:
 
 
 def candidate_columns(stored: int, count: int, start: int) -> list[int]:
-    """The positive (0) and ``count`` of ``stored`` negatives from the ``start``-th on, cyclically; all if there are fewer."""
+    """The positive (0) and ``count`` of ``stored`` negatives from the ``start``-th on, cyclically; all if fewer."""
     return [0, *(1 + (start + i) % stored for i in range(min(count, stored)))]
 
 
@@ -91,8 +100,8 @@ def make_schedule(job: Job, n_groups: int, world_size: int) -> Schedule:
     schedule = Schedule(n_groups, job.stage.global_batch_size, job.config.seed)
     if schedule.smallest_step < world_size:
         raise UserError(
-            f"{job.kind}.global_batch_size={job.stage.global_batch_size} gives a step of {schedule.smallest_step} out of "
-            f"{n_groups} preference groups, fewer than {world_size} workers; raise it or lower cluster.workers"
+            f"{job.section}.global_batch_size={job.stage.global_batch_size} gives a step of {schedule.smallest_step} "
+            f"out of {n_groups} preference groups, fewer than {world_size} workers; raise it or lower cluster.workers"
         )
     return schedule
 

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from dmpo_dist.config import RunConfig, StageConfig
-from dmpo_dist.objectives import Objective
+from dmpo_dist.objectives.likelihood import Likelihood
+from dmpo_dist.objectives.loss import Loss
+from dmpo_dist.objectives.registry import make_objective
 
-Kind = Literal["sft", "train"]
+Kind = Literal["sft", "preference"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Job:
     """One training stage.
 
     Attributes:
-        kind: ``sft`` or ``train`` (a preference objective).
+        kind: supervised fine-tuning, or a preference objective.
         config: the resolved configuration, with an absolute ``data.path``.
         start: model folder or hub id to start from.
         output: absolute folder of the run; rank 0 writes ``model/`` and ``best/`` there.
@@ -29,23 +31,22 @@ class Job:
     run_id: str = ""
 
     @property
+    def section(self) -> Literal["sft", "train"]:
+        """The stage's section of the configuration, which is also its command and its name in what a run leaves."""
+        return "sft" if self.kind == "sft" else "train"
+
+    @property
     def stage(self) -> StageConfig:
-        """The section of the configuration with the stage's optimizer settings."""
+        """The stage's settings."""
         return self.config.sft if self.kind == "sft" else self.config.train
 
     @property
-    def objective(self) -> Objective:
-        """The preference objective of a ``train`` stage."""
-        return Objective(**self.config.objective.model_dump(exclude={"sft_loss_on"}))
+    def loss(self) -> Loss:
+        """What the stage minimises.
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether training asks for reference log-probs."""
-        return self.kind == "train" and self.objective.needs_reference
-
-    @property
-    def scores_history(self) -> bool:
-        """Whether the titles of the history are scored next to the responses."""
+        Raises:
+            UserError: ``objective.import_path`` or its ``kwargs`` do not make a loss.
+        """
         if self.kind == "sft":
-            return self.config.sft.loss_on == "all_titles"
-        return self.config.objective.sft_weight > 0 and self.config.objective.sft_loss_on == "all_titles"
+            return Likelihood(scores_history=self.config.sft.loss_on == "all_titles")
+        return make_objective(self.config.objective)

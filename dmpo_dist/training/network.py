@@ -1,7 +1,8 @@
 """Which network interface the ranks of several hosts meet on.
 
-Left alone, gloo takes the address that the host's own name resolves to. Debian and Ubuntu write 127.0.1.1 there, and many
-containers 127.0.0.1: two hosts then wait for each other on their own loopback. (NCCL looks for an interface by itself.)
+Left alone, gloo takes the address that the host's own name resolves to. Debian and Ubuntu write 127.0.1.1 there, and
+many containers 127.0.0.1: two hosts then wait for each other on their own loopback. (NCCL looks for an interface by
+itself.)
 """
 
 import ipaddress
@@ -39,13 +40,13 @@ def bind_gloo_towards(host: str, several_hosts: bool) -> None:
     """Make this process's gloo use the interface from which it reaches ``host``, where the ranks meet.
 
     Raises:
-        UserError: see ``bind_gloo``; there is no way to it, or it is loopback though the ranks are on ``several_hosts``.
+        UserError: see ``bind_gloo``; there is no way to it, or it is loopback and the ranks are on ``several_hosts``.
     """
     address = own_address_towards(host)
     if several_hosts and _is_loopback(address) and not os.environ.get(VARIABLE):
         raise UserError(
-            f"MASTER_ADDR={host} is {address} on {socket.gethostname()}, where no other host finds it; give torchrun the "
-            f"address that others reach it by (--master-addr=10.0.0.1), or set {VARIABLE}"
+            f"MASTER_ADDR={host} is {address} on {socket.gethostname()}, where no other host finds it; give torchrun "
+            f"the address that others reach it by (--master-addr=10.0.0.1), or set {VARIABLE}"
         )
     bind_gloo(address)
 
@@ -57,13 +58,14 @@ def own_address_towards(host: str) -> str:
         UserError: the name does not resolve, or there is no way there.
     """
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        family, kind, protocol, _, endpoint = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.connect(place)
+            probe.connect(endpoint)
             return str(probe.getsockname()[0])
     except OSError as error:
         raise UserError(
-            f"MASTER_ADDR={host} cannot be reached from {socket.gethostname()} ({error.strerror}); give an address that all hosts see"
+            f"MASTER_ADDR={host} cannot be reached from {socket.gethostname()} ({error.strerror}); "
+            "give an address that all hosts see"
         ) from None
 
 
@@ -85,8 +87,8 @@ def _require(names: list[str]) -> None:
     if lacking:
         raise UserError(
             f"{VARIABLE}={','.join(names)}: {socket.gethostname()} has no interface {lacking[0]}, it has "
-            f"{', '.join(_interfaces())}; hosts name theirs differently, so leave it unset (each takes the one that holds "
-            "its own address)"
+            f"{', '.join(_interfaces())}; hosts name theirs differently, so leave it unset (each takes the one that "
+            "holds its own address)"
         )
 
 

@@ -27,8 +27,8 @@ from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.batching.layout import Layout
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.scoring import deal_for_scoring, score_micro_batches
 from dmpo_dist.modeling.backbone import ModelSource
+from dmpo_dist.modeling.scoring import deal_for_scoring, score_micro_batches
 from dmpo_dist.training.groups import candidate_columns, with_negatives
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.runtime import from_rank_zero
@@ -104,35 +104,36 @@ class ReferencePass:
         stored = [len(group.branches) - 1 for group in groups]
         needed = [replace(with_negatives(group, self.negatives * self.epochs, 0), prefix_scored=()) for group in groups]
         width = max(len(group.branches) for group in needed)
-        place = None if folder is None else _Place(folder, {**(key or {}), "candidates": width, "groups": len(groups)})
+        key = {**(key or {}), "candidates": width, "groups": len(groups)}
+        cache = None if folder is None else _CacheFolder(folder, key)
         blocks = [needed[start : start + BLOCK] for start in range(0, len(needed), BLOCK)]
         values = torch.cat(
-            [self._block(number, block, width, place, len(blocks)) for number, block in enumerate(blocks)]
+            [self._block(number, block, width, cache, len(blocks)) for number, block in enumerate(blocks)]
         )
-        if place is not None and self.rank == 0:
-            place.finish(len(blocks))
+        if cache is not None and self.rank == 0:
+            cache.finish(len(blocks))
         return ReferenceCache(values, stored, self.negatives)
 
     def _block(
-        self, number: int, groups: Sequence[TokenGroup], width: int, place: "_Place | None", count: int
+        self, number: int, groups: Sequence[TokenGroup], width: int, cache: "_CacheFolder | None", count: int
     ) -> Tensor:
         """(len(groups), width) values, read by rank 0 where they are on disk, else computed by all."""
-        if place is not None:
-            values = self._read(place, number, (len(groups), width))
+        if cache is not None:
+            values = self._read(cache, number, (len(groups), width))
             if values is not None:
                 return values
         values = self._compute(groups, width, first=number * BLOCK)
-        if place is not None and self.rank == 0:
-            place.write(number, values)
+        if cache is not None and self.rank == 0:
+            cache.write(number, values)
         self.say(f"reference log-probs: block {number + 1} of {count}")
         return values
 
     def _compute(self, groups: Sequence[TokenGroup], width: int, first: int) -> Tensor:
-        """All ranks score their share of ``groups``, the run's from ``first`` on, then add up, each value being zero on all
-        ranks but one."""
+        """All ranks score their share of ``groups``, the run's from ``first`` on, then add up, each value being zero on
+        all ranks but one."""
         values = torch.zeros(len(groups), width, dtype=torch.float64)
-        mine = deal_for_scoring(groups, self.world_size, self.token_budget, self.shared)[self.rank]
-        for index, scores in score_micro_batches(self.log_probs, groups, mine, self.shared, self.device):
+        own = deal_for_scoring(groups, self.world_size, self.token_budget, self.shared)[self.rank]
+        for index, scores in score_micro_batches(self.log_probs, groups, own, self.shared, self.device):
             values[index, : len(scores)] = torch.from_numpy(np.asarray(scores, dtype=np.float64))
         values = values.to(self.device)
         dist.all_reduce(values)
@@ -146,12 +147,12 @@ class ReferencePass:
             )
         return values.masked_fill(absent, torch.nan)
 
-    def _read(self, place: "_Place", number: int, shape: tuple[int, int]) -> Tensor | None:
+    def _read(self, cache: "_CacheFolder", number: int, shape: tuple[int, int]) -> Tensor | None:
         """What rank 0 finds on disk, on every rank, and the same error on every rank."""
         found: Tensor | UserError | None = None
         if self.rank == 0:
             try:
-                found = place.read(number, shape)
+                found = cache.read(number, shape)
             except UserError as error:
                 found = error
         found = from_rank_zero(found)
@@ -160,7 +161,7 @@ class ReferencePass:
         return found
 
 
-class _Place:
+class _CacheFolder:
     """The folder of one cache."""
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
@@ -209,7 +210,7 @@ def cache_key(job: Job, source: ModelSource, rows: str) -> dict[str, Any]:
 
     Args:
         job: gives type, context and template.
-        source: the starting weights; the content of their files counts, not their place.
+        source: the starting weights; the content of their files counts, not their path.
         rows: fingerprint of the prepared data.
     """
     model = job.config.model

@@ -26,7 +26,7 @@ class Runtime(Protocol):
     world_size: int
 
     def log(self, record: dict[str, Any]) -> None:
-        """Hand a record to the run's display and metric files; called on rank 0."""
+        """Hand a record to the run's display and metric files; of what all ranks log, rank 0's counts."""
         ...
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
@@ -53,7 +53,8 @@ class ProcessRuntime:
         self._folder, self._keep, self._sink = folder, keep, sink
 
     def log(self, record: dict[str, Any]) -> None:
-        self._sink(record)
+        if self.rank == 0:
+            self._sink(record)
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Write to ``step-N.part`` and rename when every rank is done, so that a checkpoint is whole or absent."""
@@ -98,8 +99,8 @@ def await_folder(folder: Path) -> Path:
     while not folder.exists():
         if time.monotonic() > deadline:
             raise UserError(
-                f"{folder}: rank 0 goes on from this checkpoint, and {socket.gethostname()} does not see it; choose an output_dir "
-                "or cluster.storage_path on storage that all nodes share"
+                f"{folder}: rank 0 goes on from this checkpoint, and {socket.gethostname()} does not see it; choose an "
+                "output_dir or cluster.storage_path on storage that all nodes share"
             )
         time.sleep(0.2)
     return folder

@@ -11,7 +11,7 @@ from dmpo_dist.batching.layout import Layout
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import ranking_metrics
-from dmpo_dist.evaluation.scoring import deal_for_scoring, score_micro_batches
+from dmpo_dist.modeling.scoring import deal_for_scoring, score_micro_batches
 
 METRICS = ("ndcg@10", "hr@1", "hr@10", "mrr", "auc")
 
@@ -34,8 +34,8 @@ def rank_with_all(
     """
     if not groups:
         return {}
-    mine = deal_for_scoring(groups, world_size, token_budget, shared)[rank]
-    scores = [scored for _, scored in score_micro_batches(log_probs, groups, mine, shared, device)]
+    own = deal_for_scoring(groups, world_size, token_budget, shared)[rank]
+    scores = [scored for _, scored in score_micro_batches(log_probs, groups, own, shared, device)]
     finite = [candidates for candidates in scores if np.isfinite(candidates).all()]
     totals = [len(scores) - len(finite), len(finite)]
     values = ranking_metrics(finite) if finite else {}

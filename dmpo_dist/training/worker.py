@@ -42,9 +42,10 @@ from dmpo_dist.training.engine import (
 )
 from dmpo_dist.training.groups import Batches, make_schedule, with_negatives
 from dmpo_dist.training.job import Job
-from dmpo_dist.training.loop import Trainer, total_steps
+from dmpo_dist.training.loop import Trainer
 from dmpo_dist.training.reference import Reference, ReferencePass, cache_key
 from dmpo_dist.training.runtime import Runtime
+from dmpo_dist.training.schedule import total_steps
 
 
 def run(job: Job, runtime: Runtime) -> None:
@@ -83,34 +84,31 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
         device=device,
         engine=engine,
         tokenizer=policy.tokenizer,
-        objective=job.objective if job.kind == "train" else None,
+        loss=job.loss,
         reference=_reference(job, policy, engine, data, batches, runtime, device, deepspeed),
         batches=batches,
         validation=data.validation,
-        shared=batches.shared,
-        stage3=stage3,
     )
-    if runtime.rank == 0:
-        runtime.log(
-            {
-                "kind": "start",
-                "stage": job.kind,
-                "route": policy.route.backend,
-                "route_reason": policy.route.reason,
-                "reference": _reference_name(job, policy),
-                "parameters": sum(map(_numel, policy.module.parameters())),
-                "trainable": sum(_numel(p) for p in policy.module.parameters() if p.requires_grad),
-                "groups": len(batches.groups),
-                "token_budget": batches.token_budget,
-                "validation_requests": len(data.validation),
-                "truncated": data.truncated,
-                "steps": trainer.total_steps,
-                "world_size": runtime.world_size,
-                "device": str(device),
-                "deepspeed": deepspeed,
-                "setup_seconds": time.monotonic() - started,
-            }
-        )
+    runtime.log(
+        {
+            "kind": "start",
+            "stage": job.section,
+            "route": policy.route.backend,
+            "route_reason": policy.route.reason,
+            "reference": _reference_name(job, policy),
+            "parameters": sum(map(_numel, policy.module.parameters())),
+            "trainable": sum(_numel(p) for p in policy.module.parameters() if p.requires_grad),
+            "groups": len(batches.groups),
+            "token_budget": batches.token_budget,
+            "validation_requests": len(data.validation),
+            "truncated": data.truncated,
+            "steps": trainer.total_steps,
+            "world_size": runtime.world_size,
+            "device": str(device),
+            "deepspeed": deepspeed,
+            "setup_seconds": time.monotonic() - started,
+        }
+    )
     return trainer
 
 
@@ -170,7 +168,7 @@ def _numel(parameter: torch.Tensor) -> int:
 
 def _reference_name(job: Job, policy: Policy) -> str:
     """What the run header says of the reference."""
-    if not job.needs_reference:
+    if not job.loss.needs_reference:
         return "none"
     cache = job.config.reference.cache
     return policy.reference_mode if cache == "off" else f"{policy.reference_mode}, cached ({cache})"
@@ -180,9 +178,9 @@ def _reference(
     job: Job, policy: Policy, engine: Any, data: "_Data", batches: Batches, runtime: Runtime, device: torch.device,
     deepspeed: dict[str, Any],
 ) -> Reference | None:  # fmt: skip
-    """How the run has its reference log-probs. With a cache they are computed here, before any checkpoint is loaded, so
-    that in full fine-tuning the policy itself still is the reference and no second model is needed."""
-    if not job.needs_reference:
+    """Where the run's reference log-probs come from. With a cache they are computed now, before any checkpoint is
+    loaded: in full fine-tuning the policy itself still is the reference then, and no second model is needed."""
+    if not job.loss.needs_reference:
         return None
     copied, cache = policy.reference_mode == "model_copy", job.config.reference.cache
     if cache == "off":
@@ -191,13 +189,13 @@ def _reference(
     reference_pass = ReferencePass(
         log_probs=(lambda layout: engine(layout)) if copied else (lambda layout: engine(layout, "reference")),
         negatives=batches.negatives,
-        epochs=-(-total_steps(job.stage, batches) // batches.schedule.steps_per_epoch),
+        epochs=-(-total_steps(job.stage, batches.schedule) // batches.schedule.steps_per_epoch),
         token_budget=batches.token_budget,
         shared=batches.shared,
         device=device,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        say=lambda text: runtime.log({"kind": "note", "text": text}) if runtime.rank == 0 else None,
+        say=lambda text: runtime.log({"kind": "note", "text": text}),
     )
     if cache == "memory":
         return reference_pass.run(data.groups)
@@ -230,7 +228,7 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
     template = make_template(config.template, tokenizer)
     if prepared.items is not None:
         check_titles(prepared.items["title"].tolist(), tokenizer)
-    encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history=job.scores_history)
+    encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history=job.loss.scores_history)
     of_epoch = None
     if job.kind == "sft" and config.sft.history_order == "shuffled":
         of_epoch = _reordered(job, prepared, encode)
@@ -243,7 +241,7 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
 
 
 def _reordered(job: Job, prepared: PreparedData, encode: GroupTokenizer) -> Callable[[int, int], TokenGroup]:
-    """Token groups by index and epoch, each user's titles in a new order; a stage that goes on from another draws its own."""
+    """Token groups by index and epoch, each user's titles in a new order; every stage draws orders of its own."""
     stages = find_model(job.start).stamp.stages
     reordered = ReorderedGroups(groups_from_rows(prepared.train), (job.config.seed, stages))
     for group in reordered.not_yet_asked_for:
@@ -258,12 +256,12 @@ def _reordered(job: Job, prepared: PreparedData, encode: GroupTokenizer) -> Call
 
 def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int, device: torch.device) -> Batches:
     schedule = make_schedule(job, len(data.groups), world_size)
-    negatives = job.config.train.negatives if job.kind == "train" else 0
+    negatives = job.config.train.negatives if job.kind == "preference" else 0
     shared = policy.route.backend != "unshared"
     budget = job.stage.token_budget
     if budget == "auto":
         groups = [with_negatives(group, negatives, 0) for group in data.groups]
-        in_module = job.needs_reference and policy.reference_mode != "model_copy"
+        in_module = job.loss.needs_reference and policy.reference_mode != "model_copy"
         budget = Probe(engine, groups, shared, in_module, device).largest_budget()
         if data.of_epoch:
             budget = max(budget, job.config.model.max_length)  # what a group of another epoch may take

@@ -13,7 +13,7 @@ from dmpo_dist.artifacts.log import CheckpointRecord, StartRecord, StepRecord
 from dmpo_dist.config import RunConfig
 from dmpo_dist.training.busy import Stopwatch
 from dmpo_dist.training.job import Job
-from dmpo_dist.training.metrics import Meter
+from dmpo_dist.training.log_lines import Meter
 
 pytestmark = pytest.mark.integration
 
@@ -25,17 +25,17 @@ def rank_of_three(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     device = torch.device("cpu")
-    watch, meter = Stopwatch(device), Meter(device)
+    watch, meter = Stopwatch(device), Meter(["loss"], device)
     dist.barrier()
     with watch.paused():
         compute(0.5)  # validation, say: nobody's training time
-    meter.update({"loss": torch.tensor(1.0 + rank)}, {"groups": 2})
+    meter.update({"loss": torch.tensor(1.0 + rank)}, (2, 30, 40))
     watch.lap()
     if rank == SLOW:
         compute(1.0)
     dist.barrier()
     wall, busy = watch.lap()
-    sums, busy_of_ranks = meter.reduce(("loss", "groups"), busy)
+    sums, busy_of_ranks = meter.reduce(busy)
     torch.save((wall, busy, sums, busy_of_ranks), Path(folder, str(rank)))
     dist.barrier()
     dist.destroy_process_group()
@@ -52,7 +52,7 @@ def test_the_slowest_rank_is_named_by_the_one_reduction(tmp_path):
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(RANKS)]
     _, _, sums, busy_of_ranks = ranks[0]
     assert all(rank[2:] == (sums, busy_of_ranks) for rank in ranks)
-    assert sums == {"loss": 6.0, "groups": 6.0}
+    assert sums == {"loss": 6.0, "groups": 6.0, "physical_tokens": 90.0, "logical_tokens": 120.0}
     assert busy_of_ranks == [rank[1] for rank in ranks]
     assert busy_of_ranks.index(max(busy_of_ranks)) == SLOW
     assert busy_of_ranks[SLOW] >= 1.0
@@ -69,7 +69,7 @@ def test_prometheus_reads_the_latest_figures_from_the_ray_node(tmp_path, monkeyp
     from dmpo_dist.cluster.gauges import RayGauges
 
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "180")  # the agents of ray[default] are slow to import
-    job = Job("train", RunConfig(), "scratch", tmp_path / "a-run")
+    job = Job("preference", RunConfig(), "scratch", tmp_path / "a-run")
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         (node,) = ray.nodes()

@@ -58,7 +58,7 @@ def wait_for_parts(count: int, process: subprocess.Popen) -> list[Path]:
 
 
 def actors(driver: psutil.Process) -> list[psutil.Process]:
-    return [p for p in driver.children(recursive=True) if "_RankActor" in " ".join(p.cmdline())]
+    return [p for p in driver.children(recursive=True) if "PooledWorker" in " ".join(p.cmdline())]
 
 
 def test_killed_worker_and_killed_driver(world, capsys):

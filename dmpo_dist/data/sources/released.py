@@ -104,7 +104,8 @@ def _parse_released_row(row: Any, where: str, original: bool) -> Preference:
         )
     if sorted(better) != sorted(listed) or worse != better[::-1]:
         raise UserError(
-            f"{where}: 'output' must hold the two listed titles {listed} in one order and the other, not {shorten(orders)}"
+            f"{where}: 'output' must hold the two listed titles {listed} in one order and the other, not "
+            f"{shorten(orders)}"
         )
     if listed[0] == listed[1]:
         raise UserError(f"{where}: both candidates are {listed[0]!r}; remove the row")

@@ -66,8 +66,8 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{file}, row {error.lineno}: not valid JSON ({error.msg}); a .json file is one list of objects, one object "
-            "per line is .jsonl"
+            f"{file}, row {error.lineno}: not valid JSON ({error.msg}); a .json file is one list of objects, one "
+            "object per line is .jsonl"
         ) from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds a {type(rows).__name__}; it must be a list of objects, one per row")

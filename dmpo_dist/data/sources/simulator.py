@@ -6,7 +6,7 @@ the affinity. An item's main tastes show in its title through words that belong 
 learn them; the other words mean nothing. Popularity is independent of taste.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -71,6 +71,16 @@ def simulate(config: Simulator, seed: int) -> Interactions:
     return _interactions(config, users, items, ratings, _timestamps(rng, users, counts), titles, oracle)
 
 
+def oracle_scores(log: Interactions) -> Callable[[str, list[str]], list[float]]:
+    """A function that scores candidates of a user; it returns [] where the world is unknown."""
+    if log.oracle is None or log.oracle_users is None:
+        return lambda user, items: []
+    oracle = log.oracle
+    row = {user: number for number, user in enumerate(log.oracle_users)}
+    column = {item: number for number, item in enumerate(log.items["item"])}
+    return lambda user, items: oracle[row[user], [column[item] for item in items]].astype(float).tolist()
+
+
 def _check(config: Simulator) -> None:
     cells = config.users * config.items
     if cells > MAX_CELLS:
@@ -80,8 +90,8 @@ def _check(config: Simulator) -> None:
         )
     if config.events_per_user > config.items // 2:
         raise UserError(
-            f"data.source.simulator: {config.events_per_user} events per user out of {config.items} items leave too few "
-            "to rank; lower data.source.simulator.events_per_user or raise .items"
+            f"data.source.simulator: {config.events_per_user} events per user out of {config.items} items leave too "
+            "few to rank; lower data.source.simulator.events_per_user or raise .items"
         )
 
 

@@ -11,10 +11,12 @@ from peft import LoraConfig, get_peft_model
 
 from dmpo_dist.batching.trie import TitleTrie
 from dmpo_dist.data.tokenization import TokenGroup
-from dmpo_dist.evaluation.catalogue import TitleScorer, adjusted, score_rows
+from dmpo_dist.evaluation.ranking import adjusted
 from dmpo_dist.modeling import trie_attention
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import use_backend
+from dmpo_dist.modeling.scoring import score_rows
+from dmpo_dist.modeling.token_scorer import TokenScorer
 
 CPU = torch.device("cpu")
 PROMPT = [5, 9, 3, 17, 60, 4, 4, 31, 8, 12, 90, 33]
@@ -47,11 +49,11 @@ def test_the_trie_equals_separate_rows(kind, options, token_budget, monkeypatch)
     monkeypatch.setattr(trie_attention, "MAX_SCORES", 500)  # several slices in a part
     model = tiny_model(kind, **options).eval()
     expected = oracle(model, [GROUP])
-    scorer = TitleScorer(model, token_budget, CPU)
-    assert bool(scorer.obstacle) == (kind == "gpt_oss")
-    assert errors(scorer(GROUP), expected).max() < 1e-5
+    scorer = TokenScorer(model, token_budget, 256)
+    assert bool(scorer.trie_obstacle) == (kind == "gpt_oss")
+    assert errors(scorer.score_many(GROUP), expected).max() < 1e-5
     other = TokenGroup(PROMPT[3:], TITLES[:4], (0,) * 4)  # nothing is left over from the group before
-    assert errors(scorer(other), oracle_with(model, other, scorer)).max() < 1e-5
+    assert errors(scorer.score_many(other), oracle_with(model, other, scorer)).max() < 1e-5
 
 
 def oracle_with(model, group, scorer):
@@ -79,8 +81,8 @@ def test_any_titles(prompt, titles, budget, data):
     """Shared beginnings, titles that begin others, equal ones, single ones, ids that are not scored; in fp64."""
     starts = tuple(data.draw(st.integers(0, len(t) - 1)) if data else 0 for t in titles)
     group = TokenGroup(prompt, tuple(titles), starts)
-    scorer = TitleScorer(MODEL, budget, CPU)
-    seen = scorer(group)
+    scorer = TokenScorer(MODEL, budget, 256)
+    seen = scorer.score_many(group)
     np.testing.assert_allclose(seen, oracle(MODEL, [group]).numpy(), rtol=1e-10)
     trie = scorer.trie(group)
     beginnings = {tuple((t >= s, x) for t, x in enumerate(title[:n])) for title, s in zip(titles, starts, strict=True)
@@ -97,10 +99,10 @@ MODEL = tiny_model("llama").double().eval().requires_grad_(False)
 
 def test_an_adapter_and_separate_rows():
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    seen = TitleScorer(model.eval(), 16, CPU)(GROUP)
-    unshared = TitleScorer(model, 40, CPU, unshared=True)
-    assert "asks for separate rows" in unshared.obstacle
-    np.testing.assert_allclose(seen, unshared(GROUP), rtol=1e-5)
+    seen = TokenScorer(model.eval(), 16, 256).score_many(GROUP)
+    unshared = TokenScorer(model, 40, 256, attention="unshared")
+    assert "asks for separate rows" in unshared.trie_obstacle
+    np.testing.assert_allclose(seen, unshared.score_many(GROUP), rtol=1e-5)
 
 
 @torch.no_grad()

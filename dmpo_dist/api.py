@@ -1,0 +1,210 @@
+"""dmpo_dist from Python: prepare a log, train, rank and evaluate, without YAML and without a cluster.
+
+Each function does what the command of its name does, and takes any key of the configuration by its dotted name in
+``settings``, such as ``{"train.learning_rate": 1e-5}`` (``dmpo config show --all`` lists them).
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import pandas as pd
+
+from dmpo_dist.artifacts.evaluation import Evaluation
+from dmpo_dist.config import RunConfig, config_of
+from dmpo_dist.data.prepare import prepare as prepare_groups
+from dmpo_dist.data.sources.read import kind_of
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.modeling.ranking_model import RankingModel
+
+Settings = Mapping[str, Any]
+LIKE = 5.0
+"""The rating that an interaction without one gets: a like."""
+
+
+def prepare(
+    log: pd.DataFrame | str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    titles: pd.DataFrame | str | Path | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> PreparedData:
+    """Make preference groups from an interaction log: requests split by time, with negatives, checked for leaks.
+
+    Args:
+        log: a data frame or a file (CSV, JSON lines, Parquet) with a row per interaction, or a folder that
+            ``data.source.kind`` knows (MovieLens, Amazon, RecBole). A data frame without ratings holds likes.
+        columns: our column -> yours, of user, item, rating, timestamp (seconds), title, genres.
+        titles: a second data frame or file with item and title, where the log has no titles.
+        folder: where the groups are kept; None is the first free one of runs/data, runs/data-2, ...
+        seed: of the negatives.
+        settings: further keys, such as ``{"data.split": "leave_one_out"}``.
+
+    Returns:
+        The groups of ``train``, ``validation`` and ``test``; ``.card`` says what was dropped and why.
+
+    Raises:
+        UserError: a malformed log, no group left, or a leak; see ``dmpo data prepare``.
+
+    Example:
+        >>> columns = {"user": "customer", "item": "sku", "timestamp": "time", "title": "name"}
+        >>> data = dmpo.prepare(frame, columns=columns)
+    """
+    with TemporaryDirectory(prefix="dmpo-") as scratch:
+        source: dict[str, Any] = {"columns": dict(columns or {})}
+        path = _as_file(log, Path(scratch) / "log.parquet", dict(columns or {}).get("rating", "rating"))
+        source |= {"path": path, "kind": dict(settings or {}).get("data.source.kind") or kind_of(path)}
+        if titles is not None:
+            source["items_path"] = _as_file(titles, Path(scratch) / "titles.parquet")
+        config = config_of({"seed": seed, "data.source": source} | dict(settings or {}))
+        return prepare_groups(config.data, config.seed, _free_folder(folder, "data"))
+
+
+def train(
+    data: PreparedData,
+    model: str | Path | RankingModel = "scratch",
+    *,
+    stage: Literal["sft", "preference"] = "preference",
+    objective: str = "dmpo",
+    negatives: int = 7,
+    shots: int | None = None,
+    workers: int = 1,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> RankingModel:
+    """Fine-tune a model on prepared groups.
+
+    One worker trains in this process. Ray starts the workers where there are several, where ``RAY_ADDRESS`` or
+    ``cluster.address`` names a cluster, and where this process is connected to one already.
+
+    Args:
+        data: what ``prepare`` returned.
+        model: a hub id, a model folder, what an earlier ``train`` returned, or "scratch" (a small random model).
+        stage: "sft" for the likelihood of the positive, "preference" for ``objective``.
+        objective: dmpo, sdpo, dpo_pairs or dmpo_released; options go into ``settings``, as ``{"objective.beta": 0.1}``.
+        negatives: K of a group in each step (preference stage).
+        shots: train on this many groups; None takes all.
+        workers: ranks of the run.
+        folder: for model, log and checkpoints; None is the first free one of runs/sft, runs/dmpo, ...
+        seed: of new weights and of the order of groups.
+        settings: further keys, such as ``{"model.lora": {"r": 16}, "train.learning_rate": 1e-5, "train.epochs": 3}``.
+
+    Returns:
+        The trained model; ``.source.path`` is its folder.
+
+    Raises:
+        UserError: see ``dmpo train``.
+
+    Example:
+        >>> sft = dmpo.train(data, "Qwen/Qwen3-0.6B", stage="sft", shots=100, settings={"model.lora": {}})
+        >>> model = dmpo.train(data, sft, objective="dmpo", negatives=7, workers=2)
+    """
+    from dmpo_dist.commands.train import run_stage
+    from dmpo_dist.records.log import make_console
+    from dmpo_dist.training.engine import single_rank
+
+    start = model.source.path if isinstance(model, RankingModel) else str(model)
+    given = {"data.shots": shots, "seed": seed, "cluster.workers": workers, "model.path": start}
+    if stage == "preference":
+        given |= {"objective.name": objective, "train.negatives": negatives}
+    config = _run_config(data, folder, "sft" if stage == "sft" else objective, given | dict(settings or {}))
+    with nullcontext() if _needs_ray(config) else single_rank():
+        folder_of_model = run_stage(stage, config, make_console())
+    return load(folder_of_model, settings=settings)
+
+
+def load(path: str | Path, *, settings: Settings | None = None) -> RankingModel:
+    """A trained model, or any causal language model, that scores and ranks titles.
+
+    Args:
+        path: a model folder (a whole model or an adapter) or a hub id.
+        settings: keys of ``model`` and ``template``, such as ``{"model.dtype": "bfloat16"}``.
+
+    Raises:
+        UserError: no such model, a damaged file, or another template than the model was trained with.
+
+    Example:
+        >>> dmpo.load("runs/dmpo/model").rank(history=["Heat", "Alien"], candidates=["Up", "Aliens"])
+    """
+    config = config_of(dict(settings or {}))
+    return RankingModel.load(str(path), config.model, config.template, config.evaluation.token_budget)
+
+
+def evaluate(
+    data: PreparedData,
+    models: Mapping[str, str | Path | RankingModel],
+    *,
+    baselines: Sequence[str] = ("random", "popularity", "item_knn"),
+    against: Sequence[str] = (),
+    folder: str | Path | None = None,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> Evaluation:
+    """Rank the test requests with models and baselines on the same candidates, with 95 % intervals over users.
+
+    Args:
+        data: what ``prepare`` returned.
+        models: name in the table -> trained model, model folder or hub id.
+        baselines: names of ``evaluation.baselines``.
+        against: names that all others are compared with, paired by user; none compares dmpo with all others.
+        folder: for evaluation.json, evaluation.md and scores.parquet; None is the first free runs/evaluation-N.
+        seed: of the bootstrap and of the random baseline.
+        settings: further keys, such as ``{"model.dtype": "bfloat16"}``.
+
+    Returns:
+        The figures: ``.models[name][metric].value``, ``.low``, ``.high``, and ``.comparisons``.
+
+    Raises:
+        UserError: see ``dmpo evaluate``.
+
+    Example:
+        >>> result = dmpo.evaluate(data, {"sft": sft, "dmpo": model})
+        >>> result.models["dmpo"]["ndcg@10"].value
+    """
+    from dmpo_dist.commands.evaluate import evaluate as run
+    from dmpo_dist.commands.train import open_run_folder
+    from dmpo_dist.records.log import make_console
+
+    paths = {name: m.source.path if isinstance(m, RankingModel) else str(m) for name, m in models.items()}
+    given = {"seed": seed, "evaluation.baselines": list(baselines)} | dict(settings or {})
+    config = _run_config(data, folder, "evaluation", given)
+    open_run_folder(config, resume=False)
+    return run(paths, config, config.output_dir, make_console(), against=list(against))
+
+
+def _run_config(data: PreparedData, folder: str | Path | None, name: str, given: Settings) -> RunConfig:
+    return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | dict(given))
+
+
+def _as_file(table: pd.DataFrame | str | Path, file: Path, rating: str | None = None) -> Path:
+    """The path of ``table``; a data frame is written to ``file``, with likes where it lacks the column ``rating``."""
+    if not isinstance(table, pd.DataFrame):
+        return Path(table)
+    if rating is not None and rating not in table:
+        table = table.assign(**{rating: LIKE})
+    table.to_parquet(file)
+    return file
+
+
+def _free_folder(folder: str | Path | None, name: str) -> Path:
+    """``folder``, else the first of runs/name, runs/name-2, ... that does not exist."""
+    if folder is not None:
+        return Path(folder)
+    first = Path("runs") / name
+    others = (first.with_name(f"{name}-{number}") for number in range(2, 10_000))
+    return next(path for path in (first, *others) if not path.exists())
+
+
+def _needs_ray(config: RunConfig) -> bool:
+    """Several workers, a cluster that is named, or one that this process has joined."""
+    import os
+    import sys
+
+    ray = sys.modules.get("ray")
+    joined = ray is not None and ray.is_initialized()
+    return config.cluster.workers > 1 or bool(config.cluster.address or os.environ.get("RAY_ADDRESS")) or joined

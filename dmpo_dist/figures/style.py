@@ -1,0 +1,161 @@
+"""One look for all figures: colours, axes and legends; and the two ways out, a PNG file or a chart of a web page."""
+
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+
+from dmpo_dist.figures.svg import TOOLTIP, inline_svg, printable
+
+# Okabe-Ito: told apart by colour-blind readers and in grey.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#882255")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", ":")
+PALE, GRID = "#999999", "#DDDDDD"
+MOST_LETTERS = 28  # of a name in a figure
+LEGEND_LETTERS = 52  # of one line of a chart's legend, the space for its line samples included
+LEGEND_LINE, TITLE_LINE = 0.21, 0.25  # inches
+WIDTH = 4.7  # inches: 338 units of the page's style sheet, about one pixel each on a phone
+
+STYLE = {
+    "font.size": 8, "axes.titlesize": 10, "figure.titlesize": 10, "axes.labelsize": 9,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
+    "legend.handlelength": 1.8, "legend.columnspacing": 1.2, "legend.handletextpad": 0.5,
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.6,
+    "lines.linewidth": 1.7, "savefig.dpi": 160, "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+}  # fmt: skip
+CHART_STYLE = {
+    "font.size": 10, "axes.labelsize": 10, "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10,
+    "figure.facecolor": "none", "axes.facecolor": "none",  # the page shows through, light or dark
+    "svg.fonttype": "none", "svg.hashsalt": "dmpo", "path.simplify_threshold": 0.5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is drawn; the three together tell 49 series apart."""
+
+    colour: str
+    marker: str = "o"
+    dash: str = "-"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One plot, which a PNG shows beside others and a web page as a figure of its own.
+
+    Attributes:
+        title: stands above it.
+        alt: says to readers who cannot see it what it shows, its numbers included.
+        draw: draws on the Axes it is given; series with a label are put into a legend.
+        height: inches without the legend; the width is always WIDTH.
+        note: stands below it on a page.
+    """
+
+    title: str
+    alt: str
+    draw: Callable[[Axes], object]
+    height: float = 2.6
+    note: str = ""
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Figures made and saved inside have the common style."""
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks: a browser has it
+        yield
+
+
+@drawing()
+def chart(drawn: Drawing, number: int) -> Markup:
+    """The drawing as an svg element of a web page; ``number`` is another for each of the page."""
+    with mpl.rc_context(CHART_STYLE):
+        figure = Figure()
+        figure.set_size_inches(WIDTH, _paint(figure, drawn))
+        saved = io.StringIO()
+        figure.savefig(saved, format="svg", metadata={"Date": None})
+    return Markup(inline_svg(saved.getvalue(), drawn.title, drawn.alt, f"chart-{number}"))
+
+
+@drawing()
+def save_grid(drawings: Sequence[Drawing], file: Path, columns: int, heading: str = "") -> None:
+    """Write the drawings side by side, below a heading, into a PNG; its folder is made."""
+    rows = max(1, -(-len(drawings) // columns))
+    figure = Figure()
+    heights = [2.0]
+    for place, drawn in zip(figure.subfigures(rows, columns, squeeze=False).flat, drawings, strict=False):
+        heights.append(_paint(place, drawn))
+        place.axes[0].set_title(drawn.title)
+    figure.set_size_inches(WIDTH * columns, rows * (max(heights) + TITLE_LINE))
+    if heading:
+        figure.suptitle(heading)
+    save_png(figure, file)
+
+
+def save_png(figure: Figure, file: Path) -> None:
+    """Write ``file``; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, format="png")
+
+
+def _paint(figure: FigureBase, drawn: Drawing) -> float:
+    """Draw on a figure that is empty; return the height it needs, with its legend."""
+    drawn.draw(figure.subplots())
+    labels = _handles(figure)
+    if len(labels) < 2:
+        return drawn.height
+    columns = max(1, LEGEND_LETTERS // (5 + max(map(len, labels))))
+    add_legend(figure, columns)
+    return drawn.height + LEGEND_LINE * (0.5 - (-len(labels) // columns))
+
+
+def looks(names: Iterable[Any]) -> dict[Any, Look]:
+    """A look for each name by its place among ``names``; give the same names to all figures that are read together."""
+    return {
+        name: Look(PALETTE[i % 7], MARKERS[(i + i // 7) % 7], DASHES[i // 7 % 3])
+        for i, name in enumerate(dict.fromkeys(names))
+    }
+
+
+def short(name: str) -> str:
+    """A name of the data as a figure can show it; a long one is cut in its middle, as paths differ at their ends."""
+    text = printable(name)
+    return text if len(text) <= MOST_LETTERS else f"{text[:8]}\u2026{text[9 - MOST_LETTERS :]}"
+
+
+def add_legend(figure: FigureBase, columns: int) -> None:
+    """One legend below all panels, each label once."""
+    labels = _handles(figure)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns)
+
+
+def log_ticks(axes: Axes, values: Iterable[float]) -> None:
+    """A horizontal axis in powers of two whose ticks are the values that occur."""
+    axes.set_xscale("log", base=2)
+    ticks = sorted({int(value) for value in values})
+    axes.set_xticks(ticks, [f"{tick:d}" for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.margins(y=0.1)
+
+
+def hover(artist: Artist, texts: Sequence[str]) -> None:
+    """Give each marker of ``artist`` a tooltip on web pages."""
+    artist.set_gid("".join(TOOLTIP + printable(text) for text in texts))
+
+
+def _handles(figure: FigureBase) -> dict[str, Artist]:
+    return {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -1,0 +1,163 @@
+"""A model as it is used: its tokenizer and template, its weights on a device, and how responses share their prompt."""
+
+from collections.abc import Sequence
+from copy import copy
+from functools import cache, partial
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.data.template import Template, make_template
+from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_for_scoring, load_tokenizer
+from dmpo_dist.modeling.logprobs import Which
+from dmpo_dist.modeling.token_scorer import TokenScorer
+
+
+class RankedTitle(NamedTuple):
+    """A title and its log-probability after the history, in nats."""
+
+    title: str
+    score: float
+
+
+class RankingModel:
+    """A frozen language model that scores and ranks titles for a user; made by ``RankingModel.load``.
+
+    Example:
+        >>> model = RankingModel.load("runs/dmpo/model")
+        >>> model.rank(history=["Heat", "Alien"], candidates=["Up", "The Thing", "Aliens"], top=2)
+        [RankedTitle(title='Aliens', score=-4.1), RankedTitle(title='The Thing', score=-6.8)]
+
+    Scores are float64 log-probabilities in nats, summed over the tokens of a title and of what ends it. Histories are
+    oldest first; the oldest titles are dropped where the prompt would exceed ``max_length``.
+
+    Attributes:
+        source: the model's folder or hub id, its base, and what training wrote down about it.
+        encode: turns a history and titles into token ids.
+    """
+
+    def __init__(self, source: ModelSource, encode: GroupTokenizer, config: ModelConfig, token_budget: int) -> None:
+        self.source, self.encode = source, encode
+        self._config, self._token_budget = config, token_budget
+        self._scorer = cache(
+            partial(_load_scorer, source, config, token_budget)
+        )  # shared with the view of an adapter's base
+        self._which: Which = "policy"
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        config: ModelConfig | None = None,
+        template: TemplateConfig | None = None,
+        token_budget: int = 8192,
+    ) -> Self:
+        """Read tokenizer and template now, and the weights when they are first needed.
+
+        So what is wrong with a template or with titles is found before weights are read.
+
+        Args:
+            path: a model folder (a whole model or an adapter) or a hub id.
+            config: dtype, quantization, attention and ``max_length``; its ``path`` is not looked at.
+            template: how prompts read, for a model that training wrote no ``dmpo.json`` for.
+            token_budget: most tokens in one row of a forward pass.
+
+        Raises:
+            UserError: no such model, a damaged file, no fast tokenizer, or another template than the model's own.
+        """
+        config = config or ModelConfig()
+        source = find_model(path)
+        tokenizer = load_tokenizer(source)
+        trained = make_template(enforce_template(source.stamp, template or TemplateConfig(), path), tokenizer)
+        return cls(source, GroupTokenizer(tokenizer, trained, config.max_length), config, token_budget)
+
+    @property
+    def tokenizer(self) -> Any:
+        """A fast Hugging Face tokenizer."""
+        return self.encode.tokenizer
+
+    @property
+    def template(self) -> Template:
+        """How a history becomes a prompt and a title a response."""
+        return self.encode.template
+
+    def reference(self, path: str) -> Self:
+        """The model at ``path``, which scores this one's token ids; an adapter's base shares its weights.
+
+        Raises:
+            UserError: no such model, or one with another tokenizer.
+        """
+        if self.source.is_adapter and path == self.source.base:
+            base = copy(self)
+            base._which = "reference"
+            return base
+        source = find_model(path)
+        if load_tokenizer(source).get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"{path}: has another tokenizer than {self.source.path}, so their log-probs cannot be compared; name a "
+                "reference with the same one, by ranking.reference or --reference"
+            )
+        return type(self)(source, self.encode, self._config, self._token_budget)
+
+    def load_weights(self) -> TokenScorer:
+        """The weights and how they are run, read at the first call.
+
+        Raises:
+            UserError: weights that cannot be loaded, or a ``config.attention`` that would be wrong for the model.
+        """
+        return self._scorer()
+
+    def rank(self, history: Sequence[str], candidates: Sequence[str], top: int | None = None) -> list[RankedTitle]:
+        """``candidates`` from best to worst, at most ``top`` of them; equal scores keep their order.
+
+        Raises:
+            UserError: see ``score``.
+        """
+        scores = self.score(history, candidates)
+        return [RankedTitle(candidates[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top]]
+
+    def score(self, history: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
+        """(R,) float64 log-probabilities of the R ``candidates`` as the title that follows ``history``.
+
+        Raises:
+            UserError: a title that the tokenizer cannot represent or that does not fit into ``max_length``, weights
+                that cannot be loaded, or an attention that is asked for and wrong for this model.
+        """
+        if not candidates:
+            return np.empty(0)
+        check_titles([*history, *candidates], self.tokenizer)
+        return self.score_catalogue(self.token_group(history, candidates))
+
+    def token_group(self, history: Sequence[str], candidates: Sequence[str], user: str = "") -> TokenGroup:
+        """The token ids of one prompt and of R responses; ``user`` is named in errors."""
+        first, *rest = candidates
+        return self.encode(PreferenceGroup(user, 0, tuple(history), first, tuple(rest)))
+
+    def score_rows(self, rows: Any) -> list[np.ndarray]:
+        """For each request of ``rows``, a split of prepared data, (1+K,) float64, the positive first."""
+        return self.score_groups(tokenize_rows(rows, self.encode))
+
+    def score_groups(self, groups: Sequence[TokenGroup]) -> list[np.ndarray]:
+        """For each group (R,) float64; groups are packed into rows, so they should be small."""
+        return self._scorer().score(groups, self._which)
+
+    def score_catalogue(self, group: TokenGroup) -> np.ndarray:
+        """(R,) float64 of one group with any number of responses, which follow the prompt as a trie."""
+        return self._scorer().score_many(group, self._which)
+
+    def token_scores(self, groups: Sequence[TokenGroup]) -> list[np.ndarray]:
+        """For each group of one response (N,) float64 of its scored tokens, in order."""
+        return self._scorer().token_scores(groups, self._which)
+
+
+def _load_scorer(source: ModelSource, config: ModelConfig, token_budget: int) -> TokenScorer:
+    """The frozen weights on the accelerator if there is one; an adapter can also be run without."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_for_scoring(source.path, config).to(device)
+    reference = "adapter_off" if source.is_adapter else None
+    return TokenScorer(model, token_budget, config.max_length, config.attention, reference)

@@ -1,0 +1,116 @@
+"""Sections of a page that evaluations fill: results, paired comparisons, strata."""
+
+from collections.abc import Iterator
+from itertools import combinations
+
+from dmpo_dist.artifacts.evaluation import SCORES_FILE
+from dmpo_dist.evaluation.metrics import sure_hits
+from dmpo_dist.evaluation.seeds import split_name
+from dmpo_dist.formats import candidates
+from dmpo_dist.records.compare import evaluation_of, paired_lines
+from dmpo_dist.report import facts, intervals, tables
+from dmpo_dist.report.blocks import Block, folded_table, heading
+from dmpo_dist.report.gather import Material
+
+WAYS = {
+    "popularity": "popularity of the target",
+    "history": "length of the history",
+    "item_cold": "how often the target was taken before",
+}
+MOST_PAIRS = 10  # of runs, beyond those an evaluation compares
+INTERVALS_NOTE = (
+    "Best of each column in bold, the oracle apart; intervals are 95 %, by bootstrap over users (and seeds, where "
+    "there are several). In the figures language models are blue, baselines grey, the oracle a ring."
+)
+DIFFERENCES_NOTE = (
+    "To the right of 0 the first model is better; grey: the interval holds 0, no clear difference. What is far from "
+    "all others (random, untuned, oracle) stands in the table alone, where clear differences are bold."
+)
+
+
+def results(material: Material) -> Iterator[Block]:
+    """Of each evaluation: all models in a table and figures, seeds, the whole catalogue."""
+    for name, e in material.evaluations.items():
+        yield from heading(name, material.evaluations)
+        yield from (Block("warning", f"Note: {note}") for note in e.notes)
+        first = tables.first_metrics(e.models)
+        caption = f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates"
+        yield Block("table", tables.metrics_table(caption, first, sure_hits(e.most_negatives), e.seeds))
+        yield Block("note", INTERVALS_NOTE)
+        yield Block("figures", intervals.model_drawings(e))
+        if first != e.models:
+            all_metrics = tables.metrics_table("All metrics", e.models, sure_hits(e.most_negatives), e.seeds)
+            yield folded_table("All metrics", all_metrics)
+        if e.seeds:
+            yield Block("table", tables.seeds_table(e))
+        if e.catalogue is not None:
+            items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
+            ranked = e.catalogue.all_metrics()
+            few = tables.first_metrics(ranked)
+            yield Block("table", tables.metrics_table(f"Among {items}, those a user had taken left out", few))
+            if few != ranked:
+                whole = tables.metrics_table(f"All metrics among {items}", ranked)
+                yield folded_table("All metrics among the whole catalogue", whole)
+        lines = facts.evaluation_lines(e)
+        if lines:
+            yield Block("lines", lines)
+
+
+def comparisons(material: Material) -> Iterator[Block]:
+    """Differences of models that were compared over the same users."""
+    for name, e in material.evaluations.items():
+        if e.comparisons:
+            yield from heading(name, material.evaluations)
+            yield Block("figures", intervals.comparison_drawings(e.comparisons))
+            yield Block("note", DIFFERENCES_NOTE)
+            yield Block("table", tables.comparisons_table(e))
+    pairs = _other_pairs(material)
+    if pairs:
+        yield Block("heading", "Other pairs of runs")
+        yield Block("lines", pairs)
+
+
+def strata(material: Material) -> Iterator[Block]:
+    """The models on parts of the requests."""
+    for name, e in material.evaluations.items():
+        if e.strata:
+            yield from heading(name, material.evaluations)
+        for way, strata in e.strata.items():
+            yield Block("heading", f"By {WAYS.get(way, way.replace('_', ' '))}")
+            yield Block("figures", intervals.strata_drawings(e, strata))
+            whole = [
+                Block(
+                    "table",
+                    tables.metrics_table(f"{part}: {s.requests} requests", s.models, sure_hits(e.most_negatives)),
+                )
+                for part, s in strata.items()
+            ]
+            yield Block("folded", whole, "All models and metrics")
+
+
+def _other_pairs(material: Material) -> list[str]:
+    """Paired differences of runs, by the scores their evaluations left, which no evaluation shown gives itself.
+
+    A run that is one seed of a model has that beside its name: the model's name alone stands for all seeds.
+    """
+    folders = material.evaluation_folders
+    scored = [folder for folder in folders.values() if (folder / SCORES_FILE).exists()]
+    found = {name: evaluation_of(run, scored) for name, run in material.runs.items()}
+    ranked = {name: place for name, place in found.items() if place is not None}
+    by_folder = {folder: material.evaluations[name] for name, folder in folders.items()}
+    labels = {
+        name: f"{name} ({ranked_as})" if split_name(ranked_as)[1] else name for name, (_, ranked_as) in ranked.items()
+    }
+    pairs = []
+    for a, b in combinations(ranked, 2):
+        (first, as_a), (second, as_b) = ranked[a], ranked[b]
+        compared = {frozenset((c.a, c.b)) for c in by_folder[first].comparisons} if first == second else set()
+        if frozenset((as_a, as_b)) not in compared:
+            pairs.append((a, b))
+    lines = [
+        line
+        for a, b in pairs[:MOST_PAIRS]
+        for line in paired_lines([material.runs[a], material.runs[b]], [labels[a], labels[b]], scored)
+    ]
+    more = len(pairs) - MOST_PAIRS
+    return lines + ([f"{more} more pairs: `dmpo runs compare` shows them"] if more > 0 else [])

@@ -1,0 +1,135 @@
+"""One table object, rendered for the terminal, Markdown or a web page."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+from rich import box
+from rich.table import Table as TerminalTable
+from rich.text import Text
+
+TERMINAL_STYLES = {"strong": "bold", "soft": "dim"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: what it says.
+        below: a second, smaller line: an interval, a remark.
+        kind: "strong", "soft" (unclear or unimportant), "code" (a name), "title" (text of the data), "warn", "leak".
+        key: what a page sorts the column by, where it is not ``text``.
+        chart: a small picture, which only a page shows.
+    """
+
+    text: str
+    below: str = ""
+    kind: str = ""
+    key: float | None = None
+    chart: Markup | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of a row names the row.
+
+    Attributes:
+        caption: what it shows.
+        columns: headings.
+        rows: cells; a row shorter than ``columns`` is a heading of the rows below it.
+        text_columns: how many columns from the left hold text; the others hold numbers and are aligned to the right.
+        sortable: whether a page lets readers sort it.
+        note: a remark below it.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    text_columns: int = 1
+    sortable: bool = False
+    note: str = ""
+
+
+def terminal(table: Table) -> TerminalTable:
+    """The table for a rich console; on a narrow one its first column breaks over lines."""
+    drawn = TerminalTable(
+        title=table.caption or None, title_justify="left", caption=table.note or None, caption_justify="left",
+        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    for place, heading in enumerate(table.columns):
+        text = place < table.text_columns
+        drawn.add_column(heading, justify="left" if text else "right", no_wrap=place > 0, overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(_terminal_cell, row))
+    return drawn
+
+
+def markdown(table: Table) -> str:
+    """The table as GitHub's Markdown, without its caption and note."""
+    count = len(table.columns)
+    rule = "|" + "---|" * table.text_columns + "---:|" * (count - table.text_columns)
+    rows = [[*map(_markdown_cell, row), *[""] * (count - len(row))] for row in table.rows]
+    return "\n".join([_markdown_row(table.columns), rule, *map(_markdown_row, rows)])
+
+
+def html(table: Table) -> Markup:
+    """The table for a web page; names of classes are those of the report's style sheet."""
+    numbers = ["" if place < table.text_columns else "n" for place in range(len(table.columns))]
+    heads = [
+        Markup('<th scope="col" class="{}"><bdi>{}</bdi></th>').format(kind, heading)
+        for heading, kind in zip(table.columns, numbers, strict=True)
+    ]
+    rows = [_html_row(row, numbers) for row in table.rows]
+    return Markup(
+        '<div class="scroll" role="group" aria-label="{caption}" tabindex="0">\n<table class="{kind}">\n'
+        "<caption><span><bdi>{caption}</bdi></span></caption>\n<thead><tr>{heads}</tr></thead>\n"
+        "<tbody>\n{rows}\n</tbody>\n</table>\n</div>"
+    ).format(
+        caption=table.caption,
+        kind="sortable" if table.sortable else "",
+        heads=Markup().join(heads),
+        rows=Markup("\n").join(rows),
+    )
+
+
+def texts(rows: Sequence[Sequence[object]]) -> list[list[Cell]]:
+    """Rows of plain values as cells without any style."""
+    return [[Cell(str(value)) for value in row] for row in rows]
+
+
+def _terminal_cell(cell: Cell) -> Text:
+    below = [("\n" + cell.below, "dim")] if cell.below else []
+    return Text.assemble((cell.text, TERMINAL_STYLES.get(cell.kind, "")), *below)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.kind == "strong" else cell.text
+    return f"{text} ({cell.below})" if cell.below else text
+
+
+def _html_row(row: Sequence[Cell], numbers: Sequence[str]) -> Markup:
+    cells = [Markup('<th scope="row" class="{}">{}</th>').format(row[0].kind, _html_cell(row[0]))]
+    for cell, kind in zip(row[1:], numbers[1:], strict=False):
+        key = "" if cell.key is None else Markup(' data-key="{}"').format(cell.key)
+        classes = f"{kind or 't'} {cell.kind}".strip()
+        cells.append(Markup('<td class="{}"{}>{}</td>').format(classes, key, _html_cell(cell)))
+    return Markup("<tr>{}</tr>").format(Markup().join(cells))
+
+
+def _html_cell(cell: Cell) -> Markup:
+    """The text in the direction of its own script, as a title may be Arabic beside English."""
+    if cell.kind == "code":  # a long name or path may break after its separators
+        breakable = Markup(re.sub(r"([._/]+)", r"\1<wbr>", str(escape(cell.text))))
+        text = Markup("<code><bdi>{}</bdi></code>").format(breakable)
+    elif cell.kind in ("warn", "leak"):
+        text = Markup("<strong>{}</strong>").format(cell.text)
+    else:
+        text = Markup("<bdi>{}</bdi>").format(cell.text) if cell.kind == "title" else escape(cell.text)
+    below = Markup(" <small><bdi>{}</bdi></small>").format(cell.below) if cell.below else ""
+    return Markup("{} {}{}").format(text, cell.chart, below) if cell.chart else text + below
+
+
+def _markdown_row(values: Sequence[str]) -> str:
+    return "| " + " | ".join(values) + " |"

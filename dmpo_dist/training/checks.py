@@ -1,0 +1,100 @@
+"""What a run checks of itself: shared prompts before the first step, the first loss, and that figures stay finite."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dmpo_dist.batching.layout import prefix_layout, rows_layout
+from dmpo_dist.errors import UserError
+from dmpo_dist.objectives.groups import Groups
+from dmpo_dist.objectives.loss import Loss
+from dmpo_dist.training.groups import Batches
+from dmpo_dist.training.job import Job
+from dmpo_dist.training.runtime import Runtime
+
+
+def check_shared_prompts(job: Job, runtime: Runtime, engine: Any, batches: Batches, device: torch.device) -> None:
+    """Compare one group's shared-prompt log-probs with separate rows; all ranks run the same group.
+
+    Raises:
+        UserError: they differ by more than rounding.
+    """
+    if not (batches.shared and job.config.train.self_check):
+        return
+    step = batches.step(0)
+    group = max((batches.group(g, step.epoch) for g in step.groups[:64]), key=lambda g: len(g.prefix))
+    with torch.no_grad():
+        fused = engine(prefix_layout([group]).to(device)).double()
+        separate = engine(rows_layout([group]).to(device)).double()
+    error = (fused - separate).abs().max().item()
+    exact = job.config.model.dtype == "float32"
+    tolerance = 1e-4 + 1e-5 * separate.abs().max().item() if exact else 0.25
+    if not error <= tolerance:
+        raise UserError(
+            f"the shared-prompt forward differs from separate rows by {error:.2g} nats on this model; "
+            "set model.attention=unshared, and please report the model type"
+        )
+    runtime.log({"kind": "note", "text": f"shared prompt against separate rows: {error:.1e} nats apart at most"})
+
+
+class FirstLoss:
+    """While the policy is the reference, the loss has a known value; another one means that they differ."""
+
+    def __init__(self, job: Job, loss: Loss, device: torch.device) -> None:
+        self._job, self._loss = job, loss
+        self._known = torch.zeros((), dtype=torch.float64, device=device)
+        self._is_known = False
+
+    def count(self, policy: Tensor, groups: Groups) -> None:
+        """Add a micro-batch of the first step."""
+        initial = self._loss.initial(policy.detach(), groups)  # (G,)
+        if initial is not None:
+            self._known += initial.sum()
+            self._is_known = True
+
+    def check(self, line: Mapping[str, Any], groups: int, runtime: Runtime) -> None:
+        """Compare the first log line with what was counted on all ranks, over the ``groups`` of the step.
+
+        Raises:
+            UserError: the loss is another one.
+        """
+        if not self._is_known:
+            if self._job.kind == "preference":
+                why = "has no known one" if self._loss.needs_reference else "is reference-free here"
+                text = f"the first loss is not checked: {self._job.config.objective.name} {why}"
+                runtime.log({"kind": "note", "text": text})
+            return
+        if not self._job.config.train.self_check:
+            return
+        dist.all_reduce(self._known)
+        seen, known = line.get("preference_loss", line["loss"]), self._known.item() / groups
+        # In half types two forwards of one network may differ in the last bits of a log-prob, which beta scales.
+        exact = self._job.config.model.dtype == "float32"
+        tolerance = 1e-4 if exact else 2e-2 * max(1.0, getattr(self._loss, "beta", 1.0))
+        if not abs(seen - known) <= tolerance:
+            raise UserError(
+                f"the first preference loss is {seen:.6f}, but must be {known:.6f} while the policy equals the "
+                "reference; policy and reference are not the same network (please report this with the run's "
+                "config.yaml), or set train.self_check=false to go on regardless"
+            )
+        runtime.log({"kind": "note", "text": f"first preference loss {seen:.6f}, as it must be ({known:.6f})"})
+
+
+def require_finite(line: Mapping[str, Any], job: Job) -> None:
+    """Stop a diverged run; under fp16 an overflowing gradient is normal, DeepSpeed skips that step.
+
+    Raises:
+        UserError: the loss or the gradient norm of a log line is not finite.
+    """
+    loss, norm = line["loss"], line["grad_norm"]
+    bad_norm = norm is not None and not math.isfinite(norm) and job.config.model.dtype != "float16"
+    if bad_norm or not math.isfinite(loss):
+        what = f"gradient norm became {norm}" if math.isfinite(loss) else f"loss became {loss}"
+        raise UserError(
+            f"the {what} by step {line['step']}; lower {job.section}.learning_rate (now {job.stage.learning_rate:g}) "
+            f"or {job.section}.max_grad_norm, or train in float32; what was saved before stays in {job.output}"
+        )

@@ -1,0 +1,62 @@
+"""`dmpo train` with a loss class from a file in the working directory, in one process and on Ray workers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmpo_dist.config import DataConfig
+from dmpo_dist.data.prepare import prepare
+
+pytestmark = pytest.mark.integration
+
+CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
+
+
+def recipe() -> str:
+    """The class that CONTRIBUTING shows, IPO."""
+    paragraph = (
+        CONTRIBUTING.read_text(encoding="utf-8").partition("**An objective.**")[2].partition("**A data source.**")[0]
+    )
+    return "\n".join(line[4:] for line in paragraph.splitlines() if not line or line.startswith("    "))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A user's folder: prepared data, and a module that is on no path."""
+    folder = tmp_path_factory.mktemp("project")
+    source = {"simulator": {"users": 80, "items": 40, "events_per_user": 12}}
+    config = DataConfig.model_validate({"source": source, "negatives_per_group": 6, "evaluation_negatives": 5})
+    prepare(config, 0, folder / "data", echo=lambda line: None)
+    (folder / "my_losses.py").write_text(recipe())
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ipo_trains_and_its_first_loss_is_the_one_it_must_have(project, workers):
+    """At the start every pair's z is 0, so the loss is (1 / (2 beta))^2 = 4."""
+    output = f"run-{workers}"
+    settings = [
+        "data.path=data", f"output_dir={output}", f"cluster.workers={workers}", "seed=0",
+        "model.path=scratch", "model.max_length=128", "model.scratch.hidden_size=32", "model.scratch.layers=2",
+        "model.scratch.intermediate_size=48", "model.scratch.vocab_size=400",
+        "train.steps=20", "train.negatives=3", "train.global_batch_size=40", "train.learning_rate=3e-3",
+        "train.log_every=1",
+        "objective.import_path=my_losses:Ipo", "objective.kwargs.beta=0.25",
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    if workers == 1:
+        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
+    command = [str(Path(sys.executable).with_name("dmpo")), "train", *settings]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    records = [json.loads(line) for line in (project / output / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[0] == pytest.approx(4.0, abs=1e-4)
+    assert sum(losses[-5:]) / 5 < 3
+    assert any(re.match("first preference loss 4.0000.., as it must be .4.000000", r.get("text", "")) for r in records)
+    assert (project / output / "model" / "config.json").exists()

@@ -1,0 +1,60 @@
+"""A model asked directly for scores and rankings, against the rows that evaluation scores."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from test_evaluation_ranking import HISTORY, TITLES, folder, log_probs  # noqa: F401
+
+from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.ranking_model import RankingModel
+
+CONFIG = ModelConfig(max_length=128)
+
+
+def test_rank_and_score(folder):  # noqa: F811
+    model = RankingModel.load(str(folder / "adapter"), CONFIG)
+    expected, _ = log_probs(folder / "adapter", TITLES)
+    np.testing.assert_allclose(model.score(list(HISTORY), list(TITLES)), expected, rtol=1e-5)
+    order = np.argsort(-expected, kind="stable")
+    ranked = model.rank(HISTORY, TITLES)
+    assert [one.title for one in ranked] == [TITLES[i] for i in order]
+    np.testing.assert_allclose([one.score for one in ranked], expected[order], rtol=1e-5)
+    assert model.rank(HISTORY, TITLES, top=2) == ranked[:2]
+    assert model.rank(HISTORY, []) == []
+
+
+def test_the_base_of_an_adapter_shares_its_weights(folder):  # noqa: F811
+    model = RankingModel.load(str(folder / "adapter"), CONFIG)
+    base = model.reference(model.source.base)
+    assert base.load_weights() is model.load_weights()
+    expected, _ = log_probs(folder / "base", TITLES)
+    np.testing.assert_allclose(base.score(HISTORY, TITLES), expected, rtol=1e-5)
+    other = model.reference(str(folder / "other"))
+    np.testing.assert_allclose(other.score(HISTORY, TITLES), log_probs(folder / "other", TITLES)[0], rtol=1e-5)
+
+
+def test_weights_go_with_the_model(folder):  # noqa: F811
+    """Without a collection of cycles, or two models would be in memory where one was meant."""
+    gc.disable()
+    try:
+        model = RankingModel.load(str(folder / "adapter"), CONFIG)
+        model.rank(HISTORY, TITLES)
+        weights = weakref.ref(model.load_weights())
+        del model
+        assert weights() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_found_before_weights_are_read(folder):  # noqa: F811
+    other = TemplateConfig(preamble="Likes: ")
+    with pytest.raises(UserError, match=r"trained with another template \(template.preamble differ"):
+        RankingModel.load(str(folder / "adapter"), CONFIG, other)
+    model = RankingModel.load(str(folder / "adapter"), ModelConfig(max_length=32))
+    with pytest.raises(UserError, match="special token '</s>'"):
+        model.score(HISTORY, ["Heat</s>"])
+    with pytest.raises(UserError, match="more than model.max_length=32"):
+        model.score(HISTORY, TITLES)
