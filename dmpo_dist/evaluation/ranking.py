@@ -194,7 +194,7 @@ def reference_of(source: ModelSource, asked: str | None, option: str = "ranking.
             raise UserError(f"{option}base: {source.path} is a whole model without a base; name a folder, or start")
         return source.base
     if asked == "start":
-        asked = source.stamp.get("start")
+        asked = source.stamp.start
         if not asked:
             raise UserError(f"{option}start: {source.path} does not say what it was started from; name that model")
     return find_model(asked).path if asked else None
