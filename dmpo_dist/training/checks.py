@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmpo_dist.batching.layout import prefix_layout, rows_layout
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.self_check import disagreement
 from dmpo_dist.objectives.groups import Groups
 from dmpo_dist.objectives.loss import Loss
 from dmpo_dist.training.groups import Batches
@@ -30,14 +31,13 @@ def check_shared_prompts(job: Job, runtime: Runtime, engine: Any, batches: Batch
     with torch.no_grad():
         fused = engine(prefix_layout([group]).to(device)).double()
         separate = engine(rows_layout([group]).to(device)).double()
-    error = (fused - separate).abs().max().item()
-    exact = job.config.model.dtype == "float32"
-    tolerance = 1e-4 + 1e-5 * separate.abs().max().item() if exact else 0.25
-    if not error <= tolerance:
+    dtype = getattr(torch, job.config.model.dtype)
+    found = disagreement([fused.cpu().numpy()], [separate.cpu().numpy()], dtype)
+    if found is not None:
         raise UserError(
-            f"the shared-prompt forward differs from separate rows by {error:.2g} nats on this model; "
-            "set model.attention=unshared, and please report the model type"
+            f"a shared prompt {found} on this model; set model.attention=unshared, and please report the model type"
         )
+    error = (fused - separate).abs().max().item()
     runtime.log({"kind": "note", "text": f"shared prompt against separate rows: {error:.1e} nats apart at most"})
 
 

@@ -29,7 +29,7 @@ from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.memory import keep_freed_memory
 from dmpo_dist.modeling.quantize import require_partitioned
-from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
+from dmpo_dist.modeling.routing import Route, take_route, use_backend
 from dmpo_dist.training.budget import Probe
 from dmpo_dist.training.engine import (
     is_stage3,
@@ -144,8 +144,7 @@ def load_module(job: Job, device: torch.device, deepspeed: dict[str, Any] | None
     with _in_parts(config, deepspeed):
         model, mode = load_policy(source, config)
     language_model = unwrap_peft(model)
-    route = choose_backend(language_model, device.type, config.max_length, config.attention)
-    use_backend(language_model, route.backend)
+    route = take_route(language_model, device.type, config.max_length, config.attention)
     if config.compile and route.backend == "flex":
         raise UserError(
             "model.compile=true does not go with model.attention=flex, which compiles itself; set it to false"
