@@ -8,6 +8,7 @@ import pandas as pd
 import yaml
 from datasets import Dataset
 
+from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.config import RunConfig
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 
@@ -42,7 +43,7 @@ def write_run(folder: Path, stage: str, steps: int = 120, **config: object) -> P
     for step in range(1, steps + 1):
         noise = float(rng.normal()) / 20
         record = {
-            "kind": "train",
+            "kind": "train",  # as steps were called before
             "step": step,
             "loss": 3 / step**0.5 + noise,
             "groups_per_second": 8.0,
@@ -65,7 +66,7 @@ def write_run(folder: Path, stage: str, steps: int = 120, **config: object) -> P
     return folder
 
 
-def evaluation_of(folders: dict[str, str], users: int = 80) -> tuple[dict, dict, Dataset]:
+def evaluation_of(folders: dict[str, str], users: int = 80) -> tuple[Evaluation, dict, Dataset]:
     """An evaluation as `dmpo evaluate` makes it, its scores and rows."""
     rng = np.random.default_rng(0)
     rows = Dataset.from_dict({
@@ -76,8 +77,8 @@ def evaluation_of(folders: dict[str, str], users: int = 80) -> tuple[dict, dict,
     })  # fmt: skip
     scores = {m: list(rng.normal(size=(users, 5)) + lift * np.eye(1, 5)) for m, lift in MODELS.items()}
     evaluation = evaluate_scores(scores, rows, 200, 0)
-    evaluation["folders"] = folders
-    evaluation["data"] = {"path": "runs/data", "fingerprint": "f1"}
+    evaluation.folders = folders
+    evaluation.data = {"path": "runs/data", "fingerprint": "f1"}
     return evaluation, scores, rows
 
 
@@ -89,7 +90,7 @@ def with_more(evaluation: dict) -> dict:
     }
     catalogue = {
         "items": 400, "models": {name: {"hr@10": m["hr@10"], "recall@20": m["hr@5"]} for name, m in models.items()},
-        "coverage@10": {name: 0.4 for name in models}, "gini@10": {name: {"value": 0.7} for name in models},
+        "coverage@10": {name: 0.4 for name in models}, "gini@10": dict.fromkeys(models, 0.7),
     }  # fmt: skip
     seeds = {
         name: {str(seed): {"ndcg@10": models[name]["ndcg@10"]["value"] + seed / 100} for seed in range(3)}
@@ -178,7 +179,7 @@ def write_world(root: Path) -> Path:
     write_run(root / "dmpo", "train", model=start, objective={"name": "dmpo", "sft_weight": 0.5})
     evaluation, scores, rows = evaluation_of({"sft": "sft/model", "dmpo": "dmpo/model"})
     write_evaluation(root / "evaluation", evaluation, scores, rows)
-    (root / "evaluation" / "evaluation.json").write_text(json.dumps(with_more(evaluation)))
+    (root / "evaluation" / "evaluation.json").write_text(json.dumps(with_more(evaluation.content())))
     (root / "explanations.json").write_text(json.dumps(explanations()))
     for name in ("data", "study"):
         (root / name).mkdir()

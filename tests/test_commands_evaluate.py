@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands import evaluate as evaluation
 from dmpo_dist.commands.quickstart import quickstart
 from dmpo_dist.config import DataConfig, RunConfig
@@ -40,13 +41,13 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation, "load_ranking_model", Scorer)
     monkeypatch.setattr(evaluation, "template_of", lambda *_: None)
-    monkeypatch.setattr(evaluation, "find_model", lambda path: ModelSource(path, path, False, {}))
+    monkeypatch.setattr(evaluation, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))
     monkeypatch.setattr(WholeCatalogue, "model", catalogue_model)
     settings = {"bootstrap_samples": 100, "order_requests": 2, "baselines": ["random"]}
     config = RunConfig.model_validate({"data": {"path": tmp_path / "data"}, "evaluation": settings})
     found = evaluation.evaluate({"sft": "a", "dmpo": "b"}, config, tmp_path / "out", CONSOLE, catalogue=True)
-    assert set(found["catalogue"]["models"]) == {"random", "sft", "dmpo"}
-    assert set(found["order"]["models"]) == {"sft", "dmpo"}
+    assert set(found.catalogue.models) == {"random", "sft", "dmpo"}
+    assert set(found.order.models) == {"sft", "dmpo"}
     assert f"[whole catalogue by dmpo     0s] {len(data.test)}/{len(data.test)} users" in CONSOLE.file.getvalue()
 
 

@@ -100,7 +100,7 @@ def test_popularity_ends_before_the_test(run, world, monkeypatch, arguments):
     with pytest.raises(ZeroDivisionError):
         run("--model=model", f"--user={user}", "ranking.popularity_weight=0.5", *arguments, *SETTINGS)
     data = world[1]
-    log = data.interactions[data.interactions["timestamp"] < data.card["cuts"]["test"]["timestamp"]]
+    log = data.interactions[data.interactions["timestamp"] < data.card.cuts["test"].timestamp]
     assert dict(zip(data.items["item"], seen[0].counts, strict=True)) == {
         item: (log["item"] == item).sum() for item in data.items["item"]
     }

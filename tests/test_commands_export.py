@@ -254,8 +254,8 @@ REFUSED = {
     "shard_size": ("{world}/whole {out}/x --shard-size 5", ("--shard-size 5", "5GB")),
     "dtype": ("{world}/whole {out}/x --dtype int8", ("--dtype", "int8", "bfloat16")),
     "no_data": ("{world}/whole {out}/x --data {world}/base", ("{world}/base", "dmpo data prepare")),
-    "no_evaluation": ("{world}/whole {out}/x --evaluation {world}/none", ("--evaluation {world}/none", "cannot be read")),
-    "other_file": ("{world}/whole {out}/x --evaluation {world}/file", ("--evaluation {world}/file", "dmpo evaluate")),
+    "no_evaluation": ("{world}/whole {out}/x --evaluation {world}/none", ("{world}/none", "cannot be read", "correct the path")),
+    "other_file": ("{world}/whole {out}/x --evaluation {world}/file", ("{world}/file", "dmpo evaluate")),
     "other_model": ("{world}/whole {out}/x --evaluation {world}/evaluation.json", ("ranks no model of {world}/whole", "ours=")),
 }  # fmt: skip
 

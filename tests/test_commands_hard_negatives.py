@@ -60,13 +60,13 @@ def test_the_hardest_come_first(world: Path, tmp_path: Path) -> None:
         assert after["oracle"] == [before["oracle"][0], *(before["oracle"][1 + place] for place in order)]
     assert new.test.to_list() == old.test.to_list()
     assert new.fingerprint != old.fingerprint
-    assert "scores highest" in new.card["notes"][-1]
+    assert "scores highest" in new.card.notes[-1]
     liked = old.interactions.query("rating >= 4").set_index(["user", "item"])["timestamp"].to_dict()
     pairs = [(row["user"], item, row["timestamp"]) for row in new.train for item in row["negative_items"]]
     later = sum(liked.get((user, item), t) > t for user, item, t in pairs)
     share = f"{later / len(pairs):.1%} of them ({later} of {len(pairs)}) were liked by their user later."
     assert later > 0
-    assert new.card["notes"][-1].endswith(share)
+    assert new.card.notes[-1].endswith(share)
     assert any("WARNING: likely false negatives" in line and share in line for line in said)
 
 
@@ -113,8 +113,8 @@ def test_a_model_of_one_domain_ranks_another(world: Path, tmp_path: Path) -> Non
     for domain in ("a", "b"):
         (tmp_path / domain).mkdir()
         result = evaluate({"of_a": str(world / "model")}, settings(world, domain), tmp_path / domain, make_console())
-        assert result["data"]["fingerprint"] == PreparedData.load(world / domain).fingerprint
-        values[domain] = result["models"]["of_a"]["ndcg@10"]["value"]
+        assert result.data["fingerprint"] == PreparedData.load(world / domain).fingerprint
+        values[domain] = result.models["of_a"]["ndcg@10"].value
     titles = [set(PreparedData.load(world / domain).items["title"]) for domain in ("a", "b")]
     assert not titles[0] & titles[1], "no title of B was known to A's tokenizer"
     assert all(0 < value < 1 for value in values.values())

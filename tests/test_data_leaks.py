@@ -158,7 +158,7 @@ def test_the_commands_stop_at_a_leak(
         said = capsys.readouterr()
         assert ("30 of 30 training histories also occur in evaluation" in said.err) == (status == 2)
     card = PreparedData.load(tmp_path / "out").card
-    assert "histories shared by splits" in [f["check"] for f in card["leaks"] if f["verdict"] == "leak"]
+    assert "histories shared by splits" in [f.check for f in card.leaks if f.verdict == "leak"]
 
 
 @pytest.mark.skipif("DMPO_RELEASED" not in os.environ, reason="DMPO_RELEASED names no folder")
@@ -169,10 +169,10 @@ def test_the_released_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"15 of 100 training histories also occur in evaluation"):
         prepare(DataConfig(source=source), 0, tmp_path / "out", echo=lambda line: None)
     data = prepare(DataConfig(source=source), 0, tmp_path / "out", echo=lambda line: None, allow_leaks=True)
-    assert data.card["counts"] == {"train": 100, "validation": 0, "test": 1000}
+    assert data.card.counts == {"train": 100, "validation": 0, "test": 1000}
     assert set(data.stored_negatives()) == {5}
-    probe = next(f for f in data.card["leaks"] if f["check"] == "candidate look-up")
-    assert probe["figures"]["popularity_hr@1"] == pytest.approx(0.559, abs=0.02)
+    probe = next(f for f in data.card.leaks if f.check == "candidate look-up")
+    assert probe.figures["popularity_hr@1"] == pytest.approx(0.559, abs=0.02)
     original = load_released(folder, 5, "original").splits["train"]
     assert len(original) == 500
     assert all(group.prompt and group.chosen != group.rejected[0] for group in original)

@@ -34,7 +34,7 @@ def test_round_trip(prepared: PreparedData) -> None:
         rows = getattr(again, split)
         assert rows.features == ROW_FEATURES
         assert rows.to_list() == getattr(prepared, split).to_list()
-        assert len(rows) == again.card["counts"][split] > 0
+        assert len(rows) == again.card.counts[split] > 0
     titles = dict(zip(again.items["item"], again.items["title"], strict=True))
     for row, count in [(again.train[0], 8), (again.test[0], 19)]:
         group = group_from_row(row)
@@ -51,7 +51,7 @@ def test_the_fingerprint_is_the_content(prepared: PreparedData, tmp_path: Path) 
     same = prepare(small(), seed=0, output=tmp_path / "new" / "same", echo=said.append)
     assert same.fingerprint == prepared.fingerprint
     assert "users to evaluate" in said[-1]
-    assert str(same.card["counts"]["test"]) in said[-1]
+    assert str(same.card.counts["test"]) in said[-1]
     other = prepare(small(negatives="popularity"), seed=0, output=tmp_path / "other", echo=said.append)
     assert other.fingerprint != prepared.fingerprint
     assert other.test.to_list() == prepared.test.to_list(), "evaluation candidates do not depend on training negatives"
@@ -75,7 +75,7 @@ def test_validation_is_a_seeded_sample(prepared: PreparedData, tmp_path: Path) -
     few = prepare(small(max_validation_users=5), seed=0, output=tmp_path / "few", echo=lambda line: None)
     assert len(few.validation) == 5
     assert all(row in prepared.validation.to_list() for row in few.validation)
-    assert few.card["dropped"]["validation"]["over_max_validation_users"] == len(prepared.validation) - 5
+    assert few.card.dropped["validation"]["over_max_validation_users"] == len(prepared.validation) - 5
 
 
 def test_an_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_early_requests_without_candidates_are_counted(tmp_path: Path) -> None:
         min_history=2,
     )
     data = prepare(config, seed=0, output=tmp_path / "out", echo=lambda line: None)
-    assert data.card["dropped"]["train"]["few_candidates"] == 1
+    assert data.card.dropped["train"]["few_candidates"] == 1
     assert "first" not in data.train["user"]
-    assert "1 users with one interaction give no request." in data.card["notes"]
+    assert "1 users with one interaction give no request." in data.card.notes
 
 
 def test_few_shot_subsets_are_nested(prepared: PreparedData) -> None:
@@ -141,19 +141,19 @@ def test_few_shot_subsets_are_nested(prepared: PreparedData) -> None:
 def test_leave_one_out_warns_of_the_future(tmp_path: Path) -> None:
     said: list[str] = []
     data = prepare(small(split="leave_one_out", k_core=5), seed=0, output=tmp_path / "loo", echo=said.append)
-    finding = next(f for f in data.card["leaks"] if f["check"] == "training after requests")
+    finding = next(f for f in data.card.leaks if f.check == "training after requests")
     train, asked = (
         np.array(data.train["timestamp"]),
         np.array(data.validation["timestamp"][:] + data.test["timestamp"][:]),
     )
-    assert finding["verdict"] == "warning"
-    assert finding["figures"]["training_rows_in_the_future"] == (train >= asked.min()).sum() > 0
+    assert finding.verdict == "warning"
+    assert finding.figures["training_rows_in_the_future"] == (train >= asked.min()).sum() > 0
     assert any("WARNING" in line and "leave-one-out" in line for line in said)
-    assert data.card["cuts"] is None
+    assert data.card.cuts is None
     assert "Leave-one-out" in (tmp_path / "loo" / "card.md").read_text()
     assert data.interactions["item"].value_counts().min() >= 5
     assert all(len(row["oracle"]) == 20 for row in data.test)
-    assert any("5-core of the whole log" in note for note in data.card["notes"])
+    assert any("5-core of the whole log" in note for note in data.card.notes)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity", "in_batch"])
@@ -170,7 +170,7 @@ def test_under_leave_one_out_no_negative_is_taken_later(tmp_path: Path, kind: st
         own = [item for (user, item), t in taken.items() if user == row["user"] and t > row["timestamp"]]
         left_out += sum(first[item] < row["timestamp"] for item in own)
     assert left_out > 0
-    assert any(f"there were {left_out} of those to leave out" in note for note in data.card["notes"])
+    assert any(f"there were {left_out} of those to leave out" in note for note in data.card.notes)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity", "in_batch"])
@@ -219,7 +219,7 @@ def test_what_is_not_prepared_data_is_named(prepared: PreparedData, tmp_path: Pa
     (broken / "dataset.json").write_text("{")
     with pytest.raises(UserError, match=r"dataset\.json: damaged"):
         PreparedData.load(broken)
-    (broken / "dataset.json").write_text(json.dumps(prepared.card | {"format_version": 9}))
+    (broken / "dataset.json").write_text(json.dumps(prepared.card.content() | {"format_version": 9}))
     with pytest.raises(UserError, match=r"format version 9, this dmpo reads version 1"):
         PreparedData.load(broken)
 

@@ -62,7 +62,7 @@ def test_prepared_from_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 2 training histories also occur in evaluation(?s:.*)--allow-leaks"):
         prepare(config, seed=0, output=tmp_path / "out", echo=said.append)
     data = prepare(config, seed=0, output=tmp_path / "out", echo=said.append, allow_leaks=True)
-    assert data.card["counts"] == {"train": 2, "validation": 0, "test": 2}
+    assert data.card.counts == {"train": 2, "validation": 0, "test": 2}
     assert data.items is None
     assert data.interactions is None
     group = group_from_row(data.train[0])

@@ -51,10 +51,10 @@ def test_equal_to_the_log_at_once(shards: Path, tmp_path: Path, monkeypatch: pyt
     for split in SPLITS:
         assert getattr(shared, split).to_list() == getattr(whole, split).to_list()
     assert shared.fingerprint == whole.fingerprint
-    assert {key: shared.card[key] for key in ("counts", "users", "cuts", "dropped")} == {
-        key: whole.card[key] for key in ("counts", "users", "cuts", "dropped")
-    }
-    assert [f["verdict"] for f in shared.card["leaks"]] == [f["verdict"] for f in whole.card["leaks"]]
+    cards = [data.card for data in (shared, whole)]
+    for key in ("counts", "users", "cuts", "dropped"):
+        assert getattr(cards[0], key) == getattr(cards[1], key)
+    assert [f.verdict for f in shared.card.leaks] == [f.verdict for f in whole.card.leaks]
     pd.testing.assert_frame_equal(shared.items, whole.items)
     pd.testing.assert_frame_equal(shared.interactions, whole.interactions)
     assert "per second" in said[-1]

@@ -53,7 +53,7 @@ def data(request, tmp_path_factory):
 
 
 def test_what_goes_out_and_comes_back(data, tmp_path, monkeypatch):
-    catalogue = data.card["cuts"] is not None  # one way with each split
+    catalogue = data.card.cuts is not None  # one way with each split
     seen, said = tmp_path / "seen", []
     config = EvaluationConfig(baseline_environment=environment(tmp_path / "env", STAND_IN.format(seen=str(seen))))
     inherited = "SLURM_NTASKS RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR TORCHELASTIC_RUN_ID PYTHONPATH".split()
@@ -72,8 +72,8 @@ def test_what_goes_out_and_comes_back(data, tmp_path, monkeypatch):
     asked = dict(zip(data.test["user"][:], data.test["timestamp"][:], strict=True))
     own = log[log["user"].isin(asked)]
     assert (own["timestamp"] < own["user"].map(asked)).all(), "a user's own likes end before the request"
-    if data.card["cuts"]:
-        assert log["timestamp"].max() < data.card["cuts"]["test"]["timestamp"]
+    if data.card.cuts:
+        assert log["timestamp"].max() < data.card.cuts["test"].timestamp
     for row, sent, scores in zip(data.test, requests.itertuples(), found.candidates["ease"], strict=True):
         assert list(sent.history) == row["history_items"]
         group = [row["positive_item"], *row["negative_items"]]

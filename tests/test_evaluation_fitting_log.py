@@ -24,7 +24,7 @@ def world(folder, split: str) -> PreparedData:
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_a_split_by_time_ends_at_the_cut(tmp_path, part):
     data = world(tmp_path, "time")
-    log, cut = fitting_log(data, part), data.card["cuts"][part]["timestamp"]
+    log, cut = fitting_log(data, part), data.card.cuts[part].timestamp
     assert log["timestamp"].max() < cut <= min(getattr(data, part)["timestamp"][:])
     assert len(log) == (data.interactions["timestamp"] < cut).sum()
     assert not knows_the_future(data)

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
+from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.evaluation import report
 from dmpo_dist.evaluation.metrics import METRICS, TOP_METRICS, sure_hits
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
@@ -55,7 +56,7 @@ def scores(rows) -> dict[str, list[np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def evaluation(scores, rows):
-    return evaluate_scores(scores, rows, samples=200, seed=0)
+    return evaluate_scores(scores, rows, samples=200, seed=0).content()
 
 
 def rendered(evaluation) -> str:
@@ -93,7 +94,7 @@ def test_equal_rankings_have_no_difference_and_better_ones_do(evaluation):
 
 
 def test_without_dmpo_there_is_nothing_to_compare(scores, rows):
-    alone = evaluate_scores({"oracle": scores["oracle"]}, rows, samples=100, seed=0)
+    alone = evaluate_scores({"oracle": scores["oracle"]}, rows, samples=100, seed=0).content()
     assert alone["comparisons"] == []
     assert "oracle" in rendered(alone)
 
@@ -131,7 +132,7 @@ def test_twelve_rows_with_seeds_fit_100_columns(scores, rows):
     names = ["random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "zero_shot", "oracle"]
     trained = [f"{name}@{seed}" for name in ("sft", "sft_continued", "dpo_pairs", "sdpo", "dmpo") for seed in range(3)]
     made = {name: [s + rng.normal(size=len(s)) / 2 for s in scores["dmpo"]] for name in [*names, *trained]}
-    whole = evaluate_scores(made, rows, samples=100, seed=0, against=["sft", "sft_continued"])
+    whole = evaluate_scores(made, rows, samples=100, seed=0, against=["sft", "sft_continued"]).content()
     console = Console(file=io.StringIO(), width=100)
     console.print(evaluation_table(whole))
     for part in show_comparisons(whole):
@@ -150,10 +151,13 @@ def test_twelve_rows_with_seeds_fit_100_columns(scores, rows):
 
 def test_seeds_are_one_row_and_stay_in_the_json(scores, rows, tmp_path):
     made = {"dmpo@1": scores["dmpo"], "dmpo@0": scores["mine"], "sft": scores["sft"]}
-    whole = evaluate_scores(made, rows, samples=200, seed=0, against=["sft"])
+    found = evaluate_scores(made, rows, samples=200, seed=0, against=["sft"])
+    whole = found.content()
     assert list(whole["models"]) == ["sft", "dmpo"]
     assert list(whole["seeds"]) == ["dmpo"]
-    each = [evaluate_scores({"one": s}, rows, 100, 0)["models"]["one"] for s in (scores["mine"], scores["dmpo"])]
+    each = [
+        evaluate_scores({"one": s}, rows, 100, 0).content()["models"]["one"] for s in (scores["mine"], scores["dmpo"])
+    ]
     for label, alone in zip("01", each, strict=True):
         assert whole["seeds"]["dmpo"][label] == pytest.approx({m: cell["value"] for m, cell in alone.items()})
     mean = np.mean([cell["ndcg@10"]["value"] for cell in each])
@@ -162,7 +166,7 @@ def test_seeds_are_one_row_and_stay_in_the_json(scores, rows, tmp_path):
     assert (row["a"], row["b"]) == ("dmpo", "sft")
     assert row["difference"] == pytest.approx(mean - whole["models"]["sft"]["ndcg@10"]["value"])
     assert row["low"] < row["difference"] < row["high"]
-    write_evaluation(tmp_path, whole, made, rows)
+    write_evaluation(tmp_path, found, made, rows)
     assert set(pd.read_parquet(tmp_path / "scores.parquet")["model"]) == set(made)
     assert "dmpo (2 seeds)" in (tmp_path / "evaluation.md").read_text()
 
@@ -171,26 +175,28 @@ def test_a_pair_with_unequal_seeds_is_compared_on_the_common_ones(scores, rows):
     """Exactly as if the others were not there, and it is said."""
     dmpo = {f"dmpo@{label}": scores[name] for label, name in zip("012", ("dmpo", "mine", "oracle"), strict=True)}
     sft = {"sft@0": scores["mine"], "sft@1": scores["oracle"]}
-    whole = evaluate_scores(dmpo | sft, rows, samples=200, seed=0)
-    both = evaluate_scores({name: s for name, s in (dmpo | sft).items() if name != "dmpo@2"}, rows, samples=200, seed=0)
+    whole = evaluate_scores(dmpo | sft, rows, samples=200, seed=0).content()
+    both = evaluate_scores({name: s for name, s in (dmpo | sft).items() if name != "dmpo@2"}, rows, 200, 0).content()
     assert whole["comparisons"] == both["comparisons"]
     assert [c["seeds"] for c in whole["comparisons"]] == [["0", "1"]] * 3
     assert "paired over 120 users, on common seeds 0, 1" in comparison_lines(whole)[0]
     assert comparison_lines(both)[0].split(" (")[0].endswith("120 users")
-    apart = evaluate_scores(dmpo | {"sft@7": scores["mine"]}, rows, samples=200, seed=0)
+    apart = evaluate_scores(dmpo | {"sft@7": scores["mine"]}, rows, samples=200, seed=0).content()
     assert "120 users, no common seeds" in comparison_lines(apart)[0]
 
 
 def test_strata_are_in_the_files(scores, rows, tmp_path):
     half = np.arange(N) < N // 2
     strata = {"popularity": {"head": half, "tail": ~half}}
-    whole = evaluate_scores(scores, rows, samples=100, seed=0, strata=strata)
-    head = whole["strata"]["popularity"]["head"]
+    found = evaluate_scores(scores, rows, samples=100, seed=0, strata=strata)
+    head = found.content()["strata"]["popularity"]["head"]
     assert head["requests"] == N // 2
-    alone = evaluate_scores({"dmpo": scores["dmpo"][: N // 2]}, rows.select(range(N // 2)), 100, 0)["models"]["dmpo"]
+    alone = evaluate_scores({"dmpo": scores["dmpo"][: N // 2]}, rows.select(range(N // 2)), 100, 0).content()["models"][
+        "dmpo"
+    ]
     for metric, cell in head["models"]["dmpo"].items():
         assert cell == pytest.approx(alone[metric])
-    write_evaluation(tmp_path, whole, scores, rows)
+    write_evaluation(tmp_path, found, scores, rows)
     assert f"| NDCG@10 | head ({N // 2}) | tail ({N // 2}) |" in (tmp_path / "evaluation.md").read_text()
 
 
@@ -205,7 +211,7 @@ def test_the_markdown_has_the_catalogue_as_the_terminal_has_it(evaluation):
 
 def test_written_files(tmp_path, evaluation, scores, rows):
     folder = tmp_path / "new" / "evaluation"
-    write_evaluation(folder, evaluation, scores, rows)
+    write_evaluation(folder, Evaluation.model_validate(evaluation), scores, rows)
     assert sorted(p.name for p in folder.iterdir()) == ["evaluation.json", "evaluation.md", "scores.parquet"]
     assert json.loads((folder / "evaluation.json").read_text()) == evaluation
     table = pd.read_parquet(folder / "scores.parquet")
@@ -220,14 +226,15 @@ def test_written_files(tmp_path, evaluation, scores, rows):
 
 
 def test_a_failed_write_leaves_the_old_files(tmp_path, evaluation, scores, rows, monkeypatch):
-    write_evaluation(tmp_path, evaluation, scores, rows)
+    found = Evaluation.model_validate(evaluation)
+    write_evaluation(tmp_path, found, scores, rows)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_evaluation(tmp_path, {**evaluation, "requests": float("nan")}, scores, rows)
+    with pytest.raises(ValueError, match="finite number"):
+        found.models["sft"]["mrr"].value = float("nan")
     with monkeypatch.context() as patch:
         patch.setattr(report, "markdown", lambda evaluation: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write_evaluation(tmp_path, evaluation, {"random": scores["random"]}, rows)
+            write_evaluation(tmp_path, found, {"random": scores["random"]}, rows)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 

@@ -50,7 +50,7 @@ def test_figures_of_a_stratum_are_those_of_its_requests_alone():
     figures = strata_figures(strata, {"m": values(scores)}, METRICS, 200, 3)["kind"]["some"]
     alone = values([s for s, chosen in zip(scores, mask, strict=True) if chosen])
     expected = dict(zip(METRICS, zip(*alone.interval(200, 3), strict=True), strict=True))
-    assert figures["requests"] == mask.sum()
+    assert figures.requests == mask.sum()
     for metric in set(METRICS) - {"pooled_auc"}:  # which compares with the negatives of all requests
-        cell = figures["models"]["m"][metric]
-        np.testing.assert_allclose([cell["value"], cell["low"], cell["high"]], expected[metric], atol=1e-12)
+        cell = figures.models["m"][metric]
+        np.testing.assert_allclose([cell.value, cell.low, cell.high], expected[metric], atol=1e-12)

@@ -71,7 +71,7 @@ def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
     for name, ranked in WholeCatalogue(data).baselines(NAMES, CONFIG).items():
         assert_equal(ranked.metrics, seen[name].metrics)
         np.testing.assert_array_equal(ranked.shown, seen[name].shown)
-    shown = summary(seen, 40, 100, 0)["models"]["popularity"]["hr@10"]
+    shown = summary(seen, 40, 100, 0).content()["models"]["popularity"]["hr@10"]
     assert shown["value"] == pytest.approx(expected["hr@10"].mean())
     assert shown["low"] <= shown["value"] <= shown["high"]
 
@@ -87,8 +87,8 @@ def test_lists_are_the_best_items_whichever_the_positive_is(world):
         items = candidates(data, row)[0]
         best = sorted((whole.items.tolist().index(item) for item in items), key=lambda i: (-scores[number, i], i))
         assert shown.tolist() == best[:10]
-    figures = summary({"one@0": whole.scored([scores]), "one@1": whole.scored([-scores])}, 40, 100, 0)
+    figures = summary({"one@0": whole.scored([scores]), "one@1": whole.scored([-scores])}, 40, 100, 0).content()
     assert list(figures["models"]) == list(figures["coverage@10"]) == list(figures["gini@10"]) == ["one"]
     console = Console(file=io.StringIO(), width=100)
-    console.print(catalogue_table(summary({"sft_continued": whole.scored([scores])}, 40, 100, 0), 53))
+    console.print(catalogue_table(summary({"sft_continued": whole.scored([scores])}, 40, 100, 0).content(), 53))
     assert "sft_continued" in console.file.getvalue(), "the longest usual name is in one piece at 100 columns"

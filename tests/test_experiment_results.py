@@ -51,8 +51,9 @@ def study(tmp_path_factory):
             rows = data[name].test
             lift = part.cell.k * np.eye(1, 5)[0] if part.role == "cell" else 0
             scores = {model: [rng.normal(size=5) + lift for _ in range(len(rows))] for model in part.measured}
-            evaluation = evaluate_scores(scores, rows, 100, 0) | {"data": {"fingerprint": data[name].fingerprint}}
-            evaluation["settings"] = model_settings(part.config)
+            evaluation = evaluate_scores(scores, rows, 100, 0)
+            evaluation.data = {"fingerprint": data[name].fingerprint}
+            evaluation.settings = model_settings(part.config)
             write_evaluation(evaluation_folder(part, name), evaluation, scores, rows)
         stamp(part)
     return grid, parts, data
@@ -122,7 +123,7 @@ def test_intervals_over_seeds_are_those_of_the_evaluate_command(study, found):
         table = pd.read_parquet(evaluation_folder(part, "a") / "scores.parquet")
         scores[f"{model}@{part.cell.seed}"] = [g.to_numpy() for _, g in table.groupby("request")["score"]]
     assert sorted(scores) == ["dmpo@0", "dmpo@1", "sft@0", "sft@1"]
-    evaluation = evaluate_scores(scores, data["a"].test, 100, 0)
+    evaluation = evaluate_scores(scores, data["a"].test, 100, 0).content()
 
     def row_of(frame, **more):
         wanted = same | {"k": 1, "model": "dmpo", "metric": "ndcg@10"} | more

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import DataConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.store import PreparedData
@@ -26,7 +27,7 @@ def data(tmp_path_factory) -> Path:
 def test_the_data_a_run_saw_is_known_again_also_where_it_saw_a_few_groups(data, tmp_path, shots):
     fingerprint = PreparedData.load(data, shots).fingerprint
     (tmp_path / "environment.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
-    source = ModelSource(str(tmp_path / "model"), str(tmp_path / "model"), False, {})
+    source = ModelSource(str(tmp_path / "model"), str(tmp_path / "model"), False, ModelStamp())
     for said, same in ((shots, True), (8, False)):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(data), "shots": said}}))
         assert read_provenance(source, None).same_data is same

@@ -61,7 +61,7 @@ def world(tmp_path):
     }
     data = rows(np.arange(USERS))
     evaluation = evaluate_scores(scores, data, 1000, 0)
-    evaluation["folders"] = {"sft": str(tmp_path / "a/model"), "dmpo": "bb/model"}  # the second as typed elsewhere
+    evaluation.folders = {"sft": str(tmp_path / "a/model"), "dmpo": "bb/model"}  # the second as typed elsewhere
     write_evaluation(tmp_path / "evaluation", evaluation, scores, data)
     return tmp_path, evaluation, scores
 
@@ -78,7 +78,7 @@ def test_the_table_says_what_each_run_is(world):
     a, bb, ccc = (next(line.split() for line in lines if line.split()[:1] == [name]) for name in ("a", "bb", "ccc"))
     assert a[1:3] == ["scratch", "sft"]
     assert bb[1:4] == ["scratch", "train", "sdpo"]
-    test = f"{evaluation['models']['dmpo']['ndcg@10']['value']:.3f}"
+    test = f"{evaluation.models['dmpo']['ndcg@10'].value:.3f}"
     assert " ".join(bb[4:]).startswith(f"40/40 0.500 20 {test} 8.0 2001-09-09")
     assert bb[-2:] == ["01234567*", "finished"]
     assert " ".join(ccc[4:]).startswith("20/40 0.500 20 - 8.0")  # half a line and what followed it are gone
@@ -96,14 +96,15 @@ def test_a_comparison_shows_what_differs_and_pairs_the_users(world):
         ("last_step", "40", "40"), ("margin", "at", "last_step", "-", "0.5"), ("loss", "at", "last_step", "0.25", "0.25"),
         ("selected_step", "20", "20"), ("validation/ndcg@10", "at", "selected_step", "0.5", "0.5"),
     } <= {tuple(line.split()) for line in text.splitlines()}  # fmt: skip
-    for comparison in evaluation["comparisons"]:  # what the evaluation itself said of the same two
-        expected = f"{comparison['difference']:+.3f} [{comparison['low']:.3f}, {comparison['high']:.3f}]"
-        assert f"bb against a: {comparison['metric']} {expected}, paired over {USERS} users" in text
+    for comparison in evaluation.comparisons:  # what the evaluation itself said of the same two
+        expected = f"{comparison.difference:+.3f} [{comparison.low:.3f}, {comparison.high:.3f}]"
+        assert f"bb against a: {comparison.metric} {expected}, paired over {USERS} users" in text
 
     order = np.random.default_rng(1).permutation(USERS)  # evaluated apart, its requests in another order
     apart = rows(order)
     alone = {"other": [scores["dmpo"][u] for u in order]}
-    second = evaluate_scores(alone, apart, 100, 0) | {"folders": {"other": str(root / "bb/model")}}
+    second = evaluate_scores(alone, apart, 100, 0)
+    second.folders = {"other": str(root / "bb/model")}
     write_evaluation(root / "later", second, alone, apart)
     assert paired_lines(runs, ["a", "bb"], [root / "evaluation"]) == paired_lines(
         runs, ["a", "bb"], find_evaluations(root)
@@ -148,4 +149,4 @@ def test_curves_of_several_runs_and_user_mistakes(world, capsys, monkeypatch):
     (root / "a" / "config.yaml").write_text("a: [")
     code, error = dmpo("list", root)
     assert code == 2
-    assert "a: cannot be read" in error
+    assert "a/config.yaml: damaged, cannot be read" in error

@@ -21,7 +21,7 @@ from dmpo_dist.training.job import Job
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb: pip install 'dmpo-dist[track]'")
 needs_mlflow = pytest.mark.skipif(find_spec("mlflow") is None, reason="needs mlflow: pip install 'dmpo-dist[track]'")
 START = {
-    "kind": "start", "stage": "train", "groups": 10, "steps": 4, "world_size": 2, "device": "cpu", "trainable": 1,
+    "kind": "start", "stage": "preference", "groups": 10, "steps": 4, "world_size": 2, "device": "cpu", "trainable": 1,
     "parameters": 1, "route": "sdpa", "route_reason": "a test", "reference": "none", "token_budget": 64, "truncated": 0,
     "deepspeed": {"zero_optimization": {"stage": 2}},
 }  # fmt: skip
@@ -30,7 +30,7 @@ START = {
 def train(step: int) -> dict:
     figures = {"loss": 1 / step, "margin": 0.5, "accuracy": 0.75, "groups_per_second": 8.0, "tokens_per_second": 64.0}
     slowest = {"memory_gib": 1.0, "slowest_rank": 1, "slowest_share": 1.25, "grad_norm": None}
-    return {"kind": "train", "step": step, "total_steps": 4, **figures, **slowest}
+    return {"kind": "step", "stage": "preference", "step": step, "total_steps": 4, **figures, **slowest}
 
 
 RECORDS = [
@@ -72,7 +72,7 @@ def test_every_sink_gets_every_record_and_the_final_figures(tmp_path):
     shown = log_all(job, sinks=(witness, Background("late", lambda: time.sleep(0.2) or witness, pytest.fail)))
     written = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
     assert [r | {"time": 0} for r in written] == [r | {"time": 0} for r in RECORDS]
-    assert [r["kind"] for r in witness.records] == 2 * [r["kind"] for r in RECORDS]
+    assert [r.kind for r in witness.records] == 2 * [r["kind"] for r in RECORDS]
     result, finished = witness.closed[0]
     assert finished
     assert result["validation/ndcg@10"] == 0.5  # of the selected step, not the last
@@ -85,7 +85,7 @@ def test_every_sink_gets_every_record_and_the_final_figures(tmp_path):
 
 class Broken(Witness):
     def write(self, record):
-        if record["kind"] == "train":
+        if record.kind == "step":
             raise ConnectionError("the server is gone\nand more")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from report_world import VISIBLE, card, evaluation_of, write_run, write_world
 
+from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.cli import main
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
@@ -21,7 +22,6 @@ from dmpo_dist.formats import number
 from dmpo_dist.report.gather import gather
 from dmpo_dist.report.page import render, write_report
 from dmpo_dist.report.parts import SECTIONS
-from dmpo_dist.report.records import Evaluation
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 
@@ -173,7 +173,8 @@ def test_a_pair_of_single_seeds_is_not_named_as_their_models_over_all_seeds_are(
         write_run(run, "train")
     evaluation, scores, rows = evaluation_of({})
     scores = {entry: scores[entry.partition("@")[0]] for entry in runs}
-    evaluation = evaluate_scores(scores, rows, 100, 0) | {"folders": {e: str(run / "model") for e, run in runs.items()}}
+    evaluation = evaluate_scores(scores, rows, 100, 0)
+    evaluation.folders = {e: str(run / "model") for e, run in runs.items()}
     write_evaluation(tmp_path / "evaluation", evaluation, scores, rows)
     texts = Page(render(gather([tmp_path]))).texts
     assert "dmpo \u2212 sft" in texts
@@ -293,11 +294,11 @@ def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
         ([run, "--output", tmp_path / "mine.html"], "mine.html exists already and is no report of ours"),
         ([run, "--output", tmp_path / "page.pdf"], "must end in .html"),
         ([broken["version"]], "evaluation.json: models.sft.hr@1: input should be a valid dictionary"),
-        ([broken["json"]], "evaluation.json: cannot be read"),
+        ([broken["json"]], "evaluation.json: damaged, not JSON"),
         ([broken["explained"]], "explanations.json: requests: field required; made by another version?"),
-        ([broken["card"]], "dataset.json: not the card of prepared data"),
+        ([broken["card"]], "dataset.json: name: field required; damaged, or not the card of prepared data"),
         ([broken["study"]], "experiment.parquet: cannot be read"),
-        ([broken["environment"]], "must hold a mapping of keys to values"),
+        ([broken["environment"]], "environment.json: the file: input should be a valid dictionary"),
     ]:
         monkeypatch.setattr("sys.argv", ["dmpo", "report", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
@@ -307,5 +308,5 @@ def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
         assert message in error
     write_report([broken["explained"]], tmp_path / "without.html", explanations=False, echo=lambda line: None)
     (run / "metrics.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="run: cannot be read"):
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read"):
         gather([run])

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from report_world import NASTY, study
 
-from dmpo_dist.figures.curves import run_drawings, series
+from dmpo_dist.artifacts.log import StepRecord, ValidationRecord, by_step
+from dmpo_dist.figures.curves import run_drawings
 from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
 from dmpo_dist.figures.study import few_shot_drawings, matrix_drawings, sweep_drawings
 from dmpo_dist.figures.style import PALETTE, Drawing, chart, looks
@@ -88,7 +89,8 @@ def test_whiskers_and_dots_are_where_their_figures_are():
 def test_a_long_series_keeps_its_spikes_and_few_points():
     loss = np.ones(20_000) + np.random.default_rng(0).normal(size=20_000) / 100
     loss[7_001], loss[13_002] = 50.0, -40.0
-    frames = series([{"kind": "train", "step": step, "loss": value} for step, value in enumerate(loss)])
+    records = [StepRecord(step=step, loss=value) for step, value in enumerate(loss)]
+    frames = [by_step(records, kind) for kind in (StepRecord, ValidationRecord)]
     (drawing,) = run_drawings(*frames, best=None, metric="")
     raw, smooth = lines(drawing, "#0072b2")
     assert max(len(raw), len(smooth)) < 2_500

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.figures.style import BLUE, ORANGE, PALE, add_legend, drawing, save_png
 from dmpo_dist.tables import Table, terminal, texts
 
@@ -46,8 +47,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def write_json(result: dict[str, Any], file: Path) -> None:
     """Write ``result``."""
-    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @drawing()

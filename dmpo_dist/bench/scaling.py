@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from rich.console import Console
 
+from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.batching.layout import group_cost
 from dmpo_dist.batching.plan import Step
 from dmpo_dist.bench.step import profiled_collectives, watched_phases
@@ -148,11 +149,7 @@ def _run_cell(config: RunConfig, cell: ScalingCell, folder: Path, file: Path, wa
         partial(measure, warmup=warmup, steps=steps),
     )
     shutil.rmtree(folder)
-    part = file.with_suffix(".part")
-    part.write_text(
-        json.dumps(asdict(cell) | measured[0] | {"commit": git_commit()}, indent=2) + "\n", encoding="utf-8"
-    )
-    part.rename(file)
+    write_json(file, asdict(cell) | measured[0] | {"commit": git_commit()})
 
 
 def measure(job: Job, runtime: Runtime, warmup: int, steps: int) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.figures.style import GREY, add_legend, drawing, log_ticks, looks, save_png
 from dmpo_dist.tables import Table, markdown, terminal, texts
 
@@ -77,7 +78,7 @@ def report_scaling(results: Sequence[dict[str, Any]], folder: Path, console: Con
     first = results[0]
     about = f"{first['device']}, {first['parameters']:,} parameters, commit {first['commit']}."
     text = "\n\n".join(["# Scaling", about, markdown(shown_table), EXPLANATION + "."])
-    (folder / "scaling.md").write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / "scaling.md", text + "\n")
     draw_scaling(table, folder / "scaling.png")
     console.print(terminal(shown_table))
     console.print(EXPLANATION, highlight=False)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
+from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.bench.scaling import CELLS
 from dmpo_dist.errors import UserError
 from dmpo_dist.figures.style import GREY, PALETTE
@@ -164,7 +165,7 @@ def run_simulation(works: Sequence[Workload], machine: Machine, title: str, outp
             table.add_row(*(format(shown[key], form) for key, _, form in COLUMNS))
         console.print(table)
     content = {"workloads": [asdict(work) for work in works], "machine": asdict(machine), "zero": results}
-    output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(output, content)
     picture = output.with_suffix(".png")
     draw_simulation(results, _assumptions(works[0], machine, title), picture)
     console.print(f"a model, not a measurement; written to {output} and {picture}", highlight=False)

@@ -6,7 +6,6 @@ optimizer; and a profile of a few steps for collectives and for what makes the h
 numbers, which would wait on a GPU, there the waits themselves.
 """
 
-import json
 import os
 import socket
 import statistics
@@ -23,6 +22,7 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.bench.timing import synchronize, timed
 from dmpo_dist.commands.train import as_rank
 from dmpo_dist.config import RunConfig
@@ -208,7 +208,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.json").write_text(json.dumps(result, indent=1))
+    write_json(folder / "step.json", result)
     figure, axes = pyplot.subplots(figsize=(8, 2.2))
     left = 0.0
     for name in PHASES:

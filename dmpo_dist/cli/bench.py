@@ -64,7 +64,9 @@ def bench_speed(
     png = png or json.with_suffix(".png")
     settings.check_outputs(json, png)
     console = make_console()
-    result = speed.run(asked, describe_environment(), console.print, lambda so_far: report.write_json(so_far, json))
+    result = speed.run(
+        asked, describe_environment().content(), console.print, lambda so_far: report.write_json(so_far, json)
+    )
     report.draw(result, png)
     report.show(result, console)
     print(f"written: {json} and {png}")
@@ -92,7 +94,7 @@ def bench_gate(
     if json:
         settings.check_outputs(json)
     console = make_console()
-    result = speed.run(asked, describe_environment(), console.print)
+    result = speed.run(asked, describe_environment().content(), console.print)
     if json:
         report.write_json(result, json)
     report.show(result, console)

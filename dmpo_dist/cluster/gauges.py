@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from dmpo_dist.artifacts.log import CheckpointRecord, LogRecord, StartRecord, StepRecord
 from dmpo_dist.training.job import Job
 
 FIGURES = {
@@ -38,15 +39,16 @@ class RayGauges:
         self._saved_at = gauge("checkpoint_timestamp_seconds", "Unix time of the latest checkpoint, or of the start.")
         self._saved = time.time()
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        if record["kind"] in ("start", "checkpoint"):
-            self._saved = record["time"]
-        elif record["kind"] == "train":
+    def write(self, record: LogRecord) -> None:
+        now = record.time or time.time()
+        if isinstance(record, StartRecord | CheckpointRecord):
+            self._saved = now
+        elif isinstance(record, StepRecord):
             for name, gauge in self._figures.items():
-                gauge.set(record.get(name))
-            self._step.set(record["step"])
-            self._memory.set(record["memory_gib"] * 2**30)
-        self._age.set(record["time"] - self._saved)
+                gauge.set(getattr(record, name))
+            self._step.set(record.step)
+            self._memory.set(None if record.memory_gib is None else record.memory_gib * 2**30)
+        self._age.set(now - self._saved)
         self._saved_at.set(self._saved)
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.batching.layout import lay_out
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
@@ -175,9 +176,7 @@ def show_architectures(output: Path | None) -> bool:
     text = markdown(measurements, device)
     print(text, end="")
     if output is not None:
-        part = output.with_name(output.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(output)
+        write_whole(output, text)
     return all(m.exact or m.prompt == "refused" for m in measurements)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from dmpo_dist.artifacts.evaluation import SCORES_FILE, BaselineTraining, Evaluation, OrderCheck
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import Baseline
@@ -79,7 +80,7 @@ def evaluate(
     console: Console,
     catalogue: bool = False,
     against: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Evaluation:
     """Rank the test requests by every model and baseline, write the figures to ``folder`` and show the table.
 
     Args:
@@ -110,18 +111,18 @@ def evaluate(
         scores["oracle"] = oracle
     strata = strata_of(data.test, None if data.interactions is None else fitting_log(data, "test"))
     evaluation = evaluate_scores(scores, data.test, settings.bootstrap_samples, seed, strata, against)
-    evaluation["data"] = {"path": str(config.data.path), "fingerprint": data.fingerprint}
-    evaluation["folders"] = models
-    evaluation["notes"] = notes_of(data, config)
-    evaluation["baselines"] = classical.facts if classical else {}
+    evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
+    evaluation.folders = models
+    evaluation.notes = notes_of(data, config)
+    facts = classical.facts if classical else {}
+    evaluation.baselines = {name: BaselineTraining.model_validate(known) for name, known in facts.items()}
     if spreads:
-        evaluation["order"] = {
-            "requests": min(settings.order_requests, len(data.test)), "orders": ORDERS, "models": spreads,
-        }  # fmt: skip
+        again = min(settings.order_requests, len(data.test))
+        evaluation.order = OrderCheck(requests=again, orders=ORDERS, models=spreads)
     if catalogue:
         whole = WholeCatalogue(data)
         ranked = _rank_catalogue(whole, models, classical, config, console)
-        evaluation["catalogue"] = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
+        evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
     _show(evaluation, folder, console)
     return evaluation
@@ -210,21 +211,22 @@ def _rank_catalogue(
     return ranked
 
 
-def _show(evaluation: dict[str, Any], folder: Path, console: Console) -> None:
-    console.print(evaluation_table(evaluation))
-    for part in show_comparisons(evaluation):
+def _show(evaluation: Evaluation, folder: Path, console: Console) -> None:
+    content = evaluation.content()
+    console.print(evaluation_table(content))
+    for part in show_comparisons(content):
         console.print(part, highlight=False)
-    moved = order_line(evaluation)
+    moved = order_line(content)
     if moved:
         console.print(moved, highlight=False)
-    if "catalogue" in evaluation:
-        console.print(catalogue_table(evaluation["catalogue"], evaluation["requests"]))
-    console.print(f"written to {folder}/evaluation.json, evaluation.md and scores.parquet", highlight=False)
+    if evaluation.catalogue is not None:
+        console.print(catalogue_table(content["catalogue"], evaluation.requests))
+    console.print(f"written to {folder}/{Evaluation.FILE}, evaluation.md and {SCORES_FILE}", highlight=False)
 
 
 def _note_quantization(name: str, path: str, config: RunConfig, console: Console) -> None:
     """Say so where a model is ranked on another base than it was trained on."""
-    trained, now = find_model(path).stamp.get("quantization", "none"), config.model.quantization
+    trained, now = find_model(path).stamp.quantization, config.model.quantization
     if trained != now:
         console.print(
             f"note: {name} was trained with model.quantization={trained} and is scored with {now}", highlight=False

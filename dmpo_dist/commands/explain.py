@@ -1,7 +1,5 @@
 """`dmpo explain`: why a title is at its rank for a user, and whether such explanations hold."""
 
-import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from dmpo_dist.artifacts.explanations import Explanations
+from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, read_requests
 from dmpo_dist.data.store import PreparedData
@@ -32,7 +32,6 @@ from dmpo_dist.explanation.view import show, show_faithfulness, to_json
 from dmpo_dist.modeling.backbone import ModelSource, find_model, load_tokenizer
 from dmpo_dist.records.progress import UserProgress
 
-EXPLANATIONS_FILE = "explanations.json"
 FAITHFULNESS_FILE = "explain_faithfulness.json"
 FAITHFULNESS_PLOT = "explain_faithfulness.png"
 RANDOM_ORDERS = 5
@@ -73,18 +72,15 @@ class Order:
     output: Path | None
 
 
-def explain(order: Order, config: RunConfig, console: Console) -> dict[str, Any]:
+def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     """Explain what ``order`` asks for on ``console`` and, where it names a folder, in files.
-
-    Returns:
-        What explanations.json holds: model, reference, method, requests, faithfulness (None where it is not measured).
 
     Raises:
         UserError: a contradiction in the order, unknown users or items, a model or reference that cannot be used.
     """
     _check(order)
     source = find_model(order.model)
-    config = within_context(source, config)
+    config = within_context([source], config)
     reference, note = _reference(source, order.reference, config)
     chosen, measured, catalogue = _questions(order, config, source)
     _check_top(order.top, chosen)
@@ -93,14 +89,16 @@ def explain(order: Order, config: RunConfig, console: Console) -> dict[str, Any]
         explainer.load([*chosen, *measured])
     if note:
         console.print(note, highlight=False, markup=False)
-    content: dict[str, Any] = {"model": order.model, "reference": reference, "method": order.method}
-    content["requests"] = _explained(order, explainer, chosen, console)
-    for entry in content["requests"]:
+    requests = _explained(order, explainer, chosen, console)
+    for entry in requests:
         show(entry, reference, order.method, console)
-    content["faithfulness"] = _measured(order, explainer, measured, config, console) if measured else None
+    faithfulness = _measured(order, explainer, measured, config, console) if measured else None
+    found = Explanations(
+        model=order.model, reference=reference, method=order.method, requests=requests, faithfulness=faithfulness
+    )
     if order.output is not None:
-        _write(order.output, content, console)
-    return content
+        _write(order.output, found, console)
+    return found
 
 
 def _check(order: Order) -> None:
@@ -121,7 +119,7 @@ def _check(order: Order) -> None:
         return
     if order.output.exists() and not order.output.is_dir():
         raise UserError(f"--output {order.output}: is a file; give a folder")
-    for name in (EXPLANATIONS_FILE, FAITHFULNESS_FILE):
+    for name in (Explanations.FILE, FAITHFULNESS_FILE):
         if (order.output / name).exists():
             raise UserError(f"--output {order.output}: holds {name} already, which is kept; choose another folder")
 
@@ -142,7 +140,7 @@ def _reference(source: ModelSource, flag: str | None, config: RunConfig) -> tupl
 
 def _usual_reference(source: ModelSource) -> tuple[str | None, str]:
     """What training started from if that is still there, else an adapter's base."""
-    start = source.stamp.get("start")
+    start = source.stamp.start
     lacks = "it does not say what it was trained from"
     if start:
         try:
@@ -278,21 +276,15 @@ def _with_bar(work: Iterable[Any], title: str, total: int, console: Console) -> 
             yield one
 
 
-def _write(folder: Path, content: dict[str, Any], console: Console) -> None:
+def _write(folder: Path, found: Explanations, console: Console) -> None:
     from dmpo_dist.figures.explanations import plot_faithfulness
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = [EXPLANATIONS_FILE]
-    if content["faithfulness"] is not None:
-        _write_json(folder / FAITHFULNESS_FILE, content["faithfulness"])
-        plot_faithfulness(content["faithfulness"], folder / FAITHFULNESS_PLOT)
+    written = [Explanations.FILE]
+    if found.faithfulness is not None:
+        measured = found.faithfulness.content()
+        write_json(folder / FAITHFULNESS_FILE, measured)
+        plot_faithfulness(measured, folder / FAITHFULNESS_PLOT)
         written += [FAITHFULNESS_FILE, FAITHFULNESS_PLOT]
-    _write_json(folder / EXPLANATIONS_FILE, content)
+    found.write(folder)
     console.print(f"written to {folder}: {', '.join(written)}", highlight=False)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """``path`` appears whole or not at all."""
-    part = path.with_name(f".{path.name}.partial")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -7,7 +7,6 @@ narrower type is a measured number and not a hope.
 import gc
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
-from dmpo_dist.commands.model_card import Evaluation, Interval, model_card
+from dmpo_dist.artifacts.evaluation import Evaluation
+from dmpo_dist.artifacts.files import whole_folder
+from dmpo_dist.artifacts.stamp import ModelStamp
+from dmpo_dist.commands.model_card import model_card
 from dmpo_dist.config import ModelConfig
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
@@ -28,7 +29,6 @@ from dmpo_dist.evaluation.generation import greedy_config
 from dmpo_dist.evaluation.seeds import split_name
 from dmpo_dist.modeling.backbone import (
     ADAPTER,
-    STAMP,
     ModelSource,
     find_model,
     load_for_scoring,
@@ -84,10 +84,7 @@ def export(
     trained = _trained_as(origin, base_config)
     encode = RankingModel.load(model, trained).encode
     _check_model(source, base_config, encode.tokenizer, merge)
-    part = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with whole_folder(output) as part:
         requests = _requests(prepared, encode)
         before = _scores(model, encode, trained, requests)
         _require_finite(
@@ -100,19 +97,11 @@ def export(
         _require_finite(after, f"{model}: scores in {written.dtype}", "it is too narrow a type; try --dtype float32")
         difference = compare_scores(before, after, requests.name, requests.real, _type_of(trained))
         nats = {"max_nats": difference.max_nats, "mean_nats": difference.mean_nats}
-        _write_stamp(part, source, {"merged": merge, "dtype": written.dtype, **nats})
+        _stamp(source, {"merged": merge, "dtype": written.dtype, **nats}).write(part)
         card = model_card(output.resolve().name, str(written), origin, encode.template, str(difference), ranked)
         (part / "README.md").write_text(card, encoding="utf-8")
         for file in part.iterdir():
             file.chmod((part / "README.md").stat().st_mode)  # safetensors lets only the owner read
-        part.rename(output)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{output}: cannot be written ({getattr(error, 'strerror', None) or error}); check space and permissions, "
-            "or choose another folder"
-        ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     _tell(echo, source, origin, output, written, difference)
     return difference
 
@@ -153,10 +142,10 @@ def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: s
     """Everything that can be known before weights or tokenizer are read."""
     if output.exists() or output.is_symlink():
         raise UserError(f"{output}: exists already and is left as it is; remove it or choose another output folder")
-    if "template" not in source.stamp:
+    if source.stamp.template is None:
         raise UserError(
-            f"{source.path}: has no {STAMP} with a template, so how to prompt it is not known; give a model folder "
-            "that `dmpo sft` or `dmpo train` wrote, such as runs/dmpo/model"
+            f"{source.path}: has no {ModelStamp.FILE} with a template, so how to prompt it is not known; give a model "
+            "folder that `dmpo sft` or `dmpo train` wrote, such as runs/dmpo/model"
         )
     if merge and not source.is_adapter:
         raise UserError(f"--merge: {source.path} is a whole model already, with nothing to merge; leave --merge out")
@@ -211,9 +200,7 @@ def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> Requests
                 f"--data {prepared.path}: holds no validation requests; leave --data out to use made-up prompts"
             )
         rows = prepared.validation.select(range(min(REQUESTS, len(prepared.validation))))
-        return Requests(
-            tokenize_rows(rows, encode), f"{len(rows)} validation requests of {prepared.card['name']}", True
-        )
+        return Requests(tokenize_rows(rows, encode), f"{len(rows)} validation requests of {prepared.card.name}", True)
     titles = [f"{first} {second}" for first in WORDS for second in WORDS[:4]]
     groups = [
         PreferenceGroup(
@@ -233,31 +220,18 @@ def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
     Raises:
         UserError: it is no such file, or ranks no model of that folder.
     """
-    file = file / "evaluation.json" if file.is_dir() else file
-    try:
-        content = Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--evaluation {file}: cannot be read ({error.strerror}); correct the path") from None
-    except ValueError:
+    found = Evaluation.read(file)
+    name = found.name_of(Path(model))
+    if name is None:
+        ranked = ", ".join(f"{name}={path}" for name, path in found.folders.items()) or "none"
         raise UserError(
-            f"--evaluation {file}: is no evaluation.json that `dmpo evaluate` wrote; leave it out or give the right "
-            "file"
-        ) from None
-    for name, path in content.folders.items():
-        if Path(path).resolve() == Path(model).resolve():
-            if name in content.models:
-                return name, content
-            all_seeds, seed = split_name(name)
-            seeds = content.seeds.get(all_seeds, {})
-            if [*seeds] == [seed]:
-                return all_seeds, content
-            if seed in seeds:
-                own = {metric: Interval(value=value) for metric, value in seeds[seed].items()}
-                return name, content.model_copy(update={"models": content.models | {name: own}})
-    ranked = ", ".join(f"{name}={path}" for name, path in content.folders.items()) or "none"
-    raise UserError(
-        f"--evaluation {file}: ranks no model of {model} (it has {ranked}); leave it out or give the right file"
-    )
+            f"--evaluation {file}: ranks no model of {model} (it has {ranked}); leave it out or give the right file"
+        )
+    all_seeds, seed = split_name(name)
+    if name not in found.models and [*found.seeds.get(all_seeds, {})] == [seed]:
+        return all_seeds, found
+    own = {name: found.figures_of(name)}
+    return name, found.model_copy(update={"models": found.models | own})
 
 
 def _write_weights(
@@ -323,13 +297,12 @@ def _require_same(expected: dict[str, torch.Tensor], seen: dict[str, torch.Tenso
             raise RuntimeError(f"{where}: {name} did not survive saving")
 
 
-def _write_stamp(folder: Path, source: ModelSource, export: dict[str, Any]) -> None:
-    """``dmpo.json`` as the stage wrote it, without the paths of the machine it was written on."""
-    stamp = dict(source.stamp)
-    if Path(str(stamp.get("start", ""))).is_absolute():
-        stamp["start"] = Path(stamp["start"]).name
-    text = json.dumps(stamp | {"export": export}, indent=2, ensure_ascii=False)
-    (folder / STAMP).write_text(text + "\n", encoding="utf-8")
+def _stamp(source: ModelSource, facts: dict[str, Any]) -> ModelStamp:
+    """What the stage wrote, without the paths of the machine it was written on."""
+    stamp = source.stamp.model_copy(update={"export": facts})
+    if stamp.start and Path(stamp.start).is_absolute():
+        stamp.start = Path(stamp.start).name
+    return stamp
 
 
 def _tell(
@@ -348,7 +321,9 @@ def _tell(
         )
     if origin.same_data is False:
         echo("the requests are not from the data the model was trained on: the fingerprints differ")
-    echo(f"written to {output}, with tokenizer, generation configuration, {STAMP} and a model card in README.md")
+    echo(
+        f"written to {output}, with tokenizer, generation configuration, {ModelStamp.FILE} and a model card in README.md"
+    )
 
 
 def _name_of(dtypes: set[torch.dtype]) -> str:

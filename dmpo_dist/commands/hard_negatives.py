@@ -63,7 +63,7 @@ def mine_hard_negatives(
         f"{skip_top}."
     )
     if data.interactions is not None:
-        note += _liked_later(rows, data.interactions, data.card["config"]["rating_threshold"], echo)
+        note += _liked_later(rows, data.interactions, data.card.config["rating_threshold"], echo)
     return rewrite(data, {"train": rows}, note, output, echo)
 
 

@@ -3,8 +3,9 @@
 import re
 
 import yaml
-from pydantic import BaseModel
 
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.evaluation import Evaluation, Interval
 from dmpo_dist.data.template import Template
 from dmpo_dist.evaluation.metrics import METRICS, sure_hits
 from dmpo_dist.records.provenance import Provenance
@@ -35,35 +36,6 @@ def log_prob(prompt: str, response: str) -> float:
 prompt = {prompt!r}
 responses = {{title: {response} for title in {titles!r}}}
 print(sorted(responses, key=lambda title: log_prob(prompt, responses[title]), reverse=True))'''
-
-
-class Interval(BaseModel):
-    """A metric's mean over users and its 95 % interval; one seed of several has none of its own."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f} ({self.low:.3f}-{self.high:.3f})"
-
-
-class Evaluation(BaseModel):
-    """What a card needs of an ``evaluation.json``.
-
-    Attributes:
-        models: model -> metric -> interval.
-        folders: model -> its folder.
-        seeds: name -> seed -> metric -> mean.
-    """
-
-    requests: int
-    negatives: dict[str, int]
-    models: dict[str, dict[str, Interval]]
-    folders: dict[str, str]
-    seeds: dict[str, dict[str, dict[str, float]]] = {}
 
 
 def model_card(
@@ -103,7 +75,7 @@ def model_card(
     }
     lines = ["---", _header(origin, is_adapter, evaluation).rstrip(), "---", "", f"# {name}", ""]
     lines += [
-        f"A language model fine-tuned as a ranker of items with dmpo_dist {origin.stamp.get('dmpo_dist', '')}.",
+        f"A language model fine-tuned as a ranker of items with dmpo_dist {origin.stamp.dmpo_dist or ''}.",
         "",
     ]
     for title, paragraphs in sections.items():
@@ -124,7 +96,7 @@ def _header(origin: Provenance, is_adapter: bool, evaluation: tuple[str, Evaluat
         "pipeline_tag": "text-generation",
         "license": origin.base_license,
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
-        "datasets": [re.sub(r"[^\w.]+", "-", origin.dataset["name"].lower()).strip("-")] if origin.dataset else None,
+        "datasets": [re.sub(r"[^\w.]+", "-", origin.dataset.name.lower()).strip("-")] if origin.dataset else None,
         "metrics": list(evaluation[1].models[evaluation[0]]) if evaluation else None,
     }  # fmt: skip
     return yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False, allow_unicode=True)
@@ -154,16 +126,17 @@ def _training(origin: Provenance) -> list[str]:
         length = "epochs" if section.get("steps") is None else "steps"
         shown = [f"{key} {section[key]}" for key in (length, *SHOWN_STAGE) if section.get(key) is not None]
         lines.append(f"Settings: {', '.join(shown)}; seed {origin.config.get('seed')}.")
-    validated = {key: origin.stamp[key] for key in METRICS if key in origin.stamp}
+    validated = origin.stamp.validation()
     if validated:
-        shown = ", ".join(f"{key} {value:.4f}" for key, value in validated.items())
-        lines.append(f"Weights of step {origin.stamp.get('step')}; on validation requests: {shown}.")
-    packages = origin.environment.get("packages") or {}
+        shown = ", ".join(f"{key} {validated[key]:.4f}" for key in METRICS if key in validated)
+        lines.append(f"Weights of step {origin.stamp.step}; on validation requests: {shown}.")
+    environment = origin.environment or Environment()
+    packages = environment.packages
     versions = [
         f"{name} {packages[name]}" for name in ("torch", "transformers", "peft", "deepspeed") if packages.get(name)
     ]
     if versions:
-        lines.append(f"Made with {', '.join(versions)}; commit {origin.environment.get('git_commit') or 'not known'}.")
+        lines.append(f"Made with {', '.join(versions)}; commit {environment.git_commit or 'not known'}.")
     return lines
 
 
@@ -171,14 +144,15 @@ def _data(origin: Provenance) -> list[str]:
     card = origin.dataset
     if not card:
         return ["Not written down beside the model."]
-    counts = ", ".join(f"{number} {split}" for split, number in card["counts"].items())
-    lines = [f"{card['name']}: {counts} requests; fingerprint `{card['fingerprint']}`."]
-    if card.get("cuts"):
-        cuts = {split: cut["utc"] for split, cut in card["cuts"].items()}
-        lines.append(f"Split by time: validation from {cuts['validation']}, test from {cuts['test']}.")
+    counts = ", ".join(f"{number} {split}" for split, number in card.counts.items())
+    lines = [f"{card.name}: {counts} requests; fingerprint `{card.fingerprint}`."]
+    if card.cuts:
+        lines.append(
+            f"Split by time: validation from {card.cuts['validation'].utc}, test from {card.cuts['test'].utc}."
+        )
     if origin.same_data is False:
         lines.append("**This is not the data the model was trained on**: the fingerprints differ.")
-    notes = "\n".join(f"- {note}" for note in card.get("notes", []))
+    notes = "\n".join(f"- {note}" for note in card.notes)
     return [*lines, notes] if notes else lines
 
 
@@ -196,11 +170,19 @@ def _metrics(evaluation: tuple[str, Evaluation] | None) -> list[str]:
         setting += f" It is one seed of several ({own}), whose figures have no intervals of their own."
     table = ["| model | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
     for name, values in content.models.items():
-        cells = [str(values.get(metric, "-")) for metric in metrics]
+        cells = [_cell(values.get(metric)) for metric in metrics]
         seeds = len(content.seeds.get(name, {}))
         label = "**this model**" if name == own else f"{name}, mean over {seeds} seeds" if seeds else name
         table.append(f"| {label} | {' | '.join(cells)} |")
     return [setting, "\n".join(table)]
+
+
+def _cell(figure: Interval | None) -> str:
+    """Mean and interval; one seed of several has no interval of its own."""
+    if figure is None:
+        return "-"
+    spread = "" if figure.low is None or figure.high is None else f" ({figure.low:.3f}-{figure.high:.3f})"
+    return f"{figure.value:.3f}{spread}"
 
 
 def _licences(origin: Provenance) -> list[str]:
@@ -231,4 +213,4 @@ def _gaps(origin: Provenance, evaluation: tuple[str, Evaluation] | None) -> list
 
 
 def _stage(origin: Provenance) -> str:
-    return str(origin.stamp.get("stage", ""))
+    return origin.stamp.stage or ""

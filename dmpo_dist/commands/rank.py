@@ -7,7 +7,6 @@ part it was at; a rerun of the command after the driver was lost goes on with th
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from dmpo_dist import __version__
+from dmpo_dist.artifacts.files import whole_file, write_json
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
 from dmpo_dist.data.tokenization import check_titles
@@ -67,7 +67,7 @@ def rank(
     Raises:
         UserError: anything about files, model or options, or workers that keep failing; finished parts stay.
     """
-    job = preflight(model, requests, catalogue, top, output, within_context(find_model(model), config))
+    job = preflight(model, requests, catalogue, top, output, within_context([find_model(model)], config))
     store = PartStore(output, job.key)
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):
@@ -180,7 +180,7 @@ def _digests(source: ModelSource) -> str:
             f"{source.path}: its files are not on this machine; download it and give the folder, so that a rerun can "
             "tell whether it is the same model"
         ) from None
-    return _sha256([*files, source.stamp])
+    return _sha256([*files, source.stamp.content()])
 
 
 def _sha256(content: Any) -> str:
@@ -202,14 +202,15 @@ class PartStore:
         if any(self._folder.glob("part-*.parquet")):
             self._require_same(self._read_key(key_file), key)
         else:
-            _write_whole(key_file, lambda path: path.write_text(json.dumps(key, indent=1), encoding="utf-8"))
+            write_json(key_file, key)
 
     def has(self, number: int) -> bool:
         return self._part(number).exists()
 
     def write(self, number: int, rows: list[dict[str, Any]]) -> None:
         table = pa.Table.from_pylist(rows, SCHEMA)
-        _write_whole(self._part(number), lambda path: pq.write_table(table, path))
+        with whole_file(self._part(number)) as part:
+            pq.write_table(table, part)
 
     def join(self, count: int, users: list[str]) -> None:
         """Make ``output`` out of ``count`` parts and remove them.
@@ -218,15 +219,13 @@ class PartStore:
             UserError: the parts do not hold each of ``users`` once, in order.
         """
         written: list[str] = []
-
-        def write(path: Path) -> None:
-            with pq.ParquetWriter(path, SCHEMA) as writer:
+        with whole_file(self._output) as whole:
+            with pq.ParquetWriter(whole, SCHEMA) as writer:
                 for number in range(count):
                     table = pq.read_table(self._part(number))
                     written.extend(table["user"].to_pylist())
                     writer.write_table(table)
-
-        _write_whole(self._output, write, lambda: self._require_users(written, users))
+            self._require_users(written, users)
         shutil.rmtree(self._folder)
 
     def _part(self, number: int) -> Path:
@@ -257,18 +256,6 @@ class PartStore:
                 f"{self._folder}: holds parts of a ranking with another {' and '.join(changed)}; give the same again "
                 "to go on, remove the folder to begin anew, or choose another --output"
             )
-
-
-def _write_whole(path: Path, write: Any, check: Any = None) -> None:
-    """``path`` appears whole or not at all."""
-    part = path.with_name(f".{path.name}.partial")
-    try:
-        write(part)
-        if check:
-            check()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class PartRanker:

@@ -1,9 +1,7 @@
 """A training stage from the driver's side: the run folder, the launch, the pictures."""
 
-import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -13,6 +11,8 @@ from uuid import uuid4
 
 from rich.console import Console
 
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.files import whole_folder, write_whole
 from dmpo_dist.config import RunConfig, TemplateConfig, dump_config, load_config
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.place import require_prepared
@@ -37,7 +37,6 @@ from dmpo_dist.training.groups import make_schedule, require_negatives
 from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.runtime import Runtime
 
-ENVIRONMENT_FILE = "environment.json"
 T = TypeVar("T")
 
 SCRATCH = "scratch"
@@ -231,11 +230,11 @@ def open_run_folder(config: RunConfig, resume: bool, data_fingerprint: str | Non
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        saved.write_text(dump_config(config), encoding="utf-8")
-        environment = describe_environment() | {"seed": config.seed, "run_id": uuid4().hex}
+        write_whole(saved, dump_config(config))
+        known = {"seed": config.seed, "run_id": uuid4().hex}
         if data_fingerprint is not None:
-            environment["data_fingerprint"] = data_fingerprint
-        (output / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+            known["data_fingerprint"] = data_fingerprint
+        describe_environment().model_copy(update=known).write(output)
     except OSError as error:
         raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
 
@@ -249,8 +248,8 @@ def _changed_keys(saved: Path, config: RunConfig) -> list[str]:
 def run_id_of(output: Path) -> str:
     """What tells the run in ``output`` from earlier ones there; a resumed run keeps it."""
     try:
-        return json.loads((output / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("run_id", "")
-    except (OSError, ValueError):
+        return Environment.read(output).run_id
+    except UserError:
         return ""  # cut off while it was opened: there are no checkpoints yet
 
 
@@ -266,11 +265,9 @@ def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
     template = config.template
     fixed = [template.preamble, template.item.replace("{title}", "").replace("{end}", ""), template.request]
     texts = data.items["title"].tolist() + [text for text in fixed if text.strip()] * 8
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    make_scratch_model(part, config.model.scratch, texts, config.model.max_length, config.seed)
-    write_stamp(part, config.template, stage="untuned")
-    part.rename(folder)
+    with whole_folder(folder) as part:
+        make_scratch_model(part, config.model.scratch, texts, config.model.max_length, config.seed)
+        write_stamp(part, config.template, stage="untuned")
 
 
 def as_rank(

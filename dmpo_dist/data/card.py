@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dmpo_dist.artifacts.dataset import DatasetCard
 from dmpo_dist.data.leaks import findings_table
 from dmpo_dist.data.splits import SPLITS
 
@@ -14,27 +15,27 @@ def moment(timestamp: int) -> dict[str, Any]:
     return {"timestamp": timestamp, "utc": pd.Timestamp(timestamp, unit="s").isoformat() + "Z"}
 
 
-def summary(card: dict[str, Any]) -> str:
+def summary(card: DatasetCard) -> str:
     """One line for the terminal."""
-    counts, users = card["counts"], card["users"]
+    counts, users = card.counts, card.users
     return (
-        f"{card['name']}: {counts['train']} training groups of {users['train']} users; users to evaluate: "
+        f"{card.name}: {counts['train']} training groups of {users['train']} users; users to evaluate: "
         f"{users['validation']} validation, {users['test']} test"
     )
 
 
-def data_card(card: dict[str, Any]) -> str:
+def data_card(card: DatasetCard) -> str:
     """The content of ``dataset.json`` as Markdown for people."""
-    config = card["config"]
+    config = card.config
     everything = config.get("evaluation_candidates") == "all"
-    lines = [f"# {card['name']}", "", "| split | groups | users | dropped likes |", "|---|---|---|---|"]
+    lines = [f"# {card.name}", "", "| split | groups | users | dropped likes |", "|---|---|---|---|"]
     for split in SPLITS:
-        drops = ", ".join(f"{n} {reason}" for reason, n in card["dropped"][split].items() if n) or "-"
-        lines.append(f"| {split} | {card['counts'][split]} | {card['users'][split]} | {drops} |")
-    if card["interactions"]:
+        drops = ", ".join(f"{n} {reason}" for reason, n in card.dropped[split].items() if n) or "-"
+        lines.append(f"| {split} | {card.counts[split]} | {card.users[split]} | {drops} |")
+    if card.interactions:
         split = "Leave-one-out: each user's last like is for testing, the one before for validation"
-        if card["cuts"]:
-            cuts = [card["cuts"][name]["utc"] for name in ("validation", "test")]
+        if card.cuts:
+            cuts = [card.cuts[name].utc for name in ("validation", "test")]
             split = f"Split by global time: validation from {cuts[0]}, test from {cuts[1]}"
         lines += [
             "",
@@ -51,10 +52,10 @@ def data_card(card: dict[str, Any]) -> str:
             "`over_max_validation_users` not in the validation sample; `same_moment` liked in the second of a held-out "
             "like, so that its history would be the same.",
         ]
-    if card.get("leaks"):
-        lines += ["", *findings_table(card["leaks"])]
-    if card["notes"]:
-        lines += ["", *(f"- {note}" for note in card["notes"])]
-    lines += ["", f"Fingerprint: `{card['fingerprint']}` (seed {card['seed']}).", ""]
+    if card.leaks:
+        lines += ["", *findings_table(card.leaks)]
+    if card.notes:
+        lines += ["", *(f"- {note}" for note in card.notes)]
+    lines += ["", f"Fingerprint: `{card.fingerprint}` (seed {card.seed}).", ""]
     lines += ["```yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip(), "```", ""]
     return "\n".join(lines)

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +10,11 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from dmpo_dist.artifacts.dataset import DatasetCard, LeakFinding
+from dmpo_dist.artifacts.files import whole_folder, write_whole
 from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import data_card
 from dmpo_dist.data.leaks import Finding, check_leaks, finding_lines, findings_to_json, leak_message, leaks
-from dmpo_dist.data.place import CARD_FILE
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.store import FORMAT_VERSION, PreparedData, dataset_of, rows_of
 from dmpo_dist.errors import UserError
@@ -41,8 +39,8 @@ def check(path: Path, echo: Callable[[str], None]) -> None:
 
 def sample_rows(rows: Dataset) -> list[dict[str, Any]]:
     """At most ``CHECKED_ROWS`` rows, at equal distances."""
-    places = np.unique(np.linspace(0, len(rows) - 1, min(CHECKED_ROWS, len(rows))).astype(int))
-    return rows.select(places).to_list() if len(rows) else []
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(CHECKED_ROWS, len(rows))).astype(int))
+    return rows.select(chosen).to_list() if len(rows) else []
 
 
 def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Callable[[str], None]) -> PreparedData:
@@ -53,9 +51,10 @@ def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Ca
     """
     require_free(output)
     rows = {split: dataset_of(changed[split]) if split in changed else getattr(data, split) for split in SPLITS}
-    card = data.card | {"notes": [*data.card["notes"], note], "fingerprint": fingerprint(rows, data.items)}
+    card = data.card.model_copy(deep=True)
+    card.notes, card.fingerprint = [*data.card.notes, note], fingerprint(rows, data.items)
     lists = {split: rows[split].to_list() for split in SPLITS}
-    card["leaks"] = checked_for_leaks(lists, data.interactions, card, echo, allow=True)
+    card.leaks = checked_for_leaks(lists, data.interactions, card, echo, allow=True)
     with whole_folder(output) as folder:
         write_rows(folder, rows, data.items, card)
         if data.interactions is not None:
@@ -69,18 +68,18 @@ def require_free(output: Path) -> None:
 
 
 def _say_findings(
-    rows: Rows, events: pd.DataFrame | None, card: dict[str, Any], echo: Callable[[str], None]
+    rows: Rows, events: pd.DataFrame | None, card: DatasetCard, echo: Callable[[str], None]
 ) -> list[Finding]:
-    leave_one_out = card["config"].get("split") == "leave_one_out"
-    findings = check_leaks(rows, events, card.get("shown_at"), leave_one_out)
+    leave_one_out = card.config.get("split") == "leave_one_out"
+    findings = check_leaks(rows, events, card.shown_at, leave_one_out)
     for line in finding_lines(findings):
         echo(line)
     return findings
 
 
 def checked_for_leaks(
-    rows: Rows, events: pd.DataFrame | None, card: dict[str, Any], echo: Callable[[str], None], allow: bool
-) -> list[dict[str, Any]]:
+    rows: Rows, events: pd.DataFrame | None, card: DatasetCard, echo: Callable[[str], None], allow: bool
+) -> list[LeakFinding]:
     """The findings for the card; raises UserError for leaks that are not allowed."""
     findings = _say_findings(rows, events, card, echo)
     found = leaks(findings)
@@ -115,9 +114,9 @@ def make_card(
     notes: list[str],
     rows: Mapping[str, Dataset],
     items: pd.DataFrame | None,
-) -> dict[str, Any]:
-    """What ``dataset.json`` holds of rows that are no log's."""
-    return {
+) -> DatasetCard:
+    """The card of rows that are no log's."""
+    content = {
         "format_version": FORMAT_VERSION,
         "name": name,
         "seed": seed,
@@ -131,33 +130,15 @@ def make_card(
         "fingerprint": fingerprint(rows, items),
         "config": config.model_dump(mode="json"),
     }
+    return DatasetCard.model_validate(content)
 
 
-def write_rows(folder: Path, rows: Mapping[str, Dataset], items: pd.DataFrame | None, card: dict[str, Any]) -> None:
+def write_rows(folder: Path, rows: Mapping[str, Dataset], items: pd.DataFrame | None, card: DatasetCard) -> None:
     """Write rows, items and the card for programs and for people; an empty split has no folder."""
     for split in SPLITS:
         if len(rows[split]):  # ``datasets`` cannot read an empty one back
             rows[split].save_to_disk(str(folder / split))
     if items is not None:
         items.to_parquet(folder / "items.parquet", index=False)
-    (folder / CARD_FILE).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "card.md").write_text(data_card(card), encoding="utf-8")
-
-
-@contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """A sibling folder to write to, which becomes ``output`` at the end; after an error nothing stays."""
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    missing = [parent for parent in partial.parents if not parent.exists()]
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error}); choose another data.path") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not output.exists():
-            for parent in missing:
-                with suppress(OSError):  # not made, or somebody else uses it by now
-                    parent.rmdir()
+    card.write(folder)
+    write_whole(folder / "card.md", data_card(card))

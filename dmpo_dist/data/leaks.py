@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chisquare
 
+from dmpo_dist.artifacts.dataset import LeakFinding
 from dmpo_dist.data.popularity import counts_before
 
 Row = Mapping[str, Any]  # the columns of ``ROW_FEATURES``
@@ -112,19 +113,19 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
-def findings_table(findings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown lines for the data card, from what ``findings_to_json`` gave."""
+def findings_table(findings: Sequence[LeakFinding]) -> list[str]:
+    """Markdown lines for the data card."""
     lines = ["| leak check | verdict | finding |", "|---|---|---|"]
     for finding in findings:
-        verdict = f"**{finding['verdict']}**" if finding["verdict"] == "leak" else finding["verdict"]
-        examples = f" For example {'; '.join(finding['examples'])}." if finding["examples"] else ""
-        lines.append(f"| {finding['check']} | {verdict} | {(finding['text'] + examples).replace('|', '/')} |")
+        verdict = f"**{finding.verdict}**" if finding.verdict == "leak" else finding.verdict
+        examples = f" For example {'; '.join(finding.examples)}." if finding.examples else ""
+        lines.append(f"| {finding.check} | {verdict} | {(finding.text + examples).replace('|', '/')} |")
     return lines
 
 
-def findings_to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+def findings_to_json(findings: Sequence[Finding]) -> list[LeakFinding]:
     """For ``dataset.json``."""
-    return [asdict(finding) for finding in findings]
+    return [LeakFinding.model_validate(asdict(finding)) for finding in findings]
 
 
 def canonical(title: str) -> str:

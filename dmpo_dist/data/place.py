@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+from dmpo_dist.artifacts.dataset import DatasetCard
 from dmpo_dist.errors import UserError
-
-CARD_FILE = "dataset.json"
 
 
 def require_prepared(path: Path | None) -> Path:
@@ -19,8 +18,8 @@ def require_prepared(path: Path | None) -> Path:
         )
     if not path.is_dir():
         raise UserError(f"{path}: no such folder of prepared data; write it with `dmpo data prepare data.path={path}`")
-    if not (path / CARD_FILE).is_file():
+    if not (path / DatasetCard.FILE).is_file():
         raise UserError(
-            f"{path}: not prepared data (it has no {CARD_FILE}); data.path must be what `dmpo data prepare` wrote"
+            f"{path}: not prepared data (it has no {DatasetCard.FILE}); give what `dmpo data prepare` wrote"
         )
     return path

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from dmpo_dist.artifacts.dataset import DatasetCard
+from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.config.data import DataConfig, Source
 from dmpo_dist.data.card import summary
 from dmpo_dist.data.database import Database
@@ -18,7 +20,6 @@ from dmpo_dist.data.folder import (
     make_card,
     require_free,
     sample_rows,
-    whole_folder,
     write_rows,
 )
 from dmpo_dist.data.groups import groups_of_log
@@ -66,10 +67,10 @@ def _prepare_ready_rows(
         items = pd.DataFrame({"item": titles, "title": titles, "genres": ""})
     splits = {split: dataset_of(rows[split]) for split in SPLITS}
     card = make_card(config, seed, preferences.name, preferences.notes, splits, items)
-    card |= {"users": preferences.users(), "shown_at": preferences.shown_at()}
-    for note in card["notes"]:
+    card.users, card.shown_at = preferences.users(), preferences.shown_at()
+    for note in card.notes:
         echo(note)
-    card["leaks"] = checked_for_leaks(rows, None, card, echo, allow_leaks)
+    card.leaks = checked_for_leaks(rows, None, card, echo, allow_leaks)
     write_rows(folder, splits, items, card)
     echo(summary(card))
 
@@ -82,17 +83,17 @@ def _prepare_log(config: DataConfig, seed: int, folder: Path, echo: Callable[[st
         log = open_log(config, seed, database, echo)
         rows, cuts_and_drops = groups_of_log(log, config, seed, work, echo)
         card = make_card(config, seed, log.name, log.notes, rows, log.items)
-        card |= {"interactions": True} | cuts_and_drops
+        card = DatasetCard.model_validate(card.content() | {"interactions": True} | cuts_and_drops)
         if config.stream and max(map(len, rows.values())) > CHECKED_ROWS:
-            card["notes"].append(
+            card.notes.append(
                 f"Leak check on {CHECKED_ROWS} rows of a split at equal distances, and on their users' events."
             )
-        for note in card["notes"]:
+        for note in card.notes:
             echo(note)
         checked = {split: sample_rows(rows[split]) if config.stream else rows[split].to_list() for split in SPLITS}
         asked = {row["user"] for part in checked.values() for row in part}
         events = log.events_of(asked) if config.stream else log.share(0)
-        card["leaks"] = checked_for_leaks(checked, events, card, echo, allow_leaks)
+        card.leaks = checked_for_leaks(checked, events, card, echo, allow_leaks)
         write_rows(folder, rows, log.items, card)
         log.write(folder / INTERACTIONS_FILE)
         size = log.count()

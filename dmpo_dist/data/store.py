@@ -1,7 +1,6 @@
 """The prepared folder: reading it back, and one row as a preference group."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +10,8 @@ import pandas as pd
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_from_disk
 
-from dmpo_dist.data.place import CARD_FILE, require_prepared
+from dmpo_dist.artifacts.dataset import DatasetCard
+from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
@@ -54,7 +54,7 @@ class PreparedData:
     test: Dataset
     items: pd.DataFrame | None
     interactions: pd.DataFrame | None
-    card: dict[str, Any]
+    card: DatasetCard
     fingerprint: str
     path: Path
 
@@ -71,11 +71,12 @@ class PreparedData:
         """
         path = Path(path)
         card = _read_card(path)
-        splits = {split: _read_split(path / split, card["counts"][split]) for split in SPLITS}
+        splits = {split: _read_split(path / split, card.counts[split]) for split in SPLITS}
         tables = {
-            name: _read_table(path / f"{name}.parquet") if card[name] else None for name in ("items", "interactions")
+            name: _read_table(path / f"{name}.parquet") if getattr(card, name) else None
+            for name in ("items", "interactions")
         }
-        fingerprint = card["fingerprint"]
+        fingerprint = card.fingerprint
         if shots is not None:
             splits["train"] = _few(splits["train"], shots, path)
             fingerprint = few_fingerprint(fingerprint, shots)
@@ -135,20 +136,15 @@ def _few(train: Dataset, shots: int, path: Path) -> Dataset:
     return train.select(sorted(sorted(range(len(rank)), key=rank.__getitem__)[:shots]))
 
 
-def _read_card(path: Path) -> dict[str, Any]:
-    require_prepared(path)
-    file = path / CARD_FILE
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-        version = card["format_version"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise _damaged(file, error) from None
-    if version != FORMAT_VERSION:
+def _read_card(path: Path) -> DatasetCard:
+    card = DatasetCard.read(require_prepared(path))
+    if card.format_version != FORMAT_VERSION:
         raise UserError(
-            f"{file}: format version {version}, this dmpo reads version {FORMAT_VERSION}; prepare the data again"
+            f"{path / DatasetCard.FILE}: format version {card.format_version}, this dmpo reads version "
+            f"{FORMAT_VERSION}; prepare the data again"
         )
-    if not {"counts", "fingerprint", "items", "interactions"} <= card.keys() or set(card["counts"]) != set(SPLITS):
-        raise _damaged(file, "keys are missing")
+    if {*card.counts} != {*SPLITS}:
+        raise _damaged(path / DatasetCard.FILE, f"counts must be of {', '.join(SPLITS)}")
     return card
 
 

@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from dmpo_dist.errors import UserError
 
 EVENT_COLUMNS = ["user", "item", "rating", "timestamp"]
-SUFFIX_KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+TableKind = Literal["csv", "jsonl", "parquet"]
+SUFFIX_KINDS: dict[str, TableKind] = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
 def read_table(path: Path, kind: str | None = None) -> pd.DataFrame:

@@ -21,15 +21,13 @@ def examine(config: RunConfig, console: Console) -> bool:
     import torch
 
     environment = describe_environment()
-    console.print(
-        f"dmpo_dist {environment['dmpo_dist']} (commit {environment['git_commit'] or 'none: installed package'})"
-    )
-    console.print(f"Python {environment['python']} on {environment['platform']}", highlight=False)
-    missing = [name for name, version in environment["packages"].items() if version is None and name != "bitsandbytes"]
-    for name, version in environment["packages"].items():
+    console.print(f"dmpo_dist {environment.dmpo_dist} (commit {environment.git_commit or 'none: installed package'})")
+    console.print(f"Python {environment.python} on {environment.platform}", highlight=False)
+    missing = [name for name, version in environment.packages.items() if version is None and name != "bitsandbytes"]
+    for name, version in environment.packages.items():
         console.print(f"  {name:14} {version or '-'}", highlight=False)
     problems = [f"{name} is not installed; run launch/setup_env.sh or pip install dmpo-dist" for name in missing]
-    if environment["packages"]["bitsandbytes"] is None:
+    if environment.packages["bitsandbytes"] is None:
         console.print(
             '  (4-bit models need bitsandbytes: pip install "dmpo-dist[quant]")', markup=False, highlight=False
         )

@@ -58,7 +58,7 @@ class NodeReport:
 
 def own_versions() -> dict[str, str | None]:
     """Versions that must agree over a run's nodes."""
-    packages = describe_environment()["packages"]
+    packages = describe_environment().packages
     return {"python": platform.python_version(), "dmpo_dist": dmpo_dist.__version__} | {
         n: packages[n] for n in COMPARED
     }

@@ -135,7 +135,7 @@ def _write_inputs(folder: Path, data: PreparedData, catalogue: bool) -> None:
 
 
 def _likes(data: PreparedData, part: str) -> pd.DataFrame:
-    return likes(fitting_log(data, part), data.card["config"]["rating_threshold"])
+    return likes(fitting_log(data, part), data.card.config["rating_threshold"])
 
 
 def _groups(rows: Dataset) -> list[list[str]]:

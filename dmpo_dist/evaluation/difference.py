@@ -34,8 +34,8 @@ class Difference:
     def __str__(self) -> str:
         ndcg = f", NDCG@10 {self.ndcg[0]:.4f} -> {self.ndcg[1]:.4f}" if self.ndcg else ""
         return (
-            f"Against the trained model in {self.trained_dtype} on {self.requests}: log-probs of {self.candidates} candidates differ by at most "
-            f"{self.max_nats:.2g} nats, on average {self.mean_nats:.2g}; another first place in {self.top_changed} "
+            f"Against the trained model in {self.trained_dtype} on {self.requests}: log-probs of {self.candidates} "
+            f"candidates differ by at most {self.max_nats:.2g} nats, on average {self.mean_nats:.2g}; another first place in {self.top_changed} "
             f"requests, another order in {self.order_changed}{ndcg}."
         )
 

@@ -19,8 +19,8 @@ def fitting_log(data: PreparedData, split: str) -> pd.DataFrame:
     log = data.interactions
     if log is None:
         raise ValueError(f"{data.path} has no interaction log")
-    if data.card["cuts"] is not None:
-        return log[log["timestamp"] < data.card["cuts"][split]["timestamp"]]
+    if data.card.cuts is not None:
+        return log[log["timestamp"] < data.card.cuts[split].timestamp]
     until = _first_request(data.test)
     if split == "validation":
         earlier = _first_request(data.validation)
@@ -30,7 +30,7 @@ def fitting_log(data: PreparedData, split: str) -> pd.DataFrame:
 
 def knows_the_future(data: PreparedData) -> bool:
     """Whether ``fitting_log`` holds events from after some requests."""
-    return data.card["cuts"] is None
+    return data.card.cuts is None
 
 
 def _first_request(rows: Dataset) -> pd.Series:

@@ -1,17 +1,16 @@
 """From the scores of several models to one comparison, and the files that hold it: JSON, Markdown, Parquet."""
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from dmpo_dist.artifacts.evaluation import SCORES_FILE, Comparison, Evaluation
+from dmpo_dist.artifacts.files import json_text, whole_file
 from dmpo_dist.evaluation.metrics import METRICS, bootstrap_p, ranking_metrics
 from dmpo_dist.evaluation.seeds import SeededValues, on_common_seeds, stacked
 from dmpo_dist.evaluation.strata import Strata, cells, strata_figures
@@ -26,7 +25,7 @@ def evaluate_scores(
     seed: int,
     strata: Mapping[str, Strata] | None = None,
     against: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Evaluation:
     """All metrics of all models with 95 % intervals, by stratum, and models against each other.
 
     Models named ``name@seed`` are one model ``name`` (see ``evaluation/seeds.py``).
@@ -39,10 +38,8 @@ def evaluate_scores(
         against: models that all others are compared with; none compares ``dmpo`` (where present) with each other model.
 
     Returns:
-        ``models`` (name -> metric -> value, low, high), ``seeds`` (name -> seed -> metric -> value), ``strata`` (kind ->
-        stratum -> requests, models), ``comparisons`` (a list of a, b, metric, difference a - b, low, high, p, and seeds: the labels
-        that both have and on which alone they are compared, [] where they share none), ``requests``, ``negatives`` (fewest,
-        most) and ``bootstrap`` (samples, seed); plain JSON types.
+        Intervals of all models, means of each seed, strata and comparisons; what the figures are of (data, folders,
+        notes) is for the caller to add.
 
     Raises:
         ValueError: scores that do not match the rows, or are not finite (names the model and the request).
@@ -57,19 +54,19 @@ def evaluate_scores(
         name: _only(values[name], COMPARED_METRICS) for name in dict.fromkeys(n for pair in pairs for n in pair)
     }
     shown = {name: _only(of_model, TABLE_METRICS) for name, of_model in values.items()}
-    return {
-        "requests": len(sizes),
-        "negatives": {"fewest": min(sizes) - 1, "most": max(sizes) - 1},
-        "bootstrap": {"samples": samples, "seed": seed},
-        "models": {name: cells(METRICS, of_model.interval(samples, seed)) for name, of_model in values.items()},
-        "seeds": {name: _by_seed(of_model) for name, of_model in values.items() if of_model.seeds != ("",)},
-        "strata": strata_figures(strata or {}, shown, TABLE_METRICS, samples, seed),
-        "comparisons": _comparisons(pairs, compared, samples, seed),
-    }
+    return Evaluation(
+        requests=len(sizes),
+        negatives={"fewest": min(sizes) - 1, "most": max(sizes) - 1},
+        bootstrap={"samples": samples, "seed": seed},
+        models={name: cells(METRICS, of_model.interval(samples, seed)) for name, of_model in values.items()},
+        seeds={name: _by_seed(of_model) for name, of_model in values.items() if of_model.seeds != ("",)},
+        strata=strata_figures(strata or {}, shown, TABLE_METRICS, samples, seed),
+        comparisons=_comparisons(pairs, compared, samples, seed),
+    )
 
 
 def write_evaluation(
-    folder: Path, evaluation: dict[str, Any], scores_by_model: dict[str, list[np.ndarray]], rows: Dataset
+    folder: Path, evaluation: Evaluation, scores_by_model: dict[str, list[np.ndarray]], rows: Dataset
 ) -> None:
     """Write evaluation.json, evaluation.md and scores.parquet (one row per model, request and candidate).
 
@@ -77,14 +74,13 @@ def write_evaluation(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation-") as temporary:
-        staged = Path(temporary)
-        _write_scores(staged / "scores.parquet", scores_by_model, rows)
-        (staged / "evaluation.md").write_text(markdown(evaluation), encoding="utf-8")
-        text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
-        (staged / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-        for name in ("scores.parquet", "evaluation.md", "evaluation.json"):
-            os.replace(staged / name, folder / name)
+    content = evaluation.content()
+    files = (whole_file(folder / name) for name in (Evaluation.FILE, "evaluation.md", SCORES_FILE))
+    with ExitStack() as stack:  # moves the last one first, so that evaluation.json comes when the others are there
+        figures, text, scores = map(stack.enter_context, files)
+        _write_scores(scores, scores_by_model, rows)
+        text.write_text(markdown(content), encoding="utf-8")
+        figures.write_text(json_text(content), encoding="utf-8")
 
 
 def _metric_values(name: str, scores: list[np.ndarray], sizes: list[int]) -> np.ndarray:
@@ -118,8 +114,8 @@ def _by_seed(values: SeededValues) -> dict[str, dict[str, float]]:
 
 def _comparisons(
     pairs: Sequence[tuple[str, str]], values: Mapping[str, SeededValues], samples: int, seed: int
-) -> list[dict[str, Any]]:
-    """The entries of all pairs, from differences over the same drawn users, and over the same drawn seeds where they share some.
+) -> list[Comparison]:
+    """Of all pairs, by differences over the same drawn users, and over the same drawn seeds where they share some.
 
     Args:
         values: name -> what each user contributes to ``COMPARED_METRICS``.
@@ -138,16 +134,7 @@ def _comparisons(
         results = np.stack([mean, low, high, bootstrap_p(differences)], axis=1).tolist()
         seeds = [label for label in of_a.seeds if label] if of_a.seeds == of_b.seeds else []
         entries += [
-            {
-                "a": a,
-                "b": b,
-                "metric": metric,
-                "difference": difference,
-                "low": low,
-                "high": high,
-                "p": p,
-                "seeds": seeds,
-            }
+            Comparison(a=a, b=b, metric=metric, difference=difference, low=low, high=high, p=p, seeds=seeds)
             for metric, (difference, low, high, p) in zip(COMPARED_METRICS, results, strict=True)
         ]
     return entries

@@ -1,11 +1,14 @@
 """Several trainings of one model that differ in their seed, as one row of a table.
 
-``name@seed`` is one of them. A user's value of the model is its mean over the seeds, and an interval covers both what other
-users and what other seeds would have given: users are drawn with replacement as for every model, and seeds are drawn with
-replacement beside them, of equal seeds the same ones for every model (so that a stage is paired with the one it started from).
-Of two models that have some seeds in common only those are compared: draws of unequal sets would not be the same ones.
-A bootstrap of S seeds spreads too little by sqrt((S - 1) / S), which is a lot for three; draws are widened by its inverse, so that
-seeds add exactly s^2 / S to the variance, s the standard deviation over seeds. With one seed the interval covers users alone.
+``name@seed`` is one of them. A user's value of the model is its mean over the seeds, and an interval covers both what
+other users and what other seeds would have given: users are drawn with replacement as for every model, and seeds are
+drawn with replacement beside them. Models with equal seeds get the same draws, so that a stage is paired with the one
+it started from. Of two models that have some seeds in common only those are compared: draws of unequal sets would not
+be the same ones.
+
+A bootstrap of S seeds spreads too little by sqrt((S - 1) / S), which is a lot for three. Draws are widened by its
+inverse, so that seeds add exactly s^2 / S to the variance, s the standard deviation over seeds. With one seed the
+interval covers users alone.
 """
 
 import zlib

@@ -1,12 +1,12 @@
 """Requests by how popular their positive is, how much of the user is known, and how rarely the item was seen."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from dmpo_dist.artifacts.evaluation import Interval, Stratum
 from dmpo_dist.evaluation.seeds import SeededValues
 
 LENGTHS = (1, 5, 10, 20)
@@ -20,8 +20,8 @@ Strata = dict[str, np.ndarray]
 def strata_of(rows: Dataset, log: pd.DataFrame | None) -> dict[str, Strata]:
     """The strata of the requests ``rows``; those that need a log or a history are left out where there is none.
 
-    ``popularity``: head, mid and tail, items that hold a third of the interactions each. ``history``: likes the model is
-    shown. ``item_cold``: how often the positive was taken in the log. Empty strata are left out.
+    ``popularity``: head, mid and tail, items that hold a third of the interactions each. ``history``: likes the model
+    is shown. ``item_cold``: how often the positive was taken in the log. Empty strata are left out.
 
     Args:
         log: what baselines may be fitted on (``fitting_log``), column item.
@@ -53,32 +53,26 @@ def popularity_thirds(counts: pd.Series) -> pd.Series:
 
 def strata_figures(
     strata: Mapping[str, Strata], values: Mapping[str, SeededValues], metrics: Sequence[str], samples: int, seed: int
-) -> dict[str, Any]:
-    """For evaluation.json: kind -> stratum -> ``requests`` and ``models`` (name -> metric -> value, low, high).
+) -> dict[str, dict[str, Stratum]]:
+    """Kind -> stratum -> the figures of all models on its requests.
 
     Args:
         values: name -> what each request contributes to ``metrics``.
     """
-    return {
-        kind: {
-            stratum: {
-                "requests": int(mask.sum()),
-                "models": {
-                    name: cells(metrics, of_model.of_users(mask).interval(samples, seed))
-                    for name, of_model in values.items()
-                },
-            }
-            for stratum, mask in masks.items()
-        }
-        for kind, masks in strata.items()
-    }
+
+    def figures(mask: np.ndarray) -> Stratum:
+        of_users = {name: of_model.of_users(mask) for name, of_model in values.items()}
+        models = {name: cells(metrics, of_model.interval(samples, seed)) for name, of_model in of_users.items()}
+        return Stratum(requests=int(mask.sum()), models=models)
+
+    return {kind: {name: figures(mask) for name, mask in masks.items()} for kind, masks in strata.items()}
 
 
-def cells(metrics: Sequence[str], interval: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, dict[str, float]]:
-    """metric -> value, low, high. Metrics lie between 0 and 1, which draws widened for few seeds can leave."""
+def cells(metrics: Sequence[str], interval: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, Interval]:
+    """Figures by metric. Metrics lie between 0 and 1, which draws widened for few seeds can leave."""
     rows = np.stack(interval, axis=1).tolist()
     return {
-        metric: {"value": value, "low": max(low, 0.0), "high": min(high, 1.0)}
+        metric: Interval(value=value, low=max(low, 0.0), high=min(high, 1.0))
         for metric, (value, low, high) in zip(metrics, rows, strict=True)
     }
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from dmpo_dist.artifacts.evaluation import CatalogueRanking
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.data.store import ROW_FEATURES, PreparedData
@@ -142,20 +142,21 @@ class WholeCatalogue:
             yield start, Dataset.from_dict(rows, features=ROW_FEATURES)
 
 
-def summary(ranked: dict[str, Ranked], items: int, samples: int, seed: int) -> dict[str, Any]:
-    """For evaluation.json: ``items``, ``models`` (name -> metric -> value, low, high: 95 % over users and seeds), and
-    ``coverage@10`` and ``gini@10`` (name -> value, the mean over seeds; they belong to these users' lists as a whole,
-    so resampled users would only bias them)."""
+def summary(ranked: dict[str, Ranked], items: int, samples: int, seed: int) -> CatalogueRanking:
+    """Figures by model (95 % intervals over users and seeds), and means over seeds of coverage and gini.
+
+    These two belong to the users' lists as a whole, so resampled users would only bias them.
+    """
     values = {entry: np.stack([r.metrics[m] for m in TOP_METRICS], axis=1) for entry, r in ranked.items()}
-    spread = {
-        f"{name}@{LIST_LENGTH}": {
+    coverages, ginis = (
+        {
             model: float(np.mean([measure(ranked[entry].shown, items) for entry in entries.values()]))
             for model, entries in by_name(ranked).items()
         }
-        for name, measure in (("coverage", coverage), ("gini", gini))
-    }
+        for measure in (coverage, gini)
+    )
     models = {name: cells(TOP_METRICS, of_model.interval(samples, seed)) for name, of_model in stacked(values).items()}
-    return {"items": items, "models": models, **spread}
+    return CatalogueRanking(items=items, models=models, coverage=coverages, gini=ginis)
 
 
 def _ranked(scores: list[np.ndarray], candidates: Sequence[np.ndarray]) -> Ranked:

@@ -60,8 +60,8 @@ def _preparation(grid: GridConfig, name: str) -> RunConfig:
 
 def _require_as_prepared(name: str, data: PreparedData, settings: RunConfig, seed: int) -> None:
     wanted = dotted({"seed": seed, "data": settings.data.model_dump(mode="json", exclude=set(NOT_IN_THE_ROWS))})
-    used = {key: value for key, value in data.card["config"].items() if key not in NOT_IN_THE_ROWS}
-    there = dotted({"seed": data.card["seed"], "data": used})
+    used = {key: value for key, value in data.card.config.items() if key not in NOT_IN_THE_ROWS}
+    there = dotted({"seed": data.card.seed, "data": used})
     for key, value in wanted.items():
         if key in there and there[key] != value:
             raise UserError(

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
+from dmpo_dist.artifacts.evaluation import SCORES_FILE
 from dmpo_dist.commands.evaluate import baseline_scores, classical_baselines, notes_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
@@ -22,7 +23,6 @@ from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, model_settings, to_evaluate
 
 BASELINES = "baselines"
-SCORES_FILE = "scores.parquet"
 
 
 def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
@@ -46,7 +46,7 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
 
 
 def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: RunConfig, console: Console) -> None:
-    """Evaluate the baselines on every dataset that has no evaluation of them in ``folder``, or one by other settings."""
+    """Evaluate the baselines on every dataset without an evaluation of them in ``folder`` by these settings."""
     settings = baseline_settings(config)
     for name, prepared in data.items():
         if evaluated(folder / name, prepared, settings):
@@ -86,5 +86,7 @@ def _write(
     about: dict[str, Any],
 ) -> None:
     evaluation = evaluate_scores(scores, data.test, config.evaluation.bootstrap_samples, config.seed)
-    evaluation["data"] = {"path": str(data.path), "fingerprint": data.fingerprint}
-    write_evaluation(folder, evaluation | about, scores, data.test)
+    evaluation.data = {"path": str(data.path), "fingerprint": data.fingerprint}
+    for name, value in about.items():
+        setattr(evaluation, name, value)
+    write_evaluation(folder, evaluation, scores, data.test)

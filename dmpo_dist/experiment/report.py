@@ -1,12 +1,12 @@
 """What an experiment leaves: Parquet for programs, Markdown and pictures for people."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from dmpo_dist.artifacts.files import whole_file, write_whole
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.experiment.parts import Part
@@ -63,7 +63,7 @@ def write_report(
         *_matrix(means),
         HOW,
     ]
-    (output / "experiment.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(output / "experiment.md", "\n\n".join(lines) + "\n")
 
 
 def _head(
@@ -76,7 +76,7 @@ def _head(
     done = sum(progress(part, data).state == "done" for part in parts)
     lines = [f"# {grid.output_dir.name}", f"{done} of {len(parts)} models are trained and measured."]
     about = {name: f"{len(d.train)} training groups, {len(d.test)} test requests" for name, d in data.items()}
-    lines.append("Datasets:\n\n" + "\n".join(f"- {name}: {about[name]}, {d.card['name']}" for name, d in data.items()))
+    lines.append("Datasets:\n\n" + "\n".join(f"- {name}: {about[name]}, {d.card.name}" for name, d in data.items()))
     settings = {"config": ", ".join(grid.config), **dotted(grid.settings)}
     shown = [f"`{key}={value}`" for key, value in settings.items() if value != ""]
     lines.append("Settings of all cells: " + ", ".join(shown))
@@ -149,9 +149,8 @@ def _as_markdown(rows: Sequence[dict[str, object]]) -> str:
 
 
 def _write(frame: pd.DataFrame, file: Path) -> None:
-    part = file.with_name(file.name + ".part")
-    frame.to_parquet(part, index=False)
-    os.replace(part, file)
+    with whole_file(file) as part:
+        frame.to_parquet(part, index=False)
 
 
 HOW = """## How to read it

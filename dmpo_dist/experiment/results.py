@@ -1,6 +1,5 @@
 """What the models of an experiment measured, as tables: a row per figure, means over seeds, paired differences."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.report import COMPARED_METRICS
 from dmpo_dist.evaluation.seeds import SeededValues
 from dmpo_dist.experiment.measure import BASELINES, request_metrics
 from dmpo_dist.experiment.parts import FOLDERS, Part
-from dmpo_dist.experiment.stamps import EVALUATION_FILE, baseline_settings, evaluated, evaluation_folder, progress
+from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, progress
 from dmpo_dist.records.read import VALIDATION_METRICS, Run, read_run
 
 LAST_SHARE = 0.2
@@ -33,8 +33,8 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
     """A row for each finished model or baseline and each dataset it was evaluated on.
 
     Columns: those of ``POINT`` (shots, train_groups and k are <NA> where they mean nothing; shots also for all), part,
-    start (name of the SFT start), seed, objective (None but for cells), and what no file shows: ``folder`` of the evaluation,
-    ``losses`` (see ``final_losses``), ``continued`` (part of the SFT continued a cell is compared with).
+    start (name of the SFT start), seed, objective (None but for cells), and what no file shows: ``folder`` of the
+    evaluation, ``losses`` (see ``final_losses``), ``continued`` (part of the SFT continued a cell is compared with).
     """
     rows = []
     for part in parts:
@@ -43,14 +43,14 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
         losses = final_losses(read_run(part.run)) if part.role == "cell" else {}
         for dataset in part.evaluate_on:
             folder = evaluation_folder(part, dataset)
-            facts = _row(part, data) | {"evaluated_on": dataset, "losses": losses, "folder": folder}
-            rows += [facts | {"model": model} for model in _read(folder)["models"]]
+            described = _row(part, data) | {"evaluated_on": dataset, "losses": losses, "folder": folder}
+            rows += [described | {"model": model} for model in Evaluation.read(folder).models]
     for dataset, prepared in data.items():
         folder = output / BASELINES / dataset
-        facts = {"dataset": dataset, "evaluated_on": dataset, "losses": {}, "free": "", "folder": folder}
+        described = {"dataset": dataset, "evaluated_on": dataset, "losses": {}, "free": "", "folder": folder}
         current = evaluated(folder, prepared, baseline_settings(parts[0].config))
-        models = _read(folder)["models"] if current else []
-        rows += [facts | {"model": model} for model in models]
+        models = Evaluation.read(folder).models if current else []
+        rows += [described | {"model": model} for model in models]
     columns = [*POINT, "part", "start", "seed", "objective", *NOT_SHOWN]
     frame = pd.DataFrame(rows, columns=columns)
     return frame.astype(dict.fromkeys((*COUNTS, "seed"), "Int64"))
@@ -59,16 +59,16 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
 def figures(found: pd.DataFrame) -> pd.DataFrame:
     """``experiment.parquet``: a row for each evaluation in ``found`` and each metric.
 
-    Columns as in ``evaluations`` less ``NOT_SHOWN``, then metric, value, low, high (95 % bootstrap over users), requests,
-    and for cells final_train_loss and final_preference_loss.
+    Columns as in ``evaluations`` less ``NOT_SHOWN``, then metric, value, low, high (95 % bootstrap over users),
+    requests, and for cells final_train_loss and final_preference_loss.
     """
     rows = []
     for row in found.to_dict("records"):
         losses, folder, _ = (row.pop(name) for name in NOT_SHOWN)
-        evaluation = _read(folder)
-        facts = {"final_train_loss": losses.get("loss"), "final_preference_loss": losses.get("preference_loss")}
-        for metric, cell in evaluation["models"][row["model"]].items():
-            rows.append(row | {"metric": metric, **cell, "requests": evaluation["requests"]} | facts)
+        evaluation = Evaluation.read(folder)
+        described = {"final_train_loss": losses.get("loss"), "final_preference_loss": losses.get("preference_loss")}
+        for metric, cell in evaluation.models[row["model"]].items():
+            rows.append(row | {"metric": metric, **cell.content(), "requests": evaluation.requests} | described)
     columns = [c for c in found.columns if c not in NOT_SHOWN]
     columns += ["metric", "value", "low", "high", "requests", "final_train_loss", "final_preference_loss"]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys((*COUNTS, "seed"), "Int64"))
@@ -93,8 +93,8 @@ def curves(parts: Sequence[Part], data: Mapping[str, PreparedData]) -> pd.DataFr
 def points(found: pd.DataFrame, samples: int) -> pd.DataFrame:
     """Means over seeds: a row for each point and metric.
 
-    Columns: ``POINT``, metric, value (mean over seeds), low and high (95 % bootstrap over users and seeds), values (one per
-    seed), seeds, and the mean losses first_preference_loss, final_preference_loss, final_train_loss.
+    Columns: ``POINT``, metric, value (mean over seeds), low and high (95 % bootstrap over users and seeds), values (one
+    per seed), seeds, and the mean losses first_preference_loss, final_preference_loss, final_train_loss.
     """
     rows = []
     for key, group in found.groupby(POINT, dropna=False, sort=False):
@@ -121,20 +121,20 @@ def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
     own = found[found["dataset"] == found["evaluated_on"]]
     rows = []
     for key, group in own[own["objective"].notna()].groupby(POINT, dropna=False, sort=False):
-        facts = dict(zip(POINT, key, strict=True))
+        described = dict(zip(POINT, key, strict=True))
         for against in ("sft", "sft_continued", FEWEST_K):
             found_others = [_counterpart(own, row, against) for row in group.to_dict("records")]
             others = [other for other in found_others if other is not None]
             if len(others) < len(group):
                 continue
             name = f"K={others[0]['k']}" if against == FEWEST_K else against
-            mine, theirs = _seeded(group), _seeded(pd.DataFrame(others))
-            gain = SeededValues(mine.seeds, mine.values - theirs.values)
+            own_values, other_values = _seeded(group), _seeded(pd.DataFrame(others))
+            gain = SeededValues(own_values.seeds, own_values.values - other_values.values)
             mean, low, high = gain.interval(samples, BOOTSTRAP_SEED)
             for metric in COMPARED_METRICS:
                 i = METRICS.index(metric)
                 row = {"against": name, "metric": metric, "value": mean[i], "low": low[i], "high": high[i]}
-                rows.append(facts | row | {"seeds": len(others)})
+                rows.append(described | row | {"seeds": len(others)})
     frame = pd.DataFrame(rows, columns=[*POINT, "against", "metric", "value", "low", "high", "seeds"])
     return frame.astype(dict.fromkeys(COUNTS, "Int64"))
 
@@ -179,8 +179,11 @@ def _mean_losses(group: pd.DataFrame) -> dict[str, float]:
 
 
 def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """What a cell's model is compared with: its SFT start, or that start trained on with the cell's groups and axes, or the
-    cell that differs in having the fewest negatives (None for that cell itself)."""
+    """What a cell's model is compared with.
+
+    Its SFT start, or that start trained on with the cell's groups and axes, or the cell that differs in having the
+    fewest negatives (None for that cell itself).
+    """
     if name == "sft":
         same = own[(own["model"] == name) & (own["part"] == f"{FOLDERS['start']}/{row['start']}")]
     elif name == "sft_continued":
@@ -199,9 +202,5 @@ def notes(found: pd.DataFrame) -> list[str]:
     return [
         f"{dataset}: {note}"
         for dataset, folder in zip(baselines["dataset"], baselines["folder"], strict=True)
-        for note in _read(folder).get("notes", [])
+        for note in Evaluation.read(folder).notes
     ]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))

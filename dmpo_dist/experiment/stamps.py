@@ -1,21 +1,22 @@
 """How far each model of an experiment is, by what lies in its folder."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dmpo_dist.artifacts.evaluation import Evaluation
+from dmpo_dist.artifacts.files import write_json
+from dmpo_dist.artifacts.log import METRICS_FILE, StartRecord, read_log
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.parts import Part
-from dmpo_dist.figures.curves import read_records
-from dmpo_dist.records.read import CONFIG_FILE, METRICS_FILE, read_run
+from dmpo_dist.records.read import CONFIG_FILE, read_run
 
 SETTINGS_FILE, DONE_FILE, FAILED_FILE = "settings.json", "done.json", "failed.json"
-EVALUATION, EVALUATION_FILE = "evaluation", "evaluation.json"
+EVALUATION = "evaluation"
 SHOWN = 5  # changed cells named in an error
 MODELS_DEPEND_ON = {"bootstrap_samples", "token_budget"}
 """Of the evaluation section: what changes the figures of a trained model; a further baseline does not."""
@@ -62,7 +63,7 @@ def begun(part: Part) -> bool:
     log = part.run / METRICS_FILE
     if not log.exists() or not (part.run / CONFIG_FILE).exists():
         return False
-    return any(record["kind"] == "start" for record in read_records(log))
+    return any(isinstance(record, StartRecord) for record in read_log(log).records)
 
 
 def to_evaluate(part: Part, data: Mapping[str, PreparedData]) -> list[str]:
@@ -110,16 +111,9 @@ def require_unchanged(parts: Sequence[Part]) -> None:
     more = f" (as were {', '.join(others)}{' and more' if len(changed) > 1 + SHOWN else ''})" if others else ""
     where = first.folder.parent.parent
     raise UserError(
-        f"{first.title} in {where} was trained with other settings than the grid now asks for{more}: {'; '.join(lines)}. "
-        "Undo the change, remove these folders to train them again, or write to another output_dir"
+        f"{first.title} in {where} was trained with other settings than the grid now asks for{more}: "
+        f"{'; '.join(lines)}. Undo the change, remove these folders to train them again, or write to another output_dir"
     )
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
 
 
 def _changes(part: Part) -> list[str]:
@@ -147,10 +141,10 @@ def baseline_settings(config: RunConfig) -> dict[str, Any]:
 
 def evaluated(folder: Path, data: PreparedData, settings: Mapping[str, Any], models: Iterable[str] = ()) -> bool:
     """Whether ``folder`` holds an evaluation of ``models`` on this very data by these ``settings``."""
-    file = folder / EVALUATION_FILE
-    found = _read(file) if file.exists() else {}
-    same = found.get("data", {}).get("fingerprint") == data.fingerprint and found.get("settings") == settings
-    return same and {*models} <= found.get("models", {}).keys()
+    found = Evaluation.read_if_there(folder)
+    if found is None or found.data.get("fingerprint") != data.fingerprint or found.settings != settings:
+        return False
+    return {*models} <= found.models.keys()
 
 
 def _read(file: Path) -> dict[str, Any]:

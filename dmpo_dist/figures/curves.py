@@ -1,16 +1,14 @@
 """Training curves: of one run, and of several side by side, as PNG files and as charts of a web page."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from dmpo_dist.artifacts.log import StepRecord, ValidationRecord, by_step, read_log
 from dmpo_dist.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, Drawing, Look, hover, looks, save_grid, short
 from dmpo_dist.formats import metric_name
 
@@ -47,11 +45,12 @@ def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "n
     """Draw the series of a metrics.jsonl that has them: loss, margin, accuracy, log-probs, gradient norm, validation.
 
     Args:
-        metrics_file: JSON lines with ``kind`` ("train" or "validation"), ``step`` and numbers; null and NaN are gaps.
+        metrics_file: a run's metrics.jsonl; null and NaN are gaps.
         output: the PNG; its folder is made.
         select_metric: the best step of this validation metric is marked; None marks none.
     """
-    train, validation = series(read_records(Path(metrics_file)))
+    records = read_log(metrics_file).records
+    train, validation = by_step(records, StepRecord), by_step(records, ValidationRecord)
     best = None
     if select_metric is not None and has_values(validation, select_metric):
         best = int(validation[select_metric].idxmax())
@@ -66,7 +65,7 @@ def run_drawings(train: pd.DataFrame, validation: pd.DataFrame, best: int | None
     The preference loss has one where the loss is more than that.
 
     Args:
-        train, validation: see ``series``.
+        train, validation: see ``artifacts.log.by_step``.
         best: step to mark, whose weights are kept; it is the best by the validation ``metric``.
     """
     drawings = []
@@ -95,7 +94,7 @@ def side_by_side_drawings(
     """Several runs: a plot of each of ``quantities`` and the validation ``metric``, with a line per run that logged it.
 
     Args:
-        runs: name -> its train and validation frames, see ``series``.
+        runs: name -> its train and validation frames, see ``artifacts.log.by_step``.
         fewest: quantities that fewer runs logged are left out.
     """
     of_run = looks(runs)
@@ -149,31 +148,6 @@ def _draw_lines(axes: Axes, frame: pd.DataFrame, lines: Lines, raw: bool, mark: 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_xlim(left=0)
     axes.margins(y=0.08)
-
-
-def read_records(metrics_file: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in order, without the half line that a run killed while writing leaves."""
-    records = []
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "kind" in record:
-            records.append(record)
-    return records
-
-
-def series(records: Sequence[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train and validation figures by step; where a resumed run logged a step again, its last record counts."""
-    stepped = [record for record in records if record.get("step") is not None]
-    frame = pd.DataFrame(stepped, columns=sorted({"kind", "step"}.union(*stepped)))
-    numbers = frame.drop(columns="kind").apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan)
-    train, validation = (
-        numbers[frame["kind"] == kind].drop_duplicates("step", keep="last").sort_values("step").set_index("step")
-        for kind in ("train", "validation")
-    )
-    return train, validation
 
 
 def has_values(frame: pd.DataFrame, column: str) -> bool:

@@ -5,17 +5,17 @@ tokenizer, and ``dmpo.json`` with the template that every later use of the model
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from dmpo_dist import __version__
+from dmpo_dist.artifacts.base import first_line
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.gguf import local_model, moved_base
@@ -23,7 +23,6 @@ from dmpo_dist.modeling.memory import keep_freed_memory
 from dmpo_dist.modeling.published import PUBLISHED
 from dmpo_dist.modeling.quantize import keep_arithmetic, quantization_config, require_trainable
 
-STAMP = "dmpo.json"
 ADAPTER = "adapter_config.json"
 
 
@@ -35,13 +34,13 @@ class ModelSource:
         path: folder or hub id of the weights to start from; an adapter folder or a full model.
         base: folder or hub id of the base weights (``path`` itself for a full model).
         is_adapter: whether ``path`` holds an adapter.
-        stamp: content of ``dmpo.json`` beside the model, {} where there is none.
+        stamp: ``dmpo.json`` beside the model, an empty one where there is none.
     """
 
     path: str
     base: str
     is_adapter: bool
-    stamp: dict[str, Any]
+    stamp: ModelStamp
 
 
 def find_model(path: str) -> ModelSource:
@@ -62,8 +61,8 @@ def find_model(path: str) -> ModelSource:
                 f"{path}: there is no such model folder; correct model.path or --model to a model folder, a GGUF file "
                 f"or a hub id such as org/name; or fetch one of {', '.join(PUBLISHED)} by `dmpo models fetch`"
             )
-        return ModelSource(path, path, False, {})
-    stamp = _read_json(folder / STAMP) if (folder / STAMP).exists() else {}
+        return ModelSource(path, path, False, ModelStamp())
+    stamp = ModelStamp.read_if_there(folder) or ModelStamp()
     if (folder / ADAPTER).exists():
         base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
         if not base:
@@ -95,7 +94,7 @@ def read_model_config(path: str, max_length: int) -> Any:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: its config.json cannot be used ({_first_line(error)}); is it a language model?"
+            f"{path}: its config.json cannot be used ({first_line(error)}); is it a language model?"
         ) from None
     context = getattr(config, "max_position_embeddings", None)
     if context and max_length > context:
@@ -122,7 +121,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the Rust tokenizers raise plain Exceptions
         raise UserError(
-            f"{folder}: no tokenizer could be loaded ({_first_line(error)}); its files, tokenizer.json and "
+            f"{folder}: no tokenizer could be loaded ({first_line(error)}); its files, tokenizer.json and "
             "tokenizer_config.json, must lie whole beside the model"
         ) from None
     if not tokenizer.is_fast:
@@ -148,7 +147,7 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, config=model_config, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{path}: could not be loaded as a causal language model: {_first_line(error)}") from None
+        raise UserError(f"{path}: could not be loaded as a causal language model: {first_line(error)}") from None
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -206,7 +205,7 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
             peft.set_adapter("default")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"{source.path}: the adapter does not fit {source.base} ({_first_line(error)}); name the base it was "
+            f"{source.path}: the adapter does not fit {source.base} ({first_line(error)}); name the base it was "
             f"trained on as base_model_name_or_path in its {ADAPTER}"
         ) from None
     return peft.train() if copy else peft
@@ -261,7 +260,7 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
             ),
         ).train()  # fmt: skip
     except ValueError as error:
-        raise UserError(f"model.lora.target_modules={lora.target_modules!r}: {_first_line(error)}") from None
+        raise UserError(f"model.lora.target_modules={lora.target_modules!r}: {first_line(error)}") from None
 
 
 def scratch_config(scratch: ScratchModel, vocab_size: int, max_length: int, **special: int) -> Any:
@@ -306,26 +305,16 @@ def make_scratch_model(folder: Path, scratch: ScratchModel, texts: Sequence[str]
     tokenizer.save_pretrained(folder)
 
 
-def enforce_template(stamp: dict[str, Any], asked: TemplateConfig, where: str) -> TemplateConfig:
-    """The template a model was trained with.
-
-    Raises:
-        UserError: the configuration asks for another one, or the stamp is damaged.
-    """
-    if "template" not in stamp:
+def enforce_template(stamp: ModelStamp, asked: TemplateConfig, where: str) -> TemplateConfig:
+    """The template a model was trained with; raises UserError where the configuration asks for another one."""
+    trained = stamp.template
+    if trained is None:
         return asked
-    try:
-        trained = TemplateConfig.model_validate(stamp["template"])
-    except ValidationError as error:
-        key = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise UserError(
-            f"{where}/{STAMP}: template.{key}: {error.errors()[0]['msg']}; restore the file as training wrote it"
-        ) from None
     if asked not in (trained, TemplateConfig()):
         differing = [k for k in TemplateConfig.model_fields if getattr(asked, k) != getattr(trained, k)]
         raise UserError(
             f"{where} was trained with another template ({', '.join('template.' + k for k in differing)} differ); "
-            f"leave the template out of the configuration to use the one in {where}/{STAMP}"
+            f"leave the template out of the configuration to use the one in {where}/{ModelStamp.FILE}"
         )
     return trained
 
@@ -333,17 +322,7 @@ def enforce_template(stamp: dict[str, Any], asked: TemplateConfig, where: str) -
 def write_stamp(folder: Path, template: TemplateConfig, **facts: Any) -> None:
     """Write ``dmpo.json`` beside a saved model."""
     content = {"dmpo_dist": __version__, "template": template.model_dump(mode="json"), **facts}
-    (folder / STAMP).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Replace the folder ``target`` by the finished folder ``new``."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    ModelStamp.model_validate(content).write(folder)
 
 
 def _check_weights(folder: Path) -> None:
@@ -358,7 +337,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(file, framework="pt") as content:
                 empty = not list(content.keys())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged ({_first_line(error)}); was a copy cut off? Copy it again") from None
+            raise UserError(f"{file}: damaged ({first_line(error)}); was a copy cut off? Copy it again") from None
         if empty:
             raise UserError(f"{file}: holds no weights; it was saved without them, so save or train the model again")
 
@@ -367,15 +346,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: damaged, not JSON ({_first_line(error)}); was a copy cut off? Copy it again"
-        ) from None
+        raise UserError(f"{path}: damaged, not JSON ({first_line(error)}); was a copy cut off? Copy it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not an object; restore the file")
     return content
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, without the list below it; with the list's first line where there is nothing else."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]

@@ -1,6 +1,5 @@
 """Runs side by side: a table of all, the differences of some, and their curves in one picture."""
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import combinations
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
+from dmpo_dist.artifacts.evaluation import SCORES_FILE, Evaluation
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import paired_bootstrap, ranking_metrics
@@ -21,18 +21,17 @@ from dmpo_dist.records.read import LAST_FIGURES, VALIDATION_METRICS, Run
 from dmpo_dist.tables import Table, terminal, texts
 
 METRIC = "ndcg@10"
-EVALUATION_FILE, SCORES_FILE = "evaluation.json", "scores.parquet"
 DRAWN = ("loss", "margin")
 REQUEST = ["timestamp", "user"]
 
 
 def find_evaluations(root: Path) -> list[Path]:
     """Folders in and below ``root`` that hold an evaluation with its scores."""
-    return sorted(file.parent for file in root.rglob(EVALUATION_FILE) if (file.parent / SCORES_FILE).exists())
+    return sorted(file.parent for file in root.rglob(Evaluation.FILE) if (file.parent / SCORES_FILE).exists())
 
 
 def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
-    """A table with a row per run: validation at its best step, and its model's latest evaluation below ``root``."""
+    """A table, a row per run: validation at its best step, and the latest evaluation below ``root`` of its model."""
     names, evaluations = run_names(runs, root), find_evaluations(root)
     note = f"best: {METRIC} on validation, at the step whose weights were selected; test: {METRIC} where evaluated"
     rows = [
@@ -46,7 +45,7 @@ def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
             _number(run.best_step, "d"),
             _test(run, evaluations),
             _number(run.groups_per_second, ".1f"),
-            datetime.fromtimestamp(run.start["time"]).strftime("%Y-%m-%d %H:%M") if run.start else "-",
+            datetime.fromtimestamp(run.began).strftime("%Y-%m-%d %H:%M") if run.began else "-",
             _commit(run),
             "finished" if run.end else "unfinished",
         ]
@@ -164,7 +163,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _commit(run: Run) -> str:
-    commit = run.environment.get("git_commit")
+    commit = run.environment.git_commit
     return "-" if commit is None else commit[:8] + ("*" if commit.endswith("-dirty") else "")
 
 
@@ -173,25 +172,14 @@ def _test(run: Run, evaluations: Sequence[Path]) -> str:
     if found is None:
         return "-"
     folder, name = found
-    evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
-    if name in evaluation["models"]:
-        return f"{evaluation['models'][name][METRIC]['value']:.3f}"
-    model, _, seed = name.rpartition("@")
-    return f"{evaluation['seeds'][model][seed][METRIC]:.3f}"
+    return f"{Evaluation.read(folder).figures_of(name)[METRIC].value:.3f}"
 
 
 def evaluation_of(run: Run, evaluations: Sequence[Path]) -> tuple[Path, str] | None:
     """The latest evaluation that ranks the run's model, and its name there."""
-    mine = (run.folder / "model").resolve()
-    for folder in sorted(evaluations, key=lambda f: (f / EVALUATION_FILE).stat().st_mtime, reverse=True):
-        try:
-            models = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8")).get("folders", {})
-        except ValueError:
-            raise UserError(f"{folder / EVALUATION_FILE}: not JSON; evaluate again") from None
-        for name, path in models.items():
-            # a relative path was relative to wherever `dmpo evaluate` ran
-            if mine == Path(path).resolve() or (not Path(path).is_absolute() and str(mine).endswith(f"/{path}")):
-                return folder, name
+    for folder in sorted(evaluations, key=lambda f: (f / Evaluation.FILE).stat().st_mtime, reverse=True):
+        if name := Evaluation.read(folder).name_of(run.folder / "model"):
+            return folder, name
     return None
 
 

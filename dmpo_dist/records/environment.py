@@ -5,23 +5,23 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import dmpo_dist
+from dmpo_dist.artifacts.environment import Environment
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "datasets", "accelerate", "bitsandbytes", "numpy")
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment() -> Environment:
     """Versions, git commit (with "-dirty" where files differ), Python, machine; None for what is not there."""
-    return {
-        "dmpo_dist": dmpo_dist.__version__,
-        "git_commit": git_commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
+    return Environment(
+        dmpo_dist=dmpo_dist.__version__,
+        git_commit=git_commit(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpus=os.cpu_count(),
+        packages={name: _version(name) for name in PACKAGES},
+    )
 
 
 def git_commit() -> str | None:

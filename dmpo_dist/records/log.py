@@ -2,15 +2,24 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dmpo_dist.artifacts.log import (
+    METRICS_FILE,
+    EndRecord,
+    NoteRecord,
+    StartRecord,
+    StepRecord,
+    ValidationRecord,
+    parse_record,
+)
 from dmpo_dist.figures.curves import CURVES_FILE, plot_curves
-from dmpo_dist.records.read import METRICS_FILE, read_run
+from dmpo_dist.records.read import VALIDATION_METRICS, read_run
 from dmpo_dist.records.sinks import JsonLines, Sink, TensorBoard
 from dmpo_dist.records.tracking import open_trackers
 from dmpo_dist.training.job import Job
@@ -18,8 +27,8 @@ from dmpo_dist.training.job import Job
 NOTABLY_SLOW = 1.1
 """A slowest rank's share from which the display names it."""
 LEGEND = (
-    "margin: reward of the positive minus the mean of its negatives'; acc: share of negatives with a log-prob below the "
-    "positive's; all columns: docs/RUNS.md"
+    "margin: reward of the positive minus the mean of its negatives'; acc: share of negatives with a log-prob below "
+    "the positive's; all columns: docs/RUNS.md"
 )
 
 
@@ -53,9 +62,9 @@ class RunLog:
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                console=self._console,
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
             )  # fmt: skip
             self._task = self._progress.add_task(self._title, total=None, figures="setting up workers")
             self._progress.start()
@@ -78,44 +87,45 @@ class RunLog:
         for sink in self._sinks:
             sink.close(result, self._finished)
 
-    def __call__(self, record: dict[str, Any]) -> None:
-        """Take one record."""
-        record = {"time": time.time(), **record}
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Take one record; one without ``time`` is of now."""
+        parsed = parse_record({"time": time.time(), **record}, self._job.kind)
         for sink in self._sinks:
-            sink.write(record)
-        match record["kind"]:
-            case "start":
-                self._print(_start_line(record))
-                if self._job.kind == "preference":
+            sink.write(parsed)
+        match parsed:
+            case StartRecord():
+                self._print(_start_line(parsed))
+                if self._job.kind != "sft":
                     self._print(LEGEND)
                 if self._progress is not None and self._task is not None:
-                    self._progress.update(self._task, total=record["steps"], figures="first step")
-            case "train":
+                    self._progress.update(self._task, total=parsed.steps, figures="first step")
+            case StepRecord():
                 self._trained = True
-                self._show_step(record)
-            case "validation":
-                names = [n for n in ("ndcg@10", "hr@1", "mrr", "auc") if n in record]
-                self._print(f"step {record['step']} validation " + " ".join(f"{n} {record[n]:.4f}" for n in names))
-            case "note":
-                self._print(record["text"])
-            case "end":
+                self._show_step(parsed)
+            case ValidationRecord():
+                found = parsed.figures()
+                shown = " ".join(f"{name} {found[name]:.4f}" for name in VALIDATION_METRICS if name in found)
+                self._print(f"step {parsed.step} validation {shown}")
+            case NoteRecord():
+                self._print(parsed.text)
+            case EndRecord():
                 self._finished = True
-                self._print(f"done: the weights of step {record['selected_step']} are in {record['model']}")
+                self._print(f"done: the weights of step {parsed.selected_step} are in {parsed.model}")
 
-    def _show_step(self, record: dict[str, Any]) -> None:
+    def _show_step(self, record: StepRecord) -> None:
         figures = _figures(record)
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=record["step"], figures=figures)
+            self._progress.update(self._task, completed=record.step, figures=figures)
             return
-        self._print(f"step {record['step']}/{record['total_steps']} {figures}{self._left(record)}")
+        self._print(f"step {record.step}/{record.total_steps} {figures}{self._left(record)}")
 
-    def _left(self, record: dict[str, Any]) -> str:
+    def _left(self, record: StepRecord) -> str:
         now = time.monotonic()
         if self._first_step is None:
-            self._first_step = (record["step"], now)
+            self._first_step = (record.step, now)
             return ""
-        done = record["step"] - self._first_step[0]
-        seconds = (now - self._first_step[1]) / max(1, done) * (record["total_steps"] - record["step"])
+        done = record.step - self._first_step[0]
+        seconds = (now - self._first_step[1]) / max(1, done) * ((record.total_steps or record.step) - record.step)
         return f" ETA {int(seconds // 60)}:{int(seconds % 60):02d}"
 
     def _print(self, text: str) -> None:
@@ -123,27 +133,27 @@ class RunLog:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _figures(record: dict[str, Any]) -> str:
-    parts = [f"loss {record['loss']:.4f}"]
-    if "margin" in record and "accuracy" in record:
-        parts += [f"margin {record['margin']:+.3f}", f"acc {record['accuracy']:.3f}"]
+def _figures(record: StepRecord) -> str:
+    parts = [f"loss {record.loss:.4f}"]
+    if record.margin is not None and record.accuracy is not None:
+        parts += [f"margin {record.margin:+.3f}", f"acc {record.accuracy:.3f}"]
     parts += [
-        f"{record['groups_per_second']:.1f} groups/s",
-        f"{record['tokens_per_second']:,.0f} tok/s",
-        f"{record['memory_gib']:.2f} GiB",
+        f"{record.groups_per_second:.1f} groups/s",
+        f"{record.tokens_per_second:,.0f} tok/s",
+        f"{record.memory_gib:.2f} GiB",
     ]
-    if record["slowest_share"] >= NOTABLY_SLOW:
-        parts.append(f"rank {record['slowest_rank']} busiest, {record['slowest_share']:.2f} x the mean")
+    if record.slowest_share is not None and record.slowest_share >= NOTABLY_SLOW:
+        parts.append(f"rank {record.slowest_rank} busiest, {record.slowest_share:.2f} x the mean")
     return " ".join(parts)
 
 
-def _start_line(record: dict[str, Any]) -> str:
+def _start_line(record: StartRecord) -> str:
     return (
-        f"{record['groups']} groups, {record['steps']} steps on {record['world_size']} x {record['device']}, "
-        f"ZeRO-{record['deepspeed']['zero_optimization']['stage']}, {record['trainable']:,} of "
-        f"{record['parameters']:,} parameters, attention {record['route']} ({record['route_reason']}), "
-        f"reference {record['reference']}, rows of up to {record['token_budget']} tokens"
-        + (f", {record['truncated']} histories shortened" if record["truncated"] else "")
+        f"{record.groups} groups, {record.steps} steps on {record.world_size} x {record.device}, "
+        f"ZeRO-{record.deepspeed['zero_optimization']['stage']}, {record.trainable:,} of "
+        f"{record.parameters:,} parameters, attention {record.route} ({record.route_reason}), "
+        f"reference {record.reference}, rows of up to {record.token_budget} tokens"
+        + (f", {record.truncated} histories shortened" if record.truncated else "")
     )
 
 

@@ -26,7 +26,8 @@ class UserProgress:
         self._console, self._before = console, before
         self._first: tuple[int, float] | None = None
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total} users"),
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} users"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
         ) if console.is_terminal else None  # fmt: skip
         self._task = self._bar.add_task(title, total=total, completed=done) if self._bar else None

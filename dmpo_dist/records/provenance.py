@@ -1,6 +1,5 @@
 """How a model came about, from what the stages left beside it and beside the models it started from."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,16 +7,19 @@ from typing import Any
 
 import yaml
 
+from dmpo_dist.artifacts.base import read_config
+from dmpo_dist.artifacts.dataset import DatasetCard
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.data.store import few_fingerprint
-from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import STAMP, ModelSource
+from dmpo_dist.modeling.backbone import ModelSource
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is written down of how a model came about; empty or None where nothing is.
+    """What is written down of how a model came about; None or empty where nothing is.
 
     Attributes:
         stamp: ``dmpo.json``.
@@ -30,10 +32,10 @@ class Provenance:
         base_license: what the base model's own card says.
     """
 
-    stamp: dict[str, Any] = field(default_factory=dict)
+    stamp: ModelStamp = field(default_factory=ModelStamp)
     config: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    dataset: dict[str, Any] = field(default_factory=dict)
+    environment: Environment | None = None
+    dataset: DatasetCard | None = None
     same_data: bool | None = None
     stages: tuple[str, ...] = ()
     base: str | None = None
@@ -41,7 +43,7 @@ class Provenance:
     base_license: str | None = None
 
 
-def read_provenance(source: ModelSource, dataset: dict[str, Any] | None) -> Provenance:
+def read_provenance(source: ModelSource, dataset: DatasetCard | None) -> Provenance:
     """Look beside the model folder and at the models it started from.
 
     Args:
@@ -51,13 +53,11 @@ def read_provenance(source: ModelSource, dataset: dict[str, Any] | None) -> Prov
         UserError: one of the files is there and damaged.
     """
     run = Path(source.path).resolve().parent
-    config, environment = _read(run / "config.yaml"), _read(run / "environment.json")
-    if dataset is None:
-        place = (config.get("data") or {}).get("path")
-        dataset = _read(Path(place) / "dataset.json") if place else {}
-        if not {"name", "counts", "fingerprint"} <= dataset.keys():
-            dataset = {}
-    trained_on, known = environment.get("data_fingerprint"), dataset.get("fingerprint")
+    config, environment = read_config(run / "config.yaml"), Environment.read_if_there(run)
+    if dataset is None and (data := (config.get("data") or {}).get("path")):
+        dataset = DatasetCard.read_if_there(Path(data))
+    trained_on = environment.data_fingerprint if environment else None
+    known = dataset.fingerprint if dataset else None
     shots = (config.get("data") or {}).get("shots")
     stages, base, scratch = _lineage(source)
     return Provenance(
@@ -75,35 +75,30 @@ def read_provenance(source: ModelSource, dataset: dict[str, Any] | None) -> Prov
 
 def _lineage(source: ModelSource) -> tuple[tuple[str, ...], str | None, bool]:
     """Stages from the oldest on, the hub id at the beginning, and whether that was random weights."""
-    stages: list[str] = []
-    stamp, seen = source.stamp, set()
-    start = stamp.get("start") or (source.base if source.is_adapter else None)
-    if stamp.get("stage"):
-        stages.append(stamp["stage"])
-    while start and start not in seen and (Path(start) / STAMP).exists():
+    stamps, seen = [source.stamp], set[str]()
+    start = source.stamp.start or (source.base if source.is_adapter else None)
+    while start and start not in seen and (stamp := ModelStamp.read_if_there(Path(start))):
         seen.add(start)
-        stamp = _read(Path(start) / STAMP)
-        if stamp.get("stage"):
-            stages.append(stamp["stage"])
-        start = stamp.get("start")
-    scratch = stamp.get("stage") == "untuned"
+        stamps.append(stamp)
+        start = stamp.start
+    scratch = stamps[-1].stage == "untuned"
     if start is None and source.is_adapter and not scratch:
         start = source.base
     hub = start if start and HUB_ID.fullmatch(start) and not Path(start).exists() else None
     names = {"untuned": "random weights", "train": "preference optimization", "sft": "supervised fine-tuning"}
-    return tuple(names.get(stage, stage) for stage in reversed(stages)), hub, scratch
+    return tuple(names.get(s.stage, s.stage) for s in reversed(stamps) if s.stage), hub, scratch
 
 
 def _license_of(source: ModelSource, hub: str | None) -> str | None:
     """What the YAML header of the base model's own card says; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    places = [Path(source.base) / "README.md"]
+    cards = [Path(source.base) / "README.md"]
     cached = try_to_load_from_cache(hub, "README.md") if hub else None
     if isinstance(cached, str):
-        places.append(Path(cached))
-    for place in places:
-        header = re.match(r"---\n(.*?)\n---\n", place.read_text(encoding="utf-8"), re.S) if place.is_file() else None
+        cards.append(Path(cached))
+    for card in cards:
+        header = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.S) if card.is_file() else None
         try:
             content = yaml.safe_load(header[1]) if header else None
         except yaml.YAMLError:
@@ -111,17 +106,3 @@ def _license_of(source: ModelSource, hub: str | None) -> str | None:
         if isinstance(content, dict) and isinstance(content.get("license"), str):
             return content["license"]
     return None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A mapping in JSON or YAML, {} where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: damaged, it holds no mapping; the model card is made from it: restore or remove it")
-    return content

@@ -1,19 +1,29 @@
 """What a training run left in its folder, read back."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
+from dmpo_dist.artifacts.base import read_config
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.log import (
+    COMMANDS,
+    METRICS_FILE,
+    EndRecord,
+    Log,
+    StartRecord,
+    StepRecord,
+    ValidationRecord,
+    by_step,
+    read_log,
+)
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.figures.curves import has_values, read_records, series
+from dmpo_dist.figures.curves import has_values
 
-METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 LAST_FIGURES = ("loss", "margin", "accuracy")
 VALIDATION_METRICS = ("ndcg@10", "hr@1", "mrr", "auc")
@@ -27,46 +37,50 @@ class Run:
         folder: where it is.
         config: the resolved configuration.
         environment: versions, commit, seed, data; empty where the file is missing.
-        records: everything in metrics.jsonl, in order.
+        log: everything in metrics.jsonl.
     """
 
     folder: Path
     config: dict[str, Any]
-    environment: dict[str, Any]
-    records: list[dict[str, Any]]
+    environment: Environment
+    log: Log
 
     @cached_property
-    def start(self) -> dict[str, Any]:
-        """The first record, empty if the run never came to train."""
-        return next((r for r in self.records if r["kind"] == "start"), {})
+    def start(self) -> StartRecord | None:
+        """The first record, None if the run never came to train."""
+        return next((r for r in self.log.records if isinstance(r, StartRecord)), None)
 
     @cached_property
-    def end(self) -> dict[str, Any]:
-        """The last record of a finished run, else empty."""
-        return next((r for r in reversed(self.records) if r["kind"] == "end"), {})
+    def end(self) -> EndRecord | None:
+        """The last record of a finished run, else None."""
+        return next((r for r in reversed(self.log.records) if isinstance(r, EndRecord)), None)
 
     @cached_property
     def train(self) -> pd.DataFrame:
         """Training figures by step."""
-        return series(self.records)[0]
+        return by_step(self.log.records, StepRecord)
 
     @cached_property
     def validation(self) -> pd.DataFrame:
         """Validation figures by step; step 0 is the starting model."""
-        return series(self.records)[1]
+        return by_step(self.log.records, ValidationRecord)
 
     @property
     def stage(self) -> str:
-        """``sft`` or ``train``, "" if it is not known."""
-        if "stage" in self.start:
-            return self.start["stage"]
-        return "" if self.train.empty else "train" if has_values(self.train, "margin") else "sft"
+        """The command that trained it, ``sft`` or ``train``, "" if it is not known."""
+        stages = (r.stage for r in self.log.records if isinstance(r, StartRecord | StepRecord))
+        return next((COMMANDS[stage] for stage in stages if stage), "")
+
+    @property
+    def began(self) -> float:
+        """Unix time of the first record, 0 if it is not known."""
+        return self.start.time or 0.0 if self.start else 0.0
 
     @property
     def steps(self) -> tuple[int, int]:
         """Optimizer steps logged, and asked for."""
         done = int(self.train.index.max()) if len(self.train) else 0
-        return done, int(self.start.get("steps", 0))
+        return done, self.start.steps if self.start else 0
 
     @property
     def metric(self) -> str:
@@ -77,7 +91,7 @@ class Run:
     def best_step(self) -> int | None:
         """The step whose weights are the result, or would be if the run ended now; None before any validation."""
         if self.end:
-            return int(self.end["selected_step"])
+            return self.end.selected_step
         trained = self.validation[self.validation.index > 0]
         return int(trained[self.metric].idxmax()) if has_values(trained, self.metric) else None
 
@@ -108,22 +122,13 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: it holds no training run, or its files cannot be read.
     """
-    files = [folder / name for name in (CONFIG_FILE, METRICS_FILE, "environment.json")]
-    if not files[0].exists() or not files[1].exists():
+    if not (folder / CONFIG_FILE).exists() or not (folder / METRICS_FILE).exists():
         raise UserError(f"{folder} holds no training run (no {CONFIG_FILE} with {METRICS_FILE}); see `dmpo runs list`")
-    try:
-        config = yaml.safe_load(files[0].read_text(encoding="utf-8"))
-        environment = json.loads(files[2].read_text(encoding="utf-8")) if files[2].exists() else {}
-        records = read_records(files[1])
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{folder}: cannot be read ({str(error).splitlines()[0]}); was it edited or copied in part?"
-        ) from None
-    if not isinstance(config, dict) or not isinstance(environment, dict):
-        raise UserError(f"{files[0]}: must hold a mapping of keys to values; was it edited?")
+    config = read_config(folder / CONFIG_FILE)
     if config.get("submit") == SubmitConfig().model_dump(mode="json"):
         del config["submit"]  # earlier versions wrote it even where it was wholly default
-    return Run(folder, config, environment, records)
+    environment = Environment.read_if_there(folder) or Environment()
+    return Run(folder, config, environment, read_log(folder / METRICS_FILE))
 
 
 def find_runs(root: Path) -> list[Run]:
@@ -139,4 +144,4 @@ def find_runs(root: Path) -> list[Run]:
         raise UserError(
             f"{root} holds no training run (no {CONFIG_FILE} with {METRICS_FILE}); give the folder above one"
         )
-    return sorted(map(read_run, folders), key=lambda run: run.start.get("time", 0))
+    return sorted(map(read_run, folders), key=lambda run: run.began)

@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Protocol
+from typing import Protocol
 
-NOT_FIGURES = {"kind", "step", "total_steps", "time"}
+from dmpo_dist.artifacts.log import LogRecord, StepRecord, ValidationRecord
+
 CLOSE_SECONDS = 60
 
 
 class Sink(Protocol):
     """Takes the records of one run."""
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Take one record; ``kind`` says what it is, and ``train`` and ``validation`` have a ``step``."""
+    def write(self, record: LogRecord) -> None:
+        """Take one record."""
         ...
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:
@@ -24,14 +25,13 @@ class Sink(Protocol):
         ...
 
 
-def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a train or validation record, named "train/loss" and so on; empty for other records."""
-    if record["kind"] not in ("train", "validation"):
-        return {}
+def figures(record: StepRecord | ValidationRecord) -> dict[str, float]:
+    """The finite numbers of a record, named "train/loss", "validation/mrr" and so on, as trackers call them."""
+    prefix = "train" if isinstance(record, StepRecord) else "validation"
     return {
-        f"{record['kind']}/{name}": value
-        for name, value in record.items()
-        if name not in NOT_FIGURES and isinstance(value, int | float) and math.isfinite(value)
+        f"{prefix}/{name}": value
+        for name, value in record.figures().items()
+        if isinstance(value, int | float) and math.isfinite(value)
     }
 
 
@@ -46,8 +46,8 @@ class JsonLines:
     def __init__(self, path: Path, append: bool) -> None:
         self._file = path.open("a" if append else "w", encoding="utf-8")
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+    def write(self, record: LogRecord) -> None:
+        self._file.write(json.dumps(record.content()) + "\n")
         self._file.flush()
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:
@@ -62,9 +62,10 @@ class TensorBoard:
 
         self._board = SummaryWriter(str(folder))
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        for name, value in figures(record).items():
-            self._board.add_scalar(name, value, record["step"])
+    def write(self, record: LogRecord) -> None:
+        if isinstance(record, StepRecord | ValidationRecord):
+            for name, value in figures(record).items():
+                self._board.add_scalar(name, value, record.step)
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:
         self._board.close()
@@ -85,7 +86,7 @@ class Background:
         self._work: SimpleQueue[Callable[[Sink], None] | None] = SimpleQueue()
         self._thread: Thread | None = None
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: LogRecord) -> None:
         if self._thread is None:
             self._thread = Thread(target=self._run, name=f"dmpo-{self._name}", daemon=True)
             self._thread.start()

@@ -1,6 +1,5 @@
 """Weights & Biases and MLflow: checked before a run starts, then fed by ``sinks.Background``."""
 
-import json
 import logging
 import time
 import uuid
@@ -8,8 +7,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.files import write_whole
+from dmpo_dist.artifacts.log import LogRecord, StepRecord, ValidationRecord
 from dmpo_dist.config.section import dotted
 from dmpo_dist.config.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from dmpo_dist.errors import UserError
@@ -18,7 +19,7 @@ from dmpo_dist.records.sinks import Background, Sink, figures
 from dmpo_dist.training.job import Job
 
 ID_FILE = "{}-run-id"
-"""In a run folder: the run's id in a tracker, so that a resumed run goes on in the same place."""
+"""In a run folder: the run's id in a tracker, so that a resumed run goes on there."""
 EXTRA = 'pip install "dmpo-dist[track]"'
 MLFLOW_LONGEST_VALUE, MLFLOW_MOST_PARAMETERS = 6000, 100
 
@@ -50,7 +51,7 @@ def open_trackers(job: Job, warn: Callable[[str], None]) -> list[Sink]:
 
 
 class WandbRun:
-    """A run in Weights & Biases; one that is resumed goes on in the same place."""
+    """A run in Weights & Biases; one that is resumed goes on there."""
 
     def __init__(self, job: Job, config: WandbConfig) -> None:
         import wandb
@@ -64,7 +65,7 @@ class WandbRun:
             name=_name(job),
             job_type=job.section,
             tags=_tags(job),
-            config=job.config.model_dump(mode="json") | {"environment": _environment(job)},
+            config=job.config.model_dump(mode="json") | {"environment": _environment(job).content()},
             dir=str(job.output),
             id=_read_id(job.output, "wandb") or uuid.uuid4().hex[:8],
             resume="allow",
@@ -75,9 +76,9 @@ class WandbRun:
         for group in ("train", "validation"):
             self._run.define_metric(f"{group}/*", step_metric="step")
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        if values := figures(record):
-            self._run.log(values | {"step": record["step"]})
+    def write(self, record: LogRecord) -> None:
+        if isinstance(record, StepRecord | ValidationRecord):
+            self._run.log(figures(record) | {"step": record.step})
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:
         if self._curves.exists():
@@ -87,7 +88,7 @@ class WandbRun:
 
 
 class MlflowRun:
-    """A run in MLflow; one that is resumed goes on in the same place."""
+    """A run in MLflow; one that is resumed goes on there."""
 
     def __init__(self, job: Job, config: MlflowConfig) -> None:
         from mlflow import MlflowClient
@@ -102,7 +103,7 @@ class MlflowRun:
         found = self._client.get_experiment_by_name(config.experiment)
         experiment = found.experiment_id if found else self._client.create_experiment(config.experiment)
         tags = {"stage": job.section} | {tag: "yes" for tag in _tags(job)}
-        if commit := _environment(job).get("git_commit"):
+        if commit := _environment(job).git_commit:
             tags["mlflow.source.git.commit"] = commit
         self._id = self._client.create_run(experiment, run_name=_name(job), tags=tags).info.run_id
         _write_id(job.output, "mlflow", self._id)
@@ -111,9 +112,9 @@ class MlflowRun:
         for first in range(0, len(parameters), MLFLOW_MOST_PARAMETERS):
             self._client.log_batch(self._id, params=parameters[first : first + MLFLOW_MOST_PARAMETERS])
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        if values := figures(record):
-            self._log(values, record["step"])
+    def write(self, record: LogRecord) -> None:
+        if isinstance(record, StepRecord | ValidationRecord):
+            self._log(figures(record), record.step)
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:
         self._log({f"final/{name}": value for name, value in result.items()}, 0)
@@ -160,9 +161,9 @@ def _check_mlflow(config: MlflowConfig) -> None:
     try:
         MlflowClient(config.tracking_uri).search_experiments(max_results=1)
     except Exception as error:
-        place = config.tracking_uri or "MLFLOW_TRACKING_URI or mlflow.db"
+        server = config.tracking_uri or "MLFLOW_TRACKING_URI or mlflow.db"
         raise UserError(
-            f"tracking.mlflow.tracking_uri={place}: cannot be used ({_first_line(error)}); correct it, for example "
+            f"tracking.mlflow.tracking_uri={server}: cannot be used ({_first_line(error)}); correct it, for example "
             "http://server:5000 or sqlite:///runs/mlflow.db"
         ) from None
 
@@ -180,9 +181,8 @@ def _tags(job: Job) -> list[str]:
     return list(dict.fromkeys([job.section, *objective, *job.config.tracking.tags]))
 
 
-def _environment(job: Job) -> dict[str, Any]:
-    file = job.output / "environment.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+def _environment(job: Job) -> Environment:
+    return Environment.read_if_there(job.output) or Environment()
 
 
 def _read_id(folder: Path, tracker: str) -> str | None:
@@ -191,4 +191,4 @@ def _read_id(folder: Path, tracker: str) -> str | None:
 
 
 def _write_id(folder: Path, tracker: str, run: str) -> None:
-    (folder / ID_FILE.format(tracker)).write_text(run + "\n", encoding="utf-8")
+    write_whole(folder / ID_FILE.format(tracker), run + "\n")

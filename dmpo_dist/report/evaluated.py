@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from itertools import combinations
 
+from dmpo_dist.artifacts.evaluation import SCORES_FILE
+from dmpo_dist.evaluation.metrics import sure_hits
 from dmpo_dist.evaluation.seeds import split_name
 from dmpo_dist.formats import candidates
 from dmpo_dist.records.compare import evaluation_of, paired_lines
@@ -33,19 +35,21 @@ def results(material: Material) -> Iterator[Block]:
         yield from (Block("warning", f"Note: {note}") for note in e.notes)
         first = tables.first_metrics(e.models)
         caption = f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates"
-        yield Block("table", tables.metrics_table(caption, first, e.sure_hits, e.seeds))
+        yield Block("table", tables.metrics_table(caption, first, sure_hits(e.most_negatives), e.seeds))
         yield Block("note", INTERVALS_NOTE)
         yield Block("figures", intervals.model_drawings(e))
         if first != e.models:
-            yield folded_table("All metrics", tables.metrics_table("All metrics", e.models, e.sure_hits, e.seeds))
+            all_metrics = tables.metrics_table("All metrics", e.models, sure_hits(e.most_negatives), e.seeds)
+            yield folded_table("All metrics", all_metrics)
         if e.seeds:
             yield Block("table", tables.seeds_table(e))
         if e.catalogue is not None:
             items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
-            few = tables.first_metrics(e.catalogue.models)
+            ranked = e.catalogue.all_metrics()
+            few = tables.first_metrics(ranked)
             yield Block("table", tables.metrics_table(f"Among {items}, those a user had taken left out", few))
-            if few != e.catalogue.models:
-                whole = tables.metrics_table(f"All metrics among {items}", e.catalogue.models)
+            if few != ranked:
+                whole = tables.metrics_table(f"All metrics among {items}", ranked)
                 yield folded_table("All metrics among the whole catalogue", whole)
         lines = facts.evaluation_lines(e)
         if lines:
@@ -75,7 +79,10 @@ def strata(material: Material) -> Iterator[Block]:
             yield Block("heading", f"By {WAYS.get(way, way.replace('_', ' '))}")
             yield Block("figures", intervals.strata_drawings(e, strata))
             whole = [
-                Block("table", tables.metrics_table(f"{part}: {s.requests} requests", s.models, e.sure_hits))
+                Block(
+                    "table",
+                    tables.metrics_table(f"{part}: {s.requests} requests", s.models, sure_hits(e.most_negatives)),
+                )
                 for part, s in strata.items()
             ]
             yield Block("folded", whole, "All models and metrics")
@@ -87,7 +94,7 @@ def _other_pairs(material: Material) -> list[str]:
     A run that is one seed of a model has that beside its name: the model's name alone stands for all seeds.
     """
     folders = material.evaluation_folders
-    scored = [folder for folder in folders.values() if (folder / "scores.parquet").exists()]
+    scored = [folder for folder in folders.values() if (folder / SCORES_FILE).exists()]
     found = {name: evaluation_of(run, scored) for name, run in material.runs.items()}
     ranked = {name: place for name, place in found.items() if place is not None}
     by_folder = {folder: material.evaluations[name] for name, folder in folders.items()}

@@ -2,9 +2,9 @@
 
 from markupsafe import Markup
 
+from dmpo_dist.artifacts.explanations import ExplainedRequest
 from dmpo_dist.explanation.words import signed
 from dmpo_dist.formats import MISSING, number
-from dmpo_dist.report.records import ExplainedRequest
 from dmpo_dist.tables import Cell, Table
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import yaml
 
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.evaluation import BaselineTraining, Evaluation
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.evaluation.tables import left_out_line, order_line
 from dmpo_dist.formats import MISSING, number, size
 from dmpo_dist.records.read import Run
-from dmpo_dist.report.gather import DataCard
-from dmpo_dist.report.records import Baseline, Evaluation
+from dmpo_dist.report.gather import ReportedData
 from dmpo_dist.tables import Cell, Table
 
 NO_SETTING = "output_dir"
@@ -28,8 +29,7 @@ def runs_table(runs: Mapping[str, Run]) -> Table:
     rows = []
     for name, run in runs.items():
         result, (done, total) = run.result(), run.steps
-        time = run.start.get("time")
-        when = MISSING if time is None else datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M")
+        when = datetime.fromtimestamp(run.began, UTC).strftime("%Y-%m-%d %H:%M") if run.began else MISSING
         metric = result.get(f"validation/{run.metric}")
         rows.append(
             [
@@ -54,22 +54,22 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     left_out = left_out_line(list(known), evaluation.most_negatives)
     lines = [f"{left_out}."] if left_out else []
     lines += [_baseline_line(name, baseline) for name, baseline in evaluation.baselines.items()]
-    moved = order_line({"order": evaluation.order.model_dump()}) if evaluation.order else None
+    moved = order_line({"order": evaluation.order.content()}) if evaluation.order else None
     return lines + ([f"{moved}."] if moved else [])
 
 
-def counts_table(card: DataCard) -> Table:
+def counts_table(card: ReportedData) -> Table:
     """Groups, users and dropped likes of each split."""
     content = card.content
     rows = []
-    for split in [s for s in SPLITS if s in content["counts"]]:
-        dropped = (content.get("dropped") or {}).get(split) or {}
+    for split in [s for s in SPLITS if s in content.counts]:
+        dropped = content.dropped.get(split, {})
         drops = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
-        users = (content.get("users") or {}).get(split)
+        users = content.users.get(split)
         rows.append(
             [
                 Cell(split),
-                Cell(str(content["counts"][split])),
+                Cell(str(content.counts[split])),
                 Cell(MISSING if users is None else str(users)),
                 Cell(drops or MISSING, kind="title"),
             ]
@@ -77,16 +77,15 @@ def counts_table(card: DataCard) -> Table:
     return Table("Preference groups by split", ["split", "groups", "users", "dropped likes"], rows, 4)
 
 
-def leaks_table(card: DataCard) -> Table | None:
+def leaks_table(card: ReportedData) -> Table | None:
     """What the leak check found, worst first; None for data of before it."""
-    findings = card.content.get("leaks") or []
     order = {"leak": 0, "warning": 1, "not checked": 2}
     rows = [
         [
-            Cell(str(f.get("check", "")), str(f.get("verdict", "")), VERDICTS.get(f.get("verdict", ""), "")),
-            Cell(str(f.get("text", "")), below="; ".join(map(str, f.get("examples") or [])), kind="title"),
+            Cell(finding.check, finding.verdict, VERDICTS.get(finding.verdict, "")),
+            Cell(finding.text, below="; ".join(finding.examples), kind="title"),
         ]
-        for f in sorted(findings, key=lambda f: order.get(f.get("verdict", ""), 3))
+        for finding in sorted(card.content.leaks, key=lambda finding: order.get(finding.verdict, 3))
     ]
     return Table("Leak check", ["check", "finding"], rows, 2) if rows else None
 
@@ -114,19 +113,19 @@ def config_texts(configs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
     return {name: yaml.safe_dump(config, sort_keys=False, allow_unicode=True) for name, config in configs.items()}
 
 
-def environment_table(environments: Mapping[str, dict[str, Any]]) -> Table | None:
-    """Versions, commit and hardware, a column for each set of places with the same; None where nothing is known."""
-    by_facts: dict[str, tuple[dict[str, str], list[str]]] = {}
+def environment_table(environments: Mapping[str, Environment]) -> Table | None:
+    """Versions, commit and hardware, a column for each set of folders with the same; None where nothing is known."""
+    by_content: dict[str, tuple[dict[str, str], list[str]]] = {}
     for name, known in environments.items():
-        facts = _environment(known)
-        if facts:
-            by_facts.setdefault(json.dumps(facts), (facts, []))[1].append(name)
-    if not by_facts:
+        shown = _environment(known)
+        if shown:
+            by_content.setdefault(json.dumps(shown), (shown, []))[1].append(name)
+    if not by_content:
         return None
-    sets = list(by_facts.values())
-    keys = dict.fromkeys(key for facts, _ in sets for key in facts)
+    sets = list(by_content.values())
+    keys = dict.fromkeys(key for shown, _ in sets for key in shown)
     rows = [
-        [Cell(key), *(Cell(facts.get(key, MISSING), kind="code" if key == "commit" else "") for facts, _ in sets)]
+        [Cell(key), *(Cell(shown.get(key, MISSING), kind="code" if key == "commit" else "") for shown, _ in sets)]
         for key in keys
     ]
     headings = ["everywhere"] if len(sets) == 1 else [_listed(names) for _, names in sets]
@@ -140,7 +139,7 @@ def files_table(files: Sequence[tuple[str, int]]) -> Table:
     return Table(f"Files, {size(total)} in all", ["file", "size"], rows, sortable=len(rows) > 2)
 
 
-def _baseline_line(name: str, baseline: Baseline) -> str:
+def _baseline_line(name: str, baseline: BaselineTraining) -> str:
     chosen = [f"{key} {baseline.settings[key]:g}" for key in CHOSEN if key in baseline.settings]
     best = max(baseline.validation.values(), default=None)
     why = "" if best is None else f", chosen by its validation NDCG@10 of {number(best)}"
@@ -161,16 +160,16 @@ def _listed(names: Sequence[str]) -> str:
 
 def _workers(run: Run) -> str:
     start = run.start
-    return f"on {start['world_size']} x {start['device']}" if {"world_size", "device"} <= start.keys() else ""
+    return f"on {start.world_size} x {start.device}" if start and start.world_size and start.device else ""
 
 
-def _environment(known: dict[str, Any]) -> dict[str, str]:
-    facts = {
-        "dmpo_dist": known.get("dmpo_dist"),
-        "commit": known.get("git_commit"),
-        "Python": known.get("python"),
-        "machine": known.get("platform"),
-        "CPUs": known.get("cpus"),
-        **(known.get("packages") or {}),
+def _environment(known: Environment) -> dict[str, str]:
+    shown = {
+        "dmpo_dist": known.dmpo_dist,
+        "commit": known.git_commit,
+        "Python": known.python,
+        "machine": known.platform,
+        "CPUs": known.cpus,
+        **known.packages,
     }
-    return {key: str(value) for key, value in facts.items() if value is not None}
+    return {key: str(value) for key, value in shown.items() if value is not None}

@@ -1,6 +1,5 @@
 """What the folders given hold: training runs, evaluations, explanations, studies, data, files."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,27 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
+from dmpo_dist.artifacts.base import read_config
+from dmpo_dist.artifacts.dataset import DatasetCard
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.evaluation import Evaluation
+from dmpo_dist.artifacts.explanations import Explanations
+from dmpo_dist.artifacts.log import METRICS_FILE, Log
 from dmpo_dist.data.store import few_fingerprint
 from dmpo_dist.errors import UserError
-from dmpo_dist.records.read import CONFIG_FILE, METRICS_FILE, Run, read_run
-from dmpo_dist.report.records import (
-    CARD_FILE,
-    EVALUATION_FILE,
-    EXPLANATIONS_FILE,
-    STUDY_FILE,
-    Evaluation,
-    Explanations,
-    read_card,
-    read_evaluation,
-    read_explanations,
-    read_study,
-)
+from dmpo_dist.records.read import CONFIG_FILE, Run, read_run
+from dmpo_dist.report.records import STUDY_FILE, read_study
 
 BULK = ("checkpoints", "model", "scratch", "tensorboard", "train", "validation", "test")
 """Names of folders of many files that hold nothing to report: one line each in the list of files."""
-ENVIRONMENT_FILE = "environment.json"
 MOST_FILES = 120
 MARK = '<meta name="generator" content="dmpo report">'
 """By which a page is known to be one of these."""
@@ -48,10 +40,10 @@ class Found:
 
 
 @dataclass(frozen=True)
-class DataCard:
-    """``dataset.json`` of prepared data, and the runs that were trained on just that data or a few of its groups, by fingerprint."""
+class ReportedData:
+    """The card of prepared data, and by fingerprint the runs trained on just that data or a few of its groups."""
 
-    content: dict[str, Any]
+    content: DatasetCard
     trained: list[str]
     others: list[str]
 
@@ -79,10 +71,10 @@ class Material:
     evaluations: dict[str, Evaluation]
     evaluation_folders: dict[str, Path]
     configs: dict[str, dict[str, Any]]
-    environments: dict[str, dict[str, Any]]
+    environments: dict[str, Environment]
     explanations: dict[str, Explanations]
     studies: dict[str, pd.DataFrame]
-    cards: list[DataCard]
+    cards: list[ReportedData]
     files: list[tuple[str, int]]
     notes: list[str]
 
@@ -99,31 +91,30 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
     """
     found = [_look(folder) for folder in folders]
     root = Path(os.path.commonpath([f.folder.resolve() for f in found]))
-    runs = sorted(map(read_run, _unique([p for f in found for p in f.runs])), key=lambda run: run.start.get("time", 0))
+    runs = sorted(map(read_run, _unique([p for f in found for p in f.runs])), key=lambda run: run.began)
     by_name = {_name(run.folder, root): run for run in runs}
     ranked = {_name(p, root): p for p in _unique([p for f in found for p in f.evaluations])}
     configs = {name: run.config for name, run in by_name.items()}
     environments = {name: run.environment for name, run in by_name.items()}
     cells = _unique([p for f in found for p in f.cells])
-    for place in cells[:1]:  # an example: in what the others differ their study's table shows
-        configs.setdefault(_name(place, root), _mapping(place / CONFIG_FILE))
-    for place in cells:
-        environments.setdefault(_name(place, root), _mapping(place / ENVIRONMENT_FILE))
-    for name, place in ranked.items():
-        configs.setdefault(name, _mapping(place / CONFIG_FILE))
-        environments.setdefault(name, _mapping(place / ENVIRONMENT_FILE))
+    for cell in cells[:1]:  # an example: in what the others differ their study's table shows
+        configs.setdefault(_name(cell, root), read_config(cell / CONFIG_FILE))
+    for name, folder in ranked.items():
+        configs.setdefault(name, read_config(folder / CONFIG_FILE))
+    for folder in [*cells, *ranked.values()]:
+        environments.setdefault(_name(folder, root), Environment.read_if_there(folder) or Environment())
     explained = _unique([p for f in found for p in f.explanations]) if explanations else []
     studies = {_name(p, root): read_study(p / STUDY_FILE) for p in _unique([p for f in found for p in f.studies])}
-    notes = [note for name, run in by_name.items() for note in _damaged_lines(name, run.folder / METRICS_FILE)]
+    notes = [note for name, run in by_name.items() for note in _damaged_lines(name, run.log)]
     cards, missing = _cards([p for f in found for p in f.cards], by_name, configs)
     return Material(
         title=", ".join(dict.fromkeys(f.folder.resolve().name for f in found)),
         runs=by_name,
-        evaluations={name: read_evaluation(place / EVALUATION_FILE) for name, place in ranked.items()},
+        evaluations={name: Evaluation.read(folder) for name, folder in ranked.items()},
         evaluation_folders=ranked,
         configs={name: config for name, config in configs.items() if config},
-        environments={name: environment for name, environment in environments.items() if environment},
-        explanations={_name(p, root): read_explanations(p / EXPLANATIONS_FILE) for p in explained},
+        environments={name: environment for name, environment in environments.items() if environment.content()},
+        explanations={_name(p, root): Explanations.read(p) for p in explained},
         studies=studies,
         cards=cards,
         files=_files([f.folder for f in found], root),
@@ -139,21 +130,21 @@ def _look(folder: Path) -> Found:
         if STUDY_FILE in files:
             found.studies.append(path)
         if any(path != study and path.is_relative_to(study) for study in found.studies):
-            found.cards.extend([path] if CARD_FILE in files else [])
+            found.cards.extend([path] if DatasetCard.FILE in files else [])
             found.cells.extend([path] if METRICS_FILE in files else [])
             continue  # the runs of a study's cells are in its table
         if METRICS_FILE in files and CONFIG_FILE in files:
             found.runs.append(path)
-        for file, places in (
-            (EVALUATION_FILE, found.evaluations),
-            (EXPLANATIONS_FILE, found.explanations),
-            (CARD_FILE, found.cards),
+        for file, holders in (
+            (Evaluation.FILE, found.evaluations),
+            (Explanations.FILE, found.explanations),
+            (DatasetCard.FILE, found.cards),
         ):
             if file in files:
-                places.append(path)
+                holders.append(path)
     if not (found.runs or found.evaluations or found.explanations or found.studies or found.cards):
         raise UserError(
-            f"{folder} holds no run: no {CONFIG_FILE} with {METRICS_FILE}, no {EVALUATION_FILE}, no {STUDY_FILE}, "
+            f"{folder} holds no run: no {CONFIG_FILE} with {METRICS_FILE}, no {Evaluation.FILE}, no {STUDY_FILE}, "
             f"in it or below; give what was output_dir (`dmpo runs list` shows training runs)"
         )
     return found
@@ -161,9 +152,9 @@ def _look(folder: Path) -> Found:
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Folders from the top down in a fixed order, but for bulk and hidden ones."""
-    for place, names, files in os.walk(folder):
-        names[:] = sorted(n for n in names if not n.startswith(".") and not _is_bulk(Path(place, n)))
-        yield Path(place), files
+    for path, names, files in os.walk(folder):
+        names[:] = sorted(n for n in names if not n.startswith(".") and not _is_bulk(Path(path, n)))
+        yield Path(path), files
 
 
 def _is_bulk(folder: Path) -> bool:
@@ -172,7 +163,7 @@ def _is_bulk(folder: Path) -> bool:
 
 
 def _unique(paths: Sequence[Path]) -> list[Path]:
-    """Each place once, as it was given first."""
+    """Each folder or file once, as it was given first."""
     return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
 
 
@@ -181,79 +172,57 @@ def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path != root else path.name
 
 
-def _below(place: Path, name: str, root: Path) -> str:
-    """The path of something in ``place``, which may be a link to elsewhere."""
-    return (place.resolve() / name).relative_to(root).as_posix()
+def _below(folder: Path, name: str, root: Path) -> str:
+    """The path of something in ``folder``, which may be a link to elsewhere."""
+    return (folder.resolve() / name).relative_to(root).as_posix()
 
 
-def _mapping(file: Path) -> dict[str, Any]:
-    """A file of keys and values, in YAML or JSON, which is YAML too; empty where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: damaged, it holds no keys and values; restore it, or remove it")
-    return content
-
-
-def _damaged_lines(name: str, file: Path) -> list[str]:
-    """Which lines of a metrics.jsonl ``read_records`` had to leave out."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    bad = [number for number, line in enumerate(lines, start=1) if line.strip() and not _is_record(line)]
+def _damaged_lines(name: str, log: Log) -> list[str]:
+    """Which lines of a metrics.jsonl are left out."""
+    bad = log.damaged
     if not bad:
         return []
-    if bad == [len(lines)]:
+    if bad == [log.lines]:
         return [f"{name}/{METRICS_FILE}: its last line is cut off, as when a run is killed while it writes; left out"]
     listed = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
     return [
-        f"{name}/{METRICS_FILE}: {len(bad)} of {len(lines)} lines are damaged and left out (line {listed}); "
+        f"{name}/{METRICS_FILE}: {len(bad)} of {log.lines} lines are damaged and left out (line {listed}); "
         "the curves are of the others"
     ]
 
 
-def _is_record(line: str) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and "kind" in record
-
-
 def _cards(
-    places: Sequence[Path], runs: dict[str, Run], configs: dict[str, dict[str, Any]]
-) -> tuple[list[DataCard], list[str]]:
+    folders: Sequence[Path], runs: dict[str, Run], configs: dict[str, dict[str, Any]]
+) -> tuple[list[ReportedData], list[str]]:
     """The cards found and those of the data that configurations name, each once; and what is not there any more."""
     notes: dict[str, None] = {}
-    files = [place / CARD_FILE for place in places]
+    files = [folder / DatasetCard.FILE for folder in folders]
     for config in configs.values():
         path = (config.get("data") or {}).get("path")
-        file = Path(str(path)) / CARD_FILE
+        file = Path(str(path)) / DatasetCard.FILE
         if path is not None and file.is_file():
             files.append(file)
-        elif path is not None and not places:
+        elif path is not None and not folders:
             notes[f"the data card of {path}: no such folder is found from here"] = None
-    contents = {card["fingerprint"]: card for card in map(read_card, _unique(files))}
+    contents = {card.fingerprint: card for card in map(DatasetCard.read, _unique(files))}
     trained = {key: [name for name, run in runs.items() if _trained_on(run, key)] for key in contents}
     known = {name for names in trained.values() for name in names}
-    others = [name for name, run in runs.items() if run.environment.get("data_fingerprint") and name not in known]
-    cards = [DataCard(card, trained[key], others) for key, card in contents.items()]
+    others = [name for name, run in runs.items() if run.environment.data_fingerprint and name not in known]
+    cards = [ReportedData(card, trained[key], others) for key, card in contents.items()]
     return cards, list(notes)
 
 
 def _trained_on(run: Run, fingerprint: str) -> bool:
     """Whether the run saw the data of ``fingerprint``, all of it or as few of its groups as ``data.shots`` says."""
     shots = (run.config.get("data") or {}).get("shots")
-    return run.environment.get("data_fingerprint") == few_fingerprint(fingerprint, shots)
+    return run.environment.data_fingerprint == few_fingerprint(fingerprint, shots)
 
 
 def _files(folders: Sequence[Path], root: Path) -> list[tuple[str, int]]:
     entries: dict[str, int] = {}
     for folder in folders:
-        for place, names, files in os.walk(folder):
-            path = Path(place)
+        for parent, names, files in os.walk(folder):
+            path = Path(parent)
             bulk = sorted(name for name in names if _is_bulk(path / name))
             names[:] = sorted(name for name in names if name not in bulk and not name.startswith("."))
             for name in sorted(files):

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from dmpo_dist.artifacts.evaluation import Comparison, Evaluation
+from dmpo_dist.artifacts.explanations import Explanations
 from dmpo_dist.figures.study import SWEEP_METRIC
 from dmpo_dist.formats import candidates, interval, joined, metric_name, number, verdict
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import Material
 from dmpo_dist.report.intervals import BASELINES
-from dmpo_dist.report.records import Comparison, Evaluation, Explanations
 from dmpo_dist.report.study import at_home, labels
 
 METRIC, SUBJECT = "ndcg@10", "dmpo"
@@ -68,7 +69,7 @@ def _training(material: Material, evaluation: Evaluation | None) -> str:
     run = runs[name]
     done, total = run.steps
     steps = f"{done} of {total} steps" if total else f"{done} steps"
-    data = f", on {joined([str(card.content['name']) for card in material.cards])}" if material.cards else ""
+    data = f", on {joined([card.content.name for card in material.cards])}" if material.cards else ""
     others = f" It is one of {len(runs)} training runs here." if len(runs) > 1 else ""
     return f"{name}: {describe_run(run)}, {steps}{'' if run.end else ', not finished'}{data}.{others}"
 

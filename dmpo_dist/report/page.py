@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import dmpo_dist
+from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.errors import UserError
 from dmpo_dist.figures.style import Drawing, chart
 from dmpo_dist.formats import number, size
@@ -38,7 +39,7 @@ def write_report(folders: Sequence[Path], output: Path, explanations: bool, echo
     material = gather(folders, explanations)
     content = render(material)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(content)
+    write_whole(output, content)
     for note in material.notes:
         echo(f"note: {note}")
     echo(f"written: {output} ({size(len(content))}, one file, nothing in it is loaded from elsewhere)")

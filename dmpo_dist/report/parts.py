@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from dmpo_dist.artifacts.explanations import ExplainedRequest, Explanations
 from dmpo_dist.explanation.words import by_word
 from dmpo_dist.figures.curves import MOST_RUNS, run_drawings, side_by_side_drawings
 from dmpo_dist.figures.explanations import faithfulness_drawings
@@ -14,9 +15,8 @@ from dmpo_dist.records.read import Run
 from dmpo_dist.report import evaluated, facts, study
 from dmpo_dist.report.blocks import Block, folded_table, heading
 from dmpo_dist.report.explained import history_table
-from dmpo_dist.report.gather import DataCard, Material
+from dmpo_dist.report.gather import Material, ReportedData
 from dmpo_dist.report.headline import describe_run, headline
-from dmpo_dist.report.records import ExplainedRequest, Explanations
 from dmpo_dist.tables import Table
 
 STAGES = {"sft": "SFT runs", "train": "Preference runs"}
@@ -147,21 +147,20 @@ def _explained(x: Explanations) -> Iterator[Block]:
 def _data(material: Material) -> Iterator[Block]:
     for card in material.cards:
         content = card.content
-        yield Block("heading", str(content["name"]))
+        yield Block("heading", content.name)
         yield Block("table", facts.counts_table(card))
         leaks = facts.leaks_table(card)
         missing = "No leak check is written down: the data was prepared by a version without one."
         yield Block("table", leaks) if leaks else Block("text", missing)
         yield Block("lines", _card_lines(card))
-        config = yaml.safe_dump(content.get("config") or {}, sort_keys=False, allow_unicode=True)
+        config = yaml.safe_dump(content.config, sort_keys=False, allow_unicode=True)
         yield Block("folded", [Block("code", config)], "How it was prepared")
 
 
-def _card_lines(card: DataCard) -> list[str]:
-    cuts = card.content.get("cuts")
-    lines = [f"Validation from {cuts['validation']['utc']}, test from {cuts['test']['utc']}."] if cuts else []
-    lines += map(str, card.content.get("notes") or [])
-    lines.append(f"Fingerprint {card.content['fingerprint']}, seed {card.content.get('seed')}.")
+def _card_lines(card: ReportedData) -> list[str]:
+    content, cuts = card.content, card.content.cuts
+    lines = [f"Validation from {cuts['validation'].utc}, test from {cuts['test'].utc}."] if cuts else []
+    lines += [*content.notes, f"Fingerprint {content.fingerprint}, seed {content.seed}."]
     if card.trained:
         lines.append(f"By its fingerprint what these runs were trained on: {', '.join(card.trained)}.")
     if card.others:

@@ -2,11 +2,11 @@
 
 from collections.abc import Collection, Mapping
 
+from dmpo_dist.artifacts.evaluation import Comparison, Evaluation, Metrics
 from dmpo_dist.evaluation import tables
-from dmpo_dist.evaluation.metrics import METRICS
+from dmpo_dist.evaluation.metrics import METRICS, sure_hits
 from dmpo_dist.evaluation.tables import CATALOGUE_LISTS, seeds_note
 from dmpo_dist.formats import interval, metric_name, number, verdict
-from dmpo_dist.report.records import Comparison, Evaluation, Metrics
 from dmpo_dist.tables import Cell, Table
 
 FIRST = ("ndcg@10", "hr@1", "hr@5", "hr@10", "ndcg@5", "mrr", "auc", "pair_accuracy", *CATALOGUE_LISTS)
@@ -50,7 +50,7 @@ def seeds_table(evaluation: Evaluation) -> Table:
     """Mean over seeds, the smallest and the largest."""
     seeds = evaluation.seeds
     there = {m for of_model in seeds.values() for of_seed in of_model.values() for m in of_seed}
-    metrics = [m for m in FIRST if m in there.difference(evaluation.sure_hits)]
+    metrics = [m for m in FIRST if m in there.difference(sure_hits(evaluation.most_negatives))]
     rows = []
     for name, of_model in seeds.items():
         cells = [Cell(name, kind="code"), Cell(str(len(of_model)))]

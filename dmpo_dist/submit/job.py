@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dmpo_dist
+from dmpo_dist.artifacts.files import write_json, write_whole
 from dmpo_dist.config import RunConfig, dump_config
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
@@ -170,7 +171,7 @@ def write(job: SubmitJob, files: dict[str, str]) -> None:
         for name, text in files.items():
             path = job.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
             if text.startswith("#!"):
                 path.chmod(0o755)
     except OSError as error:
@@ -198,7 +199,7 @@ class Record:
         return f"{kind} {self.id}"
 
     def save(self, folder: Path) -> None:
-        (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / RECORD_FILE, asdict(self))
 
 
 def find_record(run: Path) -> tuple[Record, Path]:

@@ -1,7 +1,6 @@
 """Saving what training needs to go on, and what people use afterwards."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import find_model, replace_folder, write_stamp
+from dmpo_dist.modeling.backbone import find_model, write_stamp
 from dmpo_dist.modeling.logprobs import unwrap_peft
 from dmpo_dist.training.engine import gathered_state
 from dmpo_dist.training.job import Job
@@ -67,15 +67,12 @@ def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[
     causal_lm, stage3 = engine.module.causal_lm, engine.zero_optimization_stage() == 3
     state = gathered_state(causal_lm, stage3, keep=rank == 0, trained_only=hasattr(causal_lm, "peft_config"))
     if rank == 0:
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _write_weights(causal_lm, part, state)
-        tokenizer.save_pretrained(part)
-        behind = {"stages": 1 + find_model(job.start).stamp.get("stages", 0)}
+        behind = {"stages": 1 + find_model(job.start).stamp.stages}
         base = {"quantization": job.config.model.quantization}
-        write_stamp(part, job.config.template, stage=job.section, start=job.start, **behind, **base, **stamp)
-        replace_folder(part, folder)
+        with whole_folder(folder, replace=True) as part:
+            _write_weights(causal_lm, part, state)
+            tokenizer.save_pretrained(part)
+            write_stamp(part, job.config.template, stage=job.section, start=job.start, **behind, **base, **stamp)
     dist.barrier()
 
 

@@ -76,7 +76,8 @@ class LogLines:
         slowest = max(busy_of_ranks)
         norm = self._engine.get_global_grad_norm()
         return {
-            "kind": "train",
+            "kind": "step",
+            "stage": self._job.kind,
             "step": index + 1,
             "total_steps": self._total,
             **{name: sums[name] / sums["groups"] for name in self._names},

@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dmpo_dist.artifacts.files import whole_file, write_json
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.batching.layout import Layout
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import STAMP, ModelSource
+from dmpo_dist.modeling.backbone import ModelSource
 from dmpo_dist.modeling.scoring import deal_for_scoring, score_micro_batches
 from dmpo_dist.training.groups import candidate_columns, with_negatives
 from dmpo_dist.training.job import Job
@@ -189,13 +191,12 @@ class _CacheFolder:
     def write(self, number: int, values: Tensor) -> None:
         """Block ``number``, whole or not at all; the key lies beside it for people to read."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "key.json").write_text(json.dumps(self._key, indent=1, sort_keys=True))
-        part = self._path(number).with_suffix(".part")
-        save_file({"log_probs": values.contiguous()}, part)
-        part.replace(self._path(number))
+        write_json(self._folder / "key.json", dict(sorted(self._key.items())))
+        with whole_file(self._path(number)) as part:
+            save_file({"log_probs": values.contiguous()}, part)
 
     def finish(self, blocks: int) -> None:
-        (self._folder / COMPLETE).write_text(json.dumps({"blocks": blocks}))
+        write_json(self._folder / COMPLETE, {"blocks": blocks})
 
     def _path(self, number: int) -> Path:
         return self._folder / f"block-{number:05d}.safetensors"
@@ -236,7 +237,7 @@ def file_digests(model: str) -> dict[str, str]:
     files = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file())
     if not files:
         raise UserError(f"{model}: no model files to name a reference cache by; use reference.cache=memory")
-    return {path.name: _sha256(path) for path in files if path.name != STAMP}
+    return {path.name: _sha256(path) for path in files if path.name != ModelStamp.FILE}
 
 
 def _sha256(path: Path) -> str:

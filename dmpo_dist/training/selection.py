@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dmpo_dist.artifacts.files import replace_folder
 from dmpo_dist.data.tokenization import TokenGroup
-from dmpo_dist.modeling.backbone import replace_folder
 from dmpo_dist.training.checkpoint import save_model
 from dmpo_dist.training.groups import Batches
 from dmpo_dist.training.job import Job

@@ -241,7 +241,7 @@ def _load_data(job: Job, tokenizer: Any) -> _Data:
 
 def _reordered(job: Job, prepared: PreparedData, encode: GroupTokenizer) -> Callable[[int, int], TokenGroup]:
     """Token groups by index and epoch, each user's titles in a new order; every stage draws orders of its own."""
-    stages = find_model(job.start).stamp.get("stages", 0)
+    stages = find_model(job.start).stamp.stages
     reordered = ReorderedGroups(groups_from_rows(prepared.train), (job.config.seed, stages))
     for group in reordered.not_yet_asked_for:
         encode(group)  # raises now, rather than in an epoch to come, where a title is too long

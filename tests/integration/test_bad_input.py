@@ -220,7 +220,7 @@ REFUSED = {
     ),
     "prepare_below_file": (
         CSV.replace("{out}/run", "{world}/v2.yaml/run") + " data.source.path={world}/good.csv",
-        ("v2.yaml/run", "cannot be written", "choose another data.path"),
+        ("v2.yaml/run", "cannot be written", "choose another"),
     ),
     # configuration
     "other_version": (TRAIN + " -c {world}/v2.yaml", ("v2.yaml", "version 2", "reads version 1", "update the file")),

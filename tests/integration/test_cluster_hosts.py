@@ -62,7 +62,7 @@ def whole_checkpoints(run: Path) -> int:
 
 def losses(run: Path) -> dict[int, float]:
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "step"}
 
 
 def test_a_host_dies_and_training_goes_on_with_another(network, head, token, data):

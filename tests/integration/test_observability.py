@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dmpo_dist.artifacts.log import CheckpointRecord, StartRecord, StepRecord
 from dmpo_dist.config import RunConfig
 from dmpo_dist.training.busy import Stopwatch
 from dmpo_dist.training.job import Job
@@ -73,10 +74,10 @@ def test_prometheus_reads_the_latest_figures_from_the_ray_node(tmp_path, monkeyp
     try:
         (node,) = ray.nodes()
         gauges, began = RayGauges(job), time.time()
-        gauges.write({"kind": "start", "time": began})
-        gauges.write({"kind": "checkpoint", "step": 5, "time": began + 10})
+        gauges.write(StartRecord(time=began))
+        gauges.write(CheckpointRecord(step=5, time=began + 10))
         figures = {"loss": 0.625, "margin": -0.5, "groups_per_second": 12.5, "memory_gib": 0.5, "slowest_share": 1.5}
-        gauges.write({"kind": "train", "step": 7, "time": began + 40, **figures})
+        gauges.write(StepRecord(step=7, time=began + 40, **figures))
         seen = scrape(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", "ray_dmpo_checkpoint_age_seconds")
     finally:
         ray.shutdown()

@@ -87,7 +87,7 @@ def kill_one_worker(driver: psutil.Process) -> None:
 
 def losses(run: Path) -> dict[int, float]:
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "step"}
 
 
 def assert_same_weights(run: Path, expected: Path) -> None:

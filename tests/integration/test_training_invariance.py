@@ -295,9 +295,9 @@ def test_records(world, results):
     """The log of a split run says what the run was: the first loss, the same losses, work shared evenly."""
     one = json.loads((world / "runs/one/records.json").read_text())
     two = json.loads((world / "runs/two-3-zero3/records.json").read_text())
-    losses = [[r["loss"] for r in records if r["kind"] == "train"] for records in (one, two)]
+    losses = [[r["loss"] for r in records if r["kind"] == "step"] for records in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][0] == pytest.approx(0.693147, abs=1e-5)
     assert losses[0][-1] < losses[0][0]
     assert any("shared prompt against separate rows" in r.get("text", "") for r in two)
-    assert max(r["imbalance"] for r in two if r["kind"] == "train") < 0.25
+    assert max(r["imbalance"] for r in two if r["kind"] == "step") < 0.25

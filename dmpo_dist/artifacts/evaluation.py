@@ -1,0 +1,148 @@
+"""``evaluation.json``: what models and baselines reach on the same requests."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from dmpo_dist.artifacts.base import Artifact, Typed
+
+SCORES_FILE = "scores.parquet"
+"""Beside it: a row per model, request and candidate."""
+
+
+class Interval(Typed):
+    """A figure and, where it was resampled, its 95 % interval; a bare number is a figure without one."""
+
+    value: FiniteFloat
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, data: Any) -> Any:
+        return {"value": data} if isinstance(data, int | float) else data
+
+
+Metrics = Annotated[dict[str, Interval], Field(min_length=1)]
+
+
+class Comparison(Typed):
+    """The mean difference ``a - b`` of a metric over the same users, and over ``seeds`` where both have some."""
+
+    a: str
+    b: str
+    metric: str
+    difference: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    p: FiniteFloat | None = None
+    seeds: list[str] = Field(default_factory=list)
+
+
+class Stratum(Typed):
+    """Some of the requests, and all models on them."""
+
+    requests: int
+    models: dict[str, Metrics]
+
+
+class CatalogueRanking(Typed):
+    """Ranking among all items; coverage and gini are of all first tens of a model together, without intervals."""
+
+    items: int | None = None
+    models: dict[str, Metrics]
+    coverage: dict[str, FiniteFloat] = Field(default_factory=dict, alias="coverage@10")
+    gini: dict[str, FiniteFloat] = Field(default_factory=dict, alias="gini@10")
+
+    def all_metrics(self) -> dict[str, dict[str, Interval]]:
+        """Model -> metric -> figure, coverage and gini among them."""
+        models = {name: dict(metrics) for name, metrics in self.models.items()}
+        for metric, of_model in (("coverage@10", self.coverage), ("gini@10", self.gini)):
+            for name, figure in of_model.items():
+                models.setdefault(name, {})[metric] = Interval(value=figure)
+        return models
+
+
+class ScoreSpread(Typed):
+    """How far scores moved at most, in nats."""
+
+    max_difference: FiniteFloat
+
+
+class OrderCheck(Typed):
+    """Requests scored again: by model, with ``candidates`` in other orders and with ``packing`` otherwise."""
+
+    requests: int
+    orders: int | None = None
+    models: dict[str, dict[str, ScoreSpread]]
+
+
+class BaselineTraining(Typed):
+    """What is known of the training of a classical baseline."""
+
+    settings: dict[str, int | FiniteFloat] = Field(default_factory=dict)
+    validation: dict[str, FiniteFloat] = Field(default_factory=dict)
+    seconds: FiniteFloat | None = None
+    requests_with_unknown_history: int = 0
+    unknown_positives: int = 0
+
+
+class Evaluation(Artifact):
+    """Figures of all models, and models against each other."""
+
+    FILE: ClassVar[str] = "evaluation.json"
+    ADVICE: ClassVar[str] = "made by another version? run `dmpo evaluate` again, or leave this folder out"
+
+    requests: int
+    negatives: Annotated[dict[str, int], Field(min_length=1)]
+    """The fewest and the most of a request."""
+    bootstrap: dict[str, int] = Field(default_factory=dict)
+    """Samples and seed."""
+    models: Annotated[dict[str, Metrics], Field(min_length=1)]
+    seeds: dict[str, dict[str, dict[str, FiniteFloat]]] = Field(default_factory=dict)
+    """Of models trained with several seeds: name -> seed -> metric."""
+    strata: dict[str, dict[str, Stratum]] = Field(default_factory=dict)
+    """Kind -> stratum."""
+    comparisons: list[Comparison] = Field(default_factory=list)
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Path and fingerprint of the prepared data."""
+    folders: dict[str, str] = Field(default_factory=dict)
+    """Language model, or name@seed of one -> its model folder or hub id."""
+    settings: dict[str, Any] | None = None
+    """Of an experiment: what the figures depend on."""
+    notes: list[str] = Field(default_factory=list)
+    """What a reader must know of the figures."""
+    baselines: dict[str, BaselineTraining] = Field(default_factory=dict)
+    order: OrderCheck | None = None
+    catalogue: CatalogueRanking | None = None
+
+    @property
+    def most_negatives(self) -> int:
+        """Of any request."""
+        return self.negatives.get("most", max(self.negatives.values()))
+
+    @property
+    def trained(self) -> dict[str, str]:
+        """Language model -> its folder, of one of its seeds where ``folders`` has them as ``name@seed``."""
+        of_first_seed = {name.rpartition("@")[0] or name: folder for name, folder in reversed(self.folders.items())}
+        by_name = of_first_seed | self.folders
+        return {name: by_name[name] for name in self.models if name in by_name}
+
+    def name_of(self, model: Path) -> str | None:
+        """What the model in the folder ``model`` is called, name@seed for one of several seeds; None: none."""
+        model = model.resolve()
+        for name, folder in self.folders.items():
+            # a relative path was relative to wherever `dmpo evaluate` ran
+            if model == Path(folder).resolve() or (
+                not Path(folder).is_absolute() and str(model).endswith(f"/{folder}")
+            ):
+                return name
+        return None
+
+    def figures_of(self, name: str) -> dict[str, Interval]:
+        """Metric -> figure of a model or, without intervals, of one of its seeds by its name@seed."""
+        if name in self.models:
+            return self.models[name]
+        model, _, seed = name.rpartition("@")
+        return {metric: Interval(value=value) for metric, value in self.seeds[model][seed].items()}

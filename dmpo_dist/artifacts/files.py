@@ -1,0 +1,104 @@
+"""One way to write a file whole and one for a folder: under another name, synced to disk, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from dmpo_dist.errors import UserError
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write ``file`` whole; an error leaves what was there."""
+    with whole_file(file) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, whole; an error leaves what was there."""
+    write_whole(file, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """Indented JSON with a line's end."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A path beside ``file`` to write to, which takes its place at the end; after an error nothing of it stays."""
+    part = _beside(file)
+    try:
+        yield part
+        _sync(part)
+        part.replace(file)
+        _sync(file.parent)  # the new name is on disk only when its folder is
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder beside ``folder`` to write to, which takes its place at the end; after an error nothing of it stays.
+
+    Args:
+        replace: whether ``folder`` may exist; it is removed when the new one is complete.
+
+    Raises:
+        UserError: it cannot be written, or exists and may not.
+    """
+    part = _beside(folder)
+    missing = [parent for parent in part.parents if not parent.exists()]
+    try:
+        part.mkdir(parents=True)
+        yield part
+        replace_folder(part, folder) if replace else _publish(part, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{folder}: cannot be written ({reason}); check space and permissions, or choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if not folder.exists():
+            for parent in missing:
+                with suppress(OSError):  # not made, or somebody else uses it by now
+                    parent.rmdir()
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put the finished folder ``new`` in the place of ``target``, which may exist."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    _publish(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _publish(part: Path, folder: Path) -> None:
+    """Rename a finished folder when all of its files are on disk."""
+    for path in part.rglob("*"):
+        _sync(path)
+    _sync(part)
+    part.rename(folder)
+    _sync(folder.parent)
+
+
+def _beside(path: Path) -> Path:
+    """A name that no other process on this machine writes to."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _sync(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, on disk when this returns."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,37 @@
+"""``dmpo.json``: what a model folder says of its model beside the weights."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
+
+from dmpo_dist.artifacts.base import Artifact
+from dmpo_dist.artifacts.log import COMMANDS
+from dmpo_dist.config import TemplateConfig
+
+
+class ModelStamp(Artifact):
+    """The template that every use of a model must keep to, and how the model came about.
+
+    Further keys are validation metrics at ``step``.
+    """
+
+    FILE: ClassVar[str] = "dmpo.json"
+    ADVICE: ClassVar[str] = "was a copy cut off? Restore the file as training wrote it"
+
+    dmpo_dist: str | None = None
+    template: TemplateConfig | None = None
+    stage: Annotated[str | None, BeforeValidator(lambda stage: COMMANDS.get(stage, stage))] = None
+    """The command that made it, sft or train; untuned for random weights."""
+    start: str | None = None
+    """Model folder or hub id that its stage started from."""
+    stages: int = 0
+    """How many stages it went through."""
+    quantization: str = "none"
+    """Of the base it was trained on."""
+    step: int | None = None
+    export: dict[str, Any] | None = None
+    """How ``dmpo export`` wrote it."""
+
+    def validation(self) -> dict[str, float]:
+        """Metric -> value on the validation requests, as the stamp has them."""
+        return {name: value for name, value in (self.model_extra or {}).items() if isinstance(value, float)}
