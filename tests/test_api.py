@@ -64,7 +64,7 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
 def test_mistakes_name_what_to_change(data, tmp_path):
     with pytest.raises(UserError, match="learning_rate"):
         dmpo.train(data, settings={"train.lr": 1e-4})
-    with pytest.raises(UserError, match="there is no log"):
+    with pytest.raises(UserError, match="no such file or folder"):
         dmpo.prepare(tmp_path / "nowhere.csv")
     (tmp_path / "log.xyz").write_text("a")
     with pytest.raises(UserError, match=r"data\.source\.kind"):

@@ -188,7 +188,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     for sibling, whole in siblings.items():
-        if "".join(word[:1] for word in sibling.split("_")) == name:  # lr
+        if name == "".join(word[:1] for word in sibling.split("_")) or name.startswith(sibling):  # lr, rank
             return whole
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
     if close:

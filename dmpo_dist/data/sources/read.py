@@ -50,7 +50,7 @@ def kind_of(path: Path) -> Kind:
     Raises:
         UserError: nothing is there, or nothing that tells its kind.
     """
-    existing(path, "there is no log at this path")
+    existing(path, "the log of dmpo.prepare is missing: correct log")
     suffix = path.suffix.removesuffix(".gz") or path.with_suffix("").suffix
     if path.is_file() and suffix in SUFFIX_KINDS:
         return SUFFIX_KINDS[suffix]
