@@ -30,8 +30,8 @@ def with_articles_first(log: Interactions) -> Interactions:
     if len(twice):
         items = log.items.loc[twice.index, "item"].tolist()
         raise UserError(
-            f"data.source.articles=first: items {items[0]!r} and {items[1]!r} would both be {twice.iloc[0]!r}; rename one, "
-            "or set data.source.articles=as_is"
+            f"data.source.articles=first: items {items[0]!r} and {items[1]!r} would both be {twice.iloc[0]!r}; "
+            "rename one, or set data.source.articles=as_is"
         )
     changed = int((titles != log.items["title"]).sum())
     note = f"Titles whose article was put first: {changed}."
