@@ -57,7 +57,7 @@ class Source(Section):
     duplicate_titles: Literal["error", "merge"] = "error"
     """What to do when two items share one title: stop, or merge them into one item (the number is printed)."""
     articles: Literal["as_is", "first"] = "as_is"
-    """For movielens and recbole: first turns "Matrix, The (1999)" into "The Matrix (1999)", as language models know it."""
+    """For movielens and recbole: first turns "Matrix, The (1999)" into "The Matrix (1999)", as language models do."""
     tolerated_rows: float = Field(0.0, ge=0, lt=1)
     """Largest share of malformed rows to skip and count; with more of them reading stops at the first."""
     category: str | None = None
