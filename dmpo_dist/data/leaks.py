@@ -283,7 +283,7 @@ def _target_weights(sets: Sequence[Sequence[str]]) -> defaultdict[str, float]:
     positive = Counter(items[0] for items in sets)
     negative = Counter(item for items in sets for item in items[1:])
     # There are K times as many negatives as positives, so counts of negatives are divided by K: an item that is target
-    # and negative at the overall rate has weight 0. Adding 1 (Laplace smoothing) keeps the weights of rare items near 0.
+    # and negative at the overall rate has weight 0. Adding 1 (Laplace smoothing) keeps rare items near 0.
     negatives_per_positive = negative.total() / len(sets)
     weights: defaultdict[str, float] = defaultdict(float)
     for item in positive | negative:
