@@ -121,7 +121,10 @@ class Written:
 
 @dataclass(frozen=True)
 class ComparedRequests:
-    """The requests on which exported and trained model are compared; ``real`` if users are known to like the positives."""
+    """The requests on which the exported model is compared with the trained one.
+
+    ``real``: whether the users are known to like the positives.
+    """
 
     groups: list[TokenGroup]
     name: str
