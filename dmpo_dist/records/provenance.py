@@ -75,8 +75,8 @@ def read_provenance(source: ModelSource, dataset: DatasetCard | None) -> Provena
 
 def _lineage(source: ModelSource) -> tuple[tuple[str, ...], str | None, bool]:
     """The stages from the oldest on, the hub id of the first model, and whether it had random weights."""
-    # Each stamp names the model that its stage started from. Follow these to a model without a stamp: one of the hub, or
-    # a folder that another program made. ``seen`` ends a circle, which overwritten folders can make.
+    # Each stamp names the model that its stage started from. Follow these to a model without a stamp: one of the hub,
+    # or a folder that another program made. ``seen`` ends a circle, which overwritten folders can make.
     stamps, seen = [source.stamp], set[str]()
     start = source.stamp.start or (source.base if source.is_adapter else None)
     while start and start not in seen and (stamp := ModelStamp.read_if_there(Path(start))):
