@@ -23,7 +23,7 @@ from dmpo_dist.training.runtime import ProcessRuntime
 from dmpo_dist.training.worker import frozen_copy, load_module
 
 WARM_UP, MEASURED = 2, 1
-"""Numbers of steps. The first ones allocate the optimizer's state, and ZeRO-3 learns the order of the layers in them."""
+"""Numbers of steps. In the warm-up the optimizer allocates its state and ZeRO-3 learns the order of the layers."""
 
 
 def main(path: Path) -> None:

@@ -217,7 +217,7 @@ class Rank:
         if self.cuda:
             formula = "b x buckets x bucket"
             terms.append(_term("gradient bucket", formula, b, self.zero.buckets, bucket, phases=before_step))
-        else:  # on a CPU unwritten pages take no memory; gradients in the bucket are counted by the trace (micro_batch)
+        else:  # on a CPU unwritten pages take no memory; under stages 1 and 2 the trace counts the bucket as it fills
             name, phases = "gradient bucket, as far as it fills", STATIC if stage == 3 else REDUCE
             terms.append(_term(name, "b min(T, bucket)", b, held, phases=phases))
         phases = REDUCE if t <= bucket else ROW | REDUCE

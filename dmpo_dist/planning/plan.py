@@ -234,7 +234,7 @@ def _steps(config: RunConfig, groups: int | None) -> int | None:
 
 
 def changed(config: RunConfig, **keys: Any) -> RunConfig:
-    """``config`` with other values of dotted keys; a dot is written as two underscores: ``model__quantization="nf4"``."""
+    """``config`` with other values of dotted keys; a dot is written as two underscores: ``model__dtype="float32"``."""
     for key, value in keys.items():
         section, _, name = key.rpartition("__")
         if section:

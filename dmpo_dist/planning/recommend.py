@@ -33,7 +33,7 @@ class Change:
     Attributes:
         keys: ``key=value`` for the command line; empty for no change.
         reasons: one for each key.
-        size: how large the change is: 1 costs time, 2 precision or more time, 10 trains something else.
+        size: how large the change is: 1 costs some time, 2 and 3 more time or precision, 10 trains other weights.
         values: the changes as arguments of ``changed``.
     """
 
@@ -98,13 +98,13 @@ def faster(plan: Plan, lengths: Lengths) -> Advice | None:
         candidate = make_plan(change.of(config), plan.cluster, lengths)
         if candidate.seconds < (1 - FASTER) * plan.seconds:
             candidates.append(Advice(change, candidate))
-    # Ever longer rows save ever less. Among plans within a percent of each other the one with fewer changes comes first.
+    # Ever longer rows save ever less. Among plans within a percent of each other the smaller change comes first.
     candidates.sort(key=lambda advice: (round(100 * advice.plan.seconds / plan.seconds), advice.change.size))
     return next((advice for advice in candidates if advice.plan.fits), None)
 
 
 def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
-    """Flags of other clusters, with more nodes or a larger GPU, on which the run would fit with its smallest settings."""
+    """Flags of clusters with more nodes or a larger GPU on which the run would fit with its smallest settings."""
     smallest = max(_options(plan), key=lambda change: change.size).of(plan.config)
     smallest = changed(smallest, train__token_budget=plan.step.row.group_tokens)
     found = []
@@ -124,7 +124,7 @@ def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
 
 
 def _with_row(change: Change, plan: Plan, lengths: Lengths, shorter: bool) -> Advice | None:
-    """The advice for ``change`` with the rows of ``plan``, or if ``shorter`` with halved rows; None if it does not fit."""
+    """The advice for ``change`` with the rows of ``plan``, or if ``shorter`` with halved rows; None if nothing fits."""
     config, tokens, least = change.of(plan.config), plan.config.train.token_budget, plan.step.row.group_tokens
     assert isinstance(tokens, int)
     if not shorter:

@@ -199,8 +199,11 @@ def calibrate(works: Sequence[Workload], gpus: Sequence[int], seconds: Sequence[
 
 
 def _features(work: Workload, gpus: int) -> list[float]:
-    """The factor of each constant. ``communication`` is linear in latency and 1 / bandwidth, so setting one of them to 1
-    and the other to 0 makes it count messages or bytes."""
+    """The factor of each constant.
+
+    ``communication`` is linear in latency and in 1 / bandwidth, so with one of them 1 and the other 0 it counts
+    messages or bytes.
+    """
     messages = work.communication(_flat(Link(1.0, math.inf)), gpus)
     size = work.communication(_flat(Link(0.0, 1.0)), gpus)
     return [work.flops, work.micro_batches, work.gathers, messages, size]
