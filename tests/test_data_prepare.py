@@ -175,7 +175,7 @@ def test_under_leave_one_out_no_negative_is_taken_later(tmp_path: Path, kind: st
 
 @pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity", "in_batch"])
 def test_negatives_do_not_depend_on_the_target(tmp_path: Path, kind: str) -> None:
-    """Two likes in one second are two requests of one user and time: they get the same negatives, neither of the two."""
+    """Two likes in one second are two requests of one user and time: both get the same negatives, not the two."""
     lines = ["user,item,rating,timestamp,title"]
     lines += [
         f"u{u},i{(u * 7 + n * 3) % 40},{5 - n % 3},{50 * u + n // 2},Title {(u * 7 + n * 3) % 40}"

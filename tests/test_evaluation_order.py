@@ -30,7 +30,10 @@ def rows():
 
 
 def by_title(rows):
-    return [np.array([float(sum(map(ord, t))) for t in (p, *n)]) for p, n in zip(rows["positive"], rows["negatives"], strict=True)]  # fmt: skip
+    groups = zip(rows["positive"], rows["negatives"], strict=True)
+    return [
+        np.array([float(sum(map(ord, title))) for title in (positive, *negatives)]) for positive, negatives in groups
+    ]
 
 
 def test_places_are_found_out(rows):

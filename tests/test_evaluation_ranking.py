@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from worlds import make_three_models
 
-from dmpo_dist.config import RunConfig, ScratchModel, TemplateConfig
+from dmpo_dist.config import RunConfig, ScratchModel
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of, scored_lengths
-from dmpo_dist.modeling.backbone import find_model, make_scratch_model, write_stamp
+from dmpo_dist.modeling.backbone import find_model, make_scratch_model
 
 TITLES = ("Heat", "Alien", "Alien 3", "Aliens", "The Thing", "The Fly", "The Fly (1958)", "Up")
 COUNTS = np.array([9, 0, 3, 1, 80, 2, 0, 5])
@@ -19,15 +18,8 @@ HISTORY = ("Alien", "The Fly", "Tron")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole model, another of the same tokenizer, and an adapter of the first that says it started from the second."""
     folder = tmp_path_factory.mktemp("models")
-    scratch = ScratchModel(hidden_size=16, layers=2, heads=2, intermediate_size=24, vocab_size=300)
-    for seed, name in enumerate(("base", "other")):
-        make_scratch_model(folder / name, scratch, list(TITLES), 128, seed)
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(base, lora).save_pretrained(folder / "adapter")
-    write_stamp(folder / "adapter", TemplateConfig(), stage="train", start=str(folder / "other"))
+    make_three_models(folder, TITLES)
     return folder
 
 

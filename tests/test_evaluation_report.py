@@ -202,7 +202,12 @@ def test_strata_are_in_the_files(scores, rows, tmp_path):
 
 def test_the_markdown_has_the_catalogue_as_the_terminal_has_it(evaluation):
     figure = {"value": 0.1, "low": 0.05, "high": 0.25}
-    result = {"items": 400, "models": {"mine": dict.fromkeys(TOP_METRICS, figure)}, "coverage@10": {"mine": 0.5}, "gini@10": {"mine": 0.75}}  # fmt: skip
+    result = {
+        "items": 400,
+        "models": {"mine": dict.fromkeys(TOP_METRICS, figure)},
+        "coverage@10": {"mine": 0.5},
+        "gini@10": {"mine": 0.75},
+    }
     text = markdown(evaluation | {"catalogue": result})
     assert f"{N} requests among all 400 items" in text
     assert "| mine |" + " **0.100** (0.050\u20130.250) |" * len(CATALOGUE_METRICS) + " 0.500 | 0.750 |" in text

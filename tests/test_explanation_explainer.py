@@ -2,17 +2,15 @@
 
 import numpy as np
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from worlds import make_three_models
 
-from dmpo_dist.config import RunConfig, ScratchModel, TemplateConfig
+from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.evaluation.ranking import Ranker
 from dmpo_dist.explanation.explainer import Explainer
 from dmpo_dist.explanation.questions import Question
 from dmpo_dist.explanation.view import notes, to_json
 from dmpo_dist.explanation.words import END
-from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
 
 TITLES = ("Heat", "Alien", "Alien 3", "Léon", "The Thing", "The Fly", "日本 🎬", "Up")
 HISTORY = ("Tron", "Alien Nation", "The Flying Fish", "Heathers")
@@ -20,15 +18,8 @@ HISTORY = ("Tron", "Alien Nation", "The Flying Fish", "Heathers")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole model, another of the same tokenizer, and an adapter of the first."""
     folder = tmp_path_factory.mktemp("models")
-    scratch = ScratchModel(hidden_size=16, layers=2, heads=2, intermediate_size=24, vocab_size=300)
-    for seed, name in enumerate(("base", "other")):
-        make_scratch_model(folder / name, scratch, list(TITLES), 128, seed)
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(base, lora).save_pretrained(folder / "adapter")
-    write_stamp(folder / "adapter", TemplateConfig(), stage="train", start=str(folder / "other"))
+    make_three_models(folder, TITLES)
     return folder
 
 
@@ -75,7 +66,7 @@ def test_contributions_are_those_of_single_prompts(folder, budget, method):
 
 
 def test_in_a_whole_catalogue_a_title_is_compared_with_its_rivals(folder):
-    """All above it and the next two: its rank is that among all, and what is left of the history is scored for them alone."""
+    """All above it and the next two: its rank is that among all; the shortened histories are scored for them alone."""
     settings = config(budget=32)
     whole = plain(folder / "adapter", settings, HISTORY)
     third = int(np.argsort(-whole)[2])
