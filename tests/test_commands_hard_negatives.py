@@ -23,8 +23,9 @@ def settings(world: World, data: Path | None = None) -> RunConfig:
 
 
 def test_the_hardest_come_first(world: World, tmp_path: Path) -> None:
-    config, model = settings(world), str(world.model)
-    old = world.data
+    crowded = {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}  # some negatives are liked later
+    old = prepared(tmp_path / "old", source=crowded)
+    config, model = settings(world, old.path), str(world.model)
     said: list[str] = []
     new = mine_hard_negatives(model, config, tmp_path / "hard", keep=3, skip_top=1, draw_from=None, echo=said.append)
     scores = load_ranking_model(model, config).score_rows(old.train)

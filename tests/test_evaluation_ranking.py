@@ -1,5 +1,7 @@
 """A user's ranking against plain arithmetic on separately scored titles, and what decides it besides the model."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 from worlds import make_three_models
@@ -27,9 +29,14 @@ def config(**ranking):
     return RunConfig.model_validate({"model": {"max_length": 128}, "ranking": ranking})
 
 
+@cache
+def ranking_model(model):
+    return load_ranking_model(str(model), config())
+
+
 def log_probs(model, titles):
     """By the layouts that training and evaluation use, and the numbers of scored tokens."""
-    loaded = load_ranking_model(str(model), config())
+    loaded = ranking_model(model)
     group = loaded.token_group(HISTORY, titles)
     return loaded.score_groups([group])[0], scored_lengths(group)
 

@@ -1,5 +1,7 @@
 """Explanations of a tiny model against plain scores of the same prompts, one at a time."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 from worlds import make_three_models
@@ -41,9 +43,15 @@ def answer(folder, settings, reference="base", asked=None, method="margin", riva
     return explainer.answer(subject, explainer.words([subject])[0], top=4, budget=50)
 
 
+@cache
+def ranker(model: str, settings: str) -> Ranker:
+    """Loaded once, as the tests ask it for dozens of single prompts; ``settings`` are JSON."""
+    return Ranker(model, RunConfig.model_validate_json(settings), Catalogue(TITLES, np.arange(len(TITLES))), top=1)
+
+
 def plain(model, settings, history, candidates=TITLES):
-    ranker = Ranker(str(model), settings, Catalogue(TITLES, np.arange(len(TITLES))), top=1)
-    return ranker.scores(RankingRequest("u", history, None), np.array(candidates, dtype=object))
+    request = RankingRequest("u", history, None)
+    return ranker(str(model), settings.model_dump_json()).scores(request, np.array(candidates, dtype=object))
 
 
 @pytest.mark.parametrize(("budget", "method"), [(4096, "margin"), (32, "log_prob")], ids=["packed", "trie"])
@@ -71,14 +79,14 @@ def test_in_a_whole_catalogue_a_title_is_compared_with_its_rivals(folder):
     whole = plain(folder / "adapter", settings, HISTORY)
     third = int(np.argsort(-whole)[2])
     kept = np.sort(np.argsort(-whole)[:5])
-    place = kept.tolist().index(third)
+    index = kept.tolist().index(third)
     seen = answer(folder, settings, None, question(item=third), rivals=2)
     assert (seen.rank, seen.ranked) == (3, len(TITLES))
     assert seen.question.candidates == tuple(TITLES[i] for i in kept)
     few = [plain(folder / "adapter", settings, HISTORY[:i] + HISTORY[i + 1 :])[kept] for i in range(4)]
-    margins = [s[place] - np.delete(s, place).mean() for s in (whole[kept], *few)]
+    margins = [s[index] - np.delete(s, index).mean() for s in (whole[kept], *few)]
     np.testing.assert_allclose(seen.contributions, margins[0] - np.array(margins[1:]), atol=1e-4)
-    assert seen.ranks_without.tolist() == [1 + (s > s[place]).sum() for s in few]
+    assert seen.ranks_without.tolist() == [1 + (s > s[index]).sum() for s in few]
     entry = to_json(seen)
     assert (entry["candidates"], entry["compared"]) == (len(TITLES), 5)
     assert any("compared with 4 titles" in note for note in notes(entry))

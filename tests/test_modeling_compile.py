@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from conftest import random_groups, tiny_model
 from peft import LoraConfig, get_peft_model
@@ -11,6 +12,8 @@ from dmpo_dist.batching.layout import prefix_layout, rows_layout
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import use_backend
+
+pytestmark = pytest.mark.slow
 
 
 def test_compiled_layers_match_eager_ones():
