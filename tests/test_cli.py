@@ -57,7 +57,7 @@ def test_every_example_is_read(name, example):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
 def test_storage_that_fails_is_one_line_that_names_the_file(number, tmp_path, monkeypatch, capsys):
-    """Wherever it is met: here where `dmpo config show` resolves its settings."""
+    """Wherever it is met: in this case where `dmpo config show` resolves its settings."""
 
     def fail(*_):
         raise OSError(number, os.strerror(number), str(tmp_path / "model.safetensors"))

@@ -13,7 +13,7 @@ import yaml
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from worlds import SETTINGS, save_adapter
+from worlds import CONTEXT, SETTINGS, save_adapter
 
 from dmpo_dist.cli import main
 from dmpo_dist.commands.export import REQUESTS, export
@@ -23,7 +23,7 @@ from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.modeling.backbone import find_model, load_tokenizer, write_stamp
 
-CONFIG = RunConfig(model=ModelConfig(max_length=128))
+CONFIG = RunConfig(model=ModelConfig(max_length=CONTEXT))
 
 
 def copy_of(source, target):

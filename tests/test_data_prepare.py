@@ -79,12 +79,12 @@ def test_validation_is_a_seeded_sample(prepared: PreparedData, tmp_path: Path) -
 
 
 def test_an_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:
-    output = tmp_path / "mine"
+    output = tmp_path / "taken"
     output.mkdir()
     (output / "notes.txt").write_text("keep")
-    with pytest.raises(UserError, match=r"mine: exists already.*choose another data\.path"):
+    with pytest.raises(UserError, match=r"taken: exists already.*choose another data\.path"):
         prepare(small(), seed=0, output=output)
-    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["taken", "notes.txt"]
     with pytest.raises(UserError, match=r"cannot be written"):
         prepare(small(), seed=0, output=output / "notes.txt" / "below", echo=lambda line: None)
 

@@ -86,12 +86,12 @@ def test_every_figure_once_and_means_and_differences_agree_with_them(study, foun
         assert gain["value"] == pytest.approx(more - fewer)
     by_part = table.set_index(["part", "evaluated_on", "model", "metric"])["value"]
     for gain in gains[gains["against"] != "K=1"].to_dict("records"):
-        mine = [part for part in parts if part.role == "cell" and part.cell.objective == gain["model"]
+        averaged = [part for part in parts if part.role == "cell" and part.cell.objective == gain["model"]
                 and part.cell.k == gain["k"] and part.cell.dataset == gain["dataset"]
                 and ", ".join(f"{k}={v}" for k, v in part.free) == gain["free"]
                 and (part.shots or len(data[part.cell.dataset].train)) == gain["train_groups"]]  # fmt: skip
         wanted = []
-        for part in mine:
+        for part in averaged:
             of_other = ("sft.",) if gain["against"] == "sft" else ("sft.", "train.")
             rate = [axis for axis in part.free if axis[0].startswith(of_other)]
             (other,) = (p for p in parts if p.role == {"sft": "start"}.get(gain["against"], "continued")
@@ -103,7 +103,7 @@ def test_every_figure_once_and_means_and_differences_agree_with_them(study, foun
                 - by_part[other.title, own[0], gain["against"], own[1]]
             )
         assert gain["value"] == pytest.approx(np.mean(wanted))
-        assert gain["seeds"] == len(mine)
+        assert gain["seeds"] == len(averaged)
 
 
 def test_intervals_over_seeds_are_those_of_the_evaluate_command(study, found):

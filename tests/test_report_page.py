@@ -274,7 +274,7 @@ def contrast(one: str, other: str) -> float:
 def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", "sft")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "mine.html").write_text("<p>not a report")
+    (tmp_path / "notes.html").write_text("<p>not a report")
     broken = {}
     for name, file, text in [
         ("version", "evaluation.json", '{"requests": 2, "negatives": {"most": 4}, "models": {"sft": {"hr@1": [0.5]}}}'),
@@ -291,7 +291,7 @@ def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
     for arguments, message in [
         ([tmp_path / "nowhere"], "nowhere: no such folder; give what was output_dir"),
         ([tmp_path / "empty"], "empty holds no run: no config.yaml with metrics.jsonl, no evaluation.json"),
-        ([run, "--output", tmp_path / "mine.html"], "mine.html exists already and is no report of ours"),
+        ([run, "--output", tmp_path / "notes.html"], "notes.html exists already and is no report of ours"),
         ([run, "--output", tmp_path / "page.pdf"], "must end in .html"),
         ([broken["version"]], "evaluation.json: models.sft.hr@1: input should be a valid dictionary"),
         ([broken["json"]], "evaluation.json: damaged, not JSON"),
