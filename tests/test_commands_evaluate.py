@@ -2,6 +2,7 @@
 
 import io
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,17 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
     assert set(found.catalogue.models) == {"random", "sft", "dmpo"}
     assert set(found.order.models) == {"sft", "dmpo"}
     assert f"[whole catalogue by dmpo     0s] {len(data.test)}/{len(data.test)} users" in CONSOLE.file.getvalue()
+
+
+def test_what_a_stage_started_from_is_found_by_folder(tmp_path, monkeypatch):
+    starts = {"sft0": "base", "sft1": "base", "dmpo0": "sft0", "dmpo1": "sft1", "other0": "sft1", "base": "elsewhere"}
+    stamps = {str(tmp_path / name): ModelStamp(start=str(tmp_path / start)) for name, start in starts.items()}
+    found = lambda path: ModelSource(path, path, False, stamps[str(Path(path).absolute())])  # noqa: E731
+    monkeypatch.setattr(evaluation, "find_model", found)
+    monkeypatch.chdir(tmp_path)
+    entries = {"zero": "base", "sft@0": "sft0", "sft@1": "sft1", "dmpo@0": "dmpo0", "dmpo@1": "dmpo1"}
+    assert evaluation.starts_of(entries) == {"sft": "zero", "dmpo": "sft"}
+    assert evaluation.starts_of(entries | {"dmpo@0": "other0"}) == {"sft": "zero"}, "another seed's start"
 
 
 def test_the_quickstart_looks_at_the_baselines_environment_first(tmp_path):

@@ -105,6 +105,8 @@ class Evaluation(Artifact):
     strata: dict[str, dict[str, Stratum]] = Field(default_factory=dict)
     """Kind -> stratum."""
     comparisons: list[Comparison] = Field(default_factory=list)
+    against_start: list[Comparison] = Field(default_factory=list)
+    """Each model against the one that its stage started from, where that is evaluated too."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Path and fingerprint of the prepared data."""
     folders: dict[str, str] = Field(default_factory=dict)

@@ -29,9 +29,15 @@ from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
 from dmpo_dist.evaluation.order import ORDERS, order_spread
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
-from dmpo_dist.evaluation.seeds import by_name
+from dmpo_dist.evaluation.seeds import by_name, split_name
 from dmpo_dist.evaluation.strata import strata_of
-from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, order_line, show_comparisons
+from dmpo_dist.evaluation.tables import (
+    below_start_lines,
+    catalogue_table,
+    evaluation_table,
+    order_line,
+    show_comparisons,
+)
 from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.records.progress import UserProgress
@@ -64,6 +70,24 @@ def preflight(models: dict[str, str], config: RunConfig, console: Console, again
         template_of(path, config)
     check_classical(_baselines(data, config), config, console)
     return data
+
+
+def starts_of(models: dict[str, str]) -> dict[str, str]:
+    """Model -> the other one of ``models`` (name or name@seed -> folder) that its stage started from, as it says itself.
+
+    A model of several seeds counts where all of them started from one model: from its own seed, or one without seeds.
+    """
+    by_folder = {str(Path(path).resolve()): split_name(entry) for entry, path in models.items()}
+    starts: dict[str, str] = {}
+    for name, entries in by_name(models).items():
+        found = set()
+        for seed, entry in entries.items():
+            start = find_model(models[entry]).stamp.start
+            start_name, start_seed = by_folder.get(str(Path(start).resolve()) if start else "", ("", ""))
+            found.add(start_name if start_seed in ("", seed) else "")
+        if len(found) == 1 and found not in ({""}, {name}):
+            starts[name] = found.pop()
+    return starts
 
 
 def check_classical(names: Sequence[str], config: RunConfig, console: Console) -> None:
@@ -110,7 +134,9 @@ def evaluate(
     if oracle is not None:
         scores["oracle"] = oracle
     strata = strata_of(data.test, None if data.interactions is None else fitting_log(data, "test"))
-    evaluation = evaluate_scores(scores, data.test, settings.bootstrap_samples, seed, strata, against)
+    evaluation = evaluate_scores(
+        scores, data.test, settings.bootstrap_samples, seed, strata, against, starts_of(models)
+    )
     evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation.folders = models
     evaluation.notes = notes_of(data, config)
@@ -216,6 +242,8 @@ def _show(evaluation: Evaluation, folder: Path, console: Console) -> None:
     console.print(evaluation_table(content))
     for part in show_comparisons(content):
         console.print(part, highlight=False)
+    for line in below_start_lines(content):
+        console.print(f"warning: {line}", highlight=False)
     moved = order_line(content)
     if moved:
         console.print(moved, highlight=False)

@@ -6,6 +6,7 @@ from itertools import combinations
 from dmpo_dist.artifacts.evaluation import SCORES_FILE
 from dmpo_dist.evaluation.metrics import sure_hits
 from dmpo_dist.evaluation.seeds import split_name
+from dmpo_dist.evaluation.tables import below_start_lines
 from dmpo_dist.formats import candidates
 from dmpo_dist.records.compare import evaluation_of, paired_lines
 from dmpo_dist.report import facts, intervals, tables
@@ -33,6 +34,7 @@ def results(material: Material) -> Iterator[Block]:
     for name, e in material.evaluations.items():
         yield from heading(name, material.evaluations)
         yield from (Block("warning", f"Note: {note}") for note in e.notes)
+        yield from (Block("warning", f"A model {line}") for line in below_start_lines(e.content()))
         first = tables.first_metrics(e.models)
         caption = f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates"
         yield Block("table", tables.metrics_table(caption, first, sure_hits(e.most_negatives), e.seeds))
