@@ -167,6 +167,24 @@ def catalogue_table(result: dict[str, Any], requests: int) -> TerminalTable:
     return tables.terminal(_catalogue(result, requests, leading_zero=False))
 
 
+def rules_table(evaluation: dict[str, Any], metrics: Sequence[str] = TABLE_METRICS) -> Table:
+    """A row per language model and scoring rule."""
+    rules = evaluation["rules"]
+    models = {f"{m} {rule}": rules["models"][m][rule] for m in in_order(rules["models"]) for rule in rules["models"][m]}
+    shown = [metric for metric in metrics if metric not in sure_hits(evaluation["negatives"]["most"])]
+    return metrics_table("Language models by scoring rule", models, shown, {}, note=rules_note(rules["chosen"]))
+
+
+def rules_note(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which rule is in use, and what the prior's weight is, by model."""
+    parts = []
+    for name, of_model in chosen.items():
+        weight = of_model.get("prior_weight")
+        parts.append(f"{name} by {of_model['rule']}" + (f" (prior's weight {weight:g})" if weight is not None else ""))
+    on_validation = any(of_model.get("validation") for of_model in chosen.values())
+    return f"In use: {', '.join(parts)}" + "; chosen on validation" * on_validation
+
+
 def order_line(evaluation: dict[str, Any]) -> str | None:
     """How far scores moved when candidates or requests were put in another order; None if not measured."""
     order = evaluation.get("order")
@@ -201,6 +219,9 @@ def markdown(evaluation: dict[str, Any]) -> str:
         blocks += ["## Paired comparisons", _list(comparison_lines(evaluation))]
     if evaluation.get("against_start"):
         blocks += ["## Against what each stage started from", _list(_lines(evaluation, evaluation["against_start"]))]
+    if evaluation.get("rules"):
+        rules = rules_table(evaluation, MARKDOWN_METRICS)
+        blocks += ["## Scoring rules", tables.markdown(rules), f"{rules.note}."]
     if "catalogue" in evaluation:
         catalogue = _catalogue(evaluation["catalogue"], evaluation["requests"])
         blocks += ["## The whole catalogue", catalogue.caption + ".", tables.markdown(catalogue), catalogue.note]
