@@ -80,7 +80,7 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     """
     _check(order)
     source = find_model(order.model)
-    config = within_context(source, config)
+    config = within_context([source], config)
     reference, note = _reference(source, order.reference, config)
     chosen, measured, catalogue = _questions(order, config, source)
     _check_top(order.top, chosen)
