@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import Baseline
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import (
     fitted_popularity_scores,
@@ -29,12 +31,29 @@ from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
 from dmpo_dist.evaluation.order import ORDERS, order_spread
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.evaluation.rules import (
+    RuledScores,
+    asks_for_rules,
+    check_rules,
+    ruled_scores,
+    rules_figures,
+    with_rule,
+)
 from dmpo_dist.evaluation.seeds import by_name
+from dmpo_dist.evaluation.starts import starts_of
 from dmpo_dist.evaluation.strata import strata_of
-from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, order_line, show_comparisons
+from dmpo_dist.evaluation.tables import (
+    below_start_lines,
+    catalogue_table,
+    evaluation_table,
+    order_line,
+    rules_table,
+    show_comparisons,
+)
 from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
-from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.backbone import find_model, load_tokenizer
 from dmpo_dist.records.progress import UserProgress
+from dmpo_dist.tables import terminal
 
 BASELINES = (*get_args(Baseline), "oracle")
 Scores = dict[str, list[np.ndarray]]
@@ -60,8 +79,11 @@ def preflight(models: dict[str, str], config: RunConfig, console: Console, again
     for name in against:
         if name not in known:
             raise UserError(f"--against {name}: is not evaluated here; choose from {', '.join(known)}")
-    for path in models.values():
-        template_of(path, config)
+    templates = {path: template_of(path, config) for path in models.values()}
+    if asks_for_rules(config.evaluation):
+        sources = {name: find_model(path) for name, path in models.items()}
+        made = {name: make_template(templates[models[name]], load_tokenizer(at)) for name, at in sources.items()}
+        check_rules({name: (sources[name], made[name]) for name in models}, config, data)
     check_classical(_baselines(data, config), config, console)
     return data
 
@@ -102,15 +124,19 @@ def evaluate(
     classical = classical_baselines(data, config, catalogue, console)
     scores |= classical.candidates if classical else {}
     torch.set_num_threads(os.cpu_count() or 1)
-    spreads = {}
+    spreads, ruled = {}, {}
     for name, path in models.items():
-        scores[name], spread = _model_scores(name, path, data, config, console)
-        spreads |= {name: spread} if spread else {}
+        found = _model_scores(name, path, data, config, console)
+        scores[name] = found.scores
+        spreads |= {name: found.spread} if found.spread else {}
+        ruled |= {name: found.ruled} if found.ruled else {}
     oracle = oracle_scores(data.test)
     if oracle is not None:
         scores["oracle"] = oracle
     strata = strata_of(data.test, None if data.interactions is None else fitting_log(data, "test"))
-    evaluation = evaluate_scores(scores, data.test, settings.bootstrap_samples, seed, strata, against)
+    evaluation = evaluate_scores(
+        scores, data.test, settings.bootstrap_samples, seed, strata, against, starts_of(models)
+    )
     evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation.folders = models
     evaluation.notes = notes_of(data, config)
@@ -119,9 +145,12 @@ def evaluate(
     if spreads:
         again = min(settings.order_requests, len(data.test))
         evaluation.order = OrderCheck(requests=again, orders=ORDERS, models=spreads)
+    if ruled:
+        evaluation.rules = rules_figures(ruled, settings.bootstrap_samples, seed)
     if catalogue:
         whole = WholeCatalogue(data)
-        ranked = _rank_catalogue(whole, models, classical, config, console)
+        configs = {name: with_rule(config, ruled[name].choice if name in ruled else None) for name in models}
+        ranked = _rank_catalogue(whole, models, classical, config, configs, console)
         evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
     _show(evaluation, folder, console)
@@ -181,20 +210,38 @@ def classical_baselines(
     )
 
 
-def _model_scores(
-    name: str, path: str, data: PreparedData, config: RunConfig, console: Console
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """A model's scores of the test requests, and how far they move with other orders if that is asked for.
+@dataclass(frozen=True)
+class _ModelScores:
+    """A model's scores of the test requests by its rule.
+
+    Attributes:
+        spread: how far they move with other orders; {} if that is not asked for.
+        ruled: by each rule; None where none is asked for.
+    """
+
+    scores: list[np.ndarray]
+    spread: dict[str, Any]
+    ruled: RuledScores | None
+
+
+def _model_scores(name: str, path: str, data: PreparedData, config: RunConfig, console: Console) -> _ModelScores:
+    """Load a model and score the test requests.
 
     The model is gone when this returns: the next one, or the ranking of the whole catalogue, has the memory to itself.
     """
     _note_quantization(name, path, config, console)
     requests = config.evaluation.order_requests
     with console.status(f"scoring {name}"):
-        score_rows = load_ranking_model(path, config).score_rows
-        scores = score_rows(data.test)
+        model = load_ranking_model(path, config)
+        scores = model.score_rows(data.test)
         _require_finite(f"--model {name}={path}", scores, config.model.dtype)
-        return scores, order_spread(score_rows, data.test, scores, requests, config.seed) if requests else {}
+        spread = order_spread(model.score_rows, data.test, scores, requests, config.seed) if requests else {}
+        if not asks_for_rules(config.evaluation):
+            return _ModelScores(scores, spread, None)
+        ruled = ruled_scores(model, scores, data, config)
+        for rule, by_rule in ruled.by_rule.items():
+            _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
+        return _ModelScores(ruled.scores, spread, ruled)
 
 
 def _rank_catalogue(
@@ -202,12 +249,13 @@ def _rank_catalogue(
     models: dict[str, str],
     classical: ClassicalScores | None,
     config: RunConfig,
+    configs: dict[str, RunConfig],
     console: Console,
 ) -> dict[str, Ranked]:
     ranked = whole.baselines(config.evaluation.baselines, config) | (classical.catalogue if classical else {})
     for name, path in models.items():
         with UserProgress(f"whole catalogue by {name}", whole.requests, 0, console, "loading the model") as progress:
-            ranked[name] = whole.model(path, config, progress.advance)
+            ranked[name] = whole.model(path, configs[name], progress.advance)
     return ranked
 
 
@@ -216,6 +264,10 @@ def _show(evaluation: Evaluation, folder: Path, console: Console) -> None:
     console.print(evaluation_table(content))
     for part in show_comparisons(content):
         console.print(part, highlight=False)
+    if evaluation.rules is not None:
+        console.print(terminal(rules_table(content)))
+    for line in below_start_lines(content):
+        console.print(f"warning: {line}", highlight=False)
     moved = order_line(content)
     if moved:
         console.print(moved, highlight=False)

@@ -21,10 +21,12 @@ from dmpo_dist import __version__
 from dmpo_dist.artifacts.files import whole_file, write_json
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
+from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import Ranker, reference_of, within_context
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
+from dmpo_dist.modeling.scoring_rule import require_prior
 from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.training.reference import file_digests
 
@@ -113,11 +115,13 @@ def preflight(
         raise UserError(f"--output {output}: its folder does not exist; make it first")
     source = find_model(model)
     read_model_config(source.base, config.model.max_length)
-    enforce_template(source.stamp, config.template, model)
+    template = enforce_template(source.stamp, config.template, model)
     reference = reference_of(source, config.ranking.reference)
     requests = read_requests(requests_file)
     catalogue = _catalogue(requests, requests_file, catalogue_file, config)
     tokenizer = load_tokenizer(source)
+    if config.ranking.prior_weight:
+        require_prior(make_template(template, tokenizer), model)
     titles = {title for request in requests for title in (*request.history, *(request.candidates or ()))}
     check_titles(sorted(titles.union(catalogue.titles if catalogue else ())), tokenizer)
     key = {
