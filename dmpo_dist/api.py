@@ -17,6 +17,7 @@ from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.data.prepare import prepare as prepare_groups
 from dmpo_dist.data.sources.read import kind_of
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.modeling.ranking_model import RankingModel
 
 Settings = Mapping[str, Any]
@@ -132,7 +133,7 @@ def load(path: str | Path, *, settings: Settings | None = None) -> RankingModel:
         >>> dmpo.load("runs/dmpo/model").rank(history=["Heat", "Alien"], candidates=["Up", "Aliens"])
     """
     config = config_of(dict(settings or {}))
-    return RankingModel.load(str(path), config.model, config.template, config.evaluation.token_budget)
+    return load_ranking_model(str(path), config)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from rich.console import Console
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands import evaluate as evaluation
 from dmpo_dist.commands.quickstart import quickstart
-from dmpo_dist.config import DataConfig, RunConfig
+from dmpo_dist.config import DataConfig, RunConfig, TemplateConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue
@@ -40,7 +40,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
         return whole.scored([np.zeros((len(data.test), 40))])
 
     monkeypatch.setattr(evaluation, "load_ranking_model", Scorer)
-    monkeypatch.setattr(evaluation, "template_of", lambda *_: None)
+    monkeypatch.setattr(evaluation, "template_of", lambda *_: TemplateConfig())
     monkeypatch.setattr(evaluation, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))
     monkeypatch.setattr(WholeCatalogue, "model", catalogue_model)
     settings = {"bootstrap_samples": 100, "order_requests": 2, "baselines": ["random"]}

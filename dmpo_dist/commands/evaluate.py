@@ -13,8 +13,14 @@ from dmpo_dist.artifacts.evaluation import SCORES_FILE, BaselineTraining, Evalua
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import Baseline
+from dmpo_dist.data.candidates import (
+    balance_line,
+    place_of,
+    require_given_candidates,
+    require_no_finished_prompts,
+)
 from dmpo_dist.data.place import require_prepared
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.store import PreparedData, groups_from_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import (
     fitted_popularity_scores,
@@ -33,7 +39,7 @@ from dmpo_dist.evaluation.seeds import by_name
 from dmpo_dist.evaluation.strata import strata_of
 from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, order_line, show_comparisons
 from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
-from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.backbone import enforce_template, find_model
 from dmpo_dist.records.progress import UserProgress
 
 BASELINES = (*get_args(Baseline), "oracle")
@@ -41,12 +47,18 @@ Scores = dict[str, list[np.ndarray]]
 """Model -> per request a float64 array (1 + K,), the positive first."""
 
 
-def preflight(models: dict[str, str], config: RunConfig, console: Console, against: Sequence[str] = ()) -> PreparedData:
+def preflight(
+    models: dict[str, str],
+    config: RunConfig,
+    console: Console,
+    against: Sequence[str] = (),
+    catalogue: bool = False,
+) -> PreparedData:
     """Check data and models in every way that needs no weights, and make the baselines' environment; returns the data.
 
     Raises:
         UserError: no prepared data, no test requests, a model named like a baseline, a name in ``against`` that nothing
-            has; see also ``template_of`` and ``baseline_python``.
+            has, prompts that should list candidates and cannot; see also ``template_of`` and ``baseline_python``.
     """
     data = PreparedData.load(require_prepared(config.data.path))
     if not len(data.test):
@@ -61,7 +73,10 @@ def preflight(models: dict[str, str], config: RunConfig, console: Console, again
         if name not in known:
             raise UserError(f"--against {name}: is not evaluated here; choose from {', '.join(known)}")
     for path in models.values():
-        template_of(path, config)
+        template = template_of(path, config)
+        require_no_finished_prompts(template, data.test["prompt"], str(config.data.path))
+        if catalogue:
+            require_given_candidates(template, path, "leave --catalogue out")
     check_classical(_baselines(data, config), config, console)
     return data
 
@@ -94,7 +109,7 @@ def evaluate(
         UserError: see ``preflight``, a model that cannot be loaded or whose scores are not finite, or baselines that
             cannot be run.
     """
-    data = preflight(models, config, console, against)
+    data = preflight(models, config, console, against, catalogue)
     if catalogue:
         require_catalogue(data)
     settings, seed = config.evaluation, config.seed
@@ -113,7 +128,8 @@ def evaluate(
     evaluation = evaluate_scores(scores, data.test, settings.bootstrap_samples, seed, strata, against)
     evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation.folders = models
-    evaluation.notes = notes_of(data, config)
+    of_lists = _notes_of_lists(models, data, config)
+    evaluation.notes = notes_of(data, config) + of_lists
     facts = classical.facts if classical else {}
     evaluation.baselines = {name: BaselineTraining.model_validate(known) for name, known in facts.items()}
     if spreads:
@@ -125,6 +141,8 @@ def evaluate(
         evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
     _show(evaluation, folder, console)
+    for note in of_lists:
+        console.print(f"note: {note}", highlight=False)
     return evaluation
 
 
@@ -167,6 +185,22 @@ def notes_of(data: PreparedData, config: RunConfig) -> list[str]:
             "user nothing from it on; popularity counts what came before it. Not comparable with figures of a time split"
         ]
     return []
+
+
+def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfig) -> list[str]:
+    """Where the positives stand in the prompts of models that list the candidates; nothing where none does."""
+    listing = [
+        name
+        for name, path in models.items()
+        if enforce_template(find_model(path).stamp, config.template, path).lists_candidates
+    ]
+    if not listing:
+        return []
+    groups, orders = groups_from_rows(data.test), config.evaluation.candidate_orders
+    listed = [(group, (group.positive, *group.negatives)) for group in groups]
+    places = [place_of(*one, config.seed, draw) for one in listed for draw in range(orders)]
+    mean = f"scores are the mean over {orders} orders" if orders > 1 else "one order each"
+    return [f"prompts of {', '.join(listing)} list the candidates, {mean}: {balance_line(places)}"]
 
 
 def classical_baselines(

@@ -131,8 +131,8 @@ class Ranker:
     def scores(self, request: RankingRequest, candidates: np.ndarray) -> np.ndarray:
         """(R,) float64, what ``candidates`` (R titles) are ranked by; raises as a call does."""
         titles = candidates.tolist()
-        group = self._scorer.policy.token_group(request.history, titles, request.user)
-        return self._scorer.scores([group], titles, request.user, whole_catalogue=True)[0]
+        groups = self._scorer.policy.token_groups(request.history, titles, request.user)
+        return self._scorer.scores(groups, titles, request.user, whole_catalogue=True).mean(axis=0)
 
     @property
     def fallback(self) -> str | None:
@@ -143,7 +143,10 @@ class Ranker:
 
 def load_ranking_model(path: str, config: RunConfig) -> RankingModel:
     """``RankingModel.load`` by a run's template, model and evaluation settings."""
-    return RankingModel.load(path, config.model, config.template, config.evaluation.token_budget)
+    settings = config.evaluation
+    return RankingModel.load(
+        path, config.model, config.template, settings.token_budget, config.seed, settings.candidate_orders
+    )
 
 
 def log_probs_of(model: RankingModel, groups: Sequence[TokenGroup], whole_catalogue: bool) -> list[np.ndarray]:

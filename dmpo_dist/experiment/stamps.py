@@ -20,7 +20,7 @@ EVALUATION = "evaluation"
 SHOWN = 5  # changed cells named in an error
 MODELS_DEPEND_ON = {"bootstrap_samples", "token_budget"}
 """Of the evaluation section: what changes the figures of a trained model; a further baseline does not."""
-BASELINES_IGNORE = {"baseline_environment", "token_budget", "order_requests"}
+BASELINES_IGNORE = {"baseline_environment", "token_budget", "order_requests", "candidate_orders"}
 
 State = Literal["done", "to evaluate", "interrupted", "failed", "to do"]
 
@@ -131,7 +131,9 @@ def _changes(part: Part) -> list[str]:
 
 def model_settings(config: RunConfig) -> dict[str, Any]:
     """What the figures of a trained model depend on, as they are kept with them."""
-    return config.evaluation.model_dump(mode="json", include=MODELS_DEPEND_ON) | {"seed": config.seed}
+    settings = config.evaluation.model_dump(mode="json", include=MODELS_DEPEND_ON) | {"seed": config.seed}
+    orders = config.evaluation.candidate_orders
+    return settings if orders == 1 else settings | {"candidate_orders": orders}
 
 
 def baseline_settings(config: RunConfig) -> dict[str, Any]:
