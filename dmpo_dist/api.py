@@ -11,14 +11,17 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pandas as pd
+from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.data.prepare import prepare as prepare_groups
 from dmpo_dist.data.sources.read import kind_of
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.evaluation.ranking import load_ranking_model, within_context
+from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.ranking_model import RankingModel
+from dmpo_dist.quiet import silence_libraries
 
 Settings = Mapping[str, Any]
 LIKE = 5.0
@@ -106,16 +109,18 @@ def train(
         >>> model = dmpo.train(data, sft, objective="dmpo", negatives=7, workers=2)
     """
     from dmpo_dist.commands.train import run_stage
-    from dmpo_dist.records.log import make_console
     from dmpo_dist.training.engine import single_rank
 
+    silence_libraries()
     start = model.source.path if isinstance(model, RankingModel) else str(model)
     given = {"data.shots": shots, "seed": seed, "cluster.workers": workers, "model.path": start}
     if stage == "preference":
         given |= {"objective.name": objective, "train.negatives": negatives}
     config = _run_config(data, folder, "sft" if stage == "sft" else objective, given | dict(settings or {}))
+    if start != "scratch":
+        config = within_context([find_model(start)], config)
     with nullcontext() if _needs_ray(config) else single_rank():
-        folder_of_model = run_stage(stage, config, make_console())
+        folder_of_model = run_stage(stage, config, _console())
     return load(folder_of_model, settings=settings)
 
 
@@ -132,7 +137,7 @@ def load(path: str | Path, *, settings: Settings | None = None) -> RankingModel:
     Example:
         >>> dmpo.load("runs/dmpo/model").rank(history=["Heat", "Alien"], candidates=["Up", "Aliens"])
     """
-    config = config_of(dict(settings or {}))
+    config = within_context([find_model(str(path))], config_of(dict(settings or {})))
     return load_ranking_model(str(path), config)
 
 
@@ -169,13 +174,19 @@ def evaluate(
     """
     from dmpo_dist.commands.evaluate import evaluate as run
     from dmpo_dist.commands.train import open_run_folder
-    from dmpo_dist.records.log import make_console
 
+    silence_libraries()
     paths = {name: m.source.path if isinstance(m, RankingModel) else str(m) for name, m in models.items()}
     given = {"seed": seed, "evaluation.baselines": list(baselines)} | dict(settings or {})
     config = _run_config(data, folder, "evaluation", given)
+    config = within_context([find_model(path) for path in paths.values()], config)
     open_run_folder(config, resume=False)
-    return run(paths, config, config.output_dir, make_console(), against=list(against))
+    return run(paths, config, config.output_dir, _console(), against=list(against))
+
+
+def _console() -> Console:
+    """Plain lines: a notebook shows no live display without a widget library."""
+    return Console(force_jupyter=False, force_terminal=False, width=120)
 
 
 def _run_config(data: PreparedData, folder: str | Path | None, name: str, given: Settings) -> RunConfig:

@@ -81,7 +81,7 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     """
     _check(order)
     source = find_model(order.model)
-    config = within_context(source, config)
+    config = within_context([source], config)
     if order.catalogue is not None:
         template = enforce_template(source.stamp, config.template, order.model)
         require_given_candidates(template, order.model, "leave --catalogue out")

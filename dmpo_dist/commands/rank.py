@@ -68,7 +68,7 @@ def rank(
     Raises:
         UserError: anything about files, model or options, or workers that keep failing; finished parts stay.
     """
-    job = preflight(model, requests, catalogue, top, output, within_context(find_model(model), config))
+    job = preflight(model, requests, catalogue, top, output, within_context([find_model(model)], config))
     store = PartStore(output, job.key)
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):

@@ -56,6 +56,8 @@ class Source(Section):
     timestamp, title, genres."""
     duplicate_titles: Literal["error", "merge"] = "error"
     """What to do when two items share one title: stop, or merge them into one item (the number is printed)."""
+    articles: Literal["as_is", "first"] = "as_is"
+    """For movielens and recbole: first turns "Matrix, The (1999)" into "The Matrix (1999)", as language models do."""
     tolerated_rows: float = Field(0.0, ge=0, lt=1)
     """Largest share of malformed rows to skip and count; with more of them reading stops at the first."""
     category: str | None = None
@@ -70,6 +72,12 @@ class Source(Section):
     """For dmpo_released: titles by the template here, all negatives of a history in one group; or the authors' prompts,
     which list two titles, one negative each."""
     simulator: Simulator = Field(default_factory=Simulator)
+
+    @model_validator(mode="after")
+    def _articles_of_films(self) -> "Source":
+        if self.articles == "first" and self.kind not in ("movielens", "recbole"):
+            raise ValueError(f"articles=first has no effect for kind={self.kind}; leave it out")
+        return self
 
 
 class DataConfig(Section):

@@ -1,7 +1,7 @@
 """Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one schema."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -173,10 +173,7 @@ def _explain(error: Any) -> str:
         known = _all_keys(RunConfig)
         if key in known:
             return f"  {key}: {_no_option_here(error)}"
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4) or difflib.get_close_matches(
-            path[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.0
-        )
-        return f"  {key}: unknown key; the nearest known key is {near[0]}"
+        return f"  {key}: unknown key; the nearest known key is {_nearest(key, known)}"
     if error["type"] == "union_tag_invalid":  # the objective is the one section with a choice of options
         name = error["input"].get("name")
         return f"  {key}.name: must be one of {', '.join(BUILT_IN)}, or give {key}.import_path (got {name!r})"
@@ -184,6 +181,21 @@ def _explain(error: Any) -> str:
         return f"  {key}: must be a mapping of options (got {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
     return f"  {key or 'top level'}: {message} (got {error['input']!r})"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """The known key that was probably meant: one of the same section by its initials or spelling, else any."""
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    for sibling, whole in siblings.items():
+        if name == "".join(word[:1] for word in sibling.split("_")) or name.startswith(sibling):  # lr, rank
+            return whole
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+    if close:
+        return siblings[close[0]]
+    anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    last_parts = {k.rpartition(".")[2]: k for k in known}
+    return anywhere[0] if anywhere else last_parts[difflib.get_close_matches(name, last_parts, n=1, cutoff=0.0)[0]]
 
 
 def _key_path(error: Any) -> list[str]:

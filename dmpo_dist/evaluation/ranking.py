@@ -203,9 +203,10 @@ def reference_of(source: ModelSource, asked: str | None, option: str = "ranking.
     return find_model(asked).path if asked else None
 
 
-def within_context(source: ModelSource, config: RunConfig) -> RunConfig:
-    """``config`` with its ``model.max_length`` lowered to the context of ``source``, where nobody asked for another."""
-    context = getattr(read_model_config(source.base, 0), "max_position_embeddings", None)
-    if not context or "max_length" in config.model.model_fields_set or config.model.max_length <= context:
+def within_context(sources: Sequence[ModelSource], config: RunConfig) -> RunConfig:
+    """``config`` with its ``model.max_length`` lowered to the shortest context of ``sources``, unless it was set."""
+    if "max_length" in config.model.model_fields_set:
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": context})})
+    contexts = [getattr(read_model_config(source.base, 0), "max_position_embeddings", None) for source in sources]
+    length = min([config.model.max_length, *(context for context in contexts if context)])
+    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": length})})

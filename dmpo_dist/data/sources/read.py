@@ -12,6 +12,7 @@ from dmpo_dist.data.sources.movielens import read_movielens
 from dmpo_dist.data.sources.recbole import read_recbole
 from dmpo_dist.data.sources.simulator import simulate
 from dmpo_dist.data.tables import EVENT_COLUMNS, SUFFIX_KINDS, as_strings, pick, read_table
+from dmpo_dist.data.titles import with_articles_first
 from dmpo_dist.errors import UserError
 
 READY_ROWS = ("preferences", "sdpo", "dmpo_released")
@@ -36,11 +37,13 @@ def load_interactions(source: Source, seed: int) -> Interactions:
         return _own_log(*_hub_table(source), names, source)
     path = existing(source.path, f"data.source.kind={source.kind} needs data.source.path")
     if source.kind == "movielens":
-        return read_movielens(path, source.duplicate_titles, source.tolerated_rows)
+        log = read_movielens(path, source.duplicate_titles, source.tolerated_rows)
+        return with_articles_first(log) if source.articles == "first" else log
     if source.kind == "amazon":
         return read_amazon(path, source.category, source.duplicate_titles, source.tolerated_rows)
     if source.kind == "recbole":
-        return read_recbole(path, source.columns, source.duplicate_titles, source.tolerated_rows)
+        log = read_recbole(path, source.columns, source.duplicate_titles, source.tolerated_rows)
+        return with_articles_first(log) if source.articles == "first" else log
     return _own_log(read_table(path, source.kind), path, names, source)
 
 
@@ -50,7 +53,7 @@ def kind_of(path: Path) -> Kind:
     Raises:
         UserError: nothing is there, or nothing that tells its kind.
     """
-    existing(path, "there is no log at this path")
+    existing(path, "the log of dmpo.prepare is missing: correct log")
     suffix = path.suffix.removesuffix(".gz") or path.with_suffix("").suffix
     if path.is_file() and suffix in SUFFIX_KINDS:
         return SUFFIX_KINDS[suffix]

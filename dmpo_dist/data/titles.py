@@ -1,0 +1,38 @@
+"""Titles as people write them: catalogues sort "The Matrix (1999)" under M, as "Matrix, The (1999)"."""
+
+import re
+from dataclasses import replace
+
+from dmpo_dist.data.schema import Interactions
+from dmpo_dist.errors import UserError
+
+ARTICLES = "The|A|An|La|Le|Les|Il|Lo|Der|Die|Das|El|Los|Las|Det|Den|En"
+SORTED = re.compile(rf"(?P<title>.+), (?P<article>{ARTICLES}|L')(?P<other>(?: \([^()]*\))*)(?P<year> \(\d{{4}}\))?")
+
+
+def article_first(title: str) -> str:
+    """``title`` with an article that stands behind a comma put first: "Matrix, The (1999)" -> "The Matrix (1999)"."""
+    match = SORTED.fullmatch(title)
+    if match is None:
+        return title
+    space = "" if match["article"].endswith("'") else " "
+    return f"{match['article']}{space}{match['title']}{match['other']}{match['year'] or ''}"
+
+
+def with_articles_first(log: Interactions) -> Interactions:
+    """``log`` with the titles of its items as people write them, and a note of how many changed.
+
+    Raises:
+        UserError: two items have one title then.
+    """
+    titles = log.items["title"].map(article_first)
+    twice = titles[titles.duplicated(keep=False)]
+    if len(twice):
+        items = log.items.loc[twice.index, "item"].tolist()
+        raise UserError(
+            f"data.source.articles=first: items {items[0]!r} and {items[1]!r} would both be {twice.iloc[0]!r}; "
+            "rename one, or set data.source.articles=as_is"
+        )
+    changed = int((titles != log.items["title"]).sum())
+    note = f"Titles whose article was put first: {changed}."
+    return replace(log, items=log.items.assign(title=titles), notes=[*log.notes, note])

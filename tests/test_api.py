@@ -1,0 +1,102 @@
+"""The Python face: a log in a data frame becomes a trained and evaluated model in this process."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+
+import dmpo_dist as dmpo
+from dmpo_dist.errors import UserError
+
+SMALL = {"model.scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 16}, "model.max_length": 96}
+COLUMNS = {"user": "customer", "item": "sku", "timestamp": "time", "title": "name"}
+
+
+def shop(customers: int = 80) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = []
+    for customer in range(customers):
+        times = np.sort(rng.integers(0, 100_000, 8))
+        rows += [
+            (f"c{customer}", item, t, f"Item {item}") for item, t in zip(rng.permutation(30)[:8], times, strict=True)
+        ]
+    return pd.DataFrame(rows, columns=["customer", "sku", "time", "name"])
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"data.evaluation_negatives": 5, "data.negatives_per_group": 4}
+    return dmpo.prepare(shop(), columns=COLUMNS, settings=settings)
+
+
+def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
+    before = dict(os.environ)
+    sft = dmpo.train(data, stage="sft", settings=SMALL | {"sft.steps": 2})
+    model = dmpo.train(data, sft, objective="sdpo", negatives=3, shots=10, settings=SMALL | {"train.steps": 2})
+    assert not dist.is_initialized()
+    assert {k: v for k, v in os.environ.items() if k in ("RANK", "WORLD_SIZE")} == {
+        k: v for k, v in before.items() if k in ("RANK", "WORLD_SIZE")
+    }
+    assert [path.name for path in sorted((data.path.parent).iterdir())] == ["data", "sdpo", "sft"]
+
+    row = data.test[0]
+    candidates = [row["positive"], *row["negatives"]]
+    scores = model.score(row["history"], candidates)
+    ranked = model.rank(row["history"], candidates)
+    assert [title for title, _ in ranked] == [candidates[i] for i in np.argsort(-scores, kind="stable")]
+    assert model.score_rows(data.test)[0] == pytest.approx(scores, abs=1e-5)
+
+    result = dmpo.evaluate(data, {"sft": sft, "sdpo": model}, baselines=["random"], against=["sft"])
+    best = np.mean([int((s[1:] < s[0]).all()) for s in model.score_rows(data.test)])
+    assert result.models["sdpo"]["hr@1"].value == pytest.approx(best)
+    compared = next(c for c in result.comparisons if {c.a, c.b} == {"sft", "sdpo"} and c.metric == "hr@1")
+    difference = result.models[compared.a]["hr@1"].value - result.models[compared.b]["hr@1"].value
+    assert compared.difference == pytest.approx(difference)
+    assert dmpo.load(model.source.path).score(row["history"], candidates) == pytest.approx(scores, abs=1e-6)
+
+
+def test_mistakes_name_what_to_change(data, tmp_path):
+    with pytest.raises(UserError, match="learning_rate"):
+        dmpo.train(data, settings={"train.lr": 1e-4})
+    with pytest.raises(UserError, match="no such file or folder"):
+        dmpo.prepare(tmp_path / "nowhere.csv")
+    (tmp_path / "log.xyz").write_text("a")
+    with pytest.raises(UserError, match=r"data\.source\.kind"):
+        dmpo.prepare(tmp_path / "log.xyz")
+    with pytest.raises(UserError, match="sku"):
+        dmpo.prepare(shop().drop(columns="sku"), columns=COLUMNS)
+
+
+def test_the_face_is_light_and_whole():
+    command = "import sys, dmpo_dist; print('torch' in sys.modules, [n for n in dmpo_dist.__all__ if not getattr(dmpo_dist, n)])"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False []"
+
+
+@pytest.mark.parametrize("make", [dmpo.Dmpo, dmpo.Sdpo, dmpo.DpoPairs])
+def test_the_loss_on_plain_tensors_is_the_formula(make):
+    policy = [
+        torch.tensor([-5.0, -6.0, -9.0], dtype=torch.float64, requires_grad=True),
+        torch.tensor([-2.0, -1.0]).double(),
+    ]
+    reference = [torch.tensor([-5.5, -5.0, -8.0]).double(), torch.tensor([-2.5, -2.0]).double()]
+    rewards = [0.5 * (p - r) for p, r in zip(policy, reference, strict=True)]
+    formulas = {
+        dmpo.Dmpo: lambda r: torch.nn.functional.softplus(r[1:].mean() - r[0]),
+        dmpo.Sdpo: lambda r: torch.nn.functional.softplus(r[1:].logsumexp(0) - r[0]),
+        dmpo.DpoPairs: lambda r: torch.nn.functional.softplus(r[1:] - r[0]).mean(),
+    }
+    expected = sum(formulas[make](r) for r in rewards) / 2
+    torch.testing.assert_close(dmpo.preference_loss(policy, reference, make(beta=0.5)), expected)
+    with pytest.raises(ValueError, match="needs reference"):
+        dmpo.preference_loss(policy, None, make(beta=0.5))
+    with pytest.raises(ValueError, match="reference has groups"):
+        dmpo.preference_loss(policy, reference[:1], make())
+    with pytest.raises(ValueError, match="give lengths"):
+        dmpo.preference_loss(policy, reference, make(length_normalize=True))
