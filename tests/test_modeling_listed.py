@@ -14,6 +14,7 @@ from dmpo_dist.data.candidates import list_order
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.requests import RankingRequest
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation import generated
 from dmpo_dist.evaluation.order import order_spread
 from dmpo_dist.evaluation.ranking import Ranker
 from dmpo_dist.explanation.explainer import Explainer
@@ -97,6 +98,30 @@ def test_an_explanation_lists_all_candidates_for_every_history(folder):
     expected = [mean(HISTORY)[4] - mean(history)[4] for history in without]
     np.testing.assert_allclose(answer.contributions, expected, rtol=1e-3, atol=1e-4)
     assert "".join(answer.words.pieces).startswith(TITLES[4])
+
+
+def test_hits_by_generation_are_texts_equal_to_the_positive(folder, data, monkeypatch):
+    """With a model that writes the first title of every list."""
+    model = RankingModel.load(str(folder / "adapter"), ModelConfig(max_length=256), seed=3)
+    rows, scores = data.test, [np.arange(6.0) for _ in range(len(data.test))]
+    firsts = [list_order((r["positive"], *r["negatives"]), 3, r["user"], r["timestamp"], 0)[0] for r in rows]
+    seen = []
+
+    def write(causal_lm, tokenizer, template, prompts, tokens):
+        seen.extend(prompts)
+        assert tokens > max(len(tokenizer(f"{title}</s>", add_special_tokens=False)["input_ids"]) for title in firsts)
+        texts = [prompt.split("From:\n- ")[1].split("\n")[0] for prompt in prompts]
+        return [*texts[:-1], "No such title"]
+
+    monkeypatch.setattr(generated, "generate_freely", write)
+    figures = generated.generated_figures(model, rows, scores, len(rows), 0)
+    hits = [first == positive for first, positive in zip(firsts, rows["positive"], strict=True)]
+    assert figures.hr == pytest.approx(sum(hits[:-1]) / len(rows))
+    assert figures.valid == pytest.approx(1 - 1 / len(rows))
+    assert figures.by_log_prob == 0
+    monkeypatch.undo()
+    free = generated.generated_figures(model, rows, scores, 3, 0)
+    assert 0 <= free.hr <= free.valid <= 1
 
 
 @pytest.fixture(scope="module")

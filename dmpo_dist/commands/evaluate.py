@@ -3,24 +3,26 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from dmpo_dist.artifacts.evaluation import SCORES_FILE, BaselineTraining, Evaluation, OrderCheck
+from dmpo_dist.artifacts.evaluation import (
+    SCORES_FILE,
+    BaselineTraining,
+    Evaluation,
+    GeneratedFigures,
+    Generation,
+    OrderCheck,
+)
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import Baseline
-from dmpo_dist.data.candidates import (
-    balance_line,
-    place_of,
-    require_given_candidates,
-    require_no_finished_prompts,
-)
+from dmpo_dist.data.candidates import require_given_candidates, require_no_finished_prompts
 from dmpo_dist.data.place import require_prepared
-from dmpo_dist.data.store import PreparedData, groups_from_rows
+from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import (
     fitted_popularity_scores,
@@ -32,12 +34,19 @@ from dmpo_dist.evaluation.baselines import (
 from dmpo_dist.evaluation.classical import CLASSICAL, ClassicalScores, classical_scores
 from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
-from dmpo_dist.evaluation.order import ORDERS, order_spread
+from dmpo_dist.evaluation.generated import generated_figures
+from dmpo_dist.evaluation.order import ORDERS, lists_note, order_spread
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.seeds import by_name
 from dmpo_dist.evaluation.strata import strata_of
-from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, order_line, show_comparisons
+from dmpo_dist.evaluation.tables import (
+    catalogue_table,
+    evaluation_table,
+    generation_lines,
+    order_line,
+    show_comparisons,
+)
 from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
 from dmpo_dist.modeling.backbone import enforce_template, find_model
 from dmpo_dist.records.progress import UserProgress
@@ -117,10 +126,12 @@ def evaluate(
     classical = classical_baselines(data, config, catalogue, console)
     scores |= classical.candidates if classical else {}
     torch.set_num_threads(os.cpu_count() or 1)
-    spreads = {}
+    spreads, generated = {}, {}
     for name, path in models.items():
-        scores[name], spread = _model_scores(name, path, data, config, console)
-        spreads |= {name: spread} if spread else {}
+        found = _model_scores(name, path, data, config, console)
+        scores[name] = found.scores
+        spreads |= {name: found.spread} if found.spread else {}
+        generated |= {name: found.generated} if found.generated else {}
     oracle = oracle_scores(data.test)
     if oracle is not None:
         scores["oracle"] = oracle
@@ -135,6 +146,8 @@ def evaluate(
     if spreads:
         again = min(settings.order_requests, len(data.test))
         evaluation.order = OrderCheck(requests=again, orders=ORDERS, models=spreads)
+    if generated:
+        evaluation.generation = Generation(requests=min(settings.generate, len(data.test)), models=generated)
     if catalogue:
         whole = WholeCatalogue(data)
         ranked = _rank_catalogue(whole, models, classical, config, console)
@@ -189,18 +202,9 @@ def notes_of(data: PreparedData, config: RunConfig) -> list[str]:
 
 def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfig) -> list[str]:
     """Where the positives stand in the prompts of models that list the candidates; nothing where none does."""
-    listing = [
-        name
-        for name, path in models.items()
-        if enforce_template(find_model(path).stamp, config.template, path).lists_candidates
-    ]
-    if not listing:
-        return []
-    groups, orders = groups_from_rows(data.test), config.evaluation.candidate_orders
-    listed = [(group, (group.positive, *group.negatives)) for group in groups]
-    places = [place_of(*one, config.seed, draw) for one in listed for draw in range(orders)]
-    mean = f"scores are the mean over {orders} orders" if orders > 1 else "one order each"
-    return [f"prompts of {', '.join(listing)} list the candidates, {mean}: {balance_line(places)}"]
+    templates = {name: enforce_template(find_model(path).stamp, config.template, path) for name, path in models.items()}
+    listing = [name for name, template in templates.items() if template.lists_candidates]
+    return [lists_note(listing, data.test, config.seed, config.evaluation.candidate_orders)] if listing else []
 
 
 def classical_baselines(
@@ -215,20 +219,32 @@ def classical_baselines(
     )
 
 
-def _model_scores(
-    name: str, path: str, data: PreparedData, config: RunConfig, console: Console
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """A model's scores of the test requests, and how far they move with other orders if that is asked for.
+class _Found(NamedTuple):
+    """What a model makes of the test requests.
+
+    Attributes:
+        scores: for each (1+K,); spread: how far they move with other orders, if that is asked for.
+        generated: what it writes by itself, likewise.
+    """
+
+    scores: list[np.ndarray]
+    spread: dict[str, Any]
+    generated: GeneratedFigures | None
+
+
+def _model_scores(name: str, path: str, data: PreparedData, config: RunConfig, console: Console) -> _Found:
+    """Score the test requests by a model, and whatever else is asked of it while it is loaded.
 
     The model is gone when this returns: the next one, or the ranking of the whole catalogue, has the memory to itself.
     """
     _note_quantization(name, path, config, console)
-    requests = config.evaluation.order_requests
+    again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
     with console.status(f"scoring {name}"):
-        score_rows = load_ranking_model(path, config).score_rows
-        scores = score_rows(data.test)
+        model = load_ranking_model(path, config)
+        scores = model.score_rows(data.test)
         _require_finite(f"--model {name}={path}", scores, config.model.dtype)
-        return scores, order_spread(score_rows, data.test, scores, requests, config.seed) if requests else {}
+        spread = order_spread(model.score_rows, data.test, scores, again, seed) if again else {}
+        return _Found(scores, spread, generated_figures(model, data.test, scores, write, seed) if write else None)
 
 
 def _rank_catalogue(
@@ -250,6 +266,8 @@ def _show(evaluation: Evaluation, folder: Path, console: Console) -> None:
     console.print(evaluation_table(content))
     for part in show_comparisons(content):
         console.print(part, highlight=False)
+    for line in generation_lines(content):
+        console.print(line, highlight=False)
     moved = order_line(content)
     if moved:
         console.print(moved, highlight=False)

@@ -172,6 +172,18 @@ def order_line(evaluation: dict[str, Any]) -> str | None:
     )
 
 
+def generation_lines(evaluation: dict[str, Any]) -> list[str]:
+    """HR@1 by generation beside HR@1 by log-prob, a line for each model; empty where nothing was generated."""
+    found = evaluation.get("generation")
+    if not found:
+        return []
+    return [
+        f"{name} wrote a title for {found['requests']} requests: hr@1 {number(of_model['hr@1'])} by generation, "
+        f"{number(of_model['hr@1 by log-prob'])} by log-prob; {of_model['valid']:.1%} of the texts are a candidate"
+        for name, of_model in found["models"].items()
+    ]
+
+
 def markdown(evaluation: dict[str, Any]) -> str:
     """``evaluation.md``: everything but the per-candidate scores."""
     models = _models(evaluation, MARKDOWN_METRICS)
@@ -193,6 +205,8 @@ def markdown(evaluation: dict[str, Any]) -> str:
         blocks += ["## The whole catalogue", catalogue.caption + ".", tables.markdown(catalogue), catalogue.note]
     for kind, strata in evaluation.get("strata", {}).items():
         blocks += [f"## {STRATA_TITLES[kind]}", tables.markdown(_strata(evaluation, strata))]
+    if evaluation.get("generation"):
+        blocks += ["## Titles written by the models", _list(generation_lines(evaluation))]
     moved = order_line(evaluation)
     blocks.append(f"{moved}." if moved else "")
     return "\n\n".join(filter(None, blocks)) + "\n"

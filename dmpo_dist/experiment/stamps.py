@@ -20,7 +20,7 @@ EVALUATION = "evaluation"
 SHOWN = 5  # changed cells named in an error
 MODELS_DEPEND_ON = {"bootstrap_samples", "token_budget"}
 """Of the evaluation section: what changes the figures of a trained model; a further baseline does not."""
-BASELINES_IGNORE = {"baseline_environment", "token_budget", "order_requests", "candidate_orders"}
+BASELINES_IGNORE = {"baseline_environment", "token_budget", "order_requests", "candidate_orders", "generate"}
 
 State = Literal["done", "to evaluate", "interrupted", "failed", "to do"]
 
