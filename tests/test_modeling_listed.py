@@ -148,6 +148,12 @@ def test_a_whole_catalogue_and_finished_prompts_are_refused(folder, data, tmp_pa
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"path": data.path})})
     with pytest.raises(UserError, match="a whole catalogue has no room: leave --catalogue out"):
         evaluate_preflight({"dmpo": adapter}, settings, make_console(), catalogue=True)
+    short = settings.model_copy(update={"model": ModelConfig(max_length=40)})
+    with pytest.raises(UserError, match=r"lists 6 candidates, and its longest response take \d+ tokens, more than"):
+        evaluate_preflight({"dmpo": adapter}, short, make_console())
+    pd.DataFrame({"user": ["u"], "history": [list(HISTORY)], "candidates": [list(TITLES)]}).to_parquet(requests)
+    with pytest.raises(UserError, match=r"user 'u': .* lists 6 candidates, and its longest response take \d+ tokens"):
+        rank_preflight(adapter, requests, None, 3, tmp_path / "out.parquet", short)
     rows = tmp_path / "rows.jsonl"
     lines = [f'{{"prompt": "p{n}", "chosen": "c", "rejected": "r"}}\n' for n in range(80)]
     rows.write_text("".join(lines))

@@ -23,6 +23,7 @@ from dmpo_dist.config.evaluation import Baseline
 from dmpo_dist.data.candidates import require_given_candidates, require_no_finished_prompts
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.tokenization import tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import (
     fitted_popularity_scores,
@@ -67,7 +68,7 @@ def preflight(
 
     Raises:
         UserError: no prepared data, no test requests, a model named like a baseline, a name in ``against`` that nothing
-            has, prompts that should list candidates and cannot; see also ``template_of`` and ``baseline_python``.
+            has, prompts that should list candidates and cannot, or not so many; see also ``template_of`` and ``baseline_python``.
     """
     data = PreparedData.load(require_prepared(config.data.path))
     if not len(data.test):
@@ -86,6 +87,8 @@ def preflight(
         require_no_finished_prompts(template, data.test["prompt"], str(config.data.path))
         if catalogue:
             require_given_candidates(template, path, "leave --catalogue out")
+        if template.lists_candidates:
+            tokenize_rows(data.test, load_ranking_model(path, config).encode)  # raises now where a list does not fit
     check_classical(_baselines(data, config), config, console)
     return data
 

@@ -24,7 +24,7 @@ from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import Ranker, reference_of, within_context
+from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of, within_context
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
 from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.training.reference import file_digests
@@ -123,6 +123,10 @@ def preflight(
     tokenizer = load_tokenizer(source)
     titles = {title for request in requests for title in (*request.history, *(request.candidates or ()))}
     check_titles(sorted(titles.union(catalogue.titles if catalogue else ())), tokenizer)
+    if template.lists_candidates:
+        listing = load_ranking_model(model, config)
+        for request in requests:  # raises now, rather than in a worker, where a list does not fit
+            listing.token_group(request.history, request.candidates or (), request.user)
     key = {
         "dmpo": __version__,
         "--model": _digests(source),
