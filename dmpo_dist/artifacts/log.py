@@ -119,7 +119,7 @@ KINDS = ("start", "step", "validation", "checkpoint", "note", "end")
 
 
 @dataclass(frozen=True)
-class Log:
+class MetricsLog:
     """A metrics.jsonl.
 
     Attributes:
@@ -133,7 +133,7 @@ class Log:
     damaged: Sequence[int] = ()
 
 
-def read_log(file: Path) -> Log:
+def read_log(file: Path) -> MetricsLog:
     """Read a metrics.jsonl of any version; lines that are no record are left out and numbered.
 
     Raises:
@@ -157,7 +157,7 @@ def read_log(file: Path) -> Log:
             raise UserError(f"{file}: line {number}: {first_problem(error)}; was it edited?") from None
         stage = record.stage if isinstance(record, StartRecord) else stage
         records.append(record)
-    return Log(records, len(lines), damaged)
+    return MetricsLog(records, len(lines), damaged)
 
 
 def parse_record(content: Mapping[str, Any], stage: str | None) -> LogRecord:

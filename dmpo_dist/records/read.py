@@ -13,7 +13,7 @@ from dmpo_dist.artifacts.log import (
     COMMANDS,
     METRICS_FILE,
     EndRecord,
-    Log,
+    MetricsLog,
     StartRecord,
     StepRecord,
     ValidationRecord,
@@ -43,7 +43,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     environment: Environment
-    log: Log
+    log: MetricsLog
 
     @cached_property
     def start(self) -> StartRecord | None:

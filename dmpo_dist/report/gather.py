@@ -13,7 +13,7 @@ from dmpo_dist.artifacts.dataset import DatasetCard
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.artifacts.explanations import Explanations
-from dmpo_dist.artifacts.log import METRICS_FILE, Log
+from dmpo_dist.artifacts.log import METRICS_FILE, MetricsLog
 from dmpo_dist.data.store import few_fingerprint
 from dmpo_dist.errors import UserError
 from dmpo_dist.records.read import CONFIG_FILE, Run, read_run
@@ -177,7 +177,7 @@ def _below(folder: Path, name: str, root: Path) -> str:
     return (folder.resolve() / name).relative_to(root).as_posix()
 
 
-def _damaged_lines(name: str, log: Log) -> list[str]:
+def _damaged_lines(name: str, log: MetricsLog) -> list[str]:
     """Which lines of a metrics.jsonl are left out."""
     bad = log.damaged
     if not bad:
