@@ -2,6 +2,7 @@
 
 import io
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from dmpo_dist.commands.quickstart import quickstart
 from dmpo_dist.config import DataConfig, RunConfig, TemplateConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation import model_scores
+from dmpo_dist.evaluation import starts as starts_module
 from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue
 from dmpo_dist.modeling.backbone import ModelSource
 
@@ -39,9 +42,10 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
         advance(whole.requests)
         return whole.scored([np.zeros((len(data.test), 40))])
 
-    monkeypatch.setattr(evaluation, "load_ranking_model", Scorer)
+    monkeypatch.setattr(model_scores, "load_ranking_model", Scorer)
     monkeypatch.setattr(evaluation, "template_of", lambda *_: TemplateConfig())
-    monkeypatch.setattr(evaluation, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))
+    for module in (evaluation, model_scores, starts_module):
+        monkeypatch.setattr(module, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))
     monkeypatch.setattr(WholeCatalogue, "model", catalogue_model)
     settings = {"bootstrap_samples": 100, "order_requests": 2, "baselines": ["random"]}
     config = RunConfig.model_validate({"data": {"path": tmp_path / "data"}, "evaluation": settings})
@@ -49,6 +53,17 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
     assert set(found.catalogue.models) == {"random", "sft", "dmpo"}
     assert set(found.order.models) == {"sft", "dmpo"}
     assert f"[whole catalogue by dmpo     0s] {len(data.test)}/{len(data.test)} users" in CONSOLE.file.getvalue()
+
+
+def test_what_a_stage_started_from_is_found_by_folder(tmp_path, monkeypatch):
+    starts = {"sft0": "base", "sft1": "base", "dmpo0": "sft0", "dmpo1": "sft1", "other0": "sft1", "base": "elsewhere"}
+    stamps = {str(tmp_path / name): ModelStamp(start=str(tmp_path / start)) for name, start in starts.items()}
+    found = lambda path: ModelSource(path, path, False, stamps[str(Path(path).absolute())])  # noqa: E731
+    monkeypatch.setattr(starts_module, "find_model", found)
+    monkeypatch.chdir(tmp_path)
+    entries = {"zero": "base", "sft@0": "sft0", "sft@1": "sft1", "dmpo@0": "dmpo0", "dmpo@1": "dmpo1"}
+    assert starts_module.starts_of(entries) == {"sft": "zero", "dmpo": "sft"}
+    assert starts_module.starts_of(entries | {"dmpo@0": "other0"}) == {"sft": "zero"}, "another seed's start"
 
 
 def test_the_quickstart_looks_at_the_baselines_environment_first(tmp_path):

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 from dmpo_dist.config import RunConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of, scored_lengths
+from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of
 from dmpo_dist.modeling.backbone import find_model, make_scratch_model, write_stamp
+from dmpo_dist.modeling.scoring_rule import scored_lengths
 
 TITLES = ("Heat", "Alien", "Alien 3", "Aliens", "The Thing", "The Fly", "The Fly (1958)", "Up")
 COUNTS = np.array([9, 0, 3, 1, 80, 2, 0, 5])

@@ -15,7 +15,9 @@ from dmpo_dist.evaluation.metrics import METRICS, TOP_METRICS, sure_hits
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.tables import (
     CATALOGUE_METRICS,
+    COMPARED_METRICS,
     TABLE_METRICS,
+    below_start_lines,
     comparison_lines,
     evaluation_table,
     markdown,
@@ -147,6 +149,17 @@ def test_twelve_rows_with_seeds_fit_100_columns(scores, rows):
     sections = [line.strip() for line in lines if line.strip().startswith("against ")]
     assert sections == ["against sft", "against sft_continued"]
     assert sum("[" in line for line in lines) == 2 * 12, "each of the other 12 models against each of the two"
+
+
+def test_a_stage_below_its_start_is_warned_of(scores, rows):
+    starts = {"mine": "dmpo", "dmpo": "sft"}
+    found = evaluate_scores(scores, rows, samples=200, seed=0, starts=starts).content()
+    pairs = evaluate_scores(scores, rows, samples=200, seed=0, against=["dmpo", "sft"]).content()["comparisons"]
+    assert found["against_start"] == [c for c in pairs if starts.get(c["a"]) == c["b"]]
+    lines = below_start_lines(found)  # dmpo ranks exactly as its start
+    assert [line.split()[3:7] for line in lines] == [["mine", "against", "dmpo:", m] for m in COMPARED_METRICS]
+    assert all(f"- {line}\n" in markdown(found) for line in lines)
+    assert below_start_lines(evaluate_scores(scores, rows, samples=200, seed=0).content()) == []
 
 
 def test_seeds_are_one_row_and_stay_in_the_json(scores, rows, tmp_path):

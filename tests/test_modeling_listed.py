@@ -1,5 +1,7 @@
 """Models whose prompts list the candidates: scores against separately written rows, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +18,8 @@ from dmpo_dist.data.requests import RankingRequest
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation import generated
 from dmpo_dist.evaluation.order import order_spread
-from dmpo_dist.evaluation.ranking import Ranker
+from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model
+from dmpo_dist.evaluation.rules import ruled_scores
 from dmpo_dist.explanation.explainer import Explainer
 from dmpo_dist.explanation.questions import Question
 from dmpo_dist.modeling.backbone import (
@@ -81,6 +84,34 @@ def test_scores_are_averaged_over_orders(folder):
     request = RankingRequest("u", HISTORY, TITLES)
     np.testing.assert_allclose(ranker.scores(request, np.array(TITLES, dtype=object)), expected, rtol=1e-4)
     assert not np.allclose(expected, plain(folder, HISTORY, "u", 0, 0), rtol=1e-4)
+
+
+def test_a_prior_is_that_of_the_same_list_without_a_history(folder):
+    """In the other rules too, every part is the mean over the same orders."""
+    ranker = Ranker(str(folder / "adapter"), config(candidate_orders=2), None, 3)
+    settings = config(candidate_orders=2)
+    ranking = settings.ranking.model_copy(update={"prior_weight": 0.5})
+    with_prior = Ranker(str(folder / "adapter"), settings.model_copy(update={"ranking": ranking}), None, 3)
+    request, titles = RankingRequest("u", HISTORY, TITLES), np.array(TITLES, dtype=object)
+    prior = np.mean([plain(folder, (), "u", 0, draw) for draw in range(2)], axis=0)
+    expected = ranker.scores(request, titles) - 0.5 * prior
+    np.testing.assert_allclose(with_prior.scores(request, titles), expected, rtol=1e-4)
+
+
+def test_all_rules_by_lists(folder, data):
+    settings = config(candidate_orders=2, token_budget=512, rules=["sum", "mean", "prior", "reference"])
+    model = load_ranking_model(str(folder / "adapter"), settings)
+    few = dataclasses.replace(data, test=data.test.select(range(4)), validation=data.validation.select(range(3)))
+    scores = model.score_rows(few.test)
+    ruled = ruled_scores(model, scores, few, settings)
+    weight = ruled.choice.prior_weight
+    base = model.reference(str(folder / "base"))
+    emptied = few.test.map(lambda row: row | {"history": [], "history_items": []})
+    for index, (prior, reference) in enumerate(zip(model.score_rows(emptied), base.score_rows(few.test), strict=True)):
+        found = {rule: by_rule[index] for rule, by_rule in ruled.by_rule.items()}
+        np.testing.assert_allclose(found["sum"], scores[index])
+        np.testing.assert_allclose(found["prior"], scores[index] - weight * prior, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found["reference"], scores[index] - reference, rtol=1e-4, atol=1e-4)
 
 
 def test_an_explanation_lists_all_candidates_for_every_history(folder):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, FiniteFloat, model_validator
 
 from dmpo_dist.artifacts.base import Artifact, Typed
+from dmpo_dist.config.evaluation import Rule
 
 SCORES_FILE = "scores.parquet"
 """Beside it: a row per model, request and candidate."""
@@ -106,6 +107,25 @@ class BaselineTraining(Typed):
     unknown_positives: int = 0
 
 
+class RuleChoice(Typed):
+    """The scoring rule by which a language model is ranked."""
+
+    rule: Rule
+    prior_weight: FiniteFloat | None = None
+    """Of the rule prior, where that was looked at."""
+    validation: dict[str, FiniteFloat] = Field(default_factory=dict)
+    """NDCG@10 on the validation requests by rule, ``prior 0.5`` by weight, where something was chosen by it."""
+
+
+class ScoringRules(Typed):
+    """Language models on the same requests by several scoring rules."""
+
+    models: dict[str, dict[Rule, Metrics]]
+    """Model -> rule -> metric."""
+    chosen: dict[str, RuleChoice]
+    """Model, or name@seed of one -> the rule in use in all other figures."""
+
+
 class Evaluation(Artifact):
     """Figures of all models, and models against each other."""
 
@@ -123,6 +143,8 @@ class Evaluation(Artifact):
     strata: dict[str, dict[str, Stratum]] = Field(default_factory=dict)
     """Kind -> stratum."""
     comparisons: list[Comparison] = Field(default_factory=list)
+    against_start: list[Comparison] = Field(default_factory=list)
+    """Each model against the one that its stage started from, where that is evaluated too."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Path and fingerprint of the prepared data."""
     folders: dict[str, str] = Field(default_factory=dict)
@@ -134,6 +156,7 @@ class Evaluation(Artifact):
     baselines: dict[str, BaselineTraining] = Field(default_factory=dict)
     order: OrderCheck | None = None
     generation: Generation | None = None
+    rules: ScoringRules | None = None
     catalogue: CatalogueRanking | None = None
 
     @property
