@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from report_world import VISIBLE, card, evaluation_of, write_run, write_world
+from report_folder import VISIBLE, card, evaluation_of, write_report_folder, write_run
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.cli import main
@@ -60,16 +60,16 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return write_world(tmp_path_factory.mktemp("report") / "world")
+def everything(tmp_path_factory) -> Path:
+    return write_report_folder(tmp_path_factory.mktemp("report") / "world")
 
 
 @pytest.fixture(scope="module")
-def content(world) -> bytes:
-    return render(gather([world]))
+def content(everything) -> bytes:
+    return render(gather([everything]))
 
 
-def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world, content):
+def test_every_section_is_there_with_its_figures_and_its_alternative_texts(everything, content):
     page = Page(content)
     assert page.open == []
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -84,7 +84,7 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world
     assert len(page.all("caption")) == len(page.all("table")) > 10
     assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
 
-    evaluation = json.loads((world / "evaluation" / "evaluation.json").read_text())
+    evaluation = json.loads((everything / "evaluation" / "evaluation.json").read_text())
     text = "".join(page.texts)
     dmpo = evaluation["models"]["dmpo"]["ndcg@10"]
     assert f"dmpo ranks with NDCG@10 {dmpo['value']:.3f} [{dmpo['low']:.3f}, {dmpo['high']:.3f}]" in text
@@ -122,9 +122,9 @@ def test_what_the_data_holds_is_text_and_nothing_but_text(content):
     assert "<u1>" in page.texts
 
 
-def test_the_same_folder_gives_the_same_bytes(world, content, tmp_path):
+def test_the_same_folder_gives_the_same_bytes(everything, content, tmp_path):
     """Also from another process with other hashes, and when the report lies in the folder it is about."""
-    copy = shutil.copytree(world, tmp_path / "world")
+    copy = shutil.copytree(everything, tmp_path / "world")
     command = [sys.executable, "-m", "dmpo_dist", "report", str(copy)]
     done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -134,8 +134,8 @@ def test_the_same_folder_gives_the_same_bytes(world, content, tmp_path):
     assert (copy / "report.html").read_bytes() == content
 
 
-def test_explanations_of_users_can_be_left_out(world):
-    page = Page(render(gather([world], explanations=False)))
+def test_explanations_of_users_can_be_left_out(everything):
+    page = Page(render(gather([everything], explanations=False)))
     text = "".join(page.texts)
     assert "Sections without content in these folders: Explanations" in text
     assert "<u1>" not in text
@@ -274,7 +274,7 @@ def contrast(one: str, other: str) -> float:
 def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", "sft")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "mine.html").write_text("<p>not a report")
+    (tmp_path / "notes.html").write_text("<p>not a report")
     broken = {}
     for name, file, text in [
         ("version", "evaluation.json", '{"requests": 2, "negatives": {"most": 4}, "models": {"sft": {"hr@1": [0.5]}}}'),
@@ -291,7 +291,7 @@ def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
     for arguments, message in [
         ([tmp_path / "nowhere"], "nowhere: no such folder; give what was output_dir"),
         ([tmp_path / "empty"], "empty holds no run: no config.yaml with metrics.jsonl, no evaluation.json"),
-        ([run, "--output", tmp_path / "mine.html"], "mine.html exists already and is not a dmpo report"),
+        ([run, "--output", tmp_path / "notes.html"], "notes.html exists already and is not a dmpo report"),
         ([run, "--output", tmp_path / "page.pdf"], "must end in .html"),
         ([broken["version"]], "evaluation.json: models.sft.hr@1: input should be a valid dictionary"),
         ([broken["json"]], "evaluation.json: damaged, not JSON"),

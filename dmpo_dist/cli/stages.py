@@ -100,7 +100,7 @@ def evaluate(
     from dmpo_dist.records.log import make_console
 
     console = make_console()
-    preflight(models, settings, console, against or [])  # before there is a folder
+    preflight(models, settings, console, against or [], catalogue)  # before there is a folder
     open_run_folder(settings, resume=False)
     run(models, settings, settings.output_dir, console, catalogue, against or [])
 

@@ -6,6 +6,7 @@ from itertools import combinations
 from dmpo_dist.artifacts.evaluation import SCORES_FILE
 from dmpo_dist.evaluation.metrics import sure_hits
 from dmpo_dist.evaluation.seeds import split_name
+from dmpo_dist.evaluation.tables import below_start_lines, rules_note
 from dmpo_dist.formats import candidates
 from dmpo_dist.records.compare import evaluation_of, paired_lines
 from dmpo_dist.report import intervals, metadata, tables
@@ -33,6 +34,7 @@ def results(material: Material) -> Iterator[Block]:
     for name, e in material.evaluations.items():
         yield from heading(name, material.evaluations)
         yield from (Block("warning", f"Note: {note}") for note in e.notes)
+        yield from (Block("warning", f"A model {line}") for line in below_start_lines(e.content()))
         first = tables.first_metrics(e.models)
         caption = f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates"
         yield Block("table", tables.metrics_table(caption, first, sure_hits(e.most_negatives), e.seeds))
@@ -43,6 +45,13 @@ def results(material: Material) -> Iterator[Block]:
             yield folded_table("All metrics", all_metrics)
         if e.seeds:
             yield Block("table", tables.seeds_table(e))
+        if e.rules is not None:
+            by_rule = {f"{model} {rule}": m for model, rules in e.rules.models.items() for rule, m in rules.items()}
+            caption = "Language models by scoring rule"
+            yield Block(
+                "table", tables.metrics_table(caption, tables.first_metrics(by_rule), sure_hits(e.most_negatives))
+            )
+            yield Block("note", f"{rules_note(e.rules.content()['chosen'])}.")
         if e.catalogue is not None:
             items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
             ranked = e.catalogue.all_metrics()

@@ -11,7 +11,8 @@ from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.evaluation import BaselineTraining, Evaluation
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.splits import SPLITS
-from dmpo_dist.evaluation.tables import left_out_line, order_line
+from dmpo_dist.evaluation.sentences import order_line
+from dmpo_dist.evaluation.tables import left_out_line
 from dmpo_dist.formats import MISSING, number, size
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import ReportedData
