@@ -66,7 +66,7 @@ def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: Ru
             "folders": {},
             "settings": settings,
             "notes": notes_of(prepared, config),
-            "baselines": classical.facts if classical else {},
+            "baselines": classical.details if classical else {},
         }
         _write(folder / name, scores | ({"oracle": oracle} if oracle is not None else {}), prepared, config, about)
 

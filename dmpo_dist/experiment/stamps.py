@@ -22,7 +22,7 @@ SHOWN = 5  # changed cells named in an error
 MODELS_DEPEND_ON = {"bootstrap_samples", "token_budget"}
 """Keys of the evaluation section that change the figures of a trained model; others, such as baselines, do not."""
 RULES = {"rule", "rules", "prior_weights"}
-"""Further such keys; they count only where they are set, so that evaluations made before there were rules stay valid."""
+"""Further such keys, which count only where they are set: evaluations made before there were rules stay valid."""
 BASELINES_IGNORE = {
     "baseline_environment", "token_budget", "order_requests", "candidate_orders", "generate", *RULES
 }  # fmt: skip
