@@ -159,13 +159,15 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
 ReferenceMode = Literal["adapter_off", "adapter_copy", "model_copy"]
 
 
-def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, ReferenceMode]:
-    """The trainable model of a stage and how its reference is had.
+def load_policy(
+    source: ModelSource, config: ModelConfig, needs_reference: bool = True
+) -> tuple[Any, ReferenceMode | None]:
+    """The trainable model of a stage, and where its reference log-probs come from.
 
     Returns:
         The model (a PEFT model under LoRA) and the reference mode: ``adapter_off`` for a new adapter,
         ``adapter_copy`` where training goes on from an adapter (the frozen copy is the adapter "reference"),
-        ``model_copy`` for full fine-tuning.
+        ``model_copy`` for full fine-tuning; None where the stage needs no reference, and none is loaded.
 
     Raises:
         UserError: see ``load_causal_lm``, an adapter that does not fit, a quantization that cannot be trained.
@@ -175,11 +177,15 @@ def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, Referenc
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+    mode: ReferenceMode
     if source.is_adapter:
-        return _with_adapter(model, source), "adapter_copy"
-    if config.lora is not None:
-        return with_new_adapter(model, config.lora), "adapter_off"
-    return model.train(), "model_copy"
+        _require_low_rank_only(source)
+        model, mode = _with_adapter(model, source, train=True, copy=needs_reference).train(), "adapter_copy"
+    elif config.lora is not None:
+        model, mode = with_new_adapter(model, config.lora), "adapter_off"
+    else:
+        model, mode = model.train(), "model_copy"
+    return model, mode if needs_reference else None
 
 
 def load_for_scoring(path: str, config: ModelConfig) -> Any:
@@ -187,18 +193,17 @@ def load_for_scoring(path: str, config: ModelConfig) -> Any:
     source = find_model(path)
     model = load_causal_lm(source.base, config)
     if source.is_adapter:
-        model = _with_adapter(model, source, copy=False)
+        model = _with_adapter(model, source, train=False, copy=False)
     keep_freed_memory()
     return model.eval().requires_grad_(False)
 
 
-def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
+def _with_adapter(model: Any, source: ModelSource, train: bool, copy: bool) -> Any:
+    """``model`` with its adapter, which ``train`` makes trainable, and with ``copy`` a frozen one named "reference"."""
     from peft import PeftModel
 
-    if copy:
-        _require_low_rank_only(source)
     try:
-        peft = PeftModel.from_pretrained(model, source.path, is_trainable=copy)
+        peft = PeftModel.from_pretrained(model, source.path, is_trainable=train)
         _require_same_adapter(peft, source)
         if copy:
             peft.load_adapter(source.path, "reference", is_trainable=False)
@@ -208,7 +213,7 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
             f"{source.path}: the adapter does not fit {source.base} ({first_line(error)}); name the base it was "
             f"trained on as base_model_name_or_path in its {ADAPTER}"
         ) from None
-    return peft.train() if copy else peft
+    return peft
 
 
 def _require_low_rank_only(source: ModelSource) -> None:

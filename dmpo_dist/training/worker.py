@@ -130,7 +130,7 @@ class Policy:
     tokenizer: Any
     route: Route
     source: ModelSource
-    reference_mode: ReferenceMode
+    reference_mode: ReferenceMode | None
 
 
 def load_module(job: Job, device: torch.device, deepspeed: dict[str, Any] | None = None) -> Policy:
@@ -142,7 +142,7 @@ def load_module(job: Job, device: torch.device, deepspeed: dict[str, Any] | None
     torch.manual_seed(job.config.seed)  # new adapters start alike on every rank
     source = find_model(job.start)
     with _in_parts(config, deepspeed):
-        model, mode = load_policy(source, config)
+        model, mode = load_policy(source, config, job.loss.needs_reference)
     language_model = unwrap_peft(model)
     route = take_route(language_model, device.type, config.max_length, config.attention)
     if config.compile and route.backend == "flex":
@@ -199,7 +199,9 @@ def _reference(
     if cache == "memory":
         return reference_pass.run(data.groups)
     folder = job.config.reference.path or job.output / "reference"
-    return reference_pass.run(data.groups, folder, cache_key(job, policy.source, data.fingerprint))
+    return reference_pass.run(
+        data.groups, folder, cache_key(job.config.model, policy.source, data.fingerprint, device.type)
+    )
 
 
 def frozen_copy(job: Job, route: Route, device: torch.device, deepspeed: dict[str, Any]) -> Any:
