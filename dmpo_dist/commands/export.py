@@ -83,7 +83,7 @@ def export(
     ranked = _find_in_evaluation(evaluation, model) if evaluation else None
     trained = _trained_as(origin, base_config)
     encode = RankingModel.load(model, trained).encode
-    _check_model(source, base_config, encode.tokenizer, merge)
+    _check_base(source, base_config, merge)
     with whole_folder(output) as part:
         requests = _requests(prepared, encode)
         before = _scores(model, encode, trained, requests)
@@ -155,8 +155,8 @@ def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: s
         raise UserError(f"--shard-size {shard_size}: write a whole number and KB, MB, GB or TB, such as 5GB")
 
 
-def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: bool) -> None:
-    """Whether base and tokenizer go with the model."""
+def _check_base(source: ModelSource, base_config: Any, merge: bool) -> None:
+    """Whether the base's weights are not rounded already."""
     stored = quantization_of(base_config)
     if stored is not None and (merge or not source.is_adapter or stored not in ("nf4", "int8")):
         advice = (
@@ -165,13 +165,6 @@ def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: b
             else "export the adapter it was trained with instead"
         )
         raise UserError(f"{source.base}: its weights are quantized, and a merge would round them again; {advice}")
-    largest = max(tokenizer.get_vocab().values())
-    rows = base_config.get_text_config().vocab_size
-    if largest >= rows:
-        raise UserError(
-            f"{source.path}: its tokenizer has ids up to {largest}, but the embedding of {source.base} has {rows} "
-            "rows; put the tokenizer the model was trained with beside it"
-        )
 
 
 def _trained_as(origin: Provenance, base_config: Any) -> ModelConfig:

@@ -16,6 +16,7 @@ from dmpo_dist.modeling.logprobs import LogProbModel, Which, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.modeling.scoring import deal_for_scoring, node_log_probs, per_token, score_micro_batches, score_rows
 from dmpo_dist.modeling.self_check import disagreement, probe
+from dmpo_dist.modeling.suitability import require_known_ids
 from dmpo_dist.modeling.trie_attention import trie_obstacle, use_trie_attention
 
 Sharing = Literal["packed", "trie"]
@@ -113,8 +114,9 @@ class TokenScorer:
         """Compare with separate rows before prompts are first shared this way.
 
         Raises:
-            UserError: they differ, and separate rows were not left to us.
+            UserError: they differ, and separate rows were not left to us; or an id that the model does not know.
         """
+        require_known_ids(groups, self._language_model.config)
         obstacle = self.trie_obstacle if sharing == "trie" else None if self._shared else self.route.reason
         if obstacle or sharing in self._checked:
             return

@@ -111,7 +111,7 @@ def _write_whole(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _write_adapter(model: Any, folder: Path, adapter: dict[str, Tensor]) -> None:
