@@ -23,7 +23,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
 def by_length(kind):
-    """Phi-3 with longrope, as the smaller half of Microsoft's Phi-3 and Phi-4 have it, and other users of both kinds."""
+    """Phi-3 with longrope, as its long-context releases have it, and other users of both kinds."""
     if kind == "phi3":
         shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                  "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 256, "bos_token_id": 1,

@@ -28,6 +28,7 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "n
          "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 128, "bos_token_id": 1,
          "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FULL = EXPERTS | {"layer_types": ["full_attention"] * 2, "head_dim": 8}
 PLAIN = ModelConfig(max_length=64)
 
 
@@ -90,7 +91,7 @@ def test_a_model_whose_tokens_see_those_after_them_is_found_out(dtype):
     ("kind", "options", "named"),
     [
         ("mixtral", EXPERTS | {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
-        ("minimax", EXPERTS | {"router_jitter_noise": 0.2, "layer_types": ["full_attention"] * 2, "head_dim": 8}, "router_jitter_noise=0.2"),
+        ("minimax", FULL | {"router_jitter_noise": 0.2}, "router_jitter_noise=0.2"),
         ("opt", {"layerdrop": 0.5, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1}, "layerdrop=0.5"),
     ],
 )  # fmt: skip
@@ -170,8 +171,9 @@ def test_a_target_that_a_model_does_not_have_is_refused_with_those_it_has(target
 
 
 def test_a_target_that_only_some_layers_have_is_said(tmp_path):
-    mixed = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "head_dim": 8,
-             "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "num_experts": 0}  # fmt: skip
+    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "head_dim": 8}
+    widths = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 0}
+    mixed = heads | widths | {"layer_types": ["linear_attention", "full_attention"]}
     source = saved("qwen3_next", tmp_path, **mixed)
     for targets in (["q_proj"], ["q_proj", "o_proj"], ".*q_proj"):
         note = reach_note(adapted(source, targets), targets)

@@ -108,7 +108,15 @@ class EndRecord(LogLine):
 
     kind: Literal["end"] = "end"
     selected_step: int
+    """0: no later step was better than the start on validation, so that the start is the result."""
     model: str
+    select_metric: str = "ndcg@10"
+    """What the two figures are of."""
+    start: float | None = None
+    """Validation before the first step."""
+    best_later: float | None = None
+    """The best validation after it."""
+    best_later_step: int | None = None
 
 
 LogRecord = Annotated[

@@ -53,7 +53,8 @@ class StageConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints kept; older ones are removed."""
     select: Literal["best", "last"] = "best"
-    """Which weights become the result: best by ``select_metric`` on validation, or the last."""
+    """Which weights become the result: best by ``select_metric`` on validation, those of the start
+    included, or the last."""
     select_metric: Literal["ndcg@10", "hr@1", "mrr", "auc"] = "ndcg@10"
     log_every: int = Field(10, ge=1)
     """Steps between two log lines."""
@@ -65,6 +66,8 @@ class SFTConfig(StageConfig):
     history_order: Literal["given", "shuffled"] = "given"
     """given, or shuffled: a new random order of each history in every epoch, so that any title is asked for after any
     others. More to learn from the same likes where their order says little."""
+    negatives: int = Field(7, ge=1)
+    """Negatives that a template with {candidates} lists beside the positive in each step; no effect without one."""
 
 
 class TrainConfig(StageConfig):

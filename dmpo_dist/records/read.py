@@ -92,8 +92,7 @@ class Run:
         """The step whose weights are the result, or would be if the run ended now; None before any validation."""
         if self.end:
             return self.end.selected_step
-        trained = self.validation[self.validation.index > 0]
-        return int(trained[self.metric].idxmax()) if has_values(trained, self.metric) else None
+        return int(self.validation[self.metric].idxmax()) if has_values(self.validation, self.metric) else None
 
     @property
     def groups_per_second(self) -> float | None:
