@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from worlds import CONTEXT, SETTINGS, save_adapter
@@ -19,6 +20,7 @@ from dmpo_dist.cli import main
 from dmpo_dist.commands.export import REQUESTS, export
 from dmpo_dist.config import DataConfig, ModelConfig, RunConfig, TemplateConfig, dump_config
 from dmpo_dist.data.template import make_template
+from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.modeling.backbone import find_model, load_tokenizer, write_stamp
@@ -134,6 +136,71 @@ def test_plain_transformers_ranks_alike(world, models, tmp_path, capsys, merge, 
     assert str(difference) in capsys.readouterr().out
     assert str(difference) in (out / "README.md").read_text()
     assert find_model(str(out)).is_adapter != merge
+
+
+def tied(models, folder, kind):
+    """A base with tied embeddings, which the scratch model is too, and its tokenizer."""
+    vocab = json.loads((models / "base" / "config.json").read_text())["vocab_size"]
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    tiny_model(kind, vocab=vocab, tie_word_embeddings=True, **({} if kind == "gpt2" else special)).save_pretrained(
+        folder
+    )
+    for file in (models / "base").glob("token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("gpt2", {"target_modules": ["wte", "c_attn"]}),
+        ("gemma3", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ],
+)
+def test_a_merge_into_tied_embeddings_leaves_the_head_as_it_was_trained(models, tmp_path, kind, options):
+    base, run = tied(models, tmp_path / "base", kind), tmp_path / "run"
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, task_type="CAUSAL_LM", **options),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(run)
+    shutil.copy(base / "tokenizer.json", run)
+    shutil.copy(base / "tokenizer_config.json", run)
+    write_stamp(run, TemplateConfig(), stage="train", start=str(base))
+    difference = export(str(run), tmp_path / "out", merge=True, dtype="float32", echo=lambda _: None)
+    assert difference.max_nats < 1e-3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    head, embedding = again.get_output_embeddings().weight, again.get_input_embeddings().weight
+    assert torch.equal(head, AutoModelForCausalLM.from_pretrained(base).get_output_embeddings().weight)
+    assert not torch.equal(head, embedding)
+
+
+def test_an_export_that_ranks_otherwise_is_written_only_where_it_is_asked_for(models, tmp_path):
+    """As from 4 bits, where the merge goes into another base than the adapter was trained on."""
+    trained = copy_of(models / "run", tmp_path / "run")
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    config["model"]["quantization"] = "nf4"
+    (trained / "config.yaml").write_text(yaml.safe_dump(config))
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(UserError, match=r"would rank otherwise: .*another order in .*--accept-difference"):
+        export(str(trained / "model"), tmp_path / "out", merge=True, dtype="float32", echo=lambda _: None)
+    assert not (tmp_path / "out").exists()
+    difference = export(
+        str(trained / "model"),
+        tmp_path / "out",
+        merge=True,
+        dtype="float32",
+        accept_difference=True,
+        echo=lambda _: None,
+    )
+    assert difference.order_changed
+    assert json.loads((tmp_path / "out" / "dmpo.json").read_text())["export"]["max_nats"] == difference.max_nats
 
 
 def test_shards_are_complete(models, tmp_path):

@@ -55,6 +55,12 @@ def export(
     evaluation: Annotated[
         Path | None, typer.Option(help="An evaluation.json, or its folder, that ranks the model, for its card.")
     ] = None,
+    accept_difference: Annotated[
+        bool,
+        typer.Option(
+            "--accept-difference", help="Write a model that ranks otherwise than rounding explains, as on another base."
+        ),
+    ] = False,
 ) -> None:
     """Write a trained model for others: adapter or whole weights, tokenizer, generation configuration, model card.
 
@@ -66,7 +72,7 @@ def export(
     """
     from dmpo_dist.commands.export import export as run
 
-    run(model, output, merge, dtype, shard_size, data, evaluation)
+    run(model, output, merge, dtype, shard_size, data, evaluation, accept_difference)
 
 
 @models_app.command()

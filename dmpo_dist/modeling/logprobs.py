@@ -1,5 +1,6 @@
 """From a layout to one log-probability per response, in one module that DeepSpeed can wrap."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from dmpo_dist.batching.targets import Targets
 from dmpo_dist.batching.trie import PromptPart, TriePart
 from dmpo_dist.modeling.attention import no_mask
 from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, output_head
+from dmpo_dist.modeling.rotary import own_frequencies, rotary_limit, rotary_modules
 from dmpo_dist.modeling.vocabulary_blocks import BlockedLogProbs, product_gradient, within
 
 AnyLayout = Layout | PromptPart | TriePart
@@ -129,6 +131,7 @@ class LogProbModel(nn.Module):
         language_model = unwrap_peft(causal_lm)
         check_head(language_model)
         self.head = LogProbHead(output_head(language_model), LogitTransform.of(language_model.config))
+        self._rotary_limit = rotary_limit(language_model.config)
 
     def forward(self, layout: AnyLayout, which: Which = "policy") -> Tensor:
         """Log-probs summed over each response's scored tokens, fp32 or wider.
@@ -154,8 +157,15 @@ class LogProbModel(nn.Module):
 
     def _log_probs(self, layout: AnyLayout, targets: Targets) -> Tensor:
         language_model = unwrap_peft(self.causal_lm)
-        hidden = backbone_of(language_model)(**forward_arguments(layout), use_cache=False).last_hidden_state
+        with self._frequencies(language_model, layout):
+            hidden = backbone_of(language_model)(**forward_arguments(layout), use_cache=False).last_hidden_state
         return self.head(hidden.flatten(0, 1), targets)
+
+    def _frequencies(self, language_model: Any, layout: AnyLayout) -> AbstractContextManager[None]:
+        """Where rotary frequencies depend on a row's length: its own for each row."""
+        if self._rotary_limit is None or not isinstance(layout, RowsLayout):
+            return nullcontext()
+        return own_frequencies(rotary_modules(language_model), self._rotary_limit[1], layout)
 
 
 def forward_arguments(layout: AnyLayout) -> dict[str, Any]:
