@@ -41,7 +41,9 @@ def test_the_table_is_what_is_measured(family):
         assert measured.gradients < GRADIENT_LIMIT
 
 
-@pytest.mark.parametrize(("kind", "prompt"), [("llama", "shared"), ("opt", "shared"), ("bart", "unshared"), ("bert", "refused")])
+@pytest.mark.parametrize(
+    ("kind", "prompt"), [("llama", "shared"), ("opt", "shared"), ("bart", "unshared"), ("bert", "refused")]
+)
 def test_families_by_their_names_alone(kind, prompt, monkeypatch):
     """As `dmpo architectures --all` measures every type of the installed transformers."""
     monkeypatch.setattr(every_family, "model_types", lambda: [kind, "no such type"])

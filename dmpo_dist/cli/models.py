@@ -155,7 +155,7 @@ def plan(
 def architectures(
     output: Annotated[Path | None, typer.Option("--output", help="Also write the table to this file.")] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Every causal language model of the installed transformers; many minutes.")
+        bool, typer.Option("--all", help="Every causal language model of the installed transformers; minutes.")
     ] = False,
 ) -> None:
     """Measure on tiny models which model families can share prompts and how exactly; print a Markdown table.

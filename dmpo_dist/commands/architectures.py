@@ -226,7 +226,7 @@ def show_architectures(output: Path | None, every: bool = False) -> bool:
 
     Args:
         output: file to write; None only prints.
-        every: all of the installed transformers instead of the chosen ones, which takes many minutes.
+        every: all of the installed transformers instead of the chosen ones, which takes minutes.
 
     Raises:
         UserError: ``output`` cannot be written; found before anything is measured.
