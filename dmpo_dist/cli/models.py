@@ -155,6 +155,9 @@ def plan(
 @models_app.command()
 def architectures(
     output: Annotated[Path | None, typer.Option("--output", help="Also write the table to this file.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every causal language model of the installed transformers; minutes.")
+    ] = False,
 ) -> None:
     """Measure on tiny models which model families can share prompts and how exactly; print a Markdown table.
 
@@ -162,9 +165,11 @@ def architectures(
 
         dmpo architectures
 
+        dmpo architectures --all
+
         dmpo architectures --output docs/ARCHITECTURES.md
     """
     from dmpo_dist.commands.architectures import show_architectures
 
-    if not show_architectures(output):
+    if not show_architectures(output, every):
         raise typer.Exit(1)
