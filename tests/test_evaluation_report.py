@@ -154,12 +154,12 @@ def test_twelve_rows_with_seeds_fit_100_columns(scores, rows):
 
 
 def test_a_stage_below_its_start_is_warned_of(scores, rows):
-    starts = {"mine": "dmpo", "dmpo": "sft"}
+    starts = {"other": "dmpo", "dmpo": "sft"}
     found = evaluate_scores(scores, rows, samples=200, seed=0, starts=starts).content()
     pairs = evaluate_scores(scores, rows, samples=200, seed=0, against=["dmpo", "sft"]).content()["comparisons"]
     assert found["against_start"] == [c for c in pairs if starts.get(c["a"]) == c["b"]]
     lines = below_start_lines(found)  # dmpo ranks exactly as its start
-    assert [line.split()[3:7] for line in lines] == [["mine", "against", "dmpo:", m] for m in COMPARED_METRICS]
+    assert [line.split()[3:7] for line in lines] == [["other", "against", "dmpo:", m] for m in COMPARED_METRICS]
     assert all(f"- {line}\n" in markdown(found) for line in lines)
     assert below_start_lines(evaluate_scores(scores, rows, samples=200, seed=0).content()) == []
 
