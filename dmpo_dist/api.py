@@ -18,7 +18,7 @@ from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.data.prepare import prepare as prepare_groups
 from dmpo_dist.data.sources.read import kind_of
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.evaluation.ranking import within_context
+from dmpo_dist.evaluation.ranking import load_ranking_model, within_context
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.quiet import silence_libraries
@@ -138,7 +138,7 @@ def load(path: str | Path, *, settings: Settings | None = None) -> RankingModel:
         >>> dmpo.load("runs/dmpo/model").rank(history=["Heat", "Alien"], candidates=["Up", "Aliens"])
     """
     config = within_context([find_model(str(path))], config_of(dict(settings or {})))
-    return RankingModel.load(str(path), config.model, config.template, config.evaluation.token_budget)
+    return load_ranking_model(str(path), config)
 
 
 def evaluate(

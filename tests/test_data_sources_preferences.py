@@ -8,7 +8,7 @@ import pytest
 
 from dmpo_dist.config import DataConfig, Source
 from dmpo_dist.data.prepare import prepare
-from dmpo_dist.data.sources.preferences import Preference, load_preferences
+from dmpo_dist.data.sources.preferences import PreferenceRow, load_preferences
 from dmpo_dist.data.store import group_from_row
 from dmpo_dist.errors import UserError
 
@@ -33,7 +33,10 @@ def test_every_format_gives_the_same_groups(tmp_path: Path, extension: str) -> N
     else:
         pd.DataFrame(rows).to_parquet(path)
     preferences = load_preferences(path, seed=0)
-    assert preferences.splits["train"] == [Preference("p", "yes", ("a", "b", "d")), Preference("q", "yes", ("c",))]
+    assert preferences.splits["train"] == [
+        PreferenceRow("p", "yes", ("a", "b", "d")),
+        PreferenceRow("q", "yes", ("c",)),
+    ]
     assert preferences.notes[:2] == [
         "3 rows merged into 2 groups of equal prompt and chosen.",
         "1 repeated rejected responses dropped.",

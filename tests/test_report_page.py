@@ -91,14 +91,14 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(every
     for c in evaluation["comparisons"]:
         assert number(c["difference"], "+.3f") in text
         assert f"[{number(c['low'], '+.3f')}, {number(c['high'], '+.3f')}]" in text
-    assert "It is one of 2 training runs here." in text
+    assert "It is one of 2 training runs on this page." in text
     assert "Note: leave-one-out: not <b> comparable" in text
     assert "ease: regularization 300, chosen by its validation NDCG@10 of 0.510; 6 targets it had never seen" in text
     assert "32 requests scored again: log-probs moved by at most 3e-05 nats" in text
     assert (
         "Not shown as it is 1 in any order of 5 candidates: hr@5, hr@10, hr@20, recall@5, recall@10, recall@20." in text
     )
-    assert "Not here" not in text
+    assert "Sections without content" not in text
     assert "holds interaction data" in text
     assert "compared with 8 titles, all above it and the next below" in text
 
@@ -137,7 +137,7 @@ def test_the_same_folder_gives_the_same_bytes(everything, content, tmp_path):
 def test_explanations_of_users_can_be_left_out(everything):
     page = Page(render(gather([everything], explanations=False)))
     text = "".join(page.texts)
-    assert "Not here, as the folders hold none: Explanations" in text
+    assert "Sections without content in these folders: Explanations" in text
     assert "<u1>" not in text
     assert VISIBLE[1] not in text
 
@@ -154,7 +154,7 @@ def test_runs_alone_name_what_is_absent_and_what_is_damaged(tmp_path):
     assert "b/metrics.jsonl: its last line is cut off" in text
     assert "38 of 120 steps, not finished" in text
     assert "Preference runs side by side" in text
-    assert "Not here, as the folders hold none: Results, Paired comparisons, Strata, K sweep" in text
+    assert "Sections without content in these folders: Results, Paired comparisons, Strata, K sweep" in text
 
 
 def test_runs_of_two_evaluations_are_paired_by_their_scores(tmp_path):
@@ -238,15 +238,15 @@ def test_runs_on_a_few_of_the_groups_were_trained_on_that_data(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(card()))
     texts = Page(render(gather([tmp_path]))).texts
-    assert "By its fingerprint what these runs were trained on: few." in texts
-    assert "Not what these runs were trained on: other." in texts
+    assert "By its fingerprint, these runs were trained on this data: few." in texts
+    assert "These runs were trained on other data: other." in texts
 
 
 def test_a_card_of_other_data_is_said_to_be_that(tmp_path):
     write_run(tmp_path / "run", "train")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(card() | {"fingerprint": "f2"}))
-    assert "Not what these runs were trained on: run." in Page(render(gather([tmp_path]))).texts
+    assert "These runs were trained on other data: run." in Page(render(gather([tmp_path]))).texts
 
 
 def test_colours_can_be_read_in_both_schemes():
@@ -291,7 +291,7 @@ def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
     for arguments, message in [
         ([tmp_path / "nowhere"], "nowhere: no such folder; give what was output_dir"),
         ([tmp_path / "empty"], "empty holds no run: no config.yaml with metrics.jsonl, no evaluation.json"),
-        ([run, "--output", tmp_path / "notes.html"], "notes.html exists already and is no report of ours"),
+        ([run, "--output", tmp_path / "notes.html"], "notes.html exists already and is not a dmpo report"),
         ([run, "--output", tmp_path / "page.pdf"], "must end in .html"),
         ([broken["version"]], "evaluation.json: models.sft.hr@1: input should be a valid dictionary"),
         ([broken["json"]], "evaluation.json: damaged, not JSON"),

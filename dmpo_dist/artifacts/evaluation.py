@@ -79,6 +79,24 @@ class OrderCheck(Typed):
     models: dict[str, dict[str, ScoreSpread]]
 
 
+class GeneratedFigures(Typed):
+    """What a model writes after its prompts."""
+
+    hr: FiniteFloat = Field(alias="hr@1")
+    """The share of texts that are the positive, letter by letter."""
+    valid: FiniteFloat
+    """The share of texts that are any candidate of their request."""
+    by_log_prob: FiniteFloat = Field(alias="hr@1 by log-prob")
+    """HR@1 of the same requests by log-prob."""
+
+
+class Generation(Typed):
+    """Greedy generation after the prompts of some requests, by model."""
+
+    requests: int
+    models: dict[str, GeneratedFigures]
+
+
 class BaselineTraining(Typed):
     """What is known of the training of a classical baseline."""
 
@@ -137,6 +155,7 @@ class Evaluation(Artifact):
     """What a reader must know of the figures."""
     baselines: dict[str, BaselineTraining] = Field(default_factory=dict)
     order: OrderCheck | None = None
+    generation: Generation | None = None
     rules: ScoringRules | None = None
     catalogue: CatalogueRanking | None = None
 

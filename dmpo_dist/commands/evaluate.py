@@ -2,21 +2,28 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from dmpo_dist.artifacts.evaluation import SCORES_FILE, BaselineTraining, Evaluation, OrderCheck
+from dmpo_dist.artifacts.evaluation import (
+    SCORES_FILE,
+    BaselineTraining,
+    Evaluation,
+    Generation,
+    OrderCheck,
+)
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import Baseline
+from dmpo_dist.data.candidates import require_given_candidates, require_no_finished_prompts
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import (
     fitted_popularity_scores,
@@ -28,30 +35,29 @@ from dmpo_dist.evaluation.baselines import (
 from dmpo_dist.evaluation.classical import CLASSICAL, ClassicalScores, classical_scores
 from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
-from dmpo_dist.evaluation.order import ORDERS, order_spread
+from dmpo_dist.evaluation.model_scores import model_scores
+from dmpo_dist.evaluation.order import ORDERS, lists_note
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.rules import (
-    RuledScores,
     asks_for_rules,
     check_rules,
-    ruled_scores,
     rules_figures,
     with_rule,
 )
 from dmpo_dist.evaluation.seeds import by_name
+from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.evaluation.starts import starts_of
 from dmpo_dist.evaluation.strata import strata_of
 from dmpo_dist.evaluation.tables import (
     below_start_lines,
     catalogue_table,
     evaluation_table,
-    order_line,
     rules_table,
     show_comparisons,
 )
 from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
-from dmpo_dist.modeling.backbone import find_model, load_tokenizer
+from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.tables import terminal
 
@@ -60,12 +66,18 @@ Scores = dict[str, list[np.ndarray]]
 """Model -> per request a float64 array (1 + K,), the positive first."""
 
 
-def preflight(models: dict[str, str], config: RunConfig, console: Console, against: Sequence[str] = ()) -> PreparedData:
+def preflight(
+    models: dict[str, str],
+    config: RunConfig,
+    console: Console,
+    against: Sequence[str] = (),
+    catalogue: bool = False,
+) -> PreparedData:
     """Check data and models in every way that needs no weights, and make the baselines' environment; returns the data.
 
     Raises:
         UserError: no prepared data, no test requests, a model named like a baseline, a name in ``against`` that nothing
-            has; see also ``template_of`` and ``baseline_python``.
+            has, prompts that should list candidates and cannot, or not so many; see also ``template_of`` and ``baseline_python``.
     """
     data = PreparedData.load(require_prepared(config.data.path))
     if not len(data.test):
@@ -80,6 +92,12 @@ def preflight(models: dict[str, str], config: RunConfig, console: Console, again
         if name not in known:
             raise UserError(f"--against {name}: is not evaluated here; choose from {', '.join(known)}")
     templates = {path: template_of(path, config) for path in models.values()}
+    for path, template in templates.items():
+        require_no_finished_prompts(template, data.test["prompt"], str(config.data.path))
+        if catalogue:
+            require_given_candidates(template, path, "leave --catalogue out")
+        if template.lists_candidates:
+            tokenize_rows(data.test, load_ranking_model(path, config).encode)  # raises now where a list does not fit
     if asks_for_rules(config.evaluation):
         sources = {name: find_model(path) for name, path in models.items()}
         made = {name: make_template(templates[models[name]], load_tokenizer(at)) for name, at in sources.items()}
@@ -116,7 +134,7 @@ def evaluate(
         UserError: see ``preflight``, a model that cannot be loaded or whose scores are not finite, or baselines that
             cannot be run.
     """
-    data = preflight(models, config, console, against)
+    data = preflight(models, config, console, against, catalogue)
     if catalogue:
         require_catalogue(data)
     settings, seed = config.evaluation, config.seed
@@ -124,12 +142,13 @@ def evaluate(
     classical = classical_baselines(data, config, catalogue, console)
     scores |= classical.candidates if classical else {}
     torch.set_num_threads(os.cpu_count() or 1)
-    spreads, ruled = {}, {}
+    spreads, ruled, generated = {}, {}, {}
     for name, path in models.items():
-        found = _model_scores(name, path, data, config, console)
+        found = model_scores(name, path, data, config, console)
         scores[name] = found.scores
         spreads |= {name: found.spread} if found.spread else {}
         ruled |= {name: found.ruled} if found.ruled else {}
+        generated |= {name: found.generated} if found.generated else {}
     oracle = oracle_scores(data.test)
     if oracle is not None:
         scores["oracle"] = oracle
@@ -139,12 +158,15 @@ def evaluate(
     )
     evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation.folders = models
-    evaluation.notes = notes_of(data, config)
+    of_lists = _notes_of_lists(models, data, config)
+    evaluation.notes = notes_of(data, config) + of_lists
     facts = classical.facts if classical else {}
     evaluation.baselines = {name: BaselineTraining.model_validate(known) for name, known in facts.items()}
     if spreads:
         again = min(settings.order_requests, len(data.test))
         evaluation.order = OrderCheck(requests=again, orders=ORDERS, models=spreads)
+    if generated:
+        evaluation.generation = Generation(requests=min(settings.generate, len(data.test)), models=generated)
     if ruled:
         evaluation.rules = rules_figures(ruled, settings.bootstrap_samples, seed)
     if catalogue:
@@ -154,6 +176,8 @@ def evaluate(
         evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
     _show(evaluation, folder, console)
+    for note in of_lists:
+        console.print(f"note: {note}", highlight=False)
     return evaluation
 
 
@@ -198,6 +222,13 @@ def notes_of(data: PreparedData, config: RunConfig) -> list[str]:
     return []
 
 
+def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfig) -> list[str]:
+    """Where the positives stand in the prompts of models that list the candidates; nothing where none does."""
+    templates = {name: enforce_template(find_model(path).stamp, config.template, path) for name, path in models.items()}
+    listing = [name for name, template in templates.items() if template.lists_candidates]
+    return [lists_note(listing, data.test, config.seed, config.evaluation.candidate_orders)] if listing else []
+
+
 def classical_baselines(
     data: PreparedData, config: RunConfig, catalogue: bool, console: Console
 ) -> ClassicalScores | None:
@@ -208,40 +239,6 @@ def classical_baselines(
     return classical_scores(
         names, data, config.evaluation, config.seed, catalogue, lambda line: console.print(line, highlight=False)
     )
-
-
-@dataclass(frozen=True)
-class _ModelScores:
-    """A model's scores of the test requests by its rule.
-
-    Attributes:
-        spread: how far they move with other orders; {} if that is not asked for.
-        ruled: by each rule; None where none is asked for.
-    """
-
-    scores: list[np.ndarray]
-    spread: dict[str, Any]
-    ruled: RuledScores | None
-
-
-def _model_scores(name: str, path: str, data: PreparedData, config: RunConfig, console: Console) -> _ModelScores:
-    """Load a model and score the test requests.
-
-    The model is gone when this returns: the next one, or the ranking of the whole catalogue, has the memory to itself.
-    """
-    _note_quantization(name, path, config, console)
-    requests = config.evaluation.order_requests
-    with console.status(f"scoring {name}"):
-        model = load_ranking_model(path, config)
-        scores = model.score_rows(data.test)
-        _require_finite(f"--model {name}={path}", scores, config.model.dtype)
-        spread = order_spread(model.score_rows, data.test, scores, requests, config.seed) if requests else {}
-        if not asks_for_rules(config.evaluation):
-            return _ModelScores(scores, spread, None)
-        ruled = ruled_scores(model, scores, data, config)
-        for rule, by_rule in ruled.by_rule.items():
-            _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
-        return _ModelScores(ruled.scores, spread, ruled)
 
 
 def _rank_catalogue(
@@ -266,6 +263,8 @@ def _show(evaluation: Evaluation, folder: Path, console: Console) -> None:
         console.print(part, highlight=False)
     if evaluation.rules is not None:
         console.print(terminal(rules_table(content)))
+    for line in generation_lines(content):
+        console.print(line, highlight=False)
     for line in below_start_lines(content):
         console.print(f"warning: {line}", highlight=False)
     moved = order_line(content)
@@ -274,22 +273,3 @@ def _show(evaluation: Evaluation, folder: Path, console: Console) -> None:
     if evaluation.catalogue is not None:
         console.print(catalogue_table(content["catalogue"], evaluation.requests))
     console.print(f"written to {folder}/{Evaluation.FILE}, evaluation.md and {SCORES_FILE}", highlight=False)
-
-
-def _note_quantization(name: str, path: str, config: RunConfig, console: Console) -> None:
-    """Say so where a model is ranked on another base than it was trained on."""
-    trained, now = find_model(path).stamp.quantization, config.model.quantization
-    if trained != now:
-        console.print(
-            f"note: {name} was trained with model.quantization={trained} and is scored with {now}", highlight=False
-        )
-
-
-def _require_finite(model: str, scores: list[np.ndarray], dtype: str) -> None:
-    flat = np.concatenate(scores)
-    bad = ~np.isfinite(flat)
-    if bad.any():
-        raise UserError(
-            f"{model}: {int(bad.sum())} of {len(flat)} scores are not finite, the first is {flat[bad][0]}; its training "
-            f"diverged or its weights are damaged, or model.dtype={dtype} is too narrow for it: try model.dtype=float32"
-        )

@@ -11,6 +11,7 @@ from rich.console import Console
 from dmpo_dist.artifacts.explanations import Explanations
 from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.config import RunConfig
+from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, read_requests
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
@@ -29,7 +30,7 @@ from dmpo_dist.explanation.questions import (
     sampled,
 )
 from dmpo_dist.explanation.view import show, show_faithfulness, to_json
-from dmpo_dist.modeling.backbone import ModelSource, find_model, load_tokenizer
+from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer
 from dmpo_dist.records.progress import UserProgress
 
 FAITHFULNESS_FILE = "explain_faithfulness.json"
@@ -81,6 +82,9 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     _check(order)
     source = find_model(order.model)
     config = within_context([source], config)
+    if order.catalogue is not None:
+        template = enforce_template(source.stamp, config.template, order.model)
+        require_given_candidates(template, order.model, "leave --catalogue out")
     reference, note = _reference(source, order.reference, config)
     chosen, measured, catalogue = _questions(order, config, source)
     _check_top(order.top, chosen)
@@ -187,6 +191,9 @@ def _questions_of_file(
     """The same for requests as `dmpo rank` takes them, with its checks."""
     requests = read_requests(file)
     whole, weight = requests[0].candidates is None, config.ranking.popularity_weight
+    if whole:
+        template = enforce_template(source.stamp, config.template, order.model)
+        require_given_candidates(template, order.model, f"give each user of {file} a column 'candidates'")
     if order.catalogue and not whole and not weight:
         raise UserError(f"--catalogue {order.catalogue}: {file} has candidates of its own; leave out one of the two")
     beside = order.catalogue or (config.data.path if whole or weight else None)

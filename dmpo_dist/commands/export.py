@@ -120,15 +120,18 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Requests:
-    """What the difference is measured on; ``real`` where the positive of each is known to be liked."""
+class ComparedRequests:
+    """The requests on which the exported model is compared with the trained one.
+
+    ``real``: whether the users are known to like the positives.
+    """
 
     groups: list[TokenGroup]
     name: str
     real: bool
 
 
-def _scores(path: str, encode: GroupTokenizer, config: ModelConfig, requests: Requests) -> list[np.ndarray]:
+def _scores(path: str, encode: GroupTokenizer, config: ModelConfig, requests: ComparedRequests) -> list[np.ndarray]:
     """By the model in ``path``, which is gone when this returns: the next copy has the memory to itself."""
     return RankingModel(find_model(path), encode, config, TOKEN_BUDGET).score_groups(requests.groups)
 
@@ -192,7 +195,7 @@ def _type_of(trained: ModelConfig) -> str:
     return trained.dtype + ("" if trained.quantization == "none" else f" on a base in {trained.quantization}")
 
 
-def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> Requests:
+def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> ComparedRequests:
     """Validation requests, or made-up ones in the model's template."""
     if prepared is not None:
         if not len(prepared.validation):
@@ -200,7 +203,9 @@ def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> Requests
                 f"--data {prepared.path}: holds no validation requests; leave --data out to use made-up prompts"
             )
         rows = prepared.validation.select(range(min(REQUESTS, len(prepared.validation))))
-        return Requests(tokenize_rows(rows, encode), f"{len(rows)} validation requests of {prepared.card.name}", True)
+        return ComparedRequests(
+            tokenize_rows(rows, encode), f"{len(rows)} validation requests of {prepared.card.name}", True
+        )
     titles = [f"{first} {second}" for first in WORDS for second in WORDS[:4]]
     groups = [
         PreferenceGroup(
@@ -208,7 +213,7 @@ def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> Requests
         )
         for start in range(0, 40, 5)
     ]
-    return Requests([encode(group) for group in groups], f"{len(groups)} made-up requests", False)
+    return ComparedRequests([encode(group) for group in groups], f"{len(groups)} made-up requests", False)
 
 
 def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:

@@ -20,11 +20,12 @@ from rich.console import Console
 from dmpo_dist import __version__
 from dmpo_dist.artifacts.files import whole_file, write_json
 from dmpo_dist.config import RunConfig
+from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import Ranker, reference_of, within_context
+from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of, within_context
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
 from dmpo_dist.modeling.scoring_rule import require_prior
 from dmpo_dist.records.progress import UserProgress
@@ -118,12 +119,18 @@ def preflight(
     template = enforce_template(source.stamp, config.template, model)
     reference = reference_of(source, config.ranking.reference)
     requests = read_requests(requests_file)
+    if requests[0].candidates is None:
+        require_given_candidates(template, model, f"give each user of {requests_file} a column 'candidates'")
     catalogue = _catalogue(requests, requests_file, catalogue_file, config)
     tokenizer = load_tokenizer(source)
     if config.ranking.prior_weight:
         require_prior(make_template(template, tokenizer), model)
     titles = {title for request in requests for title in (*request.history, *(request.candidates or ()))}
     check_titles(sorted(titles.union(catalogue.titles if catalogue else ())), tokenizer)
+    if template.lists_candidates:
+        listing = load_ranking_model(model, config)
+        for request in requests:  # raises now, rather than in a worker, where a list does not fit
+            listing.token_group(request.history, request.candidates or (), request.user)
     key = {
         "dmpo": __version__,
         "--model": _digests(source),
@@ -133,7 +140,7 @@ def preflight(
         if catalogue
         else None,
         "--top": top,
-        **_options(config),
+        **_options(config, template.lists_candidates),
     }
     return RankJob(model, config, requests, catalogue, top, output, key)
 
@@ -163,17 +170,20 @@ def _catalogue(
     return catalogue
 
 
-def _options(config: RunConfig) -> dict[str, Any]:
+def _options(config: RunConfig, lists_candidates: bool) -> dict[str, Any]:
     """Every setting that could change a figure or the parts, by its key."""
     sections = {
         "ranking": config.ranking.model_dump(mode="json", exclude={"reference"}),
-        "template": config.template.model_dump(mode="json"),
+        "template": config.template.model_dump(mode="json", exclude=None if lists_candidates else {"candidate"}),
         "model": config.model.model_dump(
             mode="json", include={"dtype", "quantization", "double_quantization", "attention", "max_length"}
         ),
         "evaluation": {"token_budget": config.evaluation.token_budget},
     }
-    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    options = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    if lists_candidates:
+        options |= {"seed": config.seed, "evaluation.candidate_orders": config.evaluation.candidate_orders}
+    return options
 
 
 def _digests(source: ModelSource) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.files import whole_folder, write_whole
 from dmpo_dist.config import RunConfig, TemplateConfig, dump_config, load_config
+from dmpo_dist.config.model import CANDIDATES
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.reorder import require_histories
@@ -35,6 +36,7 @@ from dmpo_dist.records.tracking import check_tracking
 from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.groups import make_schedule, require_negatives
 from dmpo_dist.training.job import Job, Kind
+from dmpo_dist.training.listed import require_lists
 from dmpo_dist.training.runtime import Runtime
 
 T = TypeVar("T")
@@ -182,6 +184,7 @@ def _check_plan(job: Job, data: PreparedData) -> None:
     """Whether the data is enough for the plan, and DeepSpeed's configuration one we can train by."""
     config, workers = job.config, job.config.cluster.workers
     make_schedule(job, len(data.train), workers)
+    require_lists(job, data)
     if job.kind == "preference":
         make_objective(config.objective)  # refuses a class that cannot be loaded
         require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)
@@ -263,7 +266,10 @@ def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
     if data.items is None:
         raise UserError("model.path is scratch, but the data has no catalogue to learn a tokenizer from; give a model")
     template = config.template
-    fixed = [template.preamble, template.item.replace("{title}", "").replace("{end}", ""), template.request]
+    fixed = [template.preamble, template.item.replace("{title}", "").replace("{end}", "")]
+    fixed += template.request.split(CANDIDATES)
+    if template.lists_candidates:
+        fixed.append(template.candidate.replace("{title}", ""))
     texts = data.items["title"].tolist() + [text for text in fixed if text.strip()] * 8
     with whole_folder(folder) as part:
         make_scratch_model(part, config.model.scratch, texts, config.model.max_length, config.seed)

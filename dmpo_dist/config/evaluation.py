@@ -56,6 +56,11 @@ class EvaluationConfig(Section):
     """L2 weights of EASE to choose from by NDCG@10 on the validation requests; without those the first counts."""
     transformer: TransformerBaseline = Field(default_factory=TransformerBaseline)
     """Of sasrec and bert4rec."""
+    candidate_orders: int = Field(1, ge=1)
+    """Orders of the candidates over which scores are averaged, for a model whose prompts list them."""
+    generate: int = Field(0, ge=0)
+    """Test requests after whose prompts each model also writes a title by itself (greedily), for HR@1 by generation and
+    the share of texts that are a candidate; 0 leaves it out."""
     order_requests: int = Field(32, ge=0)
     """Test requests that each model scores again with candidates and requests in other orders, to see whether that
     moves anything; 0 leaves it out."""

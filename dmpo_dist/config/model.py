@@ -6,6 +6,9 @@ from pydantic import Field, field_validator
 
 from dmpo_dist.config.section import Section
 
+CANDIDATES = "{candidates}"
+"""Where ``template.request`` lists the candidates."""
+
 
 class TemplateConfig(Section):
     """How a history becomes a prompt and a title becomes a response. ``{end}`` stands for the terminator."""
@@ -15,7 +18,10 @@ class TemplateConfig(Section):
     item: str = "- {title}\n"
     """One history item; must contain {title}."""
     request: str = "The title this user will like next:\n"
-    """Text between the history and the response."""
+    """Text between the history and the response. {candidates} in it, once, lists the titles to choose from there, in an
+    order drawn for each request by the run's seed."""
+    candidate: str = "- {title}\n"
+    """One title of that list; must contain {title}. Without {candidates} in ``request`` it has no effect."""
     response: str = "{title}"
     """The response without its terminator; must contain {title}."""
     terminator: str = "{eos}"
@@ -23,11 +29,30 @@ class TemplateConfig(Section):
     chat: Literal["auto", "always", "never"] = "auto"
     """Wrap the prompt in the tokenizer's chat template: when it has one, always, or never."""
 
-    @field_validator("item", "response")
+    @property
+    def lists_candidates(self) -> bool:
+        """Whether prompts list the candidates."""
+        return CANDIDATES in self.request
+
+    @field_validator("item", "candidate", "response")
     @classmethod
     def _has_title(cls, value: str) -> str:
         if "{title}" not in value:
             raise ValueError("must contain {title}")
+        return value
+
+    @field_validator("preamble", "item", "candidate", "response", "terminator")
+    @classmethod
+    def _lists_nothing(cls, value: str) -> str:
+        if CANDIDATES in value:
+            raise ValueError("{candidates} belongs into template.request")
+        return value
+
+    @field_validator("request")
+    @classmethod
+    def _lists_once(cls, value: str) -> str:
+        if value.count(CANDIDATES) > 1:
+            raise ValueError("must contain {candidates} at most once")
         return value
 
 

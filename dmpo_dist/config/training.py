@@ -66,6 +66,8 @@ class SFTConfig(StageConfig):
     history_order: Literal["given", "shuffled"] = "given"
     """given, or shuffled: a new random order of each history in every epoch, so that any title is asked for after any
     others. More to learn from the same likes where their order says little."""
+    negatives: int = Field(7, ge=1)
+    """Negatives that a template with {candidates} lists beside the positive in each step; no effect without one."""
 
 
 class TrainConfig(StageConfig):

@@ -1,9 +1,11 @@
 """A history becomes a prompt, a title becomes a response."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dmpo_dist.config import TemplateConfig
+from dmpo_dist.config.model import CANDIDATES
 from dmpo_dist.errors import UserError
 
 _MARK = "\u241e"  # stands for the conversation's texts while a chat template is taken apart
@@ -24,13 +26,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Template:
-    """Finished texts around histories and titles: no placeholder but {title} is left.
+    """Finished texts around histories and titles: no placeholder but {title} and ``request``'s {candidates} is left.
 
     Attributes:
         opening, closing: the begin token, or what a chat template puts around a user's text.
         preamble, item, request, response: see ``TemplateConfig``; ``item`` has its {end} filled in.
         terminator: ends every response.
         item_ends: history items end exactly like a response, so that a loss on them trains the same thing.
+        candidate: one title of the list in the prompt; None where prompts list none.
     """
 
     opening: str
@@ -41,16 +44,25 @@ class Template:
     response: str
     terminator: str
     item_ends: bool
+    candidate: str | None = None
 
-    def render(self, history: tuple[str, ...]) -> Prompt:
-        """The prompt for ``history`` (titles, oldest first)."""
+    @property
+    def lists_candidates(self) -> bool:
+        """Whether prompts list the candidates."""
+        return self.candidate is not None
+
+    def render(self, history: tuple[str, ...], listed: Sequence[str] = ()) -> Prompt:
+        """The prompt for ``history`` (titles, oldest first), with the titles ``listed`` where it lists candidates."""
         text, spans = self.opening + self.preamble, []
         before = len(self.item.split("{title}", 1)[0])
         for title in history:
             start = len(text) + before
             text += self.item.replace("{title}", title)
             spans.append((start, len(text)))
-        return Prompt(text + self.request + self.closing, tuple(spans) if self.item_ends else ())
+        request = self.request
+        if self.candidate is not None:
+            request = request.replace(CANDIDATES, "".join(self.candidate.replace("{title}", t) for t in listed))
+        return Prompt(text + request + self.closing, tuple(spans) if self.item_ends else ())
 
     def wrap(self, prompt: str) -> Prompt:
         """A finished prompt (TRL rows) between the begin token or the chat template's parts."""
@@ -62,7 +74,9 @@ class Template:
 
     @property
     def tail(self) -> str:
-        """The end of every prompt with a history; what comes before it varies."""
+        """The end of every prompt with a history or a list of candidates; what comes before it varies."""
+        if self.candidate is not None:
+            return self.candidate.rsplit("{title}", 1)[1] + self.request.split(CANDIDATES)[1] + self.closing
         return self.item.rsplit("{title}", 1)[1] + self.request + self.closing
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,6 +116,7 @@ def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
         response=config.response,
         terminator=terminator,
         item_ends=not prefix and config.item.endswith("{title}" + suffix + "{end}"),
+        candidate=config.candidate if config.lists_candidates else None,
     )
 
 

@@ -3,10 +3,11 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Encoding
 
+from dmpo_dist.data.candidates import list_order, require_no_finished_prompts
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import groups_from_rows
 from dmpo_dist.data.template import Prompt, Template
@@ -31,6 +32,21 @@ class TokenGroup:
     prefix_scored: tuple[int, ...] = ()
 
 
+class FittedPrompt(NamedTuple):
+    """A prompt that fits, and what follows it.
+
+    Attributes:
+        dropped: number of oldest history titles left out.
+        prompt: what is left, rendered; encoded: its ids.
+        rows: for each candidate (number of ids that prompt + response shares with the prompt, the rest).
+    """
+
+    dropped: int
+    prompt: Prompt
+    encoded: Encoding
+    rows: list[tuple[int, list[int]]]
+
+
 @dataclass
 class GroupTokenizer:
     """Tokenizes groups as prompt + response together, so that merges over the boundary stay exact.
@@ -44,6 +60,7 @@ class GroupTokenizer:
         template: fills in prompts and responses.
         max_length: longest prompt plus response; the oldest history is dropped to fit.
         score_history: also score the titles of the history (for the likelihood on all titles).
+        seed: of the order in which prompts list candidates.
         truncated: number of groups that lost history so far.
         dropped_titles: number of history titles lost so far.
     """
@@ -52,6 +69,7 @@ class GroupTokenizer:
     template: Template
     max_length: int
     score_history: bool = False
+    seed: int = 0
     truncated: int = 0
     dropped_titles: int = 0
     _after_tail: dict[str, tuple[int, list[int]]] = field(default_factory=dict, repr=False)
@@ -67,27 +85,19 @@ class GroupTokenizer:
         backend.no_padding()
         self._tail_ids = self._ids(self.template.tail)
 
-    def __call__(self, group: PreferenceGroup) -> TokenGroup:
+    def __call__(self, group: PreferenceGroup, draw: int = 0, listed: Sequence[str] = ()) -> TokenGroup:
         """Token ids of ``group``.
 
+        Args:
+            draw: which order of the candidates, where the prompt lists them; see ``list_order``.
+            listed: titles that the prompt lists; none takes the candidates.
+
         Raises:
-            UserError: the prompt without any history and the longest response exceed ``max_length``, or the prompt
-                is empty. ``check_titles`` looks for special tokens in titles.
+            UserError: the prompt without any history and the longest response exceed ``max_length``, the prompt is
+                empty, or it is a finished one and should list candidates. ``check_titles`` looks for special tokens in
+                titles.
         """
-        dropped, last = 0, len(group.history)
-        prompt, encoded, rows = self._prompt_and_rows(group, 0)
-        if _longest(rows) > self.max_length and last:
-            fewer = range(1, last)
-            fits = bisect_left(
-                fewer, True, key=lambda n: _longest(self._prompt_and_rows(group, n)[2]) <= self.max_length
-            )
-            dropped = 1 + fits
-            prompt, encoded, rows = self._prompt_and_rows(group, dropped)
-        if _longest(rows) > self.max_length:
-            raise UserError(
-                f"user {group.user!r}: the prompt and its longest candidate take {_longest(rows)} tokens, more than "
-                f"model.max_length={self.max_length}; raise model.max_length or shorten the template or titles"
-            )
+        dropped, prompt, encoded, rows = self.fit(group, draw, listed)
         self.truncated += dropped > 0
         self.dropped_titles += dropped
         shared = min(start for start, _ in rows)
@@ -104,16 +114,45 @@ class GroupTokenizer:
             prefix_scored=_history_positions(prompt, encoded, shared) if self.score_history else (),
         )
 
-    def _prompt_and_rows(
-        self, group: PreferenceGroup, dropped: int
-    ) -> tuple[Prompt, Encoding, list[tuple[int, list[int]]]]:
+    def fit(self, group: PreferenceGroup, draw: int = 0, listed: Sequence[str] = ()) -> FittedPrompt:
+        """The prompt of ``group`` with as much of its history as fits; arguments and errors as of a call."""
+        order: tuple[str, ...] = ()
+        if self.template.lists_candidates:
+            require_no_finished_prompts(self.template, [group.prompt], f"the row of user {group.user!r}")
+            order = list_order(listed or _candidates(group), self.seed, group.user, group.timestamp, draw)
+
+        def without(oldest: int) -> FittedPrompt:
+            return self._without_oldest(group, oldest, order)
+
+        last, fitted = len(group.history), without(0)
+        if _longest(fitted.rows) > self.max_length and last:
+            fits = bisect_left(range(1, last), True, key=lambda n: _longest(without(n).rows) <= self.max_length)
+            fitted = without(1 + fits)
+        if _longest(fitted.rows) > self.max_length:
+            raise self._too_long(group.user, _longest(fitted.rows), len(order))
+        return fitted
+
+    def _too_long(self, user: str, tokens: int, listed: int) -> UserError:
+        if listed:
+            return UserError(
+                f"user {user!r}: without any history the prompt, which lists {listed} candidates, and its longest "
+                f"response take {tokens} tokens, more than model.max_length={self.max_length}; raise model.max_length, "
+                "list fewer candidates or shorten the template or titles"
+            )
+        return UserError(
+            f"user {user!r}: the prompt and its longest candidate take {tokens} tokens, more than "
+            f"model.max_length={self.max_length}; raise model.max_length or shorten the template or titles"
+        )
+
+    def _without_oldest(self, group: PreferenceGroup, dropped: int, listed: tuple[str, ...]) -> FittedPrompt:
         """The prompt without its ``dropped`` oldest titles, tokenized, and what ``_rows`` gives for it."""
         history = group.history[dropped:]
-        prompt = self.template.render(history) if group.prompt is None else self.template.wrap(group.prompt)
-        candidates = (group.positive, *group.negatives)
+        prompt = self.template.render(history, listed) if group.prompt is None else self.template.wrap(group.prompt)
         encoded = self._encode(prompt.text)
-        rows = self._rows(prompt.text, encoded.ids, candidates, fixed_tail=group.prompt is None and bool(history))
-        return prompt, encoded, rows
+        fixed_tail = group.prompt is None and bool(history or listed)
+        return FittedPrompt(
+            dropped, prompt, encoded, self._rows(prompt.text, encoded.ids, _candidates(group), fixed_tail)
+        )
 
     def _rows(
         self, prompt: str, prompt_ids: list[int], candidates: Sequence[str], fixed_tail: bool
@@ -157,12 +196,21 @@ class GroupTokenizer:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
 
 
-def tokenize_rows(rows: Any, tokenizer: GroupTokenizer, negatives: int | None = None) -> list[TokenGroup]:
-    """Token groups of a split (a ``Dataset``), with the first ``negatives`` of each row's stored ones (None: all)."""
+def tokenize_rows(
+    rows: Any, tokenizer: GroupTokenizer, negatives: int | None = None, draw: int = 0
+) -> list[TokenGroup]:
+    """Token groups of a split (a ``Dataset``), with the first ``negatives`` of each row's stored ones (None: all).
+
+    ``draw`` is that of ``GroupTokenizer``.
+    """
     groups = groups_from_rows(rows)
     if negatives is not None:
         groups = [replace(group, negatives=group.negatives[:negatives]) for group in groups]
-    return [tokenizer(group) for group in groups]
+    return [tokenizer(group, draw) for group in groups]
+
+
+def _candidates(group: PreferenceGroup) -> tuple[str, ...]:
+    return (group.positive, *group.negatives)
 
 
 def _history_positions(prompt: Prompt, encoded: Encoding, limit: int) -> tuple[int, ...]:

@@ -38,13 +38,14 @@ class TitleScorer:
         self._log_popularity = self._popularity_of(catalogue) if config.ranking.popularity_weight else None
 
     def scores(
-        self, groups: Sequence[TokenGroup], titles: Sequence[str], user: str, whole_catalogue: bool
+        self, groups: Sequence[TokenGroup], titles: Sequence[str], user: str, whole_catalogue: bool, timestamp: int = 0
     ) -> np.ndarray:
         """(n, R) float64, what ``titles`` are ranked by after each of n prompts, see ``adjusted``.
 
         Args:
             groups: n prompts of ``user``, each with ``titles`` as its responses.
             whole_catalogue: there are too many titles to pack.
+            timestamp: of the request; see ``RankingModel.prior``.
 
         Raises:
             UserError: a score that is not finite, or a title without popularity where that is corrected for.
@@ -55,7 +56,7 @@ class TitleScorer:
         if ranking.reference is not None and self.reference is not None:
             references = log_probs_of(self.reference, groups, whole_catalogue)
         popularity = self._popularity(titles)
-        prior = self.policy.prior(titles) if ranking.prior_weight else None
+        prior = self.policy.prior(titles, user, timestamp) if ranking.prior_weight else None
         weights = (ranking.length_normalize, ranking.popularity_weight, prior, ranking.prior_weight)
         scores = np.stack([
             adjusted(own, scored_lengths(group), other, popularity, *weights)
@@ -134,8 +135,8 @@ class Ranker:
     def scores(self, request: RankingRequest, candidates: np.ndarray) -> np.ndarray:
         """(R,) float64, what ``candidates`` (R titles) are ranked by; raises as a call does."""
         titles = candidates.tolist()
-        group = self._scorer.policy.token_group(request.history, titles, request.user)
-        return self._scorer.scores([group], titles, request.user, whole_catalogue=True)[0]
+        groups = self._scorer.policy.token_groups(request.history, titles, request.user)
+        return self._scorer.scores(groups, titles, request.user, whole_catalogue=True).mean(axis=0)
 
     @property
     def fallback(self) -> str | None:
@@ -146,7 +147,10 @@ class Ranker:
 
 def load_ranking_model(path: str, config: RunConfig) -> RankingModel:
     """``RankingModel.load`` by a run's template, model and evaluation settings."""
-    return RankingModel.load(path, config.model, config.template, config.evaluation.token_budget)
+    settings = config.evaluation
+    return RankingModel.load(
+        path, config.model, config.template, settings.token_budget, config.seed, settings.candidate_orders
+    )
 
 
 def log_probs_of(model: RankingModel, groups: Sequence[TokenGroup], whole_catalogue: bool) -> list[np.ndarray]:

@@ -127,7 +127,8 @@ def ruled_scores(model: RankingModel, log_probs: Scores, data: PreparedData, con
     tuned = _is_tuned(rules, settings)
     if "prior" in rules:
         splits = (data.test, data.validation) if tuned else (data.test,)
-        model.prior([title for rows in splits for titles in _titles(rows) for title in titles])  # in one trie
+        if not model.template.lists_candidates:  # else a prior belongs to its request
+            model.prior([title for rows in splits for titles in _titles(rows) for title in titles])  # in one trie
     weight = settings.prior_weights[0] if "prior" in rules else None
     rule = rules[0] if settings.rule == "auto" else settings.rule
     by_label: dict[str, float] = {}
@@ -183,12 +184,12 @@ def _parts(
     rows: Dataset,
     log_probs: Scores | None = None,
 ) -> _Parts:
-    groups = tokenize_rows(rows, model.encode)
+    requests = zip(_titles(rows), rows["user"][:], rows["timestamp"][:], strict=True)
     return _Parts(
-        log_probs=model.score_groups(groups) if log_probs is None else log_probs,
-        lengths=[scored_lengths(group) for group in groups],
-        prior=[model.prior(titles) for titles in _titles(rows)] if "prior" in rules else None,
-        reference=None if reference is None else reference.score_groups(groups),
+        log_probs=model.score_rows(rows) if log_probs is None else log_probs,
+        lengths=[scored_lengths(group) for group in tokenize_rows(rows, model.encode)],
+        prior=[model.prior(*request) for request in requests] if "prior" in rules else None,
+        reference=None if reference is None else reference.score_rows(rows),
     )
 
 

@@ -8,6 +8,7 @@ from rich.table import Table as TerminalTable
 
 from dmpo_dist import tables
 from dmpo_dist.evaluation.metrics import sure_hits
+from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.formats import number
 from dmpo_dist.tables import Cell, Table
 
@@ -185,21 +186,6 @@ def rules_note(chosen: Mapping[str, Mapping[str, Any]]) -> str:
     return f"In use: {', '.join(parts)}" + "; chosen on validation" * on_validation
 
 
-def order_line(evaluation: dict[str, Any]) -> str | None:
-    """How far scores moved when candidates or requests were put in another order; None if not measured."""
-    order = evaluation.get("order")
-    if not order or not order["models"]:
-        return None
-    worst = {
-        kind: max(of_model[kind]["max_difference"] for of_model in order["models"].values())
-        for kind in ("candidates", "packing")
-    }
-    return (
-        f"{order['requests']} requests scored again: log-probs moved by at most {worst['candidates']:.1g} nats with "
-        f"candidates in other orders, {worst['packing']:.1g} with requests packed otherwise"
-    )
-
-
 def markdown(evaluation: dict[str, Any]) -> str:
     """``evaluation.md``: everything but the per-candidate scores."""
     models = _models(evaluation, MARKDOWN_METRICS)
@@ -227,6 +213,8 @@ def markdown(evaluation: dict[str, Any]) -> str:
         blocks += ["## The whole catalogue", catalogue.caption + ".", tables.markdown(catalogue), catalogue.note]
     for kind, strata in evaluation.get("strata", {}).items():
         blocks += [f"## {STRATA_TITLES[kind]}", tables.markdown(_strata(evaluation, strata))]
+    if evaluation.get("generation"):
+        blocks += ["## Titles written by the models", _list(generation_lines(evaluation))]
     moved = order_line(evaluation)
     blocks.append(f"{moved}." if moved else "")
     return "\n\n".join(filter(None, blocks)) + "\n"

@@ -183,7 +183,9 @@ def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str
     if start is not None:
         content["model"]["path"] = f"the SFT start {start}"
     flat = dotted(content | {"data": {"fingerprint": fingerprint, "shots": config.data.shots}})
-    return {key: value for key, value in flat.items() if key not in {f"{stage}.{name}" for name in NO_INFLUENCE}}
+    ignored = {f"{stage}.{name}" for name in NO_INFLUENCE}
+    ignored |= set() if config.template.lists_candidates else {"template.candidate", "sft.negatives"}
+    return {key: value for key, value in flat.items() if key not in ignored}
 
 
 def _on_dataset(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mapping[str, PreparedData]) -> RunConfig:

@@ -23,7 +23,9 @@ MODELS_DEPEND_ON = {"bootstrap_samples", "token_budget"}
 """Of the evaluation section: what changes the figures of a trained model; a further baseline does not."""
 RULES = {"rule", "rules", "prior_weights"}
 """Likewise, where they are not as they come; so older evaluations, which know of no rules, still count."""
-BASELINES_IGNORE = {"baseline_environment", "token_budget", "order_requests", *RULES}
+BASELINES_IGNORE = {
+    "baseline_environment", "token_budget", "order_requests", "candidate_orders", "generate", *RULES
+}  # fmt: skip
 
 State = Literal["done", "to evaluate", "interrupted", "failed", "to do"]
 
@@ -134,10 +136,12 @@ def _changes(part: Part) -> list[str]:
 
 def model_settings(config: RunConfig) -> dict[str, Any]:
     """What the figures of a trained model depend on, as they are kept with them."""
-    rules = {}
+    more = {}
     if asks_for_rules(config.evaluation):
-        rules = config.evaluation.model_dump(mode="json", include=RULES) | {"reference": config.ranking.reference}
-    return config.evaluation.model_dump(mode="json", include=MODELS_DEPEND_ON) | {"seed": config.seed} | rules
+        more = config.evaluation.model_dump(mode="json", include=RULES) | {"reference": config.ranking.reference}
+    if config.evaluation.candidate_orders > 1:
+        more["candidate_orders"] = config.evaluation.candidate_orders
+    return config.evaluation.model_dump(mode="json", include=MODELS_DEPEND_ON) | {"seed": config.seed} | more
 
 
 def baseline_settings(config: RunConfig) -> dict[str, Any]:

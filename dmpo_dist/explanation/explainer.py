@@ -8,6 +8,7 @@ import numpy as np
 from dmpo_dist.batching.layout import group_cost
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue
+from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.evaluation.ranking import TitleScorer, log_probs_of
 from dmpo_dist.explanation.contributions import Method, Outcomes, Removed, leave_one_out, rivals, singles
@@ -115,7 +116,7 @@ class Explainer:
             UserError: a prompt that does not fit into ``model.max_length``, or weights that cannot be loaded.
         """
         # a generator: of whole catalogues there is one in memory at a time
-        groups = (self._model.token_group(q.history, q.candidates, q.user) for q in questions)
+        groups = (self._group(question, question.history) for question in questions)
         self.whole_catalogue = needs_trie(groups, self._token_budget)
         self._model.load_weights()
 
@@ -126,19 +127,19 @@ class Explainer:
         """
         ranked = len(question.candidates)
         before = self._model.encode.dropped_titles
-        group = self._model.token_group(question.history, question.candidates, question.user)
+        self._group(question, question.history)
         history = question.history[self._model.encode.dropped_titles - before :]
-        narrow = self.whole_catalogue and 0 < self._rivals < ranked
+        listed = self._model.template.lists_candidates  # in every prompt, so that all of them stay
+        narrow = self.whole_catalogue and 0 < self._rivals < ranked and not listed
         if question.item is None or narrow:
-            scores = self._scores([group], question)[0]
+            scores = self._scores([history], question)[0]
             item = int(scores.argmax()) if question.item is None else question.item
             question = replace(question, item=item)
             question = among(question, rivals(scores, item, self._rivals)) if narrow else question
 
         def score(removed: Sequence[Removed]) -> np.ndarray:
             kept = [tuple(title for i, title in enumerate(history) if i not in one) for one in removed]
-            groups = [self._model.token_group(titles, question.candidates, question.user) for titles in kept]
-            return self._scores(groups, question)
+            return self._scores(kept, question)
 
         assert question.item is not None
         return Subject(question, ranked, history, Outcomes(score, question.item, self._method))
@@ -150,7 +151,7 @@ class Explainer:
             return [Words([], np.empty(0), None) for _ in subjects]
         titles = [(subject.question.candidates[subject.item],) for subject in subjects]
         groups = [
-            self._model.token_group(subject.history, title, subject.question.user)
+            self._group(subject.question, subject.history, title)
             for subject, title in zip(subjects, titles, strict=True)
         ]
         of_policy, of_reference = self._model.token_scores(groups), reference.token_scores(groups)
@@ -158,7 +159,7 @@ class Explainer:
         for subject, group, ours, theirs in zip(subjects, groups, of_policy, of_reference, strict=True):
             pieces = self._pieces(subject, group)
             question = subject.question
-            whole = [self._model.token_group(subject.history, question.candidates, question.user)]
+            whole = [self._group(question, subject.history)]
             before, after = (log_probs_of(model, whole, self.whole_catalogue)[0] for model in (reference, self._model))
             others = float(np.delete(after - before, subject.item).mean())
             words.append(Words([piece.text for piece in pieces], sum_pieces(pieces, ours - theirs), others))
@@ -187,16 +188,26 @@ class Explainer:
             counterfactual=nearest_counterfactual(subject.outcomes, items, top, budget),
         )
 
-    def _scores(self, groups: list[TokenGroup], question: Question) -> np.ndarray:
-        """(n, R) what the candidates are ranked by, see ``adjusted``."""
-        return self._scorer.scores(groups, question.candidates, question.user, self.whole_catalogue)
+    def _group(self, question: Question, history: Sequence[str], responses: Sequence[str] = ()) -> TokenGroup:
+        """The token ids of ``question`` after ``history``, with some ``responses`` in place of all candidates."""
+        candidates, listed = responses or question.candidates, question.candidates
+        return self._model.token_group(history, candidates, question.user, question.timestamp, listed)
+
+    def _scores(self, histories: Sequence[Sequence[str]], question: Question) -> np.ndarray:
+        """(n, R) what the candidates are ranked by after each of n histories, see ``adjusted``; a mean over orders."""
+        candidates, user, time = question.candidates, question.user, question.timestamp
+        groups = [group for h in histories for group in self._model.token_groups(h, candidates, user, time)]
+        scores = self._scorer.scores(groups, candidates, user, self.whole_catalogue, time)
+        return scores.reshape(len(histories), self._model.orders, -1).mean(axis=1)
 
     def _allows_empty_history(self) -> bool:
         """Whether a prompt without a history has any text: a begin token, or what the template puts around it."""
         return bool(self._model.template.render(()).text)
 
     def _pieces(self, subject: Subject, group: TokenGroup) -> list[Piece]:
-        prompt = self._model.template.render(subject.history).text
+        question = subject.question
+        request = PreferenceGroup(question.user, question.timestamp, subject.history, question.candidates[0], ())
+        prompt = self._model.encode.fit(request, listed=question.candidates).prompt.text
         text = prompt + self._model.template.render_response(subject.question.candidates[subject.item])
         encoded = self._model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         scored = group.branches[0][group.scored_from[0] :]

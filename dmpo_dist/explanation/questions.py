@@ -23,6 +23,7 @@ class Question:
         candidates: distinct titles that are ranked.
         candidate_items: their item ids, likewise.
         item: index of the explained title among the candidates; None for the one ranked first.
+        timestamp: of the request, 0 where there is none; it decides in which order a prompt lists candidates.
     """
 
     user: str
@@ -31,6 +32,7 @@ class Question:
     candidates: tuple[str, ...]
     candidate_items: tuple[str, ...]
     item: int | None
+    timestamp: int = 0
 
 
 def questions_of_data(
@@ -165,6 +167,7 @@ def _of_row(row: dict[str, Any]) -> Question:
         candidates=(row["positive"], *row["negatives"]),
         candidate_items=(row["positive_item"], *row["negative_items"]),
         item=0,
+        timestamp=row["timestamp"],
     )
 
 

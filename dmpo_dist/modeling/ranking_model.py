@@ -37,13 +37,20 @@ class RankingModel:
     Scores are float64 log-probabilities in nats, summed over the tokens of a title and of what ends it. Histories are
     oldest first; the oldest titles are dropped where the prompt would exceed ``max_length``.
 
+    A model whose prompts list the candidates sees them in an order that is drawn by a seed and does not depend on the
+    order in which they are given; scores are the mean over one or more such orders.
+
     Attributes:
         source: the model's folder or hub id, its base, and what training wrote down about it.
         encode: turns a history and titles into token ids.
+        orders: of the candidates in the prompt, over which scores are averaged; 1 where prompts list none.
     """
 
-    def __init__(self, source: ModelSource, encode: GroupTokenizer, config: ModelConfig, token_budget: int) -> None:
+    def __init__(
+        self, source: ModelSource, encode: GroupTokenizer, config: ModelConfig, token_budget: int, orders: int = 1
+    ) -> None:
         self.source, self.encode = source, encode
+        self.orders = orders if encode.template.lists_candidates else 1
         self._config, self._token_budget = config, token_budget
         self._scorer = cache(
             partial(_load_scorer, source, config, token_budget)
@@ -58,6 +65,8 @@ class RankingModel:
         config: ModelConfig | None = None,
         template: TemplateConfig | None = None,
         token_budget: int = 8192,
+        seed: int = 0,
+        candidate_orders: int = 1,
     ) -> Self:
         """Read tokenizer and template now, and the weights when they are first needed.
 
@@ -68,6 +77,7 @@ class RankingModel:
             config: dtype, quantization, attention and ``max_length``; its ``path`` is not looked at.
             template: how prompts read, for a model that training wrote no ``dmpo.json`` for.
             token_budget: most tokens in one row of a forward pass.
+            seed, candidate_orders: of the candidates in the prompt, where it lists them; see ``evaluation``'s settings.
 
         Raises:
             UserError: no such model, a damaged file, no fast tokenizer, or another template than the model's own.
@@ -76,7 +86,8 @@ class RankingModel:
         source = find_model(path)
         tokenizer = load_tokenizer(source)
         trained = make_template(enforce_template(source.stamp, template or TemplateConfig(), path), tokenizer)
-        return cls(source, GroupTokenizer(tokenizer, trained, config.max_length), config, token_budget)
+        encode = GroupTokenizer(tokenizer, trained, config.max_length, seed=seed)
+        return cls(source, encode, config, token_budget, candidate_orders)
 
     @property
     def tokenizer(self) -> Any:
@@ -104,7 +115,7 @@ class RankingModel:
                 f"{path}: has another tokenizer than {self.source.path}, so their log-probs cannot be compared; name a "
                 "reference with the same one, by ranking.reference or --reference"
             )
-        return type(self)(source, self.encode, self._config, self._token_budget)
+        return type(self)(source, self.encode, self._config, self._token_budget, self.orders)
 
     def load_weights(self) -> TokenScorer:
         """The weights and how they are run, read at the first call.
@@ -160,39 +171,61 @@ class RankingModel:
         if not candidates:
             return np.empty(0)
         check_titles([*history, *candidates], self.tokenizer)
-        group = self.token_group(history, candidates)
-        return adjusted(
-            self.score_catalogue(group),
-            scored_lengths(group),
-            None if reference is None else reference.score_catalogue(group),
-            length_normalize=length_normalize,
-            prior=self.prior(candidates) if prior_weight else None,
-            prior_weight=prior_weight,
-        )
+        prior = self.prior(candidates) if prior_weight else None
+        scores = [
+            adjusted(
+                self.score_catalogue(group),
+                scored_lengths(group),
+                None if reference is None else reference.score_catalogue(group),
+                length_normalize=length_normalize,
+                prior=prior,
+                prior_weight=prior_weight,
+            )
+            for group in self.token_groups(history, candidates)
+        ]
+        return np.mean(scores, axis=0)
 
-    def prior(self, titles: Sequence[str]) -> np.ndarray:
+    def prior(self, titles: Sequence[str], user: str = "", timestamp: int = 0) -> np.ndarray:
         """(R,) float64 log-probabilities of ``titles`` after an empty history: how common the strings are.
 
-        Each title is scored once in a model's life; those of one call are scored together, as a trie.
+        Each title is scored once in a model's life; those of one call are scored together, as a trie. Where prompts
+        list the candidates, ``titles`` are listed as in the request of ``user`` and ``timestamp``, anew in each call.
 
         Raises:
             UserError: the template leaves no prompt where there is no history.
         """
         require_prior(self.template, self.source.path)
+        if self.template.lists_candidates:
+            return np.mean([self.score_catalogue(g) for g in self.token_groups((), titles, user, timestamp)], axis=0)
         new = [title for title in dict.fromkeys(titles) if title not in self._prior]
         if new:
             log_probs = self.score_catalogue(self.token_group((), new, "without a history"))
             self._prior |= zip(new, log_probs.tolist(), strict=True)
         return np.array([self._prior[title] for title in titles])
 
-    def token_group(self, history: Sequence[str], candidates: Sequence[str], user: str = "") -> TokenGroup:
-        """The token ids of one prompt and of R responses; ``user`` is named in errors."""
-        first, *rest = candidates
-        return self.encode(PreferenceGroup(user, 0, tuple(history), first, tuple(rest)))
+    def token_group(
+        self, history: Sequence[str], candidates: Sequence[str], user: str = "", timestamp: int = 0,
+        listed: Sequence[str] = (),
+    ) -> TokenGroup:  # fmt: skip
+        """The token ids of one prompt and of R responses.
+
+        Args:
+            user: named in errors; with ``timestamp`` it decides the order in which a prompt lists candidates.
+            listed: what such a prompt lists; none takes the candidates.
+        """
+        return self.encode(_group(user, timestamp, history, candidates), listed=listed)
+
+    def token_groups(
+        self, history: Sequence[str], candidates: Sequence[str], user: str = "", timestamp: int = 0
+    ) -> list[TokenGroup]:
+        """``token_group`` for each of ``orders``."""
+        group = _group(user, timestamp, history, candidates)
+        return [self.encode(group, draw) for draw in range(self.orders)]
 
     def score_rows(self, rows: Any) -> list[np.ndarray]:
         """For each request of ``rows``, a split of prepared data, (1+K,) float64, the positive first."""
-        return self.score_groups(tokenize_rows(rows, self.encode))
+        draws = [self.score_groups(tokenize_rows(rows, self.encode, draw=draw)) for draw in range(self.orders)]
+        return [np.mean(of_request, axis=0) for of_request in zip(*draws, strict=True)]
 
     def score_groups(self, groups: Sequence[TokenGroup]) -> list[np.ndarray]:
         """For each group (R,) float64; groups are packed into rows, so they should be small."""
@@ -205,6 +238,11 @@ class RankingModel:
     def token_scores(self, groups: Sequence[TokenGroup]) -> list[np.ndarray]:
         """For each group of one response (N,) float64 of its scored tokens, in order."""
         return self._scorer().token_scores(groups, self._which)
+
+
+def _group(user: str, timestamp: int, history: Sequence[str], candidates: Sequence[str]) -> PreferenceGroup:
+    first, *rest = candidates
+    return PreferenceGroup(user, timestamp, tuple(history), first, tuple(rest))
 
 
 def _load_scorer(source: ModelSource, config: ModelConfig, token_budget: int) -> TokenScorer:

@@ -46,7 +46,7 @@ class TokenScorer:
         self, causal_lm: Any, token_budget: int, max_length: int, attention: str = "auto",
         reference: Literal["adapter_off"] | None = None,
     ) -> None:  # fmt: skip
-        self._language_model = unwrap_peft(causal_lm)
+        self._causal_lm, self._language_model = causal_lm, unwrap_peft(causal_lm)
         self._device: torch.device = self._language_model.device
         self._token_budget, self._asked = token_budget, attention
         self.route: Route = choose_backend(self._language_model, self._device.type, max_length, attention)
@@ -88,6 +88,11 @@ class TokenScorer:
             parts = self._forward(which)(layout).double().cpu().split(lengths)
             out |= zip(micro_batch.groups, (part.numpy() for part in parts), strict=True)
         return [out[index] for index in range(len(groups))]
+
+    def writer(self) -> Any:
+        """The causal LM with the attention of ordinary rows, as ``generate`` needs it; scoring switches it back."""
+        use_backend(self._language_model, "unshared")
+        return self._causal_lm
 
     def trie(self, group: TokenGroup) -> TitleTrie:
         """The trie of the group's responses; users of one catalogue mostly share it."""

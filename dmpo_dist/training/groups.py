@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from dmpo_dist.batching.layout import Cost, Layout, group_cost, lay_out
 from dmpo_dist.batching.plan import MicroBatch, Schedule, Step, deal
@@ -33,7 +33,7 @@ class Batches:
         negatives: K, 0 for SFT.
         world_size, token_budget: how a step is divided.
         shared: whether prompts are shared (decides cost and layout).
-        of_epoch: makes a group of SFT, by index and epoch, where it is not the same in all epochs.
+        of_epoch: makes a group as it is trained on, by index and epoch, where its prompt is not the same in all epochs.
     """
 
     groups: Sequence[TokenGroup]
@@ -106,11 +106,13 @@ def make_schedule(job: Job, n_groups: int, world_size: int) -> Schedule:
     return schedule
 
 
-def require_negatives(stored: Sequence[int], wanted: int, fixed_rows: bool) -> None:
+def require_negatives(
+    stored: Sequence[int], wanted: int, fixed_rows: bool, section: Literal["sft", "train"] = "train"
+) -> None:
     """Raise UserError if no (``fixed_rows``: ready-made, ragged) or not every group has stored ``wanted`` negatives."""
     have = max(stored) if fixed_rows else min(stored)
     if have < wanted:
         raise UserError(
-            f"train.negatives={wanted}, but the prepared data holds {have} negatives per group; lower train.negatives, "
-            "or prepare the data again with a higher data.negatives_per_group"
+            f"{section}.negatives={wanted}, but the prepared data holds {have} negatives per group; lower "
+            f"{section}.negatives, or prepare the data again with a higher data.negatives_per_group"
         )

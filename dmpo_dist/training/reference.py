@@ -218,7 +218,7 @@ def cache_key(job: Job, source: ModelSource, rows: str) -> dict[str, Any]:
         "base": file_digests(source.base),
         "adapter": file_digests(source.path) if source.is_adapter else {},
         "rows": rows,
-        "template": job.config.template.model_dump(mode="json"),
+        "template": job.config.template.model_dump(mode="json", exclude={"candidate"}),  # lists are not cached
         "max_length": model.max_length,
         "dtype": model.dtype,
     }

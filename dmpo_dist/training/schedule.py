@@ -11,6 +11,11 @@ def total_steps(stage: StageConfig, schedule: Schedule) -> int:
     return stage.steps or max(1, round(stage.epochs * schedule.steps_per_epoch))
 
 
+def epochs_begun(stage: StageConfig, schedule: Schedule) -> int:
+    """Passes over the training groups that a stage begins."""
+    return -(-total_steps(stage, schedule) // schedule.steps_per_epoch)
+
+
 def learning_rate(index: int, total: int, stage: StageConfig) -> float:
     """Learning rate of step ``index`` (from 0) of ``total``: linear warm-up from 0, then the schedule down to 0."""
     warmup = round(stage.warmup_ratio * total)

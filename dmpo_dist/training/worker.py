@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -42,10 +42,11 @@ from dmpo_dist.training.engine import (
 )
 from dmpo_dist.training.groups import Batches, make_schedule, with_negatives
 from dmpo_dist.training.job import Job
+from dmpo_dist.training.listed import listed_groups
 from dmpo_dist.training.loop import Trainer
 from dmpo_dist.training.reference import Reference, ReferencePass, cache_key
 from dmpo_dist.training.runtime import Runtime
-from dmpo_dist.training.schedule import total_steps
+from dmpo_dist.training.schedule import epochs_begun
 
 
 def run(job: Job, runtime: Runtime) -> None:
@@ -72,7 +73,7 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
     if job.config.model.compile and stage3:
         raise UserError("model.compile=true does not work with ZeRO-3; set it to false, or deepspeed=zero2")
     policy = load_module(job, device, deepspeed)
-    data = _load_data(job, policy.tokenizer)
+    data = _load_data(job, policy, runtime.world_size)
     engine = _start_engine(policy.module, deepspeed, job.config.deepspeed)
     if stage3 and runtime.world_size > 1:
         require_partitioned(policy.module, runtime.world_size)
@@ -109,6 +110,8 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
             "setup_seconds": time.monotonic() - started,
         }
     )
+    if data.balance:
+        runtime.log({"kind": "note", "text": data.balance})
     return trainer
 
 
@@ -188,7 +191,7 @@ def _reference(
     reference_pass = ReferencePass(
         log_probs=(lambda layout: engine(layout)) if copied else (lambda layout: engine(layout, "reference")),
         negatives=batches.negatives,
-        epochs=-(-total_steps(job.stage, batches.schedule) // batches.schedule.steps_per_epoch),
+        epochs=epochs_begun(job.stage, batches.schedule),
         token_budget=batches.token_budget,
         shared=batches.shared,
         device=device,
@@ -213,30 +216,48 @@ def frozen_copy(job: Job, route: Route, device: torch.device, deepspeed: dict[st
 
 @dataclass(frozen=True)
 class _Data:
+    """What a stage trains on and is validated by.
+
+    Attributes:
+        groups: as they are in the first epoch, with every stored negative where prompts are the same in all epochs.
+        of_epoch: see ``Batches``; longest: most tokens of a group that it makes.
+        balance: where positives stand in lists of candidates, a sentence; "" where prompts list none.
+    """
+
     groups: list[TokenGroup]
     validation: list[TokenGroup]
     truncated: int
     fingerprint: str
-    of_epoch: Callable[[int, int], TokenGroup] | None
+    of_epoch: Callable[[int, int], TokenGroup] | None = None
+    longest: int = 0
+    balance: str = ""
 
 
-def _load_data(job: Job, tokenizer: Any) -> _Data:
-    config = job.config
+def _load_data(job: Job, policy: Policy, world_size: int) -> _Data:
+    config, tokenizer = job.config, policy.tokenizer
     assert config.data.path is not None
     prepared = PreparedData.load(config.data.path, config.data.shots)
     template = make_template(config.template, tokenizer)
     if prepared.items is not None:
         check_titles(prepared.items["title"].tolist(), tokenizer)
-    encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history=job.loss.scores_history)
-    of_epoch = None
+    encode = GroupTokenizer(
+        tokenizer, template, config.model.max_length, score_history=job.loss.scores_history, seed=config.seed
+    )
+    validation = tokenize_rows(prepared.validation, replace(encode, score_history=False))
+    if config.template.lists_candidates:
+        listed = listed_groups(job, prepared, encode)
+        groups = [listed(index, 0) for index in range(len(listed))]
+        truncated, epochs = encode.truncated, epochs_begun(job.stage, make_schedule(job, len(listed), world_size))
+        longest = listed.largest(epochs, policy.route.backend != "unshared")  # raises now, rather than in a later epoch
+        of_epoch = _remembered(job, listed)
+        return _Data(groups, validation, truncated, prepared.fingerprint, of_epoch, longest, listed.balance(epochs))
     if job.kind == "sft" and config.sft.history_order == "shuffled":
         of_epoch = _reordered(job, prepared, encode)
         groups = [of_epoch(index, 0) for index in range(len(prepared.train))]
-    else:
-        groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
-    whole = GroupTokenizer(tokenizer, template, config.model.max_length)
-    validation = tokenize_rows(prepared.validation, whole)
-    return _Data(groups, validation, encode.truncated, prepared.fingerprint, of_epoch)
+        longest = config.model.max_length
+        return _Data(groups, validation, encode.truncated, prepared.fingerprint, of_epoch, longest)
+    groups = tokenize_rows(prepared.train, encode, negatives=0 if job.kind == "sft" else None)
+    return _Data(groups, validation, encode.truncated, prepared.fingerprint)
 
 
 def _reordered(job: Job, prepared: PreparedData, encode: GroupTokenizer) -> Callable[[int, int], TokenGroup]:
@@ -246,11 +267,12 @@ def _reordered(job: Job, prepared: PreparedData, encode: GroupTokenizer) -> Call
     for group in reordered.not_yet_asked_for:
         encode(group)  # raises now, rather than in an epoch to come, where a title is too long
 
-    @lru_cache(maxsize=2 * job.stage.global_batch_size)  # a step asks once for the cost, once for the ids
-    def token_group(index: int, epoch: int) -> TokenGroup:
-        return encode(reordered(index, epoch))
+    return _remembered(job, lambda index, epoch: encode(reordered(index, epoch)))
 
-    return token_group
+
+def _remembered(job: Job, of_epoch: Callable[[int, int], TokenGroup]) -> Callable[[int, int], TokenGroup]:
+    """The same, kept for the two calls of a step: one for the cost, one for the ids."""
+    return lru_cache(maxsize=2 * job.stage.global_batch_size)(of_epoch)
 
 
 def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int, device: torch.device) -> Batches:
@@ -262,6 +284,11 @@ def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int
         groups = [with_negatives(group, negatives, 0) for group in data.groups]
         in_module = job.loss.needs_reference and policy.reference_mode != "model_copy"
         budget = Probe(engine, groups, shared, in_module, device).largest_budget()
-        if data.of_epoch:
-            budget = max(budget, job.config.model.max_length)  # what a group of another epoch may take
+        budget = max(budget, data.longest)
+    if budget < data.longest:
+        raise UserError(
+            f"{job.section}.token_budget={budget}, but a preference group with its list of candidates takes "
+            f"{data.longest} tokens; raise {job.section}.token_budget, or lower the number of negatives or "
+            "model.max_length"
+        )
     return Batches(data.groups, schedule, negatives, world_size, budget, shared, data.of_epoch)
