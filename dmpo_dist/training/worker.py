@@ -202,7 +202,9 @@ def _reference(
     if cache == "memory":
         return reference_pass.run(data.groups)
     folder = job.config.reference.path or job.output / "reference"
-    return reference_pass.run(data.groups, folder, cache_key(job, policy.source, data.fingerprint))
+    rendered = make_template(job.config.template, policy.tokenizer).rendered()
+    key = cache_key(job, policy.source, data.fingerprint) | {"rendered": rendered}
+    return reference_pass.run(data.groups, folder, key)
 
 
 def frozen_copy(job: Job, route: Route, device: torch.device, deepspeed: dict[str, Any]) -> Any:
