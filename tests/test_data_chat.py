@@ -153,3 +153,47 @@ def test_a_date_is_a_date():
     assert TemplateConfig.model_validate({"date": date(2026, 1, 31)}).date == "2026-01-31"
     with pytest.raises(ValueError, match="must be a date such as"):
         TemplateConfig(date="31 Jan 2026")
+
+
+LLAMA2 = KEPT["llama 2"][0]
+MISTRAL = LLAMA2.replace("' ' + m.content.strip() + ' ' + eos_token", "' ' + m.content + eos_token")
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "row", "expected"),
+    [
+        (None, ("<s>[INST] liked Alien [/INST]", " Heat</s>"), "<s>[INST] liked Alien [/INST] Heat</s>"),
+        (None, ("liked Alien", "Heat</s>\n"), "<s>liked AlienHeat</s>"),
+        (CHATML, ("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n", "Heat"), "{}Heat<|im_end|>"),
+        (CHATML, ("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nx", "Heat<|im_end|>\n"), "{}Heat<|im_end|>"),
+        (LLAMA2, ("<s>[INST] x [/INST]", " Heat </s>"), "{} Heat </s>"),
+        (LLAMA2, ("[INST] x [/INST]", "Heat</s>"), "<s>{} Heat </s>"),
+        (LLAMA2, ("x", "Heat"), "<s>[INST] x [/INST] Heat </s>"),
+        (MISTRAL, ("<s>[INST] x [/INST]", " Heat"), "{} Heat</s>"),
+    ],
+)
+def test_a_finished_row_gets_what_it_lacks_and_nothing_twice(chat_template, row, expected):
+    """Prompts that a chat template made are known by their beginning, responses that have an end by that."""
+    tokenizer = named_tokenizer("<s>", "</s>", chat_template)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    template = make_template(TemplateConfig(), tokenizer)
+    prompt = template.wrap(row[0])
+    assert prompt.text + template.complete(row[1], prompt.templated) == expected.replace("{}", row[0])
+    again = template.wrap(prompt.text)
+    assert (again.text, template.complete(template.complete(row[1], prompt.templated), again.templated)) == (
+        prompt.text, template.complete(row[1], prompt.templated),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_conversation_that_its_template_wrote_is_not_wrapped_again(name):
+    tokenizer = named_tokenizer("<s>", "</s>", KEPT[name][0])
+    template = make_template(TemplateConfig(), tokenizer)
+    for prompt in (template.wrap("liked Alien").text, template.render(("Heat",)).text):
+        assert template.wrap(prompt).text == prompt
+        assert template.wrap(prompt.removeprefix("<s>")).text == prompt
+
+
+def test_a_begin_token_in_the_preamble_is_not_doubled():
+    template = make_template(TemplateConfig(preamble="<s>Liked:\n"), named_tokenizer("<s>", "</s>"))
+    assert template.render(("Heat",)).text.count("<s>") == 1

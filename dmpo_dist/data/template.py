@@ -20,10 +20,12 @@ class Prompt:
     Attributes:
         text: the prompt, from the begin token to the place where the response starts.
         titles: character spans (start, end) of each history title with its terminator, where items end with one.
+        templated: a finished prompt that came with begin token or chat template, and was not wrapped again.
     """
 
     text: str
     titles: tuple[tuple[int, int], ...]
+    templated: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Template:
         candidate: one title of the list in the prompt; None where prompts list none.
         lead: spaces that a chat template puts before an answer.
         user_trim, answer_trim: the sides on which a chat template strips white space from a user's text and an answer.
+        begin: the tokenizer's begin token, "" where it has none.
+        special: its special tokens, one of which begins a text from a chat template.
     """
 
     opening: str
@@ -52,6 +56,8 @@ class Template:
     lead: str = ""
     user_trim: Trim = "none"
     answer_trim: Trim = "none"
+    begin: str = ""
+    special: tuple[str, ...] = ()
 
     @property
     def lists_candidates(self) -> bool:
@@ -73,7 +79,15 @@ class Template:
         return Prompt(prompt.text, self._moved(spans, text + request) if self.item_ends else ())
 
     def wrap(self, prompt: str) -> Prompt:
-        """A finished prompt (TRL rows) between the begin token or the chat template's parts."""
+        """A finished prompt (TRL rows) between the begin token or the chat template's parts.
+
+        One that begins with a special token, or as the chat template does, has them already; it gets the begin token
+        where only that is missing.
+        """
+        opening = self.opening.removeprefix(self.begin)
+        if prompt.startswith((*self.special, opening) if opening.strip() else self.special):
+            missing = self.opening.startswith(self.begin) and not prompt.startswith(self.begin)
+            return Prompt(self.begin * missing + prompt, (), templated=True)
         return Prompt(self.opening + trim(prompt, self.user_trim) + self.closing, ())
 
     def _moved(self, spans: Sequence[tuple[int, int]], user: str) -> tuple[tuple[int, int], ...]:
@@ -86,6 +100,20 @@ class Template:
     def render_response(self, title: str) -> str:
         """The response text of ``title`` with its terminator."""
         return self.lead + trim(self.response.replace("{title}", title), self.answer_trim) + self.terminator
+
+    def complete(self, response: str, templated: bool) -> str:
+        """A finished response (TRL rows) with what it lacks of its terminator and of the space before it.
+
+        Args:
+            templated: whether the prompt came with begin token or chat template, and the response may have them too.
+        """
+        text, ends = response, [end for end in (self.terminator, self.terminator.strip()) if end]
+        for whole in (response, response.rstrip("\n")):
+            end = next((end for end in ends if whole.endswith(end)), None)
+            if end is not None:
+                text = whole.removesuffix(end)
+                break
+        return self.render_response(text.removeprefix(self.lead) if templated else text)
 
     @property
     def tail(self) -> str:
@@ -104,6 +132,12 @@ class Template:
     def rendered(self) -> dict[str, str]:
         """What tokenizer and chat template brought, for ``dmpo.json`` beside a model and the key of a cache."""
         return {name: getattr(self, name) for name in RENDERED}
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of the tokenizer's special tokens but those that are white space."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip())
 
 
 def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
@@ -134,7 +168,7 @@ def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
     prefix, suffix = config.response.split("{title}", 1)
     template = Template(
         opening=opening,
-        preamble=config.preamble,
+        preamble=config.preamble if use_chat else config.preamble.removeprefix(opening),
         item=config.item.replace("{end}", terminator),
         request=config.request,
         closing=closing,
@@ -142,6 +176,8 @@ def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
         terminator=terminator,
         item_ends=not prefix and config.item.endswith("{title}" + suffix + "{end}"),
         candidate=config.candidate if config.lists_candidates else None,
+        begin=tokenizer.bos_token or "",
+        special=special_tokens(tokenizer),
         lead=lead,
         user_trim=user_trim,
         answer_trim=answer_trim,

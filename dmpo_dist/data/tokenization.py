@@ -11,7 +11,7 @@ from dmpo_dist.data.candidates import list_order, require_no_finished_prompts
 from dmpo_dist.data.continuation import continuation, encode, require_end
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import groups_from_rows
-from dmpo_dist.data.template import Prompt, Template
+from dmpo_dist.data.template import Prompt, Template, special_tokens
 from dmpo_dist.errors import UserError
 
 
@@ -154,11 +154,16 @@ class GroupTokenizer:
         prompt = self.template.render(history, listed) if group.prompt is None else self.template.wrap(group.prompt)
         before = prompt.text.rstrip(" ")
         spaces = prompt.text[len(before) :]
-        responses = [spaces + self.template.render_response(title) for title in _candidates(group)]
+        responses = [spaces + self._response(title, group.prompt, prompt) for title in _candidates(group)]
         encoded = encode(self.tokenizer, before)
         fixed_tail = group.prompt is None and bool(history or listed) and bool(self._tail_ids)
         look_up = fixed_tail and encoded.ids[-1:] == self._tail_ids[-1:]
         return FittedPrompt(dropped, prompt, encoded, self._responses(before, encoded.ids, responses, look_up))
+
+    def _response(self, title: str, finished: str | None, prompt: Prompt) -> str:
+        if finished is None:
+            return self.template.render_response(title)
+        return self.template.complete(title, prompt.templated)
 
     def _responses(
         self, prompt: str, prompt_ids: list[int], responses: Sequence[str], look_up: bool
@@ -230,8 +235,7 @@ def _longest(fitted: FittedPrompt) -> int:
 
 def check_titles(titles: Sequence[str], tokenizer: Any) -> None:
     """Raise UserError for a title with a special token, or that the tokenizer drops or cannot represent."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
+    special = special_tokens(tokenizer)
     unknown = tokenizer.unk_token_id
     for title in titles:
         for token in special:
