@@ -41,7 +41,7 @@ stage() { # VERB NAME START [OVERRIDES]: a training stage into $folder/NAME, ski
 run models fetch "$model" "${accept[@]}"
 if [[ ! -e "$folder/data" ]]; then
     run data download ml-100k "$folder/download" --from-wheel "${accept[@]}"
-    run data prepare -c pretrained_few_shot data.source.kind=recbole data.source.path="$folder/download/ml-100k" \
+    run data prepare -c pretrained_few_shot data.source.path="$folder/download/ml-100k" \
         data.path="$folder/data"
 fi
 

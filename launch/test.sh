@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # All checks: lint, format, types, then pytest. Arguments go to pytest, with paths relative to the repository:
-#   launch/test.sh                  launch/test.sh tests/test_objectives.py -k sdpo          launch/test.sh -m "not integration"
+#   launch/test.sh                  everything, about 12 minutes on two cores; what continuous integration runs
+#   launch/test.sh --fast           without what is slow, starts several processes, Ray or a browser: 3 minutes
+#   launch/test.sh tests/test_objectives.py -k sdpo
 #   launch/test.sh --cluster        what needs root, several hosts and minutes: see launch/test_cluster.sh
 set -euo pipefail
 
@@ -20,7 +22,11 @@ cd "$DMPO_ROOT"
 ruff check
 ruff format --check
 pyrefly check
-if [[ $# -eq 0 ]]; then # everything: two processes, integration tests in one of them
-    set -- --numprocesses 2 --dist loadgroup
+two_processes=(--numprocesses 2 --dist loadgroup) # integration tests in one of them
+if [[ "${1:-}" == --fast ]]; then
+    shift
+    set -- "${two_processes[@]}" -m "not slow and not integration and not cluster" "$@"
+elif [[ $# -eq 0 ]]; then
+    set -- "${two_processes[@]}"
 fi
 python -m pytest "$@"

@@ -1,11 +1,13 @@
-"""Tiny models and random groups that several test files share."""
+"""Tiny models, random groups and the prepared world that several test files share."""
 
+import os
 import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 from dmpo_dist.data.tokenization import TokenGroup
 
@@ -90,6 +92,20 @@ def random_groups(
             unscored[2] = unscored[1]
         groups.append(TokenGroup(tokens(rng.randint(1, prompt)), tuple(branches), tuple(unscored)))
     return groups
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Prepared data, a model and an adapter (``worlds.World``), made once: among processes, by the first that asks."""
+    from worlds import World, make_world  # here, as the import takes seconds that most files do not need
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "world.lock"):
+        if not (folder / "world").exists():
+            make_world(folder / "world")
+    return World(folder / "world")
 
 
 @pytest.fixture

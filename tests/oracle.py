@@ -1,4 +1,4 @@
-"""The oracle of all attention and log-prob tests: one full, unpadded row per response through the model's own logits."""
+"""Oracle of all attention and log-prob tests: one full, unpadded row per response through the model's own logits."""
 
 import torch
 

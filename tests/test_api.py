@@ -74,7 +74,8 @@ def test_mistakes_name_what_to_change(data, tmp_path):
 
 
 def test_the_face_is_light_and_whole():
-    command = "import sys, dmpo_dist; print('torch' in sys.modules, [n for n in dmpo_dist.__all__ if not getattr(dmpo_dist, n)])"
+    command = "import sys, dmpo_dist; "
+    command += "print('torch' in sys.modules, [n for n in dmpo_dist.__all__ if not getattr(dmpo_dist, n)])"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False []"
 

@@ -1,4 +1,4 @@
-"""Files of a run: literal ones of 0.1 load, what is read is written again as it was, a broken one names file and field."""
+"""Files of a run: literal ones of 0.1 load, what is read is written again as it was, a broken one names its field."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,21 @@ from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.errors import UserError
 
 INTERVAL = {"value": 0.5, "low": 0.25, "high": 0.75}
-TEMPLATE = {"preamble": "Liked:\n", "item": "{title}{end}\n", "request": "Next: ", "response": "{title}", "terminator": "{eos}"}  # fmt: skip
+TEMPLATE = {
+    "preamble": "Liked:\n",
+    "item": "{title}{end}\n",
+    "request": "Next: ",
+    "response": "{title}",
+    "terminator": "{eos}",
+}
 FILES = {
     Evaluation: {
         "requests": 26, "negatives": {"fewest": 5, "most": 5}, "bootstrap": {"samples": 200, "seed": 0},
         "models": {"popularity": {"ndcg@10": INTERVAL}, "dmpo": {"ndcg@10": INTERVAL}},
         "seeds": {"dmpo": {"0": {"ndcg@10": 0.5}}},
         "strata": {"history": {"5-9": {"requests": 20, "models": {"dmpo": {"ndcg@10": INTERVAL}}}}},
-        "comparisons": [{"a": "dmpo", "b": "popularity", "metric": "ndcg@10", "difference": 0.0, "low": -0.1, "high": 0.1,
+        "comparisons": [{"a": "dmpo", "b": "popularity", "metric": "ndcg@10",
+                         "difference": 0.0, "low": -0.1, "high": 0.1,
                          "p": 1.0, "seeds": []}],
         "data": {"path": "data", "fingerprint": "f0"}, "folders": {"dmpo@0": "dmpo/model"}, "notes": ["a note"],
         "baselines": {"sasrec": {"settings": {"epochs": 5}, "validation": {"5": 0.5}, "seconds": 1.5,
@@ -36,8 +43,10 @@ FILES = {
         "model": "dmpo/model", "reference": "sft/model", "method": "margin",
         "requests": [{"user": "u7", "item": "i1", "title": "Heat", "rank": 2, "candidates": 6, "compared": 6,
                       "tokens": [{"text": "Heat", "log_ratio": 0.5}], "others_log_ratio": -0.25,
-                      "history": [{"item": "i2", "title": "Alien", "contribution": 0.1, "rank_without": 3}], "cut_off": [],
-                      "counterfactual": {"removed": ["Alien"], "rank_before": 2, "rank_after": 3, "sentence": "It falls.",
+                      "history": [{"item": "i2", "title": "Alien", "contribution": 0.1, "rank_without": 3}],
+                      "cut_off": [],
+                      "counterfactual": {"removed": ["Alien"], "rank_before": 2, "rank_after": 3,
+                                         "sentence": "It falls.",
                                          "top": 5}}],
         "faithfulness": {"value": "margin", "left_out": 0, "users": 6, "requests": 6, "random_orders": 5,
                          "bootstrap": {"samples": 200, "seed": 0},
@@ -52,7 +61,8 @@ FILES = {
                  "test": {"timestamp": 2, "utc": "1970-01-01T00:00:02Z"}},
         "dropped": {"train": {"short_history": 3}, "validation": {}, "test": {}}, "notes": [], "items": True,
         "interactions": True, "fingerprint": "f0", "config": {"split": "time"},
-        "leaks": [{"check": "duplicate titles", "verdict": "ok", "text": "None.", "figures": {"titles": 0}, "examples": []}],
+        "leaks": [{"check": "duplicate titles", "verdict": "ok", "text": "None.", "figures": {"titles": 0},
+                   "examples": []}],
     },
     Environment: {
         "dmpo_dist": "0.1.0", "git_commit": None, "python": "3.11.7", "platform": "Linux", "cpus": 2,
@@ -90,10 +100,12 @@ def test_a_file_of_today_is_read_and_written_as_it_was(kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "text", "problem"),
-    [(Evaluation, '{"requests": 2', "damaged, not JSON"), (Evaluation, "[]", "the file: input should be a valid dictionary"),
+    [(Evaluation, '{"requests": 2', "damaged, not JSON"),
+     (Evaluation, "[]", "the file: input should be a valid dictionary"),
      (Evaluation, json.dumps(FILES[Evaluation] | {"requests": "many"}), "requests: input should be a valid integer"),
      (Explanations, '{"model": "m"}', "requests: field required"),
-     (DatasetCard, json.dumps({**FILES[DatasetCard], "cuts": {"test": {"utc": "x"}}}), "cuts.test.timestamp: field required"),
+     (DatasetCard, json.dumps({**FILES[DatasetCard], "cuts": {"test": {"utc": "x"}}}),
+      "cuts.test.timestamp: field required"),
      (Environment, '{"packages": []}', "packages: input should be a valid dictionary"),
      (ModelStamp, '{"template": {"preambel": ""}}', "template.preambel: extra inputs are not permitted")],
 )  # fmt: skip

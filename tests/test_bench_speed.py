@@ -7,16 +7,18 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from dmpo_dist.batching.synthetic import random_groups
 from dmpo_dist.bench.gate import read_baseline, violations
-from dmpo_dist.bench.implementations import BENCH_MODEL, LayoutImplementation, ModelSpec
+from dmpo_dist.bench.implementations import BENCH_MODEL, LORA_RANK, LayoutImplementation, ModelSpec
 from dmpo_dist.bench.settings import SpeedCell, check_outputs, make_settings
-from dmpo_dist.bench.speed import check_agreement
+from dmpo_dist.bench.speed import check_agreement, step_flops_of
 from dmpo_dist.bench.timing import Turn, fastest
 from dmpo_dist.cli import app, main
 from dmpo_dist.errors import UserError
+from dmpo_dist.planning.flops import forward_flops, shape_of, shared_work, unshared_work
 
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs trl: pip install 'dmpo_dist[bench]'")
 TINY = BENCH_MODEL | {
@@ -82,6 +84,25 @@ def test_groups_in_one_row_take_the_same_step(ours):
         implementation.step(GROUPS)
         after.append(torch.cat([p.detach().flatten() for p in implementation._model.parameters() if p.requires_grad]))
     assert torch.allclose(*after, atol=1e-6)
+
+
+def test_the_flops_of_a_step_are_those_torch_counts(tmp_path):
+    """All matrix products but those a kernel hides from torch (attention) and the gradient of the first layer's input:
+    nothing asks for that."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    asked = settings(prompts=[16], negatives=[2], vocabs=[97], response=5, model_config=tmp_path / "config.json")
+    [cell] = asked.cells
+    counted_by_us = step_flops_of(cell, asked)
+    shape = shape_of(asked.spec(cell).transformers_config, LORA_RANK)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    unasked = 2 * shape.hidden * (queries + 2 * keys) + 3 * 2 * shape.hidden * LORA_RANK
+    for shared, work in ((True, shared_work(16, 5, 2)), (False, unshared_work(16, 5, 2))):
+        implementation = LayoutImplementation(asked.spec(cell), shared, 21)
+        with FlopCounterMode(display=False) as counter:
+            implementation.step(random_groups(1, 16, 5, 2, 97))
+        products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+        attention = 4 * forward_flops(shape, work).attention  # reference, policy and twice backward
+        assert counted_by_us[implementation.name] - attention - unasked * work.tokens == products
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,20 +11,18 @@ from rich.console import Console
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands import evaluate as evaluation
 from dmpo_dist.commands.quickstart import quickstart
-from dmpo_dist.config import DataConfig, RunConfig, TemplateConfig
-from dmpo_dist.data.prepare import prepare
+from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation import model_scores
+from dmpo_dist.evaluation import starts as starts_module
 from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue
 from dmpo_dist.modeling.backbone import ModelSource
 
 CONSOLE = Console(file=io.StringIO(), width=100)
 
 
-def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
+def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypatch):
     """Models that are scored, and those that rank the whole catalogue after them."""
-    source = {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}
-    sizes = {"negatives_per_group": 6, "evaluation_negatives": 4}
-    data = prepare(DataConfig.model_validate({"source": source, **sizes}), 0, tmp_path / "data", echo=lambda _: None)
     held: weakref.WeakSet = weakref.WeakSet()
 
     class Scorer:
@@ -37,18 +36,33 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
     def catalogue_model(whole, path, config, advance):
         assert not held, "two models in memory"
         advance(whole.requests)
-        return whole.scored([np.zeros((len(data.test), 40))])
+        return whole.scored([np.zeros((len(world.data.test), 40))])
 
-    monkeypatch.setattr(evaluation, "load_ranking_model", Scorer)
+    monkeypatch.setattr(model_scores, "load_ranking_model", Scorer)
     monkeypatch.setattr(evaluation, "template_of", lambda *_: TemplateConfig())
-    monkeypatch.setattr(evaluation, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))
+    for module in (evaluation, model_scores, starts_module):
+        monkeypatch.setattr(module, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))
     monkeypatch.setattr(WholeCatalogue, "model", catalogue_model)
     settings = {"bootstrap_samples": 100, "order_requests": 2, "baselines": ["random"]}
-    config = RunConfig.model_validate({"data": {"path": tmp_path / "data"}, "evaluation": settings})
+    config = RunConfig.model_validate({"data": {"path": world.data.path}, "evaluation": settings})
     found = evaluation.evaluate({"sft": "a", "dmpo": "b"}, config, tmp_path / "out", CONSOLE, catalogue=True)
     assert set(found.catalogue.models) == {"random", "sft", "dmpo"}
     assert set(found.order.models) == {"sft", "dmpo"}
-    assert f"[whole catalogue by dmpo     0s] {len(data.test)}/{len(data.test)} users" in CONSOLE.file.getvalue()
+    assert (
+        f"[whole catalogue by dmpo     0s] {len(world.data.test)}/{len(world.data.test)} users"
+        in CONSOLE.file.getvalue()
+    )
+
+
+def test_what_a_stage_started_from_is_found_by_folder(tmp_path, monkeypatch):
+    starts = {"sft0": "base", "sft1": "base", "dmpo0": "sft0", "dmpo1": "sft1", "other0": "sft1", "base": "elsewhere"}
+    stamps = {str(tmp_path / name): ModelStamp(start=str(tmp_path / start)) for name, start in starts.items()}
+    found = lambda path: ModelSource(path, path, False, stamps[str(Path(path).absolute())])  # noqa: E731
+    monkeypatch.setattr(starts_module, "find_model", found)
+    monkeypatch.chdir(tmp_path)
+    entries = {"zero": "base", "sft@0": "sft0", "sft@1": "sft1", "dmpo@0": "dmpo0", "dmpo@1": "dmpo1"}
+    assert starts_module.starts_of(entries) == {"sft": "zero", "dmpo": "sft"}
+    assert starts_module.starts_of(entries | {"dmpo@0": "other0"}) == {"sft": "zero"}, "another seed's start"
 
 
 def test_the_quickstart_looks_at_the_baselines_environment_first(tmp_path):

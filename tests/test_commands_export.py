@@ -14,34 +14,18 @@ from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from worlds import CONTEXT, SETTINGS, save_adapter
 
 from dmpo_dist.cli import main
 from dmpo_dist.commands.export import REQUESTS, export
-from dmpo_dist.config import DataConfig, ModelConfig, RunConfig, ScratchModel, TemplateConfig, dump_config
-from dmpo_dist.data.prepare import prepare
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.config import DataConfig, ModelConfig, RunConfig, TemplateConfig, dump_config
 from dmpo_dist.data.template import make_template
+from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.ranking import load_ranking_model
-from dmpo_dist.modeling.backbone import find_model, load_tokenizer, make_scratch_model, write_stamp
+from dmpo_dist.modeling.backbone import find_model, load_tokenizer, write_stamp
 
-CONFIG = RunConfig(model=ModelConfig(max_length=128))
-
-
-def save_adapter(base, folder, scale=0.3):
-    """A LoRA of the model in ``base`` that changes its ranking."""
-    torch.manual_seed(1)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=scale)
-    model.save_pretrained(folder)
-    for file in base.glob("token*"):
-        shutil.copy(file, folder)
-    write_stamp(folder, TemplateConfig(), stage="train", start=str(base), step=3)
+CONFIG = RunConfig(model=ModelConfig(max_length=CONTEXT))
 
 
 def copy_of(source, target):
@@ -50,24 +34,21 @@ def copy_of(source, target):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A prepared data set, a base model, a run with an adapter, and broken copies of it."""
-    folder = tmp_path_factory.mktemp("world")
-    simulator = {"users": 60, "items": 40, "events_per_user": 14}
-    sizes = {"negatives_per_group": 6, "evaluation_negatives": 9}
-    settings = DataConfig.model_validate({"source": {"simulator": simulator}, **sizes})
-    data = prepare(settings, 0, folder / "data", echo=lambda _: None)
-    scratch = ScratchModel(hidden_size=32, layers=2, heads=2, intermediate_size=32, vocab_size=400)
-    make_scratch_model(folder / "base", scratch, data.items["title"].tolist(), 128, seed=0)
+def models(world, tmp_path_factory):
+    """A base model that ranks sharply, a run with an adapter on it that ranks otherwise, and broken copies of both."""
+    folder = tmp_path_factory.mktemp("models")
+    copy_of(world.model, folder / "base")
     weights = load_file(folder / "base/model.safetensors")
     sharper = {name: tensor * (4.0 if tensor.ndim == 2 else 1.0) for name, tensor in weights.items()}
     save_file(sharper, folder / "base/model.safetensors", {"format": "pt"})
     run = folder / "run"
     run.mkdir()
-    save_adapter(folder / "base", run / "model")
-    data_of_run = settings.model_copy(update={"path": folder / "data"})
+    save_adapter(folder / "base", run / "model", scale=0.3)
+    write_stamp(run / "model", TemplateConfig(), stage="train", start=str(folder / "base"), step=3)
+    data_of_run = DataConfig.model_validate(SETTINGS | {"path": world.data.path})
     (run / "config.yaml").write_text(dump_config(CONFIG.model_copy(update={"data": data_of_run})))
-    (run / "environment.json").write_text(json.dumps({"data_fingerprint": data.fingerprint, "git_commit": "abc"}))
+    environment = {"data_fingerprint": world.data.fingerprint, "git_commit": "abc"}
+    (run / "environment.json").write_text(json.dumps(environment))
     value = {"value": 0.5, "low": 0.4, "high": 0.6}
     evaluation = {
         "models": {name: dict.fromkeys(METRICS, value) for name in ("random", "ours")},
@@ -95,13 +76,7 @@ def break_models(folder):
     (copy_of(good, folder / "no_stamp") / "dmpo.json").unlink()
     vocab = json.loads((base / "config.json").read_text())["vocab_size"]
     for name, options in (("narrow", {"hidden_size": 16}), ("shallow", {"num_hidden_layers": 1})):
-        same = {
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "intermediate_size": 32,
-        }
+        same = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
         tiny_model("llama", vocab=vocab, **same | options).save_pretrained(folder / f"base_{name}")
         with_base(copy_of(good, folder / name), folder / f"base_{name}")
     tiny_model("llama", vocab=vocab - 7).save_pretrained(folder / "base_small")
@@ -112,7 +87,7 @@ def break_models(folder):
     four_bit = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (quantized / "config.json").write_text(json.dumps(config | four_bit))
     with_base(copy_of(good, folder / "on_4bit"), quantized)
-    (folder / "file").write_text("mine")
+    (folder / "file").write_text("a note")
 
 
 def with_base(adapter, base):
@@ -147,33 +122,98 @@ def assert_same_ranking(seen, expected, nats):
     ("merge", "dtype", "nats"),
     [(True, "float32", 1e-4), (True, "bfloat16", 0.5), (False, None, 1e-4), (False, "bfloat16", 0.5)],
 )
-def test_plain_transformers_ranks_alike(world, tmp_path, capsys, merge, dtype, nats):
+def test_plain_transformers_ranks_alike(world, models, tmp_path, capsys, merge, dtype, nats):
     out = tmp_path / "out"
-    difference = export(str(world / "run/model"), out, merge, dtype, data=world / "data", echo=print)
-    rows = PreparedData.load(world / "data").validation.select(range(4))
-    expected = load_ranking_model(str(world / "run/model"), CONFIG).score_rows(rows)
-    base = load_ranking_model(str(world / "base"), CONFIG).score_rows(rows)
+    difference = export(str(models / "run/model"), out, merge, dtype, data=world.data.path, echo=print)
+    rows = world.data.validation.select(range(4))
+    expected = load_ranking_model(str(models / "run/model"), CONFIG).score_rows(rows)
+    base = load_ranking_model(str(models / "base"), CONFIG).score_rows(rows)
     assert np.abs(np.concatenate(expected) - np.concatenate(base)).max() > 1, "or there is nothing to lose"
     assert_same_ranking(scores_by_the_card(out, rows), expected, nats)
     assert difference.max_nats < nats
     assert (difference.max_nats > 1e-4) == (dtype == "bfloat16")
-    assert difference.candidates == 10 * min(REQUESTS, len(PreparedData.load(world / "data").validation))
+    assert difference.candidates == 6 * min(REQUESTS, len(world.data.validation))
     assert str(difference) in capsys.readouterr().out
     assert str(difference) in (out / "README.md").read_text()
     assert find_model(str(out)).is_adapter != merge
 
 
-def test_shards_are_complete(world, tmp_path):
+def tied(models, folder, kind):
+    """A base with tied embeddings, which the scratch model is too, and its tokenizer."""
+    vocab = json.loads((models / "base" / "config.json").read_text())["vocab_size"]
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    tiny_model(kind, vocab=vocab, tie_word_embeddings=True, **({} if kind == "gpt2" else special)).save_pretrained(
+        folder
+    )
+    for file in (models / "base").glob("token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("gpt2", {"target_modules": ["wte", "c_attn"]}),
+        ("gemma3", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ],
+)
+def test_a_merge_into_tied_embeddings_leaves_the_head_as_it_was_trained(models, tmp_path, kind, options):
+    base, run = tied(models, tmp_path / "base", kind), tmp_path / "run"
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, task_type="CAUSAL_LM", **options),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(run)
+    shutil.copy(base / "tokenizer.json", run)
+    shutil.copy(base / "tokenizer_config.json", run)
+    write_stamp(run, TemplateConfig(), stage="train", start=str(base))
+    difference = export(str(run), tmp_path / "out", merge=True, dtype="float32", echo=lambda _: None)
+    assert difference.max_nats < 1e-3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    head, embedding = again.get_output_embeddings().weight, again.get_input_embeddings().weight
+    assert torch.equal(head, AutoModelForCausalLM.from_pretrained(base).get_output_embeddings().weight)
+    assert not torch.equal(head, embedding)
+
+
+def test_an_export_that_ranks_otherwise_is_written_only_where_it_is_asked_for(models, tmp_path):
+    """As from 4 bits, where the merge goes into another base than the adapter was trained on."""
+    trained = copy_of(models / "run", tmp_path / "run")
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    config["model"]["quantization"] = "nf4"
+    (trained / "config.yaml").write_text(yaml.safe_dump(config))
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(UserError, match=r"would rank otherwise: .*another order in .*--accept-difference"):
+        export(str(trained / "model"), tmp_path / "out", merge=True, dtype="float32", echo=lambda _: None)
+    assert not (tmp_path / "out").exists()
+    difference = export(
+        str(trained / "model"),
+        tmp_path / "out",
+        merge=True,
+        dtype="float32",
+        accept_difference=True,
+        echo=lambda _: None,
+    )
+    assert difference.order_changed
+    assert json.loads((tmp_path / "out" / "dmpo.json").read_text())["export"]["max_nats"] == difference.max_nats
+
+
+def test_shards_are_complete(models, tmp_path):
     """As plain transformers sees them; a whole model is exported like a merged one."""
     out = tmp_path / "out"
-    export(str(world / "whole"), out, dtype="float32", shard_size="40KB", echo=lambda _: None)
+    export(str(models / "whole"), out, dtype="float32", shard_size="40KB", echo=lambda _: None)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     files = {file.name for file in out.glob("*.safetensors")}
     assert set(index.values()) == files
     assert len(files) > 2
     stored = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
     assert stored.keys() == index.keys()
-    original = load_file(world / "whole/model.safetensors")
+    original = load_file(models / "whole/model.safetensors")
     assert stored.keys() == original.keys()
     assert all(torch.equal(stored[name], original[name]) for name in original)
     _, loaded = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -184,13 +224,13 @@ def test_shards_are_complete(world, tmp_path):
     assert load_tokenizer(find_model(str(out))).eos_token == "</s>"
 
 
-def test_the_card_says_what_is_known_and_what_is_not(world, tmp_path):
+def test_the_card_says_what_is_known_and_what_is_not(models, tmp_path):
     known, bare = tmp_path / "known", tmp_path / "bare"
-    with_card = copy_of(world / "run", tmp_path / "run") / "model"
-    base = copy_of(world / "base", tmp_path / "base")
+    with_card = copy_of(models / "run", tmp_path / "run") / "model"
+    base = copy_of(models / "base", tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     with_base(with_card, base)
-    found = json.loads((world / "evaluation.json").read_text()) | {"folders": {"ours": str(with_card)}}
+    found = json.loads((models / "evaluation.json").read_text()) | {"folders": {"ours": str(with_card)}}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     export(str(with_card), known, evaluation=tmp_path / "evaluation.json", echo=lambda _: None)
     text = (known / "README.md").read_text()
@@ -203,7 +243,7 @@ def test_the_card_says_what_is_known_and_what_is_not(world, tmp_path):
         "beta 1.0",
         "**this model** | 0.500 (0.400-0.600)",
         "Made-up users",
-        "simulator (60 users",
+        "simulator (80 users",
         "cc-by-4.0",
     ):
         assert words in text
@@ -219,12 +259,12 @@ def test_the_card_says_what_is_known_and_what_is_not(world, tmp_path):
     ):
         assert words in card
     assert "recall@10" not in card.split("---\n")[2], "1 in any order of 10 candidates"
-    assert "license" not in yaml.safe_load(card_of(world / "whole", bare).split("---\n")[1])
-    gaps = card_of(world / "whole", tmp_path / "again").split("## Not known")[1]
+    assert "license" not in yaml.safe_load(card_of(models / "whole", bare).split("---\n")[1])
+    gaps = card_of(models / "whole", tmp_path / "again").split("## Not known")[1]
     for words in ("base model", "licence", "config.yaml", "environment.json", "dataset.json", "Test metrics"):
         assert words in gaps
     assert str(tmp_path) not in text, "no paths of this machine"
-    tuned = copy_of(world / "whole", tmp_path / "tuned")
+    tuned = copy_of(models / "whole", tmp_path / "tuned")
     write_stamp(tuned, TemplateConfig(), stage="sft", start="Qwen/Qwen3-0.6B")
     assert yaml.safe_load(card_of(tuned, tmp_path / "hub").split("---\n")[1])["base_model"] == "Qwen/Qwen3-0.6B"
 
@@ -235,28 +275,38 @@ def card_of(model, out):
 
 
 REFUSED = {
-    "no_such_folder": ("{world}/none {out}/x", ("{world}/none", "no such model folder")),
-    "no_stamp": ("{world}/no_stamp {out}/x", ("{world}/no_stamp", "dmpo.json", "runs/dmpo/model")),
-    "no_weights": ("{world}/no_weights {out}/x", ("{world}/no_weights", "no weights")),
-    "truncated": ("{world}/cut {out}/x", ("{world}/cut/model.safetensors", "damaged", "Copy it again")),
-    "empty_adapter": ("{world}/empty {out}/x --merge", ("empty/adapter_model.safetensors", "holds no weights", "again")),
-    "other_width": ("{world}/narrow {out}/x --merge", ("{world}/narrow", "does not fit {world}/base_narrow", "size mismatch")),
-    "other_depth": ("{world}/shallow {out}/x", ("{world}/shallow", "does not fit {world}/base_shallow", "layers.1")),
-    "base_gone": ("{world}/base_gone {out}/x", ("base_gone/adapter_config.json", "{world}/nowhere", "base_model_name_or_path")),
-    "not_finite": ("{world}/diverged {out}/x", ("{world}/diverged", "not finite", "train it again")),
-    "quantized_base": ("{world}/on_4bit {out}/x --merge", ("{world}/base_4bit", "quantized", "full-precision")),
-    "quantized_base_of_an_adapter": ("{world}/on_4bit {out}/x", ("{world}/base_4bit", "quantized", "base_model_name_or_path")),
-    "other_tokenizer": ("{world}/other_tokenizer {out}/x", ("{world}/other_tokenizer", "tokenizer", "embedding", "rows")),
-    "whole_model_merged": ("{world}/whole {out}/x --merge", ("--merge", "{world}/whole", "whole model already")),
-    "output_exists": ("{world}/whole {world}/file", ("{world}/file", "exists already", "choose another")),
-    "output_below_file": ("{world}/whole {world}/file/x", ("{world}/file/x", "cannot be written", "choose another")),
-    "shards_of_an_adapter": ("{world}/run/model {out}/x --shard-size 5GB", ("--shard-size", "--merge")),
-    "shard_size": ("{world}/whole {out}/x --shard-size 5", ("--shard-size 5", "5GB")),
-    "dtype": ("{world}/whole {out}/x --dtype int8", ("--dtype", "int8", "bfloat16")),
-    "no_data": ("{world}/whole {out}/x --data {world}/base", ("{world}/base", "dmpo data prepare")),
-    "no_evaluation": ("{world}/whole {out}/x --evaluation {world}/none", ("{world}/none", "cannot be read", "correct the path")),
-    "other_file": ("{world}/whole {out}/x --evaluation {world}/file", ("{world}/file", "dmpo evaluate")),
-    "other_model": ("{world}/whole {out}/x --evaluation {world}/evaluation.json", ("ranks no model of {world}/whole", "ours=")),
+    "no_such_folder": ("{bad}/none {out}/x", ("{bad}/none", "no such model folder")),
+    "no_stamp": ("{bad}/no_stamp {out}/x", ("{bad}/no_stamp", "dmpo.json", "runs/dmpo/model")),
+    "no_weights": ("{bad}/no_weights {out}/x", ("{bad}/no_weights", "no weights")),
+    "truncated": ("{bad}/cut {out}/x", ("{bad}/cut/model.safetensors", "damaged", "Copy it again")),
+    "empty_adapter": ("{bad}/empty {out}/x --merge", ("empty/adapter_model.safetensors", "holds no weights", "again")),
+    "other_width": (
+        "{bad}/narrow {out}/x --merge",
+        ("{bad}/narrow", "does not fit {bad}/base_narrow", "size mismatch")),
+    "other_depth": ("{bad}/shallow {out}/x", ("{bad}/shallow", "does not fit {bad}/base_shallow", "layers.1")),
+    "base_gone": (
+        "{bad}/base_gone {out}/x",
+        ("base_gone/adapter_config.json", "{bad}/nowhere", "base_model_name_or_path")),
+    "not_finite": ("{bad}/diverged {out}/x", ("{bad}/diverged", "not finite", "train it again")),
+    "quantized_base": ("{bad}/on_4bit {out}/x --merge", ("{bad}/base_4bit", "quantized", "full-precision")),
+    "quantized_base_of_an_adapter": (
+        "{bad}/on_4bit {out}/x",
+        ("{bad}/base_4bit", "quantized", "base_model_name_or_path")),
+    "other_tokenizer": ("{bad}/other_tokenizer {out}/x", ("{bad}/other_tokenizer", "tokenizer", "embedding", "rows")),
+    "whole_model_merged": ("{bad}/whole {out}/x --merge", ("--merge", "{bad}/whole", "whole model already")),
+    "output_exists": ("{bad}/whole {bad}/file", ("{bad}/file", "exists already", "choose another")),
+    "output_below_file": ("{bad}/whole {bad}/file/x", ("{bad}/file/x", "cannot be written", "choose another")),
+    "shards_of_an_adapter": ("{bad}/run/model {out}/x --shard-size 5GB", ("--shard-size", "--merge")),
+    "shard_size": ("{bad}/whole {out}/x --shard-size 5", ("--shard-size 5", "5GB")),
+    "dtype": ("{bad}/whole {out}/x --dtype int8", ("--dtype", "int8", "bfloat16")),
+    "no_data": ("{bad}/whole {out}/x --data {bad}/base", ("{bad}/base", "dmpo data prepare")),
+    "no_evaluation": (
+        "{bad}/whole {out}/x --evaluation {bad}/none",
+        ("{bad}/none", "cannot be read", "correct the path")),
+    "other_file": ("{bad}/whole {out}/x --evaluation {bad}/file", ("{bad}/file", "dmpo evaluate")),
+    "other_model": (
+        "{bad}/whole {out}/x --evaluation {bad}/evaluation.json",
+        ("ranks no model of {bad}/whole", "ours=")),
 }  # fmt: skip
 
 
@@ -273,23 +323,21 @@ def refused(arguments, folders, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED.keys())
-def test_bad_input_is_one_message_and_leaves_nothing(world, tmp_path, monkeypatch, capfd, arguments, words):
-    folders = {"world": world, "out": tmp_path}
+def test_bad_input_is_one_message_and_leaves_nothing(models, tmp_path, monkeypatch, capfd, arguments, words):
+    folders = {"bad": models, "out": tmp_path}
     message = refused(arguments, folders, monkeypatch, capfd)
     for word in words:
         assert word.format(**folders) in message, message
     assert not list(tmp_path.iterdir())
-    assert (world / "file").read_text() == "mine"
+    assert (models / "file").read_text() == "a note"
 
 
-def test_a_disk_that_is_full_leaves_nothing(world, tmp_path, monkeypatch, capfd):
+def test_a_disk_that_is_full_leaves_nothing(models, tmp_path, monkeypatch, capfd):
     """By a limit on the size of files, which fails in the midst of the weights as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        message = refused(
-            "{world}/whole {out}/x --dtype float32", {"world": world, "out": tmp_path}, monkeypatch, capfd
-        )
+        message = refused("{bad}/whole {out}/x --dtype float32", {"bad": models, "out": tmp_path}, monkeypatch, capfd)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"{tmp_path}/x: cannot be written" in message

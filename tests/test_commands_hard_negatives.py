@@ -4,60 +4,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from worlds import World, prepared
 
 from dmpo_dist.commands.evaluate import evaluate
 from dmpo_dist.commands.hard_negatives import mine_hard_negatives
-from dmpo_dist.config import (
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    RunConfig,
-    ScratchModel,
-    Simulator,
-    Source,
-    TemplateConfig,
-)
-from dmpo_dist.data.prepare import prepare
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
-from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
 from dmpo_dist.records.log import make_console
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("domains")
-    for name, seed in (("a", 0), ("b", 1)):
-        source = Source(simulator=Simulator(users=60, items=40, events_per_user=14))
-        config = DataConfig(source=source, negatives_per_group=6, evaluation_negatives=4)
-        data = prepare(config, seed, folder / name, echo=lambda line: None)
-        if name == "a":
-            shape = ScratchModel(hidden_size=16, layers=1, heads=2, intermediate_size=16, vocab_size=300)
-            make_scratch_model(folder / "model", shape, data.items["title"].tolist(), 128, seed=0)
-            write_stamp(folder / "model", TemplateConfig(), stage="untuned")
-    return folder
-
-
-def settings(world: Path, domain: str) -> RunConfig:
+def settings(world: World, data: Path | None = None) -> RunConfig:
     return RunConfig(
-        data=DataConfig(path=world / domain),
-        model=ModelConfig(path=str(world / "model"), max_length=128),
+        data=DataConfig(path=data or world.data.path),
+        model=ModelConfig(path=str(world.model), max_length=128),
         evaluation=EvaluationConfig(bootstrap_samples=100),
     )
 
 
-def test_the_hardest_come_first(world: Path, tmp_path: Path) -> None:
-    config, model = settings(world, "a"), str(world / "model")
-    old = PreparedData.load(world / "a")
+def test_the_hardest_come_first(world: World, tmp_path: Path) -> None:
+    crowded = {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}  # some negatives are liked later
+    old = prepared(tmp_path / "old", source=crowded)
+    config, model = settings(world, old.path), str(world.model)
     said: list[str] = []
     new = mine_hard_negatives(model, config, tmp_path / "hard", keep=3, skip_top=1, draw_from=None, echo=said.append)
     scores = load_ranking_model(model, config).score_rows(old.train)
     for before, after, (_, *negatives) in zip(old.train, new.train, scores, strict=True):
         order = np.argsort(-np.array(negatives))[1:4]
-        assert after["negatives"] == [before["negatives"][place] for place in order]
-        assert after["negative_items"] == [before["negative_items"][place] for place in order]
-        assert after["oracle"] == [before["oracle"][0], *(before["oracle"][1 + place] for place in order)]
+        assert after["negatives"] == [before["negatives"][index] for index in order]
+        assert after["negative_items"] == [before["negative_items"][index] for index in order]
+        assert after["oracle"] == [before["oracle"][0], *(before["oracle"][1 + index] for index in order)]
     assert new.test.to_list() == old.test.to_list()
     assert new.fingerprint != old.fingerprint
     assert "scores highest" in new.card.notes[-1]
@@ -70,9 +46,9 @@ def test_the_hardest_come_first(world: Path, tmp_path: Path) -> None:
     assert any("WARNING: likely false negatives" in line and share in line for line in said)
 
 
-def test_hard_negatives_drawn_among_the_hardest(world: Path, tmp_path: Path) -> None:
-    config, model = settings(world, "a"), str(world / "model")
-    old = PreparedData.load(world / "a")
+def test_hard_negatives_drawn_among_the_hardest(world: World, tmp_path: Path) -> None:
+    config, model = settings(world), str(world.model)
+    old = world.data
     drawn = [
         mine_hard_negatives(model, config, tmp_path / name, keep=2, skip_top=1, draw_from=4, echo=lambda line: None)
         for name in ("one", "two")
@@ -98,23 +74,24 @@ def test_hard_negatives_drawn_among_the_hardest(world: Path, tmp_path: Path) -> 
     ],
 )
 def test_numbers_that_do_not_fit(
-    world: Path, tmp_path: Path, keep: int, skip_top: int, draw_from: int | None, message: str
+    world: World, tmp_path: Path, keep: int, skip_top: int, draw_from: int | None, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         mine_hard_negatives(
-            str(world / "model"), settings(world, "a"), tmp_path / "x", keep, skip_top, draw_from, lambda line: None
+            str(world.model), settings(world), tmp_path / "x", keep, skip_top, draw_from, lambda line: None
         )
     assert not (tmp_path / "x").exists()
 
 
-def test_a_model_of_one_domain_ranks_another(world: Path, tmp_path: Path) -> None:
+def test_a_model_of_one_domain_ranks_another(world: World, tmp_path: Path) -> None:
     """Train on A, evaluate on B: data.path alone says which; template and tokenizer come with the model."""
     values = {}
-    for domain in ("a", "b"):
+    domains = {"a": world.data, "b": prepared(tmp_path / "data", seed=1)}
+    for domain, data in domains.items():
         (tmp_path / domain).mkdir()
-        result = evaluate({"of_a": str(world / "model")}, settings(world, domain), tmp_path / domain, make_console())
-        assert result.data["fingerprint"] == PreparedData.load(world / domain).fingerprint
+        result = evaluate({"of_a": str(world.model)}, settings(world, data.path), tmp_path / domain, make_console())
+        assert result.data["fingerprint"] == data.fingerprint
         values[domain] = result.models["of_a"]["ndcg@10"].value
-    titles = [set(PreparedData.load(world / domain).items["title"]) for domain in ("a", "b")]
+    titles = [set(data.items["title"]) for data in domains.values()]
     assert not titles[0] & titles[1], "no title of B was known to A's tokenizer"
     assert all(0 < value < 1 for value in values.values())

@@ -16,7 +16,8 @@ QWEN3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
     "{{ '<think>\n\n</think>\n\n' + m.content.lstrip('\n') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 OPENS_A_THOUGHT = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
@@ -41,13 +42,15 @@ LLAMA32 = (
     "{{- bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}"
     "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
     "{%- endif %}{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n<|eot_id|>' }}"
-    "{%- for m in messages %}{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'+ m.content | trim + '<|eot_id|>' }}"
+    "{%- for m in messages %}{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{{- m.content | trim + '<|eot_id|>' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 # name -> (template, what stands before an answer, what ends it, what a response begins with)
 KEPT = {
     "ignores add_generation_prompt": (
-        "{% for m in messages %}<|{{m.role}}|>\n{{m.content}}<|eot|>\n{% endfor %}", "<|eot|>\n<|assistant|>\n", "<|eot|>", "",
+        "{% for m in messages %}<|{{m.role}}|>\n{{m.content}}<|eot|>\n{% endfor %}",
+        "<|eot|>\n<|assistant|>\n", "<|eot|>", "",
     ),
     "vicuna": (
         "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content }}{% else %}"

@@ -79,12 +79,12 @@ def test_validation_is_a_seeded_sample(prepared: PreparedData, tmp_path: Path) -
 
 
 def test_an_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:
-    output = tmp_path / "mine"
+    output = tmp_path / "taken"
     output.mkdir()
     (output / "notes.txt").write_text("keep")
-    with pytest.raises(UserError, match=r"mine: exists already.*choose another data\.path"):
+    with pytest.raises(UserError, match=r"taken: exists already.*choose another data\.path"):
         prepare(small(), seed=0, output=output)
-    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["taken", "notes.txt"]
     with pytest.raises(UserError, match=r"cannot be written"):
         prepare(small(), seed=0, output=output / "notes.txt" / "below", echo=lambda line: None)
 
@@ -175,7 +175,7 @@ def test_under_leave_one_out_no_negative_is_taken_later(tmp_path: Path, kind: st
 
 @pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity", "in_batch"])
 def test_negatives_do_not_depend_on_the_target(tmp_path: Path, kind: str) -> None:
-    """Two likes in one second are two requests of one user and time: they get the same negatives, neither of the two."""
+    """Two likes in one second are two requests of one user and time: both get the same negatives, not the two."""
     lines = ["user,item,rating,timestamp,title"]
     lines += [
         f"u{u},i{(u * 7 + n * 3) % 40},{5 - n % 3},{50 * u + n // 2},Title {(u * 7 + n * 3) % 40}"

@@ -1,4 +1,4 @@
-"""On every kind of tokenizer and template, what is scored is the response and its end, by one rule for all candidates."""
+"""On every kind of tokenizer and template what is scored is the response and its end, for all candidates alike."""
 
 import re
 import string
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_chat import KEPT
-from test_data_tokenization import CORPUS, SPECIAL, TITLES, TOKENIZERS, group, wrap
+from test_data_tokenization import CORPUS, SPECIAL, TITLES, byte_level, group, sentencepiece_like, wrap
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dmpo_dist.config import TemplateConfig
@@ -68,10 +68,10 @@ def wordpiece():
 
 
 KINDS = {
-    "byte level": lambda: TOKENIZERS["byte level"],
+    "byte level": byte_level,
     "llama 3": llama3,
-    "llama 2": lambda: TOKENIZERS["llama"],
-    "metaspace": lambda: TOKENIZERS["metaspace"],
+    "llama 2": lambda: sentencepiece_like(False),
+    "metaspace": lambda: sentencepiece_like(True),
     "unigram": lambda: unigram(True),
     "unigram, unsplit": lambda: unigram(False),
     "wordpiece": wordpiece,

@@ -8,7 +8,7 @@ import pytest
 
 from dmpo_dist.config import DataConfig, Source
 from dmpo_dist.data.prepare import prepare
-from dmpo_dist.data.sources.preferences import Preference, load_preferences
+from dmpo_dist.data.sources.preferences import PreferenceRow, load_preferences
 from dmpo_dist.data.store import group_from_row
 from dmpo_dist.errors import UserError
 
@@ -41,7 +41,10 @@ def test_every_format_gives_the_same_groups(tmp_path: Path, extension: str) -> N
     else:
         pd.DataFrame(rows).to_parquet(path)
     preferences = load_preferences(path, seed=0)
-    assert preferences.splits["train"] == [Preference("p", "yes", ("a", "b", "d")), Preference("q", "yes", ("c",))]
+    assert preferences.splits["train"] == [
+        PreferenceRow("p", "yes", ("a", "b", "d")),
+        PreferenceRow("q", "yes", ("c",)),
+    ]
     assert preferences.notes[:2] == [
         "3 rows merged into 2 groups of equal prompt and chosen.",
         "1 repeated rejected responses dropped.",
@@ -112,10 +115,16 @@ def test_prepared_from_a_folder(tmp_path: Path) -> None:
             row([user("p"), answer("a"), user("q")]),
             r"row 2: 'prompt' has messages of user, assistant, user; .*template",
         ),
-        (row([{"role": "system", "content": "s"}, user("p")]), r"row 2: 'prompt' has messages of system, user; .*not wrapped"),
+        (
+            row([{"role": "system", "content": "s"}, user("p")]),
+            r"row 2: 'prompt' has messages of system, user; .*not wrapped",
+        ),
         (row(rejected=[user("no")]), r"row 2: 'rejected' has messages of user; one of assistant can be read"),
         (row([user(None)]), r"row 2: the content of 'prompt' is None; it must be a string"),
-        ({"chosen": [user("p"), answer("yes")], "rejected": [user("q"), answer("no")]}, "row 2: .* begin with the same messages"),
+        (
+            {"chosen": [user("p"), answer("yes")], "rejected": [user("q"), answer("no")]},
+            "row 2: .* begin with the same messages",
+        ),
         ({"chosen": [user("p"), answer("yes")], "rejected": "no"}, "row 2: .* begin with the same messages"),
         ("p", r"row 2: 'p' is not an object"),
     ],

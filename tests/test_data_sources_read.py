@@ -109,7 +109,7 @@ def gzipped(path: Path, rows: list[dict]) -> None:
 
 
 def test_the_amazon_editions_give_one_log(tmp_path: Path) -> None:
-    """Reviews joined with metadata: titles on one line and un-escaped, milliseconds made seconds, untitled products out."""
+    """Reviews joined with metadata: titles on one line, un-escaped; milliseconds as seconds; untitled products out."""
     old, new = tmp_path / "2018", tmp_path / "2023"
     old.mkdir()
     new.mkdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dmpo_dist.data.sources.preferences import Preference
+from dmpo_dist.data.sources.preferences import PreferenceRow
 from dmpo_dist.data.sources.released import load_released, load_sdpo
 from dmpo_dist.errors import UserError
 
@@ -31,7 +31,7 @@ def test_released_rows_of_one_history_are_one_group(tmp_path: Path) -> None:
     data = load_released(tmp_path, None, "rebuild")
     titles = ("Wii", "Doom", "Tom & Co")
     assert data.splits["train"] == [
-        Preference(None, "Wii", titles[1:], ("Halo. Rank 1", "Command & Conquer"), titles, ((0, 2), (1, 2)))
+        PreferenceRow(None, "Wii", titles[1:], ("Halo. Rank 1", "Command & Conquer"), titles, ((0, 2), (1, 2)))
     ]
     assert data.catalogue() == ["Command & Conquer", "Doom", "Halo", "Halo. Rank 1", "Tom & Co", "Wii"]
     assert data.shown_at() == {"train": {"2": [1, 1]}, "test": {"2": [1, 0]}}
@@ -71,7 +71,7 @@ def test_sdpo_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_sdpo(tmp_path / "rows.jsonl", seed=0)
     titles = ("D", "C", "E", "F")
-    assert data.splits["train"] == [Preference(None, "D", titles[1:], ("A", "B"), titles, ((1, 3), (0, 2)))]
+    assert data.splits["train"] == [PreferenceRow(None, "D", titles[1:], ("A", "B"), titles, ((1, 3), (0, 2)))]
 
 
 @pytest.mark.parametrize(

@@ -15,29 +15,29 @@ from dmpo_dist.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def world() -> Interactions:
+def simulated() -> Interactions:
     return simulate(Simulator(), seed=0)
 
 
-def test_a_world_is_its_seed(world: Interactions) -> None:
+def test_a_world_is_its_seed(simulated: Interactions) -> None:
     again, other = simulate(Simulator(), seed=0), simulate(Simulator(), seed=1)
-    pd.testing.assert_frame_equal(again.events, world.events)
-    pd.testing.assert_frame_equal(again.items, world.items)
-    assert np.array_equal(again.oracle, world.oracle)
-    assert not other.events.equals(world.events)
+    pd.testing.assert_frame_equal(again.events, simulated.events)
+    pd.testing.assert_frame_equal(again.items, simulated.items)
+    assert np.array_equal(again.oracle, simulated.oracle)
+    assert not other.events.equals(simulated.events)
 
 
-def test_the_tables_keep_the_contract(world: Interactions) -> None:
-    events = world.events
-    assert world.items["title"].is_unique
-    assert world.items["item"].is_unique
-    assert world.items["title"].str.split().str.len().between(2, 4).all()
+def test_the_tables_keep_the_contract(simulated: Interactions) -> None:
+    events = simulated.events
+    assert simulated.items["title"].is_unique
+    assert simulated.items["item"].is_unique
+    assert simulated.items["title"].str.split().str.len().between(2, 4).all()
     assert not events.duplicated(["user", "item"]).any()
     assert events["timestamp"].is_monotonic_increasing
     assert set(events["rating"]) == {1.0, 2.0, 3.0, 4.0, 5.0}
     assert 0.70 <= (events["rating"] >= 4).mean() <= 0.75
     assert events.groupby("user").size().mean() == pytest.approx(Simulator().events_per_user, rel=0.05)
-    assert world.oracle.shape == (len(world.oracle_users), len(world.items))
+    assert simulated.oracle.shape == (len(simulated.oracle_users), len(simulated.items))
 
 
 def test_popularity_is_skewed_unless_the_exponent_is_zero() -> None:
@@ -50,24 +50,24 @@ def test_popularity_is_skewed_unless_the_exponent_is_zero() -> None:
     assert top_share(0.8) > 0.3
 
 
-def test_the_oracle_ranks_best_and_titles_tell_tastes(world: Interactions) -> None:
+def test_the_oracle_ranks_best_and_titles_tell_tastes(simulated: Interactions) -> None:
     """Share of negatives ranked below the positive on the test requests, by the oracle, by popularity before the first
     cut, and by words shared with the history: title words must carry taste, and nothing beats the oracle."""
-    cuts = time_cuts(world.events["timestamp"].to_numpy(), 0.8, 0.9)
+    cuts = time_cuts(simulated.events["timestamp"].to_numpy(), 0.8, 0.9)
     limits = {"rating_threshold": 4.0, "min_history": 3, "max_history": 20, "train_requests_per_user": 1}
-    requests = find_requests(world.events, cuts, **limits)["test"].table
-    sampler = NegativeSampler(world.events, rating_threshold=4.0, seed=0)
-    before = world.events[world.events["timestamp"] < cuts[0]]
+    requests = find_requests(simulated.events, cuts, **limits)["test"].table
+    sampler = NegativeSampler(simulated.events, rating_threshold=4.0, seed=0)
+    before = simulated.events[simulated.events["timestamp"] < cuts[0]]
     popularity = before["item"].value_counts()
-    words = dict(zip(world.items["item"], world.items["title"].str.split(), strict=True))
-    row = {user: n for n, user in enumerate(world.oracle_users)}
-    column = {item: n for n, item in enumerate(world.items["item"])}
+    words = dict(zip(simulated.items["item"], simulated.items["title"].str.split(), strict=True))
+    row = {user: n for n, user in enumerate(simulated.oracle_users)}
+    column = {item: n for n, item in enumerate(simulated.items["item"])}
     auc = Counter()
     for user, timestamp, positive, history in requests.itertuples(index=False, name=None):
         candidates = [positive, *sampler.evaluation(user, timestamp, 19, timestamp)]
         heard = Counter(word for item in history for word in words[item])
         scores = {
-            "oracle": world.oracle[row[user], [column[i] for i in candidates]],
+            "oracle": simulated.oracle[row[user], [column[i] for i in candidates]],
             "popularity": popularity.reindex(candidates, fill_value=0).to_numpy(),
             "words": np.array([sum(heard[w] for w in words[i]) for i in candidates]),
         }
@@ -80,7 +80,7 @@ def test_the_oracle_ranks_best_and_titles_tell_tastes(world: Interactions) -> No
 
 
 def test_the_oracle_knows_how_likely_a_like_is() -> None:
-    """Without taste and popularity in the choices, the oracle is log P(like): its mean over events is the share of likes."""
+    """Without taste and popularity in the choices, the oracle is log P(like): its mean is the share of likes."""
     log = simulate(Simulator(taste_strength=0.0, popularity_exponent=0.0), seed=0)
     row, column = pd.Index(log.oracle_users), pd.Index(log.items["item"])
     p_like = np.exp(log.oracle[row.get_indexer(log.events["user"]), column.get_indexer(log.events["item"])])

@@ -16,7 +16,8 @@ from dmpo_dist.modeling.backbone import make_scratch_model
 SAVED = json.loads((Path(__file__).parent / "token_groups.json").read_text())
 TITLES = [
     "Heat (1995)", "The Matrix (1999)", "...And Justice for All (1979)", "What's Up, Doc? (1972)", "Amélie (2001)",
-    "東京物語 (1953)", "'burbs, The (1989)", "(500) Days of Summer (2009)", "¡Three Amigos! (1986)", "*batteries not included",
+    "東京物語 (1953)", "'burbs, The (1989)", "(500) Days of Summer (2009)", "¡Three Amigos! (1986)",
+    "*batteries not included",
     "12 Monkeys (1995)", "$9.99 (2008)", "A", "M*A*S*H (1970)",
 ]  # fmt: skip
 GROUPS = [

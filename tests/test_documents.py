@@ -1,4 +1,4 @@
-"""What the documents say: commands parse, links lead somewhere, the README is short, the order of imports is as told."""
+"""What the documents say: commands parse, links lead somewhere, the README is short, imports are ordered as told."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""What goes to the classical baselines and comes back, with a stand-in for RecTools; and RecTools itself where it is installed."""
+"""What goes to the classical baselines and comes back, with a stand-in for RecTools; and RecTools, if installed."""
 
 import json
 import subprocess
@@ -7,10 +7,9 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from worlds import prepared
 
-from dmpo_dist.config import DataConfig
 from dmpo_dist.config.evaluation import EvaluationConfig
-from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.classical import RUNNER, classical_scores, with_unknown
 from dmpo_dist.evaluation.classical_environment import baseline_python, default_environment, run_environment
@@ -46,10 +45,7 @@ def environment(folder, body: str):
 
 @pytest.fixture(scope="module", params=["time", "leave_one_out"])
 def data(request, tmp_path_factory):
-    source = {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}
-    sizes = {"negatives_per_group": 6, "evaluation_negatives": 4, "split": request.param}
-    config = DataConfig.model_validate({"source": source, **sizes})
-    return prepare(config, 0, tmp_path_factory.mktemp("world") / "data", echo=lambda _: None, allow_leaks=True)
+    return prepared(tmp_path_factory.mktemp("split") / "data", split=request.param, allow_leaks=True)
 
 
 def test_what_goes_out_and_comes_back(data, tmp_path, monkeypatch):

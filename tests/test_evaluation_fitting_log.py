@@ -10,9 +10,13 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
 
 
-def world(folder, split: str) -> PreparedData:
+def prepare_small_log(folder, split: str) -> PreparedData:
     rng = np.random.default_rng(4)
-    rows = [(f"u{u}", f"i{i}", rng.choice([2.0, 5.0]), int(rng.integers(1000)) // 7) for u in range(30) for i in rng.permutation(40)[:20]]  # fmt: skip
+    rows = [
+        (f"u{user}", f"i{item}", rng.choice([2.0, 5.0]), int(rng.integers(1000)) // 7)
+        for user in range(30)
+        for item in rng.permutation(40)[:20]
+    ]
     log = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp"])
     log.assign(title=[f"Title {item}" for item in log["item"]]).to_parquet(folder / "log.parquet")
     source = {"kind": "parquet", "path": folder / "log.parquet"}
@@ -23,7 +27,7 @@ def world(folder, split: str) -> PreparedData:
 
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_a_split_by_time_ends_at_the_cut(tmp_path, part):
-    data = world(tmp_path, "time")
+    data = prepare_small_log(tmp_path, "time")
     log, cut = fitting_log(data, part), data.card.cuts[part].timestamp
     assert log["timestamp"].max() < cut <= min(getattr(data, part)["timestamp"][:])
     assert len(log) == (data.interactions["timestamp"] < cut).sum()
@@ -32,7 +36,7 @@ def test_a_split_by_time_ends_at_the_cut(tmp_path, part):
 
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_leave_one_out_leaves_out_what_a_user_did_from_the_request_on(tmp_path, part):
-    data = world(tmp_path, "leave_one_out")
+    data = prepare_small_log(tmp_path, "leave_one_out")
     asked = {row["user"]: row["timestamp"] for row in data.test}
     if part == "validation":
         asked |= {row["user"]: min(row["timestamp"], asked.get(row["user"], np.inf)) for row in data.validation}

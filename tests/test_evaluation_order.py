@@ -30,7 +30,10 @@ def rows():
 
 
 def by_title(rows):
-    return [np.array([float(sum(map(ord, t))) for t in (p, *n)]) for p, n in zip(rows["positive"], rows["negatives"], strict=True)]  # fmt: skip
+    groups = zip(rows["positive"], rows["negatives"], strict=True)
+    return [
+        np.array([float(sum(map(ord, title))) for title in (positive, *negatives)]) for positive, negatives in groups
+    ]
 
 
 def test_places_are_found_out(rows):
@@ -38,7 +41,7 @@ def test_places_are_found_out(rows):
         return [scores + np.eye(1, len(scores))[0] * 500 for scores in by_title(rows)]
 
     def neighbours_matter(rows):
-        return [scores + 0.25 * place for place, scores in enumerate(by_title(rows))]
+        return [scores + 0.25 * index for index, scores in enumerate(by_title(rows))]
 
     blind = order_spread(by_title, rows, by_title(rows), requests=6, seed=0)
     assert blind["candidates"]["max_difference"] == blind["packing"]["max_difference"] == 0

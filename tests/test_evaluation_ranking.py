@@ -1,15 +1,17 @@
 """A user's ranking against plain arithmetic on separately scored titles, and what decides it besides the model."""
 
+from functools import cache
+
 import numpy as np
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from worlds import make_three_models
 
-from dmpo_dist.config import RunConfig, ScratchModel, TemplateConfig
+from dmpo_dist.config import RunConfig, ScratchModel
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of, scored_lengths
-from dmpo_dist.modeling.backbone import find_model, make_scratch_model, write_stamp
+from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of
+from dmpo_dist.modeling.backbone import find_model, make_scratch_model
+from dmpo_dist.modeling.scoring_rule import scored_lengths
 
 TITLES = ("Heat", "Alien", "Alien 3", "Aliens", "The Thing", "The Fly", "The Fly (1958)", "Up")
 COUNTS = np.array([9, 0, 3, 1, 80, 2, 0, 5])
@@ -19,15 +21,8 @@ HISTORY = ("Alien", "The Fly", "Tron")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole model, another of the same tokenizer, and an adapter of the first that says it started from the second."""
     folder = tmp_path_factory.mktemp("models")
-    scratch = ScratchModel(hidden_size=16, layers=2, heads=2, intermediate_size=24, vocab_size=300)
-    for seed, name in enumerate(("base", "other")):
-        make_scratch_model(folder / name, scratch, list(TITLES), 128, seed)
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(base, lora).save_pretrained(folder / "adapter")
-    write_stamp(folder / "adapter", TemplateConfig(), stage="train", start=str(folder / "other"))
+    make_three_models(folder, TITLES)
     return folder
 
 
@@ -35,9 +30,14 @@ def config(**ranking):
     return RunConfig.model_validate({"model": {"max_length": 128}, "ranking": ranking})
 
 
+@cache
+def ranking_model(model):
+    return load_ranking_model(str(model), config())
+
+
 def log_probs(model, titles):
     """By the layouts that training and evaluation use, and the numbers of scored tokens."""
-    loaded = load_ranking_model(str(model), config())
+    loaded = ranking_model(model)
     group = loaded.token_group(HISTORY, titles)
     return loaded.score_groups([group])[0], scored_lengths(group)
 

@@ -15,7 +15,9 @@ from dmpo_dist.evaluation.metrics import METRICS, TOP_METRICS, sure_hits
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.tables import (
     CATALOGUE_METRICS,
+    COMPARED_METRICS,
     TABLE_METRICS,
+    below_start_lines,
     comparison_lines,
     evaluation_table,
     markdown,
@@ -46,7 +48,7 @@ def scores(rows) -> dict[str, list[np.ndarray]]:
     noise = [rng.normal(size=1 + len(negatives)) for negatives in rows["negatives"]]
     lift = [np.eye(1, len(s))[0] for s in noise]
     return {
-        "mine": noise,
+        "other": noise,
         "oracle": [s + 5 * e for s, e in zip(noise, lift, strict=True)],
         "dmpo": [s + 2 * e for s, e in zip(noise, lift, strict=True)],
         "sft": [2 * s + 4 * e for s, e in zip(noise, lift, strict=True)],  # ranks exactly as dmpo
@@ -66,7 +68,7 @@ def rendered(evaluation) -> str:
 
 
 def test_shape_order_and_values(evaluation):
-    assert list(evaluation["models"]) == ["random", "sft", "dmpo", "oracle", "mine"]
+    assert list(evaluation["models"]) == ["random", "sft", "dmpo", "oracle", "other"]
     assert evaluation["requests"] == N
     assert evaluation["negatives"] == {"fewest": 3, "most": 6}
     for of_model in evaluation["models"].values():
@@ -75,7 +77,9 @@ def test_shape_order_and_values(evaluation):
             assert cell["low"] <= cell["value"] <= cell["high"]
     assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
     compared = {(c["a"], c["b"], c["metric"]) for c in evaluation["comparisons"]}
-    assert compared == {("dmpo", b, m) for b in ("random", "sft", "oracle", "mine") for m in ("ndcg@10", "hr@1", "auc")}
+    assert compared == {
+        ("dmpo", b, m) for b in ("random", "sft", "oracle", "other") for m in ("ndcg@10", "hr@1", "auc")
+    }
 
 
 def test_equal_rankings_have_no_difference_and_better_ones_do(evaluation):
@@ -109,7 +113,7 @@ def test_table_fits_100_columns_and_marks_the_best_that_is_not_the_oracle(evalua
     }
     assert all(bold["dmpo"] + bold["sft"])
     assert not any(bold["oracle"])
-    assert not any(bold["random"] + bold["mine"])
+    assert not any(bold["random"] + bold["other"])
 
 
 def test_what_is_1_in_any_order_is_left_out_and_said(evaluation):
@@ -149,14 +153,25 @@ def test_twelve_rows_with_seeds_fit_100_columns(scores, rows):
     assert sum("[" in line for line in lines) == 2 * 12, "each of the other 12 models against each of the two"
 
 
+def test_a_stage_below_its_start_is_warned_of(scores, rows):
+    starts = {"other": "dmpo", "dmpo": "sft"}
+    found = evaluate_scores(scores, rows, samples=200, seed=0, starts=starts).content()
+    pairs = evaluate_scores(scores, rows, samples=200, seed=0, against=["dmpo", "sft"]).content()["comparisons"]
+    assert found["against_start"] == [c for c in pairs if starts.get(c["a"]) == c["b"]]
+    lines = below_start_lines(found)  # dmpo ranks exactly as its start
+    assert [line.split()[3:7] for line in lines] == [["other", "against", "dmpo:", m] for m in COMPARED_METRICS]
+    assert all(f"- {line}\n" in markdown(found) for line in lines)
+    assert below_start_lines(evaluate_scores(scores, rows, samples=200, seed=0).content()) == []
+
+
 def test_seeds_are_one_row_and_stay_in_the_json(scores, rows, tmp_path):
-    made = {"dmpo@1": scores["dmpo"], "dmpo@0": scores["mine"], "sft": scores["sft"]}
+    made = {"dmpo@1": scores["dmpo"], "dmpo@0": scores["other"], "sft": scores["sft"]}
     found = evaluate_scores(made, rows, samples=200, seed=0, against=["sft"])
     whole = found.content()
     assert list(whole["models"]) == ["sft", "dmpo"]
     assert list(whole["seeds"]) == ["dmpo"]
     each = [
-        evaluate_scores({"one": s}, rows, 100, 0).content()["models"]["one"] for s in (scores["mine"], scores["dmpo"])
+        evaluate_scores({"one": s}, rows, 100, 0).content()["models"]["one"] for s in (scores["other"], scores["dmpo"])
     ]
     for label, alone in zip("01", each, strict=True):
         assert whole["seeds"]["dmpo"][label] == pytest.approx({m: cell["value"] for m, cell in alone.items()})
@@ -173,15 +188,15 @@ def test_seeds_are_one_row_and_stay_in_the_json(scores, rows, tmp_path):
 
 def test_a_pair_with_unequal_seeds_is_compared_on_the_common_ones(scores, rows):
     """Exactly as if the others were not there, and it is said."""
-    dmpo = {f"dmpo@{label}": scores[name] for label, name in zip("012", ("dmpo", "mine", "oracle"), strict=True)}
-    sft = {"sft@0": scores["mine"], "sft@1": scores["oracle"]}
+    dmpo = {f"dmpo@{label}": scores[name] for label, name in zip("012", ("dmpo", "other", "oracle"), strict=True)}
+    sft = {"sft@0": scores["other"], "sft@1": scores["oracle"]}
     whole = evaluate_scores(dmpo | sft, rows, samples=200, seed=0).content()
     both = evaluate_scores({name: s for name, s in (dmpo | sft).items() if name != "dmpo@2"}, rows, 200, 0).content()
     assert whole["comparisons"] == both["comparisons"]
     assert [c["seeds"] for c in whole["comparisons"]] == [["0", "1"]] * 3
     assert "paired over 120 users, on common seeds 0, 1" in comparison_lines(whole)[0]
     assert comparison_lines(both)[0].split(" (")[0].endswith("120 users")
-    apart = evaluate_scores(dmpo | {"sft@7": scores["mine"]}, rows, samples=200, seed=0).content()
+    apart = evaluate_scores(dmpo | {"sft@7": scores["other"]}, rows, samples=200, seed=0).content()
     assert "120 users, no common seeds" in comparison_lines(apart)[0]
 
 
@@ -202,10 +217,15 @@ def test_strata_are_in_the_files(scores, rows, tmp_path):
 
 def test_the_markdown_has_the_catalogue_as_the_terminal_has_it(evaluation):
     figure = {"value": 0.1, "low": 0.05, "high": 0.25}
-    result = {"items": 400, "models": {"mine": dict.fromkeys(TOP_METRICS, figure)}, "coverage@10": {"mine": 0.5}, "gini@10": {"mine": 0.75}}  # fmt: skip
+    result = {
+        "items": 400,
+        "models": {"other": dict.fromkeys(TOP_METRICS, figure)},
+        "coverage@10": {"other": 0.5},
+        "gini@10": {"other": 0.75},
+    }
     text = markdown(evaluation | {"catalogue": result})
     assert f"{N} requests among all 400 items" in text
-    assert "| mine |" + " **0.100** (0.050\u20130.250) |" * len(CATALOGUE_METRICS) + " 0.500 | 0.750 |" in text
+    assert "| other |" + " **0.100** (0.050\u20130.250) |" * len(CATALOGUE_METRICS) + " 0.500 | 0.750 |" in text
     assert "among all" not in markdown(evaluation)
 
 

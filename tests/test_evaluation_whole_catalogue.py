@@ -6,25 +6,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dmpo_dist.config import DataConfig, RunConfig, ScratchModel
-from dmpo_dist.data.prepare import prepare
+from dmpo_dist.config import RunConfig
 from dmpo_dist.evaluation.metrics import top_metrics
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.tables import catalogue_table
 from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
-from dmpo_dist.modeling.backbone import make_scratch_model
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    source = {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}
-    sizes = {"negatives_per_group": 6, "evaluation_negatives": 4}
-    data = prepare(DataConfig.model_validate({"source": source, **sizes}), 0, folder / "data", echo=lambda _: None)
-    scratch = ScratchModel(hidden_size=16, layers=1, heads=2, intermediate_size=16, vocab_size=300)
-    make_scratch_model(folder / "model", scratch, data.items["title"].tolist(), 256, seed=0)
-    return data, str(folder / "model")
-
 
 NAMES = ("random", "popularity", "item_knn")
 CONFIG = RunConfig.model_validate({"model": {"max_length": 256}, "evaluation": {"bootstrap_samples": 100}})
@@ -46,7 +32,7 @@ def assert_equal(seen, expected):
 
 
 def test_a_model(world):
-    data, model = world
+    data, model = world.data, str(world.model)
     loaded = load_ranking_model(model, CONFIG)
     groups = [loaded.token_group(row["history"], candidates(data, row)[1], row["user"]) for row in data.test]
     expected = top_metrics(loaded.score_groups(groups))
@@ -56,7 +42,7 @@ def test_a_model(world):
 
 
 def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
-    data, _ = world
+    data = world.data
     scores = []
     for row in data.test:
         log = data.interactions[data.interactions["timestamp"] < row["timestamp"]]
@@ -77,7 +63,7 @@ def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
 
 
 def test_lists_are_the_best_items_whichever_the_positive_is(world):
-    data, _ = world
+    data = world.data
     scores = np.zeros((len(data.test), 40))
     scores[:, 7] = 2
     scores[0, 30] = 1

@@ -1,5 +1,6 @@
 """Grids of an experiment: every combination once, under names that stay; and what a mistaken grid says."""
 
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -7,9 +8,8 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import SETTINGS
 
-from dmpo_dist.config import DataConfig
-from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand, read_grid
@@ -143,26 +143,24 @@ def test_a_mistaken_grid_says_what_to_mend(tmp_path, content, words):
         assert word in str(error.value), str(error.value)
 
 
-def test_datasets_that_are_missing_too_small_or_prepared_in_another_way(tmp_path):
-    world = {"source": {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}}
-    sizes = {"negatives_per_group": 4, "evaluation_negatives": 4}
-    prepare(DataConfig.model_validate(world | sizes), 0, tmp_path / "out/data/own", echo=lambda _: None)
+def test_datasets_that_are_missing_too_small_or_prepared_in_another_way(world, tmp_path):
+    shutil.copytree(world.data.path, tmp_path / "out/data/own")
 
     def refused(message: str, blocks, **datasets) -> None:
         grid = grid_of(blocks, output_dir=tmp_path / "out", datasets=datasets)
         with pytest.raises(UserError, match=message):
             make_parts(grid, expand(grid), open_datasets(grid, None))
 
-    own = {"prepare": world | sizes}
+    own = {"prepare": SETTINGS}
     grid = grid_of({"k": 4}, output_dir=tmp_path / "out", datasets={"own": own})
     assert make_parts(grid, expand(grid), open_datasets(grid, None))
     refused(
         "datasets.a: .*no such folder of prepared data; write it with `dmpo data prepare", {}, a=str(tmp_path / "none")
     )
-    refused("own_shots-all_k-5_dmpo_seed-0: train.negatives=5, but the prepared data holds 4", {"k": [4, 5]}, own=own)
+    refused("own_shots-all_k-7_dmpo_seed-0: train.negatives=7, but the prepared data holds 6", {"k": [4, 7]}, own=own)
     refused("own_shots-9999_k-4_dmpo_seed-0: shots=9999, but .* holds", {"k": 4, "shots": [16, 9999]}, own=own)
     refused(
         "was prepared with seed=0, the grid now says 1; give the dataset another name", {"k": 4}, own=own | {"seed": 1}
     )
-    more = {"prepare": world | sizes | {"max_history": 5}}
+    more = {"prepare": SETTINGS | {"max_history": 5}}
     refused("data.max_history=20, the grid now says 5", {"k": 4}, own=more)

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from worlds import prepared
 
 from dmpo_dist.cluster import train as ray_train
-from dmpo_dist.config import DataConfig
-from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.classical import ClassicalScores
 from dmpo_dist.experiment import measure
@@ -27,12 +26,8 @@ CONSOLE = Console(file=io.StringIO())
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A world whose fitted baselines know what other users did later."""
-    world = {"source": {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}, "split": "leave_one_out",
-             "negatives_per_group": 4, "evaluation_negatives": 4}  # fmt: skip
-    return {
-        "a": prepare(DataConfig.model_validate(world), 0, tmp_path_factory.mktemp("world") / "a", echo=lambda _: None)
-    }
+    """Split so that fitted baselines know what other users did later."""
+    return {"a": prepared(tmp_path_factory.mktemp("data") / "a", split="leave_one_out")}
 
 
 @pytest.fixture
@@ -85,7 +80,7 @@ def test_models_are_scored_again_when_their_settings_change_and_the_gpu_is_free_
             events.append("scored")
             if self.token_budget == 32:
                 raise RuntimeError("CUDA out of memory")
-            return [np.arange(5.0)] * len(rows)
+            return [np.arange(6.0)] * len(rows)
 
     monkeypatch.setattr(measure, "load_ranking_model", Model)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -104,7 +99,7 @@ def test_models_are_scored_again_when_their_settings_change_and_the_gpu_is_free_
 
 
 def test_what_to_know_of_the_baselines_is_kept_and_told(data, parts_of, monkeypatch):
-    ease = ClassicalScores({"ease": [np.arange(5.0)] * len(data["a"].test)}, None, {"ease": {"settings": {"l2": 3}}})
+    ease = ClassicalScores({"ease": [np.arange(6.0)] * len(data["a"].test)}, None, {"ease": {"settings": {"l2": 3}}})
     monkeypatch.setattr(measure, "classical_baselines", lambda *_: ease)
     grid, parts = parts_of(baselines=["popularity", "ease"])
     measure.measure_baselines(grid.output_dir / "baselines", data, parts[0].config, CONSOLE)

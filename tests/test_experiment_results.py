@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from worlds import prepared
 
-from dmpo_dist.config import DataConfig, dump_config
-from dmpo_dist.data.prepare import prepare
+from dmpo_dist.config import dump_config
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.experiment.grid import expand
@@ -18,7 +18,6 @@ from dmpo_dist.experiment.results import differences, evaluations, figures, poin
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import begin, evaluation_folder, model_settings, stamp
 
-WORLD = {"source": {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}}
 AXES = {"shots": [8, "all"], "k": [1, 3], "seed": [0, 1], "objective.beta": [0.5, 2.0],
         "sft.learning_rate": [1e-3, 1e-4]}  # fmt: skip
 
@@ -27,15 +26,12 @@ AXES = {"shots": [8, "all"], "k": [1, 3], "seed": [0, 1], "objective.beta": [0.5
 def study(tmp_path_factory):
     """A finished experiment whose models score at random, the cells' the better the larger K."""
     root = tmp_path_factory.mktemp("study")
-    sizes = {"negatives_per_group": 4, "evaluation_negatives": 4}
-    data = {}
-    for seed, name in enumerate("ab"):
-        config = DataConfig.model_validate(WORLD | sizes)
-        data[name] = prepare(config, seed, root / name, echo=lambda _: None)
+    data = {name: prepared(root / name, seed, evaluation_negatives=4) for seed, name in enumerate("ab")}
     datasets = {name: str(root / name) for name in data}
     grid = GridConfig.model_validate(
         {"output_dir": root / "study", "datasets": datasets, "evaluate_on": "all", "arms": ["sft", "sft_continued"],
-         "grid": [{**AXES, "dataset": "a"}, {"dataset": "b", "k": 1}, {"dataset": "b", "k": 1, "train.learning_rate": 1e-3}],
+         "grid": [{**AXES, "dataset": "a"}, {"dataset": "b", "k": 1},
+                  {"dataset": "b", "k": 1, "train.learning_rate": 1e-3}],
          "settings": {"evaluation": {"bootstrap_samples": 100}}}
     )  # fmt: skip
     parts = make_parts(grid, expand(grid), data)
@@ -90,12 +86,12 @@ def test_every_figure_once_and_means_and_differences_agree_with_them(study, foun
         assert gain["value"] == pytest.approx(more - fewer)
     by_part = table.set_index(["part", "evaluated_on", "model", "metric"])["value"]
     for gain in gains[gains["against"] != "K=1"].to_dict("records"):
-        mine = [part for part in parts if part.role == "cell" and part.cell.objective == gain["model"]
+        averaged = [part for part in parts if part.role == "cell" and part.cell.objective == gain["model"]
                 and part.cell.k == gain["k"] and part.cell.dataset == gain["dataset"]
                 and ", ".join(f"{k}={v}" for k, v in part.free) == gain["free"]
                 and (part.shots or len(data[part.cell.dataset].train)) == gain["train_groups"]]  # fmt: skip
         wanted = []
-        for part in mine:
+        for part in averaged:
             of_other = ("sft.",) if gain["against"] == "sft" else ("sft.", "train.")
             rate = [axis for axis in part.free if axis[0].startswith(of_other)]
             (other,) = (p for p in parts if p.role == {"sft": "start"}.get(gain["against"], "continued")
@@ -107,14 +103,18 @@ def test_every_figure_once_and_means_and_differences_agree_with_them(study, foun
                 - by_part[other.title, own[0], gain["against"], own[1]]
             )
         assert gain["value"] == pytest.approx(np.mean(wanted))
-        assert gain["seeds"] == len(mine)
+        assert gain["seeds"] == len(averaged)
 
 
 def test_intervals_over_seeds_are_those_of_the_evaluate_command(study, found):
     _, parts, data = study
     same = {"dataset": "a", "evaluated_on": "a", "free": "objective.beta=0.5, sft.learning_rate=0.001"}
-    chosen = [part for part in parts if part.role == "cell" and part.cell.dataset == "a" and part.cell.shots is None and part.cell.k == 1
-              and ("objective.beta", 0.5) in part.cell.free and ("sft.learning_rate", 1e-3) in part.cell.free]  # fmt: skip
+    chosen = [
+        part
+        for part in parts
+        if (part.role, part.cell.dataset, part.cell.shots, part.cell.k) == ("cell", "a", None, 1)
+        and {("objective.beta", 0.5), ("sft.learning_rate", 1e-3)} <= set(part.cell.free)
+    ]
     starts = {part.start for part in chosen}
     chosen += [part for part in parts if part.role == "start" and part.name in starts]
     scores = {}

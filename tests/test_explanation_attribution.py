@@ -78,7 +78,7 @@ def areas(attribute, seed, users=60):
 
 
 def test_random_numbers_are_not_faithful():
-    """Their area's 95 % interval holds 0 about as often as it says: binomial(30, 0.95) is below 24 once in 1,700 times."""
+    """Their area's 95 % interval holds 0 as often as it says: binomial(30, 0.95) is below 24 once in 1,700 times."""
     found = [areas(lambda w, rng: rng.normal(size=len(w)), s, users=40)["attribution_vs_random"] for s in range(30)]
     assert sum(area["low"] <= 0 <= area["high"] for area in found) >= 24
 
@@ -143,7 +143,8 @@ def test_greedy_search_drops_what_is_not_needed_and_keeps_to_its_budget():
     assert set(asked) == {frozenset(), *(frozenset([i]) for i in range(8))}
     assert not stopped.crosses
     assert sentence(stopped, list("ABCDEFGH")) == (
-        "No removal that was tried takes it from the top 5; without 'D' it falls from rank 2 to 3, the most a single item does."
+        "No removal that was tried takes it from the top 5; "
+        "without 'D' it falls from rank 2 to 3, the most a single item does."
     )
 
 

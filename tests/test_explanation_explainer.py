@@ -1,18 +1,18 @@
 """Explanations of a tiny model against plain scores of the same prompts, one at a time."""
 
+from functools import cache
+
 import numpy as np
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from worlds import make_three_models
 
-from dmpo_dist.config import RunConfig, ScratchModel, TemplateConfig
+from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.evaluation.ranking import Ranker
 from dmpo_dist.explanation.explainer import Explainer
 from dmpo_dist.explanation.questions import Question
 from dmpo_dist.explanation.view import notes, to_json
 from dmpo_dist.explanation.words import END
-from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
 
 TITLES = ("Heat", "Alien", "Alien 3", "Léon", "The Thing", "The Fly", "日本 🎬", "Up")
 HISTORY = ("Tron", "Alien Nation", "The Flying Fish", "Heathers")
@@ -20,15 +20,8 @@ HISTORY = ("Tron", "Alien Nation", "The Flying Fish", "Heathers")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole model, another of the same tokenizer, and an adapter of the first."""
     folder = tmp_path_factory.mktemp("models")
-    scratch = ScratchModel(hidden_size=16, layers=2, heads=2, intermediate_size=24, vocab_size=300)
-    for seed, name in enumerate(("base", "other")):
-        make_scratch_model(folder / name, scratch, list(TITLES), 128, seed)
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(base, lora).save_pretrained(folder / "adapter")
-    write_stamp(folder / "adapter", TemplateConfig(), stage="train", start=str(folder / "other"))
+    make_three_models(folder, TITLES)
     return folder
 
 
@@ -50,9 +43,15 @@ def answer(folder, settings, reference="base", asked=None, method="margin", riva
     return explainer.answer(subject, explainer.words([subject])[0], top=4, budget=50)
 
 
+@cache
+def ranker(model: str, settings: str) -> Ranker:
+    """Loaded once, as the tests ask it for dozens of single prompts; ``settings`` are JSON."""
+    return Ranker(model, RunConfig.model_validate_json(settings), Catalogue(TITLES, np.arange(len(TITLES))), top=1)
+
+
 def plain(model, settings, history, candidates=TITLES):
-    ranker = Ranker(str(model), settings, Catalogue(TITLES, np.arange(len(TITLES))), top=1)
-    return ranker.scores(RankingRequest("u", history, None), np.array(candidates, dtype=object))
+    request = RankingRequest("u", history, None)
+    return ranker(str(model), settings.model_dump_json()).scores(request, np.array(candidates, dtype=object))
 
 
 @pytest.mark.parametrize(("budget", "method"), [(4096, "margin"), (32, "log_prob")], ids=["packed", "trie"])
@@ -75,19 +74,19 @@ def test_contributions_are_those_of_single_prompts(folder, budget, method):
 
 
 def test_in_a_whole_catalogue_a_title_is_compared_with_its_rivals(folder):
-    """All above it and the next two: its rank is that among all, and what is left of the history is scored for them alone."""
+    """All above it and the next two: its rank is that among all; the shortened histories are scored for them alone."""
     settings = config(budget=32)
     whole = plain(folder / "adapter", settings, HISTORY)
     third = int(np.argsort(-whole)[2])
     kept = np.sort(np.argsort(-whole)[:5])
-    place = kept.tolist().index(third)
+    index = kept.tolist().index(third)
     seen = answer(folder, settings, None, question(item=third), rivals=2)
     assert (seen.rank, seen.ranked) == (3, len(TITLES))
     assert seen.question.candidates == tuple(TITLES[i] for i in kept)
     few = [plain(folder / "adapter", settings, HISTORY[:i] + HISTORY[i + 1 :])[kept] for i in range(4)]
-    margins = [s[place] - np.delete(s, place).mean() for s in (whole[kept], *few)]
+    margins = [s[index] - np.delete(s, index).mean() for s in (whole[kept], *few)]
     np.testing.assert_allclose(seen.contributions, margins[0] - np.array(margins[1:]), atol=1e-4)
-    assert seen.ranks_without.tolist() == [1 + (s > s[place]).sum() for s in few]
+    assert seen.ranks_without.tolist() == [1 + (s > s[index]).sum() for s in few]
     entry = to_json(seen)
     assert (entry["candidates"], entry["compared"]) == (len(TITLES), 5)
     assert any("compared with 4 titles" in note for note in notes(entry))

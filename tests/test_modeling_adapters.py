@@ -111,3 +111,23 @@ def test_training_on_from_an_adapter_with_whole_weights_is_refused(folder, tmp_p
             load_policy(find_model(str(tmp_path / "adapter")), ModelConfig(max_length=128))
     file.write_text(json.dumps(plain))
     assert load_policy(find_model(str(tmp_path / "adapter")), ModelConfig(max_length=128))[1] == "adapter_copy"
+
+
+def test_a_stage_without_a_reference_loads_none(folder, tmp_path):
+    config = ModelConfig(max_length=128, lora=LoraConfig(r=4))
+    fresh, mode = load_policy(find_model(str(folder)), config, needs_reference=False)
+    assert mode is None
+    fresh.save_pretrained(tmp_path / "adapter")
+    source = find_model(str(tmp_path / "adapter"))
+    sft, mode = load_policy(source, config, needs_reference=False)
+    dmpo, _ = load_policy(source, config)
+    assert mode is None
+    assert (list(sft.peft_config), list(dmpo.peft_config)) == (["default"], ["default", "reference"])
+    trained = [name for name, p in sft.named_parameters() if p.requires_grad]
+    assert trained == [name for name, p in dmpo.named_parameters() if p.requires_grad]
+    assert all("lora_" in name for name in trained)
+    assert sft.training
+    layout = prefix_layout(random_groups(4, seed=0))
+    for model in (sft, dmpo):
+        use_backend(unwrap_peft(model), "two_part")
+    assert torch.equal(LogProbModel(sft)(layout), LogProbModel(dmpo)(layout))

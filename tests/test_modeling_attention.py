@@ -187,7 +187,7 @@ def test_flex_forward(kind, options, groups):
 
 @torch.no_grad()
 def test_flex_compiles_once_for_layouts_of_any_length(monkeypatch):
-    """Each batch has another length and another mask; one kernel for rows of a single block, one for all longer ones."""
+    """Each batch has another length and another mask; one kernel for rows of one block, one for all longer ones."""
     counter = CompileCounter()
     monkeypatch.setattr(attention, "flex_for", lambda query: attention.compiled_flex(counter))
     frames = []

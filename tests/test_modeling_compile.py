@@ -1,7 +1,8 @@
-"""Compiled decoder layers compute what eager ones do, whatever the row's length, with adapters on and off, and stay compiled."""
+"""Compiled decoder layers compute what eager ones do at any row length, adapters on and off, and stay compiled."""
 
 import copy
 
+import pytest
 import torch
 from conftest import random_groups, tiny_model
 from peft import LoraConfig, get_peft_model
@@ -11,6 +12,8 @@ from dmpo_dist.batching.layout import prefix_layout, rows_layout
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import use_backend
+
+pytestmark = pytest.mark.slow
 
 
 def test_compiled_layers_match_eager_ones():
@@ -44,7 +47,7 @@ def test_compiled_layers_match_eager_ones():
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_a_run_and_a_benchmark_stay_compiled():
-    """Self-check on separate rows, reference, policy and validation, in two models of a process: past torch's own limit."""
+    """Self-check on separate rows, reference, policy and validation, of two models in a process: past torch's limit."""
     torch._dynamo.reset()
     for backend in ("two_part", "unshared"):
         model = get_peft_model(tiny_model("llama", num_hidden_layers=2), LoraConfig(r=4, target_modules="all-linear"))

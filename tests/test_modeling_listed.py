@@ -1,5 +1,7 @@
 """Models whose prompts list the candidates: scores against separately written rows, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,8 +16,10 @@ from dmpo_dist.data.candidates import list_order
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.requests import RankingRequest
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation import generated
 from dmpo_dist.evaluation.order import order_spread
-from dmpo_dist.evaluation.ranking import Ranker
+from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model
+from dmpo_dist.evaluation.rules import ruled_scores
 from dmpo_dist.explanation.explainer import Explainer
 from dmpo_dist.explanation.questions import Question
 from dmpo_dist.modeling.backbone import (
@@ -82,6 +86,34 @@ def test_scores_are_averaged_over_orders(folder):
     assert not np.allclose(expected, plain(folder, HISTORY, "u", 0, 0), rtol=1e-4)
 
 
+def test_a_prior_is_that_of_the_same_list_without_a_history(folder):
+    """In the other rules too, every part is the mean over the same orders."""
+    ranker = Ranker(str(folder / "adapter"), config(candidate_orders=2), None, 3)
+    settings = config(candidate_orders=2)
+    ranking = settings.ranking.model_copy(update={"prior_weight": 0.5})
+    with_prior = Ranker(str(folder / "adapter"), settings.model_copy(update={"ranking": ranking}), None, 3)
+    request, titles = RankingRequest("u", HISTORY, TITLES), np.array(TITLES, dtype=object)
+    prior = np.mean([plain(folder, (), "u", 0, draw) for draw in range(2)], axis=0)
+    expected = ranker.scores(request, titles) - 0.5 * prior
+    np.testing.assert_allclose(with_prior.scores(request, titles), expected, rtol=1e-4)
+
+
+def test_all_rules_by_lists(folder, data):
+    settings = config(candidate_orders=2, token_budget=512, rules=["sum", "mean", "prior", "reference"])
+    model = load_ranking_model(str(folder / "adapter"), settings)
+    few = dataclasses.replace(data, test=data.test.select(range(4)), validation=data.validation.select(range(3)))
+    scores = model.score_rows(few.test)
+    ruled = ruled_scores(model, scores, few, settings)
+    weight = ruled.choice.prior_weight
+    base = model.reference(str(folder / "base"))
+    emptied = few.test.map(lambda row: row | {"history": [], "history_items": []})
+    for index, (prior, reference) in enumerate(zip(model.score_rows(emptied), base.score_rows(few.test), strict=True)):
+        found = {rule: by_rule[index] for rule, by_rule in ruled.by_rule.items()}
+        np.testing.assert_allclose(found["sum"], scores[index])
+        np.testing.assert_allclose(found["prior"], scores[index] - weight * prior, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found["reference"], scores[index] - reference, rtol=1e-4, atol=1e-4)
+
+
 def test_an_explanation_lists_all_candidates_for_every_history(folder):
     settings = config(candidate_orders=2)
     explainer = Explainer(str(folder / "adapter"), settings, str(folder / "base"), None, "log_prob", 0)
@@ -97,6 +129,30 @@ def test_an_explanation_lists_all_candidates_for_every_history(folder):
     expected = [mean(HISTORY)[4] - mean(history)[4] for history in without]
     np.testing.assert_allclose(answer.contributions, expected, rtol=1e-3, atol=1e-4)
     assert "".join(answer.words.pieces).startswith(TITLES[4])
+
+
+def test_hits_by_generation_are_texts_equal_to_the_positive(folder, data, monkeypatch):
+    """With a model that writes the first title of every list."""
+    model = RankingModel.load(str(folder / "adapter"), ModelConfig(max_length=256), seed=3)
+    rows, scores = data.test, [np.arange(6.0) for _ in range(len(data.test))]
+    firsts = [list_order((r["positive"], *r["negatives"]), 3, r["user"], r["timestamp"], 0)[0] for r in rows]
+    seen = []
+
+    def write(causal_lm, tokenizer, template, prompts, tokens):
+        seen.extend(prompts)
+        assert tokens > max(len(tokenizer(f"{title}</s>", add_special_tokens=False)["input_ids"]) for title in firsts)
+        texts = [prompt.split("From:\n- ")[1].split("\n")[0] for prompt in prompts]
+        return [*texts[:-1], "No such title"]
+
+    monkeypatch.setattr(generated, "generate_freely", write)
+    figures = generated.generated_figures(model, rows, scores, len(rows), 0)
+    hits = [first == positive for first, positive in zip(firsts, rows["positive"], strict=True)]
+    assert figures.hr == pytest.approx(sum(hits[:-1]) / len(rows))
+    assert figures.valid == pytest.approx(1 - 1 / len(rows))
+    assert figures.by_log_prob == 0
+    monkeypatch.undo()
+    free = generated.generated_figures(model, rows, scores, 3, 0)
+    assert 0 <= free.hr <= free.valid <= 1
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +179,12 @@ def test_a_whole_catalogue_and_finished_prompts_are_refused(folder, data, tmp_pa
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"path": data.path})})
     with pytest.raises(UserError, match="a whole catalogue has no room: leave --catalogue out"):
         evaluate_preflight({"dmpo": adapter}, settings, make_console(), catalogue=True)
+    short = settings.model_copy(update={"model": ModelConfig(max_length=40)})
+    with pytest.raises(UserError, match=r"lists 6 candidates, and its longest response take \d+ tokens, more than"):
+        evaluate_preflight({"dmpo": adapter}, short, make_console())
+    pd.DataFrame({"user": ["u"], "history": [list(HISTORY)], "candidates": [list(TITLES)]}).to_parquet(requests)
+    with pytest.raises(UserError, match=r"user 'u': .* lists 6 candidates, and its longest response take \d+ tokens"):
+        rank_preflight(adapter, requests, None, 3, tmp_path / "out.parquet", short)
     rows = tmp_path / "rows.jsonl"
     lines = [f'{{"prompt": "p{n}", "chosen": "c", "rejected": "r"}}\n' for n in range(80)]
     rows.write_text("".join(lines))

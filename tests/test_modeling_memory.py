@@ -1,4 +1,4 @@
-"""What the allocator does with the memory of tensors on the CPU: counted in page faults and resident pages, not in time."""
+"""What the allocator does with the memory of tensors on the CPU: in page faults and resident pages, not time."""
 
 import os
 import subprocess

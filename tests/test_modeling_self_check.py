@@ -7,7 +7,10 @@ import transformers
 from conftest import random_groups, tiny_model
 from oracle import oracle
 
+from dmpo_dist.batching.layout import prefix_layout
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.logprobs import LogProbModel
+from dmpo_dist.modeling.routing import use_backend
 from dmpo_dist.modeling.self_check import disagreement, tolerance
 from dmpo_dist.modeling.token_scorer import TokenScorer
 
@@ -95,3 +98,58 @@ def test_what_is_not_finite_is_no_agreement_unless_the_rows_are_not_either():
     assert disagreement([np.array([-1.0, np.nan])], rows, torch.float32) is not None
     assert disagreement([np.array([np.nan, np.nan])], rows, torch.bfloat16) is not None
     assert disagreement(rows, [np.array([-1.0, np.nan])], torch.float32) is None
+
+
+def own_mask(kind):
+    """A model whose layers add to the mask, as those of Doge do."""
+    model = tiny_model(kind)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(masked, with_kwargs=True)
+    return model
+
+
+def masked(module, args, kwargs):
+    """The second of several tokens is hidden from all that come after the third."""
+    length = kwargs["hidden_states"].shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal[3:, 1] = False
+    return args, kwargs | {"attention_mask": causal[None, None]}
+
+
+def doge():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 256}  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(transformers.DogeConfig(**shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+MASKED = {"doge": doge, "llama": lambda: own_mask("llama"), "qwen3": lambda: own_mask("qwen3")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MASKED)
+@torch.no_grad()
+def test_a_mask_that_layers_add_is_not_left_out(kind, dtype):
+    """However little it changes: rounding in bf16 would hide it from a comparison of log-probs."""
+    model = MASKED[kind]().to(dtype).eval()
+    expected = oracle(model, GROUPS).double().numpy()
+    scorer = TokenScorer(model, 4096, 256)
+    assert (np.abs(np.concatenate(scorer.score(GROUPS)) - expected) <= tolerance(expected, dtype)).all()
+    assert "leaves out a mask that its layers add to attention" in scorer.fallback
+    assert (np.abs(scorer.score_many(GROUPS[0]) - expected[: len(GROUPS[0].branches)]) <= 0.5).all()
+    for backend in ("two_part", "sdpa"):
+        use_backend(model, backend)
+        with pytest.raises(UserError, match=r"add a mask of their own .* set model\.attention=unshared"):
+            LogProbModel(model)(prefix_layout(GROUPS))
+
+
+def test_rows_of_which_layers_see_a_part_are_refused():
+    model = doge()
+    model.config.keep_window_size = 100
+    assert TokenScorer(model.eval(), 4096, 100).route.backend == "two_part"
+    with pytest.raises(UserError, match=r"doge attends to 100 tokens .* set model\.max_length=100 or less \(now 256\)"):
+        TokenScorer(model.eval(), 4096, 256)

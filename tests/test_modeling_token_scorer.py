@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 
 from dmpo_dist.batching.trie import TitleTrie
 from dmpo_dist.data.tokenization import TokenGroup
-from dmpo_dist.evaluation.ranking import adjusted
 from dmpo_dist.modeling import trie_attention
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import use_backend
 from dmpo_dist.modeling.scoring import score_rows
+from dmpo_dist.modeling.scoring_rule import adjusted
 from dmpo_dist.modeling.token_scorer import TokenScorer
 
 CPU = torch.device("cpu")

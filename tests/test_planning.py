@@ -7,6 +7,7 @@ from math import ceil
 
 import pytest
 import torch
+from conftest import tiny_model
 from typer.testing import CliRunner
 
 from dmpo_dist.cli import app
@@ -22,7 +23,6 @@ from dmpo_dist.planning.model import Row, blueprint
 from dmpo_dist.planning.plan import Cluster, Lengths, changed, make_plan, make_rank
 from dmpo_dist.planning.recommend import faster, smallest_change
 from dmpo_dist.planning.report import BYTES, amount
-from tests.conftest import tiny_model
 
 MIDDLE = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 32,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +19,6 @@ from dmpo_dist.planning.flops import (
     unshared_work,
 )
 from dmpo_dist.planning.gpus import known_peak
-from tests.conftest import tiny_model
 
 SHAPE = Shape(hidden=4, layers=2, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocab=11, lora_rank=1)
 

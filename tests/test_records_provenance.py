@@ -1,33 +1,21 @@
 """What is read back of how a model came about."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
 from dmpo_dist.artifacts.stamp import ModelStamp
-from dmpo_dist.config import DataConfig
-from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.modeling.backbone import ModelSource
 from dmpo_dist.records.provenance import read_provenance
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    source = {"simulator": {"users": 60, "items": 40, "events_per_user": 14}}
-    settings = {"source": source, "negatives_per_group": 6, "evaluation_negatives": 4}
-    prepare(DataConfig.model_validate(settings), 0, folder, echo=lambda _: None)
-    return folder
-
-
 @pytest.mark.parametrize("shots", [None, 16])
-def test_the_data_a_run_saw_is_known_again_also_where_it_saw_a_few_groups(data, tmp_path, shots):
-    fingerprint = PreparedData.load(data, shots).fingerprint
+def test_the_data_a_run_saw_is_known_again_also_where_it_saw_a_few_groups(world, tmp_path, shots):
+    fingerprint = PreparedData.load(world.data.path, shots).fingerprint
     (tmp_path / "environment.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
     source = ModelSource(str(tmp_path / "model"), str(tmp_path / "model"), False, ModelStamp())
     for said, same in ((shots, True), (8, False)):
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(data), "shots": said}}))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(world.data.path), "shots": said}}))
         assert read_provenance(source, None).same_data is same

@@ -40,7 +40,8 @@ def write_run(folder: Path, stage: str, finished: bool = True, **config) -> Path
 
 def rows(order: np.ndarray) -> Dataset:
     columns = {
-        "user": [f"u{u}" for u in order], "timestamp": [int(u) for u in order], "positive": [f"title {u}" for u in order],
+        "user": [f"u{u}" for u in order], "timestamp": [int(u) for u in order],
+        "positive": [f"title {u}" for u in order],
         "positive_item": [f"item {u}" for u in order],
         "negatives": [[f"title {u}-{n}" for n in range(NEGATIVES)] for u in order],
         "negative_items": [[f"item {u}-{n}" for n in range(NEGATIVES)] for u in order],
@@ -49,7 +50,7 @@ def rows(order: np.ndarray) -> Dataset:
 
 
 @pytest.fixture
-def world(tmp_path):
+def three_runs(tmp_path):
     """Two finished runs that one evaluation ranks, and one that was cut short and never evaluated."""
     write_run(tmp_path / "a", "sft")
     write_run(tmp_path / "bb", "train", objective={"name": "sdpo", "beta": 0.5}, train={"learning_rate": 3e-4})
@@ -72,8 +73,8 @@ def shown(show, *arguments) -> str:
     return text.getvalue()
 
 
-def test_the_table_says_what_each_run_is(world):
-    root, evaluation, _ = world
+def test_the_table_says_what_each_run_is(three_runs):
+    root, evaluation, _ = three_runs
     lines = shown(show_runs, find_runs(root), root).splitlines()
     a, bb, ccc = (next(line.split() for line in lines if line.split()[:1] == [name]) for name in ("a", "bb", "ccc"))
     assert a[1:3] == ["scratch", "sft"]
@@ -85,15 +86,16 @@ def test_the_table_says_what_each_run_is(world):
     assert ccc[-1] == "unfinished"
 
 
-def test_a_comparison_shows_what_differs_and_pairs_the_users(world):
-    root, evaluation, scores = world
+def test_a_comparison_shows_what_differs_and_pairs_the_users(three_runs):
+    root, evaluation, scores = three_runs
     runs = [read_run(root / name) for name in ("a", "bb")]
     text = shown(show_comparison, runs, ["a", "bb"], find_evaluations(root))
     keys = {line.split()[0] for line in text.splitlines() if line.strip()}
     assert {"objective.name", "objective.beta", "train.learning_rate"} <= keys
     assert not {"output_dir", "seed", "train.steps"} & keys
     assert {
-        ("last_step", "40", "40"), ("margin", "at", "last_step", "-", "0.5"), ("loss", "at", "last_step", "0.25", "0.25"),
+        ("last_step", "40", "40"), ("margin", "at", "last_step", "-", "0.5"),
+        ("loss", "at", "last_step", "0.25", "0.25"),
         ("selected_step", "20", "20"), ("validation/ndcg@10", "at", "selected_step", "0.5", "0.5"),
     } <= {tuple(line.split()) for line in text.splitlines()}  # fmt: skip
     for comparison in evaluation.comparisons:  # what the evaluation itself said of the same two
@@ -119,8 +121,8 @@ def test_a_comparison_shows_what_differs_and_pairs_the_users(world):
     ]
 
 
-def test_curves_of_several_runs_and_user_mistakes(world, capsys, monkeypatch):
-    root, *_ = world
+def test_curves_of_several_runs_and_user_mistakes(three_runs, capsys, monkeypatch):
+    root, *_ = three_runs
 
     def dmpo(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["dmpo", "runs", *map(str, arguments)])

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from report_world import VISIBLE, card, evaluation_of, write_run, write_world
+from report_folder import VISIBLE, card, evaluation_of, write_report_folder, write_run
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.cli import main
@@ -60,16 +60,16 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return write_world(tmp_path_factory.mktemp("report") / "world")
+def everything(tmp_path_factory) -> Path:
+    return write_report_folder(tmp_path_factory.mktemp("report") / "world")
 
 
 @pytest.fixture(scope="module")
-def content(world) -> bytes:
-    return render(gather([world]))
+def content(everything) -> bytes:
+    return render(gather([everything]))
 
 
-def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world, content):
+def test_every_section_is_there_with_its_figures_and_its_alternative_texts(everything, content):
     page = Page(content)
     assert page.open == []
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -84,21 +84,21 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(world
     assert len(page.all("caption")) == len(page.all("table")) > 10
     assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
 
-    evaluation = json.loads((world / "evaluation" / "evaluation.json").read_text())
+    evaluation = json.loads((everything / "evaluation" / "evaluation.json").read_text())
     text = "".join(page.texts)
     dmpo = evaluation["models"]["dmpo"]["ndcg@10"]
     assert f"dmpo ranks with NDCG@10 {dmpo['value']:.3f} [{dmpo['low']:.3f}, {dmpo['high']:.3f}]" in text
     for c in evaluation["comparisons"]:
         assert number(c["difference"], "+.3f") in text
         assert f"[{number(c['low'], '+.3f')}, {number(c['high'], '+.3f')}]" in text
-    assert "It is one of 2 training runs here." in text
+    assert "It is one of 2 training runs on this page." in text
     assert "Note: leave-one-out: not <b> comparable" in text
     assert "ease: regularization 300, chosen by its validation NDCG@10 of 0.510; 6 targets it had never seen" in text
     assert "32 requests scored again: log-probs moved by at most 3e-05 nats" in text
     assert (
         "Not shown as it is 1 in any order of 5 candidates: hr@5, hr@10, hr@20, recall@5, recall@10, recall@20." in text
     )
-    assert "Not here" not in text
+    assert "Sections without content" not in text
     assert "holds interaction data" in text
     assert "compared with 8 titles, all above it and the next below" in text
 
@@ -122,9 +122,9 @@ def test_what_the_data_holds_is_text_and_nothing_but_text(content):
     assert "<u1>" in page.texts
 
 
-def test_the_same_folder_gives_the_same_bytes(world, content, tmp_path):
+def test_the_same_folder_gives_the_same_bytes(everything, content, tmp_path):
     """Also from another process with other hashes, and when the report lies in the folder it is about."""
-    copy = shutil.copytree(world, tmp_path / "world")
+    copy = shutil.copytree(everything, tmp_path / "world")
     command = [sys.executable, "-m", "dmpo_dist", "report", str(copy)]
     done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -134,10 +134,10 @@ def test_the_same_folder_gives_the_same_bytes(world, content, tmp_path):
     assert (copy / "report.html").read_bytes() == content
 
 
-def test_explanations_of_users_can_be_left_out(world):
-    page = Page(render(gather([world], explanations=False)))
+def test_explanations_of_users_can_be_left_out(everything):
+    page = Page(render(gather([everything], explanations=False)))
     text = "".join(page.texts)
-    assert "Not here, as the folders hold none: Explanations" in text
+    assert "Sections without content in these folders: Explanations" in text
     assert "<u1>" not in text
     assert VISIBLE[1] not in text
 
@@ -154,7 +154,7 @@ def test_runs_alone_name_what_is_absent_and_what_is_damaged(tmp_path):
     assert "b/metrics.jsonl: its last line is cut off" in text
     assert "38 of 120 steps, not finished" in text
     assert "Preference runs side by side" in text
-    assert "Not here, as the folders hold none: Results, Paired comparisons, Strata, K sweep" in text
+    assert "Sections without content in these folders: Results, Paired comparisons, Strata, K sweep" in text
 
 
 def test_runs_of_two_evaluations_are_paired_by_their_scores(tmp_path):
@@ -238,15 +238,15 @@ def test_runs_on_a_few_of_the_groups_were_trained_on_that_data(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(card()))
     texts = Page(render(gather([tmp_path]))).texts
-    assert "By its fingerprint what these runs were trained on: few." in texts
-    assert "Not what these runs were trained on: other." in texts
+    assert "By its fingerprint, these runs were trained on this data: few." in texts
+    assert "These runs were trained on other data: other." in texts
 
 
 def test_a_card_of_other_data_is_said_to_be_that(tmp_path):
     write_run(tmp_path / "run", "train")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(card() | {"fingerprint": "f2"}))
-    assert "Not what these runs were trained on: run." in Page(render(gather([tmp_path]))).texts
+    assert "These runs were trained on other data: run." in Page(render(gather([tmp_path]))).texts
 
 
 def test_colours_can_be_read_in_both_schemes():
@@ -274,7 +274,7 @@ def contrast(one: str, other: str) -> float:
 def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", "sft")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "mine.html").write_text("<p>not a report")
+    (tmp_path / "notes.html").write_text("<p>not a report")
     broken = {}
     for name, file, text in [
         ("version", "evaluation.json", '{"requests": 2, "negatives": {"most": 4}, "models": {"sft": {"hr@1": [0.5]}}}'),
@@ -291,7 +291,7 @@ def test_user_mistakes_are_one_clear_line(tmp_path, monkeypatch, capsys):
     for arguments, message in [
         ([tmp_path / "nowhere"], "nowhere: no such folder; give what was output_dir"),
         ([tmp_path / "empty"], "empty holds no run: no config.yaml with metrics.jsonl, no evaluation.json"),
-        ([run, "--output", tmp_path / "mine.html"], "mine.html exists already and is no report of ours"),
+        ([run, "--output", tmp_path / "notes.html"], "notes.html exists already and is not a dmpo report"),
         ([run, "--output", tmp_path / "page.pdf"], "must end in .html"),
         ([broken["version"]], "evaluation.json: models.sft.hr@1: input should be a valid dictionary"),
         ([broken["json"]], "evaluation.json: damaged, not JSON"),

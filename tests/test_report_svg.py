@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element, fromstring
 import numpy as np
 import pandas as pd
 import pytest
-from report_world import NASTY, study
+from report_folder import NASTY, study
 
 from dmpo_dist.artifacts.log import StepRecord, ValidationRecord, by_step
 from dmpo_dist.figures.curves import run_drawings

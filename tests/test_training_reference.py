@@ -8,13 +8,16 @@ import torch
 from conftest import random_groups, tiny_model
 from safetensors.torch import load_file, save_file
 
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.batching.layout import lay_out
+from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.logprobs import LogProbModel
+from dmpo_dist.modeling.backbone import ModelSource, find_model, load_policy
+from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import use_backend
 from dmpo_dist.training import reference
 from dmpo_dist.training.groups import with_negatives
-from dmpo_dist.training.reference import ReferencePass
+from dmpo_dist.training.reference import NOT_IN_KEY, ReferencePass, cache_key, token_digest
 
 K, EPOCHS = 2, 3
 KEY = {"base": "digest", "rows": "fingerprint"}
@@ -120,3 +123,60 @@ def test_a_broken_reference_is_refused(llama, groups, blocks_of_three):
 
     with pytest.raises(UserError, match="training group 6 .*not finite"):
         the_pass(broken).run(groups)
+
+
+OTHER = {
+    "path": "elsewhere",
+    "scratch": ScratchModel(layers=1),
+    "lora": LoraConfig(r=2),
+    "gradient_checkpointing": True,
+    "dtype": "bfloat16",
+    "quantization": "nf4",
+    "double_quantization": False,
+    "compile": True,
+    "attention": "sdpa",
+    "max_length": 64,
+}
+
+
+@pytest.mark.parametrize("key", ModelConfig.model_fields)
+def test_each_key_of_the_model_moves_the_caches_name_or_leaves_log_probs(key, llama, groups, tmp_path):
+    llama.save_pretrained(tmp_path)
+    source = find_model(str(tmp_path))
+    before, after = ModelConfig(max_length=128), ModelConfig(max_length=128).model_copy(update={key: OTHER[key]})
+    same = cache_key(before, source, "rows", "cpu") == cache_key(after, source, "rows", "cpu")
+    assert same == (key in NOT_IN_KEY)
+    if key in ("lora", "gradient_checkpointing"):
+        assert torch.equal(reference_log_probs(source, after, groups), reference_log_probs(source, before, groups))
+
+
+def reference_log_probs(source, config, groups):
+    model, mode = load_policy(source, config)
+    use_backend(unwrap_peft(model), "two_part")
+    return LogProbModel(model, "whole" if mode == "model_copy" else mode)(lay_out(groups, True), "reference")
+
+
+def test_whatever_else_a_cache_depends_on_moves_its_name(llama, groups, tmp_path, monkeypatch):
+    llama.save_pretrained(tmp_path / "a")
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "b")
+    config = ModelConfig(max_length=128)
+    source, other = find_model(str(tmp_path / "a")), find_model(str(tmp_path / "b"))
+    adapter = ModelSource(str(tmp_path / "b"), str(tmp_path / "a"), True, ModelStamp())
+    keys = [cache_key(config, s, "rows", "cpu") for s in (source, other, adapter)]
+    keys += [cache_key(config, source, "others", "cpu"), cache_key(config, source, "rows", "cuda")]
+    monkeypatch.setattr(reference, "version", lambda name: "99")
+    keys.append(cache_key(config, source, "rows", "cpu"))
+    assert len({json.dumps(key, sort_keys=True) for key in keys}) == len(keys)
+
+
+def test_what_a_model_reads_moves_a_caches_name(llama, groups, blocks_of_three, tmp_path):
+    """One token of one prompt, as where a chat template prints today's date; or a boundary that lies elsewhere."""
+    first = groups[0]
+    dated = replace(first, prefix=[*first.prefix[:-1], first.prefix[-1] + 1])
+    moved = replace(first, prefix=[*first.prefix, 7], branches=tuple(branch[1:] for branch in first.branches))
+    unscored = replace(first, scored_from=tuple(start + 1 for start in first.scored_from))
+    digests = {token_digest([other, *groups[1:]]) for other in (first, dated, moved, unscored)}
+    assert len(digests) == 4
+    the_pass(Counted(llama)).run(groups, tmp_path, KEY)
+    the_pass(Counted(llama)).run([dated, *groups[1:]], tmp_path, KEY)
+    assert len(list(tmp_path.iterdir())) == 2

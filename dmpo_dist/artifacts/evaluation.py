@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, FiniteFloat, model_validator
 
 from dmpo_dist.artifacts.base import Artifact, Typed
+from dmpo_dist.config.evaluation import Rule
 
 SCORES_FILE = "scores.parquet"
 """Beside it: a row per model, request and candidate."""
@@ -78,6 +79,24 @@ class OrderCheck(Typed):
     models: dict[str, dict[str, ScoreSpread]]
 
 
+class GeneratedFigures(Typed):
+    """What a model writes after its prompts."""
+
+    hr: FiniteFloat = Field(alias="hr@1")
+    """The share of texts that are the positive, letter by letter."""
+    valid: FiniteFloat
+    """The share of texts that are any candidate of their request."""
+    by_log_prob: FiniteFloat = Field(alias="hr@1 by log-prob")
+    """HR@1 of the same requests by log-prob."""
+
+
+class Generation(Typed):
+    """Greedy generation after the prompts of some requests, by model."""
+
+    requests: int
+    models: dict[str, GeneratedFigures]
+
+
 class BaselineTraining(Typed):
     """What is known of the training of a classical baseline."""
 
@@ -86,6 +105,25 @@ class BaselineTraining(Typed):
     seconds: FiniteFloat | None = None
     requests_with_unknown_history: int = 0
     unknown_positives: int = 0
+
+
+class RuleChoice(Typed):
+    """The scoring rule by which a language model is ranked."""
+
+    rule: Rule
+    prior_weight: FiniteFloat | None = None
+    """Of the rule prior, where that was looked at."""
+    validation: dict[str, FiniteFloat] = Field(default_factory=dict)
+    """NDCG@10 on the validation requests by rule, ``prior 0.5`` by weight, where something was chosen by it."""
+
+
+class ScoringRules(Typed):
+    """Language models on the same requests by several scoring rules."""
+
+    models: dict[str, dict[Rule, Metrics]]
+    """Model -> rule -> metric."""
+    chosen: dict[str, RuleChoice]
+    """Model, or name@seed of one -> the rule in use in all other figures."""
 
 
 class Evaluation(Artifact):
@@ -105,6 +143,8 @@ class Evaluation(Artifact):
     strata: dict[str, dict[str, Stratum]] = Field(default_factory=dict)
     """Kind -> stratum."""
     comparisons: list[Comparison] = Field(default_factory=list)
+    against_start: list[Comparison] = Field(default_factory=list)
+    """Each model against the one that its stage started from, where that is evaluated too."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Path and fingerprint of the prepared data."""
     folders: dict[str, str] = Field(default_factory=dict)
@@ -115,6 +155,8 @@ class Evaluation(Artifact):
     """What a reader must know of the figures."""
     baselines: dict[str, BaselineTraining] = Field(default_factory=dict)
     order: OrderCheck | None = None
+    generation: Generation | None = None
+    rules: ScoringRules | None = None
     catalogue: CatalogueRanking | None = None
 
     @property

@@ -81,6 +81,13 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def recover_folder(target: Path) -> None:
+    """Put ``target`` back where a ``replace_folder`` was killed between its two renames."""
+    old = target.with_name(target.name + ".old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
 def _publish(part: Path, folder: Path) -> None:
     """Rename a finished folder when all of its files are on disk."""
     for path in part.rglob("*"):

@@ -108,7 +108,15 @@ class EndRecord(LogLine):
 
     kind: Literal["end"] = "end"
     selected_step: int
+    """0: no later step was better than the start on validation, so that the start is the result."""
     model: str
+    select_metric: str = "ndcg@10"
+    """What the two figures are of."""
+    start: float | None = None
+    """Validation before the first step."""
+    best_later: float | None = None
+    """The best validation after it."""
+    best_later_step: int | None = None
 
 
 LogRecord = Annotated[
@@ -119,7 +127,7 @@ KINDS = ("start", "step", "validation", "checkpoint", "note", "end")
 
 
 @dataclass(frozen=True)
-class Log:
+class MetricsLog:
     """A metrics.jsonl.
 
     Attributes:
@@ -133,7 +141,7 @@ class Log:
     damaged: Sequence[int] = ()
 
 
-def read_log(file: Path) -> Log:
+def read_log(file: Path) -> MetricsLog:
     """Read a metrics.jsonl of any version; lines that are no record are left out and numbered.
 
     Raises:
@@ -157,7 +165,7 @@ def read_log(file: Path) -> Log:
             raise UserError(f"{file}: line {number}: {first_problem(error)}; was it edited?") from None
         stage = record.stage if isinstance(record, StartRecord) else stage
         records.append(record)
-    return Log(records, len(lines), damaged)
+    return MetricsLog(records, len(lines), damaged)
 
 
 def parse_record(content: Mapping[str, Any], stage: str | None) -> LogRecord:

@@ -1,13 +1,15 @@
 """Two ways to lay a batch of preference groups out for one forward pass.
 
-``PrefixLayout`` runs each prompt once: one flat row [x_1 .. x_E | branches of group 1 | branches of group 2 ..], in
-which every branch sees its group's prompt and itself, with positions going on from the prompt's end. The attention
-backends in ``modeling/attention.py`` give that meaning. P + (K+1)R tokens a group, no padding.
+``PrefixLayout`` runs each prompt once. All tokens lie in one flat row [x_1 .. x_E | branches of group 1 | branches of
+group 2 ..]. A branch attends to its group's prompt and to itself, and its positions continue where the prompt ends.
+``modeling/attention.py`` holds the attention backends that compute this. A group takes P + (K+1)R tokens, unpadded.
 
-``RowsLayout`` runs K+1 separate, padded rows: the oracle, and the fallback for models that cannot share a prompt.
+``RowsLayout`` runs K+1 separate, padded rows. It is the oracle of the tests and the fallback for models that cannot
+share a prompt.
 
-Both leave out the last token of a response, which is only a target, and both describe what is scored by ``Targets``.
-Built on the CPU, then moved to the accelerator with ``to``.
+A *branch* is a distinct response of a group: equal responses share one. Both layouts leave out a branch's last token,
+which is only predicted and never read, and both describe what is scored by ``Targets``. Layouts are built on the CPU
+and then moved to the accelerator with ``to``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +41,7 @@ class PrefixLayout(Movable):
         prefix_offsets: (E + 1,) int32, where each of the E prompts begins, then the row's first branch.
         run_offsets: (E + 1,) int32, where each group's run of branches begins, counted from the first branch.
         targets: see ``Targets``.
-        reference_targets: the same without histories, which no reference is needed for; None where none are scored.
+        reference_targets: the same without scored histories, which need no reference; None where no history is scored.
         logical_tokens: tokens of all prompts and full responses, as separate rows would hold them.
     """
 
@@ -65,20 +67,26 @@ class PrefixLayout(Movable):
         return self if same else replace(super().to(device, non_blocking), _masks={}, _block_masks={})
 
     def mask(self, window: int | None = None) -> Tensor:
-        """(T, T) bool, True where the row's token attends to the column's; a window counts by position.
+        """(T, T) bool, True where the token of the row attends to the token of the column.
 
-        Made once per window and kept, because every layer asks for it.
+        The mask is made once per window and kept, because every layer asks for it.
+
+        Args:
+            window: a token attends to this many positions at most, its own included; None for all before it.
         """
         if window not in self._masks:
             group, branch, position = self.token_group, self.token_branch, self.position_ids[0]
             order = torch.arange(len(group), device=group.device)
+            # [i, j]: query i may attend to key j of its own group if j is in the prompt or in the branch of i. (T, T)
             same = (group[:, None] == group) & ((branch == -1) | (branch[:, None] == branch))
+            # Causality goes by the index in the row, where a prompt comes before its branches.
             seen = same & (order <= order[:, None])
+            # A window goes by position, as other prompts and branches may lie between a branch and its prompt.
             self._masks[window] = seen if window is None else seen & (position > position[:, None] - window)
         return self._masks[window]
 
     def block_mask(self, window: int | None = None) -> BlockMask:
-        """The same mask for flex attention, which skips the blocks in which nothing is seen; kept like ``mask``."""
+        """The mask in the form of flex attention, which skips blocks that are all False; kept like ``mask``."""
         if window not in self._block_masks:
             group, branch, position = self.token_group, self.token_branch, self.position_ids[0]
 
@@ -116,7 +124,7 @@ class PrefixLayout(Movable):
 
     @property
     def longest_run(self) -> int:
-        """The most tokens any group's branches have together; 0 where no branch has any."""
+        """The largest sum of a group's branch lengths; 0 where no branch runs any token."""
         return max(map(sum, self.branch_lengths))
 
     @property
@@ -126,7 +134,7 @@ class PrefixLayout(Movable):
 
     @property
     def longest(self) -> int:
-        """The largest position + 1, which a sliding window must not cut."""
+        """The largest position + 1: a sliding window of at least this size hides nothing."""
         return max(
             prefix + max(branches, default=0)
             for prefix, branches in zip(self.prefix_lengths, self.branch_lengths, strict=True)
@@ -168,6 +176,7 @@ def prefix_layout(groups: Sequence[TokenGroup]) -> PrefixLayout:
     distinct = _all_distinct(groups)
     prefix_lengths = tuple(len(group.prefix) for group in groups)
     prefix_starts = [0, *accumulate(prefix_lengths)]
+    # The four lists grow token by token to length T: first the prompts of all groups, then the branches of all groups.
     ids, positions, token_group, token_branch = [], [], [], []
     for index, group in enumerate(groups):
         _extend(ids, positions, token_group, token_branch, group.prefix, 0, index, -1)
@@ -177,14 +186,18 @@ def prefix_layout(groups: Sequence[TokenGroup]) -> PrefixLayout:
     for index, (group, branches) in enumerate(zip(groups, distinct, strict=True)):
         start, prefix = prefix_starts[index], len(group.prefix)
         for number, branch in enumerate(branches.rows):
-            # hidden state at ``at[t]`` predicts token t of the branch; the first one is the prompt's last
+            # The last token of a branch is only a target, so a branch of R tokens takes R - 1 indices of the row.
             bodies.append(range(len(ids), len(ids) + len(branch) - 1))
+            # The hidden state at row index at[t] predicts token t. The prompt's last one predicts the first token of
+            # every branch, so the K+1 branches share it; it is projected to the vocabulary once (``Targets``).
             at = [start + prefix - 1, *bodies[-1]]
             _extend(ids, positions, token_group, token_branch, branch[:-1], prefix, index, collector.n_branches)
             collector.add_branch([(at[t], branch[t]) for t in range(branches.scored_from[number], len(branch))])
+        # A branch of one token runs nothing: its only token is predicted by the prompt. It has no segment in the row.
         branch_lengths.append(tuple(len(row) - 1 for row in branches.rows if len(row) > 1))
+        # A scored history token lies in the prompt and is predicted by the token before it.
         collector.add_group(branches.index, [(start + t - 1, group.prefix[t]) for t in group.prefix_scored])
-    branch_index, branch_valid = _padded([body for body in bodies if body])
+    branch_index, branch_valid = _padded([body for body in bodies if body])  # (S, R)
     return PrefixLayout(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
@@ -212,8 +225,10 @@ def rows_layout(groups: Sequence[TokenGroup], pad_id: int = 0) -> RowsLayout:
     for group, branches in zip(groups, distinct, strict=True):
         first_row, prefix = collector.n_branches, len(group.prefix)
         for number, branch in enumerate(branches.rows):
-            before = collector.n_branches * width + prefix - 1  # the position that predicts the branch's first token
+            # Branch b is row b of (B, L), and positions are flat over B x L: this one predicts its first token.
+            before = collector.n_branches * width + prefix - 1
             collector.add_branch([(before + t, branch[t]) for t in range(branches.scored_from[number], len(branch))])
+        # Every row of the group repeats the prompt; its history is scored in the first of them.
         history = [(first_row * width + t - 1, group.prefix[t]) for t in group.prefix_scored]
         collector.add_group(branches.index, history)
     return RowsLayout(
@@ -233,7 +248,7 @@ def lay_out(groups: Sequence[TokenGroup], shared: bool) -> Layout:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a group costs in a layout: ``tokens`` for the linear layers, ``pairs`` for attention."""
+    """What a group costs in a layout: ``tokens`` for the linear layers, (query, key) ``pairs`` for attention."""
 
     tokens: int
     pairs: int
@@ -245,6 +260,7 @@ def group_cost(group: TokenGroup, shared: bool) -> Cost:
     if not shared:
         lengths = [prefix + body for body in bodies]
         return Cost(sum(lengths), sum(_triangle(n) for n in lengths))
+    # A branch token meets the whole prompt and the tokens of its own branch up to itself.
     return Cost(prefix + sum(bodies), _triangle(prefix) + sum(prefix * n + _triangle(n) for n in bodies))
 
 
@@ -262,7 +278,7 @@ def _all_distinct(groups: Sequence[TokenGroup]) -> list[_Distinct]:
 
 
 def _distinct(group: TokenGroup) -> _Distinct:
-    """Equal candidates of a group are computed once."""
+    """The distinct responses of ``group``: equal ones that are scored from the same token run once."""
     if not group.prefix or not group.branches or not all(group.branches):
         raise ValueError("a group needs a prompt and non-empty responses")
     seen: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -290,17 +306,17 @@ def _extend(
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
-    """(S,) lengths -> (S + 1,) int32, where each begins and the last ends."""
+    """(S,) lengths -> (S + 1,) int32: the start of each segment, then the end of the last one."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def _padded(bodies: Sequence[range]) -> tuple[Tensor, Tensor]:
-    """(S, R) positions padded with 0, and which of them are real."""
+    """(S, R) row indices of S branches padded with 0, and (S, R) bool, False for the padding."""
     starts = torch.tensor([body.start for body in bodies], dtype=torch.int64)[:, None]
     lengths = torch.tensor([len(body) for body in bodies], dtype=torch.int64)[:, None]
-    place = torch.arange(max(map(len, bodies), default=0))
-    valid = place < lengths
-    return torch.where(valid, starts + place, 0), valid
+    offset = torch.arange(max(map(len, bodies), default=0))  # (R,) of a token in its branch
+    valid = offset < lengths
+    return torch.where(valid, starts + offset, 0), valid
 
 
 def _logical_tokens(groups: Sequence[TokenGroup]) -> int:
@@ -308,4 +324,5 @@ def _logical_tokens(groups: Sequence[TokenGroup]) -> int:
 
 
 def _triangle(n: int) -> int:
+    """(query, key) pairs of n tokens under causal attention."""
     return n * (n + 1) // 2

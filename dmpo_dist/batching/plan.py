@@ -1,7 +1,8 @@
 """Which groups form an optimizer step, and how ranks and micro-batches divide them.
 
-A plan is a pure function of its arguments. The set of groups in step s depends on (costs, seed, global batch size)
-alone; world size and token budget only decide who computes what. Resuming at step s is arithmetic: ``step(s)``.
+A plan is a pure function of its arguments. The set of groups in step s depends on (number of groups, seed, global
+batch size) alone; world size and token budget only decide which rank computes which of them. So a resumed run computes
+the groups of step s from s and needs no saved state of a data loader.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,15 @@ from dmpo_dist.batching.layout import Cost
 from dmpo_dist.errors import UserError
 
 PAIR_WEIGHT = 1 / 512
-"""Cost of an attention pair next to that of a token through the linear layers (of a small to medium model)."""
+"""Cost of a (query, key) pair relative to a token's cost in the linear layers, for small to medium models."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Groups that share a row; a filler keeps ranks in step and counts with weight 0."""
+    """Groups that run together in one row.
+
+    A filler is run only because collectives need every rank to run the same number of rows; its weight is 0.
+    """
 
     groups: tuple[int, ...]
     filler: bool = False
@@ -32,8 +36,8 @@ class Step:
     Attributes:
         epoch: the epoch it belongs to (which selects the negatives).
         groups: all groups of the step, over all ranks.
-        micro_batches: for each rank its micro-batches, the same number on every rank.
-        imbalance: cost of the busiest rank over the mean, minus 1.
+        micro_batches: for each rank its micro-batches; every rank has the same number of them.
+        imbalance: cost of the busiest rank / mean cost of a rank - 1.
     """
 
     epoch: int
@@ -44,10 +48,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The order of groups: which belong to step s, for any number of epochs.
+    """The order of groups: which of them belong to step s, for any number of epochs.
 
-    An epoch is one seeded permutation of all groups cut into ceil(n / global_batch_size) steps whose sizes differ by
-    one at most, so that every group comes exactly once and no step is a small remainder.
+    An epoch is a seeded permutation of all groups, cut into ceil(n / global_batch_size) steps whose sizes differ by
+    one at most. So every group occurs once per epoch and no step is a small remainder.
     """
 
     n_groups: int
@@ -78,17 +82,17 @@ class Schedule:
 
 
 def deal(groups: Sequence[int], costs: Sequence[Cost], world_size: int, token_budget: int, epoch: int = 0) -> Step:
-    """Deal a step's groups to ranks by cost and pack each rank's share into micro-batches.
+    """Divide a step's groups among ranks by cost and pack each rank's share into micro-batches.
 
     Args:
         groups: indices of the step's groups.
         costs: cost of each of ``groups``, in the same order.
         world_size: number of ranks.
         token_budget: most tokens in a micro-batch.
-        epoch: carried along.
+        epoch: copied into the step.
 
     Raises:
-        UserError: a group alone exceeds the budget.
+        UserError: a single group exceeds the budget.
     """
     cost = dict(zip(groups, costs, strict=True))
     largest = max(cost.values(), key=lambda c: c.tokens)
@@ -97,14 +101,19 @@ def deal(groups: Sequence[int], costs: Sequence[Cost], world_size: int, token_bu
             f"a preference group takes {largest.tokens} tokens, more than the token budget of {token_budget}; raise "
             "token_budget, or lower the number of negatives, model.max_length or data.max_history"
         )
+    # The step takes as long as its busiest rank. Longest processing time first: the most expensive remaining group goes
+    # to the rank with the least work, which keeps the busiest rank within 4/3 of the optimum (Graham, 1969). Ties go by
+    # group index and rank, so that every rank computes the same plan without talking to the others.
     by_cost = sorted(groups, key=lambda g: (-_weight(cost[g]), g))
     loads = [0.0] * world_size
-    shares: list[list[int]] = [[] for _ in range(world_size)]
-    for group in by_cost:  # longest processing time first
+    shares: list[list[int]] = [[] for _ in range(world_size)]  # rank -> its groups
+    for group in by_cost:
         rank = loads.index(min(loads))
         shares[rank].append(group)
         loads[rank] += _weight(cost[group])
-    packed = [_pack(share, cost, token_budget) for share in shares]
+    packed = [_pack(share, cost, token_budget) for share in shares]  # rank -> its micro-batches
+    # Collectives hang unless all ranks run equally many micro-batches. Ranks that have fewer run the cheapest group
+    # again, as a filler with weight 0; a rank without any group runs fillers alone.
     count = max(len(micro_batches) for micro_batches in packed)
     filler = MicroBatch((by_cost[-1],), filler=True)
     return Step(
@@ -121,18 +130,18 @@ def _epoch_order(n_groups: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _pack(share: Sequence[int], cost: dict[int, Cost], token_budget: int) -> list[MicroBatch]:
-    """First fit, largest first."""
-    bins: list[list[int]] = []
-    room: list[int] = []
+    """Bin packing by first fit, the largest groups first: few rows, each of at most ``token_budget`` tokens."""
+    bins: list[list[int]] = []  # micro-batch -> its groups
+    room: list[int] = []  # micro-batch -> tokens that still fit
     for group in sorted(share, key=lambda g: (-cost[g].tokens, g)):
         tokens = cost[group].tokens
-        place = next((i for i, free in enumerate(room) if tokens <= free), None)
-        if place is None:
+        index = next((i for i, free in enumerate(room) if tokens <= free), None)
+        if index is None:
             bins.append([])
             room.append(token_budget)
-            place = len(bins) - 1
-        bins[place].append(group)
-        room[place] -= tokens
+            index = len(bins) - 1
+        bins[index].append(group)
+        room[index] -= tokens
     return [MicroBatch(tuple(groups)) for groups in bins]
 
 

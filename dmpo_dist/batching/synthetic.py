@@ -10,7 +10,7 @@ FIRST_TOKEN, END_TOKEN, PAD_TOKEN = 3, 2, 0
 def random_groups(
     count: int, prompt: int, response: int, negatives: int, vocab: int, seed: int = 0
 ) -> list[TokenGroup]:
-    """Groups of random ids with exactly these lengths, ``response`` counting the end token."""
+    """``count`` groups of random ids with exactly these lengths in tokens; ``response`` includes the end token."""
     rng = random.Random(f"{seed} {prompt} {response} {negatives} {vocab}")
 
     def ids(n: int) -> list[int]:

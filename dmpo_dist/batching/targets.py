@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Movable:
-    """A dataclass whose tensor fields move together."""
+    """A dataclass whose tensor fields move between devices together."""
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        """The same on ``device`` (DeepSpeed calls it too, with its own idea of ``non_blocking``)."""
+        """A copy on ``device``; DeepSpeed also calls this, and passes its own value of ``non_blocking``."""
         return self._mapped(lambda tensors: tensors.to(device, non_blocking=non_blocking))
 
     def pinned(self) -> Self:
-        """The same in page-locked memory, from where copies to an accelerator do not block."""
+        """A copy in page-locked memory, from which transfers to an accelerator do not block."""
         return self._mapped(lambda tensors: tensors.pinned() if isinstance(tensors, Movable) else tensors.pin_memory())
 
     def _mapped(self, change: Callable[[Any], Any]) -> Self:
@@ -30,8 +30,8 @@ class Targets(Movable):
     """Which hidden states predict which tokens of which responses.
 
     Attributes:
-        predict_index: (M,) int64, the flat positions whose hidden states are projected, each once, ascending.
-        target_row: (N,) int64 into ``predict_index``.
+        predict_index: (M,) int64, the flat positions whose hidden states are projected, ascending and without repeats.
+        target_row: (N,) int64, for each scored token the index in ``predict_index`` of the state that predicts it.
         target_ids: (N,) int64, the scored tokens.
         target_branch: (N,) int64, the branch each scored token belongs to.
         response_branch: (R,) int64, the branch of each response; equal responses of a group share one.
@@ -57,19 +57,20 @@ class Targets(Movable):
     n_groups: int
 
     def summed(self, token_log_probs: Tensor) -> Tensor:
-        """(N,) log-probs of the scored tokens -> (R,) summed over each response, then, where scored, (G,) histories."""
+        """(N,) log-probs of the scored tokens -> (R,) sums of the responses, then (G,) of the histories if scored."""
         branches = token_log_probs.new_zeros(self.n_branches).index_add(0, self.target_branch, token_log_probs)
         return branches[torch.cat([self.response_branch, self.history_branch])]
 
     def split(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``summed`` gives -> (R,) of the responses and (G,) or (0,) of the histories."""
+        """The result of ``summed`` -> (R,) of the responses, and (G,) or (0,) of the histories."""
         responses = len(self.response_branch)
         return log_probs[:responses], log_probs[responses:]
 
 
 def single_targets(predict_index: Tensor, target_row: Tensor, target_ids: Tensor) -> Targets:
-    """Every scored token as a response of its own, for (N,) log-probs instead of sums; group ids and positives have no
-    meaning then.
+    """Every scored token as a response of its own, so that ``summed`` returns (N,) log-probs of single tokens.
+
+    Group ids and positives have no meaning then.
 
     Args:
         predict_index, target_row, target_ids: as in ``Targets``.
@@ -94,7 +95,10 @@ def single_targets(predict_index: Tensor, target_row: Tensor, target_ids: Tensor
 
 
 class TargetCollector:
-    """Gathers (position, token) pairs branch by branch; scored histories become branches after all others."""
+    """Collects (position, token) pairs branch by branch; scored histories become branches after all others.
+
+    ``position`` is the flat position whose hidden state predicts ``token``.
+    """
 
     def __init__(self) -> None:
         self.n_branches = 0
@@ -124,7 +128,9 @@ class TargetCollector:
 
     def _targets(self, histories: list[list[tuple[int, int]]]) -> Targets:
         branches = self._scored + histories
-        positions = torch.tensor([position for scored in branches for position, _ in scored])
+        positions = torch.tensor([position for scored in branches for position, _ in scored])  # (N,), with repeats
+        # The first tokens of all branches of a group are predicted by one state, the prompt's last. Each state is
+        # projected to the vocabulary once, (M, V) logits with M <= N, and target_row reads its row for each token.
         predict_index, target_row = torch.unique(positions, return_inverse=True)
         lengths = torch.tensor([len(scored) for scored in branches])
         response_branch = torch.tensor([branch for group in self._groups for branch in group])

@@ -1,9 +1,9 @@
 """All titles of a catalogue behind one prompt: a trie of their tokens, run in parts that share the prompt's keys.
 
-Titles share beginnings, so a catalogue has fewer trie nodes than tokens. A token sees the prompt and its ancestors. The
-prompt runs once as a ``PromptPart``; then ``TriePart`` rows follow, each with some nodes in preorder and the ancestors
-of its first, so that no part needs another one's keys. Only nodes with children run: a leaf is a target and nothing
-else, and all children of a node are predicted by one row of logits.
+Many titles begin with the same tokens, so the trie has fewer nodes than the titles have tokens. A node attends to the
+prompt and to its ancestors. The prompt runs once, as a ``PromptPart``. Then ``TriePart`` rows follow, each with some
+nodes in preorder and all ancestors of these nodes, so that no part needs the keys of another part. Only nodes with
+children run: a leaf is only a target, and one row of logits predicts all children of a node.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,10 +26,10 @@ class TitleTrie:
     """The distinct beginnings of R token sequences; N nodes in preorder.
 
     Attributes:
-        token: (N,) int64.
-        parent: (N,) int64, -1 where that is the prompt.
-        depth: (N,) int64, 0 behind the prompt.
-        scored: (N,) bool; False for ids that are prompt but differ between titles.
+        token: (N,) int64, the id of each node's token.
+        parent: (N,) int64, the parent node; -1 for the first token of a sequence, whose parent is the prompt.
+        depth: (N,) int64, 0 for the first token of a sequence.
+        scored: (N,) bool; False for tokens that belong to the prompt but differ between titles.
         ends: (R,) int64, the node at which each sequence ends.
     """
 
@@ -41,20 +41,23 @@ class TitleTrie:
 
     @classmethod
     def of(cls, branches: Sequence[Sequence[int]], scored_from: Sequence[int]) -> "TitleTrie":
-        """Out of the branches of a ``TokenGroup``; equal ones share their nodes.
+        """The trie of the branches of a ``TokenGroup``; equal branches share all their nodes.
 
         Raises:
             ValueError: there are none, or one is empty.
         """
         if not branches or not all(branches):
             raise ValueError("a trie needs titles, each of at least one token")
+        # A node is (scored, id): the same id may be scored in one title and part of the prompt in another.
         rows = [[(t >= s, id_) for t, id_ in enumerate(row)] for row, s in zip(branches, scored_from, strict=True)]
         nodes: list[tuple[bool, int]] = []
         parent: list[int] = []
         depth: list[int] = []
         ends = np.empty(len(rows), dtype=np.int64)
-        path: list[int] = []
+        path: list[int] = []  # node numbers from the root to the last node of ``previous``
         previous: list[tuple[bool, int]] = []
+        # In sorted order rows with a common beginning are neighbours. So it is enough to compare a row with the one
+        # before it, keep the path as far as both agree, and add nodes for the rest. This gives preorder, too.
         for index in sorted(range(len(rows)), key=rows.__getitem__):
             row = rows[index]
             same = next((t for t, pair in enumerate(zip(previous, row, strict=False)) if pair[0] != pair[1]), None)
@@ -85,11 +88,11 @@ class TitleTrie:
         return self._along_paths(self.scored.astype(np.int64))[self.ends]
 
     def children(self, nodes: np.ndarray) -> np.ndarray:
-        """All children of ``nodes``, in preorder; those of -1 follow the prompt."""
+        """All children of ``nodes``, in preorder; the children of -1 are the first tokens of the sequences."""
         return np.flatnonzero(np.isin(self.parent, nodes))
 
     def path_log_probs(self, node_log_probs: np.ndarray) -> np.ndarray:
-        """(N,) log-probs of the nodes' tokens -> (N,) float64, summed over the scored tokens from the prompt to each."""
+        """(N,) log-probs of the nodes' tokens -> (N,) float64, summed over the scored tokens from the root to each."""
         return self._along_paths(np.where(self.scored, node_log_probs, 0.0))
 
     def log_probs(self, node_log_probs: np.ndarray) -> np.ndarray:
@@ -97,13 +100,14 @@ class TitleTrie:
         return self.path_log_probs(node_log_probs)[self.ends]
 
     def chunks(self, token_budget: int) -> Iterator[np.ndarray]:
-        """The inner nodes in runs whose parts take at most ``token_budget`` tokens each, or one node and its ancestors."""
+        """Consecutive inner nodes; with its ancestors a chunk takes at most ``token_budget`` tokens, or is one node."""
+        # In preorder all ancestors outside a chunk are ancestors of its first node, so there are at most ``depth``.
         size = max(1, token_budget - int(self.depth.max()))
         for start in range(0, len(self.inner), size):
             yield self.inner[start : start + size]
 
     def with_ancestors(self, nodes: np.ndarray) -> np.ndarray:
-        """``nodes`` and all above them, in preorder."""
+        """``nodes`` and all their ancestors, in preorder."""
         seen, level = nodes, nodes
         while (level := np.unique(self.parent[level])).max(initial=-1) >= 0:
             level = level[level >= 0]
@@ -111,6 +115,7 @@ class TitleTrie:
         return np.unique(seen)
 
     def _along_paths(self, values: np.ndarray) -> np.ndarray:
+        """(N,) values of the nodes -> (N,) sums over each node and its ancestors, level by level."""
         totals = values.copy()
         for depth in range(1, int(self.depth.max()) + 1):
             level = np.flatnonzero(self.depth == depth)
@@ -120,11 +125,11 @@ class TitleTrie:
 
 @dataclass(frozen=True)
 class PromptPart(Movable):
-    """A prompt of P tokens, whose keys and values are kept for the parts of the trie behind it.
+    """A prompt of P tokens, whose keys and values are kept for the parts of the trie.
 
     Attributes:
         input_ids, position_ids: (1, P) int64.
-        targets: the children of the root, predicted by the last token; each is a response of its own.
+        targets: the first tokens of all titles, which the prompt's last token predicts; each is a response of its own.
         memory: filled when the part runs.
     """
 
@@ -140,10 +145,10 @@ class TriePart(Movable):
     """Some nodes of a trie and their ancestors, T tokens in one row.
 
     Attributes:
-        input_ids, position_ids: (1, T) int64; positions go on from the prompt's end.
-        ancestors: (T, D) int64, the row's places of each token, its parent, and so on; -1 once they end.
+        input_ids, position_ids: (1, T) int64; positions continue where the prompt ends.
+        ancestors: (T, D) int64, for each token the row indices of itself, its parent, and so on; -1 above the trie.
         targets: the children of the nodes; each is a response of its own.
-        memory: what the prompt left.
+        memory: the prompt's keys and values.
     """
 
     input_ids: Tensor
@@ -167,9 +172,9 @@ def prompt_part(prefix: Sequence[int], trie: TitleTrie, memory: PromptMemory) ->
 
 def trie_part(trie: TitleTrie, nodes: np.ndarray, prefix_length: int, memory: PromptMemory) -> TriePart:
     """Inner ``nodes`` of the trie (ascending) as a part that predicts ``trie.children(nodes)``."""
-    row = trie.with_ancestors(nodes)
+    row = trie.with_ancestors(nodes)  # (T,) ascending, so that searchsorted gives the index of a node in the row
     columns, level = [], row
-    while level.max() >= 0:
+    while level.max() >= 0:  # column d: the ancestor of each token d levels above it, -1 where there is none
         columns.append(np.where(level >= 0, np.searchsorted(row, level), -1))
         level = np.where(level >= 0, trie.parent[level], -1)
     children = trie.children(nodes)
@@ -183,6 +188,6 @@ def trie_part(trie: TitleTrie, nodes: np.ndarray, prefix_length: int, memory: Pr
 
 
 def _targets(at: np.ndarray, tokens: np.ndarray) -> Targets:
-    """Each of ``tokens`` as a response of one token, predicted by the row's place ``at``."""
+    """Each of ``tokens`` (N,) as a response of one token, predicted at the row index ``at`` (N,)."""
     predict_index, target_row = torch.unique(torch.from_numpy(at), return_inverse=True)
     return single_targets(predict_index, target_row, torch.from_numpy(tokens))

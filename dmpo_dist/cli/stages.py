@@ -82,11 +82,14 @@ def evaluate(
 
     Examples:
 
-        dmpo evaluate -c movielens -m sft=runs/ml/sft/model -m dmpo=runs/ml/dmpo/model data.path=runs/ml/data output_dir=runs/ml/evaluation
+        dmpo evaluate -c movielens -m sft=runs/ml/sft/model -m dmpo=runs/ml/dmpo/model \\
+            data.path=runs/ml/data output_dir=runs/ml/evaluation
 
-        dmpo evaluate -m dmpo@0=a/model -m dmpo@1=b/model -m sft@0=c/model -m sft@1=d/model --against sft data.path=runs/ml/data output_dir=runs/seeds
+        dmpo evaluate -m dmpo@0=a/model -m dmpo@1=b/model -m sft@0=c/model -m sft@1=d/model --against sft \\
+            data.path=runs/ml/data output_dir=runs/seeds
 
-        dmpo evaluate data.path=runs/ml/data output_dir=runs/floors 'evaluation.baselines=[random, popularity, item_knn, ease, sasrec]'
+        dmpo evaluate data.path=runs/ml/data output_dir=runs/floors \\
+            'evaluation.baselines=[random, popularity, item_knn, ease, sasrec]'
     """
     settings = read_settings(config, overrides, dry_run)
     models = _models(model or [])
@@ -129,7 +132,7 @@ def doctor(
         bool, typer.Option("--cluster", help="Look at every node of the Ray cluster at cluster.address.")
     ] = False,
 ) -> None:
-    """Show versions, accelerator, attention backends, shared memory and writable paths; exit 2 if something is missing.
+    """Show versions, accelerator, attention backends, shared memory and writable paths; exit 2 if one is missing.
 
     Examples:
 
@@ -137,7 +140,8 @@ def doctor(
 
         dmpo doctor -c movielens output_dir=/shared/runs
 
-        dmpo doctor --cluster cluster.address=10.0.0.1:6379 cluster.workers=8 data.path=/shared/data output_dir=/shared/runs
+        dmpo doctor --cluster cluster.address=10.0.0.1:6379 cluster.workers=8 \\
+            data.path=/shared/data output_dir=/shared/runs
     """
     settings = read_settings(config, overrides, dry_run=False)
     from dmpo_dist.doctor.cluster import examine_cluster
@@ -151,7 +155,7 @@ def doctor(
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Ctrl-C within says how to go on."""
+    """On Ctrl-C print how to continue the run."""
     try:
         yield
     except KeyboardInterrupt:
@@ -160,7 +164,7 @@ def _resumable() -> Iterator[None]:
 
 
 def _models(entries: list[str]) -> dict[str, str]:
-    """Name -> folder."""
+    """The entries NAME=FOLDER of --model as name -> folder."""
     models: dict[str, str] = {}
     for entry in entries:
         name, sep, path = entry.partition("=")

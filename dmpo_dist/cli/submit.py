@@ -55,8 +55,8 @@ def submit_train(
         dmpo submit train --to ray -c pretrained_lora submit.ray.address=http://head:8265 data.path=...
         output_dir=/shared/runs/a
 
-        dmpo submit train --to kubernetes --render-only -c pretrained_lora submit.folder=a submit.kubernetes.image=...
-        output_dir=/checkpoints/a
+        dmpo submit train --to kubernetes --render-only -c pretrained_lora submit.folder=a
+        submit.kubernetes.image=registry.example.com/dmpo:cuda output_dir=/checkpoints/a
     """
     _submit(to, "train", read_settings(config, overrides, dry_run), resume, render_only, detach)
 

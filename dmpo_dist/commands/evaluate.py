@@ -3,24 +3,27 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from dmpo_dist.artifacts.evaluation import SCORES_FILE, BaselineTraining, Evaluation, OrderCheck
+from dmpo_dist.artifacts.evaluation import (
+    SCORES_FILE,
+    BaselineTraining,
+    Evaluation,
+    Generation,
+    OrderCheck,
+)
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import Baseline
-from dmpo_dist.data.candidates import (
-    balance_line,
-    place_of,
-    require_given_candidates,
-    require_no_finished_prompts,
-)
+from dmpo_dist.data.candidates import require_given_candidates, require_no_finished_prompts
 from dmpo_dist.data.place import require_prepared
-from dmpo_dist.data.store import PreparedData, groups_from_rows
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import (
     fitted_popularity_scores,
@@ -32,15 +35,31 @@ from dmpo_dist.evaluation.baselines import (
 from dmpo_dist.evaluation.classical import CLASSICAL, ClassicalScores, classical_scores
 from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
-from dmpo_dist.evaluation.order import ORDERS, order_spread
+from dmpo_dist.evaluation.model_scores import model_scores
+from dmpo_dist.evaluation.order import ORDERS, lists_note
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.evaluation.rules import (
+    asks_for_rules,
+    check_rules,
+    rules_figures,
+    with_rule,
+)
 from dmpo_dist.evaluation.seeds import by_name
+from dmpo_dist.evaluation.sentences import generation_lines, order_line
+from dmpo_dist.evaluation.starts import starts_of
 from dmpo_dist.evaluation.strata import strata_of
-from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, order_line, show_comparisons
+from dmpo_dist.evaluation.tables import (
+    below_start_lines,
+    catalogue_table,
+    evaluation_table,
+    rules_table,
+    show_comparisons,
+)
 from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
-from dmpo_dist.modeling.backbone import enforce_template, find_model
+from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.records.progress import UserProgress
+from dmpo_dist.tables import terminal
 
 BASELINES = (*get_args(Baseline), "oracle")
 Scores = dict[str, list[np.ndarray]]
@@ -58,7 +77,7 @@ def preflight(
 
     Raises:
         UserError: no prepared data, no test requests, a model named like a baseline, a name in ``against`` that nothing
-            has, prompts that should list candidates and cannot; see also ``template_of`` and ``baseline_python``.
+            has, prompts that should list candidates and cannot, or not so many; see also ``template_of`` and ``baseline_python``.
     """
     data = PreparedData.load(require_prepared(config.data.path))
     if not len(data.test):
@@ -72,11 +91,17 @@ def preflight(
     for name in against:
         if name not in known:
             raise UserError(f"--against {name}: is not evaluated here; choose from {', '.join(known)}")
-    for path in models.values():
-        template = template_of(path, config)
+    templates = {path: template_of(path, config) for path in models.values()}
+    for path, template in templates.items():
         require_no_finished_prompts(template, data.test["prompt"], str(config.data.path))
         if catalogue:
             require_given_candidates(template, path, "leave --catalogue out")
+        if template.lists_candidates:
+            tokenize_rows(data.test, load_ranking_model(path, config).encode)  # raises now where a list does not fit
+    if asks_for_rules(config.evaluation):
+        sources = {name: find_model(path) for name, path in models.items()}
+        made = {name: make_template(templates[models[name]], load_tokenizer(at)) for name, at in sources.items()}
+        check_rules({name: (sources[name], made[name]) for name in models}, config, data)
     check_classical(_baselines(data, config), config, console)
     return data
 
@@ -117,15 +142,20 @@ def evaluate(
     classical = classical_baselines(data, config, catalogue, console)
     scores |= classical.candidates if classical else {}
     torch.set_num_threads(os.cpu_count() or 1)
-    spreads = {}
+    spreads, ruled, generated = {}, {}, {}
     for name, path in models.items():
-        scores[name], spread = _model_scores(name, path, data, config, console)
-        spreads |= {name: spread} if spread else {}
+        found = model_scores(name, path, data, config, console)
+        scores[name] = found.scores
+        spreads |= {name: found.spread} if found.spread else {}
+        ruled |= {name: found.ruled} if found.ruled else {}
+        generated |= {name: found.generated} if found.generated else {}
     oracle = oracle_scores(data.test)
     if oracle is not None:
         scores["oracle"] = oracle
     strata = strata_of(data.test, None if data.interactions is None else fitting_log(data, "test"))
-    evaluation = evaluate_scores(scores, data.test, settings.bootstrap_samples, seed, strata, against)
+    evaluation = evaluate_scores(
+        scores, data.test, settings.bootstrap_samples, seed, strata, against, starts_of(models)
+    )
     evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation.folders = models
     of_lists = _notes_of_lists(models, data, config)
@@ -135,9 +165,14 @@ def evaluate(
     if spreads:
         again = min(settings.order_requests, len(data.test))
         evaluation.order = OrderCheck(requests=again, orders=ORDERS, models=spreads)
+    if generated:
+        evaluation.generation = Generation(requests=min(settings.generate, len(data.test)), models=generated)
+    if ruled:
+        evaluation.rules = rules_figures(ruled, settings.bootstrap_samples, seed)
     if catalogue:
         whole = WholeCatalogue(data)
-        ranked = _rank_catalogue(whole, models, classical, config, console)
+        configs = {name: with_rule(config, ruled[name].choice if name in ruled else None) for name in models}
+        ranked = _rank_catalogue(whole, models, classical, config, configs, console)
         evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
     _show(evaluation, folder, console)
@@ -189,18 +224,9 @@ def notes_of(data: PreparedData, config: RunConfig) -> list[str]:
 
 def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfig) -> list[str]:
     """Where the positives stand in the prompts of models that list the candidates; nothing where none does."""
-    listing = [
-        name
-        for name, path in models.items()
-        if enforce_template(find_model(path).stamp, config.template, path).lists_candidates
-    ]
-    if not listing:
-        return []
-    groups, orders = groups_from_rows(data.test), config.evaluation.candidate_orders
-    listed = [(group, (group.positive, *group.negatives)) for group in groups]
-    places = [place_of(*one, config.seed, draw) for one in listed for draw in range(orders)]
-    mean = f"scores are the mean over {orders} orders" if orders > 1 else "one order each"
-    return [f"prompts of {', '.join(listing)} list the candidates, {mean}: {balance_line(places)}"]
+    templates = {name: enforce_template(find_model(path).stamp, config.template, path) for name, path in models.items()}
+    listing = [name for name, template in templates.items() if template.lists_candidates]
+    return [lists_note(listing, data.test, config.seed, config.evaluation.candidate_orders)] if listing else []
 
 
 def classical_baselines(
@@ -215,33 +241,18 @@ def classical_baselines(
     )
 
 
-def _model_scores(
-    name: str, path: str, data: PreparedData, config: RunConfig, console: Console
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """A model's scores of the test requests, and how far they move with other orders if that is asked for.
-
-    The model is gone when this returns: the next one, or the ranking of the whole catalogue, has the memory to itself.
-    """
-    _note_quantization(name, path, config, console)
-    requests = config.evaluation.order_requests
-    with console.status(f"scoring {name}"):
-        score_rows = load_ranking_model(path, config).score_rows
-        scores = score_rows(data.test)
-        _require_finite(f"--model {name}={path}", scores, config.model.dtype)
-        return scores, order_spread(score_rows, data.test, scores, requests, config.seed) if requests else {}
-
-
 def _rank_catalogue(
     whole: WholeCatalogue,
     models: dict[str, str],
     classical: ClassicalScores | None,
     config: RunConfig,
+    configs: dict[str, RunConfig],
     console: Console,
 ) -> dict[str, Ranked]:
     ranked = whole.baselines(config.evaluation.baselines, config) | (classical.catalogue if classical else {})
     for name, path in models.items():
         with UserProgress(f"whole catalogue by {name}", whole.requests, 0, console, "loading the model") as progress:
-            ranked[name] = whole.model(path, config, progress.advance)
+            ranked[name] = whole.model(path, configs[name], progress.advance)
     return ranked
 
 
@@ -250,28 +261,15 @@ def _show(evaluation: Evaluation, folder: Path, console: Console) -> None:
     console.print(evaluation_table(content))
     for part in show_comparisons(content):
         console.print(part, highlight=False)
+    if evaluation.rules is not None:
+        console.print(terminal(rules_table(content)))
+    for line in generation_lines(content):
+        console.print(line, highlight=False)
+    for line in below_start_lines(content):
+        console.print(f"warning: {line}", highlight=False)
     moved = order_line(content)
     if moved:
         console.print(moved, highlight=False)
     if evaluation.catalogue is not None:
         console.print(catalogue_table(content["catalogue"], evaluation.requests))
     console.print(f"written to {folder}/{Evaluation.FILE}, evaluation.md and {SCORES_FILE}", highlight=False)
-
-
-def _note_quantization(name: str, path: str, config: RunConfig, console: Console) -> None:
-    """Say so where a model is ranked on another base than it was trained on."""
-    trained, now = find_model(path).stamp.quantization, config.model.quantization
-    if trained != now:
-        console.print(
-            f"note: {name} was trained with model.quantization={trained} and is scored with {now}", highlight=False
-        )
-
-
-def _require_finite(model: str, scores: list[np.ndarray], dtype: str) -> None:
-    flat = np.concatenate(scores)
-    bad = ~np.isfinite(flat)
-    if bad.any():
-        raise UserError(
-            f"{model}: {int(bad.sum())} of {len(flat)} scores are not finite, the first is {flat[bad][0]}; its training "
-            f"diverged or its weights are damaged, or model.dtype={dtype} is too narrow for it: try model.dtype=float32"
-        )

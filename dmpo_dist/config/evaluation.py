@@ -1,13 +1,14 @@
 """What ``dmpo evaluate`` and ``dmpo rank`` depend on."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dmpo_dist.config.section import Section
 
 Baseline = Literal["random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec"]
+Rule = Literal["sum", "mean", "prior", "reference"]
 
 
 class TransformerBaseline(Section):
@@ -57,15 +58,27 @@ class EvaluationConfig(Section):
     """Of sasrec and bert4rec."""
     candidate_orders: int = Field(1, ge=1)
     """Orders of the candidates over which scores are averaged, for a model whose prompts list them."""
+    generate: int = Field(0, ge=0)
+    """Test requests after whose prompts each model also writes a title by itself (greedily), for HR@1 by generation and
+    the share of texts that are a candidate; 0 leaves it out."""
     order_requests: int = Field(32, ge=0)
     """Test requests that each model scores again with candidates and requests in other orders, to see whether that
     moves anything; 0 leaves it out."""
 
-    @field_validator("baselines")
+    rule: Rule | Literal["auto"] = "sum"
+    """What language models rank by: sum, the log-prob of a title; mean, the same per token; prior, minus a weight times
+    the log-prob after an empty history; reference, minus that of ranking.reference or else of the start; auto, for each
+    model the best of ``rules`` (or of all) on the validation requests."""
+    rules: list[Rule] = Field([])
+    """Rules to show beside each other in a table of their own."""
+    prior_weights: list[Annotated[float, Field(ge=0)]] = Field([0, 0.25, 0.5, 0.75, 1], min_length=1)
+    """Weights of the prior to choose from by NDCG@10 on the validation requests; a single one needs none."""
+
+    @field_validator("baselines", "rules", "prior_weights")
     @classmethod
-    def _each_once(cls, value: list[Baseline]) -> list[Baseline]:
+    def _each_once(cls, value: list[Any], info: ValidationInfo) -> list[Any]:
         if len(set(value)) < len(value):
-            raise ValueError("names a baseline twice")
+            raise ValueError("names a baseline twice" if info.field_name == "baselines" else "holds a value twice")
         return value
 
 
@@ -77,6 +90,8 @@ class RankingConfig(Section):
     folder or hub id with the same tokenizer. None subtracts nothing."""
     length_normalize: bool = False
     """Divide log-probs by the number of response tokens."""
+    prior_weight: float = Field(0.0, ge=0)
+    """Subtract this times a title's log-prob after an empty history, which is how common the string is by itself."""
     popularity_weight: float = Field(0.0, ge=0)
     """Subtract this times log(1 + a title's interactions)."""
     exclude_history: bool = True

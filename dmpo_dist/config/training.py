@@ -53,7 +53,8 @@ class StageConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints kept; older ones are removed."""
     select: Literal["best", "last"] = "best"
-    """Which weights become the result: best by ``select_metric`` on validation, or the last."""
+    """Which weights become the result: best by ``select_metric`` on validation, those of the start
+    included, or the last."""
     select_metric: Literal["ndcg@10", "hr@1", "mrr", "auc"] = "ndcg@10"
     log_every: int = Field(10, ge=1)
     """Steps between two log lines."""

@@ -1,4 +1,4 @@
-"""The data card: what ``dataset.json`` says, for people."""
+"""The data card: the content of ``dataset.json`` as Markdown for people."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from dmpo_dist.data.splits import SPLITS
 
 
 def moment(timestamp: int) -> dict[str, Any]:
-    """A cut in time, for programs and for people."""
+    """A cut in time as a timestamp for programs and as a UTC date for people."""
     return {"timestamp": timestamp, "utc": pd.Timestamp(timestamp, unit="s").isoformat() + "Z"}
 
 
 def summary(card: DatasetCard) -> str:
-    """One line for the terminal."""
+    """One line for the terminal: name, groups and users."""
     counts, users = card.counts, card.users
     return (
         f"{card.name}: {counts['train']} training groups of {users['train']} users; users to evaluate: "

@@ -1,4 +1,4 @@
-"""The prepared folder: checked for leaks, fingerprinted, written whole or not at all."""
+"""Writing the prepared folder: checked for leaks, fingerprinted, written completely or not at all."""
 
 import hashlib
 import json
@@ -21,14 +21,14 @@ from dmpo_dist.errors import UserError
 
 INTERACTIONS_FILE = "interactions.parquet"
 Rows = dict[str, list[dict[str, Any]]]  # split -> rows with the columns of ``ROW_FEATURES``
-CHECKED_ROWS = 20_000  # of each split, for the leak check of data that was not made in memory
+CHECKED_ROWS = 20_000  # of each split, in the leak check of data that is read from disk
 
 
 def check(path: Path, echo: Callable[[str], None]) -> None:
     """Look for leaks in the prepared folder ``path``.
 
     Raises:
-        UserError: it is no such folder, or there is a leak.
+        UserError: it is not a prepared folder, or has a leak.
     """
     data = PreparedData.load(path)
     rows = {split: sample_rows(getattr(data, split)) for split in SPLITS}
@@ -38,13 +38,13 @@ def check(path: Path, echo: Callable[[str], None]) -> None:
 
 
 def sample_rows(rows: Dataset) -> list[dict[str, Any]]:
-    """At most ``CHECKED_ROWS`` rows, at equal distances."""
+    """At most ``CHECKED_ROWS`` rows, spread evenly over the split."""
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(CHECKED_ROWS, len(rows))).astype(int))
     return rows.select(chosen).to_list() if len(rows) else []
 
 
 def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Callable[[str], None]) -> PreparedData:
-    """Write ``data`` to ``output`` with other rows in the splits ``changed``; ``note`` goes into the card.
+    """Write ``data`` to ``output`` with the rows of ``changed`` in place of those splits; ``note`` goes into the card.
 
     Raises:
         UserError: ``output`` exists or cannot be written.
@@ -80,7 +80,7 @@ def _say_findings(
 def checked_for_leaks(
     rows: Rows, events: pd.DataFrame | None, card: DatasetCard, echo: Callable[[str], None], allow: bool
 ) -> list[LeakFinding]:
-    """The findings for the card; raises UserError for leaks that are not allowed."""
+    """The findings for the card; raises UserError for leaks unless ``allow``."""
     findings = _say_findings(rows, events, card, echo)
     found = leaks(findings)
     if found and not allow:
@@ -89,9 +89,9 @@ def checked_for_leaks(
 
 
 def fingerprint(rows: Mapping[str, Dataset], items: pd.DataFrame | None) -> str:
-    """sha256 over items and rows in order; equal on every machine for equal content.
+    """sha256 over items and rows in order: equal content has the same fingerprint on every machine.
 
-    Oracle scores are left out: no model sees them, and their last bits depend on the machine's linear algebra.
+    Oracle scores are left out: no model sees them, and their last bits depend on the machine's linear algebra library.
     """
     digest = hashlib.sha256()
 
@@ -115,7 +115,7 @@ def make_card(
     rows: Mapping[str, Dataset],
     items: pd.DataFrame | None,
 ) -> DatasetCard:
-    """The card of rows that are no log's."""
+    """The card of rows that were not made from a log."""
     content = {
         "format_version": FORMAT_VERSION,
         "name": name,
@@ -134,7 +134,7 @@ def make_card(
 
 
 def write_rows(folder: Path, rows: Mapping[str, Dataset], items: pd.DataFrame | None, card: DatasetCard) -> None:
-    """Write rows, items and the card for programs and for people; an empty split has no folder."""
+    """Write rows, items, ``dataset.json`` and ``card.md``; an empty split has no folder."""
     for split in SPLITS:
         if len(rows[split]):  # ``datasets`` cannot read an empty one back
             rows[split].save_to_disk(str(folder / split))

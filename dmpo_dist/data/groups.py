@@ -21,14 +21,15 @@ from dmpo_dist.errors import UserError
 
 @dataclass
 class _Found:
-    """What the shares of a log gave.
+    """The preference groups found in the shares of a log (a share is a part of the users).
 
     Attributes:
         pieces: split -> the rows of each share that has any.
-        asked: split -> number of requests ``kept`` before candidates were counted, and of likes dropped by reason.
+        asked: split -> number of requests ``kept`` before candidates were counted, and of likes dropped, by reason.
         dropped: split -> number of likes dropped in the end, by reason.
-        spared: by training group, how many items its user takes later and that were therefore no negatives.
-        shortages: the most negatives that a share's training requests can be given, and the error, where too few.
+        spared: for each training group, how many items were left out of its negatives as its user takes them later.
+        shortages: for each share without a training group that has enough negatives, the most negatives that one of
+            its requests can have, and the error that says so.
     """
 
     pieces: dict[str, list[Dataset]] = field(default_factory=lambda: {split: [] for split in SPLITS})
@@ -41,11 +42,11 @@ class _Found:
 def groups_of_log(
     log: Log, config: DataConfig, seed: int, work: Path, echo: Callable[[str], None]
 ) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    """Rows by split, and what the card says about the cuts and drops.
+    """Rows by split, and the entries ``cuts`` and ``dropped`` of the data card.
 
     Args:
-        work: a folder that stays as long as the rows are used: those of a log in several shares lie there.
-        echo: gets the progress of a log in several shares.
+        work: a folder that must exist as long as the rows are used: rows of a log in several shares are read from it.
+        echo: is called with a line of progress for each of several shares.
 
     Raises:
         UserError: no training or test request is left, or negatives run out.
@@ -72,7 +73,7 @@ def groups_of_log(
 def _find_groups(
     log: Log, cuts: tuple[int, int] | None, config: DataConfig, seed: int, work: Path, echo: Callable[[str], None]
 ) -> _Found:
-    """The rows of one share of the users after the other, those of several shares on disk."""
+    """The rows of all shares, one share at a time; with several shares the rows are kept on disk."""
     found = _Found()
     world = log.world(with_log=config.negatives == "popularity")
     title = dict(zip(log.items["item"], log.items["title"], strict=True))
@@ -115,7 +116,7 @@ def _find_groups(
 
 
 def _in_order(pieces: list[Dataset], file: Path) -> Dataset:
-    """The rows of all shares sorted as those of a single one are; only their keys are sorted in memory."""
+    """The rows of all shares in the order of a log in one share; only the sort keys are held in memory."""
     if not pieces:
         return dataset_of([])
     if len(pieces) == 1:
@@ -127,7 +128,7 @@ def _in_order(pieces: list[Dataset], file: Path) -> Dataset:
 
 
 def _sampled(rows: Dataset, limit: int | None, seed: int) -> tuple[Dataset, int]:
-    """A seeded sample of at most ``limit`` rows, and how many it leaves out."""
+    """A seeded sample of at most ``limit`` rows, and the number of rows left out."""
     if limit is None or len(rows) <= limit:
         return rows, 0
     kept = np.random.default_rng(seed).choice(len(rows), limit, replace=False)
@@ -135,12 +136,12 @@ def _sampled(rows: Dataset, limit: int | None, seed: int) -> tuple[Dataset, int]
 
 
 def evaluated_until(config: DataConfig, timestamp: int) -> int | None:
-    """Evaluation candidates are items taken before this time: the request's, or None for whenever."""
+    """The time before which evaluation candidates must have been taken by somebody; None for any time."""
     return None if config.evaluation_candidates == "all" else timestamp
 
 
 def require_groups(asked: Mapping[str, Mapping[str, int]], log: Log, config: DataConfig) -> None:
-    """Stop when a split that must not be empty is, with the count at every stage.
+    """Raise UserError where training or test has no request, with the number of likes left by every filter.
 
     Args:
         asked: split -> number of requests ``kept``, and of likes dropped by reason.
@@ -173,7 +174,7 @@ def require_groups(asked: Mapping[str, Mapping[str, int]], log: Log, config: Dat
 def with_enough_candidates(
     requests: dict[str, Requests], sampler: NegativeSampler, config: DataConfig
 ) -> dict[str, Requests]:
-    """Drop requests before which too few items had been taken; under a time split these are training requests."""
+    """Drop requests that cannot have enough negatives, from training and, with leave-one-out, from every split."""
 
     def enough(split: str, user: str, timestamp: int) -> bool:
         if split == "train":

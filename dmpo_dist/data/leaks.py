@@ -1,7 +1,7 @@
-"""Leak check: can an evaluation of these preference groups be won by anything but knowing the user?
+"""Leak check: can a model score well on these preference groups without knowing the user?
 
-Every check looks at finished rows, whatever their source, and gives a ``Finding``. A leak makes figures on the data
-worthless; a warning is a property that readers of the figures should know.
+Every check looks at finished rows, whatever their source, and returns a ``Finding``. A leak makes figures on the data
+worthless. A warning is a property of the data that readers of the figures should know.
 """
 
 import html
@@ -23,13 +23,13 @@ Row = Mapping[str, Any]  # the columns of ``ROW_FEATURES``
 Verdict = Literal["ok", "warning", "leak", "not checked"]
 
 EVALUATED = ("validation", "test")
-TOLERATED = 0.01  # share of rows or titles below which a blemish is a warning
-COINCIDENCE = 3  # two users may well share a history shorter than this
+TOLERATED = 0.01  # up to this share of rows or titles a blemish is a warning, above it a leak
+COINCIDENCE = 3  # histories shorter than this may be equal by chance and are not compared
 STYLE_GAP = 0.2  # difference between two shares of titles in one style that needs an explanation
 ENOUGH = 20  # rows or titles below which a share says nothing
-PROBE_GAIN = 0.05  # HR@1 over popularity from which a look at the candidates alone counts as an answer
-UNLIKELY = 1e-3  # p-value of positions at least as uneven, were the positive put anywhere with equal chance
-Z = 1.96
+PROBE_GAIN = 0.05  # a probe without the user must gain more HR@1 than this over popularity to count as a leak
+UNLIKELY = 1e-3  # p-value below which positions of the positive are not uniform (chi-squared test)
+Z = 1.96  # standard errors from the mean to either end of a 95 % interval
 EXAMPLES = 3
 STYLES: dict[str, Callable[[str], bool]] = {
     "an HTML entity": lambda t: html.unescape(t) != t,
@@ -48,10 +48,10 @@ class Finding:
 
     Attributes:
         check: name of the check.
-        verdict: ``not checked`` where the rows lack what it needs; ``text`` says what.
+        verdict: ``not checked`` where the rows lack what the check needs; ``text`` says what is missing.
         text: one sentence with the figures.
-        figures: the same for programs.
-        examples: a few cases.
+        figures: the figures for programs.
+        examples: a few of the cases found.
     """
 
     check: str
@@ -67,12 +67,13 @@ def check_leaks(
     shown_at: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
     leave_one_out: bool = False,
 ) -> list[Finding]:
-    """All checks on the rows of train, validation and test.
+    """Run all checks on the rows of train, validation and test.
 
     Args:
         events: the log (user, item, timestamp) the rows were made from, if there was one.
-        shown_at: split -> number of candidates -> how often the positive stood at each place, where prompts list them.
-        leave_one_out: training events later than a test request are then known and only warned of.
+        shown_at: split -> number of candidates -> how often the positive stood at each position of the list of
+            candidates that the source showed; None where it showed no lists.
+        leave_one_out: the data is split per user, so training on events later than a test request is only a warning.
     """
     return [
         _shared_histories(rows, known_users=events is not None),
@@ -87,12 +88,12 @@ def check_leaks(
 
 
 def leaks(findings: Sequence[Finding]) -> list[Finding]:
-    """Those that make figures on the data worthless."""
+    """The findings that are leaks."""
     return [finding for finding in findings if finding.verdict == "leak"]
 
 
 def leak_message(found: Sequence[Finding]) -> str:
-    """For an error: how many, which, and with what figures."""
+    """The text of an error about leaks: how many there are, and a line for each."""
     listed = "".join(f"\n  {finding.check}: {finding.text}" for finding in found)
     return (
         f"the leak check found {len(found)} leak{'s' * (len(found) > 1)}:{listed}\nfigures on this data would mislead"
@@ -100,7 +101,7 @@ def leak_message(found: Sequence[Finding]) -> str:
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """For the terminal: what is wrong first, one line each, then what is right in one."""
+    """Lines for the terminal: one for each leak or warning, then one with the names of all other checks."""
     lines = []
     for finding in findings:
         if finding.verdict in ("leak", "warning"):
@@ -124,12 +125,12 @@ def findings_table(findings: Sequence[LeakFinding]) -> list[str]:
 
 
 def findings_to_json(findings: Sequence[Finding]) -> list[LeakFinding]:
-    """For ``dataset.json``."""
+    """The findings as ``dataset.json`` holds them."""
     return [LeakFinding.model_validate(asdict(finding)) for finding in findings]
 
 
 def canonical(title: str) -> str:
-    """What stays of a title when case, HTML, punctuation and the place of its article are taken away."""
+    """The title without case, HTML and punctuation, and with its article in front: equal for variants of one title."""
     text = unicodedata.normalize("NFKC", html.unescape(title)).casefold()
     text = re.sub(r"^(.*?), (the|a|an)\b", r"\2 \1", text)
     return " ".join(re.findall(r"\w+", text)) or text.strip()
@@ -144,7 +145,7 @@ def _no_evaluation(check: str) -> Finding:
 
 
 def _shared_histories(rows: Mapping[str, Sequence[Row]], known_users: bool) -> Finding:
-    """Requests with the history (or finished prompt) of a training group; of the same user where users are known."""
+    """Requests whose history (or finished prompt) is also that of a training group, of the same user if known."""
     check = "histories shared by splits"
     evaluated = _evaluated(rows)
     if not evaluated:
@@ -155,6 +156,7 @@ def _shared_histories(rows: Mapping[str, Sequence[Row]], known_users: bool) -> F
             return row["prompt"]
         return (row["user"] if known_users else "", tuple(row["history_items"]))
 
+    # A short history may recur by chance, so only longer ones and finished prompts are looked for.
     train = {key(row) for row in rows["train"] if row["prompt"] is not None or len(row["history_items"]) >= COINCIDENCE}
     shared = [row for row in evaluated if key(row) in train]
     distinct = len({key(row) for row in shared})
@@ -178,7 +180,7 @@ def _short(text: str) -> str:
 
 
 def _future_items(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None) -> Finding:
-    """History items the user had not taken strictly before the request, and targets in their own history."""
+    """History items that the user had not taken strictly before the request, and targets in their own history."""
     check = "future items in histories"
     every = [row for split in rows.values() for row in split]
     own = [row for row in every if (row["positive_item"] or row["positive"]) in row["history_items"]]
@@ -186,7 +188,7 @@ def _future_items(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None
     examples = [f"{row['positive']!r} in the history of user {row['user']}" for row in own[:EXAMPLES]]
     text = f"{len(own)} of {len(every)} rows hold their target in the history"
     if events is None:
-        untimed = "; the rows have no times, so later items cannot be told."
+        untimed = "; the rows have no times, so later items cannot be found."
         return Finding(check, "leak" if own else "not checked", text + untimed, figures, examples)
     late = _late_history(every, events)
     examples += [f"{item!r} in the history of user {user} at {time}" for user, item, time in late[:EXAMPLES]]
@@ -195,20 +197,21 @@ def _future_items(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None
 
 
 def _late_history(rows: Sequence[Row], events: pd.DataFrame) -> list[tuple[str, str, int]]:
-    """(user, item, request time) of history items that were not known then."""
+    """(user, item, request time) of history items that the user had not taken before the request."""
     history = pd.DataFrame(
         [(row["user"], item, row["timestamp"]) for row in rows for item in row["history_items"]],
         columns=["user", "item", "asked"],
     )
     users = events["user"].isin(history["user"].unique())
+    # The first time each user took each item; a left join keeps history items that the log does not have at all.
     taken = events.loc[users].groupby(["user", "item"], as_index=False)["timestamp"].min()
     merged = history.merge(taken, on=["user", "item"], how="left")
-    late = merged[~(merged["timestamp"] < merged["asked"])]  # also those without a time
+    late = merged[~(merged["timestamp"] < merged["asked"])]  # NaN < time is False: items without a time are late, too
     return list(late[["user", "item", "asked"]].itertuples(index=False, name=None))
 
 
 def _trained_on_the_future(rows: Mapping[str, Sequence[Row]], timed: bool, leave_one_out: bool) -> Finding:
-    """Requests that are earlier than something trained on; with leave-one-out that is most of them."""
+    """Requests that are earlier than some training request; with leave-one-out most of them are."""
     check = "training after requests"
     evaluated = _evaluated(rows)
     if not evaluated or not rows["train"]:
@@ -230,10 +233,11 @@ def _trained_on_the_future(rows: Mapping[str, Sequence[Row]], timed: bool, leave
 
 
 def _candidate_lookup(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None) -> Finding:
-    """A classifier that sees the candidates and no user: naive Bayes over items, learnt from the training candidates.
+    """Can the target be guessed from the candidates, without the user? Naive Bayes over items is trained to do so.
 
-    Popular items are likelier targets than random negatives whatever the user likes, so HR@1 above chance is a leak
-    only where it is also above counting popularity.
+    It learns from the candidates of the training rows how often each item is a target and how often a negative. Popular
+    items are likelier targets than random negatives, whatever the user likes, so HR@1 above chance is no leak by
+    itself. It is one if HR@1 is also above that of ranking by popularity.
     """
     check = "candidate look-up"
     tested = rows["test"] or rows["validation"]
@@ -241,10 +245,12 @@ def _candidate_lookup(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | 
         return Finding(check, "not checked", f"Fewer than {ENOUGH} rows to learn from or to try it on.")
     candidates = [_candidates(row) for row in tested]
     weight = _target_weights([_candidates(row) for row in rows["train"]])
-    probe = np.array([_hit(np.array([weight[item] for item in items])) for items in candidates])
-    popular = _popularity_hits(rows, tested, candidates, events)
+    probe = np.array([_hit(np.array([weight[item] for item in items])) for items in candidates])  # (n_requests,)
+    popular = _popularity_hits(rows, tested, candidates, events)  # (n_requests,)
     chance = float(np.mean([1 / len(items) for items in candidates]))
     low, high = _interval(probe)
+    # Paired: both rank the same candidates, so their difference per request varies less than either of them. Its
+    # whole interval must lie above PROBE_GAIN, so that a few lucky requests are not called a leak.
     gain_low, gain_high = _interval(probe - popular)
     verdict: Verdict = "leak" if gain_low > PROBE_GAIN else "warning" if low > chance + PROBE_GAIN else "ok"
     text = (
@@ -266,7 +272,7 @@ def _candidate_lookup(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | 
 
 
 def _candidates(row: Row) -> list[str]:
-    """Positive first."""
+    """The items of a request, or its titles where items are unknown; the positive first."""
     if row["positive_item"]:
         return [row["positive_item"], *row["negative_items"]]
     return [row["positive"], *row["negatives"]]
@@ -276,6 +282,8 @@ def _target_weights(sets: Sequence[Sequence[str]]) -> defaultdict[str, float]:
     """item -> log-odds of being the target; 0 for an item never seen. Positives come first in each set."""
     positive = Counter(items[0] for items in sets)
     negative = Counter(item for items in sets for item in items[1:])
+    # There are K times as many negatives as positives, so counts of negatives are divided by K: an item that is target
+    # and negative at the overall rate has weight 0. Adding 1 (Laplace smoothing) keeps rare items near 0.
     negatives_per_positive = negative.total() / len(sets)
     weights: defaultdict[str, float] = defaultdict(float)
     for item in positive | negative:
@@ -284,7 +292,7 @@ def _target_weights(sets: Sequence[Sequence[str]]) -> defaultdict[str, float]:
 
 
 def _hit(scores: np.ndarray) -> float:
-    """Chance that the first of ``scores`` (n,) ranks first, ties broken at random."""
+    """Probability that the first of ``scores`` (n,) ranks first when ties are broken at random."""
     best = scores == scores.max()
     return float(best[0] / best.sum())
 
@@ -295,15 +303,19 @@ def _popularity_hits(
     candidates: Sequence[list[str]],
     events: pd.DataFrame | None,
 ) -> np.ndarray:
-    """(n,) hits of ranking by popularity: events before the request, else occurrences in other rows' histories."""
+    """(n_requests,) hits of ranking by popularity.
+
+    Popularity is the number of events before the request. Without a log it is the number of rows whose history has the
+    item, the request itself left out.
+    """
     if events is not None:
         times = np.repeat([row["timestamp"] for row in tested], [len(items) for items in candidates])
         flat = counts_before([item for items in candidates for item in items], times, events)
         bounds = np.cumsum([len(items) for items in candidates])[:-1]
         return np.array([_hit(counts) for counts in np.split(flat, bounds)])
     total = Counter(item for split in rows.values() for row in split for item in set(row["history_items"]))
-    own = [set(row["history_items"]) for row in tested]
-    scores = [[total[i] - (i in mine) for i in items] for mine, items in zip(own, candidates, strict=True)]
+    histories = [set(row["history_items"]) for row in tested]
+    scores = [[total[i] - (i in own) for i in items] for own, items in zip(histories, candidates, strict=True)]
     return np.array([_hit(np.array(row)) for row in scores])
 
 
@@ -318,12 +330,12 @@ def _titles(rows: Sequence[Row]) -> set[str]:
 
 
 def _title_formats(rows: Mapping[str, Sequence[Row]]) -> Finding:
-    """Titles that training writes in one way and evaluation in another."""
+    """Titles that are written in one way in training and in another in evaluation."""
     check = "titles written differently"
     evaluated = _evaluated(rows)
     if not evaluated:
         return _no_evaluation(check)
-    forms = {name: defaultdict(set) for name in ("train", "evaluation")}
+    forms = {name: defaultdict(set) for name in ("train", "evaluation")}  # part -> canonical title -> its spellings
     for name, part in (("train", rows["train"]), ("evaluation", evaluated)):
         for title in _titles(part):
             forms[name][canonical(title)].add(title)
@@ -336,7 +348,7 @@ def _title_formats(rows: Mapping[str, Sequence[Row]]) -> Finding:
 
 
 def _title_styles(rows: Mapping[str, Sequence[Row]]) -> Finding:
-    """A style of titles that is common in one split and rare in another, or tells targets from negatives."""
+    """A style of writing that tells the titles of one split from another's, or targets from negatives."""
     check = "style of titles"
     evaluated = _evaluated(rows)
     if not evaluated:
@@ -361,7 +373,7 @@ def _title_styles(rows: Mapping[str, Sequence[Row]]) -> Finding:
 
 
 def _duplicate_titles(rows: Mapping[str, Sequence[Row]]) -> Finding:
-    """Candidates that are one title twice, and titles equal up to case, HTML and punctuation."""
+    """Requests whose target is also among their negatives, and titles equal up to case, HTML and punctuation."""
     check = "duplicate titles"
     every = [row for split in rows.values() for row in split]
     names: dict[str, str] = {title: canonical(title) for title in _titles(every)}
@@ -378,7 +390,7 @@ def _duplicate_titles(rows: Mapping[str, Sequence[Row]]) -> Finding:
 
 
 def _positions(shown_at: Mapping[str, Mapping[str, Sequence[int]]] | None, in_prompt: bool) -> Finding:
-    """Uneven places of the target among the candidates as the source lists them."""
+    """Whether the target's position among the candidates that the source lists tells which one it is."""
     check = "position of the target"
     if not shown_at:
         return Finding(
@@ -389,10 +401,11 @@ def _positions(shown_at: Mapping[str, Mapping[str, Sequence[int]]] | None, in_pr
         for counts in by_size.values():
             shares = ", ".join(f"{count / sum(counts):.0%}" for count in counts)
             parts.append(f"{split} {shares} of {sum(counts)}")
+            # Null hypothesis: the target was put at each position with equal probability.
             if sum(counts) >= ENOUGH and float(chisquare(counts).pvalue) < UNLIKELY:
                 uneven.append(split)
-    text = f"The target's place among the listed candidates: {'; '.join(parts)}."
+    text = f"The target's position among the listed candidates: {'; '.join(parts)}."
     if uneven and not in_prompt:
-        text += " The prompts made here list no candidates, so no model sees it."
+        text += " The prompts of this data list no candidates, so no model sees it."
     verdict: Verdict = "ok" if not uneven else "leak" if in_prompt else "warning"
     return Finding(check, verdict, text, {split: dict(by_size) for split, by_size in shown_at.items()})

@@ -1,7 +1,7 @@
-"""Negatives for a request: items that were in the world by then and that the user had not taken.
+"""Negatives for a request: items that somebody had taken before it and that its user had not.
 
-The random stream of a request depends on (seed, user, timestamp) and never on its positive, so the negatives cannot
-tell which item was the target.
+The random stream of a request depends on (seed, user, timestamp) and never on its positive, so the negatives do not
+reveal which item is the target.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ import pandas as pd
 from dmpo_dist.errors import UserError
 
 Kind = Literal["uniform", "dislikes", "popularity", "in_batch"]
-MAX_ROUNDS = 8  # of drawing from the log before ``_by_popularity`` counts the rest exactly
+MAX_ROUNDS = 8  # draws from the log before ``_by_popularity`` computes the weights of the rest exactly
 
 
 def request_stream(seed: int, user: str, timestamp: int) -> np.random.Generator:
-    """The random stream of a request: equal on every machine, and blind to its positive."""
+    """The random stream of a request: the same on every machine, and independent of the positive."""
     digest = hashlib.blake2b(f"{seed}\0{user}\0{timestamp}".encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
@@ -28,11 +28,11 @@ def request_stream(seed: int, user: str, timestamp: int) -> np.random.Generator:
 class World:
     """All items, numbered by (first time anybody took them, name), and the log in order of time.
 
-    That numbering makes "in the world before t" a range(n), and later events never renumber earlier items.
+    With these numbers the items known before a time t are range(n), and later events never renumber earlier items.
 
     Attributes:
         names: (n_items,) item names.
-        first_seen: (n_items,) first time anybody took each, ascending.
+        first_seen: (n_items,) the first time anybody took each item, ascending.
         log_time, log_code: (n_events,) time and item number of all events, sorted by (time, user, item number); only
             popularity needs them.
     """
@@ -60,14 +60,15 @@ class NegativeSampler:
     """Draws negatives for the users of a log.
 
     Args:
-        events: columns user, item, rating, timestamp; every event of the users to draw for.
+        events: columns user, item, rating, timestamp; all events of the users to draw for.
         rating_threshold: ratings below it are dislikes.
         seed: seed of all request streams.
         exponent: popularity negatives are drawn in proportion to popularity to this power.
         batch: the positives of all training requests, for in-batch negatives.
-        world: items and log, where ``events`` are not all of it.
-        spare_later: training negatives are never items the user takes later. Leave-one-out needs it, else a user's
-            held-out likes are drawn as negatives of their training requests; a time split must not look ahead.
+        world: all items and the whole log, where ``events`` are only a part of it.
+        spare_later: whether training negatives leave out items that the user takes later. Leave-one-out needs this, or
+            a user's held-out likes would be drawn as negatives of their training requests. A time split must not use
+            it, as it looks ahead.
     """
 
     def __init__(
@@ -93,10 +94,10 @@ class NegativeSampler:
         self._rows_of_user: dict[str, np.ndarray] = log.reset_index(drop=True).groupby("user").indices
 
     def training(self, kind: Kind, user: str, timestamp: int, count: int) -> list[str]:
-        """``count`` distinct items, none of which the user took at or before ``timestamp``, dislikes apart.
+        """``count`` distinct items that the user had not taken at or before ``timestamp``.
 
-        Unless later items are spared, nothing after the request plays a part: an item the user takes later may
-        be drawn, as at the time it would have been.
+        Only negatives of the kind ``dislikes`` are items that the user took and rated low. Without ``spare_later``
+        nothing after the request matters: an item that the user takes later may be drawn.
 
         Raises:
             UserError: fewer than ``count`` such items.
@@ -109,13 +110,13 @@ class NegativeSampler:
         elif kind == "in_batch":
             chosen = self._in_batch(timestamp, count, taken, rng)
             taken = np.concatenate([taken, chosen])
-        missing = count - len(chosen)
+        missing = count - len(chosen)  # where dislikes or batch do not suffice, uniform negatives fill up
         self._require(missing, taken, user, timestamp, "data.negatives_per_group")
         draw = self._by_popularity if kind == "popularity" else self._uniform
         return self._names[np.concatenate([chosen, draw(timestamp, missing, taken, rng)])].tolist()
 
     def evaluation(self, user: str, timestamp: int, count: int, until: int | None) -> list[str]:
-        """``count`` distinct items, drawn uniformly, that the user never took, neither before nor after.
+        """``count`` distinct items, drawn uniformly among those that the user never took, before or after.
 
         Args:
             until: items that somebody took strictly before this time; None for all items.
@@ -134,7 +135,7 @@ class NegativeSampler:
         return dislikes + self._available(timestamp, self._barred(user, timestamp))
 
     def spared(self, user: str, timestamp: int) -> int:
-        """How many items known before ``timestamp`` are no training negatives because the user takes them later."""
+        """How many items known before ``timestamp`` cannot be training negatives because the user takes them later."""
         return self._available(timestamp, self._taken(user, timestamp)) - self._available(
             timestamp, self._barred(user, timestamp)
         )
@@ -157,7 +158,7 @@ class NegativeSampler:
         return self._code[rows]
 
     def _barred(self, user: str, timestamp: int) -> np.ndarray:
-        """Items that are no training negatives of a request."""
+        """Items that may not be drawn as training negatives of a request."""
         return self._taken(user, None if self._spare_later else timestamp)
 
     def _dislike_codes(self, user: str, timestamp: int) -> np.ndarray:
@@ -172,7 +173,10 @@ class NegativeSampler:
         return n_known - int(np.count_nonzero(taken < n_known))
 
     def shortage(self, kind: Kind, requests: pd.DataFrame, count: int) -> tuple[int, UserError]:
-        """The most negatives that any of ``requests`` can be given, too few for ``count``, and the error about it."""
+        """The most negatives that any of ``requests`` can have, and the error that says these are fewer than ``count``.
+
+        Every request must lack negatives.
+        """
         pairs = list(zip(requests["user"], requests["timestamp"], strict=True))
         best = max(pairs, key=lambda pair: self.available_for_training(kind, *pair))
         try:
@@ -192,14 +196,15 @@ class NegativeSampler:
             )
 
     def _uniform(self, timestamp: int | None, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Distinct items, uniform: a random order of enough items, less the taken ones."""
+        """``count`` distinct known items, drawn uniformly without ``taken``."""
         n_known = self._n_known(timestamp)
+        # Draw so many that ``count`` remain even if every known taken item is among them, then drop the taken ones.
         enough = min(n_known, count + int(np.count_nonzero(taken < n_known)))
         order = rng.choice(n_known, enough, replace=False)
         return order[~np.isin(order, taken)][:count]
 
     def _in_batch(self, timestamp: int, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Up to ``count`` distinct positives of a random batch of training requests that were in the world by then."""
+        """Up to ``count`` distinct positives of random training requests, of items known before ``timestamp``."""
         if not len(self._batch):
             return self._batch
         batch = self._batch[rng.integers(len(self._batch), size=MAX_ROUNDS * count)]
@@ -207,10 +212,12 @@ class NegativeSampler:
         return np.array(list(dict.fromkeys(usable.tolist())), dtype=np.int64)[:count]
 
     def _by_popularity(self, timestamp: int, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Distinct items, drawn one by one in proportion to their interactions before ``timestamp``, to a power.
+        """``count`` distinct items, each drawn with probability proportional to popularity ** ``exponent``.
 
-        At power 1 an event drawn uniformly from the log names an item in that proportion; skipping what is taken or
-        drawn already leaves the right distribution over the rest. Where the rest is rare, it is counted instead.
+        Popularity is the number of interactions before ``timestamp``. With exponent 1 no weights are needed: the item
+        of an event that is drawn uniformly from the log has that distribution, and skipping taken and repeated items
+        leaves the right distribution over the others. Where these are so rare that few draws hit them, their weights
+        are computed.
         """
         n_events = int(np.searchsorted(self._world.log_time, timestamp, side="left"))
         n_known = self._n_known(timestamp)
@@ -231,7 +238,8 @@ class NegativeSampler:
         return np.fromiter(chosen, dtype=np.int64, count=len(chosen))[:count]
 
     def _counts(self, n_events: int, n_known: int) -> np.ndarray:
-        """(n_known,) interactions of each item in the first ``n_events`` of the log; cheap for calls in time order."""
+        """(n_known,) interactions of each item in the first ``n_events`` of the log."""
+        # Requests mostly come in the order of time, so counts go on from the last call and restart only to go back.
         if n_events < self._counted:
             self._counted, self._counter = 0, np.zeros_like(self._counter)
         self._counter += np.bincount(self._world.log_code[self._counted : n_events], minlength=len(self._counter))
@@ -240,6 +248,6 @@ class NegativeSampler:
 
     @staticmethod
     def _weighted(weights: np.ndarray, count: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """``count`` distinct items in proportion to ``weights`` (n_known,), without ``taken``."""
+        """``count`` distinct items without ``taken``, drawn in proportion to ``weights`` (n_known,)."""
         weights[taken[taken < len(weights)]] = 0.0
         return rng.choice(len(weights), count, replace=False, p=weights / weights.sum())

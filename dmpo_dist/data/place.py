@@ -1,4 +1,4 @@
-"""Where prepared data lies, looked at before the libraries that read it are imported, which takes seconds."""
+"""A check of ``data.path`` that comes before the libraries that read the data are imported, which takes seconds."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from dmpo_dist.errors import UserError
 
 
 def require_prepared(path: Path | None) -> Path:
-    """``path``, which holds prepared data by its card.
+    """Return ``path`` if it is a folder with the card of prepared data.
 
     Raises:
-        UserError: it is not set, no folder, or has no card.
+        UserError: it is not set, is not a folder, or has no card.
     """
     if path is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Training groups whose users' titles come in a new order in every epoch."""
+"""Training groups whose histories are put into a new random order in every epoch."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,12 +12,12 @@ from dmpo_dist.errors import UserError
 class ReorderedGroups:
     """The groups of some users under a random order of each user's titles: ``(index, epoch) -> PreferenceGroup``.
 
-    A user's titles are those of all their groups' histories and positives. In each epoch they are permuted anew, the
-    last ones become the positives of the user's groups, and what stands before a positive its history, as long as the
-    longest history of all groups. So every title comes to be asked for, after any of the others. Negatives are left
-    out: they belong to the old positives.
+    A user's titles are those of the histories and positives of all their groups. Each epoch permutes them. The last
+    ones become the positives of the user's groups. The titles before a positive become its history, which is at most
+    as long as the longest history of the given groups. So over the epochs every title becomes a positive, after any of
+    the others. The groups have no negatives, as those given belong to other positives.
 
-    A group depends on its index, the epoch and the seed alone, so that ranks agree and a resumed run goes on alike.
+    A group depends on its index, the epoch and the seed alone, so that all ranks and a resumed run see the same groups.
     """
 
     def __init__(self, groups: Sequence[PreferenceGroup], seed: Sequence[int]) -> None:
@@ -25,7 +25,7 @@ class ReorderedGroups:
         self._longest = max((len(group.history) for group in groups), default=0)
         self._users = [group.user for group in groups]
         self._timestamps = [group.timestamp for group in groups]
-        self._places = [0] * len(groups)
+        self._positions = [0] * len(groups)  # of each group's positive in the permutation of its user's titles
         self._titles: dict[str, list[str]] = {}
         self._positives = {(group.user, group.positive) for group in groups}
         members: defaultdict[str, list[int]] = defaultdict(list)
@@ -37,22 +37,23 @@ class ReorderedGroups:
             assert first >= 0, "nobody takes a title twice"
             self._titles[user] = list(titles)
             for number, index in enumerate(indices):
-                self._places[index] = first + number
+                self._positions[index] = first + number
         self._numbers = {user: number for number, user in enumerate(members, start=1)}
 
     def __len__(self) -> int:
         return len(self._users)
 
     def __call__(self, index: int, epoch: int) -> PreferenceGroup:
-        user, place = self._users[index], self._places[index]
+        user, position = self._users[index], self._positions[index]
         titles = self._titles[user]
+        # One permutation for each user and epoch: all groups of a user must read the same order.
         order = np.random.default_rng([*self._seed, epoch, self._numbers[user]]).permutation(len(titles))
-        *history, positive = [titles[i] for i in order[max(0, place - self._longest) : place + 1]]
+        *history, positive = [titles[i] for i in order[max(0, position - self._longest) : position + 1]]
         return PreferenceGroup(user, self._timestamps[index], tuple(history), positive, ())
 
     @property
     def not_yet_asked_for(self) -> Iterator[PreferenceGroup]:
-        """The titles that stand in histories alone, as positives: a check of the given groups has not seen these."""
+        """A group for each title that is in histories but never a positive, which checks of the given groups missed."""
         for user, titles in self._titles.items():
             for title in titles:
                 if (user, title) not in self._positives:
@@ -60,7 +61,7 @@ class ReorderedGroups:
 
 
 def require_histories(prompts: Iterable[str | None]) -> None:
-    """Raise UserError for groups with a finished prompt, which have no titles to reorder."""
+    """Raise UserError where a group has a finished prompt and so no titles that could be reordered."""
     if any(prompt is not None for prompt in prompts):
         raise UserError(
             "sft.history_order=shuffled needs histories, but the data holds finished prompts; set "

@@ -1,4 +1,4 @@
-"""What `dmpo rank` reads: users with their histories, and the catalogue."""
+"""The input of `dmpo rank`: users with their histories, and the catalogue."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from dmpo_dist.errors import UserError
 
 SEPARATOR = "|"
 NAMED = 5
-"""How many of the rows with one mistake are named."""
+"""An error names at most this many of the rows with a mistake."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RankingRequest:
     """A user to rank titles for.
 
     Attributes:
-        user: unique among the requests.
+        user: no other request has the same one.
         history: titles, oldest first; at least one.
         candidates: the titles to rank; None for the whole catalogue.
     """
@@ -35,39 +35,40 @@ class RankingRequest:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Distinct titles, and (R,) int64 how often each was taken where that is known."""
+    """Distinct titles, and (R,) int64 how often each of them was taken; None where that is not known."""
 
     titles: tuple[str, ...]
     counts: np.ndarray | None
 
 
 def read_requests(path: Path) -> list[RankingRequest]:
-    """Parquet or CSV with the columns user, history and, where not the whole catalogue is ranked, candidates.
+    """Read Parquet or CSV with the columns user and history, and optionally candidates.
 
-    Lists are lists in Parquet and titles separated by ``|`` in CSV.
+    History and candidates are lists in Parquet, and titles separated by ``|`` in CSV. Without the column candidates the
+    whole catalogue is ranked.
 
     Raises:
-        UserError: no such file or column, no rows, a user twice, an empty history, no candidates or one of them twice;
-            the message names file, user and row.
+        UserError: no such file or column, no rows, a repeated user, an empty history, no candidates or a repeated
+            candidate; the message names file, user and row.
     """
     columns, rows = _read(path, "--requests", ("user", "history"), ("candidates",))
     users = [None if user is None else str(user).strip() for user in columns["user"]]
     histories = _lists(columns["history"], path, "history", rows)
     candidates = _lists(columns["candidates"], path, "candidates", rows) if "candidates" in columns else None
     _refuse(path, "no user", [f"row {row}" for user, row in zip(users, rows, strict=True) if not user], "fill it in")
-    where = [f"{user!r} (row {row})" for user, row in zip(users, rows, strict=True)]
+    labels = [f"{user!r} (row {row})" for user, row in zip(users, rows, strict=True)]
     counts = Counter(users)
-    twice = [place for place, user in zip(where, users, strict=True) if counts[user] > 1]
+    twice = [label for label, user in zip(labels, users, strict=True) if counts[user] > 1]
     _refuse(path, "a user who occurs more than once", twice, "the output has one row a user: keep one row of each")
-    empty = [place for place, history in zip(where, histories, strict=True) if not history]
+    empty = [label for label, history in zip(labels, histories, strict=True) if not history]
     _refuse(path, "an empty history", empty, "a prompt needs at least one title: remove these rows or fill them")
     if candidates is not None:
-        none = [place for place, row in zip(where, candidates, strict=True) if not row]
+        none = [label for label, row in zip(labels, candidates, strict=True) if not row]
         advice = "give each user candidates, or leave the column out to rank a whole catalogue"
         _refuse(path, "no usable candidates", none, advice)
         equal = [
-            f"{place}: {Counter(row).most_common(1)[0][0]!r}"
-            for place, row in zip(where, candidates, strict=True)
+            f"{label}: {Counter(row).most_common(1)[0][0]!r}"
+            for label, row in zip(labels, candidates, strict=True)
             if len(set(row)) < len(row)
         ]
         _refuse(path, "a candidate that occurs twice", equal, "keep one of each")
@@ -76,10 +77,10 @@ def read_requests(path: Path) -> list[RankingRequest]:
 
 
 def read_catalogue(path: Path) -> Catalogue:
-    """Parquet or CSV with the column title and, where it is known, popularity (a count); or a folder of prepared data.
+    """Read Parquet or CSV with the column title and optionally popularity (a count), or a folder of prepared data.
 
     Raises:
-        UserError: no such file or column, no titles, an empty one, one twice, or a popularity that is no count.
+        UserError: no such file or column, no titles, an empty or repeated title, or a popularity that is not a count.
     """
     if path.is_dir():
         return _prepared(path)
@@ -100,7 +101,7 @@ def read_catalogue(path: Path) -> Catalogue:
 
 
 def check_against(requests: Sequence[RankingRequest], catalogue: Catalogue, path: Path, exclude_history: bool) -> None:
-    """Raise UserError for candidates that the catalogue lacks, and for users whose history leaves nothing to rank."""
+    """Raise UserError for candidates outside the catalogue, and for users whose history holds all its titles."""
     known = set(catalogue.titles)
     strange = [
         f"{request.user!r}: {next(t for t in request.candidates or () if t not in known)!r}"
@@ -151,7 +152,7 @@ def _read(
 
 
 def _lists(values: list[Any], path: Path, column: str, rows: list[int]) -> list[tuple[str, ...]]:
-    """Lists of stripped, non-empty titles; a missing one is empty."""
+    """Lists of stripped, non-empty titles; a missing list is empty."""
     out = []
     for value, row in zip(values, rows, strict=True):
         if isinstance(value, str) and path.suffix.lower() in (".csv", ".tsv"):
@@ -163,7 +164,7 @@ def _lists(values: list[Any], path: Path, column: str, rows: list[int]) -> list[
 
 
 def _count(value: Any) -> int:
-    """-1 where it is no count."""
+    """``value`` as a count, or -1 where it is not one."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The requests a log can be asked, split by global time or per user: a like, and what was known strictly before."""
+"""The requests of a log, split by global time or per user: a like, and the user's likes strictly before it."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Requests:
-    """The requests of one split, and how they came about.
+    """The requests of one split, and how many likes gave none.
 
     Attributes:
         table: columns ``user``, ``timestamp``, ``item`` (the positive) and ``history`` (list of items, oldest first),
             sorted by (timestamp, user).
-        dropped: reason -> number of likes in the split's period that gave no request; with ``len(table)`` they add up
-            to all likes of the period.
+        dropped: reason -> number of likes in the split's period that gave no request. These numbers and ``len(table)``
+            add up to all likes of the period.
     """
 
     table: pd.DataFrame
@@ -24,7 +24,7 @@ class Requests:
 
 
 def time_cuts(timestamps: np.ndarray, validation_quantile: float, test_quantile: float) -> tuple[int, int]:
-    """The two timestamps that part training, validation and test: quantiles of all events of the log."""
+    """The first timestamps of validation and of test: quantiles of the timestamps of all events."""
     cuts = np.quantile(timestamps, [validation_quantile, test_quantile], method="higher")
     return int(cuts[0]), int(cuts[1])
 
@@ -47,24 +47,27 @@ def find_requests(
 ) -> dict[str, Requests]:
     """The requests of each split, from the whole log.
 
-    A request is a like; its history is the user's ``max_history`` latest likes strictly before it. It is dropped when
-    it has fewer than ``min_history`` of them (``short_history``), when nobody interacted with its item strictly before
-    (``unseen_positive``), or when the user has enough requests (``over_limit``): training (t < cuts[0]) keeps the
-    latest ``train_requests_per_user`` of a user, validation (cuts[0] <= t < cuts[1]) and test (t >= cuts[1]) the first.
-    With leave-one-out a training request of the same moment as a held-out one, whose history it would share, is dropped
-    too (``same_moment``).
+    A request is a like. Its history is the user's ``max_history`` latest likes strictly before it. Requests are dropped
+
+    - with fewer than ``min_history`` earlier likes (``short_history``),
+    - of an item that nobody had interacted with strictly before (``unseen_positive``),
+    - where the user has enough requests (``over_limit``): training (t < cuts[0]) keeps a user's latest
+      ``train_requests_per_user``, validation (cuts[0] <= t < cuts[1]) and test (t >= cuts[1]) keep the first,
+    - with leave-one-out, in training at the time of a held-out request, whose history they share (``same_moment``).
 
     Args:
         events: columns user, item, rating, timestamp; any order.
         cuts: None is leave-one-out: a user's last like is the test request, the one before it validation, whatever
             others do later.
-        first_seen: item -> first time anybody took it, where ``events`` holds only some users.
-        unseen_positives: keep validation and test requests for items that nobody took before.
+        first_seen: item -> the first time anybody took it; needed where ``events`` holds only some of the users.
+        unseen_positives: keep validation and test requests for items that nobody had taken before.
     """
     if first_seen is None:
         first_seen = events.groupby("item")["timestamp"].min()
     table = _like_table(events, rating_threshold, max_history, first_seen)
+    # period: (n_likes,) 0, 1, 2 for training, validation, test
     if cuts is None:
+        # Counted from a user's last like: 0 is the test request, 1 the validation request, all others are training.
         period = 2 - np.minimum(table.groupby("user", sort=False).cumcount(ascending=False).to_numpy(), 2)
         held_out = table[period > 0].groupby("user")["timestamp"].min()
         at_once = (period == 0) & (table["timestamp"] == table["user"].map(held_out)).to_numpy()
@@ -83,16 +86,16 @@ def find_requests(
 
 
 def _like_table(events: pd.DataFrame, rating_threshold: float, max_history: int, first_seen: pd.Series) -> pd.DataFrame:
-    """All likes sorted by (user, timestamp, item) with what was known strictly before each.
+    """All likes sorted by (user, timestamp, item), with what was known strictly before each.
 
-    Added columns: ``n_before`` (the user's earlier likes), ``history_start`` and ``history_stop`` (its history is these
-    rows of the table), ``seen`` (somebody interacted with the item before).
+    Added columns: ``n_before``, the number of the user's earlier likes; ``history_start`` and ``history_stop``, the
+    range of rows of the table that are its history; ``seen``, whether somebody interacted with the item before.
     """
     table = likes(events, rating_threshold).sort_values(["user", "timestamp", "item"], ignore_index=True)
     user = pd.factorize(table["user"])[0]
     timestamp = table["timestamp"].to_numpy()
     user_start = _block_start(np.diff(user) != 0, len(table))
-    # Likes at the same second are not history of each other: the history stops where their block starts.
+    # Likes of the same second are not in each other's history: it stops at the first like of that second.
     tie_start = _block_start((np.diff(user) != 0) | (np.diff(timestamp) != 0), len(table))
     return table.assign(
         n_before=tie_start - user_start,
@@ -113,6 +116,7 @@ def _block_start(changes: np.ndarray, length: int) -> np.ndarray:
 def _choose(
     table: pd.DataFrame, min_history: int, keep: str, limit: int, unseen: bool
 ) -> tuple[pd.DataFrame, dict[str, int]]:
+    """The likes of a split that become requests, and the number of the others by reason."""
     long_enough = table[table["n_before"] >= min_history]
     eligible = long_enough if unseen else long_enough[long_enough["seen"]]
     apart = eligible[~eligible["same_moment"]]

@@ -1,4 +1,4 @@
-"""The prepared folder: reading it back, and one row as a preference group."""
+"""Reading the prepared folder, and its rows as preference groups."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,12 +39,12 @@ class PreparedData:
     """Preference groups ready to train and rank on.
 
     Attributes:
-        train, validation, test: rows with the columns of ``ROW_FEATURES``. ``oracle`` holds the score of the positive,
-            then those of the negatives, or nothing where the world is unknown. Rows of ready preferences have a
-            ``prompt``, no history and no items ("" and []); their validation and test may be empty.
+        train, validation, test: rows with the columns of ``ROW_FEATURES``. ``oracle`` holds the true score of the
+            positive, then those of the negatives; it is empty unless the data is simulated. Rows of ready preferences
+            have a ``prompt``, no history and no items ("" and []); their validation and test may be empty.
         items: columns item, title, genres; None for ready preferences.
         interactions: columns user, item, rating, timestamp; None for ready preferences.
-        card: what ``dataset.json`` says.
+        card: the content of ``dataset.json``.
         fingerprint: sha256 over the content of rows and items.
         path: the folder.
     """
@@ -63,7 +63,7 @@ class PreparedData:
         """Read a folder that ``dmpo data prepare`` wrote.
 
         Args:
-            shots: keep this many training groups, a part of those that any larger number keeps.
+            shots: number of training groups to keep; the groups of a smaller number are among those of a larger one.
 
         Raises:
             UserError: no such folder, not a prepared folder, another format version, damaged files, or fewer training
@@ -88,7 +88,7 @@ class PreparedData:
 
 
 def few_fingerprint(fingerprint: str, shots: int | None) -> str:
-    """The fingerprint of data of which a run sees ``shots`` training groups; None keeps all and the fingerprint."""
+    """The fingerprint of the data with ``shots`` training groups; with None it is that of the whole data."""
     return fingerprint if shots is None else hashlib.sha256(f"{fingerprint} {shots} shots".encode()).hexdigest()
 
 
@@ -111,24 +111,24 @@ def groups_from_rows(rows: Dataset) -> list[PreferenceGroup]:
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Rows with the columns of ``ROW_FEATURES`` as a split."""
+    """A split made from ``rows``, which have the columns of ``ROW_FEATURES``."""
     return Dataset.from_dict({name: [row[name] for row in rows] for name in ROW_FEATURES}, features=ROW_FEATURES)
 
 
 def on_disk(rows: Dataset, folder: Path) -> Dataset:
-    """The same rows, read from ``folder`` as they are used."""
+    """Save ``rows`` to ``folder`` and return them as read from there on demand."""
     rows.save_to_disk(str(folder))
     return load_from_disk(str(folder))
 
 
 def rows_of(split: Dataset) -> Iterator[dict[str, Any]]:
-    """The rows of a split, of which one batch at a time is in memory."""
+    """The rows of a split, with one batch at a time in memory."""
     for batch in split.with_format("arrow").iter(ROWS_AT_ONCE):
         yield from batch.to_pylist()
 
 
 def _few(train: Dataset, shots: int, path: Path) -> Dataset:
-    """The ``shots`` groups that come first by a hash of their content, in their old order: nested for any numbers."""
+    """The ``shots`` groups with the smallest hashes of their content, in their old order."""
     if shots > len(train):
         raise UserError(f"data.shots={shots}, but {path} holds {len(train)} training groups; lower data.shots")
     keys = zip(*(train[name][:] for name in ("user", "timestamp", "history", "positive", "prompt")), strict=True)
@@ -154,7 +154,7 @@ def _read_split(folder: Path, count: int) -> Dataset:
         return dataset_of([])
     try:
         dataset = load_from_disk(str(folder))
-    # Broken arrow files surface as whatever the arrow reader tripped over.
+    # A damaged Arrow file can raise nearly any exception, depending on the byte that is wrong.
     except Exception as error:
         raise _damaged(folder, error) from None
     if not isinstance(dataset, Dataset) or dataset.features != ROW_FEATURES or len(dataset) != count:

@@ -19,7 +19,7 @@ ITEMS_PER_BLOCK = 256
 
 
 def random_scores(rows: Dataset, seed: int) -> list[np.ndarray]:
-    """Uniform scores, a function of (seed, user, timestamp) alone: subsets and orders of rows do not change them."""
+    """Uniform random scores from (seed, user, timestamp) alone: they do not depend on the other rows or their order."""
     scores = []
     for user, timestamp, negatives in zip(*_columns(rows, "user", "timestamp", "negatives"), strict=True):
         digest = hashlib.blake2b(repr((seed, user, timestamp)).encode(), digest_size=16).digest()
@@ -35,20 +35,20 @@ def popularity_scores(rows: Dataset, interactions: pd.DataFrame) -> list[np.ndar
 
 
 def fitted_popularity_scores(rows: Dataset, log: pd.DataFrame) -> list[np.ndarray]:
-    """How often each candidate was taken in ``log``, the one other baselines are fitted on."""
+    """How often each candidate was taken in ``log``, on which other baselines are fitted too."""
     items, first = _candidate_items(rows)
     return _by_request(pd.Series(items).map(log["item"].value_counts()).fillna(0).to_numpy(), first)
 
 
 def item_knn_scores(rows: Dataset, log: pd.DataFrame, neighbours: int) -> list[np.ndarray]:
-    """Sum over the history's items of their cosine similarity to the candidate, where it is among their neighbours.
+    """Sum of the cosine similarities between the candidate and those history items that it is a neighbour of.
 
-    Item-based top-N recommendation (Deshpande and Karypis, TOIS 2004, doi 10.1145/963770.963776): cosine between the
-    binary user columns of two items, the ``neighbours`` most similar items kept for each. Candidates with equal sums
-    are ordered by popularity.
+    Item-based top-N recommendation (Deshpande and Karypis, TOIS 2004, doi 10.1145/963770.963776): the similarity of two
+    items is the cosine between their binary user columns, and each item keeps its ``neighbours`` most similar items.
+    Candidates with equal sums are ordered by popularity.
 
     Args:
-        log: what similarities and popularity come from, columns user and item: ``fitting_log`` of the requests.
+        log: the interactions for similarities and popularity, columns user and item: ``fitting_log`` of the requests.
     """
     catalogue = pd.Index(np.unique(log["item"].to_numpy(dtype=object)))
     n_items = len(catalogue)
@@ -58,8 +58,8 @@ def item_knn_scores(rows: Dataset, log: pd.DataFrame, neighbours: int) -> list[n
         return np.where(codes < 0, n_items, codes)  # unknown items share one last, empty column
 
     users, _ = pd.factorize(log["user"])
-    taken = _incidence(users, encode(log["item"]), (users.max(initial=-1) + 1, n_items + 1))
-    similarity = _nearest(taken, neighbours)
+    taken = _incidence(users, encode(log["item"]), (users.max(initial=-1) + 1, n_items + 1))  # users x items
+    similarity = _nearest(taken, neighbours)  # items x items, sparse
 
     (histories,) = _columns(rows, "history_items")
     request = np.repeat(np.arange(len(rows)), [len(history) for history in histories])
@@ -67,6 +67,7 @@ def item_knn_scores(rows: Dataset, log: pd.DataFrame, neighbours: int) -> list[n
     items, first = _candidate_items(rows)
     candidates = encode(items)
     request = np.repeat(np.arange(len(rows)), np.diff(first))
+    # (requests x items) @ (items x items), read at (request, candidate): one score for each candidate of all requests
     scores = np.asarray((history @ similarity)[request, candidates]).ravel()
 
     popularity = np.asarray(taken.sum(axis=0)).ravel()
@@ -74,7 +75,7 @@ def item_knn_scores(rows: Dataset, log: pd.DataFrame, neighbours: int) -> list[n
 
 
 def oracle_scores(rows: Dataset) -> list[np.ndarray] | None:
-    """The true utilities of the candidates; None unless every request has them."""
+    """The true scores of the candidates in a simulated world; None unless every request has them."""
     oracle, negatives = _columns(rows, "oracle", "negatives")
     if not all(len(scores) == 1 + len(others) for scores, others in zip(oracle, negatives, strict=True)):
         return None
@@ -82,7 +83,7 @@ def oracle_scores(rows: Dataset) -> list[np.ndarray] | None:
 
 
 def _columns(rows: Dataset, *names: str) -> list[list]:
-    """Whole columns as lists (indexing a Dataset row by row decodes each cell again)."""
+    """Whole columns as lists, as indexing a Dataset row by row decodes a row at every access."""
     return [rows[name][:] for name in names]
 
 
@@ -106,7 +107,7 @@ def _incidence(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) ->
 
 
 def _nearest(taken: sparse.csr_array, neighbours: int) -> sparse.csr_array:
-    """(n_items, n_items) cosines between columns of ``taken``, without the diagonal, the largest of each row kept."""
+    """(n_items, n_items) cosines between columns of ``taken``: the largest of each row, without the diagonal."""
     n_items = taken.shape[1]
     norms = np.sqrt(np.asarray(taken.sum(axis=0)).ravel())
     unit = taken @ sparse.diags_array(1 / np.maximum(norms, 1))
@@ -114,11 +115,11 @@ def _nearest(taken: sparse.csr_array, neighbours: int) -> sparse.csr_array:
     keep = min(neighbours, n_items)
     blocks = []
     for start in range(0, n_items, ITEMS_PER_BLOCK):  # dense blocks: items x items never exists at once
-        cosine = (by_item[start : start + ITEMS_PER_BLOCK] @ unit).toarray()
-        here = np.arange(len(cosine))[:, None]
-        cosine[here[:, 0], start + here[:, 0]] = 0
-        top = np.argpartition(-cosine, keep - 1, axis=1)[:, :keep]
-        block = sparse.csr_array((cosine[here, top].ravel(), (np.repeat(here, keep), top.ravel())), shape=cosine.shape)
+        cosine = (by_item[start : start + ITEMS_PER_BLOCK] @ unit).toarray()  # (block, n_items)
+        row = np.arange(len(cosine))[:, None]
+        cosine[row[:, 0], start + row[:, 0]] = 0  # no item is its own neighbour
+        top = np.argpartition(-cosine, keep - 1, axis=1)[:, :keep]  # (block, keep) columns, unsorted
+        block = sparse.csr_array((cosine[row, top].ravel(), (np.repeat(row, keep), top.ravel())), shape=cosine.shape)
         block.eliminate_zeros()
         blocks.append(block)
     return sparse.vstack(blocks, format="csr")

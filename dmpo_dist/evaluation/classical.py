@@ -1,8 +1,9 @@
-"""SASRec, BERT4Rec and EASE on the same candidates: files out to ``rectools_runner.py``, scores back.
+"""SASRec, BERT4Rec and EASE on the same candidates: writes files for ``rectools_runner.py`` and reads its scores.
 
-The models see the likes of ``fitting_log`` and, at a request, its history; the candidates go out in the order of their
-names, so that nothing tells the positive. Numbers of epochs and the regularization are chosen on the validation requests, with
-a log that ends before those, and the model is then trained again on all that ends before the test.
+The models are trained on the likes of ``fitting_log`` and see the history of a request. Candidates are written in the
+order of their names, so that nothing reveals the positive. The number of epochs and the regularization are chosen on
+the validation requests, by models trained on a log that ends before these requests. The chosen model is then trained
+again on the log that ends before the test requests.
 """
 
 import json
@@ -33,13 +34,13 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 @dataclass(frozen=True)
 class ClassicalScores:
-    """What the runner found.
+    """The results of the runner.
 
     Attributes:
-        candidates: model -> per request a float64 array (1 + K,), the positive first.
-        catalogue: model -> what it makes of the whole catalogue; empty unless asked for.
-        facts: model -> chosen settings, validation NDCG@10 of those tried, seconds, and how many requests and candidates it
-            knew nothing of.
+        candidates: model -> for each request a float64 array (1 + K,) of scores, the positive first.
+        catalogue: model -> its ranking of the whole catalogue; empty unless asked for.
+        facts: model -> chosen settings, validation NDCG@10 of all settings tried, seconds, and the numbers of
+            requests with a history, and of positives, that the model did not know.
     """
 
     candidates: dict[str, list[np.ndarray]]
@@ -58,7 +59,7 @@ def classical_scores(
     """Train the models ``names`` in their own environment and score the test requests.
 
     Args:
-        catalogue: score every item, not the candidates alone, and rank among all.
+        catalogue: also score all items and rank the positives among them.
 
     Raises:
         UserError: no environment (see ``baseline_python``), or the runner failed.
@@ -74,18 +75,22 @@ def classical_scores(
 
 
 def _read_scores(folder: Path, names: Sequence[str], data: PreparedData, catalogue: bool) -> ClassicalScores:
-    """What the runner left in ``folder``; of requests x items some requests are in memory at a time."""
+    """The scores that the runner wrote to ``folder``; read in blocks, as requests x items may not fit in memory."""
     groups, columns = _groups(data.test), _catalogue(data)
     counts = _likes(data, "test")["item"].value_counts().reindex(columns, fill_value=0).to_numpy(float)
-    places = [columns.get_indexer(pd.Index(group)) for group in groups]
-    of_group = places if catalogue else [np.searchsorted(sorted(group), group) for group in groups]
+    # Candidates were written sorted and are scored in that order, or the whole catalogue is. ``of_group`` holds for
+    # each request the (1 + K,) indices of its candidates in the scores, the positive first.
+    item_columns = [columns.get_indexer(pd.Index(group)) for group in groups]
+    of_group = item_columns if catalogue else [np.searchsorted(sorted(group), group) for group in groups]
     whole = WholeCatalogue(data) if catalogue else None
     found = ClassicalScores({}, {}, json.loads((folder / "result.json").read_text(encoding="utf-8")))
     for name in names:
         file = folder / f"scores_{name}.parquet"
         rows = (row for block in _blocks(file) for row in block)
-        own = [row[place] for row, place in zip(rows, of_group, strict=True)]
-        found.candidates[name] = [with_unknown(row, counts[place]) for row, place in zip(own, places, strict=True)]
+        own = [row[indices] for row, indices in zip(rows, of_group, strict=True)]
+        found.candidates[name] = [
+            with_unknown(row, counts[indices]) for row, indices in zip(own, item_columns, strict=True)
+        ]
         found.facts[name] |= _unknown(own)
         if whole is not None:
             known = (np.stack([with_unknown(row, counts) for row in block]) for block in _blocks(file))
@@ -101,11 +106,11 @@ def _blocks(file: Path) -> Iterator[list[np.ndarray]]:
 
 
 def with_unknown(scores: np.ndarray, popularity: np.ndarray) -> np.ndarray:
-    """Scores without NaN: items the model does not know come last, all alike; without any score popularity ranks.
+    """Scores without NaN: unknown items share a last score; a request without any score is ranked by popularity.
 
     Args:
         scores: (n,) of one request.
-        popularity: (n,) how often each was taken in what the model was trained on.
+        popularity: (n,) how often each item was taken in the log that the model was trained on.
     """
     unknown = np.isnan(scores)
     if unknown.all():
@@ -120,7 +125,7 @@ def _settings(name: str, config: EvaluationConfig) -> dict[str, Any]:
 
 
 def _write_inputs(folder: Path, data: PreparedData, catalogue: bool) -> None:
-    """The files that ``rectools_runner.py`` reads, but the job."""
+    """Write all files that ``rectools_runner.py`` reads except ``job.json``."""
     pd.DataFrame({"item": _catalogue(data)}).to_parquet(folder / "items.parquet", index=False)
     for part, rows in (("test", data.test), ("validation", data.validation)):
         if not len(rows):
@@ -149,7 +154,7 @@ def _catalogue(data: PreparedData) -> pd.Index:
 
 
 def _unknown(scores: Sequence[np.ndarray]) -> dict[str, int]:
-    """How many requests the model could say nothing of, and of how many others it did not know the positive."""
+    """How many requests have no score at all, and how many of the others have none for the positive."""
     nothing = np.array([np.isnan(row).all() for row in scores])
     positive = np.array([np.isnan(row[0]) for row in scores])
     return {
@@ -159,7 +164,7 @@ def _unknown(scores: Sequence[np.ndarray]) -> dict[str, int]:
 
 
 def _run(python: Path, folder: Path, echo: Callable[[str], None]) -> None:
-    """Run the runner and pass on what it says; isolated (-I), so that it sees neither our modules nor our packages."""
+    """Run the runner and pass its progress on; isolated (-I), so that it sees neither our modules nor our packages."""
     errors = folder / "errors.txt"
     with (
         errors.open("w") as file,
@@ -167,7 +172,7 @@ def _run(python: Path, folder: Path, echo: Callable[[str], None]) -> None:
                          env=run_environment() | ONE_THREAD, cwd=folder) as process,
     ):  # fmt: skip
         for line in process.stdout or ():
-            if line.split(":")[0] in CLASSICAL:  # not what libraries print
+            if line.split(":")[0] in CLASSICAL:  # a line of the runner's own, not one that a library prints
                 echo(line.rstrip())
     if process.returncode:
         end = "\n".join(errors.read_text(errors="replace").strip().splitlines()[-8:])

@@ -1,8 +1,9 @@
-"""The environment of the classical baselines: made once with venv and pip, and used by its interpreter's path.
+"""The environment of the classical baselines: made once with venv and pip, and used through its interpreter's path.
 
-RecTools needs numpy < 2 on most Pythons, so it cannot live beside this package. A folder made by ``python -m venv`` works
-without a cluster and without Ray, can be made on a login node for compute nodes without network, and can be looked at; a Ray
-runtime environment would need a cluster to evaluate on, and inherits the packages it clashes with.
+RecTools needs numpy < 2 on most Pythons, so it cannot be installed beside this package. A folder made by ``python -m
+venv`` needs neither a cluster nor Ray, can be made on a login node for compute nodes without a network, and can be
+inspected. A Ray runtime environment would need a cluster for an evaluation, and would inherit the packages that
+RecTools clashes with.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ from dmpo_dist.errors import UserError
 REQUIREMENTS = ("rectools[torch]==0.19.0", "torch==2.13.0", "pyarrow==21.0.0")
 PROBE = (
     "import importlib.util, sys\n"
-    "lacks = [m for m in ('rectools', 'torch', 'pytorch_lightning', 'pyarrow') if importlib.util.find_spec(m) is None]\n"
+    "needed = ('rectools', 'torch', 'pytorch_lightning', 'pyarrow')\n"
+    "lacks = [m for m in needed if importlib.util.find_spec(m) is None]\n"
     "sys.exit('it lacks ' + ', '.join(lacks) if lacks else 0)"
 )
 SHOWN_LINES = 6
@@ -27,28 +29,28 @@ FOREIGN = (
     "PYTHON", "SLURM_", "LSB_", "TORCHELASTIC_", "PL_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "NODE_RANK", "WORLD_SIZE",
     "MASTER_",
 )  # fmt: skip
-"""Beginnings of variables that tell of this package's interpreter, or of a job that the baselines are no rank of."""
+"""Prefixes of environment variables that describe this package's interpreter, or the job that this process is in."""
 
 
 def default_environment() -> Path:
-    """A folder in the user's cache, another one for other versions."""
+    """A folder in the user's cache; its name depends on the required versions."""
     key = hashlib.sha256(repr((REQUIREMENTS, sys.version_info[:2])).encode()).hexdigest()[:12]
     return cache_folder() / f"baselines-{key}"
 
 
 def run_environment() -> dict[str, str]:
-    """This process's variables without ``FOREIGN`` ones: Lightning would wait for the ranks of a job it sees there."""
+    """This process's variables without ``FOREIGN``: Lightning would wait for the ranks of the job they describe."""
     return {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
 
 
 def baseline_python(folder: Path | None, echo: Callable[[str], None]) -> Path:
-    """The interpreter of an environment with RecTools, made where there is none yet.
+    """The interpreter of an environment with RecTools, which is made if ``folder`` does not exist.
 
     Args:
-        folder: the environment; None takes ``default_environment``. Anything that has ``bin/python`` and RecTools will do.
+        folder: the environment, with ``bin/python`` and RecTools; None takes ``default_environment``.
 
     Raises:
-        UserError: it cannot be made, or is no such environment.
+        UserError: it cannot be made, or it exists without RecTools.
     """
     folder = (folder or default_environment()).absolute()
     python = folder / "bin" / "python"
@@ -68,7 +70,7 @@ def baseline_python(folder: Path | None, echo: Callable[[str], None]) -> Path:
 
 
 def _make(folder: Path) -> None:
-    """Make the environment beside ``folder`` and move it there whole: its interpreter works from any place."""
+    """Make the environment beside ``folder`` and rename it when it is complete; its interpreter works after a move."""
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

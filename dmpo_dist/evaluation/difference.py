@@ -1,4 +1,4 @@
-"""How far one model's scores are from another's on the same candidates: in nats, and in what a user would see."""
+"""The difference between two models' scores of the same candidates: in nats, and in the rankings that users see."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ class Difference:
 
     Attributes:
         requests: what was scored, in words.
-        trained_dtype: type the trained model ran in.
+        trained_dtype: the dtype in which the trained model ran.
         candidates: how many log-probs were compared.
-        max_nats, mean_nats: of their absolute differences.
-        top_changed: requests whose best candidate is another one.
-        order_changed: requests in which any two candidates changed places.
+        max_nats, mean_nats: largest and mean absolute difference of the log-probs.
+        top_changed: number of requests whose best candidate differs.
+        order_changed: number of requests whose order of candidates differs.
         ndcg: NDCG@10 before and after; None where the requests are made up.
     """
 
@@ -35,8 +35,8 @@ class Difference:
         ndcg = f", NDCG@10 {self.ndcg[0]:.4f} -> {self.ndcg[1]:.4f}" if self.ndcg else ""
         return (
             f"Against the trained model in {self.trained_dtype} on {self.requests}: log-probs of {self.candidates} "
-            f"candidates differ by at most {self.max_nats:.2g} nats, on average {self.mean_nats:.2g}; another first place in {self.top_changed} "
-            f"requests, another order in {self.order_changed}{ndcg}."
+            f"candidates differ by at most {self.max_nats:.2g} nats, on average {self.mean_nats:.2g}; another first "
+            f"candidate in {self.top_changed} requests, another order in {self.order_changed}{ndcg}."
         )
 
 
@@ -47,7 +47,7 @@ def compare_scores(
 
     Args:
         requests: what was scored, in words.
-        real: whether the first candidate of each request is known to be liked, so that NDCG means something.
+        real: whether the users are known to like the first candidate of their request; without that there is no NDCG.
     """
     old, new = np.concatenate(before), np.concatenate(after)
     nats = np.abs(old - new)

@@ -1,4 +1,4 @@
-"""What a baseline may be fitted on before it ranks the requests of a split."""
+"""The interactions that a baseline may be fitted on before it ranks the requests of a split."""
 
 import pandas as pd
 from datasets import Dataset
@@ -9,9 +9,9 @@ from dmpo_dist.data.store import PreparedData
 def fitting_log(data: PreparedData, split: str) -> pd.DataFrame:
     """The interactions that a baseline may know when it ranks ``split`` ("validation" or "test"), in the order of time.
 
-    With a split by time these are all strictly before the split's cut. With leave-one-out there is no such moment: they
-    are all but what a requesting user did from the request on, for validation also from a test request on. So the later
-    events of others are known, as leave-one-out has it, and a user's own never.
+    With a split by time these are all interactions strictly before the split's cut. Leave-one-out has no such cut: all
+    interactions are known except those of a requesting user from the request on, and for validation also those from a
+    user's test request on. So a baseline knows later events of other users but none of the user who asks.
 
     Raises:
         ValueError: the data has no log.

@@ -1,6 +1,6 @@
 """Ranking metrics of one positive among K negatives, and bootstrap intervals over users.
 
-Pure functions of float64 arrays; nothing here knows about models or files.
+All are pure functions of float64 arrays, without models or files.
 """
 
 from collections.abc import Sequence
@@ -8,25 +8,27 @@ from collections.abc import Sequence
 import numpy as np
 
 CUTOFFS = (1, 5, 10, 20)
-"""Of HR, NDCG, recall and MRR."""
+"""Cutoffs k of HR@k, NDCG@k, recall@k and MRR@k."""
 
 TOP_METRICS = tuple(f"{name}@{k}" for name in ("hr", "ndcg", "recall", "mrr") for k in CUTOFFS)
 METRICS = (*TOP_METRICS, "mrr", "auc", "pair_accuracy", "pooled_auc")
 
 
 def ranking_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Rank the positive of each request among its negatives; a tie counts as its exact expectation under a fair draw.
+    """Rank the positive of each request among its negatives; ties count as their expectation under a random order.
 
-    With one relevant item, hr@k is recall@k, ndcg@k is 1 / log2(1 + rank) and mrr@k is 1 / rank within the first k,
-    else 0. ``auc`` is the share of a request's negatives below its positive, ties half. ``pair_accuracy`` is the same
-    share pooled over all (positive, negative) pairs, so a request weighs by its K. A request's value of it is its
-    linearised contribution p + K_i (auc_i - p) / mean(K): the mean of the values is the pooled share p, a bootstrap
-    over them has the spread of the ratio estimator, and where K is constant it is ``auc``. ``pooled_auc`` compares
-    every positive with the negatives of all requests (see ``pooled_auc``), so it asks that scores mean the same for
-    every user, which a ranking does not need.
+    - With one relevant item hr@k equals recall@k. Within the first k ranks, ndcg@k is 1 / log2(1 + rank) and mrr@k is
+      1 / rank; below them both are 0.
+    - ``auc`` is the share of a request's negatives below its positive, ties half.
+    - ``pair_accuracy`` is that share p over the (positive, negative) pairs of all requests together, so a request
+      counts in proportion to its K. The value of request i is its linearised contribution p + K_i (auc_i - p) /
+      mean(K). The mean of these values is p, and a bootstrap over them has the spread of the ratio estimator. Where K
+      is constant the value is ``auc``.
+    - ``pooled_auc`` compares every positive with the negatives of all requests (see the function). It is high only if
+      scores are comparable between users, which a ranking does not need.
 
     Args:
-        scores: per request a float array (1 + K,), the positive first; K >= 1 may differ between requests.
+        scores: for each request a float array (1 + K,), the positive first; K >= 1 may differ between requests.
 
     Returns:
         One (n_requests,) float64 array for each name in ``METRICS``.
@@ -34,7 +36,7 @@ def ranking_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: no requests, a request without negatives, or a score that is not finite (names the request).
     """
-    sizes, above, tied = _places(scores)
+    sizes, above, tied = _counts(scores)  # each (n_requests,)
     negatives = sizes - 1
     auc = (negatives - above - tied / 2) / negatives
     pooled = negatives @ auc / negatives.sum()
@@ -49,27 +51,28 @@ def ranking_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
 
 def top_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """The ``TOP_METRICS`` alone: arguments, ties and errors as in ``ranking_metrics``."""
-    return _top(*_places(scores))
+    return _top(*_counts(scores))
 
 
 def sure_hits(negatives: int) -> tuple[str, ...]:
-    """The metrics that are 1 in any order of a positive and at most ``negatives`` others: hr@k and recall@k of all of them."""
+    """The metrics that are 1 for every model where requests have at most ``negatives`` negatives: hr@k and recall@k."""
     return tuple(f"{name}@{k}" for name in ("hr", "recall") for k in CUTOFFS if k > negatives)
 
 
 def pooled_auc(scores: Sequence[np.ndarray]) -> np.ndarray:
-    """Area under the ROC curve of all candidates of all requests together, as (n_requests,) contributions.
+    """The ROC curve's area A over the candidates of all requests together, as (n_requests,) contributions.
 
-    Their mean is the area A. A request contributes A + (V(positive) - A) + (n / M) sum (V(negative) - A): V of the
-    positive is the share of all M negatives below it, V of a negative the share of the n positives above it, ties half.
-    A bootstrap over these linearised values has the spread of clustered data (Obuchowski, Biometrics 1997).
+    The mean of the contributions is A. A request contributes A + (V(positive) - A) + (n / M) sum (V(negative) - A),
+    where V of a positive is the share of all M negatives below it, and V of a negative is the share of the n positives
+    above it, ties half. A bootstrap over these linearised values has the spread that the estimator has when candidates
+    come in clusters, one for each request (Obuchowski, Biometrics 1997).
 
     Args:
         scores: as in ``ranking_metrics``, finite.
     """
     positives = np.array([candidates[0] for candidates in scores], dtype=np.float64)
     negatives = np.concatenate([candidates[1:] for candidates in scores]).astype(np.float64)
-    first = np.cumsum([0, *(len(candidates) - 1 for candidates in scores[:-1])])
+    first = np.cumsum([0, *(len(candidates) - 1 for candidates in scores[:-1])])  # each request's first negative
     below = _share_below(positives, negatives)
     area = below.mean()
     above = 1 - _share_below(negatives, positives)
@@ -77,15 +80,18 @@ def pooled_auc(scores: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def coverage(shown: np.ndarray, items: int) -> float:
-    """The share of a catalogue of ``items`` that is in any list; ``shown``: item numbers of all lists together."""
+    """The share of a catalogue of ``items`` items that is in at least one list.
+
+    Args:
+        shown: the item numbers of all lists together.
+    """
     return len(np.unique(shown)) / items
 
 
 def gini(shown: np.ndarray, items: int) -> float:
-    """How unevenly lists show a catalogue of ``items``: 0 all alike, near 1 a few only.
+    """The Gini coefficient of how often lists show each of ``items`` items: 0 if equally often, near 1 if only a few.
 
-    The Gini coefficient of how often each item is shown, never included: sum (2 i - n - 1) x_i / (n sum x) over the
-    ascending counts x_1 .. x_n.
+    It is sum (2 i - n - 1) x_i / (n sum x) over the ascending counts x_1 .. x_n, items that are never shown included.
     """
     counts = np.sort(np.bincount(shown, minlength=items))
     rank = np.arange(1, items + 1)
@@ -136,22 +142,23 @@ def bootstrap_p(differences: np.ndarray) -> np.ndarray:
 def resampled_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """(samples,) or (samples, m) means over users drawn with replacement; values as in ``bootstrap_interval``.
 
-    Counts times values needs O(n) memory and one product for all m; scipy.stats.bootstrap gathers samples x n x m.
+    A resample is a count for each user: its mean is counts @ values / n. That needs O(n) memory and one product for all
+    m metrics, where scipy.stats.bootstrap would gather samples x n x m values.
     """
     rng = np.random.default_rng(seed)
     n = len(values)
     means = np.empty((samples, *values.shape[1:]))
     for i in range(samples):
-        counts = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
+        counts = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)  # (n,) draws of each user
         means[i] = counts @ values / n
     return means
 
 
-def _places(scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each request its candidates, the negatives above its positive, and those level with it."""
+def _counts(scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each request the numbers of candidates, of negatives above its positive, and of negatives tied with it."""
     sizes = _checked_sizes(scores)
-    flat = np.concatenate(scores).astype(np.float64, copy=False)
-    first = np.cumsum(sizes) - sizes
+    flat = np.concatenate(scores).astype(np.float64, copy=False)  # (sum of sizes,)
+    first = np.cumsum(sizes) - sizes  # index of each request's positive in ``flat``
     if not np.isfinite(flat).all():
         bad = int(np.flatnonzero(~np.isfinite(flat))[0])
         request = int(np.searchsorted(first, bad, side="right")) - 1
@@ -176,7 +183,8 @@ def _checked_sizes(scores: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _expected_gain(gain: np.ndarray, above: np.ndarray, tied: np.ndarray) -> np.ndarray:
-    """Mean of ``gain[rank - 1]`` over the ranks above + 1 .. above + tied + 1, all equally likely. (n_requests,)"""
+    """(n_requests,) the mean of ``gain[rank - 1]`` over the equally likely ranks above + 1 .. above + tied + 1."""
+    # A mean over consecutive ranks is a difference of two prefix sums.
     total = np.concatenate([[0.0], np.cumsum(gain)])
     return (total[above + tied + 1] - total[above]) / (tied + 1)
 

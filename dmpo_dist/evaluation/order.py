@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from dmpo_dist.data.candidates import balance_line, place_of
+from dmpo_dist.data.store import groups_from_rows
 from dmpo_dist.evaluation.metrics import ranking_metrics
 
 ORDERS = 3
@@ -34,6 +36,16 @@ def order_spread(score: Score, rows: Dataset, scores: Sequence[np.ndarray], requ
     moved = score(few.select(order))
     packed = [moved[index] for index in np.argsort(order)]
     return {"candidates": _spread(before, shuffled), "packing": _spread(before, [packed])}
+
+
+def lists_note(names: Sequence[str], rows: Dataset, seed: int, orders: int) -> str:
+    """A sentence on the models ``names``, whose prompts list the candidates of ``rows``: where the positives stand."""
+    groups = groups_from_rows(rows)
+    places = [
+        place_of(group, (group.positive, *group.negatives), seed, draw) for group in groups for draw in range(orders)
+    ]
+    mean = f"scores are the mean over {orders} orders" if orders > 1 else "one order each"
+    return f"prompts of {', '.join(names)} list the candidates, {mean}: {balance_line(places)}"
 
 
 def _shuffled(score: Score, rows: Dataset, rng: np.random.Generator) -> list[np.ndarray]:

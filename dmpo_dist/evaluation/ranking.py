@@ -11,10 +11,11 @@ from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import ModelSource, find_model, read_model_config
 from dmpo_dist.modeling.ranking_model import RankingModel
+from dmpo_dist.modeling.scoring_rule import adjusted, scored_lengths
 
 
 class TitleScorer:
-    """A model and its reference under ``config.ranking``: length, popularity and reference corrections.
+    """A model and its reference under ``config.ranking``: corrections for length, popularity, prior and reference.
 
     Args:
         model: model folder or hub id.
@@ -37,13 +38,14 @@ class TitleScorer:
         self._log_popularity = self._popularity_of(catalogue) if config.ranking.popularity_weight else None
 
     def scores(
-        self, groups: Sequence[TokenGroup], titles: Sequence[str], user: str, whole_catalogue: bool
+        self, groups: Sequence[TokenGroup], titles: Sequence[str], user: str, whole_catalogue: bool, timestamp: int = 0
     ) -> np.ndarray:
         """(n, R) float64, what ``titles`` are ranked by after each of n prompts, see ``adjusted``.
 
         Args:
             groups: n prompts of ``user``, each with ``titles`` as its responses.
             whole_catalogue: there are too many titles to pack.
+            timestamp: of the request; see ``RankingModel.prior``.
 
         Raises:
             UserError: a score that is not finite, or a title without popularity where that is corrected for.
@@ -54,8 +56,10 @@ class TitleScorer:
         if ranking.reference is not None and self.reference is not None:
             references = log_probs_of(self.reference, groups, whole_catalogue)
         popularity = self._popularity(titles)
+        prior = self.policy.prior(titles, user, timestamp) if ranking.prior_weight else None
+        weights = (ranking.length_normalize, ranking.popularity_weight, prior, ranking.prior_weight)
         scores = np.stack([
-            adjusted(own, scored_lengths(group), other, popularity, ranking.length_normalize, ranking.popularity_weight)
+            adjusted(own, scored_lengths(group), other, popularity, *weights)
             for own, other, group in zip(log_probs, references, groups, strict=True)
         ])  # fmt: skip
         if not np.isfinite(scores).all():
@@ -152,34 +156,6 @@ def load_ranking_model(path: str, config: RunConfig) -> RankingModel:
 def log_probs_of(model: RankingModel, groups: Sequence[TokenGroup], whole_catalogue: bool) -> list[np.ndarray]:
     """For each group (R,) float64 log-probs: packed, or one catalogue after the other."""
     return [model.score_catalogue(group) for group in groups] if whole_catalogue else model.score_groups(groups)
-
-
-def scored_lengths(group: TokenGroup) -> np.ndarray:
-    """(R,) int64, scored tokens of each response."""
-    return np.array([len(row) - start for row, start in zip(group.branches, group.scored_from, strict=True)])
-
-
-def adjusted(
-    log_probs: np.ndarray,
-    lengths: np.ndarray,
-    reference: np.ndarray | None = None,
-    log_popularity: np.ndarray | None = None,
-    length_normalize: bool = False,
-    popularity_weight: float = 0.0,
-) -> np.ndarray:
-    """What titles are ranked by: (log pi - log pi_ref) / length - a * log popularity; arrays of (R,).
-
-    Args:
-        log_probs: summed over each title's tokens.
-        lengths: these tokens, the end counted.
-        reference: log-probs of another model, to be subtracted.
-        log_popularity: on whatever scale; a constant does not change a ranking.
-        length_normalize: divide by ``lengths``.
-        popularity_weight: the a above.
-    """
-    scores = log_probs if reference is None else log_probs - reference
-    scores = scores / lengths if length_normalize else scores
-    return scores if log_popularity is None else scores - popularity_weight * log_popularity
 
 
 def reference_of(source: ModelSource, asked: str | None, option: str = "ranking.reference=") -> str | None:

@@ -1,16 +1,18 @@
 """Classical recommenders by RecTools, run by another interpreter: ``python -I rectools_runner.py FOLDER``.
 
-This file imports nothing of ours, and ours imports nothing of RecTools: RecTools needs an older numpy. ``FOLDER`` holds
+RecTools needs an older numpy than dmpo_dist, so this file imports nothing of dmpo_dist, and dmpo_dist imports nothing
+of RecTools. ``FOLDER`` holds
 
-- ``job.json``: ``seed``, ``threads``, and ``models``: ease -> ``regularization`` (a list to choose from), sasrec and bert4rec
-  -> the fields of ``TransformerBaseline`` in ``config/evaluation.py``;
-- ``test_log.parquet`` (user, item, timestamp, in the order of time) and ``test_requests.parquet`` (history: list of items,
-  oldest first; candidates: list of items, or null for all of ``items.parquet``);
-- ``validation_log.parquet`` and ``validation_requests.parquet``, the same for earlier requests, whose first candidate is the
-  positive; without them the first regularization and ``epochs`` count.
+- ``job.json``: ``seed``, ``threads``, and ``models``: ease -> ``regularization`` (a list to choose from), sasrec and
+  bert4rec -> the fields of ``TransformerBaseline`` in ``config/evaluation.py``;
+- ``test_log.parquet`` (user, item, timestamp, in the order of time) and ``test_requests.parquet`` (history: list of
+  items, oldest first; candidates: list of items, or null for all of ``items.parquet``);
+- ``validation_log.parquet`` and ``validation_requests.parquet``, the same for earlier requests, whose first candidate
+  is the positive. Without them the first regularization and the setting ``epochs`` are used.
 
-It writes ``scores_NAME.parquet`` (``scores``: list of float64 as long as the candidates, NaN where the model does not know
-the item or nothing of the history) and ``result.json`` (name -> chosen settings, validation NDCG@10 by setting, seconds).
+It writes ``scores_NAME.parquet`` (``scores``: list of float64 as long as the candidates, NaN where the model does not
+know the item or knows nothing of the history) and ``result.json`` (name -> chosen settings, validation NDCG@10 by
+setting, seconds).
 """
 
 import json
@@ -36,17 +38,17 @@ SCORES_AT_ONCE = 5_000_000
 NETWORKS = {"sasrec": SASRecModel, "bert4rec": BERT4RecModel}
 
 Scores = np.ndarray
-"""(n_requests, n_items) float64 in the order of ``items.parquet``; NaN where the model cannot say."""
+"""(n_requests, n_items) float64, items in the order of ``items.parquet``; NaN where the model has no score."""
 
 
 class Fitted(Protocol):
-    """A trained model."""
+    """A trained model: histories -> scores of all items."""
 
     def __call__(self, histories: Sequence[Sequence[str]]) -> Scores: ...
 
 
 def main(folder: Path) -> None:
-    """Read ``job.json`` and the tables beside it, train what they ask for, write ``scores_NAME.parquet`` and ``result.json``."""
+    """Train the models of ``job.json`` on the tables beside it; write their scores and ``result.json``."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     items = pd.Index(pd.read_parquet(folder / "items.parquet")["item"])
@@ -72,7 +74,7 @@ def choose_regularization(
     validation: tuple[pd.DataFrame, pd.DataFrame] | None,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The regularization with the best validation NDCG@10, and that of each."""
+    """The regularization with the best validation NDCG@10, and the NDCG@10 of every one tried."""
     if validation is None:
         return {"regularization": settings["regularization"][0]}, {}
     log, requests = validation
@@ -91,7 +93,10 @@ def choose_epochs(
     validation: tuple[pd.DataFrame, pd.DataFrame] | None,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The number of epochs with the best validation NDCG@10, and that after each check; stops after ``patience`` worse ones."""
+    """The number of epochs with the best validation NDCG@10, and the NDCG@10 at every check.
+
+    Training stops after ``patience`` checks without an improvement.
+    """
     if validation is None:
         return {"epochs": settings["epochs"]}, {}
     log, requests = validation
@@ -106,7 +111,7 @@ def choose_epochs(
 
 
 def fit(name: str, settings: dict[str, Any], log: pd.DataFrame, items: pd.Index, seed: int) -> Fitted:
-    """Train ``name`` on ``log`` with settings in which nothing is left to choose."""
+    """Train ``name`` on ``log`` with chosen settings."""
     if name == "ease":
         return fit_ease(settings["regularization"], log, items)
     for epochs, model in train_network(name, settings | {"max_epochs": settings["epochs"]}, log, items, seed):
@@ -116,14 +121,14 @@ def fit(name: str, settings: dict[str, Any], log: pd.DataFrame, items: pd.Index,
 
 
 def fit_ease(regularization: float, log: pd.DataFrame, items: pd.Index) -> Fitted:
-    """EASE (Steck 2019) on ``log``, which scores users by their histories."""
+    """Train EASE (Steck 2019) on ``log``."""
     dataset = _dataset(log)
     model = EASEModel(regularization=regularization, recommend_n_threads=1).fit(dataset)
     known = pd.Index(dataset.item_id_map.external_ids)
     columns = items.get_indexer(known)
 
     def scores(histories: Sequence[Sequence[str]]) -> Scores:
-        """A user's row times the item weights, which is what EASE recommends by, for users it need not have seen."""
+        """EASE's score is a user's row of interactions times the item weights, so it needs the history alone."""
         codes = [known.get_indexer(pd.Index(history, dtype=object)) for history in histories]
         row = np.repeat(np.arange(len(codes)), [len(code) for code in codes])
         column = np.concatenate(codes)
@@ -140,7 +145,7 @@ def fit_ease(regularization: float, log: pd.DataFrame, items: pd.Index) -> Fitte
 def train_network(
     name: str, settings: dict[str, Any], log: pd.DataFrame, items: pd.Index, seed: int
 ) -> Iterator[tuple[int, Fitted]]:
-    """Train SASRec or BERT4Rec, and hand it out every ``epochs_per_check`` epochs and at the end."""
+    """Train SASRec or BERT4Rec; yields (epochs so far, the model) every ``epochs_per_check`` epochs and at the end."""
     seed_everything(seed, workers=True, verbose=False)
     dataset = _dataset(log)
     model = NETWORKS[name](
@@ -155,7 +160,7 @@ def train_network(
         known = set(model.data_preparator.get_known_item_ids())
         some = [number for number, history in enumerate(histories) if known.intersection(history)]
         if some:
-            # A ranking of everything, as RecTools gives no scores otherwise; every request is a user of its own.
+            # RecTools returns scores only with a ranking, so all known items are ranked; each request is its own user.
             events = pd.DataFrame(
                 [(number, item) for number in some for item in histories[number]], columns=["user", "item"]
             )
@@ -172,7 +177,7 @@ def train_network(
 
 
 def _cpu_trainer() -> Trainer:
-    """RecTools' own trainer, but never on an accelerator: one seed gives one result on every host."""
+    """RecTools' default trainer restricted to the CPU, so that a seed gives the same result on every host."""
     return Trainer(
         accelerator="cpu",
         devices=1,
@@ -185,18 +190,18 @@ def _cpu_trainer() -> Trainer:
 
 
 def validation_ndcg(model: Fitted, requests: pd.DataFrame, items: pd.Index) -> float:
-    """Mean NDCG@10 of the first candidate; an item or history unknown to the model ranks last."""
+    """Mean NDCG@10 of the first candidate; items without a score rank last."""
     gains = []
     for start, scores in _in_blocks(model, requests, items):
         for candidates, row in zip(requests["candidates"].iloc[start : start + len(scores)], scores, strict=True):
             own = np.nan_to_num(row[items.get_indexer(pd.Index(candidates))], nan=-np.inf)
-            rank = 1 + (own[1:] > own[0]).sum() + (own[1:] == own[0]).sum() / 2
+            rank = 1 + (own[1:] > own[0]).sum() + (own[1:] == own[0]).sum() / 2  # a tie counts half
             gains.append(1 / np.log2(1 + rank) if rank <= 10 else 0.0)
     return float(np.mean(gains))
 
 
 def write_scores(file: Path, model: Fitted, requests: pd.DataFrame, items: pd.Index) -> None:
-    """A row group for each block of requests, so that neither side need hold all of requests x items."""
+    """Write a row group for each block of requests, so that no process needs all of requests x items in memory."""
     kind = pa.list_(pa.float64())
     with pq.ParquetWriter(file, pa.schema([("scores", kind)])) as writer:
         for start, scores in _in_blocks(model, requests, items):
@@ -209,7 +214,7 @@ def write_scores(file: Path, model: Fitted, requests: pd.DataFrame, items: pd.In
 
 
 def _in_blocks(model: Fitted, requests: pd.DataFrame, items: pd.Index) -> Iterator[tuple[int, Scores]]:
-    """(first request, scores of some requests)."""
+    """(number of the first request, scores) of one block of requests after the other."""
     step = max(1, SCORES_AT_ONCE // len(items))
     for start in range(0, len(requests), step):
         yield start, model([list(history) for history in requests["history"].iloc[start : start + step]])
@@ -220,7 +225,7 @@ def _read(folder: Path, part: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _dataset(log: pd.DataFrame, item_ids: IdMap | None = None) -> Dataset:
-    """RecTools' view of a log in the order of time; times are places in it, as only their order matters."""
+    """A log in the order of time as RecTools' dataset; a time is the index in the log, as only the order matters."""
     raw = pd.DataFrame(
         {
             Columns.User: log["user"].to_numpy(),

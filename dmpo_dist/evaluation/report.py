@@ -25,6 +25,7 @@ def evaluate_scores(
     seed: int,
     strata: Mapping[str, Strata] | None = None,
     against: Sequence[str] = (),
+    starts: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """All metrics of all models with 95 % intervals, by stratum, and models against each other.
 
@@ -36,6 +37,7 @@ def evaluate_scores(
         samples: bootstrap resamples of the requests, the same ones for every model and metric.
         strata: groups of the requests to look at by themselves.
         against: models that all others are compared with; none compares ``dmpo`` (where present) with each other model.
+        starts: model -> the model that its stage started from, which it is compared with for itself.
 
     Returns:
         Intervals of all models, means of each seed, strata and comparisons; what the figures are of (data, folders,
@@ -50,11 +52,13 @@ def evaluate_scores(
     pairs = [("dmpo", other) for other in values if other != "dmpo"] if "dmpo" in values else []
     if against:
         pairs = [(other, one) for one in against for other in values if other != one]
+    of_starts = [(name, start) for name, start in (starts or {}).items()]
     compared = {
-        name: _only(values[name], COMPARED_METRICS) for name in dict.fromkeys(n for pair in pairs for n in pair)
+        name: _only(values[name], COMPARED_METRICS)
+        for name in dict.fromkeys(n for pair in [*pairs, *of_starts] for n in pair)
     }
     shown = {name: _only(of_model, TABLE_METRICS) for name, of_model in values.items()}
-    return Evaluation(
+    evaluation = Evaluation(
         requests=len(sizes),
         negatives={"fewest": min(sizes) - 1, "most": max(sizes) - 1},
         bootstrap={"samples": samples, "seed": seed},
@@ -63,6 +67,9 @@ def evaluate_scores(
         strata=strata_figures(strata or {}, shown, TABLE_METRICS, samples, seed),
         comparisons=_comparisons(pairs, compared, samples, seed),
     )
+    if of_starts:
+        evaluation.against_start = _comparisons(of_starts, compared, samples, seed)
+    return evaluation
 
 
 def write_evaluation(

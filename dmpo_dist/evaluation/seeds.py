@@ -1,14 +1,13 @@
 """Several trainings of one model that differ in their seed, as one row of a table.
 
-``name@seed`` is one of them. A user's value of the model is its mean over the seeds, and an interval covers both what
-other users and what other seeds would have given: users are drawn with replacement as for every model, and seeds are
-drawn with replacement beside them. Models with equal seeds get the same draws, so that a stage is paired with the one
-it started from. Of two models that have some seeds in common only those are compared: draws of unequal sets would not
-be the same ones.
+``name@seed`` is one training. The model's value for a user is the mean over its seeds. An interval covers the variation
+over both users and seeds: users are drawn with replacement as for every model, and so are seeds. Models with equal
+seeds get the same draws of seeds, so that a stage is paired with the one it started from. Two models that share only
+some seeds are compared on these seeds, as draws from different sets cannot be paired.
 
-A bootstrap of S seeds spreads too little by sqrt((S - 1) / S), which is a lot for three. Draws are widened by its
-inverse, so that seeds add exactly s^2 / S to the variance, s the standard deviation over seeds. With one seed the
-interval covers users alone.
+The standard deviation of a bootstrap over S seeds is too small by the factor sqrt((S - 1) / S), 0.82 for three seeds.
+So draws are widened by the inverse factor, and seeds add exactly s^2 / S to the variance, where s is the standard
+deviation over seeds. With one seed the interval covers users alone.
 """
 
 import zlib
@@ -25,10 +24,10 @@ SEPARATOR = "@"
 
 @dataclass(frozen=True)
 class SeededValues:
-    """What each user contributes to some metrics under each seed of a model.
+    """The contribution of each user to m metrics under each seed of a model.
 
     Attributes:
-        seeds: S labels; one empty label where a model has no seeds.
+        seeds: S labels; a single empty label for a model without seeds.
         values: (n_users, S, m) float64.
     """
 
@@ -44,9 +43,11 @@ class SeededValues:
         return self.values.mean(axis=0)
 
     def resampled(self, samples: int, seed: int) -> np.ndarray:
-        """(samples, m) means over drawn users and seeds."""
+        """(samples, m) means over drawn users and drawn seeds."""
         users, seeds, metrics = self.values.shape
-        means = resampled_means(self.values.reshape(users, seeds * metrics), samples, seed)
+        # First the mean over drawn users for each seed and metric, then a weighted mean of these over seeds. Both draws
+        # depend on ``seed`` alone, so resamples of two models can be subtracted in pairs.
+        means = resampled_means(self.values.reshape(users, seeds * metrics), samples, seed)  # (samples, S * m)
         return np.einsum("bs,bsm->bm", seed_weights(self.seeds, samples, seed), means.reshape(samples, seeds, metrics))
 
     def interval(self, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -55,35 +56,39 @@ class SeededValues:
         return self.mean(), low, high
 
     def of_seeds(self, labels: tuple[str, ...]) -> "SeededValues":
-        """The same for the seeds ``labels`` alone."""
+        """These values for the seeds ``labels`` alone."""
         return SeededValues(labels, self.values[:, [self.seeds.index(label) for label in labels]])
 
     def of_users(self, chosen: np.ndarray) -> "SeededValues":
-        """The same for the users in the mask or index ``chosen``."""
+        """These values for the users in the mask or index ``chosen`` alone."""
         return SeededValues(self.seeds, self.values[chosen])
 
 
 def on_common_seeds(a: SeededValues, b: SeededValues) -> tuple[SeededValues, SeededValues]:
-    """Both on the seeds that both have, so that they can be paired; as they are where they share none."""
+    """Both on the seeds that they share, so that they can be paired; unchanged where they share none."""
     common = tuple(label for label in a.seeds if label in b.seeds)
     return (a.of_seeds(common), b.of_seeds(common)) if common else (a, b)
 
 
 def seed_weights(seeds: tuple[str, ...], samples: int, seed: int) -> np.ndarray:
-    """(samples, S) weights that add up to 1: draws of S seeds with replacement, widened by sqrt(S / (S - 1))."""
+    """(samples, S) weights that add up to 1: draws of S seeds with replacement, widened by sqrt(S / (S - 1)).
+
+    A weight can be negative.
+    """
     count = len(seeds)
     if count == 1:
         return np.ones((samples, 1))
+    # The labels are part of the random seed: models with the same seeds get the same draws, others do not.
     rng = np.random.default_rng([seed, zlib.crc32("\0".join(seeds).encode())])
     drawn = rng.multinomial(count, np.full(count, 1 / count), size=samples) / count
     return 1 / count + (drawn - 1 / count) * np.sqrt(count / (count - 1))
 
 
 def split_name(entry: str) -> tuple[str, str]:
-    """Name and seed of ``name@seed``; the seed is "" for a name alone.
+    """Name and seed of ``name@seed``; the seed of a plain name is "".
 
     Raises:
-        UserError: one of them is empty.
+        UserError: the name or the seed is empty.
     """
     name, separator, seed = entry.rpartition(SEPARATOR)
     if not separator:
@@ -96,10 +101,10 @@ def split_name(entry: str) -> tuple[str, str]:
 
 
 def by_name(entries: Iterable[str]) -> dict[str, dict[str, str]]:
-    """name -> seed -> entry, in the order given but seeds sorted.
+    """name -> seed -> entry; names in the given order, seeds sorted.
 
     Raises:
-        UserError: a name comes with and without seeds.
+        UserError: a name is given both with and without seeds.
     """
     groups: dict[str, dict[str, str]] = {}
     for entry in entries:
@@ -115,7 +120,7 @@ def by_name(entries: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def stacked(values: Mapping[str, np.ndarray]) -> dict[str, SeededValues]:
-    """name -> values of its seeds, from entry -> (n_users, m)."""
+    """entry -> (n_users, m) becomes name -> values of all its seeds."""
     return {
         name: SeededValues(tuple(seeds), np.stack([values[entry] for entry in seeds.values()], axis=1))
         for name, seeds in by_name(values).items()

@@ -1,4 +1,4 @@
-"""Requests by how popular their positive is, how much of the user is known, and how rarely the item was seen."""
+"""Strata of requests: by popularity of the positive, by length of the history, by how rarely the item was seen."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,21 +10,24 @@ from dmpo_dist.artifacts.evaluation import Interval, Stratum
 from dmpo_dist.evaluation.seeds import SeededValues
 
 LENGTHS = (1, 5, 10, 20)
-"""Strata of history lengths begin here."""
+"""The shortest history of each stratum."""
 TIMES_SEEN = (0, 1, 5, 20)
-"""Strata of how often an item was taken begin here."""
+"""The fewest times that an item of each stratum was taken."""
 Strata = dict[str, np.ndarray]
 """stratum -> (n_requests,) mask."""
 
 
 def strata_of(rows: Dataset, log: pd.DataFrame | None) -> dict[str, Strata]:
-    """The strata of the requests ``rows``; those that need a log or a history are left out where there is none.
+    """kind -> the strata of the requests ``rows``.
 
-    ``popularity``: head, mid and tail, items that hold a third of the interactions each. ``history``: likes the model
-    is shown. ``item_cold``: how often the positive was taken in the log. Empty strata are left out.
+    - ``popularity``: head, mid and tail, the items with a third of the interactions each; needs a log.
+    - ``item_cold``: by the number of times that the positive was taken in the log; needs a log.
+    - ``history``: by the number of likes in the prompt; needs a history.
+
+    Kinds whose data is missing, and empty strata, are left out.
 
     Args:
-        log: what baselines may be fitted on (``fitting_log``), column item.
+        log: the interactions that baselines may be fitted on (``fitting_log``), column item.
     """
     found: dict[str, Strata] = {}
     if log is not None:
@@ -40,7 +43,7 @@ def strata_of(rows: Dataset, log: pd.DataFrame | None) -> dict[str, Strata]:
 
 
 def popularity_thirds(counts: pd.Series) -> pd.Series:
-    """item -> head, mid or tail: by falling count, an item belongs where the interactions before it put it.
+    """item -> head, mid or tail: by the share of interactions that more popular items have, < 1/3, < 2/3 or more.
 
     Args:
         counts: item -> interactions, at least one each.
@@ -57,7 +60,7 @@ def strata_figures(
     """Kind -> stratum -> the figures of all models on its requests.
 
     Args:
-        values: name -> what each request contributes to ``metrics``.
+        values: name -> the contribution of each request to ``metrics``.
     """
 
     def figures(mask: np.ndarray) -> Stratum:
@@ -69,7 +72,7 @@ def strata_figures(
 
 
 def cells(metrics: Sequence[str], interval: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, Interval]:
-    """Figures by metric. Metrics lie between 0 and 1, which draws widened for few seeds can leave."""
+    """Figures by metric; ends of intervals are clipped to [0, 1], which draws widened for few seeds can exceed."""
     rows = np.stack(interval, axis=1).tolist()
     return {
         metric: Interval(value=value, low=max(low, 0.0), high=min(high, 1.0))

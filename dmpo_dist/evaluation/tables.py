@@ -8,6 +8,7 @@ from rich.table import Table as TerminalTable
 
 from dmpo_dist import tables
 from dmpo_dist.evaluation.metrics import sure_hits
+from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.formats import number
 from dmpo_dist.tables import Cell, Table
 
@@ -101,8 +102,18 @@ def left_out_line(metrics: Sequence[str], negatives: int) -> str | None:
 
 def comparison_lines(evaluation: dict[str, Any]) -> list[str]:
     """One line per comparison: "dmpo against sft: ndcg@10 +0.021 [0.008, 0.034], paired over 812 users"."""
+    return _lines(evaluation, evaluation["comparisons"])
+
+
+def below_start_lines(evaluation: dict[str, Any]) -> list[str]:
+    """A line per model and metric that is below what the model's stage started from, by a whole interval."""
+    worse = [c for c in evaluation.get("against_start", []) if c["high"] < 0]
+    return [f"below its start: {line}" for line in _lines(evaluation, worse)]
+
+
+def _lines(evaluation: dict[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
-    for c in evaluation["comparisons"]:
+    for c in comparisons:
         seeds = _seeds_of_pair(evaluation, c)
         unclear = " (no clear difference)" if c["low"] <= 0 <= c["high"] else ""
         lines.append(
@@ -157,25 +168,29 @@ def catalogue_table(result: dict[str, Any], requests: int) -> TerminalTable:
     return tables.terminal(_catalogue(result, requests, leading_zero=False))
 
 
-def order_line(evaluation: dict[str, Any]) -> str | None:
-    """How far scores moved when candidates or requests were put in another order; None if not measured."""
-    order = evaluation.get("order")
-    if not order or not order["models"]:
-        return None
-    worst = {
-        kind: max(of_model[kind]["max_difference"] for of_model in order["models"].values())
-        for kind in ("candidates", "packing")
-    }
-    return (
-        f"{order['requests']} requests scored again: log-probs moved by at most {worst['candidates']:.1g} nats with "
-        f"candidates in other orders, {worst['packing']:.1g} with requests packed otherwise"
-    )
+def rules_table(evaluation: dict[str, Any], metrics: Sequence[str] = TABLE_METRICS) -> Table:
+    """A row per language model and scoring rule."""
+    rules = evaluation["rules"]
+    models = {f"{m} {rule}": rules["models"][m][rule] for m in in_order(rules["models"]) for rule in rules["models"][m]}
+    shown = [metric for metric in metrics if metric not in sure_hits(evaluation["negatives"]["most"])]
+    return metrics_table("Language models by scoring rule", models, shown, {}, note=rules_note(rules["chosen"]))
+
+
+def rules_note(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which rule is in use, and what the prior's weight is, by model."""
+    parts = []
+    for name, of_model in chosen.items():
+        weight = of_model.get("prior_weight")
+        parts.append(f"{name} by {of_model['rule']}" + (f" (prior's weight {weight:g})" if weight is not None else ""))
+    on_validation = any(of_model.get("validation") for of_model in chosen.values())
+    return f"In use: {', '.join(parts)}" + "; chosen on validation" * on_validation
 
 
 def markdown(evaluation: dict[str, Any]) -> str:
     """``evaluation.md``: everything but the per-candidate scores."""
     models = _models(evaluation, MARKDOWN_METRICS)
-    blocks = ["# Evaluation", models.caption + ".", _list(evaluation.get("notes", [])), tables.markdown(models)]
+    notes = [*evaluation.get("notes", []), *below_start_lines(evaluation)]
+    blocks = ["# Evaluation", models.caption + ".", _list(notes), tables.markdown(models)]
     blocks.append(
         "Best in bold, the oracle apart. auc averages over requests, pair_accuracy pools all pairs of a request, "
         "pooled_auc all candidates of all requests. One positive each, so recall@k is hr@k."
@@ -188,11 +203,18 @@ def markdown(evaluation: dict[str, Any]) -> str:
         )
     if evaluation["comparisons"]:
         blocks += ["## Paired comparisons", _list(comparison_lines(evaluation))]
+    if evaluation.get("against_start"):
+        blocks += ["## Against what each stage started from", _list(_lines(evaluation, evaluation["against_start"]))]
+    if evaluation.get("rules"):
+        rules = rules_table(evaluation, MARKDOWN_METRICS)
+        blocks += ["## Scoring rules", tables.markdown(rules), f"{rules.note}."]
     if "catalogue" in evaluation:
         catalogue = _catalogue(evaluation["catalogue"], evaluation["requests"])
         blocks += ["## The whole catalogue", catalogue.caption + ".", tables.markdown(catalogue), catalogue.note]
     for kind, strata in evaluation.get("strata", {}).items():
         blocks += [f"## {STRATA_TITLES[kind]}", tables.markdown(_strata(evaluation, strata))]
+    if evaluation.get("generation"):
+        blocks += ["## Titles written by the models", _list(generation_lines(evaluation))]
     moved = order_line(evaluation)
     blocks.append(f"{moved}." if moved else "")
     return "\n\n".join(filter(None, blocks)) + "\n"

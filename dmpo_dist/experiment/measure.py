@@ -19,6 +19,7 @@ from dmpo_dist.evaluation.baselines import oracle_scores
 from dmpo_dist.evaluation.metrics import METRICS, ranking_metrics
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores, rules_figures
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, model_settings, to_evaluate
 
@@ -33,15 +34,22 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
     """
     for dataset in to_evaluate(part, data):
         scores: dict[str, list[np.ndarray]] = {}
+        ruled: dict[str, RuledScores] = {}
         for name, path in part.measured.items():
             with console.status(f"scoring {part.title} on {dataset}"):
-                scores[name] = load_ranking_model(str(path), part.config).score_rows(data[dataset].test)
+                model = load_ranking_model(str(path), part.config)
+                scores[name] = model.score_rows(data[dataset].test)
+                if asks_for_rules(part.config.evaluation):
+                    ruled[name] = ruled_scores(model, scores[name], data[dataset], part.config)
+                    scores[name] = ruled[name].scores
             if not all(np.isfinite(candidates).all() for candidates in scores[name]):
                 raise UserError(f"{path}: scores on {dataset} are not finite; its training diverged")
-        about = {
+        about: dict[str, Any] = {
             "folders": {name: str(path) for name, path in part.measured.items()},
             "settings": model_settings(part.config),
         }
+        if ruled:
+            about["rules"] = rules_figures(ruled, part.config.evaluation.bootstrap_samples, part.config.seed)
         _write(evaluation_folder(part, dataset), scores, data[dataset], part.config, about)
 
 

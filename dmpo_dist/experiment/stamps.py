@@ -12,6 +12,7 @@ from dmpo_dist.artifacts.log import METRICS_FILE, StartRecord, read_log
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.rules import asks_for_rules
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.records.read import CONFIG_FILE, read_run
 
@@ -20,7 +21,11 @@ EVALUATION = "evaluation"
 SHOWN = 5  # changed cells named in an error
 MODELS_DEPEND_ON = {"bootstrap_samples", "token_budget"}
 """Of the evaluation section: what changes the figures of a trained model; a further baseline does not."""
-BASELINES_IGNORE = {"baseline_environment", "token_budget", "order_requests", "candidate_orders"}
+RULES = {"rule", "rules", "prior_weights"}
+"""Likewise, where they are not as they come; so older evaluations, which know of no rules, still count."""
+BASELINES_IGNORE = {
+    "baseline_environment", "token_budget", "order_requests", "candidate_orders", "generate", *RULES
+}  # fmt: skip
 
 State = Literal["done", "to evaluate", "interrupted", "failed", "to do"]
 
@@ -131,9 +136,12 @@ def _changes(part: Part) -> list[str]:
 
 def model_settings(config: RunConfig) -> dict[str, Any]:
     """What the figures of a trained model depend on, as they are kept with them."""
-    settings = config.evaluation.model_dump(mode="json", include=MODELS_DEPEND_ON) | {"seed": config.seed}
-    orders = config.evaluation.candidate_orders
-    return settings if orders == 1 else settings | {"candidate_orders": orders}
+    more = {}
+    if asks_for_rules(config.evaluation):
+        more = config.evaluation.model_dump(mode="json", include=RULES) | {"reference": config.ranking.reference}
+    if config.evaluation.candidate_orders > 1:
+        more["candidate_orders"] = config.evaluation.candidate_orders
+    return config.evaluation.model_dump(mode="json", include=MODELS_DEPEND_ON) | {"seed": config.seed} | more
 
 
 def baseline_settings(config: RunConfig) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class Explainer:
         """(n, R) what the candidates are ranked by after each of n histories, see ``adjusted``; a mean over orders."""
         candidates, user, time = question.candidates, question.user, question.timestamp
         groups = [group for h in histories for group in self._model.token_groups(h, candidates, user, time)]
-        scores = self._scorer.scores(groups, candidates, user, self.whole_catalogue)
+        scores = self._scorer.scores(groups, candidates, user, self.whole_catalogue, time)
         return scores.reshape(len(histories), self._model.orders, -1).mean(axis=1)
 
     def _allows_empty_history(self) -> bool:

@@ -1,1 +1,1 @@
-"""Everything that is drawn: training curves, studies, explanations."""
+"""All figures: training curves, studies, intervals, explanations."""

@@ -23,7 +23,7 @@ TRAIN_PANELS = {
 }
 """Title -> column -> (label, colour).
 
-Positive and negative log-probs share a plot: a margin may also grow while both fall.
+Positive and negative log-probs share a plot, because a margin can grow while both of them fall.
 """
 VALIDATION_COLOURS = {"ndcg@10": BLUE, "hr@1": ORANGE, "mrr": GREEN, "auc": PURPLE}
 VALIDATION_PANEL = "Validation"
@@ -33,21 +33,21 @@ SIDE_BY_SIDE = {
     "logp_positive": "Log-probability of positives",
     "logp_negative": "Log-probability of negatives",
 }
-NOISY = 50  # log lines from which a running mean is drawn over them
-FEW = 25  # points up to which each has a marker
-MOST_RUNS = 21  # side by side on a page: as many looks there are without markers
+NOISY = 50  # series of at least so many log lines are drawn with a running mean
+FEW = 25  # series of at most so many points have markers
+MOST_RUNS = 21  # side by side on a page: so many looks can be told apart without markers
 
 Lines = Mapping[str, tuple[str, Look]]
 """Column -> label and look."""
 
 
 def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "ndcg@10") -> None:
-    """Draw the series of a metrics.jsonl that has them: loss, margin, accuracy, log-probs, gradient norm, validation.
+    """Draw what a metrics.jsonl holds of loss, margin, accuracy, log-probs, gradient norm and validation metrics.
 
     Args:
-        metrics_file: a run's metrics.jsonl; null and NaN are gaps.
+        metrics_file: a run's metrics.jsonl; null and NaN are gaps in a line.
         output: the PNG; its folder is made.
-        select_metric: the best step of this validation metric is marked; None marks none.
+        select_metric: the validation metric whose best step is marked; None marks no step.
     """
     records = read_log(metrics_file).records
     train, validation = by_step(records, StepRecord), by_step(records, ValidationRecord)
@@ -60,13 +60,13 @@ def plot_curves(metrics_file: Path, output: Path, select_metric: str | None = "n
 
 
 def run_drawings(train: pd.DataFrame, validation: pd.DataFrame, best: int | None, metric: str) -> list[Drawing]:
-    """One run: a plot of each quantity it logged.
+    """A drawing of each quantity that a run logged.
 
-    The preference loss has one where the loss is more than that.
+    The preference loss has its own drawing only where the loss has a further term.
 
     Args:
         train, validation: see ``artifacts.log.by_step``.
-        best: step to mark, whose weights are kept; it is the best by the validation ``metric``.
+        best: the step whose weights are kept, which is marked; it is the best by the validation ``metric``.
     """
     drawings = []
     for title, columns in TRAIN_PANELS.items():
@@ -91,11 +91,11 @@ def side_by_side_drawings(
     note: str = "",
     fewest: int = 1,
 ) -> list[Drawing]:
-    """Several runs: a plot of each of ``quantities`` and the validation ``metric``, with a line per run that logged it.
+    """A drawing of each of ``quantities`` and of the validation ``metric``, with a line for each run that logged it.
 
     Args:
         runs: name -> its train and validation frames, see ``artifacts.log.by_step``.
-        fewest: quantities that fewer runs logged are left out.
+        fewest: quantities logged by fewer runs than this are left out.
     """
     of_run = looks(runs)
     drawings = []
@@ -124,7 +124,7 @@ def _drawing(
 
 
 def _draw_lines(axes: Axes, frame: pd.DataFrame, lines: Lines, raw: bool, mark: tuple[int | None, str]) -> None:
-    """Columns of ``frame``, which is indexed by step; long ones as their running mean, over themselves if ``raw``."""
+    """Draw columns of ``frame``, which is indexed by step; long ones as running means, with all values if ``raw``."""
     for column, (label, look) in lines.items():
         values = frame[column].dropna()
         marker = look.marker if len(values) <= FEW else None
@@ -151,12 +151,12 @@ def _draw_lines(axes: Axes, frame: pd.DataFrame, lines: Lines, raw: bool, mark: 
 
 
 def has_values(frame: pd.DataFrame, column: str) -> bool:
-    """Whether ``column`` is there and not all gaps."""
+    """Whether ``frame`` has ``column`` with at least one value."""
     return column in frame and bool(frame[column].notna().any())
 
 
 def _smooth(values: pd.Series) -> pd.Series:
-    """The running mean of a noisy series; a short one as it is."""
+    """The running mean of a long series; a short one unchanged."""
     return values.ewm(span=max(5, len(values) / 20)).mean() if len(values) >= NOISY else values
 
 

@@ -25,16 +25,16 @@ AREAS = {
     "recent_vs_random": ("recent", "random"),
     "inverse_vs_random": ("inverse", "random"),
 }
-AREAS_NOTE = "Above 0: taking items away in the first order pulls the title down faster than in the second."
+AREAS_NOTE = "Above 0: removing items in the first order lowers the title's score faster than in the second."
 
 
 def plot_faithfulness(result: Mapping[str, Any], output: Path) -> None:
-    """Draw what ``faithfulness.summarise`` returns, with ``value``, what the curves show, into a PNG."""
+    """Draw the result of ``faithfulness.summarise``, with the name of the curves' quantity as ``value``, into a PNG."""
     save_grid(faithfulness_drawings(result), output, columns=2)
 
 
 def faithfulness_drawings(result: Mapping[str, Any]) -> list[Drawing]:
-    """The deletion curves and the areas between them, where ``result`` has some."""
+    """The deletion curves and the areas between them, as far as ``result`` has them."""
     drawings = []
     curves = {name: curve for name, curve in result["curves"].items() if name != SHARE and len(curve) > 1}
     if curves:
@@ -62,7 +62,7 @@ def _draw_deletion(axes: Axes, curves: Mapping[str, Sequence[float]], share: Seq
 
 
 def _area_rows(areas: Mapping[str, Mapping[str, float]]) -> list[IntervalRow]:
-    """Two rows for each area, as its names are long: a heading, and the figure."""
+    """Two rows for each area, a heading and the figure, as both names would be too long for one row."""
     rows = []
     for name, area in areas.items():
         first, second = AREAS.get(name, (name.partition("_vs_")[0], name.partition("_vs_")[2]))

@@ -14,7 +14,7 @@ ROW_HEIGHT, FRAME_HEIGHT = 0.3, 0.5  # inches
 
 @dataclass(frozen=True)
 class IntervalRow:
-    """A figure with its interval; without a value, a heading of the rows below it."""
+    """A figure with its interval; a row without a value is the heading of the rows below it."""
 
     label: str
     value: float | None = None
@@ -31,10 +31,11 @@ class IntervalRow:
 def interval_drawing(
     title: str, rows: Sequence[IntervalRow], zero: bool = False, note: str = "", unit: str = ""
 ) -> Drawing:
-    """The rows from top to bottom, one at least with a value; its description names them all.
+    """The rows from top to bottom; the text for blind readers lists them all.
 
     Args:
-        zero: the figures are differences: show where none is, and signs.
+        rows: at least one has a value.
+        zero: whether the figures are differences, which have signs and a line at 0.
     """
     form = "+.3f" if zero else ".3f"
     words, heading = [], ""
@@ -49,16 +50,16 @@ def interval_drawing(
 
 
 def _draw(axes: Axes, rows: Sequence[IntervalRow], zero: bool, form: str, unit: str) -> None:
-    """Each figure also stands as a number beside its interval."""
-    for place, row in enumerate(rows):
+    """Draw the rows; the number of each figure is written beside its interval."""
+    for y, row in enumerate(rows):
         if row.value is None:
             continue
         if row.low is not None and row.high is not None:
-            axes.plot([row.low, row.high], [place, place], color=row.colour, linewidth=2.2, solid_capstyle="butt")
+            axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=2.2, solid_capstyle="butt")
         face = "white" if row.hollow else row.colour
-        (dot,) = axes.plot(row.value, place, "o", color=row.colour, markerfacecolor=face, markersize=6)
+        (dot,) = axes.plot(row.value, y, "o", color=row.colour, markerfacecolor=face, markersize=6)
         hover(dot, [row.words(form)])
-        axes.text(1.02, place, number(row.value, form), transform=axes.get_yaxis_transform(), va="center_baseline")
+        axes.text(1.02, y, number(row.value, form), transform=axes.get_yaxis_transform(), va="center_baseline")
     if zero:
         axes.axvline(0, color=GREY, linewidth=1)
     axes.set_yticks(range(len(rows)), [short(row.label) for row in rows])

@@ -1,7 +1,7 @@
 """The figures of an experiment: few-shot curves, the sweep over K, the cross-domain matrix.
 
-All take *points*: a row for each model, its training and a metric, with columns dataset, evaluated_on, train_groups, k,
-model, free (values of further axes of the grid), metric, value, low, high, values (one per seed),
+All take *points*, a table with a row for each trained model and metric. Its columns are dataset, evaluated_on,
+train_groups, k, model, free (values of further axes of the grid), metric, value, low, high, values (one for each seed),
 first_preference_loss and final_preference_loss, and loss_low and loss_high where several seeds have a loss. k and the
 losses are missing for models that were trained without negatives, train_groups for baselines.
 """
@@ -25,18 +25,18 @@ LEVELS = {
     "popularity": ("popularity", (0, (6, 2)), PALE),
     "random": ("random", (0, (1, 2)), PALE),
 }
-"""Models that are drawn as a level line where they do not depend on the horizontal axis: label, dash, colour."""
+"""Model -> label, dash and colour of its horizontal line, in figures whose horizontal axis it does not depend on."""
 BESIDE_K = ("sft", "sft_continued", "popularity")
 HEAT, DARK = "cividis", "#111111"
 MOST_PANELS = 12
-APART = 1.03  # factor on the logarithmic axis between the points of two curves, to tell them apart
+APART = 1.03  # each curve is shifted by this factor on the logarithmic axis, so that points do not cover each other
 
 Curves = Mapping[str, pd.DataFrame]
 """Label -> the points of one curve, in the order of its horizontal axis."""
 
 
 def draw_few_shot(points: pd.DataFrame, output: Path) -> bool:
-    """HR@1 and NDCG@10 over the number of training groups; False where no dataset has several."""
+    """Draw HR@1 and NDCG@10 over the number of training groups; False where no dataset has several numbers."""
     drawings = few_shot_drawings(points, [SWEEP_METRIC, MAIN_METRIC])
     if drawings:
         save_grid(drawings, output, columns=2)
@@ -44,7 +44,7 @@ def draw_few_shot(points: pd.DataFrame, output: Path) -> bool:
 
 
 def draw_k_sweep(points: pd.DataFrame, output: Path) -> bool:
-    """HR@1, the preference loss and how far it fell, over K; False where no dataset has several K."""
+    """Draw HR@1, the preference loss and how far it fell, over K; False where no dataset has several K."""
     drawings = sweep_drawings(points)
     if drawings:
         save_grid(drawings, output, columns=3)
@@ -52,7 +52,7 @@ def draw_k_sweep(points: pd.DataFrame, output: Path) -> bool:
 
 
 def draw_matrix(points: pd.DataFrame, output: Path) -> bool:
-    """NDCG@10 by data trained on (rows) and evaluated on (columns), a panel per model; False without a matrix."""
+    """Draw NDCG@10 by data trained on (rows) and evaluated on (columns), a panel for each model; False without any."""
     drawings = matrix_drawings(points)
     if drawings:
         chance = points[(points["metric"] == MAIN_METRIC) & (points["model"] == "random")]["value"]
@@ -63,7 +63,7 @@ def draw_matrix(points: pd.DataFrame, output: Path) -> bool:
 
 
 def few_shot_drawings(points: pd.DataFrame, metrics: Sequence[str], note: str = "") -> list[Drawing]:
-    """Each of ``metrics`` over the number of training groups, for each dataset that has several."""
+    """A drawing of each of ``metrics`` over the number of training groups, for each dataset with several numbers."""
     own = points[points["dataset"] == points["evaluated_on"]]
     cells = own[own["k"].notna() & own["train_groups"].notna()]
     drawings = []
@@ -91,10 +91,9 @@ def few_shot_drawings(points: pd.DataFrame, metrics: Sequence[str], note: str = 
 
 
 def sweep_drawings(points: pd.DataFrame, note: str = "") -> list[Drawing]:
-    """HR@1 and, where it is known, the preference loss and how far it fell, over K.
+    """HR@1, the preference loss and how far it fell, over K, for each dataset and number of groups with several K.
 
-    Three drawings (two where the first loss is unknown, one without losses) for each dataset and number of training
-    groups with several K.
+    The second drawing is left out where the final loss is unknown, the third where the first loss is.
     """
     metric = SWEEP_METRIC if (points["metric"] == SWEEP_METRIC).any() else MAIN_METRIC
     own = points[(points["dataset"] == points["evaluated_on"]) & (points["metric"] == metric)]
@@ -132,7 +131,7 @@ def sweep_drawings(points: pd.DataFrame, note: str = "") -> list[Drawing]:
 def matrix_drawings(points: pd.DataFrame) -> list[Drawing]:
     """NDCG@10 by data trained on (rows) and evaluated on (columns), for each model that was evaluated on other data.
 
-    Of each dataset only what was trained on its most groups; at most MOST_PANELS models.
+    Only trainings on a dataset's largest number of groups are shown, and at most MOST_PANELS models.
     """
     trained = points[points["metric"] == MAIN_METRIC]
     away = trained.loc[trained["dataset"] != trained["evaluated_on"], "model"].unique()
@@ -189,7 +188,7 @@ def _draw_fall(axes: Axes, curves: Curves) -> None:
 
 
 def _draw_curves(axes: Axes, curves: Curves, x: str) -> None:
-    """Means over seeds with their intervals, and each seed as a small point."""
+    """Draw means over seeds with their intervals, and each seed as a small point."""
     for label, curve, look, shift in _with_looks(curves):
         at = shift * curve[x].astype(float)
         bars = [curve["value"] - curve["low"], curve["high"] - curve["value"]]
@@ -198,9 +197,9 @@ def _draw_curves(axes: Axes, curves: Curves, x: str) -> None:
             capsize=2.5, label=label, zorder=3,
         )  # fmt: skip
         hover(line, _hover_texts(label, curve, x, curve["value"]))
-        for place, values in zip(at, curve["values"], strict=True):
+        for position, values in zip(at, curve["values"], strict=True):
             if len(values) > 1:
-                axes.plot([place] * len(values), values, ".", color=look.colour, markersize=3, alpha=0.7)
+                axes.plot([position] * len(values), values, ".", color=look.colour, markersize=3, alpha=0.7)
 
 
 def _draw_heat(axes: Axes, cells: pd.DataFrame, names: Sequence[str], extent: tuple[float, float]) -> None:
@@ -224,7 +223,7 @@ def _draw_heat(axes: Axes, cells: pd.DataFrame, names: Sequence[str], extent: tu
 
 
 def _levels(others: pd.DataFrame, names: Iterable[str], groups: float) -> dict[str, float]:
-    """Model -> its value at ``groups`` training groups, else the one it has: a baseline has no number of groups."""
+    """Model -> its value at ``groups`` training groups, or else its first value, as baselines have no such number."""
     levels = {}
     for name in names:
         rows = others[(others["model"] == name) & (others["free"] == "")]

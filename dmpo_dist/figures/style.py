@@ -1,4 +1,4 @@
-"""One look for all figures: colours, axes and legends; and the two ways out, a PNG file or a chart of a web page."""
+"""The common style of all figures (colours, axes, legends), and their two outputs: a PNG file or a web page's SVG."""
 
 import io
 import warnings
@@ -16,14 +16,14 @@ from matplotlib.figure import Figure, FigureBase
 
 from dmpo_dist.figures.svg import TOOLTIP, inline_svg, printable
 
-# Okabe-Ito: told apart by colour-blind readers and in grey.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
 PALE, GRID = "#999999", "#DDDDDD"
-MOST_LETTERS = 28  # of a name in a figure
-LEGEND_LETTERS = 52  # of one line of a chart's legend, the space for its line samples included
+MOST_LETTERS = 28  # longer names are cut in figures
+LEGEND_LETTERS = 52  # width of a line of a chart's legend, in letters, its line samples included
 LEGEND_LINE, TITLE_LINE = 0.21, 0.25  # inches
 WIDTH = 4.7  # inches: 338 units of the page's style sheet, about one pixel each on a phone
 
@@ -46,7 +46,7 @@ CHART_STYLE = {
 
 @dataclass(frozen=True)
 class Look:
-    """How one series is drawn; the three together tell 49 series apart."""
+    """How one series is drawn; colour, marker and dash together tell 49 series apart."""
 
     colour: str
     marker: str = "o"
@@ -55,14 +55,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One plot, which a PNG shows beside others and a web page as a figure of its own.
+    """One plot; a PNG shows several side by side, a web page shows each as a figure.
 
     Attributes:
-        title: stands above it.
-        alt: says to readers who cannot see it what it shows, its numbers included.
-        draw: draws on the Axes it is given; series with a label are put into a legend.
+        title: the text above the plot.
+        alt: a description for readers who cannot see the plot, with its numbers.
+        draw: draws on the given Axes; series with a label are put into the legend.
         height: inches without the legend; the width is always WIDTH.
-        note: stands below it on a page.
+        note: the text below the plot on a page.
     """
 
     title: str
@@ -82,7 +82,7 @@ def drawing() -> Iterator[None]:
 
 @drawing()
 def chart(drawn: Drawing, number: int) -> Markup:
-    """The drawing as an svg element of a web page; ``number`` is another for each of the page."""
+    """The drawing as an svg element of a web page; every drawing of the page needs its own ``number``."""
     with mpl.rc_context(CHART_STYLE):
         figure = Figure()
         figure.set_size_inches(WIDTH, _paint(figure, drawn))
@@ -93,13 +93,13 @@ def chart(drawn: Drawing, number: int) -> Markup:
 
 @drawing()
 def save_grid(drawings: Sequence[Drawing], file: Path, columns: int, heading: str = "") -> None:
-    """Write the drawings side by side, below a heading, into a PNG; its folder is made."""
+    """Write the drawings side by side, below ``heading``, into a PNG; its folder is made."""
     rows = max(1, -(-len(drawings) // columns))
     figure = Figure()
     heights = [2.0]
-    for place, drawn in zip(figure.subfigures(rows, columns, squeeze=False).flat, drawings, strict=False):
-        heights.append(_paint(place, drawn))
-        place.axes[0].set_title(drawn.title)
+    for panel, drawn in zip(figure.subfigures(rows, columns, squeeze=False).flat, drawings, strict=False):
+        heights.append(_paint(panel, drawn))
+        panel.axes[0].set_title(drawn.title)
     figure.set_size_inches(WIDTH * columns, rows * (max(heights) + TITLE_LINE))
     if heading:
         figure.suptitle(heading)
@@ -113,7 +113,7 @@ def save_png(figure: Figure, file: Path) -> None:
 
 
 def _paint(figure: FigureBase, drawn: Drawing) -> float:
-    """Draw on a figure that is empty; return the height it needs, with its legend."""
+    """Draw on an empty figure; returns the height in inches that the drawing and its legend need."""
     drawn.draw(figure.subplots())
     labels = _handles(figure)
     if len(labels) < 2:
@@ -124,7 +124,7 @@ def _paint(figure: FigureBase, drawn: Drawing) -> float:
 
 
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
-    """A look for each name by its place among ``names``; give the same names to all figures that are read together."""
+    """A look for each name by its index in ``names``; figures that are read together must be given the same names."""
     return {
         name: Look(PALETTE[i % 7], MARKERS[(i + i // 7) % 7], DASHES[i // 7 % 3])
         for i, name in enumerate(dict.fromkeys(names))
@@ -132,7 +132,7 @@ def looks(names: Iterable[Any]) -> dict[Any, Look]:
 
 
 def short(name: str) -> str:
-    """A name of the data as a figure can show it; a long one is cut in its middle, as paths differ at their ends."""
+    """``name`` as a figure can show it; a long one is cut in its middle, as paths differ at their ends."""
     text = printable(name)
     return text if len(text) <= MOST_LETTERS else f"{text[:8]}\u2026{text[9 - MOST_LETTERS :]}"
 
@@ -144,7 +144,7 @@ def add_legend(figure: FigureBase, columns: int) -> None:
 
 
 def log_ticks(axes: Axes, values: Iterable[float]) -> None:
-    """A horizontal axis in powers of two whose ticks are the values that occur."""
+    """Make the horizontal axis logarithmic, with a tick at each of ``values``."""
     axes.set_xscale("log", base=2)
     ticks = sorted({int(value) for value in values})
     axes.set_xticks(ticks, [f"{tick:d}" for tick in ticks], minor=False)

@@ -1,23 +1,23 @@
-"""From matplotlib's SVG to an element that can stand in a web page beside others, under a strict content policy."""
+"""From matplotlib's SVG file to an svg element that fits into a web page with several of them and a content policy."""
 
 import re
 from xml.etree.ElementTree import Element, SubElement, fromstring, tostring
 
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 TOOLTIP = "\u241e"
-"""Stands before each text that ``style.hover`` gave to a marker."""
+"""Separates the texts of a series' markers, which ``style.hover`` passes in the id of the series."""
 
 
 def inline_svg(saved: str, title: str, alt: str, prefix: str) -> str:
-    """Clean what matplotlib saved with ``svg.fonttype: none``.
+    """Clean an SVG that matplotlib saved with ``svg.fonttype: none``.
 
-    Styles become attributes: a content policy without inline styles allows them, and any rule of the page's style sheet
-    overrides them. The fonts, the fixed size, metadata and ids that nothing refers to are removed.
+    Inline styles become attributes: the page's content policy forbids inline styles, and its style sheet can override
+    attributes. Fonts, the fixed size, metadata and ids without a reference are removed.
 
     Args:
-        saved: the file's text.
+        saved: the text of the file.
         title, alt: the element's accessible name and description.
-        prefix: of all ids in the element; no other element of the page may have it.
+        prefix: begins all ids of the element; no other element of the page may have the same prefix.
     """
     root = fromstring(saved)
     for parent in list(root.iter()):
@@ -36,20 +36,20 @@ def inline_svg(saved: str, title: str, alt: str, prefix: str) -> str:
         "viewBox": root.attrib["viewBox"], "class": "chart", "role": "img",
         "aria-labelledby": f"{prefix}-title", "aria-describedby": f"{prefix}-alt",
     }  # fmt: skip
-    for place, (tag, name, text) in enumerate((("title", "title", title), ("desc", "alt", alt))):
+    for index, (tag, name, text) in enumerate((("title", "title", title), ("desc", "alt", alt))):
         element = Element(tag, {"id": f"{prefix}-{name}"})
         element.text = printable(text)
-        root.insert(place, element)
+        root.insert(index, element)
     return tostring(root, encoding="unicode", short_empty_elements=False)
 
 
 def printable(text: str) -> str:
-    """``text`` with question marks for control characters and surrogates, which neither XML nor a font takes."""
+    """``text`` with question marks for control characters and surrogates, which XML and fonts cannot represent."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _referred(root: Element) -> list[str]:
-    """Ids that another element of the figure uses, in order."""
+    """Ids that another element of the figure refers to, in order."""
     found = []
     for element in root.iter():
         found += re.findall(r"url\(#(.*?)\)", element.get("clip-path", ""))
@@ -58,7 +58,7 @@ def _referred(root: Element) -> list[str]:
 
 
 def _add_tooltips(element: Element) -> None:
-    """A ``title`` for each marker of a series that has texts for them."""
+    """Add a ``title`` to each marker of a series whose id holds texts for them; browsers show it as a tooltip."""
     _, *texts = element.get("id", "").split(TOOLTIP)
     markers = list(element.iter(f"{SVG}use"))
     if len(texts) == len(markers):

@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from dmpo_dist.batching.layout import PrefixLayout
+from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.flash import CpuFlash, CudaFlash, Flash
 
 TWO_PART, FLEX, DENSE = "dmpo_two_part", "dmpo_flex", "dmpo_sdpa"
@@ -77,7 +78,7 @@ def two_part_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    refuse_unknown(dropout, kwargs, "softcap")
+    refuse_unknown(dropout, attention_mask, kwargs, "softcap")
     window = _window_that_cuts(layout, sliding_window)
     if window is not None:
         raise ValueError(f"two_part cannot cut a window of {window} out of {layout.longest} positions")
@@ -111,7 +112,7 @@ def flex_layout_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    refuse_unknown(dropout, kwargs)
+    refuse_unknown(dropout, None if layout is None else attention_mask, kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if layout is None:
         assert softcap is not None
@@ -142,7 +143,7 @@ def dense_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    refuse_unknown(dropout, kwargs, "softcap")
+    refuse_unknown(dropout, attention_mask, kwargs, "softcap")
     mask = layout.mask(_window_that_cuts(layout, sliding_window))
     key, value = repeated(query, key, value)
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
@@ -172,13 +173,27 @@ def compiled_flex(backend: Any = "inductor") -> Any:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
 
 
-def refuse_unknown(dropout: float, kwargs: dict[str, Any], *also: str) -> None:
-    """What would be silently wrong here; ``modeling/routing.py`` keeps such models away."""
+class OwnMaskError(UserError):
+    """A layer has put a mask of its own in the place of ``no_mask``."""
+
+
+def refuse_unknown(dropout: float, mask: Tensor | None, kwargs: dict[str, Any], *also: str) -> None:
+    """What would be silently wrong here; ``modeling/routing.py`` keeps such models away as far as it knows them.
+
+    Raises:
+        OwnMaskError: a layer adds its own mask (Doge does), which only shows when it runs.
+        ValueError: any other thing.
+    """
     for name in ("s_aux", "position_bias", *also):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention over a shared prompt does not know {name}")
     if dropout:
         raise ValueError("attention over a shared prompt needs dropout 0")
+    if mask is not None and mask.numel() > 1:
+        raise OwnMaskError(
+            "the model's layers add a mask of their own to attention, which responses behind a shared prompt would not "
+            "see; set model.attention=unshared"
+        )
 
 
 def _window_that_cuts(layout: PrefixLayout, window: int | None) -> int | None:

@@ -20,9 +20,11 @@ from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConf
 from dmpo_dist.data.template import Template
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.gguf import local_model, moved_base
+from dmpo_dist.modeling.lora_targets import no_such_layer, require_targets
 from dmpo_dist.modeling.memory import keep_freed_memory
 from dmpo_dist.modeling.published import PUBLISHED
 from dmpo_dist.modeling.quantize import keep_arithmetic, quantization_config, require_trainable
+from dmpo_dist.modeling.suitability import require_causal, require_deterministic, require_embedded, silence
 
 ADAPTER = "adapter_config.json"
 
@@ -87,7 +89,7 @@ def read_model_config(path: str, max_length: int) -> Any:
     """The transformers configuration of the full model in ``path``.
 
     Raises:
-        UserError: not a model transformers knows, or a context shorter than ``max_length``.
+        UserError: not a causal language model that transformers knows, or a context shorter than ``max_length``.
     """
     from transformers import AutoConfig
 
@@ -97,6 +99,7 @@ def read_model_config(path: str, max_length: int) -> Any:
         raise UserError(
             f"{path}: its config.json cannot be used ({first_line(error)}); is it a language model?"
         ) from None
+    require_causal(config, path)
     context = getattr(config, "max_position_embeddings", None)
     if context and max_length > context:
         raise UserError(f"model.max_length={max_length} exceeds the context of {context} of {path}; lower it")
@@ -113,7 +116,11 @@ def count_parameters(path: str) -> int:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer beside the model, or its base's."""
+    """The tokenizer beside the model, or its base's.
+
+    Raises:
+        UserError: there is none, it is no fast one, or it has ids that the model has no embedding for.
+    """
     from transformers import AutoTokenizer
 
     beside = Path(source.path)
@@ -127,11 +134,12 @@ def load_tokenizer(source: ModelSource) -> Any:
         ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer is not a fast one; convert it, so that there is a tokenizer.json")
+    require_embedded(tokenizer, read_model_config(source.base, 0), source.path)
     return tokenizer
 
 
 def load_causal_lm(path: str, config: ModelConfig) -> Any:
-    """A transformers causal LM in ``config.dtype`` with all dropout set to 0.
+    """A transformers causal LM in ``config.dtype`` with all dropout and other noise set to 0.
 
     Raises:
         UserError: unknown model, damaged weights, or a context shorter than ``model.max_length``.
@@ -140,9 +148,7 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     model_config = read_model_config(path, config.max_length)
-    for key, value in vars(model_config).items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value:
-            setattr(model_config, key, 0.0)  # policy and reference must see the same network
+    silence(model_config)
     more = quantization_config(config, model_config, path)
     options = {"dtype": getattr(torch, config.dtype)} | ({"quantization_config": more} if more else {})
     try:
@@ -160,27 +166,34 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
 ReferenceMode = Literal["adapter_off", "adapter_copy", "model_copy"]
 
 
-def load_policy(source: ModelSource, config: ModelConfig) -> tuple[Any, ReferenceMode]:
-    """The trainable model of a stage and how its reference is had.
+def load_policy(
+    source: ModelSource, config: ModelConfig, needs_reference: bool = True
+) -> tuple[Any, ReferenceMode | None]:
+    """The trainable model of a stage, and where its reference log-probs come from.
 
     Returns:
         The model (a PEFT model under LoRA) and the reference mode: ``adapter_off`` for a new adapter,
         ``adapter_copy`` where training goes on from an adapter (the frozen copy is the adapter "reference"),
-        ``model_copy`` for full fine-tuning.
+        ``model_copy`` for full fine-tuning; None where the stage needs no reference, and none is loaded.
 
     Raises:
-        UserError: see ``load_causal_lm``, an adapter that does not fit, a quantization that cannot be trained.
+        UserError: see ``load_causal_lm``, an adapter that does not fit, a quantization or model that cannot be trained.
     """
     require_trainable(config, source.is_adapter or config.lora is not None)
+    require_deterministic(read_model_config(source.base, 0), source.base)
     model = load_causal_lm(source.base, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+    mode: ReferenceMode
     if source.is_adapter:
-        return _with_adapter(model, source), "adapter_copy"
-    if config.lora is not None:
-        return with_new_adapter(model, config.lora), "adapter_off"
-    return model.train(), "model_copy"
+        _require_low_rank_only(source)
+        model, mode = _with_adapter(model, source, train=True, copy=needs_reference).train(), "adapter_copy"
+    elif config.lora is not None:
+        model, mode = with_new_adapter(model, config.lora), "adapter_off"
+    else:
+        model, mode = model.train(), "model_copy"
+    return model, mode if needs_reference else None
 
 
 def load_for_scoring(path: str, config: ModelConfig) -> Any:
@@ -188,18 +201,17 @@ def load_for_scoring(path: str, config: ModelConfig) -> Any:
     source = find_model(path)
     model = load_causal_lm(source.base, config)
     if source.is_adapter:
-        model = _with_adapter(model, source, copy=False)
+        model = _with_adapter(model, source, train=False, copy=False)
     keep_freed_memory()
     return model.eval().requires_grad_(False)
 
 
-def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
+def _with_adapter(model: Any, source: ModelSource, train: bool, copy: bool) -> Any:
+    """``model`` with its adapter, which ``train`` makes trainable, and with ``copy`` a frozen one named "reference"."""
     from peft import PeftModel
 
-    if copy:
-        _require_low_rank_only(source)
     try:
-        peft = PeftModel.from_pretrained(model, source.path, is_trainable=copy)
+        peft = PeftModel.from_pretrained(model, source.path, is_trainable=train)
         _require_same_adapter(peft, source)
         if copy:
             peft.load_adapter(source.path, "reference", is_trainable=False)
@@ -209,7 +221,7 @@ def _with_adapter(model: Any, source: ModelSource, copy: bool = True) -> Any:
             f"{source.path}: the adapter does not fit {source.base} ({first_line(error)}); name the base it was "
             f"trained on as base_model_name_or_path in its {ADAPTER}"
         ) from None
-    return peft.train() if copy else peft
+    return peft
 
 
 def _require_low_rank_only(source: ModelSource) -> None:
@@ -247,21 +259,24 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
     """``model`` with a new, trainable adapter of this shape around its linear layers.
 
     Raises:
-        UserError: ``lora.target_modules`` matches no layer.
+        UserError: ``lora.target_modules`` names a layer that is not there.
     """
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 
+    shape = PeftLora(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0,
+        task_type="CAUSAL_LM", use_rslora=lora.variant == "rslora", use_dora=lora.variant == "dora",
+    )  # fmt: skip
     try:
-        return get_peft_model(
-            model,
-            PeftLora(
-                r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0,
-                task_type="CAUSAL_LM", use_rslora=lora.variant == "rslora", use_dora=lora.variant == "dora",
-            ),
-        ).train()  # fmt: skip
+        peft = get_peft_model(model, shape)
     except ValueError as error:
-        raise UserError(f"model.lora.target_modules={lora.target_modules!r}: {first_line(error)}") from None
+        if "not found in the base model" not in str(error):
+            raise UserError(f"model.lora.target_modules={lora.target_modules!r}: {first_line(error)}") from None
+        names = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+        raise UserError(no_such_layer(model, names)) from None
+    require_targets(peft, lora.target_modules)
+    return peft.train()
 
 
 def scratch_config(scratch: ScratchModel, vocab_size: int, max_length: int, **special: int) -> Any:

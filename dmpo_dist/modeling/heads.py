@@ -84,13 +84,13 @@ def output_head(language_model: Any) -> Any:
 
 @torch.no_grad()
 def check_head(language_model: Any) -> None:
-    """Compare ``LogitTransform`` with the model's own logits on a few tokens.
+    """Compare ``LogitTransform`` with the model's own logits on a few tokens, and see that later ones change nothing.
 
-    Costs two forwards of four tokens. A model on the meta device, or whose weights ZeRO-3 has partitioned already, is
+    Costs three forwards of four tokens. A model on the meta device, or whose weights ZeRO-3 has partitioned already, is
     not checked: it cannot run. Nor is one whose logits are not finite.
 
     Raises:
-        UserError: the model's logits come about in another way.
+        UserError: the model's logits come about in another way, it is not causal, or it is random.
     """
     head, config = output_head(language_model), language_model.config
     if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
@@ -98,9 +98,10 @@ def check_head(language_model: Any) -> None:
     ids = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
     with torch.compiler.set_stance("force_eager"):  # compiled layers need no graphs for this
         expected = language_model(input_ids=ids, use_cache=False).logits[0].double()
-        hidden = backbone_of(language_model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-    if not expected.isfinite().all():
-        return  # weights that diverged or are damaged say nothing of the head; whoever uses the log-probs finds out
+        hidden = _hidden(language_model, ids)
+        if not expected.isfinite().all():
+            return  # weights that diverged or are damaged say nothing of the head; whoever uses the log-probs finds out
+        _require_causal(language_model, ids, hidden)
     seen = LogitTransform.of(config).logits(hidden.to(head.weight.dtype), head.weight, getattr(head, "bias", None))
     exact = head.weight.dtype in (torch.float32, torch.float64)
     tolerance = (1e-4 if exact else 2e-2) * max(1.0, expected.abs().max().item())
@@ -110,3 +111,34 @@ def check_head(language_model: Any) -> None:
             f"{config.model_type}: its logits differ by {error:.2g} from the scaled and soft-capped product of hidden "
             "states and head, so log-probabilities would be wrong; this model type cannot be used, please report it"
         )
+
+
+def _require_causal(language_model: Any, ids: Tensor, hidden: Tensor) -> None:
+    """Whether ``hidden`` (4, H) of ``ids`` (1, 4) stays the same before a last token that is another one.
+
+    A router may turn to another expert on account of a last bit and move one token; what sees the future, or is random,
+    moves them all.
+    """
+    other = ids.clone()
+    other[0, -1] = 0
+    if not _all_move(hidden, _hidden(language_model, other)):
+        return
+    if _all_move(hidden, _hidden(language_model, ids)):
+        raise UserError(
+            f"{language_model.config.model_type}: gives other hidden states each time it reads the same tokens, so "
+            "policy and reference would not be the same network; turn off what is random in it (noise, dropout) in its "
+            "config.json, or use another model type"
+        )
+    raise UserError(
+        f"{language_model.config.model_type}: its tokens see those after them, so log-probabilities of responses would "
+        "be wrong; give a causal (decoder-only) language model"
+    )
+
+
+def _all_move(before: Tensor, after: Tensor) -> bool:
+    change = (after - before)[:-1].double().norm(dim=-1) / before[:-1].double().norm(dim=-1).clamp(min=1e-9)
+    return bool((change > (1e-3 if before.dtype in (torch.float32, torch.float64) else 2e-2)).all())
+
+
+def _hidden(language_model: Any, ids: Tensor) -> Tensor:
+    return backbone_of(language_model)(input_ids=ids, use_cache=False).last_hidden_state[0]

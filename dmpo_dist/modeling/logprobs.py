@@ -1,5 +1,6 @@
 """From a layout to one log-probability per response, in one module that DeepSpeed can wrap."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -10,13 +11,16 @@ from dmpo_dist.batching.targets import Targets
 from dmpo_dist.batching.trie import PromptPart, TriePart
 from dmpo_dist.modeling.attention import no_mask
 from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, output_head
+from dmpo_dist.modeling.rotary import own_frequencies, rotary_limit, rotary_modules
+from dmpo_dist.modeling.vocabulary_blocks import BlockedLogProbs, product_gradient, within
 
 AnyLayout = Layout | PromptPart | TriePart
 Which = Literal["policy", "reference"]
 
 MAX_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 """Most logits held at once by kind of device: 64 or 256 MiB in fp32, whatever the vocabulary. A GPU reads the whole
-head for every chunk, so that a chunk must have rows enough to be worth it."""
+head for every chunk, so that a chunk must have rows enough to be worth it. A CPU in half precision takes chunks of the
+vocabulary instead, see ``vocabulary_blocks.py``."""
 
 
 class LogProbHead(nn.Module):
@@ -36,9 +40,13 @@ class LogProbHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
         """(P, H) hidden states of all positions -> summed log-probs of responses and histories (``Targets.summed``)."""
         rows = hidden[targets.predict_index]  # (M, H), each source position once
-        chunk = max(1, (self.max_logits or MAX_CHUNK_LOGITS[rows.device.type]) // self.weight.shape[0])
+        most = self.max_logits or MAX_CHUNK_LOGITS[rows.device.type]
+        chunk = max(1, most // self.weight.shape[0])
+        half = rows.dtype in (torch.bfloat16, torch.float16)
         arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.transform)
-        if rows.shape[0] <= chunk and rows.dtype in (torch.float32, torch.float64):
+        if half and rows.device.type == "cpu":
+            log_probs = BlockedLogProbs.apply(*arguments, max(1, most // max(rows.shape)))
+        elif rows.shape[0] <= chunk and not half:
             logits = self.transform.logits(rows, self.weight, self.bias)
             log_probs = logits[targets.target_row, targets.target_ids] - logits.logsumexp(-1)[targets.target_row]
         else:
@@ -64,7 +72,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, rows.shape[0], chunk):
             logits = transform.logits(rows[start : start + chunk], weight, bias)  # (chunk, V), all that is held of them
             lse[start : start + chunk] = logits.logsumexp(-1)
-            local, inside = _within(target_row, start, logits.shape[0])
+            local, inside = within(target_row, start, logits.shape[0])
             picked = torch.where(inside, logits[local, target_ids], picked)  # (N,); each target is in one chunk
         ctx.save_for_backward(rows, weight, bias, target_row, target_ids, lse)
         ctx.transform, ctx.chunk = transform, chunk
@@ -82,17 +90,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
         per_row = lse.new_zeros(rows.shape[0]).index_add_(0, target_row, upstream)
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = transform.logits(rows[part], weight, bias)
-            # tanh' = 1 - tanh^2, from the capped logits before they are overwritten
-            slope = 1 - (logits / transform.softcap).square() if transform.softcap else None
-            # d log p / d logits = onehot - softmax: first -softmax * per_row in place, then the onehots are added
-            gradient = logits.sub_(lse[part, None]).exp_().mul_(-per_row[part, None])  # (chunk, V)
-            local, inside = _within(target_row, start, logits.shape[0])
-            gradient.index_put_((local, target_ids), torch.where(inside, upstream, 0.0), accumulate=True)
-            if slope is not None:
-                gradient *= slope
-            if transform.scale != 1.0:
-                gradient *= transform.scale
+            logits = transform.logits(rows[part], weight, bias)  # (chunk, V)
+            local, inside = within(target_row, start, logits.shape[0])
+            gradient = product_gradient(
+                logits, lse[part], per_row[part], (local, target_ids), torch.where(inside, upstream, 0.0), transform
+            )
             if d_bias is not None:
                 d_bias += gradient.sum(0)
             if d_weight is not None:
@@ -105,15 +107,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
             None if d_bias is None else d_bias.to(bias.dtype),
             *(None,) * 4,
         )
-
-
-def _within(target_row: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-    """For the chunk of ``rows`` rows from ``start``: (N,) each target's row in it, clamped, and (N,) bool if it is in.
-
-    A mask instead of the few targets inside: to ask the device how many there are would make the host wait.
-    """
-    local = target_row - start
-    return local.clamp(0, rows - 1), (local >= 0) & (local < rows)
 
 
 class LogProbModel(nn.Module):
@@ -138,6 +131,7 @@ class LogProbModel(nn.Module):
         language_model = unwrap_peft(causal_lm)
         check_head(language_model)
         self.head = LogProbHead(output_head(language_model), LogitTransform.of(language_model.config))
+        self._rotary_limit = rotary_limit(language_model.config)
 
     def forward(self, layout: AnyLayout, which: Which = "policy") -> Tensor:
         """Log-probs summed over each response's scored tokens, fp32 or wider.
@@ -163,8 +157,15 @@ class LogProbModel(nn.Module):
 
     def _log_probs(self, layout: AnyLayout, targets: Targets) -> Tensor:
         language_model = unwrap_peft(self.causal_lm)
-        hidden = backbone_of(language_model)(**forward_arguments(layout), use_cache=False).last_hidden_state
+        with self._frequencies(language_model, layout):
+            hidden = backbone_of(language_model)(**forward_arguments(layout), use_cache=False).last_hidden_state
         return self.head(hidden.flatten(0, 1), targets)
+
+    def _frequencies(self, language_model: Any, layout: AnyLayout) -> AbstractContextManager[None]:
+        """Where rotary frequencies depend on a row's length: its own for each row."""
+        if self._rotary_limit is None or not isinstance(layout, RowsLayout):
+            return nullcontext()
+        return own_frequencies(rotary_modules(language_model), self._rotary_limit[1], layout)
 
 
 def forward_arguments(layout: AnyLayout) -> dict[str, Any]:

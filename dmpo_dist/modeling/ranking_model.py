@@ -22,6 +22,7 @@ from dmpo_dist.modeling.backbone import (
     require_same_rendering,
 )
 from dmpo_dist.modeling.logprobs import Which
+from dmpo_dist.modeling.scoring_rule import adjusted, require_prior, scored_lengths
 from dmpo_dist.modeling.token_scorer import TokenScorer
 
 
@@ -62,6 +63,7 @@ class RankingModel:
             partial(_load_scorer, source, config, token_budget)
         )  # shared with the view of an adapter's base
         self._which: Which = "policy"
+        self._prior: dict[str, float] = {}
 
     @classmethod
     def load(
@@ -113,7 +115,7 @@ class RankingModel:
         """
         if self.source.is_adapter and path == self.source.base:
             base = copy(self)
-            base._which = "reference"
+            base._which, base._prior = "reference", {}
             return base
         source = find_model(path)
         if load_tokenizer(source).get_vocab() != self.tokenizer.get_vocab():
@@ -131,17 +133,44 @@ class RankingModel:
         """
         return self._scorer()
 
-    def rank(self, history: Sequence[str], candidates: Sequence[str], top: int | None = None) -> list[RankedTitle]:
+    def rank(
+        self,
+        history: Sequence[str],
+        candidates: Sequence[str],
+        top: int | None = None,
+        *,
+        length_normalize: bool = False,
+        prior_weight: float = 0.0,
+        reference: Self | None = None,
+    ) -> list[RankedTitle]:
         """``candidates`` from best to worst, at most ``top`` of them; equal scores keep their order.
+
+        Args:
+            length_normalize, prior_weight, reference: see ``score``.
 
         Raises:
             UserError: see ``score``.
         """
-        scores = self.score(history, candidates)
+        scores = self.score(
+            history, candidates, length_normalize=length_normalize, prior_weight=prior_weight, reference=reference
+        )
         return [RankedTitle(candidates[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top]]
 
-    def score(self, history: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
+    def score(
+        self,
+        history: Sequence[str],
+        candidates: Sequence[str],
+        *,
+        length_normalize: bool = False,
+        prior_weight: float = 0.0,
+        reference: Self | None = None,
+    ) -> np.ndarray:
         """(R,) float64 log-probabilities of the R ``candidates`` as the title that follows ``history``.
+
+        Args:
+            length_normalize: divide them by the number of tokens.
+            prior_weight: subtract this times the title's log-probability after no history, see ``prior``.
+            reference: a model whose log-probabilities are subtracted, from the method of that name.
 
         Raises:
             UserError: a title that the tokenizer cannot represent or that does not fit into ``max_length``, weights
@@ -150,7 +179,37 @@ class RankingModel:
         if not candidates:
             return np.empty(0)
         check_titles([*history, *candidates], self.tokenizer)
-        return np.mean([self.score_catalogue(group) for group in self.token_groups(history, candidates)], axis=0)
+        prior = self.prior(candidates) if prior_weight else None
+        scores = [
+            adjusted(
+                self.score_catalogue(group),
+                scored_lengths(group),
+                None if reference is None else reference.score_catalogue(group),
+                length_normalize=length_normalize,
+                prior=prior,
+                prior_weight=prior_weight,
+            )
+            for group in self.token_groups(history, candidates)
+        ]
+        return np.mean(scores, axis=0)
+
+    def prior(self, titles: Sequence[str], user: str = "", timestamp: int = 0) -> np.ndarray:
+        """(R,) float64 log-probabilities of ``titles`` after an empty history: how common the strings are.
+
+        Each title is scored once in a model's life; those of one call are scored together, as a trie. Where prompts
+        list the candidates, ``titles`` are listed as in the request of ``user`` and ``timestamp``, anew in each call.
+
+        Raises:
+            UserError: the template leaves no prompt where there is no history.
+        """
+        require_prior(self.template, self.source.path)
+        if self.template.lists_candidates:
+            return np.mean([self.score_catalogue(g) for g in self.token_groups((), titles, user, timestamp)], axis=0)
+        new = [title for title in dict.fromkeys(titles) if title not in self._prior]
+        if new:
+            log_probs = self.score_catalogue(self.token_group((), new, "without a history"))
+            self._prior |= zip(new, log_probs.tolist(), strict=True)
+        return np.array([self._prior[title] for title in titles])
 
     def token_group(
         self, history: Sequence[str], candidates: Sequence[str], user: str = "", timestamp: int = 0,

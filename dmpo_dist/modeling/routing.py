@@ -9,6 +9,7 @@ import torch
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.attention import DENSE, FLEX, TWO_PART, register
 from dmpo_dist.modeling.flash import varlen_obstacle
+from dmpo_dist.modeling.rotary import rotary_limit
 
 Backend = Literal["two_part", "flex", "sdpa", "unshared"]
 
@@ -72,9 +73,10 @@ def choose_backend(model: Any, device_type: str, max_length: int, requested: str
         requested: ``model.attention`` of the configuration; anything but ``auto`` is honoured or refused.
 
     Raises:
-        UserError: the requested backend would be wrong for the model.
+        UserError: the requested backend, or any, would be wrong for the model.
     """
-    attention = attention_of(model)
+    _require_whole_rows(model.config.get_text_config(), max_length)
+    attention = attention_of(model, max_length)
     best = route(attention, device_type, max_length)
     if requested in ("auto", best.backend):
         return best
@@ -132,13 +134,13 @@ def take_route(model: Any, device_type: str, max_length: int, requested: str = "
     return taken
 
 
-def attention_of(model: Any) -> Attention:
-    """What ``model`` (a transformers causal LM) asks of a backend."""
+def attention_of(model: Any, max_length: int) -> Attention:
+    """What ``model`` (a transformers causal LM) asks of a backend for rows of up to ``max_length`` tokens."""
     config = model.config.get_text_config()
     heads = [getattr(config, name, None) for name in ("head_dim", "global_head_dim", "qk_head_dim")]
     known = [width for width in heads if isinstance(width, int)]
     return Attention(
-        obstacle=_never_shared(model),
+        obstacle=_never_shared(model, max_length),
         window=_shortest_window(config),
         softcap=bool(getattr(config, "attn_logit_softcapping", None)),
         head_dim=max(known) if known else config.hidden_size // max(1, getattr(config, "num_attention_heads", 0) or 1),
@@ -176,7 +178,7 @@ def _obstacle(backend: Backend, attention: Attention, device_type: str, max_leng
     return None
 
 
-def _never_shared(model: Any) -> str | None:
+def _never_shared(model: Any, max_length: int) -> str | None:
     """What keeps responses of this model from sharing their prompt, by any backend."""
     config = model.config.get_text_config()
     name = config.model_type
@@ -189,7 +191,24 @@ def _never_shared(model: Any) -> str | None:
         return f"{name} has attention sinks"
     if getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0):
         return f"{name} has attention dropout"
+    limit = rotary_limit(config)
+    if limit is not None and max_length > limit[1]:
+        return (
+            f"{name} chooses its rotary frequencies ({limit[0]}) by the length of a row beyond {limit[1]} positions, "
+            f"and model.max_length allows {max_length}"
+        )
     return None
+
+
+def _require_whole_rows(config: Any, max_length: int) -> None:
+    """Refuse rows in which a layer would look at some tokens only (Doge): which ones depends on the whole row and its
+    padding, so that even separate rows are not what the model gives alone."""
+    kept = getattr(config, "keep_window_size", None)
+    if kept and max_length > kept:
+        raise UserError(
+            f"{config.model_type} attends to {kept} tokens of a longer row, chosen among all of it, so log-probs would "
+            f"depend on what is padded; set model.max_length={kept} or less (now {max_length})"
+        )
 
 
 def _has_sinks(model: Any) -> bool:

@@ -12,10 +12,12 @@ from dmpo_dist.batching.layout import lay_out, prefix_layout
 from dmpo_dist.batching.trie import TitleTrie
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.attention import OwnMaskError
 from dmpo_dist.modeling.logprobs import LogProbModel, Which, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.modeling.scoring import deal_for_scoring, node_log_probs, per_token, score_micro_batches, score_rows
 from dmpo_dist.modeling.self_check import disagreement, probe
+from dmpo_dist.modeling.suitability import require_known_ids
 from dmpo_dist.modeling.trie_attention import trie_obstacle, use_trie_attention
 
 Sharing = Literal["packed", "trie"]
@@ -46,12 +48,12 @@ class TokenScorer:
         self, causal_lm: Any, token_budget: int, max_length: int, attention: str = "auto",
         reference: Literal["adapter_off"] | None = None,
     ) -> None:  # fmt: skip
-        self._language_model = unwrap_peft(causal_lm)
+        self._causal_lm, self._language_model = causal_lm, unwrap_peft(causal_lm)
         self._device: torch.device = self._language_model.device
         self._token_budget, self._asked = token_budget, attention
         self.route: Route = choose_backend(self._language_model, self._device.type, max_length, attention)
         unshared = "model.attention=unshared asks for separate rows" if attention == "unshared" else None
-        self.trie_obstacle: str | None = unshared or trie_obstacle(self._language_model)
+        self.trie_obstacle: str | None = unshared or trie_obstacle(self._language_model, max_length)
         self.fallback: str | None = None
         self._module = LogProbModel(causal_lm, reference)
         self._checked: set[Sharing] = set()
@@ -89,6 +91,11 @@ class TokenScorer:
             out |= zip(micro_batch.groups, (part.numpy() for part in parts), strict=True)
         return [out[index] for index in range(len(groups))]
 
+    def writer(self) -> Any:
+        """The causal LM with the attention of ordinary rows, as ``generate`` needs it; scoring switches it back."""
+        use_backend(self._language_model, "unshared")
+        return self._causal_lm
+
     def trie(self, group: TokenGroup) -> TitleTrie:
         """The trie of the group's responses; users of one catalogue mostly share it."""
         last = self._last_trie
@@ -113,15 +120,19 @@ class TokenScorer:
         """Compare with separate rows before prompts are first shared this way.
 
         Raises:
-            UserError: they differ, and separate rows were not left to us.
+            UserError: they differ, and separate rows were not left to us; or an id that the model does not know.
         """
+        require_known_ids(groups, self._language_model.config)
         obstacle = self.trie_obstacle if sharing == "trie" else None if self._shared else self.route.reason
         if obstacle or sharing in self._checked:
             return
         self._checked.add(sharing)
         few = probe(groups, self._token_budget)
         expected = [self._score_rows(group) for group in few]
-        found = disagreement(self._score_shared(sharing, few), expected, self._language_model.dtype)
+        try:
+            found = disagreement(self._score_shared(sharing, few), expected, self._language_model.dtype)
+        except OwnMaskError:
+            found = "leaves out a mask that its layers add to attention"
         if found is None:
             return
         name = f"model.attention={self._asked}" if self._asked != "auto" else "a shared prompt"

@@ -23,9 +23,9 @@ MAX_SCORES = 2**23
 """Most attention scores and gathered keys held at once, whatever the length of a part."""
 
 
-def trie_obstacle(model: Any) -> str | None:
+def trie_obstacle(model: Any, max_length: int) -> str | None:
     """What keeps titles from sharing a prompt in ``model`` (a transformers causal LM), None where nothing does."""
-    return attention_of(model).obstacle
+    return attention_of(model, max_length).obstacle
 
 
 def use_trie_attention(model: Any) -> None:
@@ -54,7 +54,7 @@ def trie_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    refuse_unknown(dropout, kwargs)
+    refuse_unknown(dropout, attention_mask, kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(layout, PromptPart):
         layout.memory[module] = key, value

@@ -110,7 +110,7 @@ class RunLog:
                 self._print(parsed.text)
             case EndRecord():
                 self._finished = True
-                self._print(f"done: the weights of step {parsed.selected_step} are in {parsed.model}")
+                self._print(_end_line(parsed))
 
     def _show_step(self, record: StepRecord) -> None:
         figures = _figures(record)
@@ -154,6 +154,15 @@ def _start_line(record: StartRecord) -> str:
         f"{record.parameters:,} parameters, attention {record.route} ({record.route_reason}), "
         f"reference {record.reference}, rows of up to {record.token_budget} tokens"
         + (f", {record.truncated} histories shortened" if record.truncated else "")
+    )
+
+
+def _end_line(record: EndRecord) -> str:
+    if record.selected_step or record.start is None:
+        return f"done: the weights of step {record.selected_step} are in {record.model}"
+    return (
+        f"done: no step was better than the start ({record.select_metric} {record.start:.3f} at step 0, best later "
+        f"{record.best_later:.3f} at step {record.best_later_step}); the result is the start, in {record.model}"
     )
 
 

@@ -13,7 +13,7 @@ from dmpo_dist.artifacts.log import (
     COMMANDS,
     METRICS_FILE,
     EndRecord,
-    Log,
+    MetricsLog,
     StartRecord,
     StepRecord,
     ValidationRecord,
@@ -43,7 +43,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     environment: Environment
-    log: Log
+    log: MetricsLog
 
     @cached_property
     def start(self) -> StartRecord | None:
@@ -92,8 +92,7 @@ class Run:
         """The step whose weights are the result, or would be if the run ended now; None before any validation."""
         if self.end:
             return self.end.selected_step
-        trained = self.validation[self.validation.index > 0]
-        return int(trained[self.metric].idxmax()) if has_values(trained, self.metric) else None
+        return int(self.validation[self.metric].idxmax()) if has_values(self.validation, self.metric) else None
 
     @property
     def groups_per_second(self) -> float | None:

@@ -1,1 +1,1 @@
-"""One HTML page about runs: gather what folders hold -> tables and figures -> page."""
+"""One HTML page about runs: read the folders -> make tables and figures -> render the page."""

@@ -1,4 +1,4 @@
-"""What sections of a page are made of."""
+"""Blocks, of which the sections of a page consist."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ Kind = Literal["heading", "text", "note", "warning", "lines", "code", "figures",
 
 @dataclass(frozen=True)
 class Block:
-    """One thing on the page, from top to bottom.
+    """One element of the page; blocks follow each other from top to bottom.
 
     Attributes:
+        kind: how the template shows it.
         content: a text (heading, text, note, warning, code), several (lines), Drawings (figures), a Table (table), an
             ExplainedPart (explained) or further blocks (folded).
-        summary: of folded blocks, what is seen of them before they are opened.
+        summary: the line that readers click to open folded blocks.
     """
 
     kind: Kind
@@ -25,10 +26,10 @@ class Block:
 
 
 def heading(name: str, names: Mapping[str, Any]) -> list[Block]:
-    """The name of one of several things; a single one needs none."""
+    """A heading with ``name``, but none where ``names`` holds a single one."""
     return [Block("heading", name)] if len(names) > 1 else []
 
 
 def folded_table(summary: str, table: Table) -> Block:
-    """A table that is seen when the summary is opened."""
+    """A table that is hidden until readers open its summary."""
     return Block("folded", [Block("table", table)], summary)

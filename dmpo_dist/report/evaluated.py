@@ -1,4 +1,4 @@
-"""Sections of a page that evaluations fill: results, paired comparisons, strata."""
+"""The sections of a page about evaluations: results, paired comparisons, strata."""
 
 from collections.abc import Iterator
 from itertools import combinations
@@ -6,9 +6,10 @@ from itertools import combinations
 from dmpo_dist.artifacts.evaluation import SCORES_FILE
 from dmpo_dist.evaluation.metrics import sure_hits
 from dmpo_dist.evaluation.seeds import split_name
+from dmpo_dist.evaluation.tables import below_start_lines, rules_note
 from dmpo_dist.formats import candidates
 from dmpo_dist.records.compare import evaluation_of, paired_lines
-from dmpo_dist.report import facts, intervals, tables
+from dmpo_dist.report import intervals, metadata, tables
 from dmpo_dist.report.blocks import Block, folded_table, heading
 from dmpo_dist.report.gather import Material
 
@@ -17,22 +18,23 @@ WAYS = {
     "history": "length of the history",
     "item_cold": "how often the target was taken before",
 }
-MOST_PAIRS = 10  # of runs, beyond those an evaluation compares
+MOST_PAIRS = 10  # of runs that are shown beside the pairs an evaluation compares
 INTERVALS_NOTE = (
     "Best of each column in bold, the oracle apart; intervals are 95 %, by bootstrap over users (and seeds, where "
     "there are several). In the figures language models are blue, baselines grey, the oracle a ring."
 )
 DIFFERENCES_NOTE = (
-    "To the right of 0 the first model is better; grey: the interval holds 0, no clear difference. What is far from "
-    "all others (random, untuned, oracle) stands in the table alone, where clear differences are bold."
+    "To the right of 0 the first model is better; grey: the interval holds 0, no clear difference. Models far from "
+    "all others (random, untuned, oracle) are only in the table, where clear differences are bold."
 )
 
 
 def results(material: Material) -> Iterator[Block]:
-    """Of each evaluation: all models in a table and figures, seeds, the whole catalogue."""
+    """For each evaluation all models in a table and in figures, single seeds, and ranks in the whole catalogue."""
     for name, e in material.evaluations.items():
         yield from heading(name, material.evaluations)
         yield from (Block("warning", f"Note: {note}") for note in e.notes)
+        yield from (Block("warning", f"A model {line}") for line in below_start_lines(e.content()))
         first = tables.first_metrics(e.models)
         caption = f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates"
         yield Block("table", tables.metrics_table(caption, first, sure_hits(e.most_negatives), e.seeds))
@@ -43,21 +45,28 @@ def results(material: Material) -> Iterator[Block]:
             yield folded_table("All metrics", all_metrics)
         if e.seeds:
             yield Block("table", tables.seeds_table(e))
+        if e.rules is not None:
+            by_rule = {f"{model} {rule}": m for model, rules in e.rules.models.items() for rule, m in rules.items()}
+            caption = "Language models by scoring rule"
+            yield Block(
+                "table", tables.metrics_table(caption, tables.first_metrics(by_rule), sure_hits(e.most_negatives))
+            )
+            yield Block("note", f"{rules_note(e.rules.content()['chosen'])}.")
         if e.catalogue is not None:
             items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
             ranked = e.catalogue.all_metrics()
             few = tables.first_metrics(ranked)
-            yield Block("table", tables.metrics_table(f"Among {items}, those a user had taken left out", few))
+            yield Block("table", tables.metrics_table(f"Among {items} except those that a user had taken", few))
             if few != ranked:
                 whole = tables.metrics_table(f"All metrics among {items}", ranked)
                 yield folded_table("All metrics among the whole catalogue", whole)
-        lines = facts.evaluation_lines(e)
+        lines = metadata.evaluation_lines(e)
         if lines:
             yield Block("lines", lines)
 
 
 def comparisons(material: Material) -> Iterator[Block]:
-    """Differences of models that were compared over the same users."""
+    """Differences between models over the same users."""
     for name, e in material.evaluations.items():
         if e.comparisons:
             yield from heading(name, material.evaluations)
@@ -71,7 +80,7 @@ def comparisons(material: Material) -> Iterator[Block]:
 
 
 def strata(material: Material) -> Iterator[Block]:
-    """The models on parts of the requests."""
+    """The models' metrics on each stratum of the requests."""
     for name, e in material.evaluations.items():
         if e.strata:
             yield from heading(name, material.evaluations)
@@ -89,14 +98,15 @@ def strata(material: Material) -> Iterator[Block]:
 
 
 def _other_pairs(material: Material) -> list[str]:
-    """Paired differences of runs, by the scores their evaluations left, which no evaluation shown gives itself.
+    """Paired differences between runs that no evaluation on the page compares, from the scores in their folders.
 
-    A run that is one seed of a model has that beside its name: the model's name alone stands for all seeds.
+    A run that is one seed of a model is listed as ``run (model@seed)``, as the model's name means all its seeds.
     """
     folders = material.evaluation_folders
     scored = [folder for folder in folders.values() if (folder / SCORES_FILE).exists()]
     found = {name: evaluation_of(run, scored) for name, run in material.runs.items()}
-    ranked = {name: place for name, place in found.items() if place is not None}
+    # run -> the folder of an evaluation that ranks its model, and the model's name in that evaluation
+    ranked = {name: where for name, where in found.items() if where is not None}
     by_folder = {folder: material.evaluations[name] for name, folder in folders.items()}
     labels = {
         name: f"{name} ({ranked_as})" if split_name(ranked_as)[1] else name for name, (_, ranked_as) in ranked.items()

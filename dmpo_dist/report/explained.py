@@ -9,7 +9,7 @@ from dmpo_dist.tables import Cell, Table
 
 
 def history_table(request: ExplainedRequest) -> Table:
-    """What each item of the history adds to the score, in the order of the prompt."""
+    """The contribution of each history item to the score, in the order of the prompt."""
     largest = max((abs(item.contribution) for item in request.history), default=0.0)
     rows = [
         [

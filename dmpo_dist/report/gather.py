@@ -1,4 +1,4 @@
-"""What the folders given hold: training runs, evaluations, explanations, studies, data, files."""
+"""Reading the given folders: training runs, evaluations, explanations, studies, data, files."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,22 +13,22 @@ from dmpo_dist.artifacts.dataset import DatasetCard
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.artifacts.explanations import Explanations
-from dmpo_dist.artifacts.log import METRICS_FILE, Log
+from dmpo_dist.artifacts.log import METRICS_FILE, MetricsLog
 from dmpo_dist.data.store import few_fingerprint
 from dmpo_dist.errors import UserError
 from dmpo_dist.records.read import CONFIG_FILE, Run, read_run
 from dmpo_dist.report.records import STUDY_FILE, read_study
 
 BULK = ("checkpoints", "model", "scratch", "tensorboard", "train", "validation", "test")
-"""Names of folders of many files that hold nothing to report: one line each in the list of files."""
+"""Names of folders with many files but nothing to report; the list of files has one line for each of them."""
 MOST_FILES = 120
 MARK = '<meta name="generator" content="dmpo report">'
-"""By which a page is known to be one of these."""
+"""A page with this tag was written by `dmpo report` and may be overwritten by it."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One folder that was given, and where in it what lies; ``cells`` are the runs of studies."""
+    """One of the given folders, and the folders in it by what they hold; ``cells`` are the runs of a study's cells."""
 
     folder: Path
     runs: list[Path] = field(default_factory=list)
@@ -41,7 +41,13 @@ class Found:
 
 @dataclass(frozen=True)
 class ReportedData:
-    """The card of prepared data, and by fingerprint the runs trained on just that data or a few of its groups."""
+    """The card of prepared data.
+
+    Attributes:
+        content: the card.
+        trained: names of the runs that were trained on this data or on ``data.shots`` of its groups, by fingerprint.
+        others: names of the runs that were trained on none of the data found.
+    """
 
     content: DatasetCard
     trained: list[str]
@@ -50,20 +56,20 @@ class ReportedData:
 
 @dataclass(frozen=True)
 class Material:
-    """All that a page is made from. Names are paths below the folder that holds everything.
+    """Everything that a page is made from. Names are paths relative to the common parent of the given folders.
 
     Attributes:
         title: what the page is about.
-        runs: by name, in order of their start.
-        evaluations: by name.
-        evaluation_folders: where each lies.
-        configs, environments: of the runs, then of the evaluations, where there is one; of studies' cells one
-            configuration and all environments.
-        explanations: by name.
-        studies: rows of ``dmpo experiment``, by name.
+        runs: name -> run, in the order of their start.
+        evaluations: name -> evaluation.
+        evaluation_folders: name -> folder of the evaluation.
+        configs, environments: name -> configuration or environment of a run or an evaluation, where it has one; of the
+            cells of studies one configuration, as an example, and all environments.
+        explanations: name -> explanations.
+        studies: name -> the rows that `dmpo experiment` wrote.
         cards: of the data that the folders hold, or that their runs were trained on.
         files: path and bytes; a folder of many files is one entry that ends in "/ (n files)".
-        notes: what could not be read or is left out, for people.
+        notes: for readers, what could not be read or is left out.
     """
 
     title: str
@@ -83,8 +89,8 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
     """Read everything a report can show from ``folders`` and what lies below them.
 
     Args:
-        folders: of training runs, evaluations, studies, or folders that hold several of them.
-        explanations: whether to read those of single users.
+        folders: of training runs, evaluations or studies, or folders that hold several of them.
+        explanations: whether to read explanations of single users.
 
     Raises:
         UserError: a folder is missing or holds nothing to report, or a file in it is damaged or of another version.
@@ -97,7 +103,7 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
     configs = {name: run.config for name, run in by_name.items()}
     environments = {name: run.environment for name, run in by_name.items()}
     cells = _unique([p for f in found for p in f.cells])
-    for cell in cells[:1]:  # an example: in what the others differ their study's table shows
+    for cell in cells[:1]:  # one as an example: the study's table shows in which settings the others differ
         configs.setdefault(_name(cell, root), read_config(cell / CONFIG_FILE))
     for name, folder in ranked.items():
         configs.setdefault(name, read_config(folder / CONFIG_FILE))
@@ -123,6 +129,7 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
 
 
 def _look(folder: Path) -> Found:
+    """Find runs, evaluations, explanations, studies and data cards in and below ``folder``."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give what was output_dir, such as runs/quickstart")
     found = Found(folder)
@@ -132,7 +139,7 @@ def _look(folder: Path) -> Found:
         if any(path != study and path.is_relative_to(study) for study in found.studies):
             found.cards.extend([path] if DatasetCard.FILE in files else [])
             found.cells.extend([path] if METRICS_FILE in files else [])
-            continue  # the runs of a study's cells are in its table
+            continue  # the runs of a study's cells are in the study's table, not among the runs of the page
         if METRICS_FILE in files and CONFIG_FILE in files:
             found.runs.append(path)
         for file, holders in (
@@ -151,19 +158,20 @@ def _look(folder: Path) -> Found:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders from the top down in a fixed order, but for bulk and hidden ones."""
+    """Folders from the top down in a fixed order, without bulk and hidden ones."""
     for path, names, files in os.walk(folder):
+        # os.walk goes on with the list that it gave out, so this both sorts and prunes.
         names[:] = sorted(n for n in names if not n.startswith(".") and not _is_bulk(Path(path, n)))
         yield Path(path), files
 
 
 def _is_bulk(folder: Path) -> bool:
-    """By its name, unless somebody called a run so."""
+    """Whether ``folder`` has a name in BULK and is not a run of that name."""
     return folder.name in BULK and not (folder / CONFIG_FILE).exists()
 
 
 def _unique(paths: Sequence[Path]) -> list[Path]:
-    """Each folder or file once, as it was given first."""
+    """Each folder or file once, spelt as where it came first."""
     return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
 
 
@@ -177,8 +185,8 @@ def _below(folder: Path, name: str, root: Path) -> str:
     return (folder.resolve() / name).relative_to(root).as_posix()
 
 
-def _damaged_lines(name: str, log: Log) -> list[str]:
-    """Which lines of a metrics.jsonl are left out."""
+def _damaged_lines(name: str, log: MetricsLog) -> list[str]:
+    """A note on the damaged lines of a metrics.jsonl, if there are any."""
     bad = log.damaged
     if not bad:
         return []
@@ -194,7 +202,7 @@ def _damaged_lines(name: str, log: Log) -> list[str]:
 def _cards(
     folders: Sequence[Path], runs: dict[str, Run], configs: dict[str, dict[str, Any]]
 ) -> tuple[list[ReportedData], list[str]]:
-    """The cards found and those of the data that configurations name, each once; and what is not there any more."""
+    """The cards in ``folders`` and of the data that configurations name, each once; and notes on data not found."""
     notes: dict[str, None] = {}
     files = [folder / DatasetCard.FILE for folder in folders]
     for config in configs.values():
@@ -203,7 +211,7 @@ def _cards(
         if path is not None and file.is_file():
             files.append(file)
         elif path is not None and not folders:
-            notes[f"the data card of {path}: no such folder is found from here"] = None
+            notes[f"the data card of {path} is missing: there is no such folder"] = None
     contents = {card.fingerprint: card for card in map(DatasetCard.read, _unique(files))}
     trained = {key: [name for name, run in runs.items() if _trained_on(run, key)] for key in contents}
     known = {name for names in trained.values() for name in names}
@@ -213,7 +221,7 @@ def _cards(
 
 
 def _trained_on(run: Run, fingerprint: str) -> bool:
-    """Whether the run saw the data of ``fingerprint``, all of it or as few of its groups as ``data.shots`` says."""
+    """Whether the run was trained on the data of ``fingerprint``, on all of it or on ``data.shots`` of its groups."""
     shots = (run.config.get("data") or {}).get("shots")
     return run.environment.data_fingerprint == few_fingerprint(fingerprint, shots)
 

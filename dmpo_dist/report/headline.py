@@ -1,4 +1,4 @@
-"""What was trained on what, and the one result that matters, in sentences made of the figures."""
+"""The headline of a page: sentences that say what was trained on what, and the one result that matters most."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from dmpo_dist.report.study import at_home, labels
 METRIC, SUBJECT = "ndcg@10", "dmpo"
 MOST_DATASETS = 3  # of a study that get a sentence each
 FAIR = ("sft_continued", "sft", "untuned")
-"""What to compare a model with first: what had as many steps on the same data, then what it started from."""
+"""Models to compare the subject with, fairest first: SFT for as many more steps on the same data, then its starts."""
 
 
 def headline(material: Material) -> list[str]:
-    """Sentences for the top of the page; one at least."""
+    """Sentences for the top of the page, at least one."""
     evaluations, studies = list(material.evaluations.values()), list(material.studies.values())
     sentences = []
     if material.runs:
@@ -31,11 +31,11 @@ def headline(material: Material) -> list[str]:
         sentences += map(_explanations, list(material.explanations.values())[:1])
     if len(evaluations) > 1:
         sentences.append(f"That is the first of {len(evaluations)} evaluations below.")
-    return sentences or ["No training run and no evaluation lie here: this page shows what else was found."]
+    return sentences or ["The folders hold no training run and no evaluation; this page shows what else they hold."]
 
 
 def describe_run(run: Run) -> str:
-    """``objective dmpo with 7 negatives, from sft``, or that it is supervised fine-tuning."""
+    """The run in words, such as ``objective dmpo with 7 negatives, from sft`` or ``supervised fine-tuning, from x``."""
     start = Path(str((run.config.get("model") or {}).get("path", "?")))
     came = f"from {start.parent.name if start.name == 'model' else start}"
     if run.stage != "train":
@@ -49,6 +49,7 @@ def describe_run(run: Run) -> str:
 
 def subject_of(evaluation: Evaluation) -> str:
     """The model an evaluation is about: SUBJECT, else the one that all were compared with, else the best trained."""
+    # A comparison is a minus b; where every comparison has one model as a, the evaluation was made about that model.
     compared = {c.a for c in evaluation.comparisons} & evaluation.models.keys()
     if SUBJECT in evaluation.models or len(compared) == 1:
         return SUBJECT if SUBJECT in evaluation.models else compared.pop()
@@ -61,7 +62,7 @@ def subject_of(evaluation: Evaluation) -> str:
 
 
 def _training(material: Material, evaluation: Evaluation | None) -> str:
-    """The run behind the result, else the last preference run, else the last."""
+    """A sentence on the run that made the evaluated model, else on the last preference run, else on the last run."""
     runs = material.runs
     model = evaluation.trained.get(subject_of(evaluation)) if evaluation else None
     last = [name for name, run in runs.items() if run.stage == "train"] or list(runs)
@@ -70,17 +71,17 @@ def _training(material: Material, evaluation: Evaluation | None) -> str:
     done, total = run.steps
     steps = f"{done} of {total} steps" if total else f"{done} steps"
     data = f", on {joined([card.content.name for card in material.cards])}" if material.cards else ""
-    others = f" It is one of {len(runs)} training runs here." if len(runs) > 1 else ""
+    others = f" It is one of {len(runs)} training runs on this page." if len(runs) > 1 else ""
     return f"{name}: {describe_run(run)}, {steps}{'' if run.end else ', not finished'}{data}.{others}"
 
 
 def _made(run: Run, model: str) -> bool:
-    """Whether ``model``, as an evaluation names it, is the run's."""
+    """Whether ``model``, a path in an evaluation, is the run's model."""
     return str((run.folder / "model").resolve()).endswith("/" + model.strip("/"))
 
 
 def _result(evaluation: Evaluation) -> str:
-    """The subject's figure, then its paired differences from the fairest other model and the best baseline."""
+    """The subject's figure, then its paired differences from the fairest other model and from the best baseline."""
     subject = subject_of(evaluation)
     metrics = evaluation.models[subject]
     metric = METRIC if METRIC in metrics else next(iter(metrics))
@@ -91,32 +92,36 @@ def _result(evaluation: Evaluation) -> str:
     ).rstrip()
     compared = _compared(evaluation, subject, metric)
     parts = [_against(c) for c in compared]
+    # A result without a baseline beside it says little: if no baseline was compared in pairs, name the best one.
     if not any(c.b in BASELINES for c in compared):
         parts += _beside_best_baseline(evaluation, subject, metric)
     return f"{text}: {joined(parts)}." if parts else f"{text}."
 
 
 def _compared(evaluation: Evaluation, subject: str, metric: str) -> list[Comparison]:
-    """With the fairest other model, and with the best baseline."""
-    mine = {
+    """The comparisons of the subject with the fairest other model and with the best baseline, where they exist."""
+    against = {  # other model -> the comparison "subject minus other model"
         c.b: c
         for c in evaluation.comparisons
         if c.a == subject and c.metric == metric and metric in evaluation.models.get(c.b, {})
     }
-    fair = [mine[name] for name in FAIR if name in mine][:1]
-    baselines = [n for n in mine if n in BASELINES or (n not in evaluation.trained and n not in ("oracle", *FAIR))]
+    # The fairest comparison is the one with a model that had the same data and as many steps, so that the difference is
+    # due to the objective alone; FAIR is in that order.
+    fair = [against[name] for name in FAIR if name in against][:1]
+    # Every model that was not trained by us counts as a baseline, except the oracle, which nothing can beat.
+    baselines = [n for n in against if n in BASELINES or (n not in evaluation.trained and n not in ("oracle", *FAIR))]
     best = max(baselines, key=lambda name: evaluation.models[name][metric].value, default=None)
-    return fair + ([mine[best]] if best is not None else [])
+    return fair + ([against[best]] if best is not None else [])
 
 
 def _beside_best_baseline(evaluation: Evaluation, subject: str, metric: str) -> list[str]:
-    """The best baseline in a few words where no pairs were drawn with any; nothing where there is none."""
+    """The best baseline in a few words, for evaluations without a paired comparison; nothing without a baseline."""
     values = {n: m[metric].value for n, m in evaluation.models.items() if n in BASELINES and metric in m}
     if not values:
         return []
     best = max(values, key=values.__getitem__)
-    place = "below" if evaluation.models[subject][metric].value < values[best] else "above"
-    return [f"{place} {best} ({number(values[best])}, not compared in pairs)"]
+    relation = "below" if evaluation.models[subject][metric].value < values[best] else "above"
+    return [f"{relation} {best} ({number(values[best])}, not compared in pairs)"]
 
 
 def _against(c: Comparison) -> str:
@@ -126,7 +131,7 @@ def _against(c: Comparison) -> str:
 
 def _explanations(explanations: Explanations) -> str:
     users = len({request.user for request in explanations.requests})
-    text = f"Why {explanations.model} ranks {len(explanations.requests)} titles of {users} users where it does"
+    text = f"Explanations of {len(explanations.requests)} ranks that {explanations.model} gives titles of {users} users"
     area = explanations.faithfulness.areas.get("attribution_vs_random") if explanations.faithfulness else None
     if not area or not {"area", "low", "high"} <= area.keys():
         return f"{text}; how faithful these explanations are was not measured."
@@ -136,7 +141,7 @@ def _explanations(explanations: Explanations) -> str:
 
 
 def _study(study: pd.DataFrame) -> str:
-    """How many cells there are, and what more negatives did or, with several datasets or sizes, the best settings."""
+    """The number of cells, then the effect of more negatives or, with several datasets or sizes, the best settings."""
     trained = study[study["objective"].notna()]
     cells = len(trained[["dataset", "shots", "k", "objective", "free", "seed"]].drop_duplicates())
     datasets = list(study["dataset"].unique())
@@ -161,7 +166,7 @@ def _sweep(cells: pd.DataFrame) -> str:
 
 
 def _best(rows: pd.DataFrame, dataset: str) -> str:
-    """The best setting, and what SFT with as many examples and popularity reach; nothing where no cell was measured."""
+    """The best setting beside SFT with as many examples and popularity; "" where no cell was measured."""
     cells = rows[rows["objective"].notna()]
     if cells.empty:
         return ""

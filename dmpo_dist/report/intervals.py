@@ -12,12 +12,12 @@ from dmpo_dist.formats import metric_name
 MAIN_METRICS = ("ndcg@10", "hr@1")
 BASELINES = get_args(Baseline)
 ENDS = ("random", "untuned", "oracle")
-"""Models that are far from all others."""
+"""Models whose figures are usually far from all others."""
 STRATA_MODELS = 4
 
 
 def model_drawings(evaluation: Evaluation) -> list[Drawing]:
-    """The main metrics with a row per model: trained ones blue, the others grey, the oracle hollow."""
+    """A drawing of each main metric with a row for each model: trained ones blue, others grey, the oracle hollow."""
     drawings = []
     for metric in MAIN_METRICS:
         rows = []
@@ -30,9 +30,9 @@ def model_drawings(evaluation: Evaluation) -> list[Drawing]:
 
 
 def comparison_drawings(comparisons: Sequence[Comparison]) -> list[Drawing]:
-    """Differences between models by metric; those to ENDS stay in the table, as nothing else could be seen beside them.
+    """A drawing of each metric with the differences between models, grouped by the model that several rows share.
 
-    Rows are grouped by the model they share: one against many, or many against one.
+    Differences from ENDS are left to the table, as beside such large ones no other could be read.
     """
     comparisons = [c for c in comparisons if not {c.a, c.b} & {*ENDS}] or comparisons
     by_second = len({c.b for c in comparisons}) < len({c.a for c in comparisons})
@@ -65,7 +65,7 @@ def strata_drawings(evaluation: Evaluation, strata: Mapping[str, Stratum]) -> li
 
 
 def _models_for_strata(evaluation: Evaluation) -> dict[str, Look]:
-    """The best STRATA_MODELS - 1 trained models by the main metric, then the best of the others but the oracle."""
+    """The best STRATA_MODELS - 1 trained models by the main metric, then the best of the others except ENDS."""
     ranked = sorted(evaluation.models, key=lambda name: -_main(evaluation.models[name]))
     trained = [name for name in ranked if name in evaluation.trained]
     others = [name for name in ranked if name not in evaluation.trained and name not in ENDS]

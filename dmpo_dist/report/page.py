@@ -1,4 +1,4 @@
-"""From run folders to one HTML file that asks for nothing else."""
+"""From run folders to one self-contained HTML file."""
 
 import base64
 import hashlib
@@ -21,21 +21,21 @@ from dmpo_dist.tables import html
 
 
 def write_report(folders: Sequence[Path], output: Path, explanations: bool, echo: Callable[[str], None]) -> None:
-    """Make the page about ``folders`` and write it to ``output``, in place of an earlier report there.
+    """Make the page about ``folders`` and write it to ``output``; an earlier report there is replaced.
 
     Args:
         folders: see ``gather``.
         output: an HTML file; its folder is made.
-        explanations: whether those of single users are shown where there are any.
-        echo: takes lines for the user.
+        explanations: whether explanations of single users are shown.
+        echo: is called with lines for the user.
 
     Raises:
-        UserError: see ``gather``; or ``output`` is something else than a report.
+        UserError: see ``gather``; or ``output`` exists and is not a report.
     """
     if output.suffix != ".html":
         raise UserError(f"--output {output}: must end in .html")
     if output.exists() and not is_report(output):
-        raise UserError(f"{output} exists already and is no report of ours; give another file by --output")
+        raise UserError(f"{output} exists already and is not a dmpo report; give another file by --output")
     material = gather(folders, explanations)
     content = render(material)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -46,9 +46,10 @@ def write_report(folders: Sequence[Path], output: Path, explanations: bool, echo
 
 
 def render(material: Material) -> bytes:
-    """The page; equal material gives equal bytes.
+    """The page as UTF-8; equal material gives equal bytes.
 
-    Its policy lets a browser load nothing and run no script but its own, so that nothing in the data can.
+    Titles and names come from data and could hold HTML. Everything is escaped, and the content security policy keeps a
+    browser from loading anything and from running any script but the page's own, which it knows by its hash.
     """
     style, script = _part("style.css"), _part("page.js")
     policy = (

@@ -1,4 +1,4 @@
-"""What a page shows, section by section; a section without data is left out."""
+"""The sections of a page and their blocks; a section without data is left out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dmpo_dist.figures.explanations import faithfulness_drawings
 from dmpo_dist.figures.study import MAIN_METRIC, few_shot_drawings, matrix_drawings, sweep_drawings
 from dmpo_dist.figures.style import Drawing
 from dmpo_dist.records.read import Run
-from dmpo_dist.report import evaluated, facts, study
+from dmpo_dist.report import evaluated, metadata, study
 from dmpo_dist.report.blocks import Block, folded_table, heading
 from dmpo_dist.report.explained import history_table
 from dmpo_dist.report.gather import Material, ReportedData
@@ -20,13 +20,13 @@ from dmpo_dist.report.headline import describe_run, headline
 from dmpo_dist.tables import Table
 
 STAGES = {"sft": "SFT runs", "train": "Preference runs"}
-SHOWN, FOLDED = 5, 20  # of the requests of an explanations.json
-OPEN_RUNS = 4  # whose curves are not folded
+SHOWN, FOLDED = 5, 20  # explained requests that are shown open, and folded
+OPEN_RUNS = 4  # runs whose curves are shown open
 
 
 @dataclass(frozen=True)
 class ExplainedPart:
-    """One request that is explained."""
+    """One explained request, with its words and their log-ratios, and the table of its history."""
 
     request: ExplainedRequest
     words: Sequence[tuple[str, float]]
@@ -39,7 +39,7 @@ class Page:
 
     Attributes:
         sections: key -> blocks, in the order of ``SECTIONS``.
-        absent: headings of the sections that have none.
+        absent: headings of the sections without blocks.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Page:
 
 
 def make_page(material: Material) -> Page:
-    """Turn what was gathered into what is shown."""
+    """The page about ``material``."""
     sections = {key: list(blocks(material)) for key, (_, blocks) in SECTIONS.items()}
     return Page(
         title=material.title,
@@ -66,19 +66,19 @@ def make_page(material: Material) -> Page:
 def _training(material: Material) -> Iterator[Block]:
     if not material.runs:
         return
-    yield Block("table", facts.runs_table(material.runs))
+    yield Block("table", metadata.runs_table(material.runs))
     for stage, title in STAGES.items():
         runs = {name: run for name, run in material.runs.items() if run.stage == stage}
         if len(runs) > 1:
             yield Block("heading", f"{title} side by side")
             yield Block("figures", _side_by_side(runs))
-    for place, (name, run) in enumerate(material.runs.items()):
+    for index, (name, run) in enumerate(material.runs.items()):
         drawings = run_drawings(run.train, run.validation, run.best_step, run.metric)
         if drawings:
             yield Block("heading", name)
             yield Block("note", describe_run(run))
             curves = Block("figures", drawings)
-            yield curves if place < OPEN_RUNS else Block("folded", [curves], f"Curves of {name}")
+            yield curves if index < OPEN_RUNS else Block("folded", [curves], f"Curves of {name}")
 
 
 def _side_by_side(runs: Mapping[str, Run]) -> list[Drawing]:
@@ -148,9 +148,9 @@ def _data(material: Material) -> Iterator[Block]:
     for card in material.cards:
         content = card.content
         yield Block("heading", content.name)
-        yield Block("table", facts.counts_table(card))
-        leaks = facts.leaks_table(card)
-        missing = "No leak check is written down: the data was prepared by a version without one."
+        yield Block("table", metadata.counts_table(card))
+        leaks = metadata.leaks_table(card)
+        missing = "There is no leak check in the card: the data was prepared by a version without one."
         yield Block("table", leaks) if leaks else Block("text", missing)
         yield Block("lines", _card_lines(card))
         config = yaml.safe_dump(content.config, sort_keys=False, allow_unicode=True)
@@ -162,29 +162,29 @@ def _card_lines(card: ReportedData) -> list[str]:
     lines = [f"Validation from {cuts['validation'].utc}, test from {cuts['test'].utc}."] if cuts else []
     lines += [*content.notes, f"Fingerprint {content.fingerprint}, seed {content.seed}."]
     if card.trained:
-        lines.append(f"By its fingerprint what these runs were trained on: {', '.join(card.trained)}.")
+        lines.append(f"By its fingerprint, these runs were trained on this data: {', '.join(card.trained)}.")
     if card.others:
-        lines.append(f"Not what these runs were trained on: {', '.join(card.others)}.")
+        lines.append(f"These runs were trained on other data: {', '.join(card.others)}.")
     return lines
 
 
 def _configuration(material: Material) -> Iterator[Block]:
-    differences = facts.differences_table(material.runs)
+    differences = metadata.differences_table(material.runs)
     if differences:
         yield Block("table", differences)
-    for name, text in facts.config_texts(material.configs).items():
+    for name, text in metadata.config_texts(material.configs).items():
         yield Block("folded", [Block("code", text)], f"Whole configuration of {name}")
 
 
 def _environment(material: Material) -> Iterator[Block]:
-    table = facts.environment_table(material.environments)
+    table = metadata.environment_table(material.environments)
     if table:
         yield Block("table", table)
 
 
 def _files(material: Material) -> Iterator[Block]:
     if material.files:
-        table = facts.files_table(material.files)
+        table = metadata.files_table(material.files)
         yield folded_table(table.caption, table)
 
 
@@ -207,7 +207,7 @@ SECTIONS = {
     "environment": ("Environment", _environment),
     "files": ("Files", _files),
 }
-"""Key -> heading and what makes the blocks, in the page's order."""
+"""Key -> heading and the function that makes the blocks, in the order of the page."""
 
 
 def _privacy(material: Material) -> str:

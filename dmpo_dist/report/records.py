@@ -1,4 +1,4 @@
-"""``experiment.parquet``, read back and checked."""
+"""Reading and checking ``experiment.parquet``."""
 
 from pathlib import Path
 
@@ -14,12 +14,13 @@ STUDY_LOSSES = ("loss", "final_preference_loss", "final_train_loss")
 
 
 def read_study(file: Path) -> pd.DataFrame:
-    """``experiment.parquet``, a row per cell, model and metric; columns of ``STUDY_OPTIONAL`` it lacks are all missing.
+    """The rows of ``experiment.parquet``, one for each cell, model and metric.
 
-    ``loss`` is the first of ``STUDY_LOSSES`` it has.
+    Columns of ``STUDY_OPTIONAL`` that the file lacks are added with missing values. The column ``loss`` is the first of
+    ``STUDY_LOSSES`` that the file has.
 
     Raises:
-        UserError: it cannot be read, or lacks one of ``STUDY_COLUMNS``.
+        UserError: it cannot be read, has no rows, or lacks one of ``STUDY_COLUMNS``.
     """
     try:
         table = pd.read_parquet(file)

@@ -1,4 +1,4 @@
-"""`dmpo experiment`'s results for the page: points for its figures, and tables."""
+"""The results of `dmpo experiment` on the page: points for the figures, and tables."""
 
 import pandas as pd
 
@@ -12,9 +12,9 @@ ALL_SHOTS = "all"
 
 
 def points_of(study: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds in the form that ``figures.study`` draws.
+    """Means over seeds, in the form that ``figures.study`` draws.
 
-    low and high are the lowest and the highest seed, where there are several; else the interval over users.
+    With several seeds the columns low and high are the lowest and the highest seed, else the interval over users.
     """
     named = study.assign(
         model=labels(study.assign(free=""), with_k=False),
@@ -36,7 +36,7 @@ def points_of(study: pd.DataFrame) -> pd.DataFrame:
 
 
 def whiskers_note(study: pd.DataFrame) -> str:
-    """What the whiskers of the study's figures are."""
+    """A sentence that says what the whiskers of the study's figures mean."""
     seeds = study["seed"].nunique()
     if seeds > 1:
         return f"Means over {seeds} seeds; whiskers from the lowest seed to the highest."
@@ -44,9 +44,10 @@ def whiskers_note(study: pd.DataFrame) -> str:
 
 
 def transfer_table(study: pd.DataFrame) -> Table | None:
-    """A row per model, a column for each pair of data trained on and evaluated on.
+    """A row for each model, a column for each pair (dataset trained on, dataset evaluated on).
 
-    Means over seeds, at the most training examples of each model; None where nothing was evaluated on other data.
+    Values are means over seeds at each model's largest number of training examples. None where no model was evaluated
+    on a dataset that it was not trained on.
     """
     part = study[study["metric"] == MAIN_METRIC]
     names = labels(part, with_k=part["k"].nunique() > 1)
@@ -66,7 +67,7 @@ def transfer_table(study: pd.DataFrame) -> Table | None:
 
 
 def cells_table(study: pd.DataFrame) -> Table:
-    """Every cell of the grid: mean over its seeds, and from the lowest to the highest."""
+    """A row for each cell of the grid: the mean over its seeds, and the lowest and highest seed."""
     metrics = [m for m in (MAIN_METRIC, SWEEP_METRIC, "auc") if (study["metric"] == m).any()]
     metrics = metrics or sorted(study["metric"].unique())[:3]
     keys = [k for k in CELL if study[k].notna().any()]
@@ -84,7 +85,7 @@ def cells_table(study: pd.DataFrame) -> Table:
 
 
 def labels(part: pd.DataFrame, with_k: bool) -> pd.Series:
-    """What to call a row's model, so that no two are averaged; with K where several are shown."""
+    """A label for the model of each row; rows with equal labels are averaged. With K where several K are shown."""
     objective, model = part["objective"].astype(object), part["model"].astype(str)
     names = model.where(objective.isna() | (objective == model), objective.astype(str) + ": " + model)
     names = names + part["free"].map(lambda free: f", {free}" if isinstance(free, str) and free else "")
@@ -94,7 +95,7 @@ def labels(part: pd.DataFrame, with_k: bool) -> pd.Series:
 
 
 def at_home(study: pd.DataFrame) -> pd.DataFrame:
-    """What was evaluated on the data it was trained on."""
+    """The rows of models that were evaluated on the dataset they were trained on."""
     return study[study["dataset"] == study["evaluated_on"]]
 
 

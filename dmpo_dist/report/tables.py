@@ -1,4 +1,4 @@
-"""Tables of evaluations on the page."""
+"""Tables of evaluations for the page."""
 
 from collections.abc import Collection, Mapping
 
@@ -10,14 +10,14 @@ from dmpo_dist.formats import interval, metric_name, number, verdict
 from dmpo_dist.tables import Cell, Table
 
 FIRST = ("ndcg@10", "hr@1", "hr@5", "hr@10", "ndcg@5", "mrr", "auc", "pair_accuracy", *CATALOGUE_LISTS)
-"""Columns that are not folded; what matters most comes first, as a phone shows two."""
+"""Metrics of the tables that are shown open, the most important ones first, as a phone shows two columns."""
 ORDER = tuple(dict.fromkeys((*FIRST, *METRICS)))
 
 
 def metrics_table(
     caption: str, models: Mapping[str, Metrics], left_out: Collection[str] = (), seeds: tables.BySeed | None = None
 ) -> Table:
-    """A row per model, a column per metric that one of them has, but for those in ``left_out``."""
+    """A row for each model, a column for each metric that one of them has, without those in ``left_out``."""
     there = dict.fromkeys(metric for metrics in models.values() for metric in metrics if metric not in left_out)
     columns = [m for m in ORDER if m in there] + [m for m in there if m not in ORDER]
     figures = {name: {m: figure.model_dump() for m, figure in metrics.items()} for name, metrics in models.items()}
@@ -25,13 +25,13 @@ def metrics_table(
 
 
 def first_metrics(models: Mapping[str, Metrics]) -> dict[str, Metrics]:
-    """The models with the metrics of FIRST alone; with all metrics if a model has none of these."""
+    """The models with the metrics of FIRST alone, or with all metrics if a model has none of FIRST."""
     short = {name: {m: figure for m, figure in metrics.items() if m in FIRST} for name, metrics in models.items()}
     return short if all(short.values()) else dict(models)
 
 
 def comparisons_table(evaluation: Evaluation) -> Table:
-    """A row per pair of models, a column per metric; differences whose interval leaves out 0 are strong."""
+    """A row for each pair of models, a column for each metric; differences whose interval excludes 0 are strong."""
     metrics = list(dict.fromkeys(c.metric for c in evaluation.comparisons))
     by_pair: dict[tuple[str, str], dict[str, Comparison]] = {}
     for c in evaluation.comparisons:
@@ -47,7 +47,7 @@ def comparisons_table(evaluation: Evaluation) -> Table:
 
 
 def seeds_table(evaluation: Evaluation) -> Table:
-    """Mean over seeds, the smallest and the largest."""
+    """For each model with seeds the mean over them, and the lowest and highest seed."""
     seeds = evaluation.seeds
     there = {m for of_model in seeds.values() for of_seed in of_model.values() for m in of_seed}
     metrics = [m for m in FIRST if m in there.difference(sure_hits(evaluation.most_negatives))]

@@ -1,5 +1,6 @@
 """Saving what training needs to go on, and what people use afterwards."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, write_stamp
-from dmpo_dist.modeling.logprobs import unwrap_peft
 from dmpo_dist.training.engine import gathered_state
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.runtime import Runtime
 
 TAG = "state"
+SHARD_SIZE = "50GB"
 
 
 def save_checkpoint(runtime: Runtime, engine: Any, step: int, best: dict[str, float]) -> None:
@@ -79,40 +80,54 @@ def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[
 
 
 def _write_weights(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
-    if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        adapter = get_peft_model_state_dict(
-            model, state_dict=state, adapter_name="default", save_embedding_layers=False
-        )
-        adapter = {name: tensor.contiguous() for name, tensor in adapter.items()}
-        _write_adapter(model, folder, adapter)
+    if not hasattr(model, "peft_config"):
+        _write_whole(model, folder, state)
         return
-    saved = unwrap_peft(model)
-    saved.save_pretrained(folder, state_dict={n: t for n, t in state.items() if n in saved.state_dict()})
-    _compare(folder / "model.safetensors", {n: state[n] for n in state})
+    from peft import get_peft_model_state_dict
+
+    adapter = get_peft_model_state_dict(model, state_dict=state, adapter_name="default", save_embedding_layers=False)
+    _write_adapter(model, folder, {name: tensor.contiguous() for name, tensor in adapter.items()})
+
+
+def _write_whole(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
+    """Save the gathered ``state`` and load it again, because names in the files need not be those in memory.
+
+    Transformers renames weights when it saves, and splits stacked experts, so only a reload says what was written.
+    ``state`` is empty afterwards: digests stand for it while the model is loaded, so that rank 0 holds one copy of the
+    weights on the host at a time. The reload reads the files once, and each weight is hashed twice.
+    """
+    persistent = model.state_dict().keys()
+    weights = {name: tensor for name, tensor in state.items() if name in persistent}
+    expected = {name: (tensor.dtype, _digest(tensor)) for name, tensor in weights.items()}
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+    weights.clear()
+    state.clear()
+    again = type(model).from_pretrained(folder, dtype=model.dtype)
+    seen = dict(again.named_parameters())  # tied weights once, as in ``gathered_state``
+    strange = sorted(seen.keys() - expected.keys())
+    seen |= dict(again.named_buffers())
+    # a few models keep some weights in fp32 when they are loaded, whatever type they were trained in
+    lost = [n for n, (dtype, digest) in expected.items() if n not in seen or _digest(seen[n].to(dtype)) != digest]
+    if lost or strange:
+        raise RuntimeError(f"{folder}: {[*lost, *strange][0]} did not survive saving")
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _write_adapter(model: Any, folder: Path, adapter: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     if not adapter or not all(tensor.numel() for tensor in adapter.values()):
         raise RuntimeError("the gathered adapter is empty")
-    save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = folder / "adapter_model.safetensors"
+    save_file(adapter, file, metadata={"format": "pt"})
     config = model.peft_config["default"]
     inference_mode, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference_mode
-    _compare(folder / "adapter_model.safetensors", adapter)
-
-
-def _compare(file: Path, expected: dict[str, Tensor]) -> None:
-    """Read the weights back; a file that lost them is worse than an error."""
-    from safetensors.torch import load_file
-
-    if not file.exists():  # sharded: transformers wrote an index, whose shards it checks when loading
-        return
     written = load_file(file)
-    for name, tensor in written.items():
-        if name not in expected or not torch.equal(tensor, expected[name]):
+    for name in adapter.keys() | written.keys():
+        if name not in written or name not in adapter or not torch.equal(written[name], adapter[name]):
             raise RuntimeError(f"{file}: {name} did not survive saving")

@@ -4,13 +4,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmpo_dist.batching.layout import prefix_layout, rows_layout
+from dmpo_dist.batching.layout import prefix_layout
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.self_check import disagreement
+from dmpo_dist.modeling.scoring import score_rows
+from dmpo_dist.modeling.self_check import disagreement, probe
 from dmpo_dist.objectives.groups import Groups
 from dmpo_dist.objectives.loss import Loss
 from dmpo_dist.training.groups import Batches
@@ -19,25 +21,24 @@ from dmpo_dist.training.runtime import Runtime
 
 
 def check_shared_prompts(job: Job, runtime: Runtime, engine: Any, batches: Batches, device: torch.device) -> None:
-    """Compare one group's shared-prompt log-probs with separate rows; all ranks run the same group.
+    """Compare log-probs behind shared prompts with separate rows: the longest prompt of all groups and, beside it in
+    one row, the shortest. All ranks run the same groups.
 
     Raises:
         UserError: they differ by more than rounding.
     """
     if not (batches.shared and job.config.train.self_check):
         return
-    step = batches.step(0)
-    group = max((batches.group(g, step.epoch) for g in step.groups[:64]), key=lambda g: len(g.prefix))
+    few = probe(batches.groups, batches.token_budget)
     with torch.no_grad():
-        fused = engine(prefix_layout([group]).to(device)).double()
-        separate = engine(rows_layout([group]).to(device)).double()
-    dtype = getattr(torch, job.config.model.dtype)
-    found = disagreement([fused.cpu().numpy()], [separate.cpu().numpy()], dtype)
+        fused = [engine(prefix_layout(few).to(device)).double().cpu().numpy()]
+        separate = [score_rows(engine, group, batches.token_budget, device) for group in few]
+    found = disagreement(fused, separate, getattr(torch, job.config.model.dtype))
     if found is not None:
         raise UserError(
             f"a shared prompt {found} on this model; set model.attention=unshared, and please report the model type"
         )
-    error = (fused - separate).abs().max().item()
+    error = np.abs(np.concatenate(fused) - np.concatenate(separate)).max()
     runtime.log({"kind": "note", "text": f"shared prompt against separate rows: {error:.1e} nats apart at most"})
 
 

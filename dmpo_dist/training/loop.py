@@ -62,8 +62,10 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step and leave the selected weights in ``output/model``."""
-        first, self.selection.best = resume(self.runtime, self.engine)
-        if first == 0:
+        first, best = resume(self.runtime, self.engine)
+        if first:
+            self.selection.resume(best)
+        else:
             check_shared_prompts(self.job, self.runtime, self.engine, self.batches, self.device)
             self.selection.validate(0)
         self.watch.lap()  # what came before is not training

@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dmpo_dist import __version__
 from dmpo_dist.artifacts.files import whole_file, write_json
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.batching.layout import Layout
+from dmpo_dist.config import ModelConfig
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import ModelSource
 from dmpo_dist.modeling.scoring import deal_for_scoring, score_micro_batches
 from dmpo_dist.training.groups import candidate_columns, with_negatives
-from dmpo_dist.training.job import Job
 from dmpo_dist.training.runtime import from_rank_zero
 
 Reference = Callable[[Layout, Sequence[int], int], Tensor]
@@ -39,7 +42,7 @@ Reference = Callable[[Layout, Sequence[int], int], Tensor]
 BLOCK = 4096
 """Groups per block: what an interruption loses at most."""
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja")
-FORMAT = 1
+FORMAT = 2
 COMPLETE = "complete.json"
 
 
@@ -96,7 +99,7 @@ class ReferencePass:
         Args:
             groups: all training groups with every stored negative.
             folder: where caches on disk live; None keeps this one in memory.
-            key: all the values depend on, JSON; names the cache in ``folder``.
+            key: all the values depend on but the token ids, JSON; names the cache in ``folder``.
 
         Raises:
             UserError: on every rank, if a complete cache is damaged or a log-prob is not finite.
@@ -104,8 +107,8 @@ class ReferencePass:
         stored = [len(group.branches) - 1 for group in groups]
         needed = [replace(with_negatives(group, self.negatives * self.epochs, 0), prefix_scored=()) for group in groups]
         width = max(len(group.branches) for group in needed)
-        key = {**(key or {}), "candidates": width, "groups": len(groups)}
-        cache = None if folder is None else _CacheFolder(folder, key)
+        named = {**(key or {}), "candidates": width, "groups": len(groups), "tokens": token_digest(needed)}
+        cache = None if folder is None else _CacheFolder(folder, named)
         blocks = [needed[start : start + BLOCK] for start in range(0, len(needed), BLOCK)]
         values = torch.cat(
             [self._block(number, block, width, cache, len(blocks)) for number, block in enumerate(blocks)]
@@ -205,23 +208,53 @@ class _CacheFolder:
         return f"{path}: {what}; remove the folder {self._folder} and run again, or set reference.cache=memory"
 
 
-def cache_key(job: Job, source: ModelSource, rows: str) -> dict[str, Any]:
-    """Everything reference log-probs depend on but the candidates.
+NOT_IN_KEY = frozenset({"path", "scratch", "lora", "gradient_checkpointing"})
+"""Keys of the configuration's section ``model`` that leave reference log-probs as they are. ``path`` and ``scratch``
+say where the starting weights come from, whose files are digested; a new adapter is not part of the reference; and
+recomputing activations changes when something is computed, not what."""
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+"""What computes: another version may round, or read a model, in another way."""
+
+
+def cache_key(config: ModelConfig, source: ModelSource, rows: str, device: str) -> dict[str, Any]:
+    """Everything reference log-probs depend on but the token ids, which ``ReferencePass`` adds itself.
 
     Args:
-        job: gives type, context and template.
+        config: the model section; a key added to it counts, unless ``NOT_IN_KEY`` says why not.
         source: the starting weights; the content of their files counts, not their path.
         rows: fingerprint of the prepared data.
+        device: kind of device the reference runs on.
     """
-    model = job.config.model
     return {
         "base": file_digests(source.base),
         "adapter": file_digests(source.path) if source.is_adapter else {},
         "rows": rows,
-        "template": job.config.template.model_dump(mode="json", exclude={"candidate"}),  # lists are not cached
-        "max_length": model.max_length,
-        "dtype": model.dtype,
+        "model": config.model_dump(mode="json", exclude=set(NOT_IN_KEY)),
+        "device": device,
+        "versions": {"dmpo_dist": __version__, **{name: _version(name) for name in LIBRARIES}},
     }
+
+
+def token_digest(groups: Sequence[TokenGroup]) -> str:
+    """sha256 of all ids of ``groups`` and of where their scoring begins.
+
+    It stands for data, template, tokenizer, context and whatever else decides what the model reads (today's date in a
+    chat template, say).
+    """
+    digest = hashlib.sha256()
+    for group in groups:
+        lengths = [len(group.prefix), *map(len, group.branches)]
+        numbers = [len(lengths), *lengths, *group.prefix, *chain.from_iterable(group.branches), *group.scored_from]
+        digest.update(np.array(numbers, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def file_digests(model: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Which weights become a run's result: the best on the validation requests so far, or the last."""
+"""Which weights become a run's result: the best on validation, where those of the start count too, or the last."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dmpo_dist.artifacts.files import replace_folder
+from dmpo_dist.artifacts.files import recover_folder, replace_folder
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.training.checkpoint import save_model
 from dmpo_dist.training.groups import Batches
 from dmpo_dist.training.job import Job
-from dmpo_dist.training.runtime import Runtime
+from dmpo_dist.training.runtime import Runtime, from_rank_zero
 from dmpo_dist.training.validation import rank_with_all
 
 
@@ -21,8 +22,11 @@ from dmpo_dist.training.validation import rank_with_all
 class Selection:
     """Ranks the validation requests and keeps the selected weights; every rank calls it.
 
+    With ``select=best`` the start counts: its weights are in ``output/best`` until a later step beats them.
+
     Attributes:
-        best: ``value`` of ``select_metric`` and ``step`` of the best weights so far; empty before the first validation.
+        best: ``start``, the value of ``select_metric`` before the first step; ``value`` and ``step``, the best of the
+            later steps so far. Each is absent before it is known.
     """
 
     job: Job
@@ -34,6 +38,18 @@ class Selection:
     device: torch.device
     best: dict[str, float] = field(default_factory=dict)
 
+    def resume(self, best: dict[str, float]) -> None:
+        """Go on from ``best`` of a checkpoint.
+
+        Weights saved after that checkpoint have replaced those that it knew, so what lies in the folder counts.
+        """
+        self.best = best
+        if self.runtime.rank == 0:
+            recover_folder(self.job.output / "best")
+        found = from_rank_zero(self._saved())
+        if found is not None and found["step"]:
+            self.best = {**best, **found}
+
     def validate(self, done: int) -> None:
         """Rank after ``done`` steps; weights that are the best so far go to ``output/best``."""
         metrics = rank_with_all(
@@ -42,7 +58,7 @@ class Selection:
         )  # fmt: skip
         if not metrics:
             return
-        if done and self._improved(done, metrics) and self.job.stage.select == "best":
+        if self._improved(done, metrics[self.job.stage.select_metric]) and self.job.stage.select == "best":
             self._save(self.job.output / "best", {"step": done, **metrics})
         self.runtime.log({"kind": "validation", "step": done, **metrics})
 
@@ -53,18 +69,35 @@ class Selection:
             if self.runtime.rank == 0 and best.exists():
                 replace_folder(best, model)
             dist.barrier()
-            step = int(self.best["step"])
+            step = 0 if self._start_wins() else int(self.best["step"])
         else:
             step = last
             self._save(model, {"step": step})
-        self.runtime.log({"kind": "end", "selected_step": step, "model": str(model)})
+        end = {"kind": "end", "selected_step": step, "model": str(model)}
+        if len(self.best) == 3:  # it was validated before and after
+            later = {"best_later": self.best["value"], "best_later_step": int(self.best["step"])}
+            end |= {"select_metric": self.job.stage.select_metric, "start": self.best["start"], **later}
+        self.runtime.log(end)
 
-    def _improved(self, done: int, metrics: dict[str, float]) -> bool:
-        value = metrics[self.job.stage.select_metric]
-        if self.best and value <= self.best["value"]:
+    def _improved(self, done: int, value: float) -> bool:
+        """Take note of ``value``; returns whether it is above that of the start and of all steps so far."""
+        if not done:
+            self.best = {"start": value}
+            return True
+        if "value" in self.best and value <= self.best["value"]:
             return False
-        self.best = {"value": value, "step": done}
-        return True
+        self.best |= {"value": value, "step": done}
+        return not self._start_wins()
+
+    def _start_wins(self) -> bool:
+        return "start" in self.best and self.best["value"] <= self.best["start"]
+
+    def _saved(self) -> dict[str, float] | None:
+        """Step and value of the weights that are kept so far, as written beside them."""
+        kept = (ModelStamp.read_if_there(self.job.output / name) for name in ("best", "model"))
+        stamp = next(filter(None, kept), None)
+        value = None if stamp is None else stamp.validation().get(self.job.stage.select_metric)
+        return None if stamp is None or value is None else {"value": value, "step": stamp.step or 0}
 
     def _save(self, folder: Path, stamp: dict[str, Any]) -> None:
         save_model(self.engine, self.tokenizer, folder, self.job, stamp)

@@ -24,12 +24,15 @@ from dmpo_dist.modeling.backbone import (
     load_causal_lm,
     load_policy,
     load_tokenizer,
+    read_model_config,
 )
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
+from dmpo_dist.modeling.lora_targets import reach_note
 from dmpo_dist.modeling.memory import keep_freed_memory
 from dmpo_dist.modeling.quantize import require_partitioned
 from dmpo_dist.modeling.routing import Route, take_route, use_backend
+from dmpo_dist.modeling.suitability import noise_note, require_known_ids
 from dmpo_dist.training.budget import Probe
 from dmpo_dist.training.engine import (
     is_stage3,
@@ -72,8 +75,11 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
     stage3 = is_stage3(deepspeed)
     if job.config.model.compile and stage3:
         raise UserError("model.compile=true does not work with ZeRO-3; set it to false, or deepspeed=zero2")
+    if device.type == "cpu" and job.config.model.dtype == "float16":
+        raise UserError("model.dtype=float16 does not train on a CPU; use float32 or bfloat16")
     policy = load_module(job, device, deepspeed)
     data = _load_data(job, policy, runtime.world_size)
+    require_known_ids([*data.groups, *data.validation], unwrap_peft(policy.module.causal_lm).config)
     engine = _start_engine(policy.module, deepspeed, job.config.deepspeed)
     if stage3 and runtime.world_size > 1:
         require_partitioned(policy.module, runtime.world_size)
@@ -110,6 +116,8 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
             "setup_seconds": time.monotonic() - started,
         }
     )
+    for text in policy.notes:
+        runtime.log({"kind": "note", "text": text})
     if data.balance:
         runtime.log({"kind": "note", "text": data.balance})
     return trainer
@@ -127,13 +135,14 @@ def _start_engine(module: LogProbModel, deepspeed: dict[str, Any], name: str) ->
 
 @dataclass(frozen=True)
 class Policy:
-    """The trainable module and what it was made from."""
+    """The trainable module, what it was made from, and ``notes`` of what was changed or left out on the way."""
 
     module: LogProbModel
     tokenizer: Any
     route: Route
     source: ModelSource
-    reference_mode: ReferenceMode
+    reference_mode: ReferenceMode | None
+    notes: tuple[str, ...] = ()
 
 
 def load_module(job: Job, device: torch.device, deepspeed: dict[str, Any] | None = None) -> Policy:
@@ -145,8 +154,11 @@ def load_module(job: Job, device: torch.device, deepspeed: dict[str, Any] | None
     torch.manual_seed(job.config.seed)  # new adapters start alike on every rank
     source = find_model(job.start)
     with _in_parts(config, deepspeed):
-        model, mode = load_policy(source, config)
+        model, mode = load_policy(source, config, job.loss.needs_reference)
     language_model = unwrap_peft(model)
+    notes = [noise_note(read_model_config(source.base, 0))]
+    if config.lora is not None and not source.is_adapter:
+        notes.append(reach_note(model, config.lora.target_modules))
     route = take_route(language_model, device.type, config.max_length, config.attention)
     if config.compile and route.backend == "flex":
         raise UserError(
@@ -155,7 +167,7 @@ def load_module(job: Job, device: torch.device, deepspeed: dict[str, Any] | None
     if config.compile:
         compile_layers(language_model)
     module = LogProbModel(model, None if mode == "model_copy" else mode).to(device)
-    return Policy(module, load_tokenizer(source), route, source, mode)
+    return Policy(module, load_tokenizer(source), route, source, mode, tuple(note for note in notes if note))
 
 
 def _in_parts(config: ModelConfig, deepspeed: dict[str, Any] | None) -> AbstractContextManager[None]:
@@ -170,7 +182,7 @@ def _numel(parameter: torch.Tensor) -> int:
 
 def _reference_name(job: Job, policy: Policy) -> str:
     """What the run header says of the reference."""
-    if not job.loss.needs_reference:
+    if policy.reference_mode is None:
         return "none"
     cache = job.config.reference.cache
     return policy.reference_mode if cache == "off" else f"{policy.reference_mode}, cached ({cache})"
@@ -202,9 +214,9 @@ def _reference(
     if cache == "memory":
         return reference_pass.run(data.groups)
     folder = job.config.reference.path or job.output / "reference"
-    rendered = make_template(job.config.template, policy.tokenizer).rendered()
-    key = cache_key(job, policy.source, data.fingerprint) | {"rendered": rendered}
-    return reference_pass.run(data.groups, folder, key)
+    return reference_pass.run(
+        data.groups, folder, cache_key(job.config.model, policy.source, data.fingerprint, device.type)
+    )
 
 
 def frozen_copy(job: Job, route: Route, device: torch.device, deepspeed: dict[str, Any]) -> Any:

@@ -21,9 +21,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dmpo_dist.cli import main
 from dmpo_dist.cluster import train as ray_train
-from dmpo_dist.config import DataConfig, ScratchModel, TemplateConfig
-from dmpo_dist.data.prepare import prepare
-from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
+from dmpo_dist.config import TemplateConfig
+from dmpo_dist.modeling.backbone import write_stamp
 
 pytestmark = pytest.mark.integration
 
@@ -42,25 +41,16 @@ def with_rating(row: int, rating: str) -> list[tuple[str, ...]]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A good data set and model, and one broken copy for each mistake."""
-    folder = tmp_path_factory.mktemp("world")
-    simulator = {"users": 60, "items": 40, "events_per_user": 14}
-    sizes = {"negatives_per_group": 6, "evaluation_negatives": 4}
-    data = prepare(
-        DataConfig.model_validate({"source": {"simulator": simulator}, **sizes}),
-        0,
-        folder / "data",
-        echo=lambda _: None,
-    )
-    scratch = ScratchModel(hidden_size=16, layers=1, heads=2, intermediate_size=16, vocab_size=300)
-    assert data.items is not None
-    make_scratch_model(folder / "model", scratch, data.items["title"].tolist(), 128, seed=0)
+def mistakes(world, tmp_path_factory) -> Path:
+    """The world's data and model, and one broken copy for each mistake."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name in ("data", "model"):
+        shutil.copytree(world.folder / name, folder / name)
     write_tables(folder)
     write_broken_data(folder)
     write_broken_models(folder)
     (folder / "old").mkdir()
-    (folder / "old/notes.txt").write_text("mine")
+    (folder / "old/notes.txt").write_text("a note")
     (folder / "v2.yaml").write_text("version: 2\n")
     (folder / "typo.yaml").write_text("train:\n  learning_rat: 1\n")
     (folder / "broken.yaml").write_text("train: [1\n")
@@ -152,8 +142,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def dmpo(world, tmp_path, monkeypatch, capfd):
-    """Runs a command line in this process: (status, output, errors). No file of ``world`` may change."""
+def dmpo(mistakes, tmp_path, monkeypatch, capfd):
+    """Runs a command line in this process: (status, output, errors). No file of ``mistakes`` may change."""
 
     def no_cluster(*_):
         raise AssertionError("the mistake should have been found before a worker starts")
@@ -162,15 +152,15 @@ def dmpo(world, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("RANK", raising=False)
 
     def call(arguments: str) -> tuple[int, str, str]:
-        filled = arguments.format(world=world, out=tmp_path)
+        filled = arguments.format(bad=mistakes, out=tmp_path)
         monkeypatch.setattr(sys, "argv", ["dmpo", *filled.split()])
         with pytest.raises(SystemExit) as stop:
             main()
         return stop.value.code, *capfd.readouterr()
 
-    before = contents(world)
+    before = contents(mistakes)
     yield call
-    assert contents(world) == before
+    assert contents(mistakes) == before
 
 
 def check_refused(status: int, errors: str, words: tuple[str, ...], folders: dict[str, Path]) -> None:
@@ -185,80 +175,80 @@ def check_refused(status: int, errors: str, words: tuple[str, ...], folders: dic
 
 CSV = "data prepare data.path={out}/run data.source.kind=csv data.negatives_per_group=4 data.evaluation_negatives=4"
 PREFERENCES = "data prepare data.path={out}/run data.source.kind=preferences"
-TRAIN = "train data.path={world}/data model.max_length=128 train.negatives=3 output_dir={out}/run"
-MODEL = TRAIN + " model.path={world}/model"
+TRAIN = "train data.path={bad}/data model.max_length=128 train.negatives=3 output_dir={out}/run"
+MODEL = TRAIN + " model.path={bad}/model"
 SFT = MODEL.replace("train", "sft", 1)
-EVALUATE = "evaluate data.path={world}/data model.max_length=128 output_dir={out}/run"
+EVALUATE = "evaluate data.path={bad}/data model.max_length=128 output_dir={out}/run"
 
 REFUSED = {
     # interactions and preference rows
-    "no_file": (CSV + " data.source.path={world}/none.csv", ("{world}/none.csv", "no such file", "data.source.path")),
-    "unreadable_file": (CSV + " data.source.path={world}/old", ("{world}/old", "cannot be read", "correct the path")),
+    "no_file": (CSV + " data.source.path={bad}/none.csv", ("{bad}/none.csv", "no such file", "data.source.path")),
+    "unreadable_file": (CSV + " data.source.path={bad}/old", ("{bad}/old", "cannot be read", "correct the path")),
     "no_source": (CSV, ("data.source.path", "set it")),
-    "columns": (CSV + " data.source.path={world}/columns.csv",
+    "columns": (CSV + " data.source.path={bad}/columns.csv",
                 ("no column 'item'", "'movie'", "data.source.columns.item")),
-    "rating": (CSV + " data.source.path={world}/rating.csv", ("rating.csv, row 7", "'good'", "write a number")),
-    "no_title": (CSV + " data.source.path={world}/no_title.csv",
+    "rating": (CSV + " data.source.path={bad}/rating.csv", ("rating.csv, row 7", "'good'", "write a number")),
+    "no_title": (CSV + " data.source.path={bad}/no_title.csv",
                  ("no_title.csv, row ", "'i4' has no title", "add its title")),
-    "same_title": (CSV + " data.source.path={world}/same_title.csv",
+    "same_title": (CSV + " data.source.path={bad}/same_title.csv",
                    ("'i3'", "'i4'", "'Title i3'", "duplicate_titles=merge")),
-    "empty_history": (CSV + " data.source.path={world}/short.csv",
+    "empty_history": (CSV + " data.source.path={bad}/short.csv",
                       ("no train and no test requests", "data.min_history=3")),
     "nothing_left": (
-        CSV + " data.source.path={world}/good.csv data.rating_threshold=6",
+        CSV + " data.source.path={bad}/good.csv data.rating_threshold=6",
         ("0 likes (rating >= data.rating_threshold=6)", "loosen data.rating_threshold"),
     ),
     "more_negatives_than_items": (
-        CSV.replace("group=4", "group=99") + " data.source.path={world}/good.csv",
+        CSV.replace("group=4", "group=99") + " data.source.path={bad}/good.csv",
         ("99 negatives are asked for", "lower data.negatives_per_group"),
     ),
-    "positive_is_negative": (PREFERENCES + " data.source.path={world}/rows.jsonl",
+    "positive_is_negative": (PREFERENCES + " data.source.path={bad}/rows.jsonl",
                              ("rows.jsonl, row 2", "'a'", "remove it")),
     "prepare_over_folder": (
-        CSV.replace("{out}/run", "{world}/old") + " data.source.path={world}/good.csv",
-        ("{world}/old", "exists already", "choose another data.path"),
+        CSV.replace("{out}/run", "{bad}/old") + " data.source.path={bad}/good.csv",
+        ("{bad}/old", "exists already", "choose another data.path"),
     ),
     "prepare_below_file": (
-        CSV.replace("{out}/run", "{world}/v2.yaml/run") + " data.source.path={world}/good.csv",
+        CSV.replace("{out}/run", "{bad}/v2.yaml/run") + " data.source.path={bad}/good.csv",
         ("v2.yaml/run", "cannot be written", "choose another"),
     ),
     # configuration
-    "other_version": (TRAIN + " -c {world}/v2.yaml", ("v2.yaml", "version 2", "reads version 1", "update the file")),
-    "unknown_key": (TRAIN + " -c {world}/typo.yaml",
+    "other_version": (TRAIN + " -c {bad}/v2.yaml", ("v2.yaml", "version 2", "reads version 1", "update the file")),
+    "unknown_key": (TRAIN + " -c {bad}/typo.yaml",
                     ("typo.yaml", "train.learning_rat", "nearest known key is train.learning_rate")),
     "unknown_override": (TRAIN + " train.lr=1", ("train.lr", "nearest known key")),
     "bad_value": (TRAIN + " train.negatives=0", ("train.negatives", "greater than or equal to 1", "0")),
     "no_value": (TRAIN + " train.negatives", ("'train.negatives'", "key=value")),
-    "broken_yaml": (TRAIN + " -c {world}/broken.yaml", ("broken.yaml", "not valid YAML")),
+    "broken_yaml": (TRAIN + " -c {bad}/broken.yaml", ("broken.yaml", "not valid YAML")),
     "unknown_recipe": (TRAIN + " -c movielense", ("movielense", "movielens, ", "quickstart")),
     "unknown_option": (TRAIN + " --resum", ("--resum", "dmpo --help")),
     "unknown_command": ("trian", ("trian", "dmpo --help")),
     # prepared data
     "no_data": ("train output_dir={out}/run", ("data.path is not set", "dmpo data prepare")),
-    "not_prepared": (TRAIN + " data.path={world}/old", ("{world}/old", "dataset.json", "dmpo data prepare")),
-    "nowhere": (TRAIN + " data.path={world}/none", ("{world}/none", "dmpo data prepare")),
-    "damaged_data": (TRAIN + " data.path={world}/data_cut", ("data_cut/train", "damaged", "dmpo data prepare")),
-    "other_format": (TRAIN + " data.path={world}/data_v9",
+    "not_prepared": (TRAIN + " data.path={bad}/old", ("{bad}/old", "dataset.json", "dmpo data prepare")),
+    "nowhere": (TRAIN + " data.path={bad}/none", ("{bad}/none", "dmpo data prepare")),
+    "damaged_data": (TRAIN + " data.path={bad}/data_cut", ("data_cut/train", "damaged", "dmpo data prepare")),
+    "other_format": (TRAIN + " data.path={bad}/data_v9",
                      ("data_v9/dataset.json", "version 9", "prepare the data again")),
     "more_negatives_than_stored": (MODEL + " train.negatives=7", ("train.negatives=7", "6", "lower train.negatives")),
     # models
-    "unknown_model": (TRAIN + " model.path={world}/none", ("{world}/none", "model.path", "hub id")),
-    "model_is_a_file": (TRAIN + " model.path={world}/v2.yaml", ("v2.yaml", "config.json", "model folder")),
-    "no_weights": (TRAIN + " model.path={world}/no_weights", ("no_weights", "no weights", "safetensors")),
-    "damaged_weights": (TRAIN + " model.path={world}/cut", ("cut/model.safetensors", "damaged", "copy")),
-    "damaged_config": (TRAIN + " model.path={world}/bad_config", ("bad_config/config.json", "JSON")),
-    "config_without_type": (TRAIN + " model.path={world}/no_type", ("no_type", "model_type")),
-    "no_tokenizer": (TRAIN + " model.path={world}/no_tokenizer", ("no_tokenizer", "tokenizer", "tokenizer.json")),
-    "damaged_tokenizer": (TRAIN + " model.path={world}/bad_tokenizer", ("bad_tokenizer", "tokenizer")),
-    "no_end_token": (TRAIN + " model.path={world}/no_end", ("no end token", "template.terminator")),
-    "damaged_stamp": (TRAIN + " model.path={world}/bad_stamp", ("bad_stamp/dmpo.json", "preambel")),
-    "adapter_without_weights": (TRAIN + " model.path={world}/half_adapter",
+    "unknown_model": (TRAIN + " model.path={bad}/none", ("{bad}/none", "model.path", "hub id")),
+    "model_is_a_file": (TRAIN + " model.path={bad}/v2.yaml", ("v2.yaml", "config.json", "model folder")),
+    "no_weights": (TRAIN + " model.path={bad}/no_weights", ("no_weights", "no weights", "safetensors")),
+    "damaged_weights": (TRAIN + " model.path={bad}/cut", ("cut/model.safetensors", "damaged", "copy")),
+    "damaged_config": (TRAIN + " model.path={bad}/bad_config", ("bad_config/config.json", "JSON")),
+    "config_without_type": (TRAIN + " model.path={bad}/no_type", ("no_type", "model_type")),
+    "no_tokenizer": (TRAIN + " model.path={bad}/no_tokenizer", ("no_tokenizer", "tokenizer", "tokenizer.json")),
+    "damaged_tokenizer": (TRAIN + " model.path={bad}/bad_tokenizer", ("bad_tokenizer", "tokenizer")),
+    "no_end_token": (TRAIN + " model.path={bad}/no_end", ("no end token", "template.terminator")),
+    "damaged_stamp": (TRAIN + " model.path={bad}/bad_stamp", ("bad_stamp/dmpo.json", "preambel")),
+    "adapter_without_weights": (TRAIN + " model.path={bad}/half_adapter",
                                 ("half_adapter", "no weights", "safetensors")),
     "template_mismatch": (
-        TRAIN + " model.path={world}/stamped template.preamble=Liked:",
-        ("{world}/stamped", "template.preamble", "leave the template out"),
+        TRAIN + " model.path={bad}/stamped template.preamble=Liked:",
+        ("{bad}/stamped", "template.preamble", "leave the template out"),
     ),
-    "over_context": (MODEL + " model.max_length=129", ("model.max_length=129", "context of 128", "lower it")),
+    "over_context": (MODEL + " model.max_length=257", ("model.max_length=257", "context of 256", "lower it")),
     # running
     "fewer_groups_than_ranks": (
         MODEL + " train.global_batch_size=2 cluster.workers=2",  # an odd number of groups leaves one alone
@@ -266,72 +256,72 @@ REFUSED = {
     ),
     "unknown_deepspeed": (MODEL + " deepspeed=nope", ("deepspeed=nope", "zero2", ".json")),
     "managed_accumulation": (
-        MODEL + " deepspeed={world}/managed.json",
+        MODEL + " deepspeed={bad}/managed.json",
         ("managed.json", '"managed_gradient_accumulation": false'),
     ),
-    "deepspeed_without_stage": (MODEL + " deepspeed={world}/no_stage.json",
+    "deepspeed_without_stage": (MODEL + " deepspeed={bad}/no_stage.json",
                                 ("no_stage.json", "zero_optimization", "stage")),
-    "existing_output": (MODEL + " output_dir={world}/old", ("output_dir {world}/old", "choose another", "--resume")),
-    "output_is_a_file": (MODEL + " output_dir={world}/v2.yaml", ("output_dir {world}/v2.yaml", "choose another")),
-    "output_below_file": (MODEL + " output_dir={world}/v2.yaml/run",
+    "existing_output": (MODEL + " output_dir={bad}/old", ("output_dir {bad}/old", "choose another", "--resume")),
+    "output_is_a_file": (MODEL + " output_dir={bad}/v2.yaml", ("output_dir {bad}/v2.yaml", "choose another")),
+    "output_below_file": (MODEL + " output_dir={bad}/v2.yaml/run",
                           ("v2.yaml/run", "cannot be written", "choose another")),
     "resume_of_nothing": (MODEL + " --resume", ("--resume", "{out}/run", "start it without --resume")),
     # evaluation
     "evaluate_no_data": ("evaluate output_dir={out}/run", ("data.path is not set", "dmpo data prepare")),
-    "evaluate_no_model": (EVALUATE + " -m a={world}/none", ("{world}/none", "--model", "hub id")),
-    "evaluate_without_name": (EVALUATE + " -m {world}/model", ("--model", "NAME=FOLDER")),
-    "evaluate_name_twice": (EVALUATE + " -m a={world}/model -m a={world}/stamped", ("--model a=", "twice")),
-    "evaluate_seed_and_none": (EVALUATE + " -m a={world}/model -m a@1={world}/model", ("--model a=", "a@1", "a seed")),
-    "evaluate_against_nobody": (EVALUATE + " --against b -m a={world}/model", ("--against b", "item_knn", "a")),
+    "evaluate_no_model": (EVALUATE + " -m a={bad}/none", ("{bad}/none", "--model", "hub id")),
+    "evaluate_without_name": (EVALUATE + " -m {bad}/model", ("--model", "NAME=FOLDER")),
+    "evaluate_name_twice": (EVALUATE + " -m a={bad}/model -m a={bad}/stamped", ("--model a=", "twice")),
+    "evaluate_seed_and_none": (EVALUATE + " -m a={bad}/model -m a@1={bad}/model", ("--model a=", "a@1", "a seed")),
+    "evaluate_against_nobody": (EVALUATE + " --against b -m a={bad}/model", ("--against b", "item_knn", "a")),
     "evaluate_no_rectools": (
-        EVALUATE + " evaluation.baselines=[ease] evaluation.baseline_environment={world}",
-        ("evaluation.baseline_environment={world}", "no environment with RecTools"),
+        EVALUATE + " evaluation.baselines=[ease] evaluation.baseline_environment={bad}",
+        ("evaluation.baseline_environment={bad}", "no environment with RecTools"),
     ),
-    "evaluate_taken_name": (EVALUATE + " -m oracle={world}/model", ("--model oracle=", "baseline")),
-    "evaluate_damaged_weights": (EVALUATE + " -m a={world}/cut", ("cut/model.safetensors", "damaged")),
+    "evaluate_taken_name": (EVALUATE + " -m oracle={bad}/model", ("--model oracle=", "baseline")),
+    "evaluate_damaged_weights": (EVALUATE + " -m a={bad}/cut", ("cut/model.safetensors", "damaged")),
     "evaluate_template_mismatch": (
-        EVALUATE + " -m a={world}/stamped template.request=Then:",
-        ("{world}/stamped", "template.request", "leave the template out"),
+        EVALUATE + " -m a={bad}/stamped template.request=Then:",
+        ("{bad}/stamped", "template.request", "leave the template out"),
     ),
-    "evaluate_over_context": (EVALUATE + " -m a={world}/model model.max_length=512", ("model.max_length=512", "128")),
-    "evaluate_existing_output": (EVALUATE + " output_dir={world}/old", ("output_dir {world}/old", "choose another")),
+    "evaluate_over_context": (EVALUATE + " -m a={bad}/model model.max_length=512", ("model.max_length=512", "256")),
+    "evaluate_existing_output": (EVALUATE + " output_dir={bad}/old", ("output_dir {bad}/old", "choose another")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_before_anything_is_written(dmpo, world, tmp_path, arguments, words):
+def test_refused_before_anything_is_written(dmpo, mistakes, tmp_path, arguments, words):
     status, _, errors = dmpo(arguments)
-    check_refused(status, errors, words, {"world": world, "out": tmp_path})
+    check_refused(status, errors, words, {"bad": mistakes, "out": tmp_path})
     assert not list(tmp_path.iterdir()), "so that the mended command runs as it is"
 
 
 SCORING = {
     "two_part": (
-        "a={world}/window model.attention=two_part",
+        "a={bad}/window model.attention=two_part",
         ("model.attention=two_part", "sliding window of 16", "auto"),
     ),
-    "not_finite": ("a={world}/nan", ("--model a=", "{world}/nan", "nan")),
+    "not_finite": ("a={bad}/nan", ("--model a=", "{bad}/nan", "nan")),
     "prompt_over_max_length": (
-        "a={world}/model model.max_length=16",
+        "a={bad}/model model.max_length=16",
         ("model.max_length=16", "raise model.max_length"),
     ),
 }
 
 
 @pytest.mark.parametrize(("arguments", "words"), SCORING.values(), ids=SCORING.keys())
-def test_refused_while_scoring(dmpo, world, tmp_path, arguments, words):
+def test_refused_while_scoring(dmpo, mistakes, tmp_path, arguments, words):
     status, _, errors = dmpo(f"{EVALUATE} -m {arguments}")
-    check_refused(status, errors, words, {"world": world, "out": tmp_path})
+    check_refused(status, errors, words, {"bad": mistakes, "out": tmp_path})
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "environment.json"}
 
 
 def test_a_user_with_one_interaction_is_counted(dmpo):
-    status, output, errors = dmpo(CSV + " data.source.path={world}/single.csv")
+    status, output, errors = dmpo(CSV + " data.source.path={bad}/single.csv")
     assert (status, errors) == (0, "")
     assert "1 users with one interaction give no request" in output
 
 
-def test_another_configuration_is_not_resumed(dmpo, world, tmp_path):
+def test_another_configuration_is_not_resumed(dmpo, mistakes, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("seed: 1\n")
     status, _, errors = dmpo(MODEL + " --resume")
@@ -351,14 +341,14 @@ IN_A_WORKER = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), IN_A_WORKER.values(), ids=IN_A_WORKER.keys())
-def test_refused_by_a_worker(world, tmp_path, arguments, words):
+def test_refused_by_a_worker(mistakes, tmp_path, arguments, words):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rank["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "error.json")
     done = subprocess.run(
-        [sys.executable, "-m", "dmpo_dist", *arguments.format(world=world, out=tmp_path).split()],
+        [sys.executable, "-m", "dmpo_dist", *arguments.format(bad=mistakes, out=tmp_path).split()],
         env=os.environ | rank | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.stderr.startswith("error: "), done.stderr

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from dmpo_dist.config import DataConfig
-from dmpo_dist.data.prepare import prepare
-
 pytestmark = pytest.mark.integration
 
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -26,12 +23,10 @@ def recipe() -> str:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(world, tmp_path_factory):
     """A user's folder: prepared data, and a module that is on no path."""
     folder = tmp_path_factory.mktemp("project")
-    source = {"simulator": {"users": 80, "items": 40, "events_per_user": 12}}
-    config = DataConfig.model_validate({"source": source, "negatives_per_group": 6, "evaluation_negatives": 5})
-    prepare(config, 0, folder / "data", echo=lambda line: None)
+    (folder / "data").symlink_to(world.data.path)
     (folder / "my_losses.py").write_text(recipe())
     return folder
 

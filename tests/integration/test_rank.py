@@ -1,4 +1,4 @@
-"""`dmpo rank` by its real command line: a worker and then the driver killed with SIGKILL, then the rest of the users."""
+"""`dmpo rank` by its real command line: a worker, then the driver killed with SIGKILL, then the rest of the users."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ COMMAND = [
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch) -> Path:
+def shop(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     titles = simulate(Simulator(users=2, items=300, events_per_user=2), 0).items["title"].tolist()
     scratch = ScratchModel(hidden_size=48, layers=2, heads=2, intermediate_size=64, vocab_size=400)
@@ -61,7 +61,7 @@ def actors(driver: psutil.Process) -> list[psutil.Process]:
     return [p for p in driver.children(recursive=True) if "PooledWorker" in " ".join(p.cmdline())]
 
 
-def test_killed_worker_and_killed_driver(world, capsys):
+def test_killed_worker_and_killed_driver(shop, capsys):
     killed = start("killed.log")
     driver = psutil.Process(killed.pid)
     wait_for_parts(2, killed)

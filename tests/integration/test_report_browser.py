@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from report_world import VISIBLE, write_world
+from report_folder import VISIBLE, write_report_folder
 
 from dmpo_dist.report.gather import gather
 from dmpo_dist.report.page import render
@@ -44,7 +44,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    (folder / "report.html").write_bytes(render(gather([write_world(folder / "world")])))
+    (folder / "report.html").write_bytes(render(gather([write_report_folder(folder / "world")])))
     return folder / "report.html"
 
 

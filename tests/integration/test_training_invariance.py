@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 from torch.nn.functional import softplus
 
 from dmpo_dist.batching.plan import Schedule
-from dmpo_dist.config import DataConfig, LoraConfig, ModelConfig, RunConfig, ScratchModel, TemplateConfig
-from dmpo_dist.data.prepare import prepare
+from dmpo_dist.config import LoraConfig, ModelConfig, RunConfig, TemplateConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, tokenize_rows
-from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_tokenizer, make_scratch_model
+from dmpo_dist.modeling.backbone import find_model, load_causal_lm, load_tokenizer
 from dmpo_dist.training.groups import with_negatives
 from dmpo_dist.training.schedule import learning_rate
 
@@ -45,28 +44,11 @@ LIKELIHOOD = {"objective": {"beta": 0.5, "sft_weight": 2.0, "sft_loss_on": "all_
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Prepared data, a model from scratch and an adapter on it."""
+def project(world, tmp_path_factory) -> Path:
+    """The world's data, model and adapter, configurations with plain SGD, and room for the runs."""
     folder = tmp_path_factory.mktemp("invariance")
-    source = {"simulator": {"users": 80, "items": 40, "events_per_user": 12}}
-    data_config = DataConfig.model_validate({"source": source, "negatives_per_group": 6, "evaluation_negatives": 5})
-    data = prepare(data_config, 0, folder / "data", echo=lambda line: None)
-    make_scratch_model(
-        folder / "model", ScratchModel(hidden_size=32, layers=2, intermediate_size=48, vocab_size=400),
-        data.items["title"].tolist(), 128, seed=0,
-    )  # fmt: skip
-    from peft import LoraConfig as PeftLora
-    from peft import get_peft_model
-
-    torch.manual_seed(1)
-    adapter = get_peft_model(
-        load_causal_lm(str(folder / "model"), ModelConfig(max_length=128)),
-        PeftLora(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    for name, parameter in adapter.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    adapter.save_pretrained(str(folder / "adapter"))
+    for name in ("data", "model", "adapter"):
+        (folder / name).symlink_to(world.folder / name)
     for stage in (0, 2, 3):
         (folder / f"{SGD}{stage}.json").write_text(json.dumps(sgd_config(stage)))
     return folder
@@ -86,9 +68,9 @@ def sgd_config(stage: int) -> dict:
     }
 
 
-def job(world: Path, name: str, deepspeed: str, start: str = "model", lora: bool = False, **sections) -> dict:
+def job(project: Path, name: str, deepspeed: str, start: str = "model", lora: bool = False, **sections) -> dict:
     config = {
-        "data": {"path": str(world / "data")},
+        "data": {"path": str(project / "data")},
         "template": {"item": "{title}{end}", "preamble": "", "request": ""},
         "model": {"max_length": 128, "lora": LoraConfig(r=4, alpha=8).model_dump() if lora else None},
         "train": {
@@ -109,20 +91,25 @@ def job(world: Path, name: str, deepspeed: str, start: str = "model", lora: bool
     for section, values in sections.items():
         config[section] = config.get(section, {}) | values
     RunConfig.model_validate(config)
-    return {"kind": "preference", "start": str(world / start), "output": str(world / "runs" / name), "config": config}
+    return {
+        "kind": "preference",
+        "start": str(project / start),
+        "output": str(project / "runs" / name),
+        "config": config,
+    }
 
 
-def sft_job(world: Path, name: str, deepspeed: str, **sft) -> dict:
-    entry = job(world, name, deepspeed)
+def sft_job(project: Path, name: str, deepspeed: str, **sft) -> dict:
+    entry = job(project, name, deepspeed)
     config = entry["config"]
     config["sft"] = {key: value for key, value in config["train"].items() if key != "negatives"} | sft
     RunConfig.model_validate(config)
     return entry | {"kind": "sft"}
 
 
-def run_ranks(world: Path, jobs: list[dict], ranks: int) -> None:
+def run_ranks(project: Path, jobs: list[dict], ranks: int) -> None:
     """Run ``jobs`` one after the other in ``ranks`` processes."""
-    file = world / f"jobs{ranks}.json"
+    file = project / f"jobs{ranks}.json"
     file.write_text(json.dumps(jobs))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -130,7 +117,7 @@ def run_ranks(world: Path, jobs: list[dict], ranks: int) -> None:
     shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, str(Path(__file__).with_name("run_jobs.py")), str(file)]
-    logs = [world / f"rank{r}of{ranks}.log" for r in range(ranks)]  # files: a full pipe would stop a rank
+    logs = [project / f"rank{r}of{ranks}.log" for r in range(ranks)]  # files: a full pipe would stop a rank
     processes = [
         subprocess.Popen(
             command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log.open("w"), stderr=subprocess.STDOUT
@@ -143,28 +130,28 @@ def run_ranks(world: Path, jobs: list[dict], ranks: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(world):
+def results(project):
     """Final weights of every way to run, by name."""
     one = [
-        job(world, "one", "zero0", train={"token_budget": 120}),
-        job(world, "one-gradient", str(world / f"{SGD}0.json")),
-        job(world, "one-lora", "zero0", lora=True),
-        job(world, "one-adapter", "zero0", start="adapter"),
-        job(world, "one-nf4", "zero0", model=QLORA),
-        job(world, "one-likelihood", "zero0", **LIKELIHOOD),
-        sft_job(world, "one-given", "zero0", loss_on="all_titles"),
-        sft_job(world, "one-shuffled", "zero0", loss_on="all_titles", history_order="shuffled"),
+        job(project, "one", "zero0", train={"token_budget": 120}),
+        job(project, "one-gradient", str(project / f"{SGD}0.json")),
+        job(project, "one-lora", "zero0", lora=True),
+        job(project, "one-adapter", "zero0", start="adapter"),
+        job(project, "one-nf4", "zero0", model=QLORA),
+        job(project, "one-likelihood", "zero0", **LIKELIHOOD),
+        sft_job(project, "one-given", "zero0", loss_on="all_titles"),
+        sft_job(project, "one-shuffled", "zero0", loss_on="all_titles", history_order="shuffled"),
     ]
-    two = [job(world, f"two-{i}-{name}", name, **more) for i, (name, more) in enumerate(FULL + OTHER)]
-    two += [job(world, f"two-gradient-{stage}", str(world / f"{SGD}{stage}.json")) for stage in (0, 2, 3)]
-    two += [job(world, f"two-lora-{name}", name, lora=True) for name in ("zero2", "zero3")]
-    two += [job(world, f"two-nf4-{name}", name, model=QLORA) for name in ("zero2", "zero3")]
-    two += [job(world, "two-lora-cached", "zero2", lora=True, reference={"cache": "memory"})]
-    two += [job(world, f"two-adapter-{name}", name, start="adapter") for name in ("zero1", "zero3")]
-    two += [job(world, "two-adapter-cached", "zero3", start="adapter", reference={"cache": "memory"})]
+    two = [job(project, f"two-{i}-{name}", name, **more) for i, (name, more) in enumerate(FULL + OTHER)]
+    two += [job(project, f"two-gradient-{stage}", str(project / f"{SGD}{stage}.json")) for stage in (0, 2, 3)]
+    two += [job(project, f"two-lora-{name}", name, lora=True) for name in ("zero2", "zero3")]
+    two += [job(project, f"two-nf4-{name}", name, model=QLORA) for name in ("zero2", "zero3")]
+    two += [job(project, "two-lora-cached", "zero2", lora=True, reference={"cache": "memory"})]
+    two += [job(project, f"two-adapter-{name}", name, start="adapter") for name in ("zero1", "zero3")]
+    two += [job(project, "two-adapter-cached", "zero3", start="adapter", reference={"cache": "memory"})]
     two += [
         job(
-            world,
+            project,
             "two-likelihood",
             "zero2",
             model={"attention": "unshared"},
@@ -172,9 +159,9 @@ def results(world):
             **LIKELIHOOD,
         )
     ]
-    two += [sft_job(world, "two-shuffled", "zero2", loss_on="all_titles", history_order="shuffled", token_budget=130)]
-    run_ranks(world, one, 1)
-    run_ranks(world, two, 2)
+    two += [sft_job(project, "two-shuffled", "zero2", loss_on="all_titles", history_order="shuffled", token_budget=130)]
+    run_ranks(project, one, 1)
+    run_ranks(project, two, 2)
     return {Path(entry["output"]).name: weights(Path(entry["output"]) / "model") for entry in one + two}
 
 
@@ -183,10 +170,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file if file.exists() else folder / "model.safetensors")
 
 
-def batches(world: Path):
+def batches(project: Path):
     """The token groups of every step, from the schedule alone."""
-    data = PreparedData.load(world / "data")
-    tokenizer = load_tokenizer(find_model(str(world / "model")))
+    data = PreparedData.load(project / "data")
+    tokenizer = load_tokenizer(find_model(str(project / "model")))
     template = make_template(TemplateConfig(item="{title}{end}", preamble="", request=""), tokenizer)
     groups = tokenize_rows(data.train, GroupTokenizer(tokenizer, template, 128))
     schedule = Schedule(len(groups), BATCH, 0)
@@ -215,18 +202,18 @@ def plain_loss(model, reference, groups) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def oracle(world):
+def oracle(project):
     """Step-1 gradients and the weights after all steps, by plain torch."""
-    model = load_causal_lm(str(world / "model"), ModelConfig(max_length=128)).train()
+    model = load_causal_lm(str(project / "model"), ModelConfig(max_length=128)).train()
     reference = copy.deepcopy(model)
     decay = [p for p in model.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
         [{"params": decay}, {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}],
         lr=0.0, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8,
     )  # fmt: skip
-    stage = RunConfig.model_validate(job(world, "none", "zero0")["config"]).train
+    stage = RunConfig.model_validate(job(project, "none", "zero0")["config"]).train
     first = None
-    for step, groups in enumerate(batches(world)):
+    for step, groups in enumerate(batches(project)):
         optimizer.zero_grad()
         plain_loss(model, reference, groups).backward()
         first = first or {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -243,9 +230,9 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("name", ["one-gradient", "two-gradient-0", "two-gradient-2", "two-gradient-3"])
-def test_first_gradient(world, results, oracle, name):
+def test_first_gradient(project, results, oracle, name):
     expected, _ = oracle
-    before = weights(world / "model")
+    before = weights(project / "model")
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     error = torch.stack([((before[n] - results[name][n]) / 1e3 - expected[n]).norm() for n in before]).norm()
     assert (error / norm).item() < 1e-6
@@ -267,9 +254,9 @@ def test_new_adapter(results, name):
 
 
 @pytest.mark.parametrize("name", ["two-adapter-zero1", "two-adapter-zero3", "two-adapter-cached"])
-def test_going_on_from_an_adapter(world, results, name):
+def test_going_on_from_an_adapter(project, results, name):
     assert largest_difference(results["one-adapter"], results[name]) < 1e-5
-    assert largest_difference(results["one-adapter"], weights(world / "adapter")) > 1e-3
+    assert largest_difference(results["one-adapter"], weights(project / "adapter")) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["two-nf4-zero2", "two-nf4-zero3"])
@@ -291,10 +278,10 @@ def test_histories_in_a_new_order(results):
     assert largest_difference(results["one-shuffled"], results["one-given"]) > 1e-3
 
 
-def test_records(world, results):
+def test_records(project, results):
     """The log of a split run says what the run was: the first loss, the same losses, work shared evenly."""
-    one = json.loads((world / "runs/one/records.json").read_text())
-    two = json.loads((world / "runs/two-3-zero3/records.json").read_text())
+    one = json.loads((project / "runs/one/records.json").read_text())
+    two = json.loads((project / "runs/two-3-zero3/records.json").read_text())
     losses = [[r["loss"] for r in records if r["kind"] == "step"] for records in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][0] == pytest.approx(0.693147, abs=1e-5)

@@ -13,7 +13,7 @@ from dmpo_dist.data.tables import as_strings, pick, read_json_lines
 from dmpo_dist.errors import UserError
 
 META = "meta_"
-PAGE_CODE = ("getTime", "var aPageStart")  # metadata of 2018 holds scripts of the shop's page in place of some titles
+PAGE_CODE = ("getTime", "var aPageStart")  # metadata of 2018 holds scripts of the shop's page instead of some titles
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Layout:
     """File names and keys of one edition.
 
     Attributes:
-        extension: of reviews and metadata, which may also be gzipped.
-        reviews: our column -> key of a review.
-        item: key of a product in the metadata.
-        ticks: what a second has of the timestamp's unit.
-        terms: where the data is from.
+        extension: of the files with reviews and metadata, which may also be gzipped.
+        reviews: our column -> the key of a review that holds it.
+        item: the key of the metadata that holds the product's id.
+        ticks: units of the timestamp in a second, 1000 for milliseconds.
+        terms: origin and terms of the data.
     """
 
     extension: str
@@ -54,9 +54,10 @@ EDITIONS = {
 
 
 def read_amazon(folder: Path, category: str | None, duplicate_titles: str, tolerated: float) -> Interactions:
-    """Reviews and titles of ``category`` (None: the only one in ``folder``).
+    """Read reviews and titles of ``category`` (None: the only category in ``folder``).
 
-    Titles are un-escaped and freed of tags; products without one, and their reviews, are left out and counted.
+    HTML entities in titles are decoded and tags removed. Products without a title are left out with their reviews, and
+    a note says how many.
 
     Raises:
         UserError: no or several categories in the folder, or a malformed file.
@@ -90,7 +91,7 @@ def _frame(rows: dict[int, dict[str, object]]) -> pd.DataFrame:
 
 
 def _find(folder: Path, category: str | None) -> tuple[str, str, Path, Path]:
-    """Edition, category, reviews and metadata in ``folder``."""
+    """Edition, category, file of reviews and file of metadata in ``folder``."""
     if not folder.is_dir():
         raise UserError(f"{folder}: data.source.kind=amazon wants the folder with reviews and metadata, not a file")
     found: dict[str, tuple[str, str, Path, Path]] = {}
@@ -115,7 +116,7 @@ def _find(folder: Path, category: str | None) -> tuple[str, str, Path, Path]:
 
 
 def _cleaned(items: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """One row per product with a sound title."""
+    """One row for each product that has a title after cleaning."""
     titles = items["title"].map(clean_title)
     changed = int((titles != items["title"].str.strip()).sum())
     if changed:
@@ -125,7 +126,7 @@ def _cleaned(items: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 
 def clean_title(title: str) -> str:
-    """On one line, un-escaped, without tags; "" for the shop's page code."""
+    """``title`` on one line, HTML entities decoded, without tags; "" where it is code of the shop's page."""
     if any(code in title for code in PAGE_CODE):
         return ""
     text = re.sub(r"<[a-zA-Z/][^<>]*>", " ", html.unescape(html.unescape(title)))

@@ -1,4 +1,7 @@
-"""Public datasets from their official addresses: resumed where a connection broke, checked where a checksum is published."""
+"""Downloads of public datasets from their official addresses.
+
+A broken download is resumed. A file is checked where its publisher gives a checksum.
+"""
 
 import hashlib
 import re
@@ -23,17 +26,19 @@ AMAZON = {
         "amazon_2023/raw/meta_categories/meta_{}.jsonl.gz",
     ),
 }
-MOVIELENS_TERMS = """MovieLens, GroupLens Research, University of Minnesota. Summary of the terms; the README in the download is binding:
+MOVIELENS_TERMS = """MovieLens, GroupLens Research, University of Minnesota. \
+Summary of the terms; the README in the download is binding:
 - research use; no commercial or revenue-bearing use without permission from GroupLens
 - acknowledge it in publications: F. M. Harper and J. A. Konstan, The MovieLens Datasets, 2015, doi 10.1145/2827872
 - do not state or imply an endorsement by the University of Minnesota or GroupLens
 - no warranty; pass it on only as its README allows"""
-AMAZON_TERMS = """Amazon Reviews, McAuley Lab, UC San Diego. Reviews and metadata collected from amazon.com, published for research; no
+AMAZON_TERMS = """Amazon Reviews, McAuley Lab, UC San Diego. \
+Reviews and metadata collected from amazon.com, published for research; no
 licence file comes with it, so the reviews stay their authors' and Amazon's. Acknowledge it in publications:
 - 2018: J. Ni, J. Li, J. McAuley, Justifying Recommendations using Distantly-Labeled Reviews, EMNLP 2019
 - 2023: Y. Hou et al., Bridging Language and Items for Retrieval and Recommendation, arXiv 2403.03952"""
 ATTEMPTS = 5
-TIMEOUT = 60  # seconds without a byte
+TIMEOUT = 60  # seconds without receiving a byte
 CHUNK = 1 << 18
 HEADERS = {"Accept-Encoding": "identity"}  # ranges count the bytes of the file itself
 
@@ -44,9 +49,9 @@ class Download:
 
     Attributes:
         files: file name -> address.
-        terms: what to accept before.
-        checksummed: the publisher has ADDRESS.md5 beside each file.
-        unpack: files are zip archives.
+        terms: the terms that must be accepted first.
+        checksummed: whether the publisher has ADDRESS.md5 beside each file.
+        unpack: whether the files are zip archives to unpack.
     """
 
     files: dict[str, str]
@@ -56,14 +61,14 @@ class Download:
 
 
 def find_download(name: str, category: str | None, mirror: str | None) -> Download:
-    """What ``name`` stands for.
+    """The files of the dataset ``name``.
 
     Args:
         category: for Amazon Reviews, such as Video_Games.
-        mirror: address to use in place of the official one, with the same paths below it.
+        mirror: address to use instead of the official one, with the same paths below it.
 
     Raises:
-        UserError: an unknown name, or a category that is missing or out of place.
+        UserError: an unknown name, a missing category, or a category for a dataset that has none.
     """
     if name in MOVIELENS:
         if category is not None:
@@ -78,7 +83,7 @@ def find_download(name: str, category: str | None, mirror: str | None) -> Downlo
 
 
 def download(wanted: Download, folder: Path, accept_terms: bool, echo: Callable[[str], None]) -> None:
-    """Fetch ``wanted`` into ``folder``; finished files are kept, half ones are continued.
+    """Fetch ``wanted`` into ``folder``; finished files are kept, partial ones are resumed.
 
     Raises:
         UserError: terms not accepted, an address that cannot be reached, or a file that differs from its checksum.
@@ -113,7 +118,10 @@ def _published_checksum(address: str) -> str:
 
 
 def _fetch(address: str, file: Path, expected: str | None) -> None:
-    """Fetch into ``file``.part, which a broken connection leaves for the next attempt, and rename it when it is right."""
+    """Fetch into ``file``.part and rename that once its checksum is right.
+
+    A broken connection leaves ``file``.part, from which the next attempt resumes.
+    """
     part = file.with_name(file.name + ".part")
     columns = (
         TextColumn("{task.description}"),
@@ -142,19 +150,19 @@ def _fetch(address: str, file: Path, expected: str | None) -> None:
 
 
 def _continue(address: str, part: Path, report: Callable[[int, int | None], None]) -> None:
-    """One attempt, from where ``part`` ends; a server without ranges starts over."""
+    """One attempt to fetch the rest of ``part``; a server that cannot send ranges sends the whole file again."""
     done = part.stat().st_size if part.exists() else 0
     ranged = HEADERS | ({"Range": f"bytes={done}-"} if done else {})
     with requests.get(address, headers=ranged, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == requests.codes.requested_range_not_satisfiable:
             size = response.headers.get("Content-Range", "").rpartition("/")[2]
             if size == str(done):
-                return  # the last attempt got it all
-            part.unlink()  # longer than what is there now: begin again
+                return  # nothing is left to send: an earlier attempt got the whole file
+            part.unlink()  # the server's file is now shorter than our part of it, so it is another file: begin again
             raise requests.ConnectionError(f"the file has {size or 'another number of'} bytes now, not {done}")
         response.raise_for_status()
         if response.status_code != requests.codes.partial_content:
-            done = 0
+            done = 0  # the server ignored the range
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
         with part.open("ab" if done else "wb") as target:
@@ -165,7 +173,7 @@ def _continue(address: str, part: Path, report: Callable[[int, int | None], None
 
 
 def _unpack(archive: Path) -> Path:
-    """Unpack beside the archive; the folder it holds."""
+    """Unpack beside the archive; returns the folder that the archive holds."""
     try:
         with zipfile.ZipFile(archive) as content:
             names = content.namelist()

@@ -20,7 +20,7 @@ MOVIELENS_TERMS = (
 
 
 def read_movielens(folder: Path, duplicate_titles: str, tolerated: float) -> Interactions:
-    """An unpacked folder: 100K; 1M, 10M; latest-small, latest, 20M, 25M, 32M."""
+    """Read an unpacked folder: 100K; 1M, 10M; latest-small, latest, 20M, 25M, 32M."""
     if not folder.is_dir():
         raise UserError(f"{folder}: data.source.kind=movielens wants the unpacked folder, not a file")
     layouts = {
@@ -38,7 +38,7 @@ def read_movielens(folder: Path, duplicate_titles: str, tolerated: float) -> Int
             )
     wanted = "; ".join(" and ".join(files) for files in layouts)
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-    raise UserError(f"{folder}: no MovieLens layout known here; looked for {wanted}; found {found}")
+    raise UserError(f"{folder}: not a MovieLens folder; looked for {wanted}; found {found}")
 
 
 def _latest(ratings_file: Path, items_file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

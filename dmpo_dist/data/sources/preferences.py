@@ -1,4 +1,4 @@
-"""Ready preference rows, made into groups: TRL's format here, other formats by a parser of their own."""
+"""Ready preference rows, merged into groups. This module parses TRL's format; other formats pass a parser."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ HELD_OUT = 0.1  # share of a single file's prompts for validation, and again for
 
 
 @dataclass(frozen=True)
-class Preference:
+class PreferenceRow:
     """One chosen and K distinct rejected responses to a prompt or history.
 
     Attributes:
         prompt: finished prompt; None where the template makes it from ``history``.
         history: titles, oldest first; () where only the prompt is known.
         titles: the titles that the responses stand for, chosen first; () where responses are free text.
-        shown_at: (place of the chosen one, number of candidates) in each list of candidates that the source showed.
+        shown_at: (position of the chosen one, number of candidates) in each list of candidates that the source showed.
     """
 
     prompt: str | None
@@ -40,7 +40,7 @@ class Preference:
 class Preferences:
     """Preference groups by split, and one-sentence notes on what reading merged or dropped."""
 
-    splits: dict[str, list[Preference]]
+    splits: dict[str, list[PreferenceRow]]
     name: str
     notes: list[str] = field(default_factory=list)
 
@@ -52,21 +52,21 @@ class Preferences:
         return sorted({title for group in groups for title in (*group.history, *group.titles)})
 
     def users(self) -> dict[str, int]:
-        """split -> users, each told by the history, or by the prompt where no more is known."""
+        """split -> number of users; rows with equal history, or else equal prompt, count as one user's."""
         return {
             split: len({group.history or group.prompt for group in groups}) for split, groups in self.splits.items()
         }
 
     def shown_at(self) -> dict[str, dict[str, list[int]]]:
-        """split -> number of candidates listed -> how often the chosen one stood at each place."""
+        """split -> number of candidates listed -> how often the chosen one stood at each position."""
         counts: dict[str, dict[str, list[int]]] = {}
         for split, groups in self.splits.items():
-            for place, size in (shown for group in groups for shown in group.shown_at):
-                counts.setdefault(split, {}).setdefault(str(size), [0] * size)[place] += 1
+            for position, size in (shown for group in groups for shown in group.shown_at):
+                counts.setdefault(split, {}).setdefault(str(size), [0] * size)[position] += 1
         return counts
 
 
-Parser = Callable[[Any, str], Preference]
+Parser = Callable[[Any, str], PreferenceRow]
 
 
 def load_preferences(path: Path | None, seed: int, parse: Parser | None = None) -> Preferences:
@@ -92,7 +92,7 @@ def load_preferences(path: Path | None, seed: int, parse: Parser | None = None) 
         if not splits["test"]:
             notes.append(f"{len(groups)} groups are too few to hold any out: all are training groups.")
         return Preferences(splits, path.stem, notes)
-    splits: dict[str, list[Preference]] = {split: [] for split in SPLITS}
+    splits: dict[str, list[PreferenceRow]] = {split: [] for split in SPLITS}
     notes = []
     for split, file in split_files(path).items():
         splits[split], file_notes = read_groups(file, parse)
@@ -100,12 +100,12 @@ def load_preferences(path: Path | None, seed: int, parse: Parser | None = None) 
     return Preferences(splits, path.resolve().name, notes)
 
 
-def read_groups(file: Path, parse: Parser) -> tuple[list[Preference], list[str]]:
+def read_groups(file: Path, parse: Parser) -> tuple[list[PreferenceRow], list[str]]:
     """The rows of ``file``, those of equal prompt, history and chosen merged, and notes."""
     rows = [parse(row, f"{file}, row {number}") for number, row in read_rows(file)]
     if not rows:
         raise UserError(f"{file}: holds no rows; is this the right file?")
-    merged: dict[tuple[Any, ...], list[Preference]] = {}
+    merged: dict[tuple[Any, ...], list[PreferenceRow]] = {}
     for row in rows:
         merged.setdefault((row.prompt, row.history, row.chosen), []).append(row)
     groups = [_merge(same) for same in merged.values()]
@@ -118,15 +118,15 @@ def read_groups(file: Path, parse: Parser) -> tuple[list[Preference], list[str]]
     return groups, notes
 
 
-def _merge(same: list[Preference]) -> Preference:
+def _merge(same: list[PreferenceRow]) -> PreferenceRow:
     first = same[0]
     rejected = tuple(dict.fromkeys(text for row in same for text in row.rejected))
     titles = first.titles[:1] + tuple(dict.fromkeys(title for row in same for title in row.titles[1:]))
     shown_at = tuple(shown for row in same for shown in row.shown_at)
-    return Preference(first.prompt, first.chosen, rejected, first.history, titles, shown_at)
+    return PreferenceRow(first.prompt, first.chosen, rejected, first.history, titles, shown_at)
 
 
-def _parse_trl_row(row: Any, where: str) -> Preference:
+def _parse_trl_row(row: Any, where: str) -> PreferenceRow:
     if not isinstance(row, dict):
         raise UserError(f"{where}: {shorten(row)} is not an object with {', '.join(KEYS)}")
     for key in KEYS:
@@ -141,16 +141,21 @@ def _parse_trl_row(row: Any, where: str) -> Preference:
         _check_text(value, key, where)
     if row["chosen"] in rejected:
         raise UserError(f"{where}: chosen {shorten(row['chosen'])} is also rejected; remove it from one side")
-    shown_at = _place_in(row["prompt"], [row["chosen"], *rejected])
-    return Preference(row["prompt"], row["chosen"], tuple(rejected), shown_at=() if shown_at is None else (shown_at,))
+    shown_at = _position_in(row["prompt"], [row["chosen"], *rejected])
+    return PreferenceRow(
+        row["prompt"], row["chosen"], tuple(rejected), shown_at=() if shown_at is None else (shown_at,)
+    )
 
 
-def _place_in(prompt: str, candidates: list[str]) -> tuple[int, int] | None:
-    """Place of the first candidate among all, in the order in which ``prompt`` last names them; None if it does not."""
-    places = [prompt.rfind(text.strip()) for text in candidates]
-    if min(places) < 0 or len(set(places)) < len(places):
+def _position_in(prompt: str, candidates: list[str]) -> tuple[int, int] | None:
+    """(position of the first candidate, number of candidates) in the order in which ``prompt`` last names them.
+
+    None where the prompt does not name each of them.
+    """
+    offsets = [prompt.rfind(text.strip()) for text in candidates]
+    if min(offsets) < 0 or len(set(offsets)) < len(offsets):
         return None
-    return sorted(places).index(places[0]), len(places)
+    return sorted(offsets).index(offsets[0]), len(offsets)
 
 
 def _check_text(value: Any, key: str, where: str) -> None:
@@ -162,7 +167,7 @@ def _check_text(value: Any, key: str, where: str) -> None:
         raise UserError(f"{where}: {key!r} is an empty string; fill it or remove the row")
 
 
-def _split(groups: list[Preference], seed: int) -> dict[str, list[Preference]]:
+def _split(groups: list[PreferenceRow], seed: int) -> dict[str, list[PreferenceRow]]:
     prompts = list(dict.fromkeys((g.prompt, g.history) for g in groups))
     held_out = int(len(prompts) * HELD_OUT)
     if len(groups) < MIN_GROUPS_TO_SPLIT or held_out == 0:

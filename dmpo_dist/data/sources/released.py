@@ -1,29 +1,29 @@
-"""Ready rows as other projects released them: S-DPO's, and the DMPO authors' pairwise prompts."""
+"""Preference rows in the formats of other projects: S-DPO's, and the DMPO authors' pairwise prompts."""
 
 import html
 import re
 from pathlib import Path
 from typing import Any, Literal
 
-from dmpo_dist.data.sources.preferences import Preference, Preferences, load_preferences, read_groups
+from dmpo_dist.data.sources.preferences import PreferenceRow, Preferences, load_preferences, read_groups
 from dmpo_dist.data.sources.rowfiles import shorten
 from dmpo_dist.errors import UserError
 
 TITLE = re.compile(r"<Title:(.*?)>")
-QUESTION = ". Rank the likelihood"  # parts history and candidates in the authors' prompts
+QUESTION = ". Rank the likelihood"  # stands between history and candidates in the authors' prompts
 TRAINING = re.compile(r"(.+)_dpo_ranking_(\d+)\.json")
 
 
 def load_sdpo(path: Path | None, seed: int) -> Preferences:
-    """S-DPO rows: ``history`` (or ``historyList``), ``itemList`` and ``trueSelection``, titles all of them.
+    """Read S-DPO's rows: ``history`` (or ``historyList``), ``itemList`` and ``trueSelection``, which all hold titles.
 
     Raises:
-        UserError: see ``load_preferences``, or candidates that lack the target.
+        UserError: see ``load_preferences``, or candidates without the target.
     """
     return load_preferences(path, seed, _parse_sdpo_row)
 
 
-def _parse_sdpo_row(row: Any, where: str) -> Preference:
+def _parse_sdpo_row(row: Any, where: str) -> PreferenceRow:
     if not isinstance(row, dict):
         raise UserError(f"{where}: {shorten(row)} is not an object with history, itemList and trueSelection")
     history = _titles(row, "historyList" if "historyList" in row else "history", where)
@@ -37,12 +37,12 @@ def _parse_sdpo_row(row: Any, where: str) -> Preference:
     negatives = tuple(title for title in dict.fromkeys(items) if title != target)
     if not negatives:
         raise UserError(f"{where}: 'itemList' holds nothing but the target {target!r}; a group needs a negative")
-    place = (items.index(target), len(items))
-    return Preference(None, target, negatives, history, (target, *negatives), (place,))
+    shown_at = (items.index(target), len(items))
+    return PreferenceRow(None, target, negatives, history, (target, *negatives), (shown_at,))
 
 
 def _titles(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """A list of titles, or one text with :: between them."""
+    """The titles in ``row[key]``, which is a list or one string with :: between them."""
     value = row.get(key)
     titles = value.split("::") if isinstance(value, str) else value
     if not isinstance(titles, list) or not titles or not all(isinstance(t, str) and t.strip() for t in titles):
@@ -51,12 +51,12 @@ def _titles(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 
 def load_released(path: Path | None, negatives: int | None, prompts: Literal["rebuild", "original"]) -> Preferences:
-    """The folder the DMPO authors released: ..._dpo_ranking_K.json to train on, ..._eval_ranking.json to test on.
+    """Read the folder that the DMPO authors released: ..._dpo_ranking_K.json to train, ..._eval_ranking.json to test.
 
     Args:
-        negatives: which K; None takes the largest there.
-        prompts: ``rebuild`` makes one group of a history and all its negatives, titles un-escaped, for the template;
-            ``original`` keeps each prompt, which lists two titles, and the two orders as responses.
+        negatives: which K; None takes the largest in the folder.
+        prompts: ``rebuild`` makes one group of a history and all its negatives, with HTML entities in titles decoded,
+            for the template; ``original`` keeps each prompt, which lists two titles, and the two orders as responses.
 
     Raises:
         UserError: no such folder or files, or a malformed row.
@@ -74,11 +74,11 @@ def load_released(path: Path | None, negatives: int | None, prompts: Literal["re
     if not test.is_file():
         raise UserError(f"{path}: no {test.name} beside {match[0]} to evaluate on")
 
-    def parse(row: Any, where: str) -> Preference:
+    def parse(row: Any, where: str) -> PreferenceRow:
         return _parse_released_row(row, where, prompts == "original")
 
     notes = ["Files released by the DMPO authors (Bai et al., arXiv 2405.16127), Apache-2.0."]
-    splits: dict[str, list[Preference]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[PreferenceRow]] = {"train": [], "validation": [], "test": []}
     for split, file in (("train", path / match[0]), ("test", test)):
         splits[split], more = read_groups(file, parse)
         notes += [f"{file.name}: {note}" for note in more]
@@ -86,7 +86,7 @@ def load_released(path: Path | None, negatives: int | None, prompts: Literal["re
     return Preferences(splits, name, notes)
 
 
-def _parse_released_row(row: Any, where: str, original: bool) -> Preference:
+def _parse_released_row(row: Any, where: str, original: bool) -> PreferenceRow:
     if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
         raise UserError(f"{where}: {shorten(row)} is not an object with 'instruction' and 'output'")
     orders = row.get("output")
@@ -109,10 +109,10 @@ def _parse_released_row(row: Any, where: str, original: bool) -> Preference:
         )
     if listed[0] == listed[1]:
         raise UserError(f"{where}: both candidates are {listed[0]!r}; remove the row")
-    place = ((listed.index(better[0]), 2),)
+    shown_at = ((listed.index(better[0]), 2),)
     if original:
-        return Preference(row["instruction"], orders[0], (orders[1],), history, better, place)
-    return Preference(None, better[0], (better[1],), history, better, place)
+        return PreferenceRow(row["instruction"], orders[0], (orders[1],), history, better, shown_at)
+    return PreferenceRow(None, better[0], (better[1],), history, better, shown_at)
 
 
 def _bracketed(text: str) -> tuple[str, ...]:

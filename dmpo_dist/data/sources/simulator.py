@@ -1,9 +1,10 @@
-"""A made-up world of users, items and tastes whose best possible ranking is known.
+"""A simulated world of users, items and tastes whose best possible ranking is known.
 
-Users and items have latent tastes; a user takes items one after another without repeats, each with probability
-softmax(utility), utility = taste_strength * affinity + log popularity. A like (rating >= 4) is the likelier the higher
-the affinity. An item's main tastes show in its title through words that belong to a taste, so a reader of titles can
-learn them; the other words mean nothing. Popularity is independent of taste.
+Users and items have latent tastes. A user takes items one after another without repeats, each with probability
+softmax(utility), where utility = taste_strength * affinity + log popularity. The higher the affinity, the likelier is a
+like (rating >= 4). Every taste has words of its own, and the title of an item contains words of the item's main tastes,
+so a model that reads titles can learn the tastes. The other words of a title mean nothing. Popularity is independent of
+taste.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ LIKE = 4  # the oracle counts a rating at or above this as a like
 RATING_SLOPE = 1.0  # weight of the affinity in a rating, against logistic noise of scale RATING_NOISE
 RATING_NOISE = 0.5
 SECOND_TASTE = 0.5  # share of items with two main tastes
-MAIN_TASTES = (1.0, 0.7)  # their strengths, before items are scaled to length 1
+MAIN_TASTES = (1.0, 0.7)  # strengths of the main tastes, before an item's tastes are scaled to length 1
 MAX_CELLS = 250_000_000  # users x items of the oracle (float32: 1 GB)
 CHUNK_CELLS = 4_000_000  # users x items handled at once
 WORDS_PER_TASTE = 4
@@ -37,8 +38,8 @@ SYLLABLES = (
 def simulate(config: Simulator, seed: int) -> Interactions:
     """Draw a world; equal ``config`` and ``seed`` give an equal world.
 
-    ``oracle[u, i]`` is utility + log P(rating >= 4 | u, i): up to a constant per user, the log-probability that the
-    user's next like is item i, so sorting candidates by it is the Bayes-optimal ranking.
+    ``oracle[u, i]`` is utility + log P(rating >= 4 | u, i). Up to a constant per user that is the log-probability that
+    the user's next like is item i, so the Bayes-optimal ranking sorts candidates by it.
 
     Raises:
         UserError: more than 250 million user-item cells, or users asked to take more than half of the catalogue.
@@ -47,7 +48,7 @@ def simulate(config: Simulator, seed: int) -> Interactions:
     rng = np.random.default_rng(seed)
     user_tastes = rng.standard_normal((config.users, config.taste_dim))
     item_tastes, main_tastes = _item_tastes(rng, config.items, config.taste_dim)
-    # Standard normal user tastes give an affinity of variance |item taste|^2: one after this scaling.
+    # User tastes are standard normal, so an item's affinity has variance |item taste|^2; scaling makes it 1.
     item_tastes /= np.linalg.norm(item_tastes, axis=1, keepdims=True)
     log_popularity = _log_popularity(rng, config.items, config.popularity_exponent)
     titles = _titles(rng, main_tastes, config.taste_dim)
@@ -72,7 +73,7 @@ def simulate(config: Simulator, seed: int) -> Interactions:
 
 
 def oracle_scores(log: Interactions) -> Callable[[str, list[str]], list[float]]:
-    """A function that scores candidates of a user; it returns [] where the world is unknown."""
+    """A function (user, items) -> true scores; it returns [] for data that is not simulated."""
     if log.oracle is None or log.oracle_users is None:
         return lambda user, items: []
     oracle = log.oracle
@@ -124,9 +125,9 @@ def _event_counts(rng: np.random.Generator, config: Simulator) -> np.ndarray:
 
 
 def _choices(rng: np.random.Generator, utility: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Items taken, user after user, in the order of taking.
+    """(sum of counts,) the items taken by each user, in order, user after user.
 
-    Sorting utility + Gumbel noise draws from softmax(utility) without replacement, one after the other.
+    Sorting utility + Gumbel noise (users, items) is drawing items one by one from softmax(utility) without replacement.
     """
     perturbed = utility + rng.gumbel(size=utility.shape)
     order = np.argsort(-perturbed, axis=1)[:, : counts.max()]
@@ -151,7 +152,7 @@ def _timestamps(rng: np.random.Generator, users: np.ndarray, counts: np.ndarray)
 
 
 def _titles(rng: np.random.Generator, main_tastes: list[list[int]], dim: int) -> list[str]:
-    """One unique title of 2-4 words per item; each main taste gives one word of its pool, the others are noise."""
+    """A unique title of 2-4 words for each item: one word for each of its main tastes, and words without meaning."""
     n_noise = max(40, len(main_tastes) // 8)
     words = _words(rng, dim * WORDS_PER_TASTE + n_noise)
     pools, noise = np.split(np.array(words), [dim * WORDS_PER_TASTE])

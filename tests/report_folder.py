@@ -1,4 +1,4 @@
-"""A folder with everything that `dmpo report` can show, its titles and ids as nasty as data can be; for several test files."""
+"""A folder with everything that `dmpo report` can show; its titles and ids are as nasty as data can be."""
 
 import json
 from pathlib import Path
@@ -168,11 +168,15 @@ def card() -> dict:
         "counts": {"train": 100, "validation": 10, "test": 80}, "users": {"train": 90, "validation": 10, "test": 80},
         "cuts": {"validation": {"timestamp": 1, "utc": "2023-01-01Z"}, "test": {"timestamp": 2, "utc": "2023-02-01Z"}},
         "dropped": {"train": {"short_history": 7}}, "items": True, "interactions": True, "config": {"split": "time"},
-        "leaks": [finding | {"check": "position", "verdict": "ok"}, finding, finding | {"check": "candidate look-up", "verdict": "leak"}],
+        "leaks": [
+            finding | {"check": "position", "verdict": "ok"},
+            finding,
+            finding | {"check": "candidate look-up", "verdict": "leak"},
+        ],
     }  # fmt: skip
 
 
-def write_world(root: Path) -> Path:
+def write_report_folder(root: Path) -> Path:
     """Everything below ``root``."""
     write_run(root / "sft", "sft")
     start = {"path": str(root / "sft" / "model")}

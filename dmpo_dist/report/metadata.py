@@ -1,4 +1,4 @@
-"""Tables of what a page says beside results: runs, data, configuration, environment, files."""
+"""Tables about the origin of results: runs, data, configuration, environment, files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,8 @@ from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.evaluation import BaselineTraining, Evaluation
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.splits import SPLITS
-from dmpo_dist.evaluation.tables import left_out_line, order_line
+from dmpo_dist.evaluation.sentences import order_line
+from dmpo_dist.evaluation.tables import left_out_line
 from dmpo_dist.formats import MISSING, number, size
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import ReportedData
@@ -19,13 +20,13 @@ from dmpo_dist.tables import Cell, Table
 
 NO_SETTING = "output_dir"
 CHOSEN = ("regularization", "epochs")
-"""Settings of the classical baselines that validation decides."""
+"""Settings of the classical baselines that are chosen on validation."""
 VERDICTS = {"leak": "leak", "warning": "warn"}
-LONG = 60  # characters from which a value of the configuration is cut in a table of differences
+LONG = 60  # longer values of the configuration are cut in the table of differences
 
 
 def runs_table(runs: Mapping[str, Run]) -> Table:
-    """Each run: stage, steps, validation at the selected step, speed, when, finished or not."""
+    """A row for each run: stage, steps, validation at the selected step, speed, when it began, whether it finished."""
     rows = []
     for name, run in runs.items():
         result, (done, total) = run.result(), run.steps
@@ -48,8 +49,8 @@ def runs_table(runs: Mapping[str, Run]) -> Table:
 
 
 def evaluation_lines(evaluation: Evaluation) -> list[str]:
-    """Metrics that no table has, what was chosen for the classical baselines and what they did not know, and how little
-    scores depend on order."""
+    """Remarks on an evaluation: the metrics left out of tables, the settings chosen for the classical baselines and the
+    requests unknown to them, and how little scores depend on the order of candidates."""
     known = dict.fromkeys(metric for of_model in evaluation.models.values() for metric in of_model)
     left_out = left_out_line(list(known), evaluation.most_negatives)
     lines = [f"{left_out}."] if left_out else []
@@ -78,7 +79,7 @@ def counts_table(card: ReportedData) -> Table:
 
 
 def leaks_table(card: ReportedData) -> Table | None:
-    """What the leak check found, worst first; None for data of before it."""
+    """The findings of the leak check, worst first; None for data that was prepared by a version without one."""
     order = {"leak": 0, "warning": 1, "not checked": 2}
     rows = [
         [
@@ -91,7 +92,7 @@ def leaks_table(card: ReportedData) -> Table | None:
 
 
 def differences_table(runs: Mapping[str, Run]) -> Table | None:
-    """Keys of the configuration in which the runs differ; None for one run, or where nothing does."""
+    """Keys of the configuration in which the runs differ; None for a single run or equal configurations."""
     configs = {name: dotted(run.config) for name, run in runs.items()}
     keys = dict.fromkeys(key for config in configs.values() for key in config)
     differ = [
@@ -114,7 +115,7 @@ def config_texts(configs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def environment_table(environments: Mapping[str, Environment]) -> Table | None:
-    """Versions, commit and hardware, a column for each set of folders with the same; None where nothing is known."""
+    """Versions, commit and hardware, one column for all folders that agree; None where nothing is known."""
     by_content: dict[str, tuple[dict[str, str], list[str]]] = {}
     for name, known in environments.items():
         shown = _environment(known)
@@ -129,11 +130,11 @@ def environment_table(environments: Mapping[str, Environment]) -> Table | None:
         for key in keys
     ]
     headings = ["everywhere"] if len(sets) == 1 else [_listed(names) for _, names in sets]
-    return Table("What it ran on", ["fact", *headings], rows, 1 + len(sets))
+    return Table("What it ran on", ["property", *headings], rows, 1 + len(sets))
 
 
 def files_table(files: Sequence[tuple[str, int]]) -> Table:
-    """What the folders hold."""
+    """The files in the folders, with their sizes."""
     rows = [[Cell(path, kind="code"), Cell(size(count), key=count)] for path, count in files]
     total = sum(count for _, count in files)
     return Table(f"Files, {size(total)} in all", ["file", "size"], rows, sortable=len(rows) > 2)

@@ -1,0 +1,76 @@
+"""One model on the test requests: its scores, and whatever else is asked of it while it is in memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from dmpo_dist.artifacts.evaluation import GeneratedFigures
+from dmpo_dist.config import RunConfig
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.generated import generated_figures
+from dmpo_dist.evaluation.order import order_spread
+from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
+from dmpo_dist.modeling.backbone import find_model
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """A model's scores of the test requests by its rule.
+
+    Attributes:
+        spread: how far they move with other orders; {} if that is not asked for.
+        generated: what it writes by itself; None if that is not asked for.
+        ruled: by each rule; None where none is asked for.
+    """
+
+    scores: list[np.ndarray]
+    spread: dict[str, Any]
+    generated: GeneratedFigures | None
+    ruled: RuledScores | None
+
+
+def model_scores(name: str, path: str, data: PreparedData, config: RunConfig, console: Console) -> ModelScores:
+    """Load the model in ``path``, called ``name``, and score the test requests of ``data``.
+
+    The model is gone when this returns: the next one, or the ranking of the whole catalogue, has the memory to itself.
+
+    Raises:
+        UserError: it cannot be loaded or used, or a score is not finite.
+    """
+    _note_quantization(name, path, config, console)
+    again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
+    with console.status(f"scoring {name}"):
+        model = load_ranking_model(path, config)
+        scores = model.score_rows(data.test)
+        _require_finite(f"--model {name}={path}", scores, config.model.dtype)
+        spread = order_spread(model.score_rows, data.test, scores, again, seed) if again else {}
+        generated = generated_figures(model, data.test, scores, write, seed) if write else None
+        if not asks_for_rules(config.evaluation):
+            return ModelScores(scores, spread, generated, None)
+        ruled = ruled_scores(model, scores, data, config)
+        for rule, by_rule in ruled.by_rule.items():
+            _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
+        return ModelScores(ruled.scores, spread, generated, ruled)
+
+
+def _note_quantization(name: str, path: str, config: RunConfig, console: Console) -> None:
+    """Say so where a model is ranked on another base than it was trained on."""
+    trained, now = find_model(path).stamp.quantization, config.model.quantization
+    if trained != now:
+        console.print(
+            f"note: {name} was trained with model.quantization={trained} and is scored with {now}", highlight=False
+        )
+
+
+def _require_finite(model: str, scores: list[np.ndarray], dtype: str) -> None:
+    flat = np.concatenate(scores)
+    bad = ~np.isfinite(flat)
+    if bad.any():
+        raise UserError(
+            f"{model}: {int(bad.sum())} of {len(flat)} scores are not finite, the first is {flat[bad][0]}; its training "
+            f"diverged or its weights are damaged, or model.dtype={dtype} is too narrow for it: try model.dtype=float32"
+        )

@@ -1,0 +1,24 @@
+"""Which of the evaluated models another one's stage started from."""
+
+from pathlib import Path
+
+from dmpo_dist.evaluation.seeds import by_name, split_name
+from dmpo_dist.modeling.backbone import find_model
+
+
+def starts_of(models: dict[str, str]) -> dict[str, str]:
+    """Model -> the other one of ``models`` (name or name@seed -> folder) that its stage started from, as it says itself.
+
+    A model of several seeds counts where all of them started from one model: from its own seed, or one without seeds.
+    """
+    by_folder = {str(Path(path).resolve()): split_name(entry) for entry, path in models.items()}
+    starts: dict[str, str] = {}
+    for name, entries in by_name(models).items():
+        found = set()
+        for seed, entry in entries.items():
+            start = find_model(models[entry]).stamp.start
+            start_name, start_seed = by_folder.get(str(Path(start).resolve()) if start else "", ("", ""))
+            found.add(start_name if start_seed in ("", seed) else "")
+        if len(found) == 1 and found not in ({""}, {name}):
+            starts[name] = found.pop()
+    return starts

@@ -1,0 +1,101 @@
+"""The command line as a whole: every command explains itself, its examples can be read, and faults are one line."""
+
+import errno
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dmpo_dist.cli import app, main
+from dmpo_dist.config import load_config
+from dmpo_dist.config.load import find_recipe
+
+
+def commands(command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    for name, child in getattr(command, "commands", {}).items():
+        if hasattr(child, "commands"):
+            yield from commands(child, (*path, name))
+        else:
+            yield (*path, name), child
+
+
+COMMANDS = {" ".join(path): command for path, command in commands(typer.main.get_command(app))}
+EXAMPLES = [
+    (name, " ".join(paragraph.replace("\\\n", " ").split()))
+    for name, command in COMMANDS.items()
+    for paragraph in command.help.partition("Examples:")[2].split("\n\n")
+    if paragraph.split()[:1] == ["dmpo"]
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name):
+    shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert shown.exit_code == 0, shown.output
+    assert f"dmpo {name} " in shown.output
+    about = COMMANDS[name].help.replace("`", "").split()
+    assert " ".join(about[:6]) in " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[example for _, example in EXAMPLES])
+def test_every_example_is_read(name, example):
+    """Its options and arguments are those of the command, its recipes are there and its overrides name known keys."""
+    program, *words = shlex.split(example, comments=True)
+    path = name.split()
+    assert (program, words[: len(path)]) == ("dmpo", path)
+    with COMMANDS[name].make_context(name, words[len(path) :]) as context:
+        given = context.params
+    if "overrides" in given:
+        layers = [find_recipe(str(layer), "-c") for layer in given.get("layers") or [] if not Path(layer).suffix]
+        load_config(layers, list(given["overrides"] or []))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+def test_storage_that_fails_is_one_line_that_names_the_file(number, tmp_path, monkeypatch, capsys):
+    """Wherever it is met: in this case where `dmpo config show` resolves its settings."""
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number), str(tmp_path / "model.safetensors"))
+
+    monkeypatch.setattr("dmpo_dist.cli.options.load_config", fail)
+    monkeypatch.setattr(sys, "argv", ["dmpo", "config", "show"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    out, errors = capsys.readouterr()
+    [line] = errors.splitlines()
+    assert (out, line.startswith(f"error: {tmp_path}/model.safetensors: {os.strerror(number)}; ")) == ("", True)
+    assert "output_dir" in line
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EBADF, "a descriptor that we closed")
+
+    monkeypatch.setattr("dmpo_dist.cli.options.load_config", fail)
+    monkeypatch.setattr(sys, "argv", ["dmpo", "config", "show"])
+    with pytest.raises(OSError, match="that we closed"):
+        main()
+
+
+def test_usage_errors_and_the_version(monkeypatch, capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dmpo", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, *capsys.readouterr()
+
+    from dmpo_dist import __version__
+
+    assert run("--version") == (0, f"dmpo_dist {__version__}\n", "")
+    for arguments in (["config", "shw"], ["config", "show", "--al"], ["report"]):
+        code, _, errors = run(*arguments)
+        assert code == 2
+        assert errors.startswith("error: ")
+        assert errors.endswith("; see dmpo --help\n")
+        assert len(errors.splitlines()) == 1
