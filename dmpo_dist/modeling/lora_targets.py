@@ -40,7 +40,7 @@ def no_such_layer(model: Any, missing: Sequence[str]) -> str:
     """What to tell a user whose ``missing`` names are no layers of ``model`` (a transformers causal LM)."""
     there = sorted({name.rpartition(".")[2] for name in _linear_layers(model)})
     return (
-        f"model.lora.target_modules: {', '.join(missing)} matches no layer of this {model.config.model_type}, whose "
+        f"model.lora.target_modules={list(missing)}: not found in this {model.config.model_type}, whose "
         f'linear layers are {", ".join(there)}; name those, or "all-linear"'
     )
 
