@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tokenizers import Encoding
+from tokenizers import Encoding, models
 
 from dmpo_dist.data.candidates import list_order, require_no_finished_prompts
 from dmpo_dist.data.continuation import continuation, encode, require_end
@@ -56,7 +56,7 @@ class GroupTokenizer:
     tokenized apart instead: the prompt's ids are the same for all candidates, as they are when a model is asked. Only
     spaces at the end of a prompt are counted to the responses, as tokenizers join them to the word that follows.
 
-    Every prompt of a template ends in the same text, so the ids of a title after it are looked up in a cache. The
+    Every prompt of a template ends in the same text, so BPE ids of a title after it are looked up in a cache. The
     look-up is verified on each group's positive, whose whole text is always tokenized at once.
 
     Attributes:
@@ -89,6 +89,8 @@ class GroupTokenizer:
         backend.no_padding()
         self._tail = self.template.tail.rstrip(" ")
         self._tail_ids = encode(self.tokenizer, self._tail).ids
+        # other models decide by all of a text: Unigram breaks ties so
+        self._is_local = isinstance(backend.model, models.BPE) and bool(self._tail_ids)
         require_end(self.tokenizer, self.template)
 
     def __call__(self, group: PreferenceGroup, draw: int = 0, listed: Sequence[str] = ()) -> TokenGroup:
@@ -156,8 +158,8 @@ class GroupTokenizer:
         spaces = prompt.text[len(before) :]
         responses = [spaces + self._response(title, group.prompt, prompt) for title in _candidates(group)]
         encoded = encode(self.tokenizer, before)
-        fixed_tail = group.prompt is None and bool(history or listed) and bool(self._tail_ids)
-        look_up = fixed_tail and encoded.ids[-1:] == self._tail_ids[-1:]
+        fixed_tail = group.prompt is None and bool(history or listed)
+        look_up = fixed_tail and self._is_local and encoded.ids[-1:] == self._tail_ids[-1:]
         return FittedPrompt(dropped, prompt, encoded, self._responses(before, encoded.ids, responses, look_up))
 
     def _response(self, title: str, finished: str | None, prompt: Prompt) -> str:
