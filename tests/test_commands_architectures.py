@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmpo_dist.commands.architectures import FAMILIES, GRADIENT_LIMIT, LOG_PROB_LIMIT, markdown, measure
+from dmpo_dist.commands import every_family
+from dmpo_dist.commands.architectures import (
+    FAMILIES,
+    GRADIENT_LIMIT,
+    LOG_PROB_LIMIT,
+    markdown,
+    measure,
+    measure_every,
+)
 
 TABLE = Path(__file__).parents[1] / "docs" / "ARCHITECTURES.md"
 CPU = torch.device("cpu")
@@ -31,6 +39,18 @@ def test_the_table_is_what_is_measured(family):
     if measured.prompt != "refused":
         assert measured.log_probs < LOG_PROB_LIMIT
         assert measured.gradients < GRADIENT_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt"), [("llama", "shared"), ("opt", "shared"), ("bart", "unshared"), ("bert", "refused")]
+)
+def test_families_by_their_names_alone(kind, prompt, monkeypatch):
+    """As `dmpo architectures --all` measures every type of the installed transformers."""
+    monkeypatch.setattr(every_family, "model_types", lambda: [kind, "no such type"])
+    measured, unknown = measure_every(CPU)
+    assert (measured.family, measured.prompt, unknown.prompt) == (kind, prompt, "not built")
+    assert measured.exact or prompt == "refused"
+    assert ", wrong" not in markdown([measured, unknown], CPU)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-Next", "Falcon-H1"])

@@ -7,6 +7,7 @@ import typer
 
 from dmpo_dist.cli.options import DryRun, Layers, Overrides, print_now, read_settings
 
+# In examples a backslash joins two source lines; the next one begins in the first column, so that no spaces get in.
 models_app = typer.Typer()
 fetch_app = typer.Typer(help="Pretrained models for machines that reach no model hub.", no_args_is_help=True)
 models_app.add_typer(fetch_app, name="models")
@@ -99,11 +100,11 @@ def rank(
 
     Examples:
 
-        dmpo rank -m exported --requests users.parquet --catalogue items.parquet --top 20 \\
-            --output ranked.parquet cluster.workers=2
+        dmpo rank -m exported --requests users.parquet --catalogue items.parquet --top 20 \
+--output ranked.parquet cluster.workers=2
 
-        dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data \\
-            --output ranked.parquet ranking.popularity_weight=0.2
+        dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data \
+--output ranked.parquet ranking.popularity_weight=0.2
     """
     settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.commands.rank import rank as run
@@ -154,6 +155,9 @@ def plan(
 @models_app.command()
 def architectures(
     output: Annotated[Path | None, typer.Option("--output", help="Also write the table to this file.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every causal language model of the installed transformers; minutes.")
+    ] = False,
 ) -> None:
     """Measure on tiny models which model families can share prompts and how exactly; print a Markdown table.
 
@@ -161,9 +165,11 @@ def architectures(
 
         dmpo architectures
 
+        dmpo architectures --all
+
         dmpo architectures --output docs/ARCHITECTURES.md
     """
     from dmpo_dist.commands.architectures import show_architectures
 
-    if not show_architectures(output):
+    if not show_architectures(output, every):
         raise typer.Exit(1)

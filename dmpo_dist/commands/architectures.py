@@ -6,19 +6,25 @@ through the model's own logits.
 """
 
 import os
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dmpo_dist.artifacts.base import first_line
 from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.batching.layout import lay_out
+from dmpo_dist.commands.every_family import VARIANTS, model_types, tiny_options
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import Backend, choose_backend, native_attention, use_backend
+from dmpo_dist.modeling.self_check import disagreement
+from dmpo_dist.modeling.suitability import require_deterministic, silence
 
 LOG_PROB_LIMIT = 1e-5
 """Largest relative error of the log-probs of a family that may be used, in fp32."""
@@ -26,6 +32,8 @@ GRADIENT_LIMIT = 1e-4
 """The same for the worst parameter's gradient."""
 
 VOCABULARY = 97
+
+UNMEASURED = ("refused", "not built")
 
 
 class Family(NamedTuple):
@@ -69,6 +77,14 @@ HYBRID = {
     "mamba_chunk_size": 8,
 }
 
+LONGROPE = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0,
+        "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
 FAMILIES = (
     Family("Llama", "llama"),
     Family("Llama 4, short chunks", "llama4_text", CHUNKED),
@@ -85,11 +101,15 @@ FAMILIES = (
     Family("Gemma3, short window", "gemma3_text", SHORT | GEMMA | ALTERNATING),
     Family("Phi3", "phi3"),
     Family("Phi3, short window", "phi3", SHORT),
+    Family("Phi3, longrope", "phi3", LONGROPE),
+    Family("PhiMoE", "phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     Family("OLMo3, long window", "olmo3", LONG | ALTERNATING),
     Family("OLMo3, short window", "olmo3", SHORT | ALTERNATING),
     Family("gpt-oss, short window", "gpt_oss", SHORT | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     Family("GPT-2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     Family("Mamba2", "mamba2", {"state_size": 8, "num_heads": 8, "n_groups": 1, "chunk_size": 8}),
+    Family("Nemotron", "nemotron"),
+    Family("Doge", "doge"),
     Family("Granite", "granite", {"logits_scaling": 4.0}),
     Family("SmolLM3", "smollm3"),
     Family("GLM4", "glm4"),
@@ -112,10 +132,10 @@ class Measurement(NamedTuple):
     """How a family runs and how far it is from separate rows.
 
     Attributes:
-        prompt: ``shared``, ``unshared`` or ``refused``.
-        backend: what ``model.attention=auto`` takes; None where refused.
+        prompt: ``shared``, ``unshared``, ``refused`` or ``not built``.
+        backend: what ``model.attention=auto`` takes; None where refused or not built.
         reason: why.
-        nats: largest absolute error of a response's log-prob; not a number where refused, as the next two.
+        nats: largest absolute error of a response's log-prob; not a number without a backend, as the next two.
         log_probs: relative error of all log-probs, |seen - expected| / |expected|.
         gradients: relative error of the worst parameter's gradient; small ones are held to a thousandth of the whole.
     """
@@ -135,18 +155,26 @@ class Measurement(NamedTuple):
 
 
 def measure(family: Family, device: torch.device, backend: Backend | None = None) -> Measurement:
-    """Route a family as training would on ``device`` and measure it in fp32; ``backend`` overrides the route."""
+    """Route a family as training would on ``device`` and measure it in fp32; ``backend`` overrides the route.
+
+    A family is refused where training refuses it: by its route, its head, the mask its layers add, or the check of
+    shared prompts at the start.
+    """
     model = _tiny_model(family).to(device)
-    route = choose_backend(model, device.type, LONGEST)
-    taken = backend or route.backend
     try:
+        require_deterministic(model.config, family.name)
+        route = choose_backend(model, device.type, LONGEST)
+        taken = backend or route.backend
         module = LogProbModel(model)
+        expected = _by_separate_rows(model)
+        expected_gradients = _gradients(model, expected)
+        use_backend(model, taken)
+        seen = module(lay_out(GROUPS, taken != "unshared").to(device))
+        if backend is None and taken != "unshared":
+            _require_agreement(seen, expected)
     except UserError as error:
-        return Measurement(family.name, "refused", None, str(error).removeprefix(f"{family.model_type}: "))
-    expected = _by_separate_rows(model)
-    expected_gradients = _gradients(model, expected)
-    use_backend(model, taken)
-    seen = module(lay_out(GROUPS, taken != "unshared").to(device))
+        reason = re.sub(rf"^{re.escape(family.name)}: |^{family.model_type}: ", "", str(error))
+        return Measurement(family.name, "refused", None, reason)
     gradients = _gradients(model, seen)
     total = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
     return Measurement(
@@ -163,8 +191,42 @@ def measure(family: Family, device: torch.device, backend: Backend | None = None
     )
 
 
-def show_architectures(output: Path | None) -> bool:
-    """Measure all families, print the table and write it to ``output``; False if any of them is wrong.
+def _require_agreement(seen: Tensor, expected: Tensor) -> None:
+    """As ``training/checks.py`` does, without the figures, which are the machine's."""
+    if disagreement([seen.detach().cpu().numpy()], [expected.detach().cpu().numpy()], torch.float32) is not None:
+        raise UserError(
+            "a shared prompt changes its log-probabilities, as the check at the start finds; set "
+            "model.attention=unshared"
+        )
+
+
+def measure_every(device: torch.device) -> Iterator[Measurement]:
+    """A measurement of every causal language model of the installed transformers; ``not built`` where it has no tiny
+    configuration that runs, which says nothing of the real ones."""
+    for model_type, options in tiny_options(SMALL):
+        if isinstance(options, str):
+            yield Measurement(model_type, "not built", None, options)
+            continue
+        yield _first_that_runs(model_type, options, device)
+
+
+def _first_that_runs(model_type: str, options: dict[str, int], device: torch.device) -> Measurement:
+    """Sizes that do not go together fail in as many ways as there are types."""
+    why = ""
+    for variant in VARIANTS:
+        try:
+            return measure(Family(model_type, model_type, options | variant), device)
+        except Exception as error:
+            why = why or f"{type(error).__name__}: {first_line(error)[:120]}"
+    return Measurement(model_type, "not built", None, why)
+
+
+def show_architectures(output: Path | None, every: bool = False) -> bool:
+    """Measure families, print the table and write it to ``output``; False if any of them is wrong.
+
+    Args:
+        output: file to write; None only prints.
+        every: all of the installed transformers instead of the chosen ones, which takes minutes.
 
     Raises:
         UserError: ``output`` cannot be written; found before anything is measured.
@@ -172,12 +234,20 @@ def show_architectures(output: Path | None) -> bool:
     if output is not None and not (os.access(output.parent, os.W_OK) and not output.is_dir()):
         raise UserError(f"--output {output} cannot be written; name a file in a folder that exists and is writable")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measurements = [measure(family, device) for family in FAMILIES]
+    found = measure_every(device) if every else (measure(family, device) for family in FAMILIES)
+    measurements = list(shown(found, len(model_types()) if every else len(FAMILIES)))
     text = markdown(measurements, device)
     print(text, end="")
     if output is not None:
         write_whole(output, text)
-    return all(m.exact or m.prompt == "refused" for m in measurements)
+    return all(m.exact or m.prompt in UNMEASURED for m in measurements)
+
+
+def shown(measurements: Iterable[Measurement], count: int) -> Iterator[Measurement]:
+    """The same, each announced on stderr: a family may take a minute."""
+    for number, measured in enumerate(measurements, 1):
+        print(f"{number}/{count} {measured.family}: {measured.prompt}", file=sys.stderr, flush=True)
+        yield measured
 
 
 def markdown(measurements: Sequence[Measurement], device: torch.device) -> str:
@@ -201,7 +271,7 @@ def markdown(measurements: Sequence[Measurement], device: torch.device) -> str:
     ]
     for m in measurements:
         errors = [f"{error:.0e}" if error == error else "-" for error in (m.nats, m.gradients)]
-        verdict = m.prompt if m.exact or m.prompt == "refused" else f"**{m.prompt}, wrong**"
+        verdict = m.prompt if m.exact or m.prompt in UNMEASURED else f"**{m.prompt}, wrong**"
         lines.append(f"| {m.family} | {verdict} | {m.backend or '-'} | {' | '.join(errors)} | {m.reason} |")
     return "\n".join(lines) + "\n"
 
@@ -211,9 +281,7 @@ def _tiny_model(family: Family) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(family.model_type, **SMALL | family.options)
-    for key, value in vars(config).items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, key, 0.0)
+    silence(config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
