@@ -65,7 +65,7 @@ def test_ids_are_those_of_the_whole_text_but_for_the_boundary_and_response_and_e
     items = "".join(config.item.replace("{title}", title) for title in history)
     prompt = (tokenizer.bos_token or "") + config.preamble + items + config.request.replace("{candidates}", listed)
     wholes = [ids(prompt + config.response.replace("{title}", title) + tokenizer.eos_token) for title in TITLES]
-    alone = ids(prompt.rstrip(" "))
+    alone = ids(prompt)
     assert (tokens.prefix, set(tokens.scored_from)) == (alone, {0})
     for whole, branch in zip(wholes, tokens.branches, strict=True):
         assert pieces(tokenizer, alone + branch) == pieces(tokenizer, whole)

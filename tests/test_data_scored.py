@@ -23,7 +23,7 @@ LLAMA3 = (
 )
 
 
-def llama3():
+def llama3(*more):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -36,8 +36,13 @@ def llama3():
     trainer = trainers.BpeTrainer(
         vocab_size=450, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator([*CORPUS, *more], trainer)
     return wrap(backend)
+
+
+def joining():
+    """One that joins a space to any word, as pretrained ones do."""
+    return llama3(*[" ".join(["x:", *string.ascii_uppercase])] * 50)
 
 
 def unigram(split):
@@ -70,6 +75,7 @@ def wordpiece():
 KINDS = {
     "byte level": byte_level,
     "llama 3": llama3,
+    "joins spaces": joining,
     "llama 2": lambda: sentencepiece_like(False),
     "metaspace": lambda: sentencepiece_like(True),
     "unigram": lambda: unigram(True),
@@ -175,3 +181,13 @@ def test_every_history_title_is_scored_from_its_first_id_to_its_end(kind, item):
         )
         scored = spelled(tokenizer, [tokens.prefix[index] for index in tokens.prefix_scored])
         assert scored.replace('"', "") == plain("".join(f"{title}<|over|>" for title in history))
+
+
+def test_spaces_that_a_prompt_ends_in_are_scored_alike():
+    """Joined to "The", not to "12": where a tokenizer joins spaces to words, they belong to all responses."""
+    tokenizer = tokenizer_of("joins spaces")
+    encode = GroupTokenizer(tokenizer, make_template(TemplateConfig(request="Next: ", chat="never"), tokenizer), 999)
+    tokens = encode(group(["Heat"], "The Thing", "12 Monkeys"))
+    assert tokenizer.decode(tokens.prefix) + " " == encode.template.render(("Heat",)).text
+    assert [tokenizer.decode(ids) for ids in tokens.branches] == [" The Thing</s>", " 12 Monkeys</s>"]
+    assert tokens.branches[0][0] == tokenizer.convert_tokens_to_ids("ĠThe")

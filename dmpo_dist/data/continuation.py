@@ -1,5 +1,6 @@
 """A response tokenized behind its prompt, such that its ids are its own."""
 
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from tokenizers import Encoding
@@ -31,9 +32,9 @@ def continuation(tokenizer: Any, prompt: str, prompt_ids: list[int], response: s
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        prompt: without spaces at its end.
+        prompt: without what belongs to the response.
         prompt_ids: its ids.
-        response: with its terminator, after the spaces that the prompt ended in.
+        response: with its terminator.
 
     Raises:
         UserError: the tokenizer merges the beginning of ``response`` with whatever stands before it.
@@ -53,6 +54,12 @@ def continuation(tokenizer: Any, prompt: str, prompt_ids: list[int], response: s
         f"the tokenizer merges the response {response!r} with the end of its prompt, however that ends; let "
         "template.response begin with another character"
     )
+
+
+def joins_spaces(tokenizer: Any) -> bool:
+    """Whether a space becomes one id with the letter behind it, whichever letter that is, as with GPT-2 and Llama."""
+    alone = encode(tokenizer, "x: ").ids
+    return all(encode(tokenizer, f"x: {letter}").ids[: len(alone)] != alone for letter in ascii_uppercase)
 
 
 def require_end(tokenizer: Any, template: Template) -> None:

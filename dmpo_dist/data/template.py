@@ -136,8 +136,9 @@ class Template:
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """The texts of the tokenizer's special tokens but those that are white space."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip())
+    added = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    named = getattr(tokenizer, "all_special_tokens", [tokenizer.bos_token, tokenizer.eos_token])
+    return tuple(token for token in dict.fromkeys([*named, *added]) if token and token.strip())
 
 
 def make_template(config: TemplateConfig, tokenizer: Any) -> Template:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tokenizers import Encoding
+from tokenizers import Encoding, models
 
 from dmpo_dist.data.candidates import list_order, require_no_finished_prompts
-from dmpo_dist.data.continuation import continuation, encode, require_end
+from dmpo_dist.data.continuation import continuation, encode, joins_spaces, require_end
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import groups_from_rows
 from dmpo_dist.data.template import Prompt, Template, special_tokens
@@ -38,12 +38,14 @@ class FittedPrompt(NamedTuple):
 
     Attributes:
         dropped: number of oldest history titles left out.
-        prompt: what is left, rendered; encoded: its ids, but for spaces at its end, which belong to the responses.
+        prompt: what is left, rendered.
+        asked: its text, but for spaces at its end where these belong to the responses; encoded: the ids of that.
         responses: for each candidate the ids that follow.
     """
 
     dropped: int
     prompt: Prompt
+    asked: str
     encoded: Encoding
     responses: list[list[int]]
 
@@ -54,9 +56,9 @@ class GroupTokenizer:
 
     Prompt and response are tokenized together. Where that merges the prompt's end with the response, the response is
     tokenized apart instead: the prompt's ids are the same for all candidates, as they are when a model is asked. Only
-    spaces at the end of a prompt are counted to the responses, as tokenizers join them to the word that follows.
+    spaces at the end of a prompt are counted to the responses, where the tokenizer joins a space to any word.
 
-    Every prompt of a template ends in the same text, so the ids of a title after it are looked up in a cache. The
+    Every prompt of a template ends in the same text, so BPE ids of a title after it are looked up in a cache. The
     look-up is verified on each group's positive, whose whole text is always tokenized at once.
 
     Attributes:
@@ -87,8 +89,11 @@ class GroupTokenizer:
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()  # a tokenizer.json may ask for both, and only the wrapper turns them off by itself
         backend.no_padding()
-        self._tail = self.template.tail.rstrip(" ")
+        self._joins_spaces = joins_spaces(self.tokenizer)
+        self._tail = self._asked(self.template.tail)
         self._tail_ids = encode(self.tokenizer, self._tail).ids
+        # other models decide by all of a text: Unigram breaks ties so
+        self._is_local = isinstance(backend.model, models.BPE) and bool(self._tail_ids)
         require_end(self.tokenizer, self.template)
 
     def __call__(self, group: PreferenceGroup, draw: int = 0, listed: Sequence[str] = ()) -> TokenGroup:
@@ -103,7 +108,7 @@ class GroupTokenizer:
                 empty, or it is a finished one and should list candidates. ``check_titles`` looks for special tokens in
                 titles.
         """
-        dropped, prompt, encoded, responses = self.fit(group, draw, listed)
+        dropped, prompt, _, encoded, responses = self.fit(group, draw, listed)
         self.truncated += dropped > 0
         self.dropped_titles += dropped
         if not encoded.ids:
@@ -152,13 +157,16 @@ class GroupTokenizer:
         """The prompt without its ``dropped`` oldest titles and the responses, tokenized."""
         history = group.history[dropped:]
         prompt = self.template.render(history, listed) if group.prompt is None else self.template.wrap(group.prompt)
-        before = prompt.text.rstrip(" ")
+        before = self._asked(prompt.text)
         spaces = prompt.text[len(before) :]
         responses = [spaces + self._response(title, group.prompt, prompt) for title in _candidates(group)]
         encoded = encode(self.tokenizer, before)
-        fixed_tail = group.prompt is None and bool(history or listed) and bool(self._tail_ids)
-        look_up = fixed_tail and encoded.ids[-1:] == self._tail_ids[-1:]
-        return FittedPrompt(dropped, prompt, encoded, self._responses(before, encoded.ids, responses, look_up))
+        fixed_tail = group.prompt is None and bool(history or listed)
+        look_up = fixed_tail and self._is_local and encoded.ids[-1:] == self._tail_ids[-1:]
+        return FittedPrompt(dropped, prompt, before, encoded, self._responses(before, encoded.ids, responses, look_up))
+
+    def _asked(self, prompt: str) -> str:
+        return prompt.rstrip(" ") if self._joins_spaces else prompt
 
     def _response(self, title: str, finished: str | None, prompt: Prompt) -> str:
         if finished is None:

@@ -29,10 +29,10 @@ def generated_figures(
     groups = groups_from_rows(rows.select(chosen))
     fitted = [model.encode.fit(group) for group in groups]
     longest = max(len(ids) for one in fitted for ids in one.responses)
-    asked, template = [one.prompt.text for one in fitted], model.template
-    prompts = [text.rstrip(" ") for text in asked]  # spaces at the end of a prompt belong to the response
+    prompts, template = [one.asked for one in fitted], model.template
     texts = generate_freely(model.load_weights().writer(), model.tokenizer, template, prompts, longest + ROOM)
-    texts = [text.removeprefix(a[len(p) :]) for text, a, p in zip(texts, asked, prompts, strict=True)]
+    spaces = [one.prompt.text[len(one.asked) :] for one in fitted]  # which belong to the response
+    texts = [text.removeprefix(before) for text, before in zip(texts, spaces, strict=True)]
     hits = [valid_ratio([text], template, [group.positive]) for text, group in zip(texts, groups, strict=True)]
     valid = [
         valid_ratio([text], template, [group.positive, *group.negatives])

@@ -209,7 +209,7 @@ class Explainer:
         question = subject.question
         request = PreferenceGroup(question.user, question.timestamp, subject.history, question.candidates[0], ())
         fitted = self._model.encode.fit(request, listed=question.candidates)
-        prompt, before = fitted.prompt.text, fitted.prompt.text.rstrip(" ")
+        prompt, before = fitted.prompt.text, fitted.asked
         text = prompt + self._model.template.render_response(question.candidates[subject.item])
         found = continuation(self._model.tokenizer, before, fitted.encoded.ids, text[len(before) :])
         assert found.ids == group.branches[0][group.scored_from[0] :], "the same response"
