@@ -1,4 +1,4 @@
-"""How numbers, metrics and lists of names are written for people, everywhere."""
+"""The one way to write numbers, metrics and lists of names for people."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
 
 
 def verdict(low: float, high: float) -> str:
-    """What the interval of a difference says: ahead of, behind, or level with."""
+    """A difference in words, by its interval: ahead of, behind, or level with where the interval holds 0."""
     return "ahead of" if low > 0 else "behind" if high < 0 else "level with"
 
 

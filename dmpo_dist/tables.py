@@ -17,10 +17,10 @@ class Cell:
     """One cell.
 
     Attributes:
-        text: what it says.
-        below: a second, smaller line: an interval, a remark.
+        text: the content.
+        below: a second, smaller line: an interval or a remark.
         kind: "strong", "soft" (unclear or unimportant), "code" (a name), "title" (text of the data), "warn", "leak".
-        key: what a page sorts the column by, where it is not ``text``.
+        key: the value by which a page sorts the column; None sorts by ``text``.
         chart: a small picture, which only a page shows.
     """
 
@@ -38,8 +38,8 @@ class Table:
     Attributes:
         caption: what it shows.
         columns: headings.
-        rows: cells; a row shorter than ``columns`` is a heading of the rows below it.
-        text_columns: how many columns from the left hold text; the others hold numbers and are aligned to the right.
+        rows: cells; a row shorter than ``columns`` is the heading of the rows below it.
+        text_columns: number of columns, from the left, that hold text; the others hold numbers, aligned to the right.
         sortable: whether a page lets readers sort it.
         note: a remark below it.
     """
@@ -53,14 +53,14 @@ class Table:
 
 
 def terminal(table: Table) -> TerminalTable:
-    """The table for a rich console; on a narrow one its first column breaks over lines."""
+    """The table for a rich console; on a narrow console the first column is wrapped."""
     drawn = TerminalTable(
         title=table.caption or None, title_justify="left", caption=table.note or None, caption_justify="left",
         box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
-    for place, heading in enumerate(table.columns):
-        text = place < table.text_columns
-        drawn.add_column(heading, justify="left" if text else "right", no_wrap=place > 0, overflow="fold")
+    for index, heading in enumerate(table.columns):
+        text = index < table.text_columns
+        drawn.add_column(heading, justify="left" if text else "right", no_wrap=index > 0, overflow="fold")
     for row in table.rows:
         drawn.add_row(*map(_terminal_cell, row))
     return drawn
@@ -75,8 +75,8 @@ def markdown(table: Table) -> str:
 
 
 def html(table: Table) -> Markup:
-    """The table for a web page; names of classes are those of the report's style sheet."""
-    numbers = ["" if place < table.text_columns else "n" for place in range(len(table.columns))]
+    """The table for a web page; its classes are those of the report's style sheet."""
+    numbers = ["" if index < table.text_columns else "n" for index in range(len(table.columns))]
     heads = [
         Markup('<th scope="col" class="{}"><bdi>{}</bdi></th>').format(kind, heading)
         for heading, kind in zip(table.columns, numbers, strict=True)
@@ -119,7 +119,7 @@ def _html_row(row: Sequence[Cell], numbers: Sequence[str]) -> Markup:
 
 
 def _html_cell(cell: Cell) -> Markup:
-    """The text in the direction of its own script, as a title may be Arabic beside English."""
+    """The content of a cell; <bdi> isolates text that runs right to left, such as an Arabic title."""
     if cell.kind == "code":  # a long name or path may break after its separators
         breakable = Markup(re.sub(r"([._/]+)", r"\1<wbr>", str(escape(cell.text))))
         text = Markup("<code><bdi>{}</bdi></code>").format(breakable)

@@ -26,7 +26,7 @@ def commands(command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 COMMANDS = {" ".join(path): command for path, command in commands(typer.main.get_command(app))}
 EXAMPLES = [
-    (name, " ".join(paragraph.split()))
+    (name, " ".join(paragraph.replace("\\\n", " ").split()))
     for name, command in COMMANDS.items()
     for paragraph in command.help.partition("Examples:")[2].split("\n\n")
     if paragraph.split()[:1] == ["dmpo"]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy.stats import chisquare
-from test_data_tokenization import TOKENIZERS
+from test_data_tokenization import TOKENIZERS, pieces
 
 from dmpo_dist.batching.plan import Schedule
 from dmpo_dist.config import RunConfig, TemplateConfig
@@ -53,7 +53,7 @@ def test_the_positive_stands_anywhere_alike():
      TemplateConfig(candidate="{title}, ", request="One of {candidates}")],
 )  # fmt: skip
 @pytest.mark.parametrize("history", [(), ("Heat", "Solaris")])
-def test_ids_are_those_of_the_whole_text_and_response_and_end_are_scored(name, config, history):
+def test_ids_are_those_of_the_whole_text_but_for_the_boundary_and_response_and_end_are_scored(name, config, history):
     tokenizer = TOKENIZERS[name]
     case = group(*TITLES, history=history)
     tokens = GroupTokenizer(tokenizer, make_template(config, tokenizer), 10_000, seed=5)(case, 2)
@@ -65,12 +65,11 @@ def test_ids_are_those_of_the_whole_text_and_response_and_end_are_scored(name, c
     items = "".join(config.item.replace("{title}", title) for title in history)
     prompt = (tokenizer.bos_token or "") + config.preamble + items + config.request.replace("{candidates}", listed)
     wholes = [ids(prompt + config.response.replace("{title}", title) + tokenizer.eos_token) for title in TITLES]
-    assert [tokens.prefix + branch for branch in tokens.branches] == wholes
-    alone = ids(prompt)
-    for whole, start in zip(wholes, tokens.scored_from, strict=True):
-        at = len(tokens.prefix) + start
-        assert whole[:at] == alone[:at]
-        assert at == len(alone) or whole[at] != alone[at]
+    alone = ids(prompt.rstrip(" "))
+    assert (tokens.prefix, set(tokens.scored_from)) == (alone, {0})
+    for whole, branch in zip(wholes, tokens.branches, strict=True):
+        assert pieces(tokenizer, alone + branch) == pieces(tokenizer, whole)
+        assert whole[: len(alone)] != alone or whole == alone + branch
 
 
 def test_other_templates_and_their_stamps_are_as_they_were():

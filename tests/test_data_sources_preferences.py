@@ -13,8 +13,16 @@ from dmpo_dist.data.store import group_from_row
 from dmpo_dist.errors import UserError
 
 
-def row(prompt: str = "p", chosen: str = "yes", rejected: object = "no") -> dict:
+def row(prompt: object = "p", chosen: str = "yes", rejected: object = "no") -> dict:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def user(text: str | None) -> dict:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> dict:
+    return {"role": "assistant", "content": text}
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -41,6 +49,25 @@ def test_every_format_gives_the_same_groups(tmp_path: Path, extension: str) -> N
         "3 rows merged into 2 groups of equal prompt and chosen.",
         "1 repeated rejected responses dropped.",
     ]
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": [user("p")], "chosen": [answer("yes")], "rejected": [answer("no")]}],
+        [{"prompt": [user("p")], "chosen": [answer("yes")], "rejected": [[answer("no")], [answer("maybe")]]}],
+        [{"chosen": [user("p"), answer("yes")], "rejected": [user("p"), answer("no")]}],
+        [{"prompt": [user("p")], "chosen": "yes", "rejected": ["no", "maybe"]}],
+    ],
+    ids=["one", "several", "implicit prompt", "mixed"],
+)
+def test_conversational_rows_are_their_texts(tmp_path: Path, rows: list, extension: str) -> None:
+    path = tmp_path / f"rows.{extension}"
+    pd.DataFrame(rows).to_parquet(path) if extension == "parquet" else write_jsonl(path, rows)
+    (found,) = load_preferences(path, seed=0).splits["train"]
+    assert (found.prompt, found.chosen, found.rejected[0]) == ("p", "yes", "no")
+    assert set(found.rejected) <= {"no", "maybe"}
 
 
 def test_a_single_file_is_split_by_prompt(tmp_path: Path) -> None:
@@ -84,8 +111,21 @@ def test_prepared_from_a_folder(tmp_path: Path) -> None:
         (row(rejected=["no", "yes"]), r"row 2: chosen 'yes' is also rejected"),
         (row(rejected=7), r"row 2: 'rejected' is 7; it must be a string or a list of strings"),
         (row(prompt=["p"]), r"row 2: 'prompt' is \['p'\]; it must be a string"),
-        (row(rejected=[{"role": "assistant", "content": "no"}]), r"row 2: 'rejected' is a list of messages"),
-        (row(prompt=[{"role": "user", "content": "p"}]), r"row 2: 'prompt' is a list of messages"),
+        (
+            row([user("p"), answer("a"), user("q")]),
+            r"row 2: 'prompt' has messages of user, assistant, user; .*template",
+        ),
+        (
+            row([{"role": "system", "content": "s"}, user("p")]),
+            r"row 2: 'prompt' has messages of system, user; .*not wrapped",
+        ),
+        (row(rejected=[user("no")]), r"row 2: 'rejected' has messages of user; one of assistant can be read"),
+        (row([user(None)]), r"row 2: the content of 'prompt' is None; it must be a string"),
+        (
+            {"chosen": [user("p"), answer("yes")], "rejected": [user("q"), answer("no")]},
+            "row 2: .* begin with the same messages",
+        ),
+        ({"chosen": [user("p"), answer("yes")], "rejected": "no"}, "row 2: .* begin with the same messages"),
         ("p", r"row 2: 'p' is not an object"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_rendered_chat_is_what_the_chat_template_makes_of_it(chat, chat_templa
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     response = template.render_response(title)
     if chat_template == LLAMA2:  # its generation prompt leaves the space before the answer to the answer
-        assert (prompt + " " + response, response) == (whole, title + " </s>")
+        assert (prompt + response, response) == (whole, f" {title} </s>")
     else:
         assert (prompt + response + "\n", response) == (whole, title + "<|im_end|>")
 

@@ -68,8 +68,14 @@ if os.environ.get("DMPO_STORIES"):
     TOKENIZERS["stories260K"] = AutoTokenizer.from_pretrained(os.environ["DMPO_STORIES"])
 
 
+def pieces(tokenizer, ids):
+    """What ids spell, however it is cut."""
+    return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+
 def assert_exact(tokenizer, config, groups):
-    """Each candidate's ids are those of its whole text; scored is all that the prompt alone does not already have."""
+    """Ids are those of prompt and response tokenized together, unless that merges the two: then the prompt keeps its
+    own, and the response is spelled by itself. Spaces that a prompt ends in belong to the response."""
     encode = GroupTokenizer(tokenizer, make_template(config, tokenizer), max_length=10_000)
 
     def ids(text):
@@ -77,23 +83,21 @@ def assert_exact(tokenizer, config, groups):
 
     for group in groups:
         items = "".join(config.item.replace("{end}", tokenizer.eos_token).replace("{title}", t) for t in group.history)
-        prompt = (tokenizer.bos_token or "") + config.preamble + items + config.request
-        wholes = [
-            ids(prompt + config.response.replace("{title}", title) + tokenizer.eos_token)
-            for title in (group.positive, *group.negatives)
-        ]
+        text = (tokenizer.bos_token or "") + config.preamble + items + config.request
+        prompt = text.rstrip(" ")
         alone = ids(prompt)
-        if not os.path.commonprefix([alone, *wholes]):
+        if not alone:
             with pytest.raises(UserError, match="nothing stands before the response"):
                 encode(group)
             continue
         tokens = encode(group)
-        assert [tokens.prefix + branch for branch in tokens.branches] == wholes
-        for whole, start in zip(wholes, tokens.scored_from, strict=True):
-            first = len(tokens.prefix) + start
-            assert os.path.commonprefix([alone, whole]) == whole[:first]
-        assert tokens.prefix == os.path.commonprefix([alone, *wholes]), "more could be shared"
-        assert tokens.prefix_scored == ()
+        assert (tokens.prefix, set(tokens.scored_from), tokens.prefix_scored) == (alone, {0}, ())
+        for title, branch in zip((group.positive, *group.negatives), tokens.branches, strict=True):
+            response = text[len(prompt) :] + config.response.replace("{title}", title) + tokenizer.eos_token
+            whole = ids(prompt + response)
+            if whole[: len(alone)] == alone:
+                assert branch == whole[len(alone) :]
+            assert pieces(tokenizer, alone + branch) == pieces(tokenizer, whole)
 
 
 def group(history, *candidates, prompt=None):
@@ -134,17 +138,17 @@ real_titles = st.one_of(
     [group(["The Matrix (1999)"], "Heat", "...And Justice for All (1979)")],
     TemplateConfig(item="{title},", request=""),
 )
-def test_candidates_are_tokenized_as_if_whole(tokenizer, groups, config):
+def test_candidates_are_tokenized_as_if_whole_but_for_the_boundary(tokenizer, groups, config):
     assert_exact(tokenizer, config, groups)
 
 
-LETTERS = "ab ,"
+LETTERS = "ab ,\n"  # no merge has a line break, as with most tokenizers
 
 
 def merging_tokenizer(merges, prepend=False, bos="<s>"):
     """BPE over four letters and nothing that splits a text, so that merges cross all boundaries."""
-    pieces = dict.fromkeys(["▁", *LETTERS, *map("".join, merges)])
-    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    known = dict.fromkeys(["▁", *LETTERS, *map("".join, merges)])
+    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(known)}, merges=merges))
     if prepend:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return wrap(backend, bos_token=bos)
@@ -152,12 +156,12 @@ def merging_tokenizer(merges, prepend=False, bos="<s>"):
 
 @st.composite
 def merging_tokenizers(draw):
-    pieces, merges = ["▁", *LETTERS], []
+    known, merges = ["▁", *LETTERS.strip()], []
     for left, right in draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=25)):
-        pair = pieces[left % len(pieces)], pieces[right % len(pieces)]
-        if "".join(pair) not in pieces:
+        pair = known[left % len(known)], known[right % len(known)]
+        if "".join(pair) not in known:
             merges.append(pair)
-            pieces.append("".join(pair))
+            known.append("".join(pair))
     return merging_tokenizer(merges, draw(st.booleans()), draw(st.sampled_from(["<s>", None])))
 
 
@@ -186,20 +190,27 @@ def test_any_merges_across_the_boundary_are_exact(tokenizer, config, groups):
     assert_exact(tokenizer, config, groups)
 
 
-def test_a_merge_over_the_boundary_is_scored_and_an_unmerged_prompt_is_not():
-    """After "Next: ", the last space goes into " Thing" but stays apart before "~": prompt there, scored here."""
+@pytest.mark.parametrize(
+    ("options", "ends", "responses"),
+    [
+        # the space goes into " Thing" and stays apart before "~": of the response both times
+        ({"request": "Next: "}, "Next:", [" Thing</s>", " ~</s>"]),
+        # ",..." is one id: the prompt keeps its own, whichever candidate comes
+        ({"item": "{title},", "request": ""}, "Heat,", ["Thing</s>", "...And Justice</s>"]),
+    ],
+)
+def test_what_is_scored_is_the_response_whatever_merges_with_the_prompt(options, ends, responses):
     tokenizer = TOKENIZERS["byte level"]
-    encode = GroupTokenizer(tokenizer, make_template(TemplateConfig(request="Next: "), tokenizer), 999)
-    tokens = encode(group(["Heat"], "Thing", "~"))
-    prompt = tokenizer(encode.template.render(("Heat",)).text, add_special_tokens=False)["input_ids"]
-    assert tokens.prefix == prompt[:-1]
-    assert tokens.scored_from == (0, 1)
-    assert [
-        tokenizer.decode(branch[start:]) for branch, start in zip(tokens.branches, tokens.scored_from, strict=True)
-    ] == [
-        " Thing</s>",
-        "~</s>",
-    ]
+    encode = GroupTokenizer(tokenizer, make_template(TemplateConfig(**options), tokenizer), 999)
+    titles = [response.strip().removesuffix("</s>") for response in responses]
+    tokens = encode(group(["Heat"], *titles))
+    prompt = encode.template.render(("Heat",)).text.rstrip()
+    assert prompt.endswith(ends)
+    assert tokens.prefix == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert tokens.scored_from == (0, 0)
+    assert [tokenizer.decode(branch) for branch in tokens.branches] == responses
+    for title, branch in zip(titles, tokens.branches, strict=True):  # the other candidates have no part in it
+        assert encode(group(["Heat"], title)).branches == (branch,)
 
 
 def test_a_cut_or_padding_stored_with_the_tokenizer_is_not_applied(tmp_path):
@@ -291,7 +302,8 @@ def test_uneven_titles_are_dropped_from_the_oldest_on_until_they_fit(lengths, li
 )
 @settings(max_examples=150, deadline=None)
 def test_history_scores_are_exactly_titles_with_their_ends(history, item, preamble, name, limit):
-    """An id counts if all of its characters belong to a title or its end; the very first id has nothing before it."""
+    """An id counts if all of its characters belong to a title, its end or the spaces before it; the very first id has
+    nothing before it."""
     tokenizer = TOKENIZERS[name]
     suffix = "!" if "!" in item else ""
     config = TemplateConfig(preamble=preamble, item=item, request="Next:\n", response="{title}" + suffix)
@@ -299,8 +311,10 @@ def test_history_scores_are_exactly_titles_with_their_ends(history, item, preamb
     tokens = encode(group(history, "Heat"))
     before = item.split("{title}")[0]
     owned = [False] * len((tokenizer.bos_token or "") + preamble)
+    if not before and preamble.endswith(" "):
+        owned[-1] = True
     for title in history[encode.dropped_titles :]:
-        owned += [False] * len(before) + [True] * len(title + suffix + "</s>")
+        owned += [letter == " " for letter in before] + [True] * len(title + suffix + "</s>")
     owned += [False] * len("Next:\n")
     expected, start = [], 0
     for index, token in enumerate(tokens.prefix):
@@ -325,7 +339,7 @@ def test_history_scores_of_letters_made_of_several_ids():
 
 
 def test_an_id_that_reaches_over_the_end_of_a_title_does_not_count():
-    """ "," ends titles and merges with "...": once with the request's, once with a candidate's."""
+    """ "," ends titles and merges with the request's "..."; it does not merge with a candidate's."""
     tokenizer = TOKENIZERS["byte level"]
 
     def encode(request, *candidates):
@@ -337,7 +351,7 @@ def test_an_id_that_reaches_over_the_end_of_a_title_does_not_count():
     prefix, scored = encode("...And so on: ", "Thing")
     assert scored == tuple(range(1, prefix.index(",...")))
     prefix, scored = encode("", "Thing", "...And Justice for All")
-    assert prefix[-1] != ","
+    assert prefix[-1] == ","
     assert scored == tuple(range(1, len(prefix)))
 
 

@@ -103,6 +103,7 @@ def test_the_prior_is_scored_once_a_title(project, monkeypatch):
     assert scored == [len(titles)]
 
 
+@pytest.mark.slow
 def test_the_choice_is_by_validation_and_used_everywhere(project):
     folder, data = project
     models = {"zero": str(folder / "start"), "dmpo": str(folder / "model")}

@@ -104,7 +104,7 @@ def test_what_to_know_of_the_baselines_is_kept_and_told(data, parts_of, monkeypa
     grid, parts = parts_of(baselines=["popularity", "ease"])
     measure.measure_baselines(grid.output_dir / "baselines", data, parts[0].config, CONSOLE)
     evaluation = json.loads((grid.output_dir / "baselines" / "a" / "evaluation.json").read_text())
-    assert evaluation["baselines"] == ease.facts
+    assert evaluation["baselines"] == ease.details
     write_report(grid, parts, data, [])
     text = (grid.output_dir / "experiment.md").read_text()
     assert "- a: leave-one-out: what is fitted (ease) knows what other users did after a request" in text

@@ -1,6 +1,8 @@
 """A model asked directly for scores and rankings, against the rows that evaluation scores."""
 
 import gc
+import json
+import shutil
 import weakref
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from test_evaluation_ranking import HISTORY, TITLES, folder, log_probs  # noqa: F401
 
 from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import find_model, load_tokenizer, write_stamp
 from dmpo_dist.modeling.ranking_model import RankingModel
 
 CONFIG = ModelConfig(max_length=128)
@@ -58,3 +62,21 @@ def test_what_is_found_before_weights_are_read(folder):  # noqa: F811
         model.score(HISTORY, ["Heat</s>"])
     with pytest.raises(UserError, match="more than model.max_length=32"):
         model.score(HISTORY, TITLES)
+
+
+def test_a_tokenizer_that_renders_other_prompts_than_in_training_is_refused(folder, tmp_path):  # noqa: F811
+    """What was rendered stands in the stamp; a stamp of earlier versions has none of it and loads."""
+    shutil.copytree(folder / "base", tmp_path / "model")
+    tokenizer = load_tokenizer(find_model(str(folder / "base")))
+    rendered = make_template(TemplateConfig(), tokenizer).rendered()
+    path = str(tmp_path / "model")
+    for known in ({}, {"rendered": rendered}):
+        write_stamp(tmp_path / "model", TemplateConfig(), stage="sft", **known)
+        assert RankingModel.load(path, CONFIG).template.opening == "<s>"
+    tokenizer.bos_token = "<pad>"
+    tokenizer.save_pretrained(path)
+    with pytest.raises(UserError, match="trained with '<s>' as the opening of its prompts, .*'<pad>' .* restore"):
+        RankingModel.load(path, CONFIG)
+    older = {"template": {"preamble": "Liked:\n"}, "stage": "sft"}
+    (tmp_path / "model" / "dmpo.json").write_text(json.dumps(older))
+    assert RankingModel.load(path, CONFIG).template.preamble == "Liked:\n"

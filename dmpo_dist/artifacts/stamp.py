@@ -20,6 +20,8 @@ class ModelStamp(Artifact):
 
     dmpo_dist: str | None = None
     template: TemplateConfig | None = None
+    rendered: dict[str, str] | None = None
+    """What its tokenizer and chat template put around texts in training; None in stamps of earlier versions."""
     stage: Annotated[str | None, BeforeValidator(lambda stage: COMMANDS.get(stage, stage))] = None
     """The command that made it, sft or train; untuned for random weights."""
     start: str | None = None

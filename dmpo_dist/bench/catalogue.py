@@ -1,4 +1,7 @@
-"""How much faster a whole catalogue is scored behind one shared prompt than row by row, and whether that is equal."""
+"""`dmpo bench catalogue`: the speed-up of scoring a catalogue behind one shared prompt over scoring it row by row.
+
+It also compares the scores of both ways.
+"""
 
 import statistics
 import tempfile
@@ -21,23 +24,23 @@ from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.token_scorer import TokenScorer
 
 SUBSET = 64
-"""Titles that separate rows are timed and compared on; their time is scaled up to all titles."""
+"""Separate rows are timed and compared on this many titles; their time is scaled up to all titles."""
 BENCH_SCRATCH = ScratchModel(hidden_size=384, layers=6, heads=6, intermediate_size=1024, vocab_size=4096)
 LONGEST_RESPONSE = 256
 
 
 @dataclass(frozen=True)
 class CatalogueBench:
-    """What was measured; times are medians of the rounds, in seconds for all titles of one user.
+    """The measurements; times are medians over the rounds, in seconds for all titles of one user.
 
     Attributes:
-        titles, tokens, nodes, inner: titles, their tokens, distinct beginnings, and those that run.
+        titles, tokens, nodes, inner: numbers of titles, of their tokens, of trie nodes, and of nodes that run.
         prompt: tokens of the prompt.
-        shared, separate: seconds by the clock; ``separate`` is ``scaled`` times what a subset took.
-        shared_cpu, separate_cpu: the same in CPU seconds of this process.
+        shared, separate: seconds by the clock; ``separate`` is ``scaled`` times the seconds of a subset.
+        shared_cpu, separate_cpu: CPU seconds of this process, in the same way.
         scaled: all titles / titles in the subset.
         error: largest relative difference of a title's log-prob on the subset.
-        shared_mib, separate_mib: memory above what the model holds.
+        shared_mib, separate_mib: peak memory in MiB above the memory of the model.
     """
 
     titles: int
@@ -63,11 +66,11 @@ def bench_catalogue(
     Args:
         model: model folder; None makes a Llama of 6 layers with random weights.
         titles: the catalogue; None makes titles up.
-        count: titles used.
-        prompt: tokens of the prompt at least; titles are added to the history until it has them.
-        token_budget: most tokens in a row, of both ways.
+        count: number of titles to score.
+        prompt: least tokens of the prompt; titles are added to the history until it has as many.
+        token_budget: most tokens in a row, for both ways.
         threads: CPU threads; 0 for torch's default.
-        rounds: turns.
+        rounds: how often each way is timed.
 
     Raises:
         UserError: a model that cannot be loaded or whose prompt cannot be shared, or too few titles.
@@ -137,7 +140,7 @@ def _measure(
 
 
 def show(result: CatalogueBench, console: Console) -> None:
-    """A table and what it rests on."""
+    """Print a table and the conditions of the measurement."""
     table = Table("", "seconds", "CPU seconds", "MiB above the model", title="One user, all titles")
     table.add_row("prompt shared", f"{result.shared:.2f}", f"{result.shared_cpu:.2f}", f"{result.shared_mib:.0f}")
     table.add_row("separate rows", f"{result.separate:.1f}", f"{result.separate_cpu:.1f}", f"{result.separate_mib:.0f}")

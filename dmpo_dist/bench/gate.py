@@ -1,4 +1,4 @@
-"""Whether a run is as good as a baseline: memory within 5 %, ratios of speed within 25 %."""
+"""`dmpo bench gate`: compare a run with a baseline; memory may be 5 % and ratios of speed 25 % worse."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ LENGTHS = ("prompt", "negatives", "vocab", "response")
 
 
 def read_baseline(file: Path) -> dict[str, Any]:
-    """What ``dmpo bench speed --json`` wrote.
+    """Read a file that ``dmpo bench speed --json`` wrote.
 
     Raises:
-        UserError: not such a file.
+        UserError: the file cannot be read, or is another one.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -34,10 +34,10 @@ def read_baseline(file: Path) -> dict[str, Any]:
 
 
 def violations(baseline: dict[str, Any], measured: dict[str, Any]) -> list[str]:
-    """One line for each figure of a cell that is worse than the baseline's by more than its tolerance.
+    """A line for each figure of a cell that is worse than the baseline's by more than its tolerance.
 
-    Memory is ours, in MiB; speed is the ratio to TRL and to separate rows, which carries over between machines better
-    than seconds do. A ratio that either run lacks is not compared.
+    Compared are our memory in MiB and our speed relative to TRL and to separate rows: ratios change less between
+    machines than seconds do. A ratio that one of the runs lacks is not compared.
     """
     lines = []
     found = {_lengths(cell): cell for cell in measured["cells"]}

@@ -1,7 +1,8 @@
 """Our training step with the prompt shared and with separate rows, to compare with TRL's in ``trl_pairs.py``.
 
-All have the same random weights and adapters, read the same token ids, and take the same step: reference forward with
-adapters off, policy forward, objective, backward, AdamW on the adapters. Laying out (ours) and collating (TRL) count.
+All implementations have the same random weights and adapters, read the same token ids, and take the same step:
+reference forward with adapters off, policy forward, objective, backward, AdamW on the adapters. The time of a step
+includes laying out (ours) or collating (TRL).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,13 @@ from dmpo_dist.training.groups import groups_of
 
 LORA_RANK = 16
 MAX_TOKENS = {"cpu": 8_192, "cuda": 20_000}
-"""Several groups in a batch or row are tried up to so many tokens; more fill any device, and may not fit its memory."""
+"""Device -> batches or rows of several groups are tried up to this many tokens. Larger ones may not fit into memory and
+cannot be faster, as these fill the device."""
 ROWS = {"cpu": (1, 2, 4), "cuda": (1, 8, 16, 24, 32)}
-"""Groups in a row that are tried."""
+"""Device -> numbers of groups in a row to try."""
 ACCUMULATED = {"cpu": (1, 4), "cuda": (1,)}
-"""Groups in an optimizer step that are tried: short rows do for a CPU, but AdamW need not follow each of them."""
+"""Device -> numbers of groups in an optimizer step to try. A CPU is fastest with short rows, but AdamW need not run
+after each of them."""
 BENCH_MODEL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6,
     "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1024, "max_position_embeddings": 8192,
@@ -40,13 +43,13 @@ BENCH_MODEL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What an implementation's model is made from.
+    """The model that all implementations train.
 
     Attributes:
         config: the content of a config.json, with ``model_type`` and ``vocab_size``; weights are random.
         device: ``cpu`` or ``cuda``.
         dtype: name of a torch dtype, for weights and adapters.
-        compiled: whether our decoder layers go through torch.compile, as under ``model.compile``.
+        compiled: whether our decoder layers are compiled by torch.compile, as with ``model.compile``.
         seed: of weights and adapters.
     """
 
@@ -75,7 +78,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of some groups: in separate full rows, as run by the model, and how many of those run are padding."""
+    """Tokens of some groups: in separate full rows, as run by the model, and the padding among those run."""
 
     logical: int
     physical: int
@@ -98,7 +101,7 @@ class Implementation(Protocol):
         """How many tokens ``group`` takes."""
 
     def batchings(self, group: TokenGroup, device: str) -> Mapping[str, "Implementation"]:
-        """The same model with the batches worth trying for groups like ``group``, by name, the smallest first."""
+        """name -> the same model with batches worth trying for groups like ``group``, the smallest first."""
 
 
 def make_base(spec: ModelSpec) -> Any:
@@ -120,7 +123,7 @@ def make_lora() -> Any:
 
 
 def fill_adapters(model: Any, spec: ModelSpec) -> None:
-    """Give every implementation the same adapters, not zero, so that policy and reference differ."""
+    """Fill the adapters with the same non-zero values in every implementation, so that policy and reference differ."""
     generator = torch.Generator().manual_seed(spec.seed + 1)
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -129,13 +132,13 @@ def fill_adapters(model: Any, spec: ModelSpec) -> None:
 
 
 def make_optimizer(model: Any) -> torch.optim.AdamW:
-    """AdamW on the adapters, as one kernel where there is a GPU."""
+    """AdamW on the adapters, fused on a GPU."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=1e-5, fused=trained[0].is_cuda)
 
 
 class LayoutImplementation:
-    """Our step on rows of ``groups_per_row`` groups, each row a micro-batch, with DMPO as the objective.
+    """Our step with DMPO as the objective; a micro-batch is a row of ``groups_per_row`` groups.
 
     Attributes:
         attention: the backend in use.

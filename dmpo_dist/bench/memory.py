@@ -1,4 +1,4 @@
-"""Peak memory of a implementation's step: on a CPU in a process of its own, on a GPU by torch's own count."""
+"""Peak memory of an implementation's step: on a CPU in a process of its own, on a GPU by torch's own count."""
 
 import multiprocessing
 import warnings
@@ -20,16 +20,15 @@ T = TypeVar("T")
 
 
 def peak_memory(make: Callable[[], Implementation], cell: SpeedCell, threads: int, name: str) -> float:
-    """The most MiB that steps take on this machine above what model and optimizer hold.
+    """Peak memory of steps in MiB, above the memory of model and optimizer, measured in a process of its own.
 
-    Measured in a process of its own. A first step on a tiny group makes the optimizer's state and the libraries'
-    buffers, which are not counted.
+    A first step on a tiny group allocates the optimizer's state and the libraries' buffers, which are not counted.
 
     Args:
         make: builds the implementation in the new process; picklable.
-        cell: what groups.
-        threads: as in the timed run.
-        name: what to call the implementation in an error.
+        cell: the lengths of the groups.
+        threads: CPU threads, as in the timed run.
+        name: the implementation's name in an error.
 
     Raises:
         UserError: the process ended without a figure, as when memory ran out.
@@ -54,10 +53,10 @@ def peak_memory(make: Callable[[], Implementation], cell: SpeedCell, threads: in
 
 
 def peak_of_steps(implementation: Implementation, cell: SpeedCell, device: str) -> float:
-    """MiB that steps of ``implementation``, which has made a step before, take above what is held between them, at
-    most.
+    """Peak memory of steps in MiB, above the memory held between steps; ``implementation`` must have made a step.
 
-    On a GPU what torch allocated, which tells implementations apart in one process; elsewhere the resident set.
+    On a GPU this counts what torch allocated, so several implementations can share a process; on a CPU it is the
+    resident set of the process.
     """
     size = implementation.groups_per_step
     groups = random_groups(size * MEASURED_STEPS, cell.prompt, cell.response, cell.negatives, cell.vocab)
@@ -70,7 +69,7 @@ def peak_of_steps(implementation: Implementation, cell: SpeedCell, device: str) 
 
 
 def peak_above(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What ``run`` returns, and the MiB it took at most above what was held before."""
+    """The result of ``run``, and its peak memory in MiB above the memory held before."""
     reset_peak(device)
     before = held_bytes(device)
     result = run()

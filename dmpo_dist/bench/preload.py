@@ -1,4 +1,4 @@
-"""Imported once by the fork server of ``bench/memory.py`` for all processes that it starts."""
+"""Imports that the fork server of ``bench/memory.py`` does once for all processes that it starts."""
 
 from importlib import import_module
 from importlib.util import find_spec

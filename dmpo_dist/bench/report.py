@@ -17,7 +17,7 @@ BAR = 0.38
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print the figures of every implementation, then ratios beside their ceilings."""
+    """Print the figures of all implementations, then the ratios and their ceilings."""
     figures, ratios = [], []
     for cell in result["cells"]:
         shape = [cell["prompt"], cell["negatives"], f"{cell['vocab']:,}"]
@@ -52,7 +52,7 @@ def write_json(result: dict[str, Any], file: Path) -> None:
 
 @drawing()
 def draw(result: dict[str, Any], file: Path) -> None:
-    """A PNG: measured speed-up and ratio of memory beside the FLOP model's ceiling, a column of panels a vocabulary."""
+    """Draw a PNG of speed-up and ratio of memory beside the FLOP model's ceiling, a column for each vocabulary."""
     vocabs = list(dict.fromkeys(cell["vocab"] for cell in result["cells"]))
     rivals = [name for name in RIVALS if any(cell[f"speedup_{name}"] is not None for cell in result["cells"])]
     most = max(sum(cell["vocab"] == vocab for cell in result["cells"]) for vocab in vocabs)
@@ -70,30 +70,30 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
 
 def _bars(axes: Axes, cells: list[dict[str, Any]], rival: str) -> None:
-    """Measured beside ceiling, quartiles as whiskers, the ratio of memory as a mark."""
+    """Draw the measured speed-up beside its ceiling, with quartiles as whiskers and the ratio of memory as a mark."""
     measured = [cell[f"speedup_{rival}"] for cell in cells]
     spread = [cell[f"speedup_{rival}_quartiles"] for cell in cells]
     ceilings = [cell[f"ceiling_{rival}"] for cell in cells]
     memory = [cell[f"memory_ratio_{rival}"] for cell in cells]
-    places = range(len(cells))
+    xs = range(len(cells))
     error = [
         [max(0.0, value - low) for value, (low, _) in zip(measured, spread, strict=True)],
         [max(0.0, high - value) for value, (_, high) in zip(measured, spread, strict=True)],
     ]
-    axes.bar([x - BAR / 2 for x in places], measured, BAR, color=BLUE, label="measured", yerr=error, ecolor="black")
-    axes.bar([x + BAR / 2 for x in places], ceilings, BAR, color=PALE, label="ceiling by FLOPs")
+    axes.bar([x - BAR / 2 for x in xs], measured, BAR, color=BLUE, label="measured", yerr=error, ecolor="black")
+    axes.bar([x + BAR / 2 for x in xs], ceilings, BAR, color=PALE, label="ceiling by FLOPs")
     if rival == "trl":
         lower = [cell["ceiling_trl_head_on_completions"] for cell in cells]
         axes.plot(
-            [x + BAR / 2 for x in places], lower, "_k", markersize=10, label="ceiling, TRL's head on completions only"
+            [x + BAR / 2 for x in xs], lower, "_k", markersize=10, label="ceiling, TRL's head on completions only"
         )
-    axes.plot(places, memory, "D", color=ORANGE, markersize=5, label="memory ratio")
-    for x, value, (_, high) in zip(places, measured, spread, strict=True):
+    axes.plot(xs, memory, "D", color=ORANGE, markersize=5, label="memory ratio")
+    for x, value, (_, high) in zip(xs, measured, spread, strict=True):
         axes.annotate(
             f"{value:.1f}", (x - BAR / 2, max(value, high)), (0, 2), textcoords="offset points", ha="center", fontsize=7
         )
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(list(places), [f"P={c['prompt']}\nK={c['negatives']}" for c in cells], fontsize=7)
+    axes.set_xticks(list(xs), [f"P={c['prompt']}\nK={c['negatives']}" for c in cells], fontsize=7)
     axes.set_ylabel("how many times ours")
     axes.set_ylim(0, 1.25 * max(*measured, *ceilings, *memory, 1.0))
     axes.grid(visible=False)
@@ -116,7 +116,7 @@ def _conditions(result: dict[str, Any]) -> str:
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    """What the tables leave open."""
+    """A line for each figure that the tables do not show."""
     notes = []
     for cell in result["cells"]:
         where = f"P={cell['prompt']} K={cell['negatives']} V={cell['vocab']}"

@@ -1,6 +1,7 @@
-"""Strong and weak scaling over workers, ZeRO stage, offload and token budget, each cell a Ray Train job of its own.
+"""`dmpo bench scaling`: strong and weak scaling over workers, ZeRO stage, offload and token budget.
 
-A cell's file appears when the cell is done, so an interrupted sweep goes on where it was.
+Each cell is a Ray Train job of its own. Its file is written when the job is done, so an interrupted sweep continues
+with the first cell that has no file.
 """
 
 import json
@@ -41,12 +42,12 @@ CELLS = "cells"
 
 @dataclass(frozen=True)
 class ScalingCell:
-    """What one job measures.
+    """The settings that one job measures.
 
     Attributes:
         workers: number of ranks.
         zero: ZeRO stage.
-        offload: whether optimizer state (and under stage 3 the weights) live in host memory.
+        offload: whether the optimizer state (and under stage 3 the weights) is kept in host memory.
         token_budget: most tokens in a micro-batch.
         groups: preference groups per optimizer step, over all workers.
     """
@@ -69,8 +70,11 @@ class ScalingCell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cells of strong scaling (``groups`` per step for any number of workers) and of weak scaling (``groups`` at
-    the fewest workers, and in proportion for more)."""
+    """The cells of a measurement.
+
+    Strong scaling has ``groups`` groups per step for any number of workers. Weak scaling has ``groups`` at the fewest
+    workers, and in proportion more for more workers.
+    """
 
     workers: Sequence[int]
     zero: Sequence[int]
@@ -79,12 +83,12 @@ class Sweep:
     groups: int
 
     def cells(self) -> list[ScalingCell]:
-        """Every cell once: at the fewest workers, strong and weak scaling share one."""
+        """Every cell once; at the fewest workers strong and weak scaling share a cell."""
         fewest = min(self.workers)
         found = [
             ScalingCell(workers, zero, offload, budget, groups)
             for zero, offload, budget, workers in product(self.zero, self.offload, self.token_budgets, self.workers)
-            if not offload or zero >= 2  # what deepspeed_configs/ has
+            if not offload or zero >= 2  # deepspeed_configs/ has offload for stages 2 and 3 only
             for groups in (self.groups, self.groups * workers // fewest)
         ]
         return list(dict.fromkeys(found))
@@ -93,17 +97,16 @@ class Sweep:
 def run_scaling(
     config: RunConfig, sweep: Sweep, warmup: int, steps: int, resume: bool, console: Console
 ) -> list[dict[str, Any]]:
-    """Measure every cell of ``sweep`` that has no file yet; returns them all, see ``measure``.
+    """Measure every cell of ``sweep`` that has no file yet; returns the results of all cells, see ``measure``.
 
     Args:
-        config: as for ``dmpo train``; without ``data.path`` it is prepared in ``output_dir``. The cluster is the one
-            the
-            configuration names.
-        warmup, steps: optimizer steps before measuring, and measured.
-        resume: go on in ``output_dir``.
+        config: as for ``dmpo train``; it also names the cluster. Without ``data.path`` data is prepared in
+            ``output_dir``.
+        warmup, steps: optimizer steps before the measurement, and in it.
+        resume: continue in ``output_dir``.
 
     Raises:
-        UserError: as ``dmpo train``, for the first cell concerned.
+        UserError: as ``dmpo train``, for the first cell that cannot run.
     """
     cells = sweep.cells()
     most = max(cell.workers for cell in cells)
@@ -153,13 +156,16 @@ def _run_cell(config: RunConfig, cell: ScalingCell, folder: Path, file: Path, wa
 
 
 def measure(job: Job, runtime: Runtime, warmup: int, steps: int) -> None:
-    """One rank's part of a cell; rank 0 logs a record of kind "cell":
+    """One rank's part of a cell; rank 0 logs a record of kind "cell" with
 
-    ``step_seconds`` (each timed step by rank 0's clock), ``cpu_seconds`` (median CPU seconds of a step, mean over
-    ranks), ``groups_per_second`` and ``tokens_per_second`` by the median step, ``memory_gib`` (peak of each rank),
-    ``waiting_share`` (share of the steps that ranks were not busy, see ``Stopwatch``; mean), ``communication_share``
-    (time in collectives over the time of a step, profiled; mean), ``phases_ms`` (of rank 0), ``imbalance``,
-    ``flops`` of the busiest rank in a step, its ``micro_batches``, and the model's parameters and layers.
+    - ``step_seconds``: each timed step by rank 0's clock;
+    - ``cpu_seconds``: median CPU seconds of a step, mean over ranks;
+    - ``groups_per_second`` and ``tokens_per_second``, by the median step;
+    - ``memory_gib``: peak of each rank;
+    - ``waiting_share``: share of the time in which ranks were not busy, see ``Stopwatch``, mean over ranks;
+    - ``communication_share``: time in collectives / time of a step, profiled, mean over ranks;
+    - ``phases_ms`` of rank 0, ``imbalance``, ``flops`` of the busiest rank in a step, ``micro_batches`` of a rank;
+    - numbers of parameters and layers of the model.
     """
     trainer = set_up(job, runtime)
     try:
@@ -185,6 +191,7 @@ def measure(job: Job, runtime: Runtime, warmup: int, steps: int) -> None:
 
 
 def _timed_steps(trainer: Trainer, first: int, steps: int) -> dict[str, Any]:
+    """Wall, CPU and busy time of ``steps`` steps on this rank, with data prepared ahead as in training."""
     watch = Stopwatch(trainer.device)
     trainer.phases = watch.phase
     seconds, busy, cpu, work_of_steps = [], [], [], []
@@ -237,7 +244,7 @@ def _shape(trainer: Trainer) -> Shape:
 
 
 def _work_of_ranks(trainer: Trainer, step: Step) -> list[Work]:
-    """What passes through the model on each rank, fillers included."""
+    """The work of each rank in ``step``: tokens, attention pairs and rows of the head, fillers included."""
     batches = trainer.batches
     works = []
     for micro_batches in step.micro_batches:

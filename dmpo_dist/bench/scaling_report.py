@@ -1,4 +1,4 @@
-"""What `dmpo bench scaling` writes: a row per cell as Parquet and Markdown, and four plots."""
+"""The output of `dmpo bench scaling`: a row for each cell as Parquet and Markdown, and four plots."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,10 +36,10 @@ EXPLANATION = (
 
 
 def scaling_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row per cell and kind of scaling it belongs to; a cell at the fewest workers belongs to both.
+    """A row for each cell and kind of scaling; a cell at the fewest workers belongs to both kinds.
 
     Args:
-        results: what ``scaling.run_scaling`` returns.
+        results: the result of ``scaling.run_scaling``.
 
     Returns:
         The figures of ``scaling.measure`` with ``mode`` (strong or weak), ``step_ms`` (median) and its quartiles,
@@ -47,8 +47,8 @@ def scaling_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """
     cells = pd.DataFrame(results)
     seconds = [np.percentile(steps, [25, 50, 75]) for steps in cells["step_seconds"]]
-    for column, place in (("step_ms_low", 0), ("step_ms", 1), ("step_ms_high", 2)):
-        cells[column] = [1000 * quartiles[place] for quartiles in seconds]
+    for column, index in (("step_ms_low", 0), ("step_ms", 1), ("step_ms_high", 2)):
+        cells[column] = [1000 * quartiles[index] for quartiles in seconds]
     cells["memory_gib_per_worker"] = cells["memory_gib"].map(max)
     cells["groups_per_cpu_second"] = cells["groups"] / (cells["cpu_seconds"] * cells["workers"])
     fewest = cells["workers"].min()
@@ -87,7 +87,7 @@ def report_scaling(results: Sequence[dict[str, Any]], folder: Path, console: Con
 
 @drawing()
 def draw_scaling(table: pd.DataFrame, file: Path) -> None:
-    """A PNG: throughput, efficiency, memory and communication over workers; weak scaling is dashed."""
+    """Draw a PNG of throughput, efficiency, memory and communication over workers; weak scaling is dashed."""
     settings = list(dict.fromkeys(table[SETTING].itertuples(index=False, name=None)))
     of_setting = looks(settings)
     figure = Figure(figsize=(10, 7.2))

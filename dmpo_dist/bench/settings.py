@@ -1,4 +1,4 @@
-"""What a run of ``dmpo bench speed`` depends on, checked before anything is measured."""
+"""The settings of ``dmpo bench speed``, checked before anything is measured."""
 
 import json
 import os
@@ -33,17 +33,17 @@ class SpeedCell:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on; it is kept in the JSON, so that ``dmpo bench gate`` can repeat the run.
+    """Everything a run depends on; it is saved in the JSON, so that ``dmpo bench gate`` can repeat the run.
 
     Attributes:
-        cells: what to measure.
-        model: a config.json's content; each cell sets its vocabulary.
-        device, dtype: of the models; ``cpu`` or ``cuda``.
+        cells: the cells to measure.
+        model: the content of a config.json; each cell sets its vocabulary.
+        device, dtype: device (``cpu`` or ``cuda``) and dtype of the models.
         threads: CPU threads of every implementation.
-        rounds: turns of every implementation in a cell.
-        with_trl: whether TRL takes part.
-        groups_per_row: also measure ours with that many groups in one row (1: not).
-        compiled: ours with ``model.compile``; TRL runs uncompiled.
+        rounds: how often each implementation is timed in a cell.
+        with_trl: whether TRL is measured, too.
+        groups_per_row: also measure ours with this many groups in one row; 1 does not.
+        compiled: whether ours runs with ``model.compile``; TRL runs uncompiled.
     """
 
     cells: tuple[SpeedCell, ...]
@@ -57,7 +57,7 @@ class Settings:
     compiled: bool = False
 
     def spec(self, cell: SpeedCell) -> ModelSpec:
-        """What the models of ``cell`` are made from."""
+        """The model of ``cell``."""
         return ModelSpec({**self.model, "vocab_size": cell.vocab}, self.device, self.dtype, self.compiled)
 
 

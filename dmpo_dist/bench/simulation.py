@@ -1,4 +1,4 @@
-"""`dmpo bench simulate`: the model of planning/simulate.py against measured cells, and from 1 to 4,096 GPUs."""
+"""`dmpo bench simulate`: fit the model of planning/simulate.py to measured cells, or apply it to 1 to 4,096 GPUs."""
 
 import json
 import statistics
@@ -47,7 +47,7 @@ PANELS = {
 
 
 def named_gpu(name: str) -> Gpu:
-    """The device of the table by its key or, the first of several, by the name on its data sheet, such as H100.
+    """The device with this key, or the first with this name on its data sheet, such as H100.
 
     Raises:
         UserError: not in the table.
@@ -56,10 +56,10 @@ def named_gpu(name: str) -> Gpu:
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """What `dmpo bench scaling` measured in ``folder``.
+    """The cells that `dmpo bench scaling` measured in ``folder``.
 
     Raises:
-        UserError: there are fewer cells than the model has constants.
+        UserError: too few cells to fit the constants of the model.
     """
     cells = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / CELLS).glob("*.json"))]
     cells = [cell for cell in cells if not cell["offload"]]
@@ -72,10 +72,10 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_calibration(cells: Sequence[dict[str, Any]], console: Console) -> None:
-    """Each cell as measured, as fitted, and as predicted by a fit that has not seen it.
+    """Print for each cell the measured time, the fitted time, and the time predicted by a fit without this cell.
 
-    Twice: by the clock (rank 0's median step), and by the CPU seconds of a rank, which leave out waiting and what other
-    programs take.
+    There are two tables: by the clock (rank 0's median step), and by the CPU seconds of a rank, which exclude waiting
+    and other programs.
     """
     works = [
         Workload(
@@ -126,10 +126,10 @@ def make_workload(
     lora_rank: int,
     zero: int,
 ) -> Workload:
-    """A GPU's part of a step in bf16.
+    """The work of one GPU in a step, in bf16.
 
     Raises:
-        UserError: ``model_config`` cannot be read, or has no shape we can count.
+        UserError: ``model_config`` cannot be read, or is not of a dense decoder.
     """
     try:
         shape = shape_of(AutoConfig.from_pretrained(model_config), lora_rank)
@@ -172,7 +172,7 @@ def run_simulation(works: Sequence[Workload], machine: Machine, title: str, outp
 
 
 def draw_simulation(results: dict[int, list[dict[str, Any]]], assumptions: str, file: Path) -> None:
-    """A PNG: a panel a figure over the number of GPUs, a line a ZeRO stage, the assumptions in the last panel."""
+    """Draw a PNG: a panel for each figure over the number of GPUs, a line for each ZeRO stage, and the assumptions."""
     figure = Figure(figsize=(13, 6.6), dpi=160, layout="constrained")
     *panels, last = figure.subplots(2, 3).flat
     for axes, (column, title) in zip(panels, PANELS.items(), strict=True):
@@ -202,7 +202,7 @@ def _finish(axes: Axes, title: str, logarithmic: bool) -> None:
 
 
 def _assumptions(work: Workload, machine: Machine, title: str) -> str:
-    """What the simulation takes for granted, a line each, for the picture."""
+    """The assumptions of the simulation, a line for each, for the picture."""
     node, fabric = machine.network.node, machine.network.fabric
     lines = [
         "Assumed, not measured:",

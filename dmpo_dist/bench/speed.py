@@ -1,4 +1,4 @@
-"""How many groups a second each implementation trains, and in how much memory, on the same token ids in one run."""
+"""`dmpo bench speed`: groups per second and memory of each implementation, on the same token ids in one run."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -23,8 +23,9 @@ from dmpo_dist.planning.flops import pairs_work, shape_of, shared_work, step_flo
 
 DISTINCT_GROUPS = 12
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1.5}
-"""Largest difference of a response's log-prob, a sum over its tokens. bf16 rounds differently in every layout (0.57
-nats of 141 on an 8B model); the fp32 tests and ``tests/gpu/prove.py`` show exactness."""
+"""dtype -> largest difference allowed between two implementations' log-probs of a response, in nats. bf16 rounds
+differently in every layout (0.57 of 141 nats on an 8B model); exactness is shown by the fp32 tests and
+``tests/gpu/prove.py``."""
 CONVENTION = (
     "matrix products only, causal attention, no base-weight gradients under LoRA, recomputation excluded; "
     "MFU: FLOPs of what passes through the model, by time, by peak"
@@ -39,12 +40,12 @@ def run(
 
     Args:
         settings: what to measure.
-        environment: versions and commit, for the record.
+        environment: versions and commit, copied into the result.
         say: prints a line of progress.
-        save: is given the result so far after each cell, so that a long run that is stopped leaves something.
+        save: is called with the result so far after each cell, so that a long run that is stopped leaves it.
 
     Returns:
-        Plain JSON types: the settings, versions, and ``cells``, a list of what ``measure_cell`` gives.
+        Plain JSON types: the settings, versions, and ``cells``, a list of the results of ``measure_cell``.
 
     Raises:
         UserError: the implementations disagree, or memory ran out.
@@ -85,12 +86,12 @@ def run(
 
 
 def measure_cell(cell: SpeedCell, settings: Settings, peak: float, say: Say) -> dict[str, Any]:
-    """One cell: agreement, the fastest batches, speed in rounds, memory; plain JSON types.
+    """Measure one cell: agreement, the fastest batches, speed in rounds, memory; returns plain JSON types.
 
-    Ratios are above 1 where ours is the faster or smaller one; those of speed are medians over rounds of the ratio
-    within a round, by the clock; ``cpu_speedup_*`` is the same by CPU seconds, which a busy machine disturbs less but
-    which say nothing about a GPU. ``memory_ratio_trl`` has all K pairs of a group in TRL's batch, as ours has the group
-    in its row; ``memory_ratio_trl_fastest`` has the batch TRL was timed with.
+    Ratios are above 1 where ours is faster or smaller. A ratio of speed is the median over rounds of the ratio within a
+    round, by the clock. ``cpu_speedup_*`` is the same by CPU seconds, which a busy machine disturbs less but which say
+    nothing about a GPU. For ``memory_ratio_trl`` TRL's batch has all K pairs of a group, as our row has the whole
+    group; for ``memory_ratio_trl_fastest`` it is the batch that TRL was timed with.
     """
     spec, longest = settings.spec(cell), cell.prompt + cell.response
     groups = random_groups(DISTINCT_GROUPS, cell.prompt, cell.response, cell.negatives, cell.vocab)
@@ -105,7 +106,7 @@ def measure_cell(cell: SpeedCell, settings: Settings, peak: float, say: Say) -> 
     for name, implementation in compared.items():
         batchings = implementation.batchings(groups[0], settings.device)
         compared[name], probes[name] = fastest(batchings, groups, settings.device, settings.threads)
-    # each with the batches it is fastest with, in turn within each round: a busy machine slows all of them
+    # Every implementation has its fastest batches. All have a turn in each round, so a busy machine slows all of them.
     times = time_rounds(compared, groups, settings.rounds, settings.device)
     memory = _memory(cell, settings, compared)
     tried = probes.pop("trl", {})
@@ -136,7 +137,7 @@ def check_agreement(compared: Mapping[str, Implementation], group: TokenGroup, t
     """The largest difference between the implementations' policy log-probs of ``group``.
 
     Raises:
-        UserError: it exceeds ``tolerance``, so that they do not compute the same thing and no ratio may be shown.
+        UserError: it exceeds ``tolerance``: they do not compute the same thing, so a ratio would mean nothing.
     """
     log_probs = {name: implementation.log_probs(group).double() for name, implementation in compared.items()}
     differences = {name: (values - log_probs["ours"]).abs().max().item() for name, values in log_probs.items()}
@@ -150,7 +151,7 @@ def check_agreement(compared: Mapping[str, Implementation], group: TokenGroup, t
 
 
 def step_flops_of(cell: SpeedCell, settings: Settings) -> dict[str, int]:
-    """FLOPs of a step on one group, by implementation; ``trl_completions``: TRL with its head on completions alone."""
+    """implementation -> FLOPs of a step on one group; ``trl_completions`` is TRL with its head on completions alone."""
     shape = shape_of(settings.spec(cell).transformers_config, LORA_RANK)
     lengths = (cell.prompt, cell.response, cell.negatives)
     work = {"ours": shared_work(*lengths), "unshared": unshared_work(*lengths)}
@@ -170,7 +171,7 @@ def _device_name(device: str) -> str:
 
 
 def _expected_seconds(settings: Settings, peak: float) -> float:
-    """A lower bound: FLOPs at the machine's peak, with 8 groups beside the rounds for the rest of the work."""
+    """A lower bound: FLOPs at the machine's peak, with 8 groups for all work beside the rounds."""
     flops = [step_flops_of(cell, settings) for cell in settings.cells]
     steps = sum(count for cell in flops for name, count in cell.items() if name != "trl_completions")
     return steps * (settings.rounds + 8) / peak
@@ -200,10 +201,10 @@ def _round_ratios(slower: list[Turn], faster: list[Turn]) -> tuple[list[float], 
 
 
 def _memory(cell: SpeedCell, settings: Settings, compared: Mapping[str, Implementation]) -> dict[str, float]:
-    """Peak MiB of a step by implementation: ours with a group in a row, ``trl`` with K pairs in a batch,
-    ``trl_fastest`` with the batches it was timed with.
+    """name -> peak MiB of a step: ours with a group in a row, ``trl`` with K pairs in a batch, ``trl_fastest`` with the
+    batches it was timed with.
 
-    On a GPU the implementations themselves are measured, one after the other; on a CPU each anew in its own process.
+    On a GPU the given implementations are measured one after the other; on a CPU each is made again in its own process.
     """
     trl = compared.get("trl")
     timed = (trl.pairs_per_batch, trl.groups_per_step) if isinstance(trl, TrlImplementation) else None
@@ -230,7 +231,7 @@ def _memory(cell: SpeedCell, settings: Settings, compared: Mapping[str, Implemen
 
 
 def _one_row(ours: LayoutImplementation, groups: list[TokenGroup], settings: Settings) -> dict[str, Any] | None:
-    """Ours with several groups in one row against the same groups in a row each, at one optimizer step for all."""
+    """Ours with several groups in one row, compared with a row for each of them; one optimizer step for all."""
     count = settings.groups_per_row
     if count == 1:
         return None

@@ -1,9 +1,12 @@
-"""Where an optimizer step's time goes, and what the training loop adds to the bare computation.
+"""`dmpo bench step`: the time of each phase of an optimizer step, and the overhead of the training loop.
 
-Three measurements on one set-up run: every phase of a step by a synchronising stop watch; blocks of the whole loop
-(data thread, DeepSpeed engine, meter) in turn with blocks of the same fused forward and backward under a plain torch
-optimizer; and a profile of a few steps for collectives and for what makes the host wait: on a CPU reads of tensors as
-numbers, which would wait on a GPU, there the waits themselves.
+A run that is set up once is measured in three ways:
+
+- every phase of a step, by a stop watch that synchronises;
+- blocks of the whole loop (data thread, DeepSpeed engine, meter), in turn with blocks of the same forward and backward
+  under a plain torch optimizer;
+- a profile of a few steps, for collectives and for calls that make the host wait. On a GPU these are synchronisations;
+  on a CPU they are reads of tensors as numbers, which would synchronise on a GPU.
 """
 
 import os
@@ -42,8 +45,7 @@ HOST_WAITS = {
 
 
 def run_bench_step(config: RunConfig, steps: int, rounds: int, console: Console) -> None:
-    """Measure the training stage of ``config`` in this process, or as a rank of torchrun, and write the result to its
-    output folder.
+    """Measure the preference stage of ``config``, in this process or as a rank of torchrun; writes to ``output_dir``.
 
     Raises:
         UserError: as ``dmpo train``.
@@ -71,8 +73,9 @@ def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str,
     Returns:
         ``phases_ms`` (median per step, this rank), ``reduce_ms`` (in collectives, part of backward and optimizer),
         ``host_waits`` per step and phase, ``loop_ms`` and ``bare_ms`` per step by the clock, their ratio
-        ``loop_over_bare`` and the same by the CPU seconds of this process ``loop_over_bare_cpu`` (which a busy machine
-        disturbs less, and which count the data thread), all medians over blocks, and the facts of the run.
+        ``loop_over_bare``, and ``loop_over_bare_cpu``, the ratio by the CPU seconds of this process (which a busy
+        machine disturbs less, and which include the data thread). All are medians over blocks. The other keys describe
+        the run.
     """
     trainer = set_up(job, runtime)
     try:
@@ -109,13 +112,13 @@ def bench_step(job: Job, runtime: Runtime, steps: int, rounds: int) -> dict[str,
 
 
 def _loop_block(trainer: Trainer, first: int, steps: int) -> None:
-    """The training loop as it is, its data prepared ahead."""
+    """``steps`` steps of the training loop, with data prepared ahead as in training."""
     for index, (step, work) in enumerate(ahead(trainer.prepare, first, first + steps), start=first):
         trainer.train_step(index, step, work)
 
 
 def _bare_loop(job: Job, trainer: Trainer) -> Callable[[list[Any]], None]:
-    """The same forward and backward without engine, meter and data thread."""
+    """A function that runs the same forward and backward without engine, meter and data thread."""
     module = load_module(job, trainer.device).module
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.stage.learning_rate)
@@ -183,7 +186,7 @@ def profiled_collectives(trainer: Trainer, first: int) -> tuple[float, dict[str,
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """A table of the phases and the loop's overhead."""
+    """Print a table of the phases, and the loop's overhead."""
     phases, total = result["phases_ms"], sum(result["phases_ms"].values())
     table = Table("phase", "ms per step", "share", title="One optimizer step, rank 0")
     for name in PHASES:
@@ -201,7 +204,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    """``step.json`` and ``step.png`` in ``folder``."""
+    """Write ``step.json`` and ``step.png`` to ``folder``."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""Clocks: turns in rounds, the batches an implementation is fastest with, and the machine's peak."""
+"""Timing implementations in turns and rounds, choosing their fastest batches, and measuring the machine's peak."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,19 +12,19 @@ from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.planning.gpus import known_peak
 
 MIN_TURN_SECONDS = 2.0
-"""A turn repeats short steps for this long, so that a shared machine disturbs all implementations alike."""
+"""A turn repeats steps for at least this long, so that other programs disturb all implementations alike."""
 LONG_TURN_SECONDS = 5.0
 
 
 class Turn(NamedTuple):
-    """Seconds by the clock, and CPU seconds of this process's threads together; of a turn, per group."""
+    """Seconds by the clock, and CPU seconds of all threads of this process; for a turn both are per group."""
 
     seconds: float
     cpu_seconds: float
 
 
 def timed(run: Callable[[], object], device: torch.device | str) -> Turn:
-    """The time that ``run`` takes, with the work it leaves to the device."""
+    """The time that ``run`` takes, including the work that it queues on the device."""
     synchronize(device)
     start, cpu_start = time.perf_counter(), time.process_time()
     run()
@@ -33,7 +33,7 @@ def timed(run: Callable[[], object], device: torch.device | str) -> Turn:
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until a GPU has done what it was given; nothing to wait for on a CPU."""
+    """Wait until a GPU has finished its queue; does nothing on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -41,7 +41,7 @@ def synchronize(device: torch.device | str) -> None:
 def time_rounds(
     compared: Mapping[str, Implementation], groups: Sequence[TokenGroup], rounds: int, device: str
 ) -> dict[str, list[Turn]]:
-    """A turn of each implementation in each round, in the opposite order every other round."""
+    """The turns of each implementation, one in each round; every other round has the opposite order."""
     streams = {name: cycle(groups) for name in compared}
     times: dict[str, list[Turn]] = {name: [] for name in compared}
     for number in range(rounds):
@@ -54,10 +54,10 @@ def time_rounds(
 def fastest(
     tried: Mapping[str, Implementation], groups: Sequence[TokenGroup], device: str, threads: int
 ) -> tuple[Implementation, dict[str, float]]:
-    """The fastest of ``tried``, and seconds per group of each; one that does not fit into memory is passed over.
+    """The fastest of ``tried``, and the seconds per group of each; those that do not fit into memory are left out.
 
-    The better of two turns counts (one turn, where it takes long), by the clock, or by CPU seconds where one CPU thread
-    does all: a busy machine then cannot pick the wrong one.
+    The better of two turns counts, or the only turn where it takes long. Time is by the clock, or by CPU seconds where
+    one CPU thread does all the work, so that a busy machine cannot make the wrong one win.
 
     Raises:
         torch.OutOfMemoryError: not even the first, smallest one fits.
@@ -78,8 +78,10 @@ def fastest(
 
 
 def measure_peak(device: str, dtype: str) -> dict[str, Any]:
-    """FLOP/s that MFU relates to: ``value``, its ``source`` (the data sheet of a known GPU, else the fastest product
-    in this process) and that ``fastest_product``."""
+    """The peak FLOP/s for MFU: ``value``, its ``source`` and ``fastest_product``.
+
+    ``value`` is from the data sheet of a known GPU, else it is the fastest product in this process.
+    """
     size = 8192 if device == "cuda" else 1536
     reached = fastest_product(size, device, dtype)
     sheet = known_peak(torch.cuda.get_device_name()) if device == "cuda" and dtype == "bfloat16" else None
@@ -97,7 +99,7 @@ def fastest_product(size: int, device: str, dtype: str) -> float:
 
 
 def _turn(implementation: Implementation, stream: Iterator[TokenGroup], device: str) -> Turn:
-    """At least one step; on a GPU after one that is not timed, as another implementation has used the memory before."""
+    """Time at least one step; on a GPU after an untimed step, as another implementation has used the memory before."""
     done, elapsed = 0, 0.0
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""TRL's DPOTrainer as a implementation: K pairs a group, LoRA, adapters off as the reference, its fused head.
+"""TRL's DPOTrainer as an implementation: K pairs a group, LoRA, adapters off as the reference, its fused head.
 
-It is TRL as its users have it: trainer, collator, ``training_step`` and metrics are its own and nothing is patched.
-Left out, in its favour: tokenization, the data loader, gradient clipping and logging around a step.
+Trainer, collator, ``training_step`` and metrics are TRL's own, as its users have them; nothing is patched.
+Tokenization, data loader, gradient clipping and logging around a step are left out, which is in TRL's favour.
 """
 
 import tempfile
@@ -51,7 +51,7 @@ def pairs_of(group: TokenGroup) -> list[dict[str, list[int]]]:
 
 
 class TrlImplementation:
-    """DPOTrainer on batches of ``pairs_per_batch`` pairs, as many as the step's groups need for one optimizer step."""
+    """DPOTrainer on batches of ``pairs_per_batch`` pairs; a step's groups take as many batches as they need."""
 
     name = "trl"
 
@@ -103,7 +103,7 @@ class TrlImplementation:
 
 
 def _make_trainer(spec: ModelSpec) -> Any:
-    """A DPOTrainer with everything off that would cost time: checkpointing, dropout, truncation, reports."""
+    """A DPOTrainer without everything that would cost time: checkpointing, dropout, truncation, reports."""
     from datasets import Dataset, disable_progress_bars
     from trl import DPOConfig, DPOTrainer
 
@@ -128,7 +128,7 @@ def _make_trainer(spec: ModelSpec) -> Any:
 
 
 def _tokenizer() -> Any:
-    """A tokenizer that the trainer asks for and does not use: the groups are token ids already."""
+    """A tokenizer that the trainer requires but does not use, as the groups are token ids already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

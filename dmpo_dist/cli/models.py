@@ -7,6 +7,7 @@ import typer
 
 from dmpo_dist.cli.options import DryRun, Layers, Overrides, print_now, read_settings
 
+# In examples a backslash joins two source lines; the next one begins in the first column, so that no spaces get in.
 models_app = typer.Typer()
 fetch_app = typer.Typer(help="Pretrained models for machines that reach no model hub.", no_args_is_help=True)
 models_app.add_typer(fetch_app, name="models")
@@ -99,11 +100,11 @@ def rank(
 
     Examples:
 
-        dmpo rank -m exported --requests users.parquet --catalogue items.parquet --top 20 \\
-            --output ranked.parquet cluster.workers=2
+        dmpo rank -m exported --requests users.parquet --catalogue items.parquet --top 20 \
+--output ranked.parquet cluster.workers=2
 
-        dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data \\
-            --output ranked.parquet ranking.popularity_weight=0.2
+        dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data \
+--output ranked.parquet ranking.popularity_weight=0.2
     """
     settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.commands.rank import rank as run

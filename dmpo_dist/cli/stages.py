@@ -12,6 +12,7 @@ from dmpo_dist.cli.options import DryRun, Layers, Overrides, Resume, free_folder
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.errors import UserError
 
+# In examples a backslash joins two source lines; the next one begins in the first column, so that no spaces get in.
 stages_app = typer.Typer()
 
 
@@ -82,14 +83,14 @@ def evaluate(
 
     Examples:
 
-        dmpo evaluate -c movielens -m sft=runs/ml/sft/model -m dmpo=runs/ml/dmpo/model \\
-            data.path=runs/ml/data output_dir=runs/ml/evaluation
+        dmpo evaluate -c movielens -m sft=runs/ml/sft/model -m dmpo=runs/ml/dmpo/model \
+data.path=runs/ml/data output_dir=runs/ml/evaluation
 
-        dmpo evaluate -m dmpo@0=a/model -m dmpo@1=b/model -m sft@0=c/model -m sft@1=d/model --against sft \\
-            data.path=runs/ml/data output_dir=runs/seeds
+        dmpo evaluate -m dmpo@0=a/model -m dmpo@1=b/model -m sft@0=c/model -m sft@1=d/model --against sft \
+data.path=runs/ml/data output_dir=runs/seeds
 
-        dmpo evaluate data.path=runs/ml/data output_dir=runs/floors \\
-            'evaluation.baselines=[random, popularity, item_knn, ease, sasrec]'
+        dmpo evaluate data.path=runs/ml/data output_dir=runs/floors \
+'evaluation.baselines=[random, popularity, item_knn, ease, sasrec]'
     """
     settings = read_settings(config, overrides, dry_run)
     models = _models(model or [])
@@ -140,8 +141,8 @@ def doctor(
 
         dmpo doctor -c movielens output_dir=/shared/runs
 
-        dmpo doctor --cluster cluster.address=10.0.0.1:6379 cluster.workers=8 \\
-            data.path=/shared/data output_dir=/shared/runs
+        dmpo doctor --cluster cluster.address=10.0.0.1:6379 cluster.workers=8 \
+data.path=/shared/data output_dir=/shared/runs
     """
     settings = read_settings(config, overrides, dry_run=False)
     from dmpo_dist.doctor.cluster import examine_cluster

@@ -160,7 +160,7 @@ def evaluate(
     evaluation.folders = models
     of_lists = _notes_of_lists(models, data, config)
     evaluation.notes = notes_of(data, config) + of_lists
-    facts = classical.facts if classical else {}
+    facts = classical.details if classical else {}
     evaluation.baselines = {name: BaselineTraining.model_validate(known) for name, known in facts.items()}
     if spreads:
         again = min(settings.order_requests, len(data.test))

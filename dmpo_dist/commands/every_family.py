@@ -1,4 +1,4 @@
-"""Tiny configurations of every causal language model that the installed transformers knows, as far as sizes alone do."""
+"""Tiny configurations of every causal language model that the installed transformers knows, where sizes alone do."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -20,6 +20,7 @@ from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.reorder import require_histories
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import (
     enforce_template,
@@ -27,6 +28,7 @@ from dmpo_dist.modeling.backbone import (
     load_tokenizer,
     make_scratch_model,
     read_model_config,
+    require_same_rendering,
     write_stamp,
 )
 from dmpo_dist.objectives.registry import make_objective
@@ -176,7 +178,9 @@ def template_of(model: str, config: RunConfig) -> TemplateConfig:
     source = find_model(model)
     read_model_config(source.base, config.model.max_length)
     template = enforce_template(source.stamp, config.template, model)
-    make_template(template, load_tokenizer(source))
+    tokenizer = load_tokenizer(source)
+    made = GroupTokenizer(tokenizer, make_template(template, tokenizer), config.model.max_length).template
+    require_same_rendering(source.stamp, made, model)
     return template
 
 

@@ -1,6 +1,7 @@
 """The ``model`` and ``template`` sections: the backbone, its adapters, and how a history becomes a prompt."""
 
-from typing import Literal
+from datetime import date as Date
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -28,11 +29,22 @@ class TemplateConfig(Section):
     """What ends a response; {eos} is the tokenizer's end token. Ignored with a chat template, which ends turns."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Wrap the prompt in the tokenizer's chat template: when it has one, always, or never."""
+    date: str = "2024-07-26"
+    """YYYY-MM-DD: what a chat template that prints today's date prints instead, so that a model is asked the same on
+    every day."""
 
     @property
     def lists_candidates(self) -> bool:
         """Whether prompts list the candidates."""
         return CANDIDATES in self.request
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: Any) -> str:
+        try:
+            return (value if isinstance(value, Date) else Date.fromisoformat(value)).isoformat()
+        except (TypeError, ValueError):
+            raise ValueError("must be a date such as 2024-07-26") from None
 
     @field_validator("item", "candidate", "response")
     @classmethod

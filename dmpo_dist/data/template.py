@@ -1,14 +1,16 @@
 """A history becomes a prompt, a title becomes a response."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from typing import Any
 
 from dmpo_dist.config import TemplateConfig
 from dmpo_dist.config.model import CANDIDATES
+from dmpo_dist.data.chat import Trim, render_chat, take_apart, trim
 from dmpo_dist.errors import UserError
 
-_MARK = "\u241e"  # stands for the conversation's texts while a chat template is taken apart
+RENDERED = ("opening", "closing", "lead", "terminator", "user_trim", "answer_trim")
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,12 @@ class Prompt:
     Attributes:
         text: the prompt, from the begin token to the place where the response starts.
         titles: character spans (start, end) of each history title with its terminator, where items end with one.
+        templated: a finished prompt that came with begin token or chat template, and was not wrapped again.
     """
 
     text: str
     titles: tuple[tuple[int, int], ...]
+    templated: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Template:
         terminator: ends every response.
         item_ends: history items end exactly like a response, so that a loss on them trains the same thing.
         candidate: one title of the list in the prompt; None where prompts list none.
+        lead: spaces that a chat template puts before an answer.
+        user_trim, answer_trim: the sides on which a chat template strips white space from a user's text and an answer.
+        begin: the tokenizer's begin token, "" where it has none.
+        special: its special tokens, one of which begins a text from a chat template.
     """
 
     opening: str
@@ -45,6 +53,11 @@ class Template:
     terminator: str
     item_ends: bool
     candidate: str | None = None
+    lead: str = ""
+    user_trim: Trim = "none"
+    answer_trim: Trim = "none"
+    begin: str = ""
+    special: tuple[str, ...] = ()
 
     @property
     def lists_candidates(self) -> bool:
@@ -53,7 +66,7 @@ class Template:
 
     def render(self, history: tuple[str, ...], listed: Sequence[str] = ()) -> Prompt:
         """The prompt for ``history`` (titles, oldest first), with the titles ``listed`` where it lists candidates."""
-        text, spans = self.opening + self.preamble, []
+        text, spans = self.preamble, []
         before = len(self.item.split("{title}", 1)[0])
         for title in history:
             start = len(text) + before
@@ -62,26 +75,69 @@ class Template:
         request = self.request
         if self.candidate is not None:
             request = request.replace(CANDIDATES, "".join(self.candidate.replace("{title}", t) for t in listed))
-        return Prompt(text + request + self.closing, tuple(spans) if self.item_ends else ())
+        prompt = self.wrap(text + request)
+        return Prompt(prompt.text, self._moved(spans, text + request) if self.item_ends else ())
 
     def wrap(self, prompt: str) -> Prompt:
-        """A finished prompt (TRL rows) between the begin token or the chat template's parts."""
-        return Prompt(self.opening + prompt + self.closing, ())
+        """A finished prompt (TRL rows) between the begin token or the chat template's parts.
+
+        One that begins with a special token, or as the chat template does, has them already; it gets the begin token
+        where only that is missing.
+        """
+        opening = self.opening.removeprefix(self.begin)
+        if prompt.startswith((*self.special, opening) if opening.strip() else self.special):
+            missing = self.opening.startswith(self.begin) and not prompt.startswith(self.begin)
+            return Prompt(self.begin * missing + prompt, (), templated=True)
+        return Prompt(self.opening + trim(prompt, self.user_trim) + self.closing, ())
+
+    def _moved(self, spans: Sequence[tuple[int, int]], user: str) -> tuple[tuple[int, int], ...]:
+        """``spans`` of a user's text where they are once it is wrapped, which may strip white space."""
+        kept = len(trim(user, self.user_trim))
+        cut = len(user) - len(user.lstrip()) if self.user_trim in ("left", "both") else 0
+        first = len(self.opening)
+        return tuple((first + max(start - cut, 0), first + min(end - cut, kept)) for start, end in spans)
 
     def render_response(self, title: str) -> str:
         """The response text of ``title`` with its terminator."""
-        return self.response.replace("{title}", title) + self.terminator
+        return self.lead + trim(self.response.replace("{title}", title), self.answer_trim) + self.terminator
+
+    def complete(self, response: str, templated: bool) -> str:
+        """A finished response (TRL rows) with what it lacks of its terminator and of the space before it.
+
+        Args:
+            templated: whether the prompt came with begin token or chat template, and the response may have them too.
+        """
+        text, ends = response, [end for end in (self.terminator, self.terminator.strip()) if end]
+        for whole in (response, response.rstrip("\n")):
+            end = next((end for end in ends if whole.endswith(end)), None)
+            if end is not None:
+                text = whole.removesuffix(end)
+                break
+        return self.render_response(text.removeprefix(self.lead) if templated else text)
 
     @property
     def tail(self) -> str:
         """The end of every prompt with a history or a list of candidates; what comes before it varies."""
         if self.candidate is not None:
-            return self.candidate.rsplit("{title}", 1)[1] + self.request.split(CANDIDATES)[1] + self.closing
-        return self.item.rsplit("{title}", 1)[1] + self.request + self.closing
+            varying = self.candidate.rsplit("{title}", 1)[1] + self.request.split(CANDIDATES)[1]
+        else:
+            varying = self.item.rsplit("{title}", 1)[1] + self.request
+        right: Trim = "right" if self.user_trim in ("right", "both") else "none"
+        return trim(varying, right) + self.closing
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``dmpo.json`` beside a model."""
+        """All parts by name; ``Template(**parts)`` is the template again."""
         return asdict(self)
+
+    def rendered(self) -> dict[str, str]:
+        """What tokenizer and chat template brought, for ``dmpo.json`` beside a model and the key of a cache."""
+        return {name: getattr(self, name) for name in RENDERED}
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of the tokenizer's special tokens but those that are white space."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip())
 
 
 def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
@@ -89,7 +145,7 @@ def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
 
     Raises:
         UserError: the terminator needs an end token and the tokenizer has none, or a chat template is asked for that
-            does not exist or does not keep the message's text.
+            does not exist or cannot be kept to, see ``take_apart``.
     """
     use_chat = config.chat == "always" or (config.chat == "auto" and bool(getattr(tokenizer, "chat_template", None)))
     terminator = config.terminator
@@ -100,16 +156,19 @@ def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
                 'or set template.terminator to a text, such as "\\n" in a YAML file'
             )
         terminator = terminator.replace("{eos}", tokenizer.eos_token)
+    lead, user_trim, answer_trim = "", "none", "none"
     if use_chat:
-        opening, closing, terminator = _chat_parts(tokenizer)
+        chat = take_apart(tokenizer, date.fromisoformat(config.date))
+        opening, closing, terminator = chat.opening, chat.closing, chat.terminator
+        lead, user_trim, answer_trim = chat.lead, chat.user_trim, chat.answer_trim
     else:
         opening, closing = tokenizer.bos_token or "", ""
     if not terminator:
         raise UserError("template.terminator is empty: a response needs an end, or its length cannot be learned")
     prefix, suffix = config.response.split("{title}", 1)
-    return Template(
+    template = Template(
         opening=opening,
-        preamble=config.preamble,
+        preamble=config.preamble if use_chat else config.preamble.removeprefix(opening),
         item=config.item.replace("{end}", terminator),
         request=config.request,
         closing=closing,
@@ -117,16 +176,27 @@ def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
         terminator=terminator,
         item_ends=not prefix and config.item.endswith("{title}" + suffix + "{end}"),
         candidate=config.candidate if config.lists_candidates else None,
+        begin=tokenizer.bos_token or "",
+        special=special_tokens(tokenizer),
+        lead=lead,
+        user_trim=user_trim,
+        answer_trim=answer_trim,
     )
+    if use_chat:
+        _require_same_chat(template, tokenizer, config)
+    return template
 
 
-def _chat_parts(tokenizer: Any) -> tuple[str, str, str]:
-    """What the chat template puts before a user's text, between it and the answer, and after the answer."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("template.chat is always, but the tokenizer has no chat template; set template.chat to never")
-    turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
-    opening, *rest = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True).split(_MARK)
-    whole = tokenizer.apply_chat_template(turns, tokenize=False).split(_MARK)
-    if len(rest) != 1 or len(whole) != 3:
-        raise UserError("the tokenizer's chat template does not keep a message's text; set template.chat to never")
-    return opening, rest[0], whole[2].rstrip("\n")
+def _require_same_chat(template: Template, tokenizer: Any, config: TemplateConfig) -> None:
+    """Raise UserError where ``template`` makes of a real history and title another text than the chat template does."""
+    bare = replace(template, opening="", closing="", user_trim="none")
+    user, answer = bare.render(("Heat (1995)",), ("Alien", "Up")).text, config.response.replace("{title}", "Alien")
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    theirs = render_chat(tokenizer, turns, date.fromisoformat(config.date))
+    own = template.wrap(user).text + template.render_response("Alien")
+    if theirs.rstrip("\n") != own.rstrip("\n"):
+        raise UserError(
+            f"the tokenizer's chat template changes a message's text: for this template's prompt and response it "
+            f"renders {theirs!r} instead of {own!r}; set template.chat=never, or change template.preamble, "
+            "template.request or template.response to a text that it keeps"
+        )

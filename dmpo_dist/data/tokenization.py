@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from tokenizers import Encoding
 
 from dmpo_dist.data.candidates import list_order, require_no_finished_prompts
+from dmpo_dist.data.continuation import continuation, encode, require_end
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import groups_from_rows
-from dmpo_dist.data.template import Prompt, Template
+from dmpo_dist.data.template import Prompt, Template, special_tokens
 from dmpo_dist.errors import UserError
 
 
@@ -37,23 +38,26 @@ class FittedPrompt(NamedTuple):
 
     Attributes:
         dropped: number of oldest history titles left out.
-        prompt: what is left, rendered; encoded: its ids.
-        rows: for each candidate (number of ids that prompt + response shares with the prompt, the rest).
+        prompt: what is left, rendered; encoded: its ids, but for spaces at its end, which belong to the responses.
+        responses: for each candidate the ids that follow.
     """
 
     dropped: int
     prompt: Prompt
     encoded: Encoding
-    rows: list[tuple[int, list[int]]]
+    responses: list[list[int]]
 
 
 @dataclass
 class GroupTokenizer:
-    """Tokenizes groups as prompt + response together, so that merges over the boundary stay exact.
+    """Tokenizes groups so that what is scored is the response with its terminator, for all candidates alike.
 
-    Every prompt of a template ends in the same text, so the ids of a title after it are looked up in a cache, where
-    merges that reach further back than that text are ruled out; else prompt and candidate are tokenized whole. The
-    look-up is also verified on each group's positive, whose whole text is always tokenized at once.
+    Prompt and response are tokenized together. Where that merges the prompt's end with the response, the response is
+    tokenized apart instead: the prompt's ids are the same for all candidates, as they are when a model is asked. Only
+    spaces at the end of a prompt are counted to the responses, as tokenizers join them to the word that follows.
+
+    Every prompt of a template ends in the same text, so the ids of a title after it are looked up in a cache. The
+    look-up is verified on each group's positive, whose whole text is always tokenized at once.
 
     Attributes:
         tokenizer: a fast Hugging Face tokenizer.
@@ -72,7 +76,7 @@ class GroupTokenizer:
     seed: int = 0
     truncated: int = 0
     dropped_titles: int = 0
-    _after_tail: dict[str, tuple[int, list[int]]] = field(default_factory=dict, repr=False)
+    _after_tail: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.score_history and not self.template.item_ends:
@@ -83,7 +87,9 @@ class GroupTokenizer:
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()  # a tokenizer.json may ask for both, and only the wrapper turns them off by itself
         backend.no_padding()
-        self._tail_ids = self._ids(self.template.tail)
+        self._tail = self.template.tail.rstrip(" ")
+        self._tail_ids = encode(self.tokenizer, self._tail).ids
+        require_end(self.tokenizer, self.template)
 
     def __call__(self, group: PreferenceGroup, draw: int = 0, listed: Sequence[str] = ()) -> TokenGroup:
         """Token ids of ``group``.
@@ -97,21 +103,19 @@ class GroupTokenizer:
                 empty, or it is a finished one and should list candidates. ``check_titles`` looks for special tokens in
                 titles.
         """
-        dropped, prompt, encoded, rows = self.fit(group, draw, listed)
+        dropped, prompt, encoded, responses = self.fit(group, draw, listed)
         self.truncated += dropped > 0
         self.dropped_titles += dropped
-        shared = min(start for start, _ in rows)
-        if shared == 0:
+        if not encoded.ids:
             raise UserError(
                 f"user {group.user!r}: nothing stands before the response; the tokenizer has no begin token, "
                 "so set template.preamble or template.request to some text"
             )
-        prompt_ids = encoded.ids
         return TokenGroup(
-            prefix=prompt_ids[:shared],
-            branches=tuple(prompt_ids[shared:start] + rest for start, rest in rows),
-            scored_from=tuple(start - shared for start, _ in rows),
-            prefix_scored=_history_positions(prompt, encoded, shared) if self.score_history else (),
+            prefix=encoded.ids,
+            branches=tuple(responses),
+            scored_from=(0,) * len(responses),
+            prefix_scored=_history_positions(prompt, encoded, self._end_id()) if self.score_history else (),
         )
 
     def fit(self, group: PreferenceGroup, draw: int = 0, listed: Sequence[str] = ()) -> FittedPrompt:
@@ -125,11 +129,11 @@ class GroupTokenizer:
             return self._without_oldest(group, oldest, order)
 
         last, fitted = len(group.history), without(0)
-        if _longest(fitted.rows) > self.max_length and last:
-            fits = bisect_left(range(1, last), True, key=lambda n: _longest(without(n).rows) <= self.max_length)
+        if _longest(fitted) > self.max_length and last:
+            fits = bisect_left(range(1, last), True, key=lambda n: _longest(without(n)) <= self.max_length)
             fitted = without(1 + fits)
-        if _longest(fitted.rows) > self.max_length:
-            raise self._too_long(group.user, _longest(fitted.rows), len(order))
+        if _longest(fitted) > self.max_length:
+            raise self._too_long(group.user, _longest(fitted), len(order))
         return fitted
 
     def _too_long(self, user: str, tokens: int, listed: int) -> UserError:
@@ -145,55 +149,47 @@ class GroupTokenizer:
         )
 
     def _without_oldest(self, group: PreferenceGroup, dropped: int, listed: tuple[str, ...]) -> FittedPrompt:
-        """The prompt without its ``dropped`` oldest titles, tokenized, and what ``_rows`` gives for it."""
+        """The prompt without its ``dropped`` oldest titles and the responses, tokenized."""
         history = group.history[dropped:]
         prompt = self.template.render(history, listed) if group.prompt is None else self.template.wrap(group.prompt)
-        encoded = self._encode(prompt.text)
-        fixed_tail = group.prompt is None and bool(history or listed)
-        return FittedPrompt(
-            dropped, prompt, encoded, self._rows(prompt.text, encoded.ids, _candidates(group), fixed_tail)
-        )
+        before = prompt.text.rstrip(" ")
+        spaces = prompt.text[len(before) :]
+        responses = [spaces + self._response(title, group.prompt, prompt) for title in _candidates(group)]
+        encoded = encode(self.tokenizer, before)
+        fixed_tail = group.prompt is None and bool(history or listed) and bool(self._tail_ids)
+        look_up = fixed_tail and encoded.ids[-1:] == self._tail_ids[-1:]
+        return FittedPrompt(dropped, prompt, encoded, self._responses(before, encoded.ids, responses, look_up))
 
-    def _rows(
-        self, prompt: str, prompt_ids: list[int], candidates: Sequence[str], fixed_tail: bool
-    ) -> list[tuple[int, list[int]]]:
-        """Prompt + response of each candidate as (number of ids it shares with the prompt, the rest)."""
-        responses = [self.template.render_response(title) for title in candidates]
-        positive = self._whole(prompt, prompt_ids, responses[0])
-        look_up = fixed_tail and self._continue(prompt_ids, responses[0]) == positive
-        rows = [positive]
-        for response in responses[1:]:
-            row = self._continue(prompt_ids, response) if look_up else None
-            rows.append(self._whole(prompt, prompt_ids, response) if row is None else row)
-        return rows
+    def _response(self, title: str, finished: str | None, prompt: Prompt) -> str:
+        if finished is None:
+            return self.template.render_response(title)
+        return self.template.complete(title, prompt.templated)
 
-    def _whole(self, prompt: str, prompt_ids: list[int], response: str) -> tuple[int, list[int]]:
-        """Prompt and response tokenized at once."""
-        ids = self._ids(prompt + response)
-        same = _common(prompt_ids, ids)
-        return same, ids[same:]
+    def _responses(
+        self, prompt: str, prompt_ids: list[int], responses: Sequence[str], look_up: bool
+    ) -> list[list[int]]:
+        """The ids of each response after ``prompt``, by ``look_up`` where that is right for the first of them."""
+        positive = continuation(self.tokenizer, prompt, prompt_ids, responses[0]).ids
+        if look_up and self._look_up(responses[0]) == positive:
+            return [positive, *(self._look_up(response) for response in responses[1:])]
+        return [
+            positive,
+            *(continuation(self.tokenizer, prompt, prompt_ids, response).ids for response in responses[1:]),
+        ]
 
-    def _continue(self, prompt_ids: list[int], response: str) -> tuple[int, list[int]] | None:
-        """What ``_whole`` gives, from how ``response`` comes out after the template's tail; None where that may differ.
+    def _look_up(self, response: str) -> list[int]:
+        """The ids of ``response`` after the text that ends every prompt.
 
-        A row of BPE ids is right if each pair of neighbours is. So the ids of the tail that the response changes, and
-        one more before them that it does not, must stand at the end of this prompt too.
+        A row of BPE ids is right if each pair of neighbours is, so they are those after any prompt that ends with the
+        same id; where it merges with the response, the response is tokenized apart, whatever stands before it.
         """
         if response not in self._after_tail:
-            ids = self._ids(self.template.tail + response)
-            same = _common(self._tail_ids, ids)
-            self._after_tail[response] = (len(self._tail_ids) - same, ids[same:])
-        merged, rest = self._after_tail[response]
-        if merged == len(self._tail_ids) or prompt_ids[-merged - 1 :] != self._tail_ids[-merged - 1 :]:
-            return None
-        return len(prompt_ids) - merged, rest
+            self._after_tail[response] = continuation(self.tokenizer, self._tail, self._tail_ids, response).ids
+        return self._after_tail[response]
 
-    def _ids(self, text: str) -> list[int]:
-        return self._encode(text).ids
-
-    def _encode(self, text: str) -> Encoding:
-        # the Rust tokenizer itself: the wrapper around it costs several times the tokenization of a short text
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    def _end_id(self) -> int | None:
+        """The id of a terminator that is a token of its own."""
+        return self.tokenizer.backend_tokenizer.token_to_id(self.template.terminator)
 
 
 def tokenize_rows(
@@ -213,36 +209,40 @@ def _candidates(group: PreferenceGroup) -> tuple[str, ...]:
     return (group.positive, *group.negatives)
 
 
-def _history_positions(prompt: Prompt, encoded: Encoding, limit: int) -> tuple[int, ...]:
-    """Indices of prompt tokens inside a history title or its terminator, except the first token of all."""
-    positions, spans = [], iter(prompt.titles)
+def _history_positions(prompt: Prompt, encoded: Encoding, end_id: int | None) -> tuple[int, ...]:
+    """Indices of the prompt's ids of history titles and their terminators, except the first id of all.
+
+    Spaces before a title belong to it, as do template characters that its first id takes in. An id that takes in what
+    follows a terminator does not count, unless it is the terminator's own (``end_id``) and swallows white space.
+    """
+    positions, spans, before = [], iter(prompt.titles), 0
     span = next(spans, None)
-    for index, (start, end) in enumerate(encoded.offsets[:limit]):
+    for index, (id_, (start, end)) in enumerate(zip(encoded.ids, encoded.offsets, strict=True)):
         while span is not None and start >= span[1]:
-            span = next(spans, None)
-        if span is not None and index and start >= span[0] and end <= span[1]:
+            before, span = span[1], next(spans, None)
+        if span is None:
+            break
+        first = before + len(prompt.text[before : span[0]].rstrip(" "))
+        ends_inside = end <= span[1] or id_ == end_id
+        if index and start >= before and end > first and ends_inside:
             positions.append(index)
     return tuple(positions)
 
 
-def _longest(rows: list[tuple[int, list[int]]]) -> int:
-    return max(start + len(rest) for start, rest in rows)
+def _longest(fitted: FittedPrompt) -> int:
+    return len(fitted.encoded.ids) + max(map(len, fitted.responses))
 
 
 def check_titles(titles: Sequence[str], tokenizer: Any) -> None:
-    """Raise UserError for a title that contains a special token or that the tokenizer cannot represent."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
+    """Raise UserError for a title with a special token, or that the tokenizer drops or cannot represent."""
+    special = special_tokens(tokenizer)
     unknown = tokenizer.unk_token_id
     for title in titles:
         for token in special:
             if token in title:
                 raise UserError(f"title {title!r} contains the tokenizer's special token {token!r}; rename the item")
-        if unknown is not None and unknown in tokenizer(title, add_special_tokens=False)["input_ids"]:
+        ids = tokenizer(title, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise UserError(f"title {title!r} has no character that the tokenizer keeps; rename the item")
+        if unknown is not None and unknown in ids:
             raise UserError(f"title {title!r} has characters the tokenizer cannot represent; rename the item")
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    limit = min(len(a), len(b))
-    return next((i for i in range(limit) if a[i] != b[i]), limit)

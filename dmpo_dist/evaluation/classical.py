@@ -39,13 +39,13 @@ class ClassicalScores:
     Attributes:
         candidates: model -> for each request a float64 array (1 + K,) of scores, the positive first.
         catalogue: model -> its ranking of the whole catalogue; empty unless asked for.
-        facts: model -> chosen settings, validation NDCG@10 of all settings tried, seconds, and the numbers of
+        details: model -> chosen settings, validation NDCG@10 of all settings tried, seconds, and the numbers of
             requests with a history, and of positives, that the model did not know.
     """
 
     candidates: dict[str, list[np.ndarray]]
     catalogue: dict[str, Ranked]
-    facts: dict[str, dict[str, Any]]
+    details: dict[str, dict[str, Any]]
 
 
 def classical_scores(
@@ -91,7 +91,7 @@ def _read_scores(folder: Path, names: Sequence[str], data: PreparedData, catalog
         found.candidates[name] = [
             with_unknown(row, counts[indices]) for row, indices in zip(own, item_columns, strict=True)
         ]
-        found.facts[name] |= _unknown(own)
+        found.details[name] |= _unknown(own)
         if whole is not None:
             known = (np.stack([with_unknown(row, counts) for row in block]) for block in _blocks(file))
             found.catalogue[name] = whole.scored(known)

@@ -28,9 +28,11 @@ def generated_figures(
     chosen = np.sort(rng.choice(len(rows), min(requests, len(rows)), replace=False))
     groups = groups_from_rows(rows.select(chosen))
     fitted = [model.encode.fit(group) for group in groups]
-    longest = max(len(ids) for one in fitted for _, ids in one.rows)
-    prompts, template = [one.prompt.text for one in fitted], model.template
+    longest = max(len(ids) for one in fitted for ids in one.responses)
+    asked, template = [one.prompt.text for one in fitted], model.template
+    prompts = [text.rstrip(" ") for text in asked]  # spaces at the end of a prompt belong to the response
     texts = generate_freely(model.load_weights().writer(), model.tokenizer, template, prompts, longest + ROOM)
+    texts = [text.removeprefix(a[len(p) :]) for text, a, p in zip(texts, asked, prompts, strict=True)]
     hits = [valid_ratio([text], template, [group.positive]) for text, group in zip(texts, groups, strict=True)]
     valid = [
         valid_ratio([text], template, [group.positive, *group.negatives])

@@ -1,5 +1,4 @@
 """A study as one resumable command: a grid of settings, the models it needs, their evaluation, tables and pictures.
 
-It stands beside ``bench``: above ``commands``, whose stages, evaluations and run folders it calls and which knows
-nothing of it, and below the command line.
+Like ``bench`` it uses ``commands`` for stages, evaluations and run folders, and only the command line uses it.
 """

@@ -1,4 +1,4 @@
-"""The datasets of an experiment: prepared folders, or folders that the experiment prepares once."""
+"""The datasets of an experiment: folders that are prepared already, or that the experiment prepares once."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,15 +15,14 @@ NOT_IN_THE_ROWS = ("path", "shots", "stream_memory")
 
 
 def open_datasets(grid: GridConfig, make: Callable[[str], None] | None) -> dict[str, PreparedData]:
-    """Every dataset of the grid that is there, by name.
+    """name -> dataset, for all datasets of the grid that exist.
 
     Args:
-        make: takes a line for each dataset that is prepared now; None leaves out what is not prepared yet.
+        make: gets a line for each dataset that is prepared now; with None unprepared datasets are left out.
 
     Raises:
         UserError: a folder holds no prepared data or no test requests, was prepared by other settings than the grid's,
-            or
-            cannot be prepared.
+            or cannot be prepared.
     """
     found: dict[str, PreparedData] = {}
     for name, dataset in grid.datasets.items():
@@ -46,7 +45,7 @@ def open_datasets(grid: GridConfig, make: Callable[[str], None] | None) -> dict[
 
 
 def named_path(data: Mapping[str, PreparedData], name: str, grid: GridConfig) -> Path:
-    """The folder of a dataset, whether it is there yet or not."""
+    """The folder of a dataset, which may not exist yet."""
     return data[name].path if name in data else (grid.datasets[name].path or grid.output_dir / DATA / name).absolute()
 
 

@@ -1,4 +1,4 @@
-"""Reading a grid, and every combination in it as a cell."""
+"""Reading a grid and expanding it into cells, one for each combination of values."""
 
 import hashlib
 import re
@@ -28,7 +28,7 @@ from dmpo_dist.experiment.schema import (
     settings_of,
 )
 
-LONGEST_VALUE = 40  # of a free axis in a cell's name
+LONGEST_VALUE = 40  # letters of a free axis's value in a cell's name
 Free = tuple[tuple[str, Any], ...]
 
 
@@ -37,11 +37,11 @@ class GridCell:
     """One combination of the grid.
 
     Attributes:
-        name: its folder, readable and made of its own values alone, so that a grown grid keeps the names it had.
-        shots: None is all.
-        objective: the objective's name and what else its entry sets, such as ``dmpo-boundary``.
+        name: of its folder; made of the cell's own values alone, so that names stay the same when the grid grows.
+        shots: number of training groups, None for all.
+        objective: the objective's name and the options of its entry, such as ``dmpo-boundary``.
         free: the free axes, key -> value.
-        config: all its settings; data.path, model.path and output_dir are still to be set.
+        config: all its settings except data.path, model.path and output_dir, which are set later.
     """
 
     name: str
@@ -55,10 +55,10 @@ class GridCell:
 
 
 def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
-    """The grid in a YAML file, or in the recipe of that name.
+    """Read the grid in a YAML file, or in the recipe of that name.
 
     Args:
-        overrides: ``output_dir=...``, or ``key=value`` of the configuration, for all cells.
+        overrides: ``output_dir=...``, and ``key=value`` of the configuration for all cells.
 
     Raises:
         UserError: it cannot be read, or a key or value is wrong; the message names the file.
@@ -88,10 +88,10 @@ def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
 
 
 def expand(grid: GridConfig) -> list[GridCell]:
-    """Every combination of every block once; those of equal dataset, shots and seed follow each other.
+    """Every combination of every block once, sorted so that cells of equal dataset, shots and seed are neighbours.
 
     Raises:
-        UserError: a combination comes up twice, or a cell's configuration is not valid.
+        UserError: a combination occurs twice in a block, or a cell's configuration is not valid.
     """
     base = load_config(layers_of(grid), settings_of(grid))
     cells: dict[str, GridCell] = {}
@@ -125,7 +125,7 @@ def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig
         "objective": [base.objective.name],
     }
     free = [axis for axis in block if axis not in AXES]
-    values = [block.get(axis, defaults[axis]) for axis in AXES]
+    values = [block.get(axis, defaults[axis]) for axis in AXES]  # dataset, shots, seed, k, objective
     for dataset, shots, seed, *others in product(*values[:3], *(block[axis] for axis in free), *values[3:]):
         k, objective = others[-2:]
         options = objective if isinstance(objective, dict) else {"name": objective}
@@ -154,7 +154,7 @@ def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: d
 
 
 def free_part(free: Iterable[tuple[str, Any]]) -> str:
-    """What free axes add to a name."""
+    """The part of a name that the free axes add."""
     return "".join(f"_{key}-{_as_file_name(v if isinstance(v, str) else as_json(v))}" for key, v in free)
 
 
@@ -163,13 +163,13 @@ def _option(key: str, value: Any) -> str:
 
 
 def _as_file_name(text: str) -> str:
-    """``text`` where it can stand in a file name, else what can, and a few digits that tell it from others."""
+    """``text`` if it may be part of a file name; else its allowed characters and a hash that keeps it unique."""
     plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", text)[:LONGEST_VALUE]
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _require_different(cells: Iterable[GridCell]) -> None:
-    """No two cells train the same."""
+    """Raise UserError where two cells have equal settings."""
     seen: dict[str, str] = {}
     for cell in cells:
         content = f"{cell.dataset} {cell.config.model_dump_json()}"

@@ -1,4 +1,4 @@
-"""Every model of an experiment and every baseline on the same test candidates of each dataset."""
+"""Evaluating all models of an experiment and all baselines on the same test candidates of each dataset."""
 
 import gc
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ BASELINES = "baselines"
 
 
 def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
-    """Evaluate a trained part on each of its datasets that it has no evaluation on, or one by other settings.
+    """Evaluate a trained part on each of its datasets, unless it has an evaluation there by the same settings.
 
     Raises:
         UserError: the model cannot be loaded, or its scores are not finite.
@@ -54,7 +54,7 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
 
 
 def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: RunConfig, console: Console) -> None:
-    """Evaluate the baselines on every dataset without an evaluation of them in ``folder`` by these settings."""
+    """Evaluate the baselines on every dataset, unless ``folder`` has an evaluation of them by these settings."""
     settings = baseline_settings(config)
     for name, prepared in data.items():
         if evaluated(folder / name, prepared, settings):
@@ -66,20 +66,20 @@ def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: Ru
             "folders": {},
             "settings": settings,
             "notes": notes_of(prepared, config),
-            "baselines": classical.facts if classical else {},
+            "baselines": classical.details if classical else {},
         }
         _write(folder / name, scores | ({"oracle": oracle} if oracle is not None else {}), prepared, config, about)
 
 
 def free_accelerator() -> None:
-    """Give the memory of the models scored here back to the GPU, where the next workers train."""
+    """Free the GPU memory of models scored in this process, as the next workers train on the same GPU."""
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def request_metrics(folder: Path, model: str) -> np.ndarray:
-    """(n_requests, len(METRICS)) of a model's evaluation, in the order of the test requests, which all models share."""
+    """(n_requests, len(METRICS)) values of a model, in the order of the test requests, the same for all models."""
     table = pd.read_parquet(folder / SCORES_FILE, columns=["request", "score"], filters=[("model", "==", model)])
     scores = [group.to_numpy() for _, group in table.groupby("request", sort=True)["score"]]
     values = ranking_metrics(scores)

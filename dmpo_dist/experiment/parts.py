@@ -23,9 +23,9 @@ Role = Literal["start", "continued", "cell"]
 FOLDERS = {"start": "sft", "continued": "sft_continued", "cell": "cells"}
 PREFERENCE_SECTIONS = ("objective", "reference")
 WITHOUT = {"start": ("train", *PREFERENCE_SECTIONS), "continued": PREFERENCE_SECTIONS, "cell": ()}
-"""Sections of the configuration that a part of each role does not depend on."""
+"""Role -> sections of the configuration that its parts do not depend on."""
 NO_INFLUENCE = ("token_budget", "checkpoint_every", "keep_checkpoints", "log_every")
-"""Of a stage: what changes how it runs, and not what it ends with."""
+"""Keys of a stage that change how it runs but not the model it ends with."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class Part:
     """One model of an experiment: a run folder, its evaluations, its stamp.
 
     Attributes:
-        role: a cell's model, the SFT start it needs, or that start trained on by SFT.
-        name: of its folder.
-        folder: where its settings, run, evaluations and stamp are.
-        config: of its stage; ``output_dir`` is ``folder / stage``.
+        role: the model of a cell, the SFT start that a cell needs, or that start continued by SFT.
+        name: the name of its folder.
+        folder: holds its settings, run, evaluations and stamp.
+        config: the configuration of its stage; ``output_dir`` is ``folder / stage``.
         start: name of the SFT start it is trained from; None for a start itself.
-        cell: the cell, or for the others one that needs it: they share dataset and seed.
-        shots: its training groups, None for all.
+        cell: its cell; for a start or a continued one a cell that needs it, with the same dataset and seed.
+        shots: number of its training groups, None for all.
         free: the free axes it depends on, key -> value.
-        measured: name in tables -> model, of those asked for; an SFT start also has what it started from, untuned.
-        evaluate_on: names of the datasets to measure them on.
-        settings: what its weights depend on, dotted key -> value.
-        continued: title of the SFT continued that a cell is compared with; None for the others, and without that arm.
+        measured: name in tables -> model to evaluate; for an SFT start these may include the untuned model.
+        evaluate_on: names of the datasets to evaluate these models on.
+        settings: all settings that its weights depend on, dotted key -> value.
+        continued: title of the SFT continued that a cell is compared with; None for other roles or without that arm.
     """
 
     role: Role
@@ -62,12 +62,12 @@ class Part:
 
     @property
     def kind(self) -> Kind:
-        """Of the stage it is trained by."""
+        """The kind of the stage that trains it."""
         return "preference" if self.role == "cell" else "sft"
 
     @property
     def stage(self) -> Literal["sft", "train"]:
-        """That stage's section of the configuration."""
+        """The section of the configuration for that stage."""
         return "train" if self.role == "cell" else "sft"
 
     @property
@@ -82,20 +82,20 @@ class Part:
 
     @property
     def title(self) -> str:
-        """Its folder below the experiment's."""
+        """The path of its folder in the folder of the experiment."""
         return f"{FOLDERS[self.role]}/{self.name}"
 
     @property
     def settings_hash(self) -> str:
-        """Changes with everything its weights depend on."""
+        """A hash of all settings that its weights depend on."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, PreparedData]) -> list[Part]:
-    """Every model once, each after the start it needs.
+    """Every model that the cells need once, each after the start it needs.
 
     Args:
-        data: the datasets that are there already; the others have no fingerprint yet.
+        data: the datasets that exist already; the others have no fingerprint yet.
 
     Raises:
         UserError: a dataset has fewer groups or negatives than a cell asks for.
@@ -129,7 +129,10 @@ def _part(
     grid: GridConfig,
     data: Mapping[str, PreparedData],
 ) -> Part:
-    """The part of this role that ``cell`` needs; cells that differ only in what it does not depend on share it."""
+    """The part of this role that ``cell`` needs.
+
+    Its name and settings hold only what it depends on, so cells that differ in other keys share the part.
+    """
     shots = cell.shots
     if role == "start":
         shots = grid.sft_shots if isinstance(grid.sft_shots, int) else cell.shots if grid.sft_shots == "cell" else None
@@ -176,7 +179,7 @@ def _measured(role: str, run: Path, start: str, cell: GridCell, grid: GridConfig
 
 
 def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str | None) -> dict[str, Any]:
-    """What the weights depend on: not on the number of workers, and of a start not on the preference stage."""
+    """The settings that the weights depend on: not the number of workers, nor for SFT those of the preference stage."""
     content = config.model_dump(mode="json", include={"seed", "template", "model", "deepspeed", stage})
     if stage == "train":
         content |= config.model_dump(mode="json", include=set(PREFERENCE_SECTIONS))
@@ -189,7 +192,7 @@ def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str
 
 
 def _on_dataset(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mapping[str, PreparedData]) -> RunConfig:
-    """The configuration with the dataset's path, and all paths absolute, as the run folder will have them."""
+    """The configuration with the dataset's path and with absolute paths, as they will be saved in the run folder."""
     changes: dict[str, Any] = {"data": config.data.model_copy(update={"path": named_path(data, cell.dataset, grid)})}
     if config.deepspeed.endswith(".json"):
         changes["deepspeed"] = str(Path(config.deepspeed).absolute())
@@ -201,7 +204,7 @@ def _on_dataset(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mappi
 
 
 def _require_enough(config: RunConfig, cell: GridCell, data: PreparedData) -> None:
-    """What would otherwise stop a cell hours later."""
+    """Raise UserError for a lack of groups or negatives now, and not hours later when the cell is trained."""
     if cell.shots is not None and cell.shots > len(data.train):
         raise UserError(
             f"the cell {cell.name}: shots={cell.shots}, but {data.path} holds {len(data.train)} training groups; take "

@@ -1,4 +1,4 @@
-"""What an experiment leaves: Parquet for programs, Markdown and pictures for people."""
+"""The files with an experiment's results: Parquet for programs, Markdown and pictures for people."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,15 +36,15 @@ PICTURES = {
     ),
     MATRIX_FILE: (draw_matrix, "Trained on one dataset, evaluated on another."),
 }
-"""File -> what draws it, and its caption."""
+"""File -> the function that draws it, and its caption."""
 
 
 def write_report(
     grid: GridConfig, parts: Sequence[Part], data: Mapping[str, PreparedData], failed: Sequence[str]
 ) -> None:
-    """Write experiment.parquet, curves.parquet, experiment.md and the pictures that the grid gives, to ``output_dir``.
+    """Write experiment.parquet, curves.parquet, experiment.md and pictures to ``output_dir``.
 
-    Models that are not finished are left out and named.
+    Models that are not finished are left out; those that failed are named.
     """
     output, samples = grid.output_dir, parts[0].config.evaluation.bootstrap_samples
     found = evaluations(parts, data, output)
@@ -53,7 +53,7 @@ def write_report(
     means = points(found, samples)
     drawn = []
     for name, (draw, caption) in PICTURES.items():
-        (output / name).unlink(missing_ok=True)  # of a grid that had it
+        (output / name).unlink(missing_ok=True)  # an earlier grid may have had it where this one has not
         if draw(means, output / name):
             drawn.append(f"![{caption}]({name})\n\n{caption}")
     lines = [
@@ -88,7 +88,7 @@ def _head(
 
 
 def _tables(means: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
-    """For each dataset what was trained on it (and the baselines), measured on it."""
+    """For each dataset a table of the baselines and of the models trained on it, evaluated on it."""
     lines = []
     own = means[means["dataset"] == means["evaluated_on"]]
     for dataset, group in own.groupby("dataset", sort=False):
@@ -100,7 +100,7 @@ def _tables(means: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
 
 
 def _table_row(point: pd.DataFrame, gains: pd.DataFrame) -> dict[str, object]:
-    """One line of a table; ``point`` has a row for each metric."""
+    """One row of a table: column -> value; ``point`` has a row for each metric."""
     first = point.iloc[0]
     row: dict[str, object] = {"model": first["model"]}
     if first["free"]:

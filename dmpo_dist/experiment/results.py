@@ -1,4 +1,4 @@
-"""What the models of an experiment measured, as tables: a row per figure, means over seeds, paired differences."""
+"""The results of an experiment as tables: a row for each figure, means over seeds, paired differences."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,23 +18,24 @@ from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation
 from dmpo_dist.records.read import VALIDATION_METRICS, Run, read_run
 
 LAST_SHARE = 0.2
-"""Of the steps: the final loss is the mean of the log lines in this last part of the training."""
+"""The final loss is the mean over the log lines in this last share of the steps."""
 FEWEST_K = "the fewest K"
 BOOTSTRAP_SEED = 0
-"""As `dmpo evaluate` has it by default, so that both give one interval for the same models."""
+"""The default of `dmpo evaluate`, so that both give the same interval for the same models."""
 COUNTS = ("shots", "train_groups", "k")
 LOSSES = ("loss", "preference_loss")
 POINT = ["dataset", "evaluated_on", "shots", "train_groups", "k", "model", "free"]
-"""What one point of a curve has in common; its seeds differ."""
+"""Columns that identify a point of a curve; its rows differ in their seed."""
 NOT_SHOWN = ("losses", "folder", "continued")
 
 
 def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output: Path) -> pd.DataFrame:
     """A row for each finished model or baseline and each dataset it was evaluated on.
 
-    Columns: those of ``POINT`` (shots, train_groups and k are <NA> where they mean nothing; shots also for all), part,
-    start (name of the SFT start), seed, objective (None but for cells), and what no file shows: ``folder`` of the
-    evaluation, ``losses`` (see ``final_losses``), ``continued`` (part of the SFT continued a cell is compared with).
+    Columns: those of ``POINT`` (shots, train_groups and k are <NA> where they do not apply, and shots also where all
+    groups are used), part, start (name of the SFT start), seed, objective (None except for cells), and three that no
+    file shows: ``folder`` of the evaluation, ``losses`` (see ``final_losses``), ``continued`` (the SFT continued that a
+    cell is compared with).
     """
     rows = []
     for part in parts:
@@ -59,7 +60,7 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
 def figures(found: pd.DataFrame) -> pd.DataFrame:
     """``experiment.parquet``: a row for each evaluation in ``found`` and each metric.
 
-    Columns as in ``evaluations`` less ``NOT_SHOWN``, then metric, value, low, high (95 % bootstrap over users),
+    Columns as in ``evaluations`` without ``NOT_SHOWN``, then metric, value, low, high (95 % bootstrap over users),
     requests, and for cells final_train_loss and final_preference_loss.
     """
     rows = []
@@ -113,7 +114,7 @@ def points(found: pd.DataFrame, samples: int) -> pd.DataFrame:
 
 
 def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
-    """Cells against their SFT start, SFT continued and the same cell with the fewest K, on their own dataset.
+    """Cells minus their SFT start, SFT continued, and the same cell with the fewest negatives, on their own dataset.
 
     Columns: ``POINT``, against (sft, sft_continued or "K=1"), metric, value, low, high (95 % bootstrap over
     users and seeds, paired over both), seeds.
@@ -140,7 +141,7 @@ def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
 
 
 def final_losses(run: Run) -> dict[str, float]:
-    """Mean logged loss over the last part of the training, and what the preference loss was in the first step."""
+    """Mean logged losses over the last part of the training, and the preference loss of the first step."""
     train = run.train
     last = train[train.index > (1 - LAST_SHARE) * train.index.max()]
     losses = {name: float(last[name].mean()) for name in LOSSES if name in train}
@@ -166,7 +167,7 @@ def _row(part: Part, data: Mapping[str, PreparedData]) -> dict[str, Any]:
 
 
 def _seeded(group: pd.DataFrame) -> SeededValues:
-    """A point's values (n_requests, n_seeds, n_metrics), its seeds in the order that `dmpo evaluate` has them in."""
+    """A point's values (n_requests, n_seeds, n_metrics), with its seeds in the order of `dmpo evaluate`."""
     ordered = group.assign(label=group["seed"].astype(str)).sort_values("label")
     values = [request_metrics(*row) for row in zip(ordered["folder"], ordered["model"], strict=True)]
     return SeededValues(tuple(ordered["label"]), np.stack(values, axis=1))
@@ -179,10 +180,10 @@ def _mean_losses(group: pd.DataFrame) -> dict[str, float]:
 
 
 def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """What a cell's model is compared with.
+    """The row that a cell's model is compared with.
 
-    Its SFT start, or that start trained on with the cell's groups and axes, or the cell that differs in having the
-    fewest negatives (None for that cell itself).
+    By ``name`` that is its SFT start, the start continued by SFT on the cell's groups, or the cell with the fewest
+    negatives and otherwise the same settings. None where there is no such row, as for the cell with the fewest itself.
     """
     if name == "sft":
         same = own[(own["model"] == name) & (own["part"] == f"{FOLDERS['start']}/{row['start']}")]
@@ -197,7 +198,7 @@ def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str,
 
 
 def notes(found: pd.DataFrame) -> list[str]:
-    """What a reader must know of the baselines in ``found``."""
+    """Notes on the baselines in ``found`` that a reader must know."""
     baselines = found[found["part"].isna()].drop_duplicates("folder")
     return [
         f"{dataset}: {note}"

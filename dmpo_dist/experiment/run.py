@@ -1,4 +1,4 @@
-"""An experiment from its grid to its tables: what is missing is trained and measured, what is there is kept."""
+"""An experiment from its grid to its tables: finished models and evaluations are kept, missing ones are made."""
 
 import fcntl
 from collections import Counter
@@ -26,18 +26,18 @@ ROLES = {"start": "SFT start", "continued": "SFT continued", "cell": "cell"}
 
 
 def run_experiment(grid: GridConfig, console: Console) -> list[str]:
-    """Train and measure all that is missing, then write tables and pictures.
+    """Train and evaluate all missing models, then write tables and pictures.
 
     Returns:
         A line for each model that failed.
 
     Raises:
-        UserError: the grid, a dataset, or a model there under other settings; another command is at work in the folder;
-            the cluster is too small.
+        UserError: the grid or a dataset is not valid, a model was trained under other settings, another command is
+            running in the folder, or the cluster is too small.
     """
     alone = in_this_process()
     cells = expand(grid)
-    make_parts(grid, cells, open_datasets(grid, None))  # what can be refused before data is prepared
+    make_parts(grid, cells, open_datasets(grid, None))  # refuse what can be refused before data is prepared
     with _only_one(grid.output_dir):
         data = open_datasets(grid, make=lambda line: console.print(line, highlight=False))
         parts = [_placed(part, grid, alone) for part in make_parts(grid, cells, data)]
@@ -54,7 +54,7 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
 
 
 def show_plan(grid: GridConfig, console: Console) -> None:
-    """What the grid asks for and what of it is done; nothing is written.
+    """Print the models that the grid asks for and how far each is; nothing is written.
 
     Raises:
         UserError: as ``run_experiment``.
@@ -90,7 +90,7 @@ def _train_and_measure(parts: Sequence[Part], data: Mapping[str, PreparedData], 
 def _measure(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
     try:
         measure_part(part, data, console)
-    except (UserError, RuntimeError) as error:  # of this part alone, as when training
+    except (UserError, RuntimeError) as error:  # concerns this part alone: the others go on, as in training
         record_failure(part, error, console)
         return
     finally:
@@ -102,7 +102,7 @@ def _measure(part: Part, data: Mapping[str, PreparedData], console: Console) -> 
 
 @contextmanager
 def _cluster(part: Part) -> Iterator[None]:
-    """Ray for all parts; one that is too small is no failure of a model, and said before any work is done."""
+    """A Ray session for all parts; raises UserError at once where the cluster is too small for any of them."""
     from dmpo_dist.cluster.train import gpus_per_worker_of, ray_session, require_resources
 
     cluster = part.config.cluster
@@ -117,7 +117,7 @@ def _placed(part: Part, grid: GridConfig, alone: bool) -> Part:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Keep a second command out of the folder while this process lives."""
+    """Lock the folder against a second command as long as this process lives."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")

@@ -1,4 +1,4 @@
-"""What ``dmpo experiment`` reads: the schema of a grid, and every check of it that needs no data."""
+"""The schema of the grid that `dmpo experiment` reads, and all checks of it that need no data."""
 
 import difflib
 import json
@@ -80,7 +80,7 @@ class GridConfig(Section):
         ]
 
     def check(self) -> None:
-        """Raise UserError for what only the values show: names that are no file names, axes, empty lists."""
+        """Raise UserError for dataset names that are no file names, settings that belong elsewhere, and wrong axes."""
         for name in self.datasets:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name):
                 raise UserError(
@@ -123,7 +123,7 @@ class GridConfig(Section):
 
 
 def layers_of(grid: GridConfig) -> list[Path]:
-    """The files below all cells."""
+    """The configuration files of all cells."""
     return [find_recipe(name, "config") for name in grid.config]
 
 
@@ -138,12 +138,12 @@ def override(key: str, value: Any) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON in one line; what YAML reads as a date is the text of it."""
+    """JSON in one line; dates, which YAML recognises, become text."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The most similar of ``known``, a whole key or its last part."""
+    """The most similar of ``known``, compared by the whole key or by its last part."""
     return max(known, key=lambda k: max(_similar(name, k), _similar(name, k.rsplit(".", 1)[-1])))
 
 

@@ -1,4 +1,4 @@
-"""How far each model of an experiment is, by what lies in its folder."""
+"""The state of each model of an experiment, read from the files in its folder."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +20,9 @@ SETTINGS_FILE, DONE_FILE, FAILED_FILE = "settings.json", "done.json", "failed.js
 EVALUATION = "evaluation"
 SHOWN = 5  # changed cells named in an error
 MODELS_DEPEND_ON = {"bootstrap_samples", "token_budget"}
-"""Of the evaluation section: what changes the figures of a trained model; a further baseline does not."""
+"""Keys of the evaluation section that change the figures of a trained model; others, such as baselines, do not."""
 RULES = {"rule", "rules", "prior_weights"}
-"""Likewise, where they are not as they come; so older evaluations, which know of no rules, still count."""
+"""Further such keys, which count only where they are set: evaluations made before there were rules stay valid."""
 BASELINES_IGNORE = {
     "baseline_environment", "token_budget", "order_requests", "candidate_orders", "generate", *RULES
 }  # fmt: skip
@@ -32,14 +32,14 @@ State = Literal["done", "to evaluate", "interrupted", "failed", "to do"]
 
 @dataclass(frozen=True)
 class Progress:
-    """A model's state, and a step or a reason that goes with it."""
+    """A model's state, with the step or the reason that belongs to it."""
 
     state: State
     note: str = ""
 
 
 def progress(part: Part, data: Mapping[str, PreparedData]) -> Progress:
-    """How far ``part`` is."""
+    """The state of ``part``."""
     if reason := failure(part):
         return Progress("failed", reason)
     if trained(part):
@@ -53,7 +53,7 @@ def progress(part: Part, data: Mapping[str, PreparedData]) -> Progress:
 
 
 def trained(part: Part) -> bool:
-    """Whether the stage came to its end, where it writes the model."""
+    """Whether the stage finished: it writes the model at its end."""
     return part.model.is_dir()
 
 
@@ -64,7 +64,7 @@ def failure(part: Part) -> str:
 
 
 def begun(part: Part) -> bool:
-    """Whether the stage started to train: its folder and an empty log are there before the workers are."""
+    """Whether training began: the log has a start record, as the folder and an empty log exist before the workers."""
     log = part.run / METRICS_FILE
     if not log.exists() or not (part.run / CONFIG_FILE).exists():
         return False
@@ -72,7 +72,7 @@ def begun(part: Part) -> bool:
 
 
 def to_evaluate(part: Part, data: Mapping[str, PreparedData]) -> list[str]:
-    """Names of the datasets on which the model is still to be measured, or was by other settings."""
+    """Names of the datasets on which the model has no evaluation, or only one by other settings."""
     settings = model_settings(part.config)
     return [
         name
@@ -82,25 +82,25 @@ def to_evaluate(part: Part, data: Mapping[str, PreparedData]) -> list[str]:
 
 
 def evaluation_folder(part: Part, dataset: str) -> Path:
-    """Where the part's evaluation on a dataset is."""
+    """The folder of the part's evaluation on a dataset."""
     return part.folder / EVALUATION / dataset
 
 
 def begin(part: Part) -> None:
-    """Note the settings, which bind whoever goes on."""
+    """Write the settings down, as a later run must have the same ones to continue."""
     part.folder.mkdir(parents=True, exist_ok=True)
     (part.folder / FAILED_FILE).unlink(missing_ok=True)
     write_json(part.folder / SETTINGS_FILE, {"hash": part.settings_hash, "settings": part.settings})
 
 
 def stamp(part: Part) -> None:
-    """The model is trained and measured."""
+    """Mark the part as trained and evaluated."""
     (part.folder / FAILED_FILE).unlink(missing_ok=True)
     write_json(part.folder / DONE_FILE, {"hash": part.settings_hash, "evaluated_on": list(part.evaluate_on)})
 
 
 def stamp_failed(part: Part, error: str, trace: str = "") -> None:
-    """The stage or its evaluation ended in an error; the next call tries again."""
+    """Mark the part as failed, in its stage or its evaluation; the next run tries again."""
     part.folder.mkdir(parents=True, exist_ok=True)
     content = {"error": error} | ({"traceback": trace} if trace else {})
     write_json(part.folder / FAILED_FILE, content)
@@ -122,7 +122,10 @@ def require_unchanged(parts: Sequence[Part]) -> None:
 
 
 def _changes(part: Part) -> list[str]:
-    """Key by key, what differs; a model that failed, or whose training never began, may start under other settings."""
+    """A text for each key that differs from the part's settings on disk.
+
+    Nothing for a model that failed or whose training never began, as it may start under other settings.
+    """
     file = part.folder / SETTINGS_FILE
     if not file.exists() or not (trained(part) or (begun(part) and not failure(part))):
         return []
@@ -135,7 +138,7 @@ def _changes(part: Part) -> list[str]:
 
 
 def model_settings(config: RunConfig) -> dict[str, Any]:
-    """What the figures of a trained model depend on, as they are kept with them."""
+    """The settings that the figures of a trained model depend on, as saved in its evaluation."""
     more = {}
     if asks_for_rules(config.evaluation):
         more = config.evaluation.model_dump(mode="json", include=RULES) | {"reference": config.ranking.reference}
@@ -145,12 +148,12 @@ def model_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def baseline_settings(config: RunConfig) -> dict[str, Any]:
-    """What the figures of the baselines depend on, as they are kept with them."""
+    """The settings that the figures of the baselines depend on, as saved in their evaluation."""
     return config.evaluation.model_dump(mode="json", exclude=BASELINES_IGNORE) | {"seed": config.seed}
 
 
 def evaluated(folder: Path, data: PreparedData, settings: Mapping[str, Any], models: Iterable[str] = ()) -> bool:
-    """Whether ``folder`` holds an evaluation of ``models`` on this very data by these ``settings``."""
+    """Whether ``folder`` holds an evaluation of ``models`` on the same data by the same ``settings``."""
     found = Evaluation.read_if_there(folder)
     if found is None or found.data.get("fingerprint") != data.fingerprint or found.settings != settings:
         return False

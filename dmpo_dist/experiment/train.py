@@ -18,10 +18,10 @@ from dmpo_dist.records.read import CONFIG_FILE
 
 
 def in_this_process() -> bool:
-    """Whether torchrun started this process, which then trains in it, without Ray.
+    """Whether torchrun started this process, so that models are trained in it and without Ray.
 
     Raises:
-        UserError: it started several.
+        UserError: torchrun started several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         raise UserError(
@@ -32,8 +32,10 @@ def in_this_process() -> bool:
 
 
 def placed(config: RunConfig, output: Path, alone: bool) -> RunConfig:
-    """The cluster settings of a stage: one worker in this process, or checkpoints where ``run_stages`` and a resumed
-    ``run_stage`` both look for them."""
+    """``config`` with the cluster settings of a stage: one worker if ``alone``, else a common folder for checkpoints.
+
+    That folder is the same for ``run_stages``, which trains several stages, and for ``run_stage``, which resumes one.
+    """
     changes = {"workers": 1} if alone else {"storage_path": config.cluster.storage_path or str(output)}
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=changes)})
 
@@ -41,12 +43,12 @@ def placed(config: RunConfig, output: Path, alone: bool) -> RunConfig:
 def train_parts(parts: Sequence[Part], alone: bool, heading: Callable[[Part], str], console: Console) -> None:
     """Train ``parts`` in order, those that were interrupted from their latest checkpoint.
 
-    A part that fails is stamped so, and the others go on; a part whose start is missing is stamped as failed.
+    A part that fails, or whose start failed, is marked as failed and the others go on.
 
     Args:
-        parts: to be trained; starts come before what needs them, or are trained already.
-        alone: in this process, else on Ray workers, which start once for all that are new.
-        heading: the line that announces a part.
+        parts: the parts to train; starts come before the parts that need them, or are trained already.
+        alone: whether to train in this process; else on Ray workers, which start once for all new parts.
+        heading: makes the line that announces a part.
     """
     begun_before = [part for part in parts if _resumable(part)]
     new = [part for part in parts if part not in begun_before]
@@ -66,12 +68,12 @@ def _train_one(part: Part, resume: bool, heading: Callable[[Part], str], console
     begin(part)
     try:
         run_stage(part.kind, part.config, console, resume)
-    except (UserError, RuntimeError) as error:  # of this part alone: diverged, out of memory
+    except (UserError, RuntimeError) as error:  # concerns this part alone: it diverged, or memory ran out
         record_failure(part, error, console)
 
 
 def _train_together(parts: list[Part], heading: Callable[[Part], str], console: Console) -> None:
-    """On one set of workers. After a failure the rest starts again without the part that failed."""
+    """Train on one set of workers; after a failure the others start again without the part that failed."""
     while parts := [part for part in parts if not _without_start(part, among=parts)]:
         for part in parts:
             begin(part)
@@ -83,17 +85,17 @@ def _train_together(parts: list[Part], heading: Callable[[Part], str], console: 
             if parts and begun(parts[0]):
                 record_failure(parts[0], error, console)
                 parts = parts[1:]
-            else:  # refused before any worker started: by itself each says what is wrong with it
+            else:  # the first part was refused before training began: one at a time each part gets its own error
                 for part in parts:
                     _clear(part)
                     _train_one(part, False, heading, console)
                 return
         for part in parts:
-            _clear(part)  # opened, and never begun
+            _clear(part)  # ``run_stages`` made its folder, but its training never began
 
 
 def record_failure(part: Part, error: Exception, console: Console) -> None:
-    """Stamp ``part`` as failed and say why in a line."""
+    """Mark ``part`` as failed and print the reason in a line."""
     text = " ".join(str(error).split()) or type(error).__name__
     expected = isinstance(error, UserError)
     stamp_failed(part, text, "" if expected else "".join(traceback.format_exception(error)))
@@ -101,7 +103,7 @@ def record_failure(part: Part, error: Exception, console: Console) -> None:
 
 
 def _without_start(part: Part, among: Sequence[Part] = ()) -> bool:
-    """Whether the SFT start is neither there nor to be trained just before; stamped as failed then."""
+    """Whether the part's SFT start neither exists nor is among the parts; the part is then marked as failed."""
     if part.start is None:
         return False
     folder = Path(part.config.model.path)
@@ -112,7 +114,7 @@ def _without_start(part: Part, among: Sequence[Part] = ()) -> bool:
 
 
 def _resumable(part: Part) -> bool:
-    """Whether an interrupted run can go on; one that cannot, as the cluster is another now, makes way for a new one."""
+    """Whether an interrupted run can be resumed; if not, as when the cluster changed, its folder is removed."""
     if begun(part) and _saved_settings(part.run / CONFIG_FILE) == _comparable(part.config):
         return True
     _clear(part)
@@ -131,5 +133,5 @@ def _saved_settings(file: Path) -> dict[str, object]:
 
 
 def _comparable(config: RunConfig) -> dict[str, object]:
-    """All settings but the template, which is the start's."""
+    """All settings except the template, which a run takes from its start."""
     return dotted(config.model_dump(mode="json", exclude={"template"}))

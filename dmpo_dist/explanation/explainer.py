@@ -7,6 +7,7 @@ import numpy as np
 
 from dmpo_dist.batching.layout import group_cost
 from dmpo_dist.config import RunConfig
+from dmpo_dist.data.continuation import continuation
 from dmpo_dist.data.requests import Catalogue
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.tokenization import TokenGroup
@@ -207,13 +208,13 @@ class Explainer:
     def _pieces(self, subject: Subject, group: TokenGroup) -> list[Piece]:
         question = subject.question
         request = PreferenceGroup(question.user, question.timestamp, subject.history, question.candidates[0], ())
-        prompt = self._model.encode.fit(request, listed=question.candidates).prompt.text
-        text = prompt + self._model.template.render_response(subject.question.candidates[subject.item])
-        encoded = self._model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        scored = group.branches[0][group.scored_from[0] :]
-        assert encoded.ids[-len(scored) :] == scored, "prompt and response are tokenized together"
-        end = len(text) - len(self._model.template.terminator)
-        return readable_pieces(text, encoded.offsets[-len(scored) :], len(prompt), end)
+        fitted = self._model.encode.fit(request, listed=question.candidates)
+        prompt, before = fitted.prompt.text, fitted.prompt.text.rstrip(" ")
+        text = prompt + self._model.template.render_response(question.candidates[subject.item])
+        found = continuation(self._model.tokenizer, before, fitted.encoded.ids, text[len(before) :])
+        assert found.ids == group.branches[0][group.scored_from[0] :], "the same response"
+        spans = [(start + len(before), end + len(before)) for start, end in found.spans]
+        return readable_pieces(text, spans, len(prompt), len(text) - len(self._model.template.terminator))
 
 
 def needs_trie(groups: Iterable[TokenGroup], token_budget: int) -> bool:

@@ -17,6 +17,7 @@ from dmpo_dist import __version__
 from dmpo_dist.artifacts.base import first_line
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
+from dmpo_dist.data.template import Template
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.gguf import local_model, moved_base
 from dmpo_dist.modeling.lora_targets import no_such_layer, require_targets
@@ -332,6 +333,17 @@ def enforce_template(stamp: ModelStamp, asked: TemplateConfig, where: str) -> Te
             f"leave the template out of the configuration to use the one in {where}/{ModelStamp.FILE}"
         )
     return trained
+
+
+def require_same_rendering(stamp: ModelStamp, template: Template, where: str) -> None:
+    """Raise UserError where tokenizer or chat template put other texts around a prompt than they did in training."""
+    rendered, trained = template.rendered(), stamp.rendered or {}
+    for name in rendered:
+        if name in trained and trained[name] != rendered[name]:
+            raise UserError(
+                f"{where} was trained with {trained[name]!r} as the {name} of its prompts, and its tokenizer makes "
+                f"{rendered[name]!r} of it now; restore the tokenizer files that training wrote beside it"
+            )
 
 
 def write_stamp(folder: Path, template: TemplateConfig, **facts: Any) -> None:

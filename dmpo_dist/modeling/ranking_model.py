@@ -13,7 +13,14 @@ from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.template import Template, make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_for_scoring, load_tokenizer
+from dmpo_dist.modeling.backbone import (
+    ModelSource,
+    enforce_template,
+    find_model,
+    load_for_scoring,
+    load_tokenizer,
+    require_same_rendering,
+)
 from dmpo_dist.modeling.logprobs import Which
 from dmpo_dist.modeling.scoring_rule import adjusted, require_prior, scored_lengths
 from dmpo_dist.modeling.token_scorer import TokenScorer
@@ -86,6 +93,7 @@ class RankingModel:
         source = find_model(path)
         tokenizer = load_tokenizer(source)
         trained = make_template(enforce_template(source.stamp, template or TemplateConfig(), path), tokenizer)
+        require_same_rendering(source.stamp, trained, path)
         encode = GroupTokenizer(tokenizer, trained, config.max_length, seed=seed)
         return cls(source, encode, config, token_budget, candidate_orders)
 

@@ -7,7 +7,7 @@ from dmpo_dist.config import LoraConfig, RunConfig
 from dmpo_dist.planning.model import Row
 
 MICRO_BATCHES = 2
-"""Rows of a rank in a step, so that gradients of the first are there when the second runs."""
+"""Micro-batches of a rank in a step: with two, the gradients of the first are in memory while the second runs."""
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,14 @@ class Case:
     """One configuration.
 
     Attributes:
-        name: for the table.
+        name: its name in the table.
         deepspeed: name of a DeepSpeed configuration.
-        ranks: processes.
+        ranks: number of processes.
         lora: rank of the adapters, 0 for full fine-tuning.
-        checkpointing: recompute activations.
-        hidden, layers, heads, kv_heads, intermediate, vocab: of a random Llama.
-        prompt, response, negatives: tokens and K of every group.
-        budget: tokens of a row at most.
+        checkpointing: whether activations are recomputed in the backward pass.
+        hidden, layers, heads, kv_heads, intermediate, vocab: sizes of a random Llama.
+        prompt, response, negatives: tokens of the prompt and of a response, and K, of every group.
+        budget: most tokens in a row.
         dtype: of weights and arithmetic.
     """
 
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def row(self) -> Row:
-        """A row as full as equal groups make it."""
+        """A row of as many groups as fit into the budget; all groups have the same length."""
         group = Row(self.prompt, self.response, self.negatives, 0, shared=True)
         tokens = self.budget // group.group_tokens * group.group_tokens
         return Row(self.prompt, self.response, self.negatives, tokens, shared=True)
@@ -65,7 +65,7 @@ class Case:
         }  # fmt: skip
 
     def run_config(self, model: str) -> RunConfig:
-        """The configuration of a run with the model in folder ``model``."""
+        """The configuration of a run that trains the model in the folder ``model``."""
         return RunConfig.model_validate(
             {
                 "model": {
@@ -100,4 +100,4 @@ CASES = (
 SMALL = Case(
     "warm-up", "zero0", hidden=64, layers=2, heads=2, kv_heads=1, intermediate=128, vocab=256, prompt=16, budget=256
 )
-"""A model so small that a process that trained it holds the libraries and little else."""
+"""A model so small that after training it a process holds little more than the libraries."""

@@ -1,4 +1,4 @@
-"""``dmpo plan``: plan, print, advise."""
+"""``dmpo plan``: make a plan, print it, and advise what to change."""
 
 import json
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ ASSUMED_GPU, ASSUMED_PER_NODE = "h100-80g", 8
 
 @dataclass(frozen=True)
 class Request:
-    """The command line.
+    """The options of the command line.
 
     Attributes:
-        gpu, nodes, gpus_per_node: the cluster; None for the assumed one.
-        prompt, response: tokens; None for the longest prompt that ``model.max_length`` allows.
-        groups: in the training data; None asks ``data.path``.
+        gpu, nodes, gpus_per_node: the cluster; None takes the assumed one.
+        prompt, response: tokens; without a prompt length it is the longest that ``model.max_length`` allows.
+        groups: number of training groups; None counts those in ``data.path``.
     """
 
     gpu: str | None
@@ -58,7 +58,7 @@ def run_plan(config: RunConfig, request: Request, explain: bool, as_json: bool, 
 
 
 def run_verify(console: Console) -> bool:
-    """Predict and measure ``CASES`` and print the table; whether all are within the tolerance."""
+    """Predict and measure ``CASES`` and print the table; returns whether all are within the tolerance."""
     outcomes: list[Outcome] = []
     for outcome in verify(CASES):
         outcomes.append(outcome)
@@ -72,7 +72,7 @@ def run_verify(console: Console) -> bool:
 
 
 def _assumed(request: Request) -> str:
-    """Which flags of the cluster were left out and how to give them; "" where all were given."""
+    """A text on the flags of the cluster that were left out; "" where all were given."""
     flags = {"--gpu": request.gpu, "--gpus-per-node": request.gpus_per_node}
     missing = [flag for flag, value in flags.items() if value is None]
     return (

@@ -1,16 +1,17 @@
-"""The FLOP model: what a training step on one preference group must compute.
+"""The FLOP model: the FLOPs that a training step on one preference group needs.
 
-Convention, the same for every implementation:
+The convention is the same for all implementations:
 
-- a matrix product of (m, k) and (k, n) is 2 m k n FLOPs; nothing but matrix products counts.
-- attention is causal: a query meets the keys up to itself, two products of ``head_dim`` a pair and head.
-- a step is a reference forward without adapters, a policy forward with LoRA, and the policy's backward.
-- under LoRA base weights get no gradient, so their backward is the gradient of the input alone (1 x forward); the
-  adapters' own is 2 x forward, attention's 2 x forward (four products a pair).
-- recomputation (flash attention's, a chunked head's) does not count: it is how, not what.
+- A matrix product of (m, k) and (k, n) has 2 m k n FLOPs. Only matrix products are counted.
+- Attention is causal: a query meets the keys up to its own position. Each (query, key) pair takes two products of
+  ``head_dim`` numbers in each head.
+- A step is a reference forward without adapters, a policy forward with LoRA, and the policy's backward.
+- Under LoRA the base weights get no gradient, so their backward is the gradient of their input alone (1 x forward). The
+  backward of the adapters is 2 x forward, and so is that of attention (four products for each pair).
+- Recomputation (in flash attention, or in a head that works in chunks) is not counted, as it is not part of the result.
 
-The first layer's query, key and value need no gradient of their input, which is not subtracted: 1 to 2 % of a small
-model's step, for all implementations alike.
+The gradients of the first layer's input to query, key and value are counted though nobody needs them. They are 1 to 2 %
+of a small model's step, for all implementations alike.
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What passes through the model: tokens through the layers, (query, key) pairs, rows through the head."""
+    """The work of a pass: tokens through the layers, (query, key) pairs in attention, rows through the head."""
 
     tokens: int
     pairs: int
@@ -67,7 +68,7 @@ def shape_of(config: Any, lora_rank: int) -> Shape:
     """The shape of a transformers configuration.
 
     Raises:
-        ValueError: a mixture of experts, or a configuration without the usual fields; this model would miscount it.
+        ValueError: a mixture of experts, or a configuration without the usual fields, which would be counted wrongly.
     """
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         raise ValueError(f"{config.model_type} is a mixture of experts")
@@ -89,7 +90,7 @@ def shape_of(config: Any, lora_rank: int) -> Shape:
 
 
 def forward_flops(shape: Shape, work: Work) -> Flops:
-    """Forward FLOPs of ``work``; ``adapters`` is what LoRA adds."""
+    """Forward FLOPs of ``work``; those of LoRA are in ``adapters``."""
     per_token = sum(n * m for n, m in shape.linears)
     per_token_adapters = sum(shape.lora_rank * (n + m) for n, m in shape.linears)
     return Flops(
@@ -114,7 +115,7 @@ def step_flops(shape: Shape, work: Work) -> int:
 
 
 def shared_work(prompt: int, response: int, negatives: int) -> Work:
-    """One group with its prompt run once.
+    """The work of one group whose prompt runs once.
 
     The last token of a response is only a target; the prompt's last hidden state predicts every response's first token.
     """
@@ -127,18 +128,18 @@ def shared_work(prompt: int, response: int, negatives: int) -> Work:
 
 
 def unshared_work(prompt: int, response: int, negatives: int) -> Work:
-    """One group as K+1 separate rows, without their last tokens; the head on predicting positions only."""
+    """The work of one group as K+1 separate rows without their last tokens; the head runs on predicting positions."""
     rows, length = negatives + 1, prompt + response - 1
     return Work(tokens=rows * length, pairs=rows * _triangle(length), head_rows=rows * response)
 
 
 def pairs_work(prompt: int, response: int, negatives: int, head_everywhere: bool = False) -> Work:
-    """One group as K pairs of full rows, as TRL's DPOTrainer runs it.
+    """The work of one group as K pairs of full rows, as TRL's DPOTrainer runs it.
 
     Args:
         prompt, response, negatives: tokens and K.
-        head_everywhere: TRL 1.16's fused head scores the completion's positions alone where Triton runs, and every
-            position of the row but its last elsewhere, as on a CPU.
+        head_everywhere: whether the head runs on all positions of a row but the last. TRL 1.16's fused head does that
+            without Triton, as on a CPU; with Triton it runs on the completion's positions alone.
     """
     rows, length = 2 * negatives, prompt + response
     scored = length - 1 if head_everywhere else response

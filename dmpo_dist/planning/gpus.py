@@ -1,4 +1,4 @@
-"""The one table of devices: what data sheets say of them, and what a training step is assumed to reach of it."""
+"""The table of devices: figures of their data sheets, and the share of the peak that a training step should reach."""
 
 import difflib
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dmpo_dist.planning.network import Link, Network
 
 GB, MIB = 10**9, 2**20
 CPU_PEAK = 1e11
-"""Assumed fp32 FLOP/s of the cores behind one CPU rank; machines differ by ten times."""
+"""Assumed fp32 FLOP/s of one CPU rank; machines differ by a factor of ten."""
 NODE_LATENCY, FABRIC_LATENCY = 3e-6, 10e-6
 """Assumed seconds per message within a node and between nodes."""
 
@@ -20,13 +20,13 @@ class Gpu:
     """One device.
 
     Attributes:
-        sheet: part of the name that its driver reports.
+        sheet: its name on the data sheet, which is a part of the name that its driver reports.
         bf16: dense FLOP/s in bf16.
         fp32: FLOP/s in fp32, without tensor cores.
         memory: bytes, as the driver reports them.
-        bandwidth: of its memory, bytes/s.
-        intra: to the others in its node, bytes/s in one direction.
-        inter: its share of its node's network, bytes/s in one direction.
+        bandwidth: bytes/s of its memory.
+        intra: bytes/s to the other devices of its node, in one direction.
+        inter: bytes/s of its share of the node's network, in one direction.
         mfu: assumed share of the peak that the matrix products of a step reach.
     """
 
@@ -45,11 +45,11 @@ class Gpu:
         return self.sheet != "CPU"
 
     def peak(self, dtype: str) -> float:
-        """Dense FLOP/s in a type."""
+        """Dense peak FLOP/s in ``dtype``."""
         return self.fp32 if dtype == "float32" else self.bf16
 
     def network(self, per_node: int) -> Network:
-        """Nodes of ``per_node`` such devices."""
+        """The network of nodes with ``per_node`` such devices."""
         return Network(Link(NODE_LATENCY, self.intra), Link(FABRIC_LATENCY, self.inter), per_node)
 
 
@@ -78,7 +78,7 @@ def find_gpu(name: str, per_node: int) -> Gpu:
     """The device called ``name``; ``cpu`` is one rank's share of this machine.
 
     Raises:
-        UserError: not in the table; names the nearest.
+        UserError: it is not in the table; the message suggests the nearest name.
     """
     if name == CPU:
         memory = psutil.virtual_memory().total // per_node
@@ -91,6 +91,6 @@ def find_gpu(name: str, per_node: int) -> Gpu:
 
 
 def known_peak(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by the name its driver reports, None where the table does not hold it."""
+    """Dense bf16 FLOP/s of a GPU by the name that its driver reports; None for one that is not in the table."""
     matches = [gpu for gpu in GPUS.values() if gpu.sheet in device_name]
     return max(matches, key=lambda gpu: len(gpu.sheet)).bf16 if matches else None  # "L4" is also in "L40S"

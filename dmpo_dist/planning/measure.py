@@ -23,7 +23,7 @@ from dmpo_dist.training.runtime import ProcessRuntime
 from dmpo_dist.training.worker import frozen_copy, load_module
 
 WARM_UP, MEASURED = 2, 1
-"""Steps: the first ones allocate the optimizer's state and teach ZeRO-3 the order of the layers."""
+"""Numbers of steps. In the warm-up the optimizer allocates its state and ZeRO-3 learns the order of the layers."""
 
 
 def main(path: Path) -> None:
@@ -48,7 +48,7 @@ def main(path: Path) -> None:
 
 
 def _run(case: Case, folder: Path, device: torch.device) -> dict[str, int]:
-    """Train as ``dmpo train`` does; the peak is reset after the warm-up. Returns parameter counts."""
+    """Train as ``dmpo train`` does, and reset the peak after the warm-up; returns numbers of parameters."""
     config = case.run_config(str(folder))
     job = Job("preference", config, str(folder), folder.parent)
     world = dist.get_world_size()

@@ -1,11 +1,12 @@
-"""Bytes of one rank, term by term, in the three phases of a step, as DeepSpeed 0.19 allocates them.
+"""Memory of one rank, term by term, in the three phases of a step, as DeepSpeed 0.19 allocates it.
 
-``micro_batch``  forward and backward of a row, gradients of the rows before it already there.
-``reduce``       gradients averaged over the ranks, activations gone.
-``step``         the optimizer.
+``micro_batch``  forward and backward of a row, while gradients of earlier rows are held.
+``reduce``       gradients are averaged over the ranks; activations are freed.
+``step``         the optimizer updates the weights.
 
-The peak is the largest phase. Symbols: b bytes of a weight, P all parameters, T trainable, Q frozen in nf4,
-p one parameter, N ranks, S = T / N a shard, a bytes kept for a token.
+The peak is that of the largest phase. Symbols in formulas: b bytes of a weight; P number of all parameters, T of
+trainable ones, Q of those frozen in nf4, p of one parameter tensor; N ranks; S = T / N, a rank's shard; a bytes of
+activations kept for a token.
 """
 
 from collections.abc import Sequence
@@ -21,22 +22,22 @@ PHASES = ("micro_batch", "reduce", "step")
 ROW, REDUCE, STEP = (frozenset((phase,)) for phase in PHASES)
 STATIC = frozenset(PHASES)
 FRAMEWORK = {"cuda": 3 * 2**29, "cpu": 3 * 2**28}
-"""Assumed bytes of a rank before any tensor: CUDA context, libraries, NCCL's buffers; or interpreter and libraries."""
+"""Assumed bytes of a rank without tensors: CUDA context, libraries and NCCL's buffers, or interpreter and libraries."""
 FLATTENED = 500_000_000
-"""Gradients that stage 0 copies together for one all-reduce."""
+"""Most elements of gradients that stage 0 copies into one buffer for an all-reduce."""
 NF4_BLOCK, SCALE_BLOCK = 64, 256
 
 
 @dataclass(frozen=True)
 class Term:
-    """Bytes of one kind, how they come about, and in which phases they are held.
+    """Memory of one kind, how it is computed, and the phases in which it is held.
 
     Attributes:
-        name: what they hold.
-        formula: in symbols.
-        numbers: the same in numbers.
+        name: what the memory holds.
+        formula: its size in symbols.
+        numbers: the formula with numbers.
         bytes: the result.
-        phases: of ``PHASES``.
+        phases: those of ``PHASES`` in which it is held.
     """
 
     name: str
@@ -48,13 +49,14 @@ class Term:
 
 @dataclass(frozen=True)
 class Zero:
-    """What a DeepSpeed configuration says of memory; sizes in elements.
+    """The settings of a DeepSpeed configuration that decide about memory; sizes in elements.
 
     Attributes:
         stage: 0 to 3.
-        offload_optimizer, offload_param: whether these lie in host memory.
-        bucket: of gradients that are reduced together; ``buckets`` of them.
-        live: parameters that stage 3 keeps gathered at most, with those fetched ahead.
+        offload_optimizer, offload_param: whether optimizer state and parameters are in host memory.
+        bucket: size of a bucket of gradients that are reduced together.
+        buckets: number of such buckets in memory.
+        live: most parameters that stage 3 keeps gathered, including those fetched ahead.
     """
 
     stage: int
@@ -83,18 +85,18 @@ class Zero:
 
 @dataclass(frozen=True)
 class Rank:
-    """All that decides a rank's memory.
+    """Everything that the memory of a rank depends on.
 
     Attributes:
-        sizes: of the model.
-        zero: how it is partitioned.
+        sizes: numbers of parameters of the model.
+        zero: how the model is partitioned.
         world_size: N.
         width: b, bytes of a weight.
         nf4, double_quantization: how the frozen linear layers are stored.
-        reference_copy: a second, frozen model.
-        cuda: GPU or CPU.
-        trace: of one row.
-        tokens: of that row.
+        reference_copy: whether there is a second, frozen model.
+        cuda: whether the rank has a GPU.
+        trace: the memory of one row.
+        tokens: the tokens of that row.
     """
 
     sizes: Sizes
@@ -110,17 +112,17 @@ class Rank:
 
     @property
     def shard(self) -> int:
-        """S, trainable parameters whose optimizer state a rank holds."""
+        """S, the number of trainable parameters whose optimizer state is on this rank."""
         return self.sizes.trainable if self.zero.stage == 0 else -(-self.sizes.trainable // self.world_size)
 
     def device_terms(self) -> list[Term]:
-        """What lies in the memory of the GPU, or of a CPU rank."""
+        """The terms of a GPU's memory, or of the memory of a CPU rank."""
         size = FRAMEWORK["cuda" if self.cuda else "cpu"]
         framework = Term("framework", "assumed", f"{size / 2**30:.2f} GiB", size)
         return [*self._weights(), *self._optimizer(), *self._gradients(), *self._activations(), framework]
 
     def host_terms(self, ranks: int) -> list[Term]:
-        """What a node with ``ranks`` GPUs holds in host memory while training, and while loading."""
+        """The terms of a node's host memory with ``ranks`` GPUs, while training and while loading."""
         zero, t, s = self.zero, self.sizes.trainable, self.shard
         terms = [_term("processes", "ranks x base", ranks, FRAMEWORK["cpu"])]
         if zero.offload_optimizer:
@@ -130,7 +132,7 @@ class Rank:
         if zero.offload_param:
             for name in ("weights", "reference") if self.reference_copy else ("weights",):
                 terms.append(_term(f"{name}, offloaded", "ranks x bP / N", ranks, self._part_of(self._weight_bytes)))
-        # a rank reads its part of every tensor where ZeRO-3 divides them, which it cannot do with packed ones
+        # Under ZeRO-3 a rank reads only its part of every tensor, except with nf4, as packed tensors are not divided.
         parts = self.world_size if zero.stage == 3 and not self.nf4 else 1
         share = -(-(self.sizes.total - t) // parts) + -(-t // parts)
         formula = "ranks x bP" + (" / N" if parts > 1 else "")
@@ -168,7 +170,7 @@ class Rank:
             numbers = f"({b} x {_count(total - self._packed)}{packed}){over_n}"
             held = self._part_of(self._weight_bytes) if partitioned else self._weight_bytes
             terms.append(Term("weights", formula, numbers, held))
-        if partitioned and (n > 1 or in_host_memory):  # alone a rank has all weights at hand
+        if partitioned and (n > 1 or in_host_memory):  # a single rank has all weights already and gathers none
             live = min(total, max(self.zero.live, self.sizes.largest))
             terms.append(_term("weights gathered by ZeRO-3", "b min(P, max(live, p))", b, live, phases=ROW))
         if self.nf4:
@@ -183,16 +185,17 @@ class Rank:
         s, stage, b = self.shard, self.zero.stage, self.width
         symbol = "T" if stage == 0 else "S"
         if self.zero.offload_optimizer:
-            # the shard comes and goes through buffers of the largest parameter
+            # The shard passes through buffers of the size of the largest parameter.
             return [_term("offload buffers", "b max(p)", b, self.sizes.largest_trained)]
         moments = _term("AdamW's two moments", f"8{symbol}", 8, s)
-        # AdamW on the CPU makes two tensors of a parameter's size at a time, on CUDA one for all parameters
+        # AdamW on the CPU makes two temporary tensors of the size of one parameter; on CUDA it makes one of the size of
+        # all parameters together.
         if stage == 0 and b == 4:
             name = "AdamW's working set"
             if self.cuda:
                 return [moments, _term(name, "4T", 4, s, phases=STEP)]
             return [moments, _term(name, "8 max(p)", 8, self.sizes.largest_trained, phases=STEP)]
-        # ZeRO keeps fp32 weights of its own even of fp32 weights
+        # ZeRO keeps its own fp32 copy of the weights, even where the weights are fp32.
         own, temporary = 4 * s, (4 if self.cuda else 8) * s
         flatten = (0 if stage == 3 else 2 * b * s) + (4 * s if b != 4 else 0)
         size = max(own + temporary, flatten)
@@ -214,7 +217,7 @@ class Rank:
         if self.cuda:
             formula = "b x buckets x bucket"
             terms.append(_term("gradient bucket", formula, b, self.zero.buckets, bucket, phases=before_step))
-        else:  # pages nobody writes to take no memory; those of a bucket are counted in the trace as they fill
+        else:  # on a CPU unwritten pages take no memory; under stages 1 and 2 the trace counts the bucket as it fills
             name, phases = "gradient bucket, as far as it fills", STATIC if stage == 3 else REDUCE
             terms.append(_term(name, "b min(T, bucket)", b, held, phases=phases))
         phases = REDUCE if t <= bucket else ROW | REDUCE
@@ -245,7 +248,7 @@ def _term(name: str, formula: str, *factors: int, phases: frozenset[str] = STATI
 
 
 def _count(n: float) -> str:
-    """A number as people read it: 8.03 G."""
+    """A number for people, such as 8.03 G."""
     for unit, name in ((1e9, "G"), (1e6, "M")):
         if n >= unit:
             return f"{n / unit:.2f} {name}"

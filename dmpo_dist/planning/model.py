@@ -1,4 +1,4 @@
-"""The model of a run on the meta device: built from its config.json, without weights."""
+"""The model of a run on the meta device: made from its config.json, without weights."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,11 +34,11 @@ class Sizes:
     """Numbers of parameters.
 
     Attributes:
-        total: all, a frozen copy of an adapter included.
-        trainable: those with gradients.
-        linear: those of the frozen linear layers, which a quantization packs.
-        largest: of one parameter.
-        largest_linear, largest_trained: of one frozen linear layer, of one trainable parameter.
+        total: of all parameters, a frozen copy of an adapter included.
+        trainable: of those with gradients.
+        linear: of the frozen linear layers, which quantization packs.
+        largest: of the largest parameter tensor.
+        largest_linear, largest_trained: of the largest frozen linear layer, and of the largest trainable tensor.
     """
 
     total: int
@@ -51,11 +51,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Row:
-    """One micro-batch: ``groups`` preference groups, their prompts made longer until it holds ``tokens``.
+    """One micro-batch of ``groups`` preference groups, whose prompts are lengthened until it has ``tokens`` tokens.
 
     Attributes:
-        prompt, response, negatives: tokens and K of a group.
-        tokens: of the whole row.
+        prompt, response, negatives: tokens of a group's prompt and of a response, and K.
+        tokens: tokens of the whole row.
         shared: whether the prompt runs once.
     """
 
@@ -92,11 +92,11 @@ class Blueprint:
     """A model on the meta device, which takes no memory.
 
     Attributes:
-        module: as it is trained, on the meta device.
-        sizes: see there.
-        shape: for the FLOP model.
-        reference: how the reference is had.
-        config: of transformers.
+        module: the module that is trained, on the meta device.
+        sizes: its numbers of parameters.
+        shape: its matrix products, for the FLOP model.
+        reference: where reference log-probs come from.
+        config: the transformers configuration.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -129,7 +129,7 @@ class Blueprint:
         return choose_backend(unwrap_peft(self.module.causal_lm), "cuda" if cuda else "cpu", max_length, requested)
 
     def trace(self, row: Row, backend: str, cuda: bool, keep_gradients: bool) -> trace.Trace:
-        """What ``row`` allocates."""
+        """The memory that ``row`` allocates."""
         self.module.head.max_logits = MAX_CHUNK_LOGITS["cuda" if cuda else "cpu"]
         kernel: trace.Kernel = "masked" if backend in ("sdpa", "unshared") else "varlen" if cuda else "cpu"
         key = (row, kernel, cuda, keep_gradients)
@@ -140,10 +140,10 @@ class Blueprint:
 
 
 def blueprint(model: ModelConfig) -> Blueprint:
-    """The blueprint of a configuration; the same object for the same model.
+    """The blueprint of a configuration; equal models share one object.
 
     Raises:
-        UserError: no such model, not one transformers knows, or not a dense decoder.
+        UserError: no such model, a model that transformers does not know, or one that is not a dense decoder.
     """
     return _blueprint(model.model_dump_json(exclude={"quantization", "double_quantization", "attention", "compile"}))
 
@@ -155,7 +155,7 @@ def _blueprint(content: str) -> Blueprint:
 
 
 def _read(model: ModelConfig) -> tuple[Any, Any]:
-    """The transformers configuration and, where training starts from an adapter, the adapter's."""
+    """The transformers configuration, and PEFT's where training starts from an adapter."""
     if model.path == SCRATCH:
         return scratch_config(model.scratch, model.scratch.vocab_size, model.max_length), None
     path = local_model(model.path)

@@ -1,8 +1,8 @@
-"""How long the collectives of a step take on a two-level network: fast links within a node, slower ones between nodes.
+"""The time of a step's collectives on a two-level network: fast links within a node, slower ones between nodes.
 
 Costs follow the alpha-beta model (Thakur et al., doi 10.1177/1094342005051521): a message of b bytes over a link takes
-latency + b / bandwidth. Sizes are those of the whole tensor, not of a rank's part. ``dmpo plan`` and ``dmpo bench
-simulate`` both take their collectives from here.
+latency + b / bandwidth. Sizes are those of the whole tensor, not of a rank's part. Both ``dmpo plan`` and ``dmpo bench
+simulate`` use this module.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Link:
-    """What one GPU sees: ``latency`` in seconds a message, ``bandwidth`` in bytes per second in each direction."""
+    """A link of one GPU: ``latency`` in seconds per message, ``bandwidth`` in bytes per second in each direction."""
 
     latency: float
     bandwidth: float
@@ -19,9 +19,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """Nodes of ``gpus_per_node`` GPUs; ``node`` joins those of one, ``fabric`` is a GPU's share of the links between.
+    """Nodes of ``gpus_per_node`` GPUs.
 
-    Without ``trees`` every collective goes around a ring, as gloo's do.
+    Attributes:
+        node: the link between GPUs of a node.
+        fabric: a GPU's share of the links between nodes.
+        gpus_per_node: GPUs of a node.
+        trees: whether an all-reduce may use trees, as NCCL's do; else every collective uses a ring, as gloo's do.
     """
 
     node: Link
@@ -39,13 +43,13 @@ class Network:
         return _ring(size / local, nodes, self.fabric) + _ring(size, local, self.node)
 
     def reduce_scatter(self, size: float, gpus: int) -> float:
-        """Seconds until every GPU has its 1/gpus of the sum: the same messages as ``all_gather``, backwards."""
+        """Seconds until every GPU has its 1/gpus of the sum: the messages of ``all_gather`` in reverse order."""
         return self.all_gather(size, gpus)
 
     def all_reduce(self, size: float, gpus: int) -> float:
         """Seconds until every GPU has the whole sum.
 
-        Within the node a reduce-scatter and an all-gather, between nodes a ring or a tree, whichever is faster.
+        Within a node it is a reduce-scatter and an all-gather; between nodes a ring or trees, whichever is faster.
         """
         local, nodes = self._split(gpus)
         between = 2 * _ring(size / local, nodes, self.fabric)
@@ -60,7 +64,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective in an optimizer step: ``times`` of them, each of ``size`` bytes and ``seconds``."""
+    """One kind of collective in an optimizer step: it runs ``times`` times, each with ``size`` bytes in ``seconds``."""
 
     name: str
     times: float
@@ -82,13 +86,13 @@ def step_collectives(
 
     Args:
         network: the links.
-        gpus: ranks.
+        gpus: number of ranks.
         zero: ZeRO stage.
-        gradients: bytes of all gradients, which travel in the dtype of the weights.
+        gradients: bytes of all gradients, which are sent in the dtype of the weights.
         weights: bytes of all weights.
-        micro_batches: of a rank in the step.
-        passes: how often a micro-batch runs through the layers: reference, forward, recomputation, backward.
-        modules: layers, embedding and head, which stage 3 gathers one by one.
+        micro_batches: number of micro-batches of a rank in the step.
+        passes: how often a micro-batch needs the weights: reference, forward, recomputation, backward.
+        modules: number of layers, embedding and head, which stage 3 gathers one by one.
     """
     if zero == 0:
         return [Collective("gradient all-reduce", 1, gradients, network.all_reduce(gradients, gpus))]

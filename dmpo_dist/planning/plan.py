@@ -1,4 +1,4 @@
-"""One configuration on one cluster: what it takes, and how long."""
+"""A plan: the memory and time of one configuration on one cluster."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.job import Job
 
 RESERVED = 0.05
-"""Share of a device's memory that stays free, for what the allocator loses between blocks; assumed."""
+"""Share of a device's memory to keep free, as the allocator loses some between blocks; assumed."""
 SMALLEST_BUDGET = 256
 NO_TRACE = Trace(0, 0)
 
@@ -56,16 +56,16 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration takes on a cluster.
+    """The memory and time of a configuration on a cluster.
 
     Attributes:
-        config: with the budget of rows resolved.
-        cluster: where.
+        config: the configuration, with ``token_budget`` resolved to a number.
+        cluster: the cluster.
         blueprint: the model.
         route: the attention backend.
-        zero: how it is partitioned.
-        step: what decides its time.
-        steps: of the run, None where nothing says.
+        zero: how the model is partitioned.
+        step: everything that the time of a step depends on.
+        steps: optimizer steps of the run, None where neither the configuration nor the data tells.
     """
 
     config: RunConfig
@@ -78,22 +78,22 @@ class Plan:
 
     @cached_property
     def rank(self) -> Rank:
-        """What decides the memory; runs the model on the meta device."""
+        """Everything that a rank's memory depends on; runs the model on the meta device."""
         return make_rank(self.config, self.step.row, self.cluster.world_size, self.cluster.gpu.cuda, self.route.backend)
 
     @cached_property
     def terms(self) -> list[Term]:
-        """What the memory of a device holds."""
+        """The terms of a device's memory."""
         return self.rank.device_terms()
 
     @cached_property
     def host_terms(self) -> list[Term]:
-        """What the memory of a node holds, without that of its devices."""
+        """The terms of a node's host memory."""
         return self.rank.host_terms(self.cluster.per_node)
 
     @property
     def peak(self) -> int:
-        """Most bytes that a device holds."""
+        """The peak memory of a device in bytes."""
         return peak_bytes(self.terms)
 
     @property
@@ -108,13 +108,13 @@ class Plan:
 
     @cached_property
     def may_fit(self) -> bool:
-        """Whether all but the activations fits, which needs no trace to know."""
+        """Whether everything except activations fits: a cheap test, as it needs no trace of the model."""
         rank = make_rank(self.config, self.step.row, self.cluster.world_size, self.cluster.gpu.cuda, None)
         return peak_bytes(rank.device_terms()) <= self.cluster.capacity
 
     @cached_property
     def durations(self) -> list[Duration]:
-        """What the seconds of a step are spent on."""
+        """The parts of a step's time."""
         return self.step.durations(self.cluster.gpu, self.cluster.nodes, self.cluster.per_node)
 
     @property
@@ -153,7 +153,7 @@ def make_plan(config: RunConfig, cluster: Cluster, lengths: Lengths) -> Plan:
 
 
 def make_rank(config: RunConfig, row: Row, world_size: int, cuda: bool, backend: str | None) -> Rank:
-    """What decides the memory of a rank that trains rows like ``row``; without a backend no activations are counted."""
+    """The memory of a rank that trains rows like ``row``; without a backend no activations are counted."""
     model, zero = blueprint(config.model), _zero(config, world_size)
     copies = model.reference == "model_copy" and _needs_reference(config) and config.reference.cache == "off"
     return Rank(
@@ -171,7 +171,7 @@ def make_rank(config: RunConfig, row: Row, world_size: int, cuda: bool, backend:
 
 
 def data_groups(config: RunConfig, asked: int | None) -> int | None:
-    """Number of training groups: as asked for, or those of the prepared data; None without either."""
+    """Number of training groups: ``asked``, else that of the prepared data; None where there is neither."""
     if asked is not None or config.data.path is None or not config.data.path.exists():
         return asked
     return len(PreparedData.load(config.data.path).train)
@@ -234,7 +234,7 @@ def _steps(config: RunConfig, groups: int | None) -> int | None:
 
 
 def changed(config: RunConfig, **keys: Any) -> RunConfig:
-    """``config`` with dotted keys set, dots written as two underscores: ``model__quantization="nf4"``."""
+    """``config`` with other values of dotted keys; a dot is written as two underscores: ``model__dtype="float32"``."""
     for key, value in keys.items():
         section, _, name = key.rpartition("__")
         if section:

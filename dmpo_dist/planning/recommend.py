@@ -1,4 +1,4 @@
-"""The smallest change that makes a run fit, and what would make a fitting one faster."""
+"""Advice: the smallest change that makes a run fit into memory, or one that makes a fitting run faster."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from dmpo_dist.planning.plan import Cluster, Lengths, Plan, changed, make_plan
 from dmpo_dist.training.budget import LIMITS
 
 FASTER = 0.05
-"""Share of the time that a change must save to be worth naming."""
+"""A change is recommended only if it saves more than this share of the time."""
 MOST_NODES = 64
 SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-"""From fast to small."""
+"""The DeepSpeed configurations of this package, the fastest first, the one with the least memory last."""
 STAGES = {
     "zero1": ("the optimizer's state is divided over the ranks", 1),
     "zero2": ("optimizer state and gradients are divided over the ranks", 1),
@@ -23,7 +23,7 @@ STAGES = {
     "zero3_offload": ("weights and optimizer lie in host memory", 3),
 }
 LOWER = {"zero3": ["zero2"], "zero2_offload": ["zero2"], "zero3_offload": ["zero3", "zero2"]}
-"""Configurations without offload that send less over the network."""
+"""DeepSpeed configuration -> ones that move less data between ranks or to host memory."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Change:
     """Settings to change and why.
 
     Attributes:
-        keys: ``key=value`` for the command line; none where nothing needs to change.
+        keys: ``key=value`` for the command line; empty for no change.
         reasons: one for each key.
-        size: how much the change asks for: time, precision, or another kind of training.
-        values: the same for ``changed``.
+        size: how large the change is: 1 costs some time, 2 and 3 more time or precision, 10 trains other weights.
+        values: the changes as arguments of ``changed``.
     """
 
     keys: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Advice:
 
 
 def smallest_change(plan: Plan, lengths: Lengths) -> Advice | None:
-    """The smallest change by which ``plan`` fits, the fastest among equals; None where none helps."""
+    """The smallest change that makes ``plan`` fit, among equally small ones the fastest; None where none does."""
     options = sorted(_options(plan), key=lambda change: change.size)
     for size in range(options[-1].size + 2):  # a shorter row adds 1
         tried = [
@@ -80,7 +80,7 @@ def smallest_change(plan: Plan, lengths: Lengths) -> Advice | None:
 
 
 def faster(plan: Plan, lengths: Lengths) -> Advice | None:
-    """A change that a fitting ``plan`` has room for and that saves time, without touching what is computed."""
+    """A change that saves time, still fits into memory, and does not alter the result; ``plan`` must fit."""
     config, budget = plan.config, plan.config.train.token_budget
     assert isinstance(budget, int)
     limit = LIMITS["cuda" if plan.cluster.gpu.cuda else "cpu"]
@@ -98,13 +98,13 @@ def faster(plan: Plan, lengths: Lengths) -> Advice | None:
         candidate = make_plan(change.of(config), plan.cluster, lengths)
         if candidate.seconds < (1 - FASTER) * plan.seconds:
             candidates.append(Advice(change, candidate))
-    # longer rows save little by little: what saves most within a percent goes by how little changes
+    # Ever longer rows save ever less. Among plans within a percent of each other the smaller change comes first.
     candidates.sort(key=lambda advice: (round(100 * advice.plan.seconds / plan.seconds), advice.change.size))
     return next((advice for advice in candidates if advice.plan.fits), None)
 
 
 def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
-    """Flags under which the run, made as small as it can be, would fit: more nodes, or a larger GPU."""
+    """Flags of clusters with more nodes or a larger GPU on which the run would fit with its smallest settings."""
     smallest = max(_options(plan), key=lambda change: change.size).of(plan.config)
     smallest = changed(smallest, train__token_budget=plan.step.row.group_tokens)
     found = []
@@ -124,7 +124,7 @@ def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
 
 
 def _with_row(change: Change, plan: Plan, lengths: Lengths, shorter: bool) -> Advice | None:
-    """The change with the rows of ``plan``, or with rows halved until they fit; None where it does not fit."""
+    """The advice for ``change`` with the rows of ``plan``, or if ``shorter`` with halved rows; None if nothing fits."""
     config, tokens, least = change.of(plan.config), plan.config.train.token_budget, plan.step.row.group_tokens
     assert isinstance(tokens, int)
     if not shorter:
@@ -142,7 +142,7 @@ def _with_row(change: Change, plan: Plan, lengths: Lengths, shorter: bool) -> Ad
 
 
 def _options(plan: Plan) -> Iterator[Change]:
-    """Every combination of changes but shorter rows, no change included."""
+    """Every combination of changes, including no change at all; shorter rows are not among them."""
     config, full = plan.config, plan.blueprint.reference == "model_copy"
     recompute, stages, quantize, adapter = [Change()], [Change()], [Change()], [Change()]
     if not config.model.gradient_checkpointing:

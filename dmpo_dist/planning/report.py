@@ -1,4 +1,4 @@
-"""What ``dmpo plan`` prints."""
+"""The output of ``dmpo plan``."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,17 +16,17 @@ SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "\u00b5s": 1e-6}
 
 
 def amount(size: float, units: Mapping[str, float]) -> str:
-    """``size`` in the largest of ``units`` (name -> size) that is not larger, with at least three digits: 1.23 GiB."""
+    """``size`` in the largest of ``units`` (name -> size) that is not larger than it, such as 1.23 GiB."""
     unit = next((name for name, one in units.items() if abs(size) >= one), [*units][-1])
     value = size / units[unit]
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}" if value else f"0 {unit}"
 
 
 def show_plan(plan: Plan, explain: bool, console: Console, assumed: str = "") -> None:
-    """The model, the memory of a device and of a node, and the time of a step and of the run.
+    """Print the model, the memory of a device and of a node, and the time of a step and of the run.
 
     Args:
-        assumed: what nobody asked for of the cluster, and how to ask for another.
+        assumed: a text on the properties of the cluster that were assumed, and the flags to give them.
     """
     _show_run(plan, assumed, console)
     console.print()
@@ -83,7 +83,7 @@ def _show_time(plan: Plan, explain: bool, console: Console) -> None:
 
 
 def show_advice(title: str, advice: Advice, console: Console) -> None:
-    """What to change, why, and what it leads to."""
+    """Print the changes, their reasons, and the memory and speed that they lead to."""
     console.print()
     plan = advice.plan
     _line(console, title, " ".join(advice.change.keys))
@@ -94,7 +94,7 @@ def show_advice(title: str, advice: Advice, console: Console) -> None:
 
 
 def show_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
-    """Predicted and measured peaks."""
+    """Print predicted and measured peaks."""
     table = Table("configuration", "row", "predicted MiB", "measured MiB", "error", f"within {TOLERANCE:.0%}")
     for o in outcomes:
         sizes = (f"{x / 2**20:,.0f}" for x in (o.predicted, o.measured))
@@ -141,7 +141,7 @@ def _dicts(terms: Iterable[Term]) -> list[dict[str, Any]]:
 
 
 def _memory_table(terms: Sequence[Term], explain: bool) -> Table:
-    """Each term in each phase."""
+    """A row for each term, a column for each phase."""
     headers = ["on a device", *(phase.replace("_", "-") for phase in PHASES)]
     table = Table(*headers, *(["how"] if explain else []))
     for term in terms:

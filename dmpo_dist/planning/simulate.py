@@ -1,7 +1,7 @@
-"""A training step on N GPUs, and what failures leave of it: throughput, efficiency, goodput, checkpoint interval.
+"""A model of training on N GPUs that can fail: throughput, efficiency, goodput, checkpoint interval.
 
-A step is the computing of the slowest GPU and the part of the collectives that does not hide behind it. ``calibrate``
-fits the constants of this model to measured steps; without that they are assumptions.
+The time of a step is the computing time of the slowest GPU plus the part of the collectives that does not overlap with
+computing. ``calibrate`` fits the constants of this model to measured steps; otherwise they are assumptions.
 """
 
 import math
@@ -24,12 +24,12 @@ class Workload:
     """One rank's part of an optimizer step.
 
     Attributes:
-        flops: of reference, policy and backward (``planning.flops.step_flops``).
+        flops: FLOPs of reference, policy and backward (``planning.flops.step_flops``).
         groups: preference groups of one rank.
-        micro_batches: how many.
-        parameters, trained: of the model, and how many get gradients.
-        parameter_bytes: of one parameter as stored, and of its gradient as it travels.
-        layers: decoder layers; ZeRO-3 gathers each by itself.
+        micro_batches: micro-batches of one rank.
+        parameters, trained: numbers of all parameters of the model, and of those with gradients.
+        parameter_bytes: bytes of a parameter as stored, and of its gradient as sent.
+        layers: decoder layers; ZeRO-3 gathers them one by one.
         zero: ZeRO stage.
     """
 
@@ -48,7 +48,7 @@ class Workload:
         return PASSES * self.micro_batches * (self.layers + 2) if self.zero == 3 else 0.0
 
     def communication(self, network: Network, gpus: int) -> float:
-        """Seconds in collectives if nothing hides them."""
+        """Seconds in collectives, without any overlap."""
         gradients, weights = self.trained * self.parameter_bytes, self.parameters * self.parameter_bytes
         parts = step_collectives(
             network, gpus, self.zero, gradients, weights, self.micro_batches, PASSES, self.layers + 2
@@ -58,16 +58,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of a GPU and its cluster.
+    """The assumed properties of a GPU and its cluster.
 
     Attributes:
-        flops_per_second: what a GPU achieves, not its peak.
-        overhead: seconds a micro-batch costs beside its FLOPs.
-        network: see there.
-        overlap: share of the collectives that hides behind computing.
-        jitter: standard deviation of a GPU's computing time over its mean; the step waits for the slowest.
+        flops_per_second: FLOP/s that a GPU achieves, not its peak.
+        overhead: seconds that a micro-batch takes in addition to its FLOPs.
+        network: the links.
+        overlap: share of the collectives that overlaps with computing.
+        jitter: standard deviation / mean of a GPU's computing time; the step waits for the slowest GPU.
         failure_hours: mean hours between failures of one GPU (with its share of the node).
-        checkpoint_seconds, restart_seconds: to write a checkpoint; from a failure until training goes on.
+        checkpoint_seconds: seconds to write a checkpoint.
+        restart_seconds: seconds from a failure until training continues.
     """
 
     flops_per_second: float
@@ -81,20 +82,24 @@ class Machine:
 
 
 def step_seconds(work: Workload, machine: Machine, gpus: int) -> tuple[float, float]:
-    """Seconds of a step on ``gpus`` GPUs, and of these the exposed collectives."""
+    """Seconds of a step on ``gpus`` GPUs, and those of them in collectives that do not overlap with computing."""
     computing = work.flops / machine.flops_per_second + machine.overhead * work.micro_batches
-    # the largest of that many standard normal variables, approximately (Blom, 1958)
+    # The approximate expectation of the largest of ``gpus`` standard normal variables (Blom, 1958).
     latest = float(norm.ppf((gpus - 0.375) / (gpus + 0.25))) if gpus > 1 else 0.0
     slowest = computing * (1 + machine.jitter * latest)
     collectives = work.communication(machine.network, gpus)
-    exposed = max(collectives * (1 - machine.overlap), collectives - computing)  # cannot hide behind more than there is
+    # Collectives cannot overlap with more than all of the computing.
+    exposed = max(collectives * (1 - machine.overlap), collectives - computing)
     return slowest + exposed, exposed
 
 
 def simulate(work: Workload, machine: Machine, counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Weak scaling: for each number of GPUs ``step_seconds``, ``groups_per_second``, ``efficiency`` (a GPU's throughput
-    over that of one alone), ``communication_share``, ``checkpoint_interval`` (the best, seconds), ``goodput`` (share of
-    the time that is training and not lost) and ``useful_groups_per_second`` (throughput times goodput)."""
+    """Weak scaling: a row for each number of GPUs in ``counts``.
+
+    Keys: ``gpus``, ``step_seconds``, ``groups_per_second``, ``efficiency`` (a GPU's throughput / that of a single GPU),
+    ``communication_share``, ``checkpoint_interval`` (the best one, in seconds), ``goodput`` (share of the time that is
+    spent on training and not lost) and ``useful_groups_per_second`` (throughput times goodput).
+    """
     alone, _ = step_seconds(work, machine, 1)
     rows = []
     for gpus in counts:
@@ -118,9 +123,9 @@ def simulate(work: Workload, machine: Machine, counts: Sequence[int]) -> list[di
 
 
 def goodput(interval: float, checkpoint: float, restart: float, between_failures: float) -> float:
-    """Share of the time that goes into work that no failure undoes, with a checkpoint every ``interval`` seconds.
+    """Share of the time spent on work that no failure undoes, with a checkpoint every ``interval`` seconds.
 
-    Failures are a Poisson process, also during checkpoints and restarts: the expected time for an interval is
+    Failures are a Poisson process, also during checkpoints and restarts. The expected time for an interval is
     M exp(R / M) (exp((interval + C) / M) - 1) (Daly, doi 10.1016/j.future.2004.11.016, equation 13).
     """
     mean = between_failures
@@ -160,7 +165,7 @@ class Calibration:
     Attributes:
         coefficients: seconds per FLOP, micro-batch, gathered module, message and byte.
         fitted: seconds of each step by the fit.
-        held_out: the same, each by a fit without that step.
+        held_out: seconds of each step by a fit to all other steps.
     """
 
     coefficients: dict[str, float]
@@ -172,14 +177,15 @@ def calibrate(works: Sequence[Workload], gpus: Sequence[int], seconds: Sequence[
     """Fit the model to measured steps by non-negative least squares of the relative errors.
 
     Args:
-        works, gpus, seconds: of each measured step, on a flat network of rings; nothing was hidden (``overlap`` 0).
+        works, gpus, seconds: the work, number of GPUs and time of each measured step. Steps ran on a flat network with
+            rings, without overlap.
     """
     features = np.array([_features(work, n) for work, n in zip(works, gpus, strict=True)])  # (steps, features)
     measured = np.asarray(seconds, dtype=float)
 
     def fit(keep: np.ndarray) -> np.ndarray:
-        # rows: (steps, features), divided by the measured time, so that the target is 1 and errors are relative;
-        # columns are brought to one scale, as FLOPs are 1e10 times as many as messages
+        # (steps, features) divided by the measured times: the target is then 1 for every step and errors are relative.
+        # Columns are scaled to at most 1, as there are 1e10 times as many FLOPs as messages.
         rows = features[keep] / measured[keep, None]
         scale = np.where(rows.any(axis=0), np.abs(rows).max(axis=0), 1.0)
         return nnls(rows / scale, np.ones(len(rows)))[0] / scale
@@ -193,7 +199,11 @@ def calibrate(works: Sequence[Workload], gpus: Sequence[int], seconds: Sequence[
 
 
 def _features(work: Workload, gpus: int) -> list[float]:
-    """What each constant is multiplied by; messages and bytes are read off ``communication`` itself."""
+    """The factor of each constant.
+
+    ``communication`` is linear in latency and in 1 / bandwidth, so with one of them 1 and the other 0 it counts
+    messages or bytes.
+    """
     messages = work.communication(_flat(Link(1.0, math.inf)), gpus)
     size = work.communication(_flat(Link(0.0, 1.0)), gpus)
     return [work.flops, work.micro_batches, work.gathers, messages, size]

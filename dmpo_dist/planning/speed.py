@@ -1,4 +1,4 @@
-"""Seconds of an optimizer step: matrix products at an assumed MFU, memory traffic, collectives that nothing hides."""
+"""Seconds of an optimizer step: matrix products at an assumed MFU, memory traffic, and collectives without overlap."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ HOST_TRAFFIC = 2e10
 
 @dataclass(frozen=True)
 class Duration:
-    """A share of a step's seconds and how it comes about."""
+    """A part of a step's time, and the numbers it is computed from."""
 
     name: str
     numbers: str
@@ -27,10 +27,10 @@ class Duration:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """What decides the time of a rank's optimizer step.
+    """Everything that the time of a rank's optimizer step depends on.
 
     Attributes:
-        row: a micro-batch; the rank runs ``micro_batches`` of them with ``groups`` groups in all.
+        row: a micro-batch; the rank runs ``micro_batches`` of them, with ``groups`` groups in all.
         full: whether all weights are trained.
         reference: whether the frozen reference runs in the step.
         recompute: whether layers run again in the backward pass.
@@ -50,7 +50,7 @@ class OptimizerStep:
 
     @property
     def passes(self) -> int:
-        """How often a micro-batch needs the weights: forward, backward, and reference and recomputation if they run."""
+        """How often a micro-batch needs the weights: forward and backward, and reference and recomputation if any."""
         return 2 + self.reference + self.recompute
 
     def flops(self) -> dict[str, float]:
@@ -68,7 +68,7 @@ class OptimizerStep:
         }
 
     def durations(self, gpu: Gpu, nodes: int, per_node: int) -> list[Duration]:
-        """The seconds of a step on ``nodes`` nodes of ``per_node`` devices, one after the other."""
+        """The parts of a step's time on ``nodes`` nodes of ``per_node`` devices; they run one after the other."""
         peak, world, width = gpu.peak(self.dtype), nodes * per_node, WIDTHS[self.dtype]
         rate = f"({peak / 1e12:g} TFLOP/s x MFU {gpu.mfu})"
         out = [

@@ -1,9 +1,9 @@
-"""Bytes that forward and backward of one row allocate, found by running the real module on the meta device.
+"""The memory that forward and backward of one row allocate, found by running the real module on the meta device.
 
-Nothing is computed: every operation only makes the tensors it would make, and a dispatch mode adds up the storages that
-are alive. So the figures follow from the modules themselves, for any decoder, adapters and checkpointing included, not
-from a formula per architecture. Only attention's kernels, which take no meta tensors, are replaced by what they make
-and keep.
+On the meta device operations allocate tensors without computing anything, and a dispatch mode adds up the storages that
+are alive. So the figures follow from the modules themselves, for any decoder, with adapters and checkpointing, and no
+formula for each architecture is needed. Only attention kernels, which do not take meta tensors, are replaced by
+functions that allocate and keep the same tensors.
 """
 
 import weakref
@@ -24,16 +24,17 @@ from dmpo_dist.modeling.attention import repeated, two_part
 NAME = "dmpo_plan"
 
 Kernel = Literal["cpu", "varlen", "masked"]
-"""Flash kernels of the CPU, which repeat the keys of grouped queries; variable-length kernels of CUDA; a dense mask."""
+"""cpu: the CPU's flash kernels, which repeat the keys of grouped queries; varlen: CUDA's variable-length kernels;
+masked: a kernel with a dense mask."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes alive beside parameters and gradients kept elsewhere, while one row is run.
+    """Bytes of the tensors that one row allocates, without the parameters.
 
     Attributes:
-        saved: at the end of the forward pass: what the backward pass needs.
-        peak: at most at all.
+        saved: bytes at the end of the forward pass, which are kept for the backward pass.
+        peak: the most bytes at any time.
     """
 
     saved: int
@@ -46,9 +47,9 @@ def trace_row(module: nn.Module, layout: Layout, kernel: Kernel, keep_gradients:
     Args:
         module: in training mode; its parameters are not counted.
         layout: on the meta device.
-        kernel: what stands for attention.
-        keep_gradients: count gradients from when they are made, as where a bucket gathers them; else only while a
-            parameter's is being made, as where it is added to one that exists.
+        kernel: the attention kernel to stand in for.
+        keep_gradients: whether gradients stay once they are made, as when a bucket collects them; else each is freed at
+            once, as when it is added to one that exists.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in trainable]
@@ -67,18 +68,18 @@ def trace_row(module: nn.Module, layout: Layout, kernel: Kernel, keep_gradients:
 
 
 def register() -> None:
-    """Make the stand-in known to transformers; it needs no mask of theirs."""
+    """Register the stand-in for attention in transformers; it needs no mask."""
     AttentionInterface.register(NAME, _stand_in)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 class _Meter(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed."""
+    """Adds up the sizes of the storages that operations allocate and that are not freed yet."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self._sizes = {t.untyped_storage()._cdata: 0 for t in known}
-        self._known = known  # keeps their addresses from being used again
+        self._known = known  # a reference, so that no new storage gets the address of one of these
         self.alive = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,7 +123,7 @@ def _stand_in(
     layout: PrefixLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in transformers' form: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, T, H, D)."""
+    """Attention in transformers' interface: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, T, H, D)."""
     if _kernel[-1] != "varlen":
         key, value = repeated(query, key, value)
     if layout is not None and _kernel[-1] != "masked":
@@ -134,7 +135,7 @@ def _stand_in(
 
 @dataclass(frozen=True)
 class _NoKernel:
-    """Tensors of the shapes that the methods of ``modeling.flash`` return."""
+    """The interface of ``modeling.flash``; its methods return empty tensors of the right shapes."""
 
     layout: PrefixLayout
 
@@ -150,7 +151,7 @@ class _NoKernel:
 
 
 class _Masked(torch.autograd.Function):
-    """A kernel that keeps a dense additive mask, one number for each pair of positions."""
+    """A kernel that keeps a dense additive mask (B, 1, T, T) for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Predicted against measured peaks on this machine's CPU."""
+"""``dmpo plan --verify``: predicted and measured peaks on this machine's CPU."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TOLERANCE = 0.15
 
 @dataclass(frozen=True)
 class Outcome:
-    """Bytes of a case above the framework's base, on the rank that needs most."""
+    """Predicted and measured bytes of a case, above the framework's base, on the rank that needs most."""
 
     case: Case
     predicted: int
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def verify(cases: Sequence[Case]) -> Iterator[Outcome]:
-    """Predict and measure ``cases`` one after the other."""
+    """Predict and measure ``cases`` one after the other; yields each outcome."""
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="dmpo-plan-") as folder:
             predicted = predict(case, Path(folder))
@@ -46,12 +46,12 @@ def verify(cases: Sequence[Case]) -> Iterator[Outcome]:
 
 
 def predict(case: Case, folder: Path) -> int:
-    """Bytes above the framework's base, from a config.json."""
+    """The predicted bytes above the framework's base, from a config.json alone."""
     return peak_bytes([term for term in terms(case, folder) if term.name != "framework"])
 
 
 def terms(case: Case, folder: Path) -> list[Term]:
-    """The terms of a case on the CPU, as for any plan; writes the config.json to ``folder``."""
+    """The terms of a case's memory on the CPU, computed as for any plan; writes the config.json to ``folder``."""
     model = folder / "config"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(case.transformers_config))
@@ -59,10 +59,10 @@ def terms(case: Case, folder: Path) -> list[Term]:
 
 
 def measure(case: Case, folder: Path) -> int:
-    """Bytes above the framework's base, by training in processes of their own.
+    """The measured bytes above the framework's base, by training in separate processes.
 
     Raises:
-        UserError: the processes ended without a figure.
+        UserError: the processes failed.
     """
     for name, which in (("small", SMALL), ("model", case)):
         _write_model(which, folder / name)
@@ -83,7 +83,7 @@ def measure(case: Case, folder: Path) -> int:
 
 
 def _write_model(case: Case, folder: Path) -> None:
-    """A random model, with a tokenizer that loading needs and training on ids does not."""
+    """Write a random model and a tokenizer, which loading requires though training on ids does not use it."""
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder and how it is read back: log records, trackers, environment, comparisons."""
+"""Writing and reading the files of a run's folder: log records, trackers, environment, comparisons."""

@@ -1,4 +1,4 @@
-"""Runs side by side: a table of all, the differences of some, and their curves in one picture."""
+"""Comparing runs: a table of all runs, the differences between some, and their curves in one picture."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -31,7 +31,7 @@ def find_evaluations(root: Path) -> list[Path]:
 
 
 def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
-    """A table, a row per run: validation at its best step, and the latest evaluation below ``root`` of its model."""
+    """Print a table with a row for each run: validation at its best step, and the latest evaluation of its model."""
     names, evaluations = run_names(runs, root), find_evaluations(root)
     note = f"best: {METRIC} on validation, at the step whose weights were selected; test: {METRIC} where evaluated"
     rows = [
@@ -69,17 +69,17 @@ def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
 
 
 def run_names(runs: Sequence[Run], root: Path) -> list[str]:
-    """What to call each run: its path below ``root``."""
+    """The name of each run: its path relative to ``root``."""
     return [str(run.folder.relative_to(root)) if run.folder != root else run.folder.name for run in runs]
 
 
 def show_comparison(runs: Sequence[Run], names: Sequence[str], evaluations: Sequence[Path], console: Console) -> None:
-    """Configuration keys that differ, final figures, and paired differences on test requests where both were evaluated.
+    """Print the configuration keys that differ, final figures, and paired differences on the same test requests.
 
     Args:
         runs: two or more.
-        names: what to call them.
-        evaluations: folders with scores; the latest one that ranks a run's model counts.
+        names: their names in the output.
+        evaluations: folders with scores; of those that rank a run's model the latest is used.
     """
     configs = [dotted(run.config) for run in runs]
     differing = [
@@ -98,7 +98,7 @@ def show_comparison(runs: Sequence[Run], names: Sequence[str], evaluations: Sequ
 def paired_lines(
     runs: Sequence[Run], names: Sequence[str], evaluations: Sequence[Path], samples: int = 1000, seed: int = 0
 ) -> list[str]:
-    """For each two runs a line per metric, "a against b: ndcg@10 +0.021 [0.008, 0.034]", or why there is none."""
+    """For each pair of runs a line per metric, "a against b: ndcg@10 +0.021 [0.008, 0.034]", or the reason for none."""
     scores = [_test_scores(run, evaluations) for run in runs]
     lines = [f"{name}: no evaluation ranks its model" for name, s in zip(names, scores, strict=True) if s is None]
     for i, j in combinations(range(len(runs)), 2):
@@ -122,10 +122,10 @@ def paired_lines(
 
 
 def plot_runs(runs: Sequence[Run], names: Sequence[str], metric: str, output: Path) -> None:
-    """Draw loss, margin and the validation ``metric`` of several runs, a colour each, into a PNG.
+    """Draw loss, margin and the validation ``metric`` of several runs into a PNG, with a colour for each run.
 
     Raises:
-        UserError: none of the runs has any of it, or none has ``metric``.
+        UserError: no run logged anything, or none logged ``metric``.
     """
     logged = sorted({name for run in runs for name in VALIDATION_METRICS if has_values(run.validation, name)})
     if logged and metric not in logged:
@@ -146,14 +146,14 @@ def _show_side_by_side(title: str, rows: dict[str, list[Any]], names: Sequence[s
 
 
 def _at(key: str) -> str:
-    """Which step a figure of ``Run.result`` is of: a run goes on after the one whose weights it keeps."""
+    """The name of a figure of ``Run.result`` with its step: the step whose weights are kept need not be the last."""
     if key.startswith("validation/"):
         return f"{key} at selected_step"
     return f"{key} at last_step" if key in LAST_FIGURES else key
 
 
 def _start(run: Run) -> str:
-    """What it started from: the run that made the model, or the model."""
+    """The run that made the starting model, or else the path of that model."""
     path = Path(run.config["model"]["path"])
     return path.parent.name if path.name == "model" else str(path)
 
@@ -184,7 +184,7 @@ def evaluation_of(run: Run, evaluations: Sequence[Path]) -> tuple[Path, str] | N
 
 
 def _test_scores(run: Run, evaluations: Sequence[Path]) -> pd.DataFrame | None:
-    """The candidates of the test requests with the run's scores, in an order that does not depend on the evaluation."""
+    """The candidates of the test requests with the run's scores, sorted so that evaluations can be compared."""
     found = evaluation_of(run, evaluations)
     if found is None:
         return None

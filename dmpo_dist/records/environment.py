@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, machine."""
+"""The environment of a run: versions, commit, machine."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "datasets", "ac
 
 
 def describe_environment() -> Environment:
-    """Versions, git commit (with "-dirty" where files differ), Python, machine; None for what is not there."""
+    """Versions, git commit (with "-dirty" where files differ), Python and machine; None for packages not installed."""
     return Environment(
         dmpo_dist=dmpo_dist.__version__,
         git_commit=git_commit(),

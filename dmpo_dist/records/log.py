@@ -1,4 +1,4 @@
-"""What a run tells: its sinks for later, one display for now."""
+"""The log of a run: passes every record to the run's sinks and shows it on the console."""
 
 import sys
 import time
@@ -25,7 +25,7 @@ from dmpo_dist.records.tracking import open_trackers
 from dmpo_dist.training.job import Job
 
 NOTABLY_SLOW = 1.1
-"""A slowest rank's share from which the display names it."""
+"""The display names the busiest rank if its time is at least this many times the mean."""
 LEGEND = (
     "margin: reward of the positive minus the mean of its negatives'; acc: share of negatives with a log-prob below "
     "the positive's; all columns: docs/RUNS.md"
@@ -35,14 +35,14 @@ LEGEND = (
 class RunLog:
     """Takes a stage's records in order, shows them and passes them to the run's sinks; draws its curves at the end.
 
-    On a terminal there is one progress bar with the latest figures; elsewhere one plain line per record.
+    A terminal shows a progress bar with the latest figures; any other output gets a plain line for each record.
 
     Args:
         job: its output folder gets ``metrics.jsonl``, ``tensorboard/`` and ``curves.png``; its configuration names
             further trackers.
-        console: where to show it.
-        append: go on with the files of an interrupted run.
-        sinks: more of them.
+        console: where records are shown.
+        append: continue the files of an interrupted run.
+        sinks: further sinks.
     """
 
     def __init__(self, job: Job, console: Console, append: bool = False, sinks: Sequence[Sink] = ()) -> None:
@@ -88,7 +88,7 @@ class RunLog:
             sink.close(result, self._finished)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        """Take one record; one without ``time`` is of now."""
+        """Take one record; a record without ``time`` gets the current time."""
         parsed = parse_record({"time": time.time(), **record}, self._job.kind)
         for sink in self._sinks:
             sink.write(parsed)

@@ -1,4 +1,4 @@
-"""How far a long job over users is: a bar on a terminal, elsewhere a line now and then."""
+"""The progress of a long job over users: a bar on a terminal, otherwise a line from time to time."""
 
 import time
 from types import TracebackType
@@ -11,14 +11,14 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class UserProgress:
-    """Counts users; the rate leaves out what comes before the first one, and those of an earlier run.
+    """Counts users. The rate ignores the time before the first users are done, and the users of an earlier run.
 
     Args:
-        title: what the job is called on screen.
-        total: users in all.
-        done: of them, those of an earlier run.
-        console: where to show it.
-        before: what comes before the first one.
+        title: the name of the job on the console.
+        total: number of all users.
+        done: number of users that an earlier run did.
+        console: where the progress is shown.
+        before: what happens before the first users are done.
     """
 
     def __init__(self, title: str, total: int, done: int, console: Console, before: str = "starting workers") -> None:
@@ -47,7 +47,7 @@ class UserProgress:
             self._bar.stop()
 
     def advance(self, users: int) -> None:
-        """Say that so many more are done."""
+        """Count further users as done."""
         self._done += users
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self._done)

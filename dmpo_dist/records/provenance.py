@@ -1,4 +1,4 @@
-"""How a model came about, from what the stages left beside it and beside the models it started from."""
+"""The origin of a model, from the files that stages wrote beside it and beside the models it started from."""
 
 import re
 from dataclasses import dataclass, field
@@ -19,17 +19,17 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is written down of how a model came about; None or empty where nothing is.
+    """The origin of a model as far as its files tell it; None or empty where they do not.
 
     Attributes:
-        stamp: ``dmpo.json``.
-        config, environment: of the run, ``config.yaml`` and ``environment.json`` beside the model folder.
+        stamp: the content of ``dmpo.json``.
+        config, environment: the run's ``config.yaml`` and ``environment.json``, which lie beside the model folder.
         dataset: ``dataset.json`` of the prepared data.
-        same_data: whether ``dataset`` is what the run was trained on, by its fingerprint; None where that is not known.
-        stages: what the model went through, oldest first.
+        same_data: whether the run was trained on ``dataset``, by its fingerprint; None where that is not known.
+        stages: the stages that made the model, oldest first.
         base: hub id of the pretrained model at the beginning; None where there is none or it is not known.
-        scratch: whether it began with random weights.
-        base_license: what the base model's own card says.
+        scratch: whether the first stage began with random weights.
+        base_license: the licence that the base model's own card names.
     """
 
     stamp: ModelStamp = field(default_factory=ModelStamp)
@@ -44,13 +44,13 @@ class Provenance:
 
 
 def read_provenance(source: ModelSource, dataset: DatasetCard | None) -> Provenance:
-    """Look beside the model folder and at the models it started from.
+    """Read the files beside the model folder and beside the models it started from.
 
     Args:
-        dataset: ``dataset.json`` of data given on the command line; None looks where the run read its data.
+        dataset: ``dataset.json`` of data given on the command line; None reads it where the run read its data.
 
     Raises:
-        UserError: one of the files is there and damaged.
+        UserError: one of the files exists and is damaged.
     """
     run = Path(source.path).resolve().parent
     config, environment = read_config(run / "config.yaml"), Environment.read_if_there(run)
@@ -74,7 +74,9 @@ def read_provenance(source: ModelSource, dataset: DatasetCard | None) -> Provena
 
 
 def _lineage(source: ModelSource) -> tuple[tuple[str, ...], str | None, bool]:
-    """Stages from the oldest on, the hub id at the beginning, and whether that was random weights."""
+    """The stages from the oldest on, the hub id of the first model, and whether it had random weights."""
+    # Each stamp names the model that its stage started from. Follow these to a model without a stamp: one of the hub,
+    # or a folder that another program made. ``seen`` ends a circle, which overwritten folders can make.
     stamps, seen = [source.stamp], set[str]()
     start = source.stamp.start or (source.base if source.is_adapter else None)
     while start and start not in seen and (stamp := ModelStamp.read_if_there(Path(start))):
@@ -90,7 +92,7 @@ def _lineage(source: ModelSource) -> tuple[tuple[str, ...], str | None, bool]:
 
 
 def _license_of(source: ModelSource, hub: str | None) -> str | None:
-    """What the YAML header of the base model's own card says; nothing is downloaded."""
+    """The licence in the YAML header of the base model's card, on disk or in the hub's cache; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     cards = [Path(source.base) / "README.md"]

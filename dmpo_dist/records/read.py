@@ -1,4 +1,4 @@
-"""What a training run left in its folder, read back."""
+"""Reading the folder of a training run."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +34,10 @@ class Run:
     """One training stage's folder.
 
     Attributes:
-        folder: where it is.
+        folder: the folder.
         config: the resolved configuration.
         environment: versions, commit, seed, data; empty where the file is missing.
-        log: everything in metrics.jsonl.
+        log: the content of metrics.jsonl.
     """
 
     folder: Path
@@ -47,12 +47,12 @@ class Run:
 
     @cached_property
     def start(self) -> StartRecord | None:
-        """The first record, None if the run never came to train."""
+        """The start record, None if the run ended before training began."""
         return next((r for r in self.log.records if isinstance(r, StartRecord)), None)
 
     @cached_property
     def end(self) -> EndRecord | None:
-        """The last record of a finished run, else None."""
+        """The end record, None for a run that has not finished."""
         return next((r for r in reversed(self.log.records) if isinstance(r, EndRecord)), None)
 
     @cached_property
@@ -67,24 +67,24 @@ class Run:
 
     @property
     def stage(self) -> str:
-        """The command that trained it, ``sft`` or ``train``, "" if it is not known."""
+        """The command that trained the model, ``sft`` or ``train``; "" if it is not known."""
         stages = (r.stage for r in self.log.records if isinstance(r, StartRecord | StepRecord))
         return next((COMMANDS[stage] for stage in stages if stage), "")
 
     @property
     def began(self) -> float:
-        """Unix time of the first record, 0 if it is not known."""
+        """Unix time of the start record, 0 if it is not known."""
         return self.start.time or 0.0 if self.start else 0.0
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Optimizer steps logged, and asked for."""
+        """Optimizer steps done, and steps of the whole run."""
         done = int(self.train.index.max()) if len(self.train) else 0
         return done, self.start.steps if self.start else 0
 
     @property
     def metric(self) -> str:
-        """The validation metric the run selects its weights by."""
+        """The validation metric by which the run selects its weights."""
         return self.config.get(self.stage or "train", {}).get("select_metric", "ndcg@10")
 
     @property
@@ -96,14 +96,14 @@ class Run:
 
     @property
     def groups_per_second(self) -> float | None:
-        """Median over the log lines after the first, which is slower."""
+        """Median over the log lines; the first one is left out, as it is slower."""
         if not has_values(self.train, "groups_per_second"):
             return None
         values = self.train["groups_per_second"]
         return float((values[1:] if len(values) > 1 else values).median())
 
     def result(self) -> dict[str, float]:
-        """The final figures: of the last log line, and validation at the selected step."""
+        """The final figures: those of the last log line, and of validation at the selected step."""
         figures = {name: float(self.train[name].iloc[-1]) for name in LAST_FIGURES if has_values(self.train, name)}
         if self.groups_per_second is not None:
             figures["groups_per_second"] = self.groups_per_second

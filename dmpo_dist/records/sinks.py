@@ -1,4 +1,4 @@
-"""Where a run's records go: one small protocol, the two sinks every run has, and a thread for those that may fail."""
+"""Sinks take a run's records: the protocol, the two sinks of every run, and a thread for sinks that may fail."""
 
 import json
 import math
@@ -36,11 +36,11 @@ def figures(record: StepRecord | ValidationRecord) -> dict[str, float]:
 
 
 class JsonLines:
-    """One line per record, complete after every record.
+    """Writes a line for each record and flushes it, so that a killed run loses none.
 
     Args:
         path: the file.
-        append: go on with the file of an interrupted run.
+        append: continue the file of an interrupted run.
     """
 
     def __init__(self, path: Path, append: bool) -> None:
@@ -55,7 +55,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in ``folder``."""
+    """Writes TensorBoard's event files to ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -72,13 +72,14 @@ class TensorBoard:
 
 
 class Background:
-    """A sink in a thread of its own, which may be slow or fail without harm to the run: the first failure is told and
-    ends it.
+    """A sink in a thread of its own, so that it may be slow or fail without harm to the run.
+
+    The first failure is shown as a warning and ends the sink.
 
     Args:
-        name: what to call it in a warning.
-        open_sink: makes it, in that thread, when the first record comes.
-        warn: shows a line.
+        name: the name of the sink in a warning.
+        open_sink: makes the sink, in its thread, when the first record comes.
+        warn: shows a line to the user.
     """
 
     def __init__(self, name: str, open_sink: Callable[[], Sink], warn: Callable[[str], None]) -> None:

@@ -19,13 +19,13 @@ from dmpo_dist.records.sinks import Background, Sink, figures
 from dmpo_dist.training.job import Job
 
 ID_FILE = "{}-run-id"
-"""In a run folder: the run's id in a tracker, so that a resumed run goes on there."""
+"""File in a run folder with the run's id in a tracker, so that a resumed run continues there."""
 EXTRA = 'pip install "dmpo-dist[track]"'
 MLFLOW_LONGEST_VALUE, MLFLOW_MOST_PARAMETERS = 6000, 100
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Find out what would keep a tracker from working, before anything is written.
+    """Check that the trackers can be used, before anything is written.
 
     Raises:
         UserError: a package is missing, there is no API key, or the server or store cannot be used.
@@ -40,7 +40,7 @@ def check_tracking(config: TrackingConfig) -> None:
 
 
 def open_trackers(job: Job, warn: Callable[[str], None]) -> list[Sink]:
-    """The trackers that ``job`` asks for; a failing one is told to ``warn`` and the run goes on."""
+    """The trackers that ``job`` asks for; if one fails, ``warn`` gets a line and the run goes on."""
     config = job.config.tracking
     sinks: list[Sink] = []
     if config.wandb is not None:
@@ -51,7 +51,7 @@ def open_trackers(job: Job, warn: Callable[[str], None]) -> list[Sink]:
 
 
 class WandbRun:
-    """A run in Weights & Biases; one that is resumed goes on there."""
+    """A run in Weights & Biases; a resumed run continues the same one."""
 
     def __init__(self, job: Job, config: WandbConfig) -> None:
         import wandb
@@ -88,7 +88,7 @@ class WandbRun:
 
 
 class MlflowRun:
-    """A run in MLflow; one that is resumed goes on there."""
+    """A run in MLflow; a resumed run continues the same one."""
 
     def __init__(self, job: Job, config: MlflowConfig) -> None:
         from mlflow import MlflowClient
@@ -157,7 +157,7 @@ def _check_mlflow(config: MlflowConfig) -> None:
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # a new store is told in lines of its own
+        logging.getLogger(name).setLevel(logging.ERROR)  # these log many lines when they create a store
     try:
         MlflowClient(config.tracking_uri).search_experiments(max_results=1)
     except Exception as error:

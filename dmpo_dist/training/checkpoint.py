@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmpo_dist.artifacts.files import whole_folder
+from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, write_stamp
 from dmpo_dist.training.engine import gathered_state
@@ -69,7 +70,8 @@ def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[
     state = gathered_state(causal_lm, stage3, keep=rank == 0, trained_only=hasattr(causal_lm, "peft_config"))
     if rank == 0:
         behind = {"stages": 1 + find_model(job.start).stamp.stages}
-        base = {"quantization": job.config.model.quantization}
+        rendered = make_template(job.config.template, tokenizer).rendered()
+        base = {"quantization": job.config.model.quantization, "rendered": rendered}
         with whole_folder(folder, replace=True) as part:
             _write_weights(causal_lm, part, state)
             tokenizer.save_pretrained(part)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dmpo_dist.data.sources.conversations import as_text, is_conversation
 from dmpo_dist.data.sources.rowfiles import read_rows, shorten, split_files
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
@@ -129,10 +130,11 @@ def _parse_trl_row(row: Any, where: str) -> PreferenceRow:
     if not isinstance(row, dict):
         raise UserError(f"{where}: {shorten(row)} is not an object with {', '.join(KEYS)}")
     for key in KEYS:
-        if row.get(key) is None:
+        if row.get(key) is None and not (key == "prompt" and is_conversation(row.get("chosen"))):
             exist = ", ".join(map(repr, row)) or "no keys"
             raise UserError(f"{where}: no {key!r} (the row has {exist}); write the prompt apart from the responses")
-    rejected = row["rejected"] if _is_strings(row["rejected"]) else [row["rejected"]]
+    row = as_text(row, where)
+    rejected = row["rejected"] if isinstance(row["rejected"], list) else [row["rejected"]]
     if not rejected:
         raise UserError(f"{where}: 'rejected' is an empty list; a preference needs at least one rejected response")
     for key, value in [("prompt", row["prompt"]), ("chosen", row["chosen"]), *(("rejected", r) for r in rejected)]:
@@ -156,16 +158,7 @@ def _position_in(prompt: str, candidates: list[str]) -> tuple[int, int] | None:
     return sorted(offsets).index(offsets[0]), len(offsets)
 
 
-def _is_strings(value: Any) -> bool:
-    return isinstance(value, list) and not any(isinstance(element, dict) for element in value)
-
-
 def _check_text(value: Any, key: str, where: str) -> None:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        raise UserError(
-            f"{where}: {key!r} is a list of messages; conversational rows are not supported: write plain strings "
-            "(apply the chat template to the prompt, keep the last message of each side as the response)"
-        )
     if not isinstance(value, str):
         raise UserError(
             f"{where}: {key!r} is {shorten(value)}; it must be a string{' or a list of strings' * (key == 'rejected')}"

@@ -1,0 +1,65 @@
+"""TRL's conversational rows, whose prompt and responses are lists of messages."""
+
+from typing import Any
+
+from dmpo_dist.data.sources.rowfiles import shorten
+from dmpo_dist.errors import UserError
+
+ADVICE = (
+    "write the conversation as text with tokenizer.apply_chat_template(messages, tokenize=False, "
+    "add_generation_prompt=True), which is not wrapped again, and the responses as strings"
+)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether ``value`` is a list of messages (role and content)."""
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+
+
+def as_text(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """``row`` with the texts of its messages: the user's as prompt, the assistant's as responses.
+
+    ``rejected`` may be one conversation or a list of them. Where ``prompt`` is missing, the responses begin with it, as
+    TRL allows.
+
+    Raises:
+        UserError: a conversation with more than one question and answer, or a message without role or text.
+    """
+    if not any(map(is_conversation, (row.get("prompt"), row["chosen"], row["rejected"]))):
+        return row
+    sides = row["rejected"] if isinstance(row["rejected"], list) else [row["rejected"]]
+    if is_conversation(row["rejected"]):
+        sides = [row["rejected"]]
+    prompt, responses = row.get("prompt"), [row["chosen"], *sides]
+    if prompt is None:
+        prompt = row["chosen"][:-1]
+        responses = [_behind(prompt, side, where) for side in responses]
+    return row | {
+        "prompt": _only(prompt, "user", "prompt", where),
+        "chosen": _only(responses[0], "assistant", "chosen", where),
+        "rejected": [_only(side, "assistant", "rejected", where) for side in responses[1:]],
+    }
+
+
+def _behind(prompt: list[Any], side: Any, where: str) -> Any:
+    """The answer of a conversation that begins with ``prompt``."""
+    if not is_conversation(side) or side[:-1] != prompt:
+        raise UserError(
+            f"{where}: there is no 'prompt', and 'chosen' and 'rejected' do not begin with the same messages; write "
+            "the prompt apart from the responses"
+        )
+    return side[-1:]
+
+
+def _only(value: Any, role: str, key: str, where: str) -> Any:
+    """The text of a conversation that is one message of ``role``; what is no conversation stays as it is."""
+    if not is_conversation(value):
+        return value
+    roles = [message.get("role") for message in value]
+    if roles != [role]:
+        raise UserError(
+            f"{where}: {key!r} has messages of {', '.join(map(str, roles))}; one of {role} can be read: {ADVICE}"
+        )
+    if not isinstance(value[0].get("content"), str):
+        raise UserError(f"{where}: the content of {key!r} is {shorten(value[0].get('content'))}; it must be a string")
+    return value[0]["content"]
