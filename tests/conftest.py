@@ -73,6 +73,17 @@ def tiny_model(kind: str, vocab: int = 97, window: int | None = None, seed: int 
     return model.train()
 
 
+def word_tokenizer(words: int = 94):
+    """A fast tokenizer of whole words w0, w1 .. after <pad>, <s> and </s>: 97 ids as in ``tiny_model``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": 3 + i for i in range(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
 def random_groups(
     count: int, seed: int = 0, vocab: int = 97, prompt: int = 20, response: int = 6, k: int = 3
 ) -> list[TokenGroup]:

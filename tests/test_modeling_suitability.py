@@ -4,13 +4,11 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from conftest import tiny_model, word_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
-    PreTrainedTokenizerFast,
     T5Config,
     WhisperConfig,
 )
@@ -42,11 +40,8 @@ def saved(kind, folder, **options):
     return find_model(str(folder))
 
 
-def save_tokenizer(folder, words=94):
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": 3 + i for i in range(words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+def save_tokenizer(folder):
+    tokenizer = word_tokenizer()
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, word_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,8 +38,7 @@ def saved(model, tmp_path):
     model.config.save_pretrained(start)
     (start / "pytorch_model.bin").touch()  # a start whose weights nobody reads here
     engine = SimpleNamespace(module=SimpleNamespace(causal_lm=model), zero_optimization_stage=lambda: 0)
-    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-    save_model(engine, tokenizer, tmp_path / "model", Job("sft", RunConfig(), str(start), tmp_path), {"step": 1})
+    save_model(engine, word_tokenizer(), tmp_path / "model", Job("sft", RunConfig(), str(start), tmp_path), {"step": 1})
     return tmp_path / "model"
 
 
