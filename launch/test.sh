@@ -22,7 +22,7 @@ cd "$DMPO_ROOT"
 ruff check
 ruff format --check
 pyrefly check
-two_processes=(--numprocesses 2 --dist loadgroup) # integration tests in one of them
+two_processes=(--numprocesses 2 --dist loadfile) # integration tests in one of them: tests/conftest.py
 if [[ "${1:-}" == --fast ]]; then
     shift
     set -- "${two_processes[@]}" -m "not slow and not integration and not cluster" "$@"

@@ -8,16 +8,28 @@ import pytest
 import torch
 import torch.distributed as dist
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 from dmpo_dist.data.tokenization import TokenGroup
 
 torch.set_num_threads(1)
 
 
-def pytest_itemcollected(item):
-    """Among processes of pytest-xdist one runs all integration tests, one after the other; other files go to any."""
-    group = "integration" if item.get_closest_marker("integration") else item.path.name
-    item.add_marker(pytest.mark.xdist_group(group))
+class ByFile(LoadScopeScheduling):
+    """A file's tests go to one process of pytest-xdist, and those of the folder ``integration`` all to the same one.
+
+    So what a file prepares is prepared once, and no two Ray clusters run at a time. xdist's own ``loadgroup`` says it
+    in the ids of tests, which pytest 9.2 no longer lets it change: it sends every test alone, without a word.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "integration" if "/integration/" in file else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
 
 
 def tiny_model(kind: str, vocab: int = 97, window: int | None = None, seed: int = 0, **extra):
