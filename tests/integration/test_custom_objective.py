@@ -16,10 +16,8 @@ CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 def recipe() -> str:
     """The class that CONTRIBUTING shows, IPO."""
-    paragraph = (
-        CONTRIBUTING.read_text(encoding="utf-8").partition("**An objective.**")[2].partition("**A data source.**")[0]
-    )
-    return "\n".join(line[4:] for line in paragraph.splitlines() if not line or line.startswith("    "))
+    paragraph = CONTRIBUTING.read_text(encoding="utf-8").partition("**An objective.**")[2]
+    return paragraph.partition("```python\n")[2].partition("```")[0]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_training_invariance import job, largest_difference, run_ranks, sft_job, weights, world  # noqa: F401
+from test_training_invariance import job, largest_difference, project, run_ranks, sft_job, weights  # noqa: F401
 
 pytestmark = pytest.mark.integration
 
@@ -12,24 +12,24 @@ MANY = {"steps": 12, "token_budget": 800}
 
 
 @pytest.fixture(scope="module")
-def runs(world):  # noqa: F811
+def runs(project):  # noqa: F811
     listed = {"template": LISTING, "train": MANY}
     one = [
-        job(world, "one", "zero0", **listed),
-        job(world, "one-plain", "zero0", train=MANY),
-        sft_job(world, "one-sft", "zero0", negatives=3, **MANY),
+        job(project, "one", "zero0", **listed),
+        job(project, "one-plain", "zero0", train=MANY),
+        sft_job(project, "one-sft", "zero0", negatives=3, **MANY),
     ]
     unshared = {"model": {"attention": "unshared"}, "train": MANY | {"token_budget": 1200}}
     two = [
-        job(world, "two", "zero2", template=LISTING, train=MANY | {"token_budget": 200}),
-        job(world, "two-unshared", "zero2", template=LISTING, **unshared),
-        sft_job(world, "two-sft", "zero2", negatives=3, **MANY),
+        job(project, "two", "zero2", template=LISTING, train=MANY | {"token_budget": 200}),
+        job(project, "two-unshared", "zero2", template=LISTING, **unshared),
+        sft_job(project, "two-sft", "zero2", negatives=3, **MANY),
     ]
     for entry in (one[2], two[2]):
         entry["config"]["template"] |= LISTING
-    run_ranks(world, one, 1)
-    run_ranks(world, two, 2)
-    return world / "runs"
+    run_ranks(project, one, 1)
+    run_ranks(project, two, 2)
+    return project / "runs"
 
 
 @pytest.mark.parametrize(("one", "two"), [("one", "two"), ("one", "two-unshared"), ("one-sft", "two-sft")])
