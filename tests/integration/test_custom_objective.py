@@ -48,7 +48,7 @@ def test_ipo_trains_and_its_first_loss_is_the_one_it_must_have(project, workers)
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     records = [json.loads(line) for line in (project / output / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    losses = [record["loss"] for record in records if record["kind"] == "step"]
     assert losses[0] == pytest.approx(4.0, abs=1e-4)
     assert sum(losses[-5:]) / 5 < 3
     assert any(re.match("first preference loss 4.0000.., as it must be .4.000000", r.get("text", "")) for r in records)
