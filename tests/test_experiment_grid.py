@@ -40,6 +40,12 @@ def grid_of(blocks, **more) -> GridConfig:
     return GridConfig.model_validate({"output_dir": "runs/x", "datasets": DATASETS, "grid": blocks, **more})
 
 
+def test_a_cell_has_one_name_in_whichever_order_its_axes_stand():
+    block = {"model.lora": [{"r": 4}], "template.preamble": [""]}
+    turned = dict(reversed(block.items()))
+    assert expand(grid_of([block, turned])) == expand(grid_of(block)) == expand(grid_of(turned))
+
+
 @given(block=BLOCKS, other=BLOCKS, grown=st.sampled_from(sorted(MORE)))
 @settings(max_examples=12, deadline=None)
 def test_every_combination_is_one_cell_and_growing_keeps_the_cells_there_were(block, other, grown):

@@ -124,7 +124,8 @@ def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig
         "k": [base.train.negatives],
         "objective": [base.objective.name],
     }
-    free = [axis for axis in block if axis not in AXES]
+    # Sorted, so that a cell has one name in whichever order a block lists its axes.
+    free = sorted(axis for axis in block if axis not in AXES)
     values = [block.get(axis, defaults[axis]) for axis in AXES]  # dataset, shots, seed, k, objective
     for dataset, shots, seed, *others in product(*values[:3], *(block[axis] for axis in free), *values[3:]):
         k, objective = others[-2:]
