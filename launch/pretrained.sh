@@ -39,9 +39,11 @@ stage() { # VERB NAME START [OVERRIDES]: a training stage into $folder/NAME, ski
 }
 
 run models fetch "$model" "${accept[@]}"
-if [[ ! -e "$folder/data" ]]; then
+if [[ ! -e "$folder/download/ml-100k-recbole" ]]; then
     run data download ml-100k "$folder/download" --from-wheel "${accept[@]}"
-    run data prepare -c pretrained_few_shot data.source.path="$folder/download/ml-100k" \
+fi
+if [[ ! -e "$folder/data" ]]; then
+    run data prepare -c pretrained_few_shot data.source.path="$folder/download/ml-100k-recbole" \
         data.path="$folder/data"
 fi
 
