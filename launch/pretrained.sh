@@ -31,7 +31,7 @@ stage() { # VERB NAME START [OVERRIDES]: a training stage into $folder/NAME, ski
         echo "dmpo: $folder/$name is done"
         return
     fi
-    if [[ -n "$(compgen -G "$folder/$name/checkpoints/*")" ]]; then
+    if [[ -e "$folder/$name" ]]; then
         resume=(--resume)
     fi
     run "$verb" -c pretrained_few_shot model.path="$start" data.path="$folder/data" output_dir="$folder/$name" \

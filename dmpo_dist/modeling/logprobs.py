@@ -21,6 +21,8 @@ MAX_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 """Most logits held at once by kind of device: 64 or 256 MiB in fp32, whatever the vocabulary. A GPU reads the whole
 head for every chunk, so that a chunk must have rows enough to be worth it. A CPU in half precision takes chunks of the
 vocabulary instead, see ``vocabulary_blocks.py``."""
+WIDENED_WEIGHTS = 2**21
+"""Most weights of the head that a CPU widens to fp32 at once: 8 MiB, which stay in its cache until they are used."""
 
 
 class LogProbHead(nn.Module):
@@ -45,7 +47,7 @@ class LogProbHead(nn.Module):
         half = rows.dtype in (torch.bfloat16, torch.float16)
         arguments = (rows, self.weight, self.bias, targets.target_row, targets.target_ids, self.transform)
         if half and rows.device.type == "cpu":
-            log_probs = BlockedLogProbs.apply(*arguments, max(1, most // max(rows.shape)))
+            log_probs = BlockedLogProbs.apply(*arguments, max(1, min(most, WIDENED_WEIGHTS) // max(rows.shape)))
         elif rows.shape[0] <= chunk and not half:
             logits = self.transform.logits(rows, self.weight, self.bias)
             log_probs = logits[targets.target_row, targets.target_ids] - logits.logsumexp(-1)[targets.target_row]

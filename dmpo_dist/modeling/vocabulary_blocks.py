@@ -6,6 +6,7 @@ Here each block of it is widened once per call.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class BlockedLogProbs(torch.autograd.Function):
         lse = wide.new_full((len(rows),), -torch.inf)
         picked = wide.new_empty(len(target_ids))
         for start, part, part_bias in _blocks(weight, bias, block):
-            logits = transform.logits(wide, part, part_bias)  # (M, block), all that is held of them
+            with _products_of_bf16(rows.dtype):
+                logits = transform.logits(wide, part, part_bias)  # (M, block), all that is held of them
             lse = torch.logaddexp(lse, logits.logsumexp(-1))
             local, inside = within(target_ids, start, len(part))
             picked = torch.where(inside, logits[target_row, local], picked)  # (N,); each target is in one block
@@ -49,7 +51,8 @@ class BlockedLogProbs(torch.autograd.Function):
         # (M,) upstream gradients of all targets that a row predicts: softmax is subtracted once for their sum
         per_row = lse.new_zeros(len(rows)).index_add_(0, target_row, upstream)
         for start, part, part_bias in _blocks(weight, bias, ctx.block):
-            logits = ctx.transform.logits(wide, part, part_bias)
+            with _products_of_bf16(rows.dtype):
+                logits = ctx.transform.logits(wide, part, part_bias)
             local, inside = within(target_ids, start, len(part))
             gradient = product_gradient(
                 logits, lse, per_row, (target_row, local), torch.where(inside, upstream, 0.0), ctx.transform
@@ -59,7 +62,8 @@ class BlockedLogProbs(torch.autograd.Function):
             if d_weight is not None:
                 d_weight[start : start + len(part)] = gradient.T @ wide
             if d_rows is not None:
-                d_rows.addmm_(gradient, part)
+                with _products_of_bf16(rows.dtype):
+                    d_rows.addmm_(gradient, part)
         return (None if d_rows is None else d_rows.to(rows.dtype), d_weight, d_bias, *(None,) * 4)
 
 
@@ -99,6 +103,22 @@ def within(index: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     """
     local = index - start
     return local.clamp(0, size - 1), (local >= 0) & (local < size)
+
+
+@contextmanager
+def _products_of_bf16(dtype: torch.dtype) -> Iterator[None]:
+    """Lets oneDNN multiply fp32 matrices as bf16 with fp32 sums and results, where ``dtype`` is bf16.
+
+    Exact for what was widened from bf16, and about twice as fast on processors with AVX512_BF16 or AMX. It rounds a
+    gradient by logits to bf16, as the product on a GPU does.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _blocks(weight: Tensor, bias: Tensor | None, block: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
