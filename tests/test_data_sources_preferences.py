@@ -70,6 +70,19 @@ def test_conversational_rows_are_their_texts(tmp_path: Path, rows: list, extensi
     assert set(found.rejected) <= {"no", "maybe"}
 
 
+def test_contradictions_and_entities_are_counted(tmp_path: Path) -> None:
+    rows = [row("p", "a", ["b", "c"]), row("p", "b", ["a", "d"]), row("p", "c", "a"), row("q", "b", "a &#39;")]
+    notes = load_preferences(write_jsonl(tmp_path / "rows.jsonl", rows), seed=0).notes
+    assert (
+        "2 pairs of responses are preferred both ways after the same prompt, the first 'a' and 'b' after 'p'"
+        in notes[0]
+    )
+    assert notes[1].startswith("1 of 4 groups hold HTML entities")
+    assert not any(
+        "both ways" in n for n in load_preferences(write_jsonl(tmp_path / "r.jsonl", rows[:1]), seed=0).notes
+    )
+
+
 def test_a_single_file_is_split_by_prompt(tmp_path: Path) -> None:
     rows = [row(f"p{n // 2}", f"yes{n}", "no") for n in range(120)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -1,6 +1,7 @@
 """Files of ready rows: JSON lines, a JSON list or Parquet, and folders with one file per split."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.tables import read_json_lines
 from dmpo_dist.errors import UserError
 
+SPACE = re.compile(r"\s*")
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 
 
@@ -61,9 +63,9 @@ def shorten(value: Any) -> str:
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
-    text = file.read_text(encoding="utf-8-sig")
+    text = file.read_text(encoding="utf-8-sig").strip()
     try:
-        rows = json.loads(text)
+        rows = _one_after_another(text) if text.startswith("{") else json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{file}, row {error.lineno}: not valid JSON ({error.msg}); a .json file is one list of objects, one "
@@ -72,6 +74,16 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds a {type(rows).__name__}; it must be a list of objects, one per row")
     yield from enumerate(rows, start=1)
+
+
+def _one_after_another(text: str) -> Any:
+    """The objects of ``text``, which follow each other with or without space between; a single one is returned bare."""
+    decoder, rows, end = json.JSONDecoder(), [], 0
+    while end < len(text):
+        row, end = decoder.raw_decode(text, end)
+        rows.append(row)
+        end += len(SPACE.match(text, end)[0])
+    return rows if len(rows) > 1 else rows[0]
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
