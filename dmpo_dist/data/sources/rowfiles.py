@@ -1,7 +1,6 @@
 """Files of ready rows: JSON lines, a JSON list or Parquet, and folders with one file per split."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.tables import read_json_lines
 from dmpo_dist.errors import UserError
 
-SPACE = re.compile(r"\s*")
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 
 
@@ -82,7 +80,8 @@ def _one_after_another(text: str) -> Any:
     while end < len(text):
         row, end = decoder.raw_decode(text, end)
         rows.append(row)
-        end += len(SPACE.match(text, end)[0])
+        while text[end : end + 1].isspace():
+            end += 1
     return rows if len(rows) > 1 else rows[0]
 
 
