@@ -10,6 +10,7 @@ import pytest
 
 from dmpo_dist.cli import main
 from dmpo_dist.config import DataConfig, Simulator, Source
+from dmpo_dist.data.candidate_leaks import look_up, overlap, overlapping
 from dmpo_dist.data.leaks import canonical, check_leaks, leaks
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.sources.released import load_released
@@ -56,6 +57,18 @@ def disjoint_halves(rows: dict) -> None:
         row["history_items"] = [item for item in row["history_items"] if item != row["positive_item"]]
 
 
+def negatives_of_the_target(rows: dict) -> None:
+    """The negatives of an evaluated request are one list that its target decides."""
+    for row in rows["validation"] + rows["test"]:
+        drawn = np.random.default_rng(int(row["positive_item"][1:])).choice(80, 20, replace=False)
+        row["negative_items"] = [item for item in (f"i{n:02d}" for n in drawn) if item != row["positive_item"]][:19]
+
+
+def negatives_of_the_target_in_validation_alone(rows: dict) -> None:
+    negatives_of_the_target(rows)
+    rows["test"] = []
+
+
 def escape(rows: dict) -> None:
     for row in rows["train"]:
         row["history"] = [title.replace(" ", " &amp; ").upper() for title in row["history"]]
@@ -84,6 +97,8 @@ def target_twice(rows: dict) -> None:
         (look_ahead, "future items in histories"),
         (train_late, "training after requests"),
         (disjoint_halves, "candidate look-up"),
+        (negatives_of_the_target, "overlap of candidates"),
+        (negatives_of_the_target_in_validation_alone, "overlap of candidates"),
         (escape, "titles written differently"),
         (escape, "style of titles"),
         (space_before_targets, "style of titles"),
@@ -108,6 +123,42 @@ def test_the_probe_learns_only_from_training(sound: PreparedData) -> None:
     probe = next(f for f in check_leaks(rows, None) if f.check == "candidate look-up")
     assert probe.verdict == "ok"
     assert probe.figures["low"] < probe.figures["chance"] < probe.figures["high"]
+
+
+def test_overlap_is_that_of_every_pair_of_requests() -> None:
+    rng = np.random.default_rng(0)
+    sets = [[str(i) for i in rng.choice(30, rng.integers(2, 9), replace=False)] for _ in range(80)]
+    found = overlap(sets, np.arange(40, 80))
+    for column, t in enumerate(range(40, 80)):
+        negatives, others = set(sets[t][1:]), [items for n, items in enumerate(sets) if n != t]
+        shared = [(items[0] == sets[t][0], len(negatives & set(items))) for items in others]
+        assert found.same[column] == max([count for same, count in shared if same], default=-1)
+        assert found.other[column] == max(count for same, count in shared if not same)
+        most = max(count for _, count in shared)
+        assert found.alike[column] == pytest.approx(np.mean([same for same, count in shared if count == most]))
+        assert found.chance[column] == pytest.approx(np.mean([same for same, _ in shared]))
+
+
+@pytest.mark.parametrize("shelf", [["yes", "no"], [f"i{n}" for n in range(20)]])
+def test_candidates_that_are_always_the_same_tell_nothing(shelf: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    rows: dict[str, list] = {split: [] for split in SPLITS}
+    for n in range(600):
+        target, *others = rng.permutation(shelf).tolist()
+        row = {"user": str(n), "positive": target, "positive_item": target, "negative_items": others}
+        rows[SPLITS[n % 3]].append(row)
+    assert overlapping(rows).verdict == "ok"
+
+
+def test_without_popularity_the_look_up_only_warns(sound: PreparedData) -> None:
+    """Finished prompts without a log: popular items are likelier targets, and nothing says how popular they are."""
+    rows = rows_of(sound)
+    disjoint_halves(rows)
+    for row in (row for split in rows.values() for row in split):
+        row["history_items"] = []
+    probe = look_up(rows, None)
+    assert probe.verdict == "warning"
+    assert "do not tell popularity" in probe.text
 
 
 def test_an_uneven_place_is_a_leak_where_prompts_show_it(sound: PreparedData) -> None:

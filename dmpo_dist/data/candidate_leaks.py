@@ -19,7 +19,7 @@ Z = 1.96  # standard errors from the mean to either end of a 95 % interval
 LOOK_UP_GAIN = 0.05  # the look-up must gain more HR@1 than this over popularity to count as a leak
 RECENT = 0.25  # recent popularity counts the events of this last part of the time before a request
 TESTED = 1000  # requests that the overlap test is made on; they are compared with all others
-BEYOND = 3  # negatives that the alike request must share beyond every request with another target
+BEYOND = 3  # negatives that one with the same target must share beyond all with other targets, to give it away
 FEW = 5  # with fewer negatives than this, one that is shared beyond the others is enough
 OVERLAP_GAIN = 0.02  # share of requests given away, above chance, that counts as a leak
 ALIKE_GAIN = 0.1  # the same for requests that are given away with luck, which is a warning
@@ -135,11 +135,10 @@ def overlapping(rows: Mapping[str, Sequence[Row]]) -> Finding:
     tested = evaluated[np.linspace(0, len(evaluated) - 1, min(TESTED, len(evaluated))).astype(int)]
     found = overlap([_candidates(row) for row in every], tested)
     given_away = found.same >= found.other + np.where(found.negatives < FEW, 1, BEYOND)
-    alike = (found.same >= found.other) & (found.same > 0)
-    above, alike_above = (_interval(part - found.chance)[0] for part in (given_away, alike))
+    above, alike_above = (_interval(part - found.chance)[0] for part in (given_away, found.alike))
     verdict: Verdict = "leak" if above > OVERLAP_GAIN else "warning" if alike_above > ALIKE_GAIN else "ok"
     text = (
-        f"The request with most negatives in common has the same target in {alike.mean():.1%} of {len(tested)} "
+        f"The request with most negatives in common has the same target in {found.alike.mean():.1%} of {len(tested)} "
         f"validation and test requests, and in {given_away.mean():.1%} it has more of them than luck would bring; "
         f"{found.chance.mean():.1%} of all requests have it."
     )
@@ -148,7 +147,7 @@ def overlapping(rows: Mapping[str, Sequence[Row]]) -> Finding:
     elif verdict == "warning":
         text += " Candidates of one moment's pool may look like this; so may negatives that are made from the target."
     figures = {
-        "alike": float(alike.mean()),
+        "alike": float(found.alike.mean()),
         "given_away": float(given_away.mean()),
         "low": above,
         "chance": float(found.chance.mean()),
@@ -169,12 +168,14 @@ class Overlap:
     Attributes:
         same: (n,) most negatives shared with a request that has the same target; -1 where there is no such request.
         other: (n,) most negatives among the candidates of a request that has another target; -1 as above.
+        alike: (n,) share of the requests with most negatives in common, of either kind, that have the same target.
         chance: (n,) share of the other requests that have the same target.
         negatives: (n,) number of negatives.
     """
 
     same: np.ndarray
     other: np.ndarray
+    alike: np.ndarray
     chance: np.ndarray
     negatives: np.ndarray
 
@@ -192,7 +193,7 @@ def overlap(sets: Sequence[Sequence[str]], tested: np.ndarray) -> Overlap:
     # An inverted index: the requests that have item i as a candidate are holders[first[i]:first[i + 1]].
     holders = np.repeat(np.arange(len(sets)), sizes)[np.argsort(codes, kind="stable")]
     first = np.concatenate([[0], np.cumsum(np.bincount(codes))])
-    found = np.empty((4, len(tested)))
+    found = np.empty((5, len(tested)))
     for column, t in enumerate(tested):
         negatives = np.unique(codes[start[t] + 1 : start[t + 1]])
         sharing = np.concatenate([holders[first[i] : first[i + 1]] for i in negatives])
@@ -201,7 +202,8 @@ def overlap(sets: Sequence[Sequence[str]], tested: np.ndarray) -> Overlap:
         shared = np.bincount(sharing, minlength=len(sets))  # (requests,)
         same = target == target[t]
         same[t], shared[t] = False, -1
+        alike, chance = same[shared == shared.max()].mean(), same.sum() / (len(sets) - 1)
         best_same = shared[same].max(initial=-1)
         shared[same] = -1
-        found[:, column] = best_same, shared.max(), same.sum() / (len(sets) - 1), len(negatives)
+        found[:, column] = best_same, shared.max(), alike, chance, len(negatives)
     return Overlap(*found)

@@ -133,23 +133,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--log-seeds", type=int, default=20, help="of the public logs, which are slower")
     parser.add_argument("--power-seeds", type=int, default=10)
+    parser.add_argument("--only", nargs="+", help="names of honest logs; leaves out the made-up rows")
     parser.add_argument("--recbole", type=Path)
     parser.add_argument("--movielens", type=Path)
     asked = parser.parse_args()
     print("| honest data | seeds | look-up: leaks / warnings | overlap: leaks / warnings | nearest | s |")
     print("|---|---|---|---|---|---|")
     for name, config in honest_logs(asked.recbole, asked.movielens).items():
-        seeds = asked.seeds if name.startswith("simulator") else asked.log_seeds
-        alarms(name, honest_findings(config, seeds))
+        if asked.only is None or name in asked.only:
+            seeds = asked.seeds if name.startswith("simulator") else asked.log_seeds
+            alarms(name, honest_findings(config, seeds))
+    if asked.only is None:
+        made_up(asked.log_seeds, asked.power_seeds)
+
+
+def made_up(seeds: int, power_seeds: int) -> None:
+    """Print the rows of honest days and the table of planted leaks."""
     for pool, negatives, exponent in ((40, 19, 1.2), (200, 19, 1.2), (40, 19, 2.5), (100, 3, 1.2), (40, 1, 1.2)):
-        made = [day_pools(np.random.default_rng(seed), pool, negatives, exponent) for seed in range(asked.log_seeds)]
+        made = [day_pools(np.random.default_rng(seed), pool, negatives, exponent) for seed in range(seeds)]
         name = f"days of {pool} items, {negatives} negatives, Zipf {exponent}"
         alarms(name, ((look_up(rows, None), overlapping(rows)) for rows in made))
     print(f"\n| negatives of a target | K | {' | '.join(f'{share:.0%} planted' for share in SHARES)} |")
     print("|---|---|" + "---|" * len(SHARES))
     for kind in ("one list", "one of 8 lists", "from a pool of 5K"):
         for negatives in (1, 4, 19):
-            power(kind, negatives, asked.power_seeds)
+            power(kind, negatives, power_seeds)
 
 
 if __name__ == "__main__":
