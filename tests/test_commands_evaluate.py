@@ -26,11 +26,14 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
     held: weakref.WeakSet = weakref.WeakSet()
 
     class Scorer:
+        orders = 1
+
         def __init__(self, path, config):
             assert not held, "two models in memory"
             held.add(self)
 
-        def score_rows(self, rows):
+        def score_rows(self, rows, advance=lambda requests: None):
+            advance(len(rows))
             return [np.arange(1.0 + len(negatives)) for negatives in rows["negatives"][:]]
 
     def catalogue_model(whole, path, config, advance):
@@ -48,10 +51,8 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
     found = evaluation.evaluate({"sft": "a", "dmpo": "b"}, config, tmp_path / "out", CONSOLE, catalogue=True)
     assert set(found.catalogue.models) == {"random", "sft", "dmpo"}
     assert set(found.order.models) == {"sft", "dmpo"}
-    assert (
-        f"[whole catalogue by dmpo     0s] {len(world.data.test)}/{len(world.data.test)} users"
-        in CONSOLE.file.getvalue()
-    )
+    for job in ("scoring sft", "whole catalogue by dmpo"):
+        assert f"[{job}     0s] {len(world.data.test)}/{len(world.data.test)} users" in CONSOLE.file.getvalue()
 
 
 def test_what_a_stage_started_from_is_found_by_folder(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from dmpo_dist.artifacts.evaluation import (
     Generation,
     OrderCheck,
 )
+from dmpo_dist.commands.scoring import score_with_progress
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import Baseline
@@ -144,7 +145,7 @@ def evaluate(
     torch.set_num_threads(os.cpu_count() or 1)
     spreads, ruled, generated = {}, {}, {}
     for name, path in models.items():
-        found = model_scores(name, path, data, config, console)
+        found = model_scores(name, path, data, config, console, score_with_progress)
         scores[name] = found.scores
         spreads |= {name: found.spread} if found.spread else {}
         ruled |= {name: found.ruled} if found.ruled else {}

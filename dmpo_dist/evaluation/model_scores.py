@@ -1,5 +1,6 @@
 """One model on the test requests: its scores, and whatever else is asked of it while it is in memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.generated import generated_figures
 from dmpo_dist.evaluation.order import order_spread
-from dmpo_dist.evaluation.ranking import load_ranking_model, score_with_progress
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.ranking_model import RankingModel
@@ -35,10 +36,20 @@ class ModelScores:
     ruled: RuledScores | None
 
 
-def model_scores(name: str, path: str, data: PreparedData, config: RunConfig, console: Console) -> ModelScores:
+def model_scores(
+    name: str,
+    path: str,
+    data: PreparedData,
+    config: RunConfig,
+    console: Console,
+    score: Callable[[RankingModel, Dataset, str, Console], list[np.ndarray]],
+) -> ModelScores:
     """Load the model in ``path``, called ``name``, and score the test requests of ``data``.
 
     The model is gone when this returns: the next one, or the ranking of the whole catalogue, has the memory to itself.
+
+    Args:
+        score: scores a split and shows its progress under a title.
 
     Raises:
         UserError: it cannot be loaded or used, or a score is not finite.
@@ -46,18 +57,16 @@ def model_scores(name: str, path: str, data: PreparedData, config: RunConfig, co
     _note_quantization(name, path, config, console)
     again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
     model = load_ranking_model(path, config)
-    scores = score_with_progress(model, data.test, f"scoring {name}", console)
+    scores = score(model, data.test, f"scoring {name}", console)
     _require_finite(f"--model {name}={path}", scores, config.model.dtype)
     with console.status(f"checking and writing with {name}"):
         spread = order_spread(model.score_rows, data.test, scores, again, seed) if again else {}
         generated = generated_figures(model, data.test, scores, write, seed) if write else None
     if not asks_for_rules(config.evaluation):
         return ModelScores(scores, spread, generated, None)
-
-    def score(scorer: RankingModel, rows: Dataset) -> list[np.ndarray]:
-        return score_with_progress(scorer, rows, f"rules of {name}", console)
-
-    ruled = ruled_scores(model, scores, data, config, score)
+    ruled = ruled_scores(
+        model, scores, data, config, lambda scorer, rows: score(scorer, rows, f"rules of {name}", console)
+    )
     for rule, by_rule in ruled.by_rule.items():
         _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
     return ModelScores(ruled.scores, spread, generated, ruled)
