@@ -100,7 +100,7 @@ class _RayTrain:
 
 
 def restored(job):
-    with ray_runtime.RayRuntime(0, job, None).restore() as folder:
+    with ray_runtime.RayRuntime(0, job, None).restore(lambda folder, step: "") as folder:
         return None if folder is None else (folder / "step").read_text()
 
 
