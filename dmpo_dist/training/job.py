@@ -23,7 +23,7 @@ class Job:
         output: absolute folder of the run; rank 0 writes ``model/`` and ``best/`` there.
         run_id: tells the run from an earlier one in the same folder, whose checkpoints are not its own.
         checkpointed: the step of the latest checkpoint that the log of a resumed run tells of; 0 without one.
-        inputs: fingerprints of what the run began with, see ``artifacts.environment.Environment.inputs``.
+        inputs: fingerprints of the data and the starting model that the run began with.
     """
 
     kind: Kind

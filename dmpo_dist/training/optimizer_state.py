@@ -51,7 +51,7 @@ class Fragment:
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
-def trained_parameters(engine: Any) -> dict[str, Tensor]:
+def trained_parameters(engine: Any) -> dict[str, Any]:
     """Trained parameters of the engine's module by name."""
     return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
@@ -71,7 +71,7 @@ def fragments(engine: Any) -> list[Fragment]:
     return _stage0(parameters, optimizer)
 
 
-def _stage3(parameters: dict[str, Tensor], optimizer: Any) -> list[Fragment]:
+def _stage3(parameters: dict[str, Any], optimizer: Any) -> list[Fragment]:
     found = []
     for name, parameter in parameters.items():
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -81,7 +81,7 @@ def _stage3(parameters: dict[str, Tensor], optimizer: Any) -> list[Fragment]:
     return [fragment for fragment in found if fragment.numel]
 
 
-def _stages_1_and_2(parameters: dict[str, Tensor], optimizer: Any) -> list[Fragment]:
+def _stages_1_and_2(parameters: dict[str, Any], optimizer: Any) -> list[Fragment]:
     bf16_optimizer = hasattr(optimizer, "fp32_groups_flat_partition")
     flat = optimizer.fp32_groups_flat_partition if bf16_optimizer else optimizer.single_partition_of_fp32_groups
     found = []
@@ -94,7 +94,7 @@ def _stages_1_and_2(parameters: dict[str, Tensor], optimizer: Any) -> list[Fragm
     return found
 
 
-def _stage0(parameters: dict[str, Tensor], optimizer: Any) -> list[Fragment]:
+def _stage0(parameters: dict[str, Any], optimizer: Any) -> list[Fragment]:
     holders = {id(parameter): (parameter, 0) for parameter in parameters.values()}
     for group, own in enumerate(getattr(optimizer, "fp16_groups", [])):
         offset = 0

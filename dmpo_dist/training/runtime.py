@@ -93,16 +93,15 @@ class ProcessRuntime:
 
     @contextmanager
     def restore(self, problem: Problem) -> Iterator[Path | None]:
-        names = from_rank_zero(self._names())
-        for name in names:
-            folder = await_folder(self._folder / name)
-            why = problem(folder, step_of(name, self._run) or 0)
+        folders = from_rank_zero([self._folder / name for name in self._names()])
+        for folder in map(await_folder, folders):
+            why = problem(folder, step_of(folder.name, self._run) or 0)
             if not why:
                 yield folder
                 return
-            self._refused.add(name)
+            self._refused.add(folder.name)
             self.log({"kind": "note", "text": passed_over(folder, why)})
-        require_none(names, self._folder)
+        require_none(folders, self._folder)
         yield None
 
     def _names(self) -> list[str]:
@@ -131,11 +130,11 @@ def passed_over(folder: Path | str, why: str) -> str:
     return f"{folder}: {why}; the checkpoint before it is used"
 
 
-def require_none(names: Sequence[str], where: Path | str) -> None:
-    """Raise UserError where there are ``names`` of checkpoints, all of which were passed over."""
-    if names:
+def require_none(found: Sequence[object], where: Path | str) -> None:
+    """Raise UserError where checkpoints were ``found``, all of which were passed over."""
+    if found:
         raise UserError(
-            f"{where}: none of the {len(names)} checkpoints there can be used (the lines above say why); restore them "
+            f"{where}: none of the {len(found)} checkpoints there can be used (the lines above say why); restore them "
             "from a copy, or start the run anew with another output_dir"
         )
 

@@ -48,7 +48,7 @@ class Selection:
         if self.job.stage.select != "best" or not best:
             return ""
         wanted = 0 if self._start_wins(best) else int(best["step"])
-        stamp, why = from_rank_zero(self._kept() if self.runtime.rank == 0 else None)
+        stamp, why = from_rank_zero(self._kept() if self.runtime.rank == 0 else (None, ""))
         kept = -1 if stamp is None else stamp.step or 0
         if kept > step or (kept == wanted and not why):
             return ""

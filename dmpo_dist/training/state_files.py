@@ -93,7 +93,7 @@ def read_index(folder: Path) -> dict[str, Any] | str:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         expected = content.pop("digest")
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         return f"{INDEX_FILE} is damaged ({type(error).__name__})"
     if content.get("version") != VERSION:
         return f"{INDEX_FILE} is of version {content.get('version')}, this dmpo reads version {VERSION}"
