@@ -37,7 +37,7 @@ FREE = {
 FIXED = {
     "seed": 1, "train.negatives": 2, "train.steps": 9, "train.learning_rate": 1.0, "objective.beta": 0.3,
     "train.global_batch_size": 4, "model.dtype": "bfloat16", "data.shots": 20, "train.select": "last",
-    "template.separator": "/", "model.max_length": 250,
+    "template.preamble": "x", "model.max_length": 250,
 }  # fmt: skip
 
 

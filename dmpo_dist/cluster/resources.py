@@ -11,7 +11,7 @@ def shortage(cluster: ClusterConfig, gpus: float, have: Mapping[str, float]) -> 
     """Which resource of ``have`` is too scarce for the fewest workers with ``gpus`` each; None where all suffice."""
     for name, each, key in (("CPU", cluster.cpus_per_worker, "cpus"), ("GPU", gpus, "gpus")):
         if cluster.fewest * each > have.get(name, 0):
-            which = "workers" if cluster.min_workers is None else "min_workers"
+            which = "workers" if cluster.fewest_workers is None else "fewest_workers"
             return (
                 f"cluster.{which}={cluster.fewest} with cluster.{key}_per_worker={each:g} need "
                 f"{cluster.fewest * each:g} {name}s, but the cluster has {have.get(name, 0):g}"

@@ -60,7 +60,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     """Train ``jobs`` one after another on the same ``cluster.workers`` Ray workers; call within ``ray_session``.
 
     A worker that dies is replaced up to ``cluster.max_failures`` times, and training goes on from the latest
-    checkpoint of the job it was at; with ``cluster.min_workers`` also with fewer workers, and with more again later.
+    checkpoint of the job it was at; with ``cluster.fewest_workers`` also with fewer workers, and with more again later.
     ``sink`` receives a job's index and rank 0's records of it, in order.
 
     Args:
@@ -86,7 +86,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     require_resources(cluster, gpus)
     remove_damaged_list(storage)
     queue = start_record_queue()
-    number = cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers)
+    number = cluster.workers if cluster.fewest_workers is None else (cluster.fewest_workers, cluster.workers)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _run_jobs,

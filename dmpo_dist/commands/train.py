@@ -277,7 +277,7 @@ def as_rank(
     from dmpo_dist.training.engine import start_process_group
     from dmpo_dist.training.runtime import ProcessRuntime, from_rank_zero
 
-    workers = {"workers": int(os.environ["WORLD_SIZE"])}
+    workers = {"workers": int(os.environ["WORLD_SIZE"]), "fewest_workers": None}
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update=workers)})
     own = preflight(kind, config, resume) if os.environ["RANK"] == "0" else None
     with ExitStack() as stack:

@@ -36,7 +36,11 @@ def placed(config: RunConfig, output: Path, alone: bool) -> RunConfig:
 
     That folder is the same for ``run_stages``, which trains several stages, and for ``run_stage``, which resumes one.
     """
-    changes = {"workers": 1} if alone else {"storage_path": config.cluster.storage_path or str(output)}
+    changes = (
+        {"workers": 1, "fewest_workers": None}
+        if alone
+        else {"storage_path": config.cluster.storage_path or str(output)}
+    )
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=changes)})
 
 
