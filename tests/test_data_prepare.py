@@ -213,7 +213,7 @@ def test_what_is_not_prepared_data_is_named(prepared: PreparedData, tmp_path: Pa
         PreparedData.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no dataset\.json"):
         PreparedData.load(tmp_path)
-    with pytest.raises(UserError, match=r"train: damaged or incomplete"):
+    with pytest.raises(UserError, match=r"without_rows: damaged or incomplete .*cannot be read"):
         PreparedData.load(copy("without_rows"))
     broken = copy("broken")
     (broken / "dataset.json").write_text("{")

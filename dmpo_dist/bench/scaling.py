@@ -110,7 +110,9 @@ def run_scaling(
     """
     cells = sweep.cells()
     most = max(cell.workers for cell in cells)
-    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": most})})
+    config = config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"workers": most, "fewest_workers": None})}
+    )
     output = config.output_dir.absolute()
     open_run_folder(config, resume)
     if config.data.path is None:
