@@ -12,7 +12,8 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.report import COMPARED_METRICS
 from dmpo_dist.evaluation.seeds import SeededValues
-from dmpo_dist.experiment.measure import BASELINES, request_metrics
+from dmpo_dist.experiment.baselines import baseline_fits
+from dmpo_dist.experiment.measure import request_metrics
 from dmpo_dist.experiment.parts import FOLDERS, Part
 from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, progress
 from dmpo_dist.records.read import VALIDATION_METRICS, Run, read_run
@@ -46,11 +47,19 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
             folder = evaluation_folder(part, dataset)
             described = _row(part, data) | {"evaluated_on": dataset, "losses": losses, "folder": folder}
             rows += [described | {"model": model} for model in Evaluation.read(folder).models]
-    for dataset, prepared in data.items():
-        folder = output / BASELINES / dataset
-        described = {"dataset": dataset, "evaluated_on": dataset, "losses": {}, "free": "", "folder": folder}
-        current = evaluated(folder, prepared, baseline_settings(parts[0].config))
-        models = Evaluation.read(folder).models if current else []
+    for fit in baseline_fits(list(data), parts, output):
+        prepared = data[fit.dataset]
+        described = {
+            "dataset": fit.dataset,
+            "evaluated_on": fit.dataset,
+            "losses": {},
+            "free": "",
+            "folder": fit.folder,
+        }
+        if fit.few:
+            described |= {"shots": fit.shots, "train_groups": fit.shots or len(prepared.train)}
+        current = evaluated(fit.folder, prepared, baseline_settings(fit.config))
+        models = Evaluation.read(fit.folder).models if current else []
         rows += [described | {"model": model} for model in models]
     columns = [*POINT, "part", "start", "seed", "objective", *NOT_SHOWN]
     frame = pd.DataFrame(rows, columns=columns)

@@ -13,9 +13,10 @@ from rich.console import Console
 from dmpo_dist.commands.train import say
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.experiment.baselines import baseline_fits
 from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand
-from dmpo_dist.experiment.measure import BASELINES, free_accelerator, measure_baselines, measure_part
+from dmpo_dist.experiment.measure import free_accelerator, measure_baselines, measure_part
 from dmpo_dist.experiment.parts import Part, make_parts
 from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.schema import GridConfig
@@ -45,7 +46,7 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
         console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
         with nullcontext() if alone or all(map(trained, parts)) else _cluster(parts[0]):
             if grid.baselines:
-                measure_baselines(grid.output_dir / BASELINES, data, parts[0].config, console)
+                measure_baselines(baseline_fits(list(data), parts, grid.output_dir), data, console)
             _train_and_measure(parts, data, alone, console)
         failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
         write_report(grid, parts, data, failures)
