@@ -9,7 +9,7 @@ import pandas as pd
 from dmpo_dist.artifacts.files import whole_file, write_whole
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.experiment.parts import Part
+from dmpo_dist.experiment.parts import CONTINUED, Part
 from dmpo_dist.experiment.results import curves, differences, evaluations, figures, notes, points
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import progress
@@ -24,6 +24,8 @@ from dmpo_dist.figures.study import (
 from dmpo_dist.tables import Table, markdown, texts
 
 SHOWN = ("hr@1", "ndcg@10", "auc")
+IN_THE_ROW = ("sft", *CONTINUED)
+"""A cell's difference from these, and from the fewest K, stands in its row of the main table."""
 PICTURES = {
     FEW_SHOT_FILE: (
         draw_few_shot,
@@ -95,7 +97,7 @@ def _tables(means: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
         of_points = group.groupby(["model", "train_groups", "k", "free"], dropna=False, sort=False)
         rows = [_table_row(point, gains) for _, point in of_points]
         rows.sort(key=lambda row: ("K" in row, row.get("groups", 0)))
-        lines += [f"## {dataset}", _as_markdown(rows)]
+        lines += [f"## {dataset}", _as_markdown(rows), *_against_others(gains, str(dataset))]
     return lines
 
 
@@ -114,12 +116,24 @@ def _table_row(point: pd.DataFrame, gains: pd.DataFrame) -> dict[str, object]:
     if pd.notna(first["final_preference_loss"]):
         at_start, at_end = first["first_preference_loss"], first["final_preference_loss"]
         row["preference loss, start -> end"] = f"{at_start:.3f} -> {at_end:.3f}"
+    gains = gains[gains["against"].isin(IN_THE_ROW) | gains["against"].str.startswith("K=")]
     same = gains[gains["metric"] == np.where(gains["against"].str.startswith("K="), "hr@1", "ndcg@10")]
     for name in ("dataset", "train_groups", "k", "model", "free"):
         same = same[same[name] == first[name]] if pd.notna(first[name]) else same[:0]
     for _, gain in same.iterrows():
         row[f"{gain['metric']} - {gain['against']}"] = _with_interval(gain, "+.3f")
     return row
+
+
+def _against_others(gains: pd.DataFrame, dataset: str) -> list[str]:
+    """Cells minus the model before training and minus each baseline, paired; nothing where there are neither."""
+    others = gains[(gains["dataset"] == dataset) & (gains["metric"] == "ndcg@10")]
+    others = others[~others["against"].isin(IN_THE_ROW) & ~others["against"].str.startswith("K=")]
+    rows = []
+    for (model, groups, k, free), group in others.groupby(["model", "train_groups", "k", "free"], sort=False):
+        row: dict[str, object] = {"model": model, "K": int(k), "groups": int(groups)} | ({"axes": free} if free else {})
+        rows.append(row | {f"- {gain['against']}": _with_interval(gain, "+.3f") for _, gain in group.iterrows()})
+    return ["NDCG@10 minus that of others, paired:", _as_markdown(rows)] if rows else []
 
 
 def _matrix(means: pd.DataFrame) -> list[str]:
@@ -159,6 +173,12 @@ All models of a dataset rank the same test candidates. A figure is the mean over
 candidates stay) and its interval a 95 % bootstrap over users and seeds, the one that `dmpo evaluate NAME@SEED=FOLDER`
 gives: what other users and other seeds would give; with one seed other users alone, as in `experiment.parquet`, which
 has each seed by itself. The pictures show each seed as a point. Differences are paired, user by user and seed by
-seed. Losses are means over the last fifth of the training steps. `experiment.parquet` has a row for every model,
-dataset and metric, `curves.parquet` validation and training loss by step; every model is a run folder that `dmpo runs
-list` reads."""
+seed.
+
+`zero_shot` is a pretrained model before any training, `sft_continued` SFT for as many further steps as the preference
+stage has, `sft_continued_compute` for as many as cost the same FLOPs. Baselines count likes alone; those named (same
+users) are fitted on nothing but the likes that the training groups show. Losses are means over the last fifth of the
+training steps.
+
+`experiment.parquet` has a row for every model, dataset and metric, `curves.parquet` validation and training loss by
+step; every model is a run folder that `dmpo runs list` reads."""

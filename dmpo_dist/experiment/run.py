@@ -23,7 +23,12 @@ from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import failure, progress, require_unchanged, stamp, trained
 from dmpo_dist.experiment.train import in_this_process, placed, record_failure, train_parts
 
-ROLES = {"start": "SFT start", "continued": "SFT continued", "cell": "cell"}
+ROLES = {
+    "start": "SFT start",
+    "continued": "SFT continued",
+    "compute": "SFT continued at equal compute",
+    "cell": "cell",
+}
 
 
 def run_experiment(grid: GridConfig, console: Console) -> list[str]:
@@ -136,7 +141,9 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 def _counted(parts: Sequence[Part]) -> str:
     counts = Counter(ROLES[part.role] for part in parts)
-    return ", ".join(f"{n} {name}{'s' if n > 1 and name != 'SFT continued' else ''}" for name, n in counts.items())
+    return ", ".join(
+        f"{n} {name}{'s' if n > 1 and not name.startswith('SFT continued') else ''}" for name, n in counts.items()
+    )
 
 
 def _states(parts: Sequence[Part], data: Mapping[str, PreparedData]) -> str:
