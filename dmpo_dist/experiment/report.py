@@ -9,8 +9,10 @@ import pandas as pd
 from dmpo_dist.artifacts.files import whole_file, write_whole
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.experiment.methods import baseline_rows, data_rows, environment_lines, model_rows, with_columns
 from dmpo_dist.experiment.parts import CONTINUED, Part
 from dmpo_dist.experiment.results import curves, differences, evaluations, figures, notes, points
+from dmpo_dist.experiment.rules import rules_rows
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import progress
 from dmpo_dist.figures.study import (
@@ -24,6 +26,7 @@ from dmpo_dist.figures.study import (
 from dmpo_dist.tables import Table, markdown, texts
 
 SHOWN = ("hr@1", "ndcg@10", "auc")
+FIRST_COLUMNS = ("dataset", "model", "axes", "K", "groups", "seeds", "trained on", "evaluated on")
 IN_THE_ROW = ("sft", *CONTINUED)
 """A cell's difference from these, and from the fewest K, stands in its row of the main table."""
 PICTURES = {
@@ -63,6 +66,8 @@ def write_report(
         *drawn,
         *_tables(means, differences(found, samples)),
         *_matrix(means),
+        *_rules(found),
+        *_methods(parts, data, found),
         HOW,
     ]
     write_whole(output / "experiment.md", "\n\n".join(lines) + "\n")
@@ -150,13 +155,34 @@ def _matrix(means: pd.DataFrame) -> list[str]:
     return ["## Trained on one, evaluated on another (NDCG@10)", _as_markdown(rows)]
 
 
+def _rules(found: pd.DataFrame) -> list[str]:
+    rows = rules_rows(found)
+    heading = "## Scoring rules (NDCG@10)"
+    return [heading, RULES_NOTE, _as_markdown(with_columns(rows))] if rows else []
+
+
+def _methods(parts: Sequence[Part], data: Mapping[str, PreparedData], found: pd.DataFrame) -> list[str]:
+    """The methods sheet."""
+    tables = {
+        "### Data": data_rows(data),
+        "### Baselines and their tuning": baseline_rows(found),
+        "### Models, their tuning and compute": model_rows(parts, data),
+    }
+    lines = ["## Methods"]
+    for heading, rows in tables.items():
+        if rows:
+            lines += [heading, _as_markdown(with_columns(rows))]
+    about = environment_lines(parts)
+    return [*lines, "### Machine and versions", "\n".join(f"- {line}" for line in about), METHODS_NOTE]
+
+
 def _with_interval(row: pd.Series, form: str = ".3f") -> str:
     return f"{row['value']:{form}} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def _as_markdown(rows: Sequence[dict[str, object]]) -> str:
     names = dict.fromkeys(name for row in rows for name in row)
-    first = [name for name in ("model", "axes", "K", "groups", "seeds", "trained on") if name in names]
+    first = [name for name in FIRST_COLUMNS if name in names]
     columns = [*first, *(name for name in names if name not in first)]
     cells = texts([[row.get(name, "") for name in columns] for row in rows])
     return markdown(Table("", columns, cells, text_columns=len(columns)))
@@ -167,6 +193,15 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
         frame.to_parquet(part, index=False)
 
 
+RULES_NOTE = (
+    "What a title is ranked by: sum, its log-prob; mean, the same per token; prior, minus a weight times its log-prob "
+    "after an empty history; reference, minus that of the model it started from. The chosen rule, picked on the "
+    "validation requests alone, stands in all other tables."
+)
+METHODS_NOTE = (
+    "Steps compared on validation include step 0, the start itself. Training seconds are those of the optimizer steps, "
+    "times the workers, over all seeds, without start and validation; tokens are those that ran through the policy."
+)
 HOW = """## How to read it
 
 All models of a dataset rank the same test candidates. A figure is the mean over seeds (of training; data and
