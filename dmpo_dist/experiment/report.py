@@ -9,6 +9,8 @@ import pandas as pd
 from dmpo_dist.artifacts.files import whole_file, write_whole
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.evaluation.memorization import memorization_table
+from dmpo_dist.experiment.memorization import probed
 from dmpo_dist.experiment.methods import baseline_rows, data_rows, environment_lines, model_rows, with_columns
 from dmpo_dist.experiment.parts import CONTINUED, Part
 from dmpo_dist.experiment.results import curves, differences, evaluations, figures, notes, points
@@ -66,6 +68,7 @@ def write_report(
         *drawn,
         *_tables(means, differences(found, samples)),
         *_matrix(means),
+        *_memorization(parts, output),
         *_rules(found),
         *_methods(parts, data, found),
         HOW,
@@ -155,6 +158,15 @@ def _matrix(means: pd.DataFrame) -> list[str]:
     return ["## Trained on one, evaluated on another (NDCG@10)", _as_markdown(rows)]
 
 
+def _memorization(parts: Sequence[Part], output: Path) -> list[str]:
+    """What pretrained models know of the datasets before any training."""
+    lines = []
+    for dataset, found in probed(parts, output):
+        table = memorization_table("", found.probes)
+        lines += [f"### {found.model} on {dataset}", markdown(table)]
+    return ["## What the models knew before training", MEMORIZATION_NOTE, *lines] if lines else []
+
+
 def _rules(found: pd.DataFrame) -> list[str]:
     rows = rules_rows(found)
     heading = "## Scoring rules (NDCG@10)"
@@ -193,6 +205,12 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
         frame.to_parquet(part, index=False)
 
 
+MEMORIZATION_NOTE = (
+    "Shares with 95 % intervals; differences are paired. Completing a title shows that the model read it, not that it "
+    "read this dataset; preferring the user's own history may be taste and not memory; what only memory explains is "
+    "writing next titles letter by letter, depending on the history's order beyond its content, and knowing ids. See "
+    "docs/EXPERIMENTS.md."
+)
 RULES_NOTE = (
     "What a title is ranked by: sum, its log-prob; mean, the same per token; prior, minus a weight times its log-prob "
     "after an empty history; reference, minus that of the model it started from. The chosen rule, picked on the "

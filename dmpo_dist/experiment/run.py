@@ -17,6 +17,7 @@ from dmpo_dist.experiment.baselines import baseline_fits
 from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand
 from dmpo_dist.experiment.measure import free_accelerator, measure_baselines, measure_part
+from dmpo_dist.experiment.memorization import probe_models
 from dmpo_dist.experiment.parts import Part, make_parts
 from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.schema import GridConfig
@@ -52,6 +53,9 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
         with nullcontext() if alone or all(map(trained, parts)) else _cluster(parts[0]):
             if grid.baselines:
                 measure_baselines(baseline_fits(list(data), parts, grid.output_dir), data, console)
+            if grid.memorization:
+                probe_models(parts, data, grid.output_dir, grid.memorization, console)
+                free_accelerator()
             _train_and_measure(parts, data, alone, console)
         failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
         write_report(grid, parts, data, failures)

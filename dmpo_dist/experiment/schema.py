@@ -57,6 +57,9 @@ class GridConfig(Section):
     after as many more SFT steps as the preference stage has; sft_continued_compute, after as many as cost the same."""
     baselines: bool = True
     """Evaluate those of ``evaluation.baselines`` (and a simulator's oracle) on every dataset."""
+    memorization: int = Field(0, ge=0)
+    """Probe each pretrained model on this many titles and users of each dataset, for what it knows without training;
+    0 leaves it out."""
     evaluate_on: Literal["own", "all"] = "own"
     """own: the dataset trained on; all: every other one too, for the cross-domain matrix."""
     sft_shots: int | Literal["cell", "all"] = "cell"
