@@ -111,7 +111,9 @@ def test_sft_continued_at_equal_compute_has_as_many_steps_as_a_cells_flops_pay_f
             "sft_continued": by_role["continued"][0].title, "sft_continued_compute": equal.title
         }  # fmt: skip
         assert equal.measured == {"sft_continued_compute": equal.model}
-    group_tokens = 1 + 4  # responses of the policy; prompts run once, so that 4 negatives cost less than 5 times as much
+    group_tokens = (
+        1 + 4
+    )  # responses of the policy; prompts run once, so that 4 negatives cost less than 5 times as much
     assert many.config.sft.steps < 10 * group_tokens * 4 / 3  # the reference adds a third of forward and backward
 
 
