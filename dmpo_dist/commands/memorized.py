@@ -33,7 +33,7 @@ def probe(
     model = load_ranking_model(path, config)
     settings = probe_settings(config, titles, users)
     samples, total = config.evaluation.bootstrap_samples, number_of_texts(data, titles, users)
-    with UserProgress(f"probing {path}", total, 0, console, "loading the model") as progress:
+    with UserProgress(f"probing {path}", total, 0, console, "loading the model", "texts") as progress:
         probes = memorization_probes(model, data, titles, users, samples, config.seed, progress.advance)
     found = Memorization(
         model=path, data={"path": str(data.path), "fingerprint": data.fingerprint}, settings=settings, probes=probes

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,13 @@ def free_accelerator() -> None:
 
 def request_metrics(folder: Path, model: str) -> np.ndarray:
     """(n_requests, len(METRICS)) values of a model, in the order of the test requests, the same for all models."""
-    table = pd.read_parquet(folder / SCORES_FILE, columns=["request", "score"], filters=[("model", "==", model)])
+    file = folder / SCORES_FILE
+    return _request_metrics(file, model, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)  # each cell is paired with the same baselines
+def _request_metrics(file: Path, model: str, changed: int) -> np.ndarray:
+    table = pd.read_parquet(file, columns=["request", "score"], filters=[("model", "==", model)])
     scores = [group.to_numpy() for _, group in table.groupby("request", sort=True)["score"]]
     values = ranking_metrics(scores)
     return np.stack([values[metric] for metric in METRICS], axis=1)
