@@ -11,7 +11,8 @@ from dmpo_dist.artifacts.memorization import Memorization
 from dmpo_dist.cli import main
 from dmpo_dist.config import ModelConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.memorization import Text, followed, memorization_probes, number_of_texts
+from dmpo_dist.evaluation.followed import Text, followed
+from dmpo_dist.evaluation.memorization import memorization_probes, number_of_texts
 from dmpo_dist.modeling.ranking_model import RankingModel
 
 
@@ -64,7 +65,7 @@ def test_a_model_that_learned_titles_and_ids_shows_that_it_did_and_nothing_of_hi
         learner(input_ids=batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    probes = {p.probe.split(" (")[0]: p for p in memorization_probes(model, world.data, 40, 20, 200, 0)}
+    probes = {p.probe.split(" (")[0]: p for p in memorization_probes(model, world.data, 40, 20, 200, 0, examples=0)}
     titles, ids = probes["titles completed from their first half"], probes["title written after its item's id"]
     assert titles.figure.value > 0.2
     assert titles.difference.low > 0

@@ -5,90 +5,27 @@ continue its training text: does it complete titles, continue users' histories, 
 a control that keeps everything but what could be memorised.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from dmpo_dist.artifacts.evaluation import Interval
 from dmpo_dist.artifacts.memorization import ProbeFigures
 from dmpo_dist.data.continuation import continuation, encode
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.followed import Followed, Text, followed
 from dmpo_dist.evaluation.metrics import bootstrap_interval
-from dmpo_dist.modeling.logprobs import unwrap_peft
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.tables import Cell, Table
 
-BATCH_TOKENS = 512
+EXAMPLES = 5
+"""Other lines of the list before the one that is asked for, so that a model sees what the lines are."""
 ID_SEPARATOR = "::"
 """Between an item's id and its title, as MovieLens' own movies.dat has it."""
-
-
-class Text(NamedTuple):
-    """Token ids of a context and of what should follow."""
-
-    context: list[int]
-    following: list[int]
-
-
-@dataclass(frozen=True)
-class Followed:
-    """What a model says of n texts.
-
-    Attributes:
-        log_prob: (n,) summed log-prob of what follows.
-        greedy: (n,) 1 where greedy decoding writes exactly these tokens, else 0.
-    """
-
-    log_prob: np.ndarray
-    greedy: np.ndarray
-
-
-@torch.no_grad()
-def followed(model: Any, texts: Sequence[Text], advance: Callable[[int], None]) -> Followed:
-    """Run ``model`` over the texts, each a row; shorter ones are filled up behind, where no token looks back from.
-
-    Greedy decoding writes ``following`` if and only if each of its tokens is the likeliest one after those before it,
-    so one forward pass tells what generation would do.
-
-    Args:
-        model: a transformers causal LM, or a PEFT model around one, with the attention of ordinary rows.
-        advance: told how many more texts are done.
-    """
-    takes_keep = "logits_to_keep" in inspect.signature(unwrap_peft(model).forward).parameters
-    log_probs, greedy = np.empty(len(texts)), np.empty(len(texts))
-    for chosen in _batches([len(text.context) + len(text.following) for text in texts]):
-        rows = [torch.tensor(texts[index].context + texts[index].following) for index in chosen]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
-        # Logits predict the next token, so those from the last token of the shortest context on are needed.
-        first = min(len(texts[index].context) for index in chosen) - 1
-        keep = {"logits_to_keep": ids.shape[1] - first} if takes_keep else {}
-        logits = model(input_ids=ids, use_cache=False, **keep).logits[:, first - ids.shape[1] :]  # (B, T - first, V)
-        for row, index in enumerate(chosen):
-            begin, count = len(texts[index].context) - 1 - first, len(texts[index].following)
-            predicted = logits[row, begin : begin + count].float()  # (F, V)
-            wanted = torch.tensor(texts[index].following, device=model.device)
-            log_probs[index] = predicted.log_softmax(-1).gather(1, wanted[:, None]).double().sum()
-            greedy[index] = (predicted.argmax(-1) == wanted).all()
-        advance(len(chosen))
-    return Followed(log_probs, greedy)
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of texts of similar length, at most ``BATCH_TOKENS`` tokens or one text at a time."""
-    batch: list[int] = []
-    for index in np.argsort(lengths, kind="stable").tolist():  # the last of a batch is its longest
-        if batch and (len(batch) + 1) * lengths[index] > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def memorization_probes(
@@ -99,11 +36,13 @@ def memorization_probes(
     samples: int,
     seed: int,
     advance: Callable[[int], None] = lambda count: None,
+    examples: int = EXAMPLES,
 ) -> list[ProbeFigures]:
     """Probe ``model`` on ``titles`` items of the catalogue and on ``users`` test requests, drawn by ``seed``.
 
     Args:
         samples: of the bootstrap behind the 95 % intervals.
+        examples: whole lines of other items, drawn at random, before the one of an item that is asked for.
         advance: told how many more texts are done; there are ``number_of_texts``.
 
     Raises:
@@ -117,9 +56,9 @@ def memorization_probes(
     def run(texts: Sequence[Text]) -> Followed:
         return followed(writer, texts, advance)
 
-    probes = _title_probes(model.tokenizer, data, titles, rng, run, samples, seed)
+    probes = _title_probes(Lines(model.tokenizer, examples, rng), data, titles, rng, run, samples, seed)
     probes += _history_probes(model, data, users, rng, run, samples, seed)
-    return probes + _id_probes(model.tokenizer, data, titles, rng, run, samples, seed)
+    return probes + _id_probes(Lines(model.tokenizer, examples, rng), data, titles, rng, run, samples, seed)
 
 
 def number_of_texts(data: PreparedData, titles: int, users: int) -> int:
@@ -130,15 +69,39 @@ def number_of_texts(data: PreparedData, titles: int, users: int) -> int:
 Run = Callable[[Sequence[Text]], Followed]
 
 
+@dataclass
+class Lines:
+    """Makes plain texts: some whole lines, drawn from those of other items, then the one that is asked for."""
+
+    tokenizer: Any
+    examples: int
+    rng: np.random.Generator
+
+    def before(self, lines: Sequence[str], asked: str) -> str:
+        """Example lines from ``lines`` without ``asked``, each with its end."""
+        others = [line for line in lines if line != asked]
+        chosen = self.rng.choice(len(others), min(self.examples, len(others)), replace=False) if others else []
+        return "".join(others[index] + "\n" for index in chosen)
+
+    def text(self, context: str, following: str) -> Text:
+        """Both in ids, after the token that begins texts, where the tokenizer has one."""
+        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = encode(self.tokenizer, context).ids
+        return Text(begin + ids, continuation(self.tokenizer, context, ids, following).ids)
+
+
 def _title_probes(
-    tokenizer: Any, data: PreparedData, count: int, rng: np.random.Generator, run: Run, samples: int, seed: int
+    lines: Lines, data: PreparedData, count: int, rng: np.random.Generator, run: Run, samples: int, seed: int
 ) -> list[ProbeFigures]:
     """Titles completed from their first half, against the same words in another order."""
     assert data.items is not None
     known = [words for words in map(str.split, data.items["title"]) if len(set(words)) > 1]
     chosen = _drawn(known, count, rng, f"{data.path}: no title has two words to complete")
-    shuffled = [_reordered(words, rng) for words in chosen]
-    own, control = (run([_halves(tokenizer, words) for words in some]).greedy for some in (chosen, shuffled))
+    before = [lines.before(data.items["title"].tolist(), " ".join(words)) for words in chosen]
+    own, control = (
+        run([_halves(lines, *of_title) for of_title in zip(before, some, strict=True)]).greedy
+        for some in (chosen, [_reordered(words, rng) for words in chosen])
+    )
     return [_against_control("titles completed from their first half (control: words shuffled)", own, control,
                              samples, seed)]  # fmt: skip
 
@@ -166,7 +129,7 @@ def _history_probes(
 
 
 def _id_probes(
-    tokenizer: Any, data: PreparedData, count: int, rng: np.random.Generator, run: Run, samples: int, seed: int
+    lines: Lines, data: PreparedData, count: int, rng: np.random.Generator, run: Run, samples: int, seed: int
 ) -> list[ProbeFigures]:
     """A title after its item's id, and after the id of another item."""
     assert data.items is not None
@@ -177,8 +140,14 @@ def _id_probes(
     # The ids of all drawn items, moved by one: each title gets the id of another item.
     ids = [item for item, _ in chosen] if len(chosen) > 1 else [next(i for i, _ in pairs if i != chosen[0][0])]
     others = ids[1:] + ids[:1]
-    own = run([_text(tokenizer, item + ID_SEPARATOR, title) for item, title in chosen])
-    other = run([_text(tokenizer, i + ID_SEPARATOR, title) for i, (_, title) in zip(others, chosen, strict=True)])
+    known = [item + ID_SEPARATOR + title for item, title in pairs]
+    before = [lines.before(known, item + ID_SEPARATOR + title) for item, title in chosen]
+
+    def texts(asked: Sequence[str]) -> list[Text]:
+        rows = zip(before, asked, chosen, strict=True)
+        return [lines.text(examples + item + ID_SEPARATOR, title) for examples, item, (_, title) in rows]
+
+    own, other = run(texts([item for item, _ in chosen])), run(texts(others))
     return [
         _against_control("title written after its item's id (control: another item's id)", own.greedy, other.greedy,
                          samples, seed),
@@ -201,17 +170,10 @@ def _reordered(words: Sequence[str], rng: np.random.Generator) -> list[str]:
             return other
 
 
-def _halves(tokenizer: Any, words: Sequence[str]) -> Text:
+def _halves(lines: Lines, before: str, words: Sequence[str]) -> Text:
     """The first half of a title, the longer one of an odd number of words, and the rest."""
     middle = (len(words) + 1) // 2
-    return _text(tokenizer, " ".join(words[:middle]), " " + " ".join(words[middle:]))
-
-
-def _text(tokenizer: Any, context: str, following: str) -> Text:
-    """Plain text with the token that begins texts, where the tokenizer has one."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = encode(tokenizer, context).ids
-    return Text(begin + ids, continuation(tokenizer, context, ids, following).ids)
+    return lines.text(before + " ".join(words[:middle]), " " + " ".join(words[middle:]))
 
 
 def _after_history(model: RankingModel, history: Sequence[str], row: dict[str, Any]) -> Text:
