@@ -105,6 +105,7 @@ def test_sft_continued_at_equal_compute_has_as_many_steps_as_a_cells_flops_pay_f
     few, many = by_role["compute"]  # one for each K, shared by the objectives
     assert 10 < few.config.sft.steps < many.config.sft.steps
     assert few.name == f"a_shots-8_steps-{few.config.sft.steps}_seed-0"
+    assert [part.distinct for part in (few, many)] == [f"steps={part.config.sft.steps}" for part in (few, many)]
     for cell in by_role["cell"]:
         equal = few if cell.cell.k == 1 else many
         assert cell.continued == {

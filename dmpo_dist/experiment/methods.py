@@ -51,7 +51,7 @@ def model_rows(parts: Sequence[Part], data: Mapping[str, PreparedData]) -> Rows:
     kinds: dict[tuple[Any, ...], list[Part]] = {}
     for part in finished:
         cell = part.cell.k if part.role == "cell" else None
-        kinds.setdefault((part.role, _label(part), part.cell.dataset, part.shots, cell, part.free), []).append(part)
+        kinds.setdefault((part.role, _label(part), part.cell.dataset, part.shots, cell, part.distinct), []).append(part)
     return [_model_row(members, data) for members in kinds.values()]
 
 
@@ -102,7 +102,7 @@ def _model_row(members: Sequence[Part], data: Mapping[str, PreparedData]) -> dic
     seconds, tokens = np.sum([_compute(run, settings.get("global_batch_size", 0)) for run in runs], axis=0)
     return {
         "model": _label(first),
-        "axes": ", ".join(f"{key}={value}" for key, value in first.free),
+        "axes": first.distinct,
         "K": first.cell.k if first.role == "cell" else "",
         "groups": groups,
         "trained on": first.cell.dataset,

@@ -76,6 +76,12 @@ class Part:
         return ZERO_SHOT if model == UNTUNED and self.config.model.path != SCRATCH else model
 
     @property
+    def distinct(self) -> str:
+        """What tells the model from others of its role on the same groups: free axes, and steps at equal compute."""
+        steps = [length.strip("_").replace("-", "=")] if (length := _length(self.role, self.config)) else []
+        return ", ".join([*steps, *(f"{key}={value}" for key, value in self.free)])
+
+    @property
     def kind(self) -> Kind:
         """The kind of the stage that trains it."""
         return "preference" if self.role == "cell" else "sft"

@@ -217,6 +217,7 @@ RULES_NOTE = (
     "validation requests alone, stands in all other tables."
 )
 METHODS_NOTE = (
+    "Nothing was chosen for baselines that have no row here; item_knn keeps evaluation.knn_neighbours neighbours. "
     "Steps compared on validation include step 0, the start itself. Training seconds are those of the optimizer steps, "
     "times the workers, over all seeds, without start and validation; tokens are those that ran through the policy."
 )

@@ -175,7 +175,7 @@ def _row(part: Part, data: Mapping[str, PreparedData]) -> dict[str, Any]:
         "k": cell.k if part.role == "cell" else None,
         "objective": cell.objective if part.role == "cell" else None,
         "seed": cell.seed,
-        "free": ", ".join(f"{key}={value}" for key, value in part.free),
+        "free": part.distinct,
         "continued": part.continued,
     }
 

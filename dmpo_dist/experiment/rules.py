@@ -28,7 +28,7 @@ def rules_rows(found: pd.DataFrame) -> list[dict[str, Any]]:
         row = {"model": values["model"], "K": "" if pd.isna(values["k"]) else int(values["k"])}
         row |= {"groups": int(values["train_groups"]), "seeds": len(group), "trained on": values["dataset"]}
         row |= {"evaluated on": values["evaluated_on"]} | ({"axes": values["free"]} if values["free"] else {})
-        rows.append(row | {rule: _figure(of_rule) for rule, of_rule in figures.items()} | {"chosen": _chosen(choices)})
+        rows.append(row | {rule: _figure(figures.get(rule, [])) for rule in RULES} | {"chosen": _chosen(choices)})
     return rows
 
 
@@ -48,6 +48,8 @@ def _of_seeds(group: pd.DataFrame) -> tuple[dict[Rule, list[Interval]], list[Rul
 
 
 def _figure(of_seeds: list[Interval]) -> str:
+    if not of_seeds:
+        return ""
     values = [figure.value for figure in of_seeds]
     if len(values) > 1:
         return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
