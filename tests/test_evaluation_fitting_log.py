@@ -7,7 +7,7 @@ import pytest
 from dmpo_dist.config import DataConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
+from dmpo_dist.evaluation.fitting_log import fitting_log, known_likes, knows_the_future, of_same_users
 
 
 def prepare_small_log(folder, split: str) -> PreparedData:
@@ -30,7 +30,8 @@ def test_a_split_by_time_ends_at_the_cut(tmp_path, part):
     data = prepare_small_log(tmp_path, "time")
     log, cut = fitting_log(data, part), data.card.cuts[part].timestamp
     assert log["timestamp"].max() < cut <= min(getattr(data, part)["timestamp"][:])
-    assert len(log) == (data.interactions["timestamp"] < cut).sum()
+    likes = data.interactions[data.interactions["rating"] >= 4]
+    assert len(log) == (likes["timestamp"] < cut).sum() < (data.interactions["timestamp"] < cut).sum()
     assert not knows_the_future(data)
 
 
@@ -40,9 +41,27 @@ def test_leave_one_out_leaves_out_what_a_user_did_from_the_request_on(tmp_path, 
     asked = {row["user"]: row["timestamp"] for row in data.test}
     if part == "validation":
         asked |= {row["user"]: min(row["timestamp"], asked.get(row["user"], np.inf)) for row in data.validation}
-    expected = [time < asked.get(user, np.inf) for user, time in data.interactions[["user", "timestamp"]].to_numpy()]
-    pd.testing.assert_frame_equal(fitting_log(data, part), data.interactions[expected])
+    likes = data.interactions[data.interactions["rating"] >= 4]
+    expected = [time < asked.get(user, np.inf) for user, time in likes[["user", "timestamp"]].to_numpy()]
+    pd.testing.assert_frame_equal(fitting_log(data, part), likes[expected])
     taken = set(zip(*(fitting_log(data, part)[name] for name in ("user", "item")), strict=True))
     assert not taken & {(row["user"], row["positive_item"]) for row in getattr(data, part)}
     assert knows_the_future(data)
     assert fitting_log(data, part)["timestamp"].max() > min(asked.values())
+
+
+@pytest.mark.parametrize("split", ["time", "leave_one_out"])
+@pytest.mark.parametrize("shots", [3, 10, None])
+def test_the_log_of_the_same_users_is_what_their_training_groups_show(tmp_path, split, shots):
+    data = prepare_small_log(tmp_path, split)
+    few = of_same_users(data, shots)
+    groups = list(PreparedData.load(data.path, shots).train)
+    assert list(few.train) == groups
+    shown = {(row["user"], item) for row in groups for item in (*row["history_items"], row["positive_item"])}
+    for part in ("validation", "test"):
+        log = fitting_log(few, part)
+        assert set(zip(log["user"], log["item"], strict=True)) == shown
+        assert set(log.index) <= set(fitting_log(data, part).index)
+        assert len(log) == len(shown)
+    assert len(known_likes(few)) < len(known_likes(data))
+    assert list(few.test) == list(data.test)

@@ -94,6 +94,38 @@ def test_starts_are_shared_and_come_before_what_needs_them():
     assert sum(part.role == "start" for part in make_parts(shared, expand(shared), {})) == 2 * 2
 
 
+def test_sft_continued_at_equal_compute_has_as_many_steps_as_a_cells_flops_pay_for(world):
+    settings = {"train": {"steps": 10}, "model": {"max_length": 256}}
+    blocks = {"k": [1, 4], "objective": ["dmpo", "sdpo"], "shots": 8}
+    arms = ["zero_shot", "sft", "sft_continued", "sft_continued_compute"]
+    grid = grid_of(blocks, arms=arms, settings=settings, datasets={"a": str(world.data.path)})
+    parts = make_parts(grid, expand(grid), {"a": world.data})
+    by_role = {role: [part for part in parts if part.role == role] for role in ("continued", "compute", "cell")}
+    assert [part.config.sft.steps for part in by_role["continued"]] == [10]
+    few, many = by_role["compute"]  # one for each K, shared by the objectives
+    assert 10 < few.config.sft.steps < many.config.sft.steps
+    assert few.name == f"a_shots-8_steps-{few.config.sft.steps}_seed-0"
+    assert [part.distinct for part in (few, many)] == [f"steps={part.config.sft.steps}" for part in (few, many)]
+    for cell in by_role["cell"]:
+        equal = few if cell.cell.k == 1 else many
+        assert cell.continued == {
+            "sft_continued": by_role["continued"][0].title, "sft_continued_compute": equal.title
+        }  # fmt: skip
+        assert equal.measured == {"sft_continued_compute": equal.model}
+    group_tokens = (
+        1 + 4
+    )  # responses of the policy; prompts run once, so that 4 negatives cost less than 5 times as much
+    assert many.config.sft.steps < 10 * group_tokens * 4 / 3  # the reference adds a third of forward and backward
+
+
+def test_a_model_before_training_is_zero_shot_if_it_is_pretrained_and_untuned_if_it_is_random(world):
+    for path, called in (("scratch", "untuned"), (str(world.model), "zero_shot")):
+        for arm in ("untuned", "zero_shot"):
+            grid = grid_of({}, arms=[arm], settings={"model": {"path": path}})
+            start = make_parts(grid, expand(grid), {})[0]
+            assert [start.called(name) for name in start.measured] == [called]
+
+
 @pytest.mark.parametrize("recipe", GRIDS, ids=[recipe.stem for recipe in GRIDS])
 def test_the_grids_that_are_shipped_expand(recipe):
     grid = read_grid(recipe)

@@ -1,20 +1,26 @@
 """Tables of an experiment: every figure once, means over seeds, each cell paired with its own start."""
 
+import io
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 from worlds import prepared
 
+from dmpo_dist.artifacts.evaluation import Evaluation, ScoringRules
 from dmpo_dist.config import dump_config
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.experiment.baselines import baseline_fits
 from dmpo_dist.experiment.grid import expand
+from dmpo_dist.experiment.measure import measure_baselines
 from dmpo_dist.experiment.parts import make_parts
 from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.results import differences, evaluations, figures, points
+from dmpo_dist.experiment.rules import rules_rows
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import begin, evaluation_folder, model_settings, stamp
 
@@ -163,3 +169,55 @@ def test_the_report_draws_what_the_grid_has_and_names_what_is_missing(study):
     write_report(plain, few, {"b": data["b"], "a": data["a"]}, [])
     assert not (grid.output_dir / "few_shot.png").exists()
     assert not (grid.output_dir / "k_sweep.png").exists()
+
+
+def test_baselines_on_both_logs_rules_and_methods_stand_on_the_page(study):
+    grid, _, data = study
+    more = {"settings": {"evaluation": {"bootstrap_samples": 100, "fit_on": ["log", "shots"]}}}
+    grid = GridConfig.model_validate(grid.model_dump(mode="json") | more)
+    chosen = {("objective.beta", 0.5), ("sft.learning_rate", 1e-3)}
+    parts = [part for part in make_parts(grid, expand(grid), data) if {*part.free} <= chosen]
+    fits = baseline_fits(list(data), parts, grid.output_dir)
+    assert [(fit.dataset, fit.few, fit.shots) for fit in fits] == [
+        ("a", False, None), ("a", True, 8), ("a", True, None), ("b", False, None), ("b", True, None)
+    ]  # fmt: skip
+    measure_baselines(fits, data, Console(file=io.StringIO()))
+    found = evaluations(parts, data, grid.output_dir)
+    assert set(found[found["part"].isna()]["model"]) == {
+        "random", "popularity", "item_knn", "oracle", "popularity (same users)", "item_knn (same users)"
+    }  # fmt: skip
+
+    # Each cell against the baseline that was fitted on its own groups, and against the one on the whole log.
+    gains = differences(found, 100)
+    values = points(found, 100).set_index(["dataset", "evaluated_on", "train_groups", "k", "model", "free", "metric"])
+    cells = gains[(gains["dataset"] == "a") & (gains["metric"] == "ndcg@10")]
+    assert set(cells["train_groups"]) == {8, len(data["a"].train)}
+    for gain in cells[cells["against"] == "item_knn (same users)"].to_dict("records"):
+        at = ("a", "a", gain["train_groups"])
+        cell = values.loc[(*at, gain["k"], gain["model"], gain["free"], "ndcg@10"), "value"]
+        rows = found[(found["model"] == gain["against"]) & (found["train_groups"] == gain["train_groups"])]
+        baseline = Evaluation.read(rows["folder"].iloc[0]).models[gain["against"]]["ndcg@10"].value
+        assert gain["value"] == pytest.approx(cell - baseline)
+        assert gain["low"] < gain["value"] < gain["high"]
+
+    # Rules of one model: the chosen one is named, and without any the table is not there.
+    assert rules_rows(found) == []
+    part = next(part for part in parts if part.role == "cell")
+    evaluation = Evaluation.read(evaluation_folder(part, "a"))
+    (figures_of_dmpo,) = evaluation.models.values()
+    choice = {"rule": "prior", "prior_weight": 0.5, "validation": {"sum": 0.5, "prior 0.5": 0.6}}
+    rules = {"models": {"dmpo": {rule: figures_of_dmpo for rule in ("sum", "prior")}}, "chosen": {"dmpo": choice}}
+    evaluation.rules = ScoringRules.model_validate(rules)
+    evaluation.write(evaluation_folder(part, "a"))
+    (row,) = rules_rows(evaluations([part], data, grid.output_dir))
+    assert row["chosen"] == "prior, weight 0.5"
+    assert row["sum"] == row["prior"] != ""
+
+    write_report(grid, parts, data, [])
+    text = (grid.output_dir / "experiment.md").read_text()
+    for words in (
+        "| item_knn (same users) |", "NDCG@10 minus that of others, paired:", "## Scoring rules", "## Methods",
+        "prior, weight 0.5", "fitted on nothing but the likes that the 8 training groups show",
+        "Training started from random weights",
+    ):  # fmt: skip
+        assert words in text, words

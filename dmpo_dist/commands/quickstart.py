@@ -1,4 +1,4 @@
-"""`dmpo quickstart`: simulate data, train SFT, DMPO and SFT continued, evaluate, all on one Ray instance."""
+"""`dmpo quickstart`: simulate data, train SFT, DMPO alone, DMPO with likelihood, SFT continued, and evaluate."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from dmpo_dist.commands.evaluate import check_classical, evaluate
 from dmpo_dist.commands.run_folder import open_run_folder
 from dmpo_dist.commands.train import run_stages, say
 from dmpo_dist.config import RunConfig
+from dmpo_dist.config.objective import ObjectiveConfig, PreferenceOptions
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.records.tracking import check_tracking
 
@@ -15,45 +16,61 @@ from dmpo_dist.records.tracking import check_tracking
 def quickstart(config: RunConfig, console: Console) -> None:
     """Run all stages into ``config.output_dir``.
 
-    SFT continued trains the SFT model by SFT for as many more steps as DMPO has, for a fair comparison.
+    The objective runs alone and, where the configuration gives it a likelihood term, with that in a row of its own. SFT
+    continued trains the SFT model by SFT for as many more steps, for a fair comparison.
     """
     output = config.output_dir.absolute()
     check_tracking(config.tracking)
     check_classical(config.evaluation.baselines, config, console)
     open_run_folder(config, resume=False)
-    say(console, "1/5 data: a simulated world whose best possible ranking is known")
+    preferences = preference_rows(config)
+    stages = 4 + len(preferences)
+    say(console, f"1/{stages} data: a simulated world whose best possible ranking is known")
     prepare(config.data, config.seed, output / "data", echo=lambda line: console.print(line, highlight=False))
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": output / "data"})})
     models = {
         "untuned": output / "sft" / "scratch",
         "sft": output / "sft" / "model",
         "sft_continued": output / "sft_continued" / "model",
-        "dmpo": output / "dmpo" / "model",
+        **{row: output / row / "model" for row in preferences},
     }
     start = str(models["sft"])
     run_stages(
         [
             (
-                "2/5 SFT: a small language model learns the catalogue from the users' histories",
+                f"2/{stages} SFT: a small language model learns the catalogue from the users' histories",
                 "sft",
                 _into(config, output / "sft", "scratch"),
             ),
-            (
-                "3/5 DMPO: one positive against K negatives per user",
-                "preference",
-                _into(config, output / "dmpo", start),
+            *(
+                (
+                    f"{number}/{stages} {row}: one positive against K negatives per user",
+                    "preference",
+                    _into(config.model_copy(update={"objective": objective}), output / row, start),
+                )
+                for number, (row, objective) in enumerate(preferences.items(), start=3)
             ),
             (
-                "4/5 SFT continued on the same groups for as many steps, for a fair comparison",
+                f"{stages - 1}/{stages} SFT continued on the same groups for as many steps, for a fair comparison",
                 "sft",
                 continued_config(_into(config, output / "sft_continued", start)),
             ),
         ],
         console,
     )
-    say(console, "5/5 evaluation on requests after the cut")
+    say(console, f"{stages}/{stages} evaluation on requests after the cut")
     evaluate({name: str(path) for name, path in models.items()}, config, output, console)
-    say(console, f"curves: {output}/dmpo/curves.png   model: {models['dmpo']}")
+    last = list(preferences)[-1]
+    say(console, f"curves: {output}/{last}/curves.png   model: {models[last]}")
+
+
+def preference_rows(config: RunConfig) -> dict[str, ObjectiveConfig]:
+    """Row of the table -> objective: that of ``config`` without its likelihood term, then with it if it has one."""
+    objective = config.objective
+    if not isinstance(objective, PreferenceOptions) or not objective.sft_weight:
+        return {objective.name: objective}
+    alone = objective.model_copy(update={"sft_weight": 0.0, "sft_loss_on": "response"})
+    return {objective.name: alone, f"{objective.name}_likelihood": objective}
 
 
 def continued_config(config: RunConfig) -> RunConfig:

@@ -1,7 +1,7 @@
 """What ``dmpo evaluate`` and ``dmpo rank`` depend on."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -9,6 +9,10 @@ from dmpo_dist.config.section import Section
 
 Baseline = Literal["random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec"]
 Rule = Literal["sum", "mean", "prior", "reference"]
+SAME_USERS = " (same users)"
+"""Ends the name of a baseline that was fitted on what the training groups hold, and not on the whole log."""
+BASELINES: tuple[str, ...] = (*get_args(Baseline), *(name + SAME_USERS for name in get_args(Baseline)))
+"""All names that baselines have in tables."""
 
 
 class TransformerBaseline(Section):
@@ -48,6 +52,9 @@ class EvaluationConfig(Section):
     baselines: list[Baseline] = Field(["random", "popularity", "item_knn"])
     """Ranked beside the models. popularity counts before each request, pop_fitted in what the others are fitted on;
     ease, sasrec and bert4rec come from RecTools, in an environment of their own that is made on first use."""
+    fit_on: list[Literal["log", "shots"]] = Field(["log"], min_length=1)
+    """What baselines are fitted on: log, the likes of the whole log before a split; shots, only those in the histories
+    and positives of the data.shots training groups, in rows named "(same users)"."""
     baseline_environment: Path | None = None
     """Folder of that environment; None is one in the user's cache. Make it first where nodes have no network."""
     knn_neighbours: int = Field(50, ge=1)
@@ -74,7 +81,7 @@ class EvaluationConfig(Section):
     prior_weights: list[Annotated[float, Field(ge=0)]] = Field([0, 0.25, 0.5, 0.75, 1], min_length=1)
     """Weights of the prior to choose from by NDCG@10 on the validation requests; a single one needs none."""
 
-    @field_validator("baselines", "rules", "prior_weights")
+    @field_validator("baselines", "fit_on", "rules", "prior_weights")
     @classmethod
     def _each_once(cls, value: list[Any], info: ValidationInfo) -> list[Any]:
         if len(set(value)) < len(value):

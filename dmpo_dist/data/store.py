@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,13 @@ class PreparedData:
             name: _read_table(path / f"{name}.parquet") if getattr(card, name) else None
             for name in ("items", "interactions")
         }
-        fingerprint = card.fingerprint
-        if shots is not None:
-            splits["train"] = _few(splits["train"], shots, path)
-            fingerprint = few_fingerprint(fingerprint, shots)
-        return cls(**splits, **tables, card=card, fingerprint=fingerprint, path=path)
+        whole = cls(**splits, **tables, card=card, fingerprint=card.fingerprint, path=path)
+        return whole if shots is None else whole.few(shots)
+
+    def few(self, shots: int) -> "PreparedData":
+        """The same data with ``shots`` training groups; raises UserError where it has fewer."""
+        train = _few(self.train, shots, self.path)
+        return replace(self, train=train, fingerprint=few_fingerprint(self.fingerprint, shots))
 
     def stored_negatives(self) -> list[int]:
         """How many negatives each training group has."""

@@ -1,6 +1,6 @@
 """SASRec, BERT4Rec and EASE on the same candidates: writes files for ``rectools_runner.py`` and reads its scores.
 
-The models are trained on the likes of ``fitting_log`` and see the history of a request. Candidates are written in the
+The models are trained on ``fitting_log`` and see the history of a request. Candidates are written in the
 order of their names, so that nothing reveals the positive. The number of epochs and the regularization are chosen on
 the validation requests, by models trained on a log that ends before these requests. The chosen model is then trained
 again on the log that ends before the test requests.
@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from dmpo_dist.config.evaluation import EvaluationConfig
-from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.classical_environment import baseline_python, run_environment
@@ -78,7 +77,7 @@ def classical_scores(
 def _read_scores(folder: Path, names: Sequence[str], data: PreparedData, catalogue: bool) -> ClassicalScores:
     """The scores that the runner wrote to ``folder``; read in blocks, as requests x items may not fit in memory."""
     groups, columns = _groups(data.test), _catalogue(data)
-    counts = _likes(data, "test")["item"].value_counts().reindex(columns, fill_value=0).to_numpy(float)
+    counts = fitting_log(data, "test")["item"].value_counts().reindex(columns, fill_value=0).to_numpy(float)
     # Candidates were written sorted and are scored in that order, or the whole catalogue is. ``of_group`` holds for
     # each request the (1 + K,) indices of its candidates in the scores, the positive first.
     item_columns = [columns.get_indexer(pd.Index(group)) for group in groups]
@@ -134,14 +133,10 @@ def _write_inputs(folder: Path, data: PreparedData, catalogue: bool) -> None:
         asked: Sequence[list[str] | None] = _groups(rows)  # validation's positives come first
         if part == "test":
             asked = [None if catalogue else sorted(group) for group in _groups(rows)]
-        log = _likes(data, part).sort_values(["timestamp", "user", "item"])
+        log = fitting_log(data, part).sort_values(["timestamp", "user", "item"])
         log[["user", "item", "timestamp"]].to_parquet(folder / f"{part}_log.parquet", index=False)
         requests = pd.DataFrame({"history": rows["history_items"][:], "candidates": asked})
         requests.to_parquet(folder / f"{part}_requests.parquet", index=False)
-
-
-def _likes(data: PreparedData, part: str) -> pd.DataFrame:
-    return likes(fitting_log(data, part), data.card.config["rating_threshold"])
 
 
 def _groups(rows: Dataset) -> list[list[str]]:

@@ -17,6 +17,9 @@ from dmpo_dist.evaluation.strata import Strata, cells, strata_figures
 from dmpo_dist.evaluation.tables import COMPARED_METRICS as COMPARED_METRICS
 from dmpo_dist.evaluation.tables import TABLE_METRICS, in_order, markdown
 
+SUBJECTS = ("dmpo", "dmpo_likelihood")
+"""Models that are compared with all others unless something else is asked for."""
+
 
 def evaluate_scores(
     scores_by_model: dict[str, list[np.ndarray]],
@@ -36,7 +39,8 @@ def evaluate_scores(
         rows: the requests, in the order of the scores.
         samples: bootstrap resamples of the requests, the same ones for every model and metric.
         strata: groups of the requests to look at by themselves.
-        against: models that all others are compared with; none compares ``dmpo`` (where present) with each other model.
+        against: models that all others are compared with; none compares each of ``SUBJECTS`` that is present with all
+            others.
         starts: model -> the model that its stage started from, which it is compared with for itself.
 
     Returns:
@@ -49,7 +53,8 @@ def evaluate_scores(
     sizes = [1 + len(negatives) for negatives in rows["negatives"][:]]
     found = stacked({name: _metric_values(name, scores, sizes) for name, scores in scores_by_model.items()})
     values = {name: found[name] for name in in_order(found)}
-    pairs = [("dmpo", other) for other in values if other != "dmpo"] if "dmpo" in values else []
+    subjects = [name for name in SUBJECTS if name in values]
+    pairs = [(a, b) for i, a in enumerate(subjects) for b in values if b not in subjects[: i + 1]]
     if against:
         pairs = [(other, one) for one in against for other in values if other != one]
     of_starts = [(name, start) for name, start in (starts or {}).items()]

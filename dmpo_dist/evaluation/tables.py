@@ -7,6 +7,7 @@ import numpy as np
 from rich.table import Table as TerminalTable
 
 from dmpo_dist import tables
+from dmpo_dist.config.evaluation import SAME_USERS
 from dmpo_dist.evaluation.metrics import sure_hits
 from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.formats import number
@@ -14,7 +15,7 @@ from dmpo_dist.tables import Cell, Table
 
 MODEL_ORDER = (
     "random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec", "untuned", "zero_shot",
-    "sft", "sft_continued", "dpo", "dpo_pairs", "sdpo", "dmpo", "oracle",
+    "sft", "sft_continued", "sft_continued_compute", "dpo", "dpo_pairs", "sdpo", "dmpo", "dmpo_likelihood", "oracle",
 )  # fmt: skip
 ORACLE = "oracle"
 COMPARED_METRICS = ("ndcg@10", "hr@1", "auc")
@@ -41,10 +42,10 @@ BySeed = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names in the order of ``MODEL_ORDER``; other names follow as they come."""
+    """Names in the order of ``MODEL_ORDER``, a baseline on the same users after its own; others follow as they come."""
     names = list(names)
-    known = [name for name in MODEL_ORDER if name in names]
-    return known + [name for name in names if name not in MODEL_ORDER]
+    known = [name for model in MODEL_ORDER for name in (model, model + SAME_USERS) if name in names]
+    return known + [name for name in names if name not in known]
 
 
 def metrics_table(

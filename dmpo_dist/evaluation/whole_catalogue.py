@@ -18,7 +18,7 @@ from dmpo_dist.evaluation.baselines import (
     popularity_scores,
     random_scores,
 )
-from dmpo_dist.evaluation.fitting_log import fitting_log
+from dmpo_dist.evaluation.fitting_log import fitting_log, known_likes
 from dmpo_dist.evaluation.metrics import TOP_METRICS, coverage, gini, top_metrics
 from dmpo_dist.evaluation.ranking import Ranker
 from dmpo_dist.evaluation.seeds import by_name, stacked
@@ -73,7 +73,7 @@ class WholeCatalogue:
 
     def __init__(self, data: PreparedData) -> None:
         items, self._log = require_catalogue(data)
-        self._data, self._fitting_log = data, fitting_log(data, "test")
+        self._data, self._likes, self._fitting_log = data, known_likes(data), fitting_log(data, "test")
         self.items, self.titles = items["item"].to_numpy(), items["title"].to_numpy()
         index_of = {item: index for index, item in enumerate(self.items.tolist())}
         test = data.test
@@ -94,7 +94,7 @@ class WholeCatalogue:
         """Those of ``names`` that need no environment of their own."""
         systems: dict[str, Callable[[Dataset], list[np.ndarray]]] = {
             "random": lambda rows: random_scores(rows, config.seed),
-            "popularity": lambda rows: popularity_scores(rows, self._log),
+            "popularity": lambda rows: popularity_scores(rows, self._likes),
             "pop_fitted": lambda rows: fitted_popularity_scores(rows, self._fitting_log),
             "item_knn": lambda rows: item_knn_scores(rows, self._fitting_log, config.evaluation.knn_neighbours),
         }

@@ -1,7 +1,8 @@
 """Evaluating all models of an experiment and all baselines on the same test candidates of each dataset."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,18 @@ import torch
 from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import SCORES_FILE
-from dmpo_dist.commands.evaluate import baseline_scores, classical_baselines, notes_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.baseline_scores import baseline_scores, notes_of
 from dmpo_dist.evaluation.baselines import oracle_scores
 from dmpo_dist.evaluation.metrics import METRICS, ranking_metrics
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores, rules_figures
+from dmpo_dist.experiment.baselines import BaselineFit
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, model_settings, to_evaluate
-
-BASELINES = "baselines"
 
 
 def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
@@ -53,22 +53,22 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
         _write(evaluation_folder(part, dataset), scores, data[dataset], part.config, about)
 
 
-def measure_baselines(folder: Path, data: Mapping[str, PreparedData], config: RunConfig, console: Console) -> None:
-    """Evaluate the baselines on every dataset, unless ``folder`` has an evaluation of them by these settings."""
-    settings = baseline_settings(config)
-    for name, prepared in data.items():
-        if evaluated(folder / name, prepared, settings):
+def measure_baselines(fits: Iterable[BaselineFit], data: Mapping[str, PreparedData], console: Console) -> None:
+    """Evaluate the baselines by each of ``fits``, unless its folder has an evaluation of them by its settings."""
+    for fit in fits:
+        prepared, settings = data[fit.dataset], baseline_settings(fit.config)
+        if evaluated(fit.folder, prepared, settings):
             continue
-        classical = classical_baselines(prepared, config, False, console)
-        scores = baseline_scores(prepared, config, console) | (classical.candidates if classical else {})
-        oracle = oracle_scores(prepared.test)
+        found = baseline_scores(prepared, fit.config, False, lambda line: console.print(line, highlight=False))
         about = {
             "folders": {},
             "settings": settings,
-            "notes": notes_of(prepared, config),
-            "baselines": classical.details if classical else {},
+            "notes": notes_of(prepared, fit.config),
+            "baselines": found.details,
         }
-        _write(folder / name, scores | ({"oracle": oracle} if oracle is not None else {}), prepared, config, about)
+        oracle = None if fit.few else oracle_scores(prepared.test)
+        scores = found.scores | ({} if oracle is None else {"oracle": oracle})
+        _write(fit.folder, scores, prepared, fit.config, about)
 
 
 def free_accelerator() -> None:
@@ -80,7 +80,13 @@ def free_accelerator() -> None:
 
 def request_metrics(folder: Path, model: str) -> np.ndarray:
     """(n_requests, len(METRICS)) values of a model, in the order of the test requests, the same for all models."""
-    table = pd.read_parquet(folder / SCORES_FILE, columns=["request", "score"], filters=[("model", "==", model)])
+    file = folder / SCORES_FILE
+    return _request_metrics(file, model, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)  # each cell is paired with the same baselines
+def _request_metrics(file: Path, model: str, changed: int) -> np.ndarray:
+    table = pd.read_parquet(file, columns=["request", "score"], filters=[("model", "==", model)])
     scores = [group.to_numpy() for _, group in table.groupby("request", sort=True)["score"]]
     values = ranking_metrics(scores)
     return np.stack([values[metric] for metric in METRICS], axis=1)

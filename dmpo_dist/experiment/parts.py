@@ -3,27 +3,37 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dmpo_dist.commands.quickstart import continued_config
-from dmpo_dist.commands.train import require_reorderable
+from dmpo_dist.commands.train import SCRATCH, require_reorderable
 from dmpo_dist.config import ReferenceConfig, RunConfig, TrainConfig
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.experiment.compute import equal_compute
 from dmpo_dist.experiment.datasets import named_path
 from dmpo_dist.experiment.grid import Free, GridCell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, GridConfig
 from dmpo_dist.training.groups import require_negatives
 from dmpo_dist.training.job import Kind
 
-Role = Literal["start", "continued", "cell"]
-FOLDERS = {"start": "sft", "continued": "sft_continued", "cell": "cells"}
+Role = Literal["start", "continued", "compute", "cell"]
+FOLDERS = {"start": "sft", "continued": "sft_continued", "compute": "sft_continued_compute", "cell": "cells"}
+CONTINUED: dict[str, Role] = {"sft_continued": "continued", "sft_continued_compute": "compute"}
+"""Arm -> role of the SFT continued: for as many steps as the preference stage has, or for as many as cost the same."""
 PREFERENCE_SECTIONS = ("objective", "reference")
-WITHOUT = {"start": ("train", *PREFERENCE_SECTIONS), "continued": PREFERENCE_SECTIONS, "cell": ()}
+WITHOUT = {
+    "start": ("train", *PREFERENCE_SECTIONS),
+    "continued": PREFERENCE_SECTIONS,
+    "compute": PREFERENCE_SECTIONS,
+    "cell": (),
+}
 """Role -> sections of the configuration that its parts do not depend on."""
+UNTUNED, ZERO_SHOT = "untuned", "zero_shot"
+"""The model before training, as evaluations and arms call it; a pretrained one is called zero-shot in tables."""
 NO_INFLUENCE = ("token_budget", "checkpoint_every", "keep_checkpoints", "log_every")
 """Keys of a stage that change how it runs but not the model it ends with."""
 
@@ -33,7 +43,8 @@ class Part:
     """One model of an experiment: a run folder, its evaluations, its stamp.
 
     Attributes:
-        role: the model of a cell, the SFT start that a cell needs, or that start continued by SFT.
+        role: the model of a cell, the SFT start that a cell needs, or that start continued by SFT, for equal steps or
+            for equal compute.
         name: the name of its folder.
         folder: holds its settings, run, evaluations and stamp.
         config: the configuration of its stage; ``output_dir`` is ``folder / stage``.
@@ -44,7 +55,7 @@ class Part:
         measured: name in tables -> model to evaluate; for an SFT start these may include the untuned model.
         evaluate_on: names of the datasets to evaluate these models on.
         settings: all settings that its weights depend on, dotted key -> value.
-        continued: title of the SFT continued that a cell is compared with; None for other roles or without that arm.
+        continued: of a cell: arm -> title of the SFT continued that it is compared with, for the arms there are.
     """
 
     role: Role
@@ -58,7 +69,17 @@ class Part:
     measured: dict[str, Path]
     evaluate_on: tuple[str, ...]
     settings: dict[str, Any]
-    continued: str | None = None
+    continued: Mapping[str, str] = field(default_factory=dict)
+
+    def called(self, model: str) -> str:
+        """What tables call one of ``measured``."""
+        return ZERO_SHOT if model == UNTUNED and self.config.model.path != SCRATCH else model
+
+    @property
+    def distinct(self) -> str:
+        """What tells the model from others of its role on the same groups: free axes, and steps at equal compute."""
+        steps = [length.strip("_").replace("-", "=")] if (length := _length(self.role, self.config)) else []
+        return ", ".join([*steps, *(f"{key}={value}" for key, value in self.free)])
 
     @property
     def kind(self) -> Kind:
@@ -101,6 +122,7 @@ def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, P
         UserError: a dataset has fewer groups or negatives than a cell asks for.
     """
     parts: dict[str, Part] = {}
+    asked: set[str] = {*grid.arms}
     for cell in cells:
         config = _on_dataset(cell.config, cell, grid, data)
         if cell.dataset in data:
@@ -108,17 +130,22 @@ def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, P
         start = _part("start", config, cell, None, grid, data)
         parts.setdefault(start.title, start)
         part = _part("cell", config, cell, start, grid, data)
-        if "sft_continued" in grid.arms:
-            same = {
-                key: getattr(config.train, key) for key in ("select", "select_metric", "max_grad_norm", "log_every")
-            }
-            longer = continued_config(config)
-            longer = longer.model_copy(update={"sft": longer.sft.model_copy(update=same)})
-            continued = _part("continued", longer, cell, start, grid, data)
-            parts.setdefault(continued.title, continued)
-            part = replace(part, continued=continued.title)
-        parts[part.title] = part
+        continued: dict[str, str] = {}
+        for arm in filter(asked.__contains__, CONTINUED):
+            longer = _continued(config, arm, there=cell.dataset in data)
+            other = _part(CONTINUED[arm], longer, cell, start, grid, data)
+            parts.setdefault(other.title, other)
+            continued[arm] = other.title
+        parts[part.title] = replace(part, continued=continued)
     return list(parts.values())
+
+
+def _continued(config: RunConfig, arm: str, there: bool) -> RunConfig:
+    """SFT for as many steps as the preference stage of ``config``, or at equal compute once its data is there."""
+    same = {key: getattr(config.train, key) for key in ("select", "select_metric", "max_grad_norm", "log_every")}
+    longer = continued_config(config)
+    longer = longer.model_copy(update={"sft": longer.sft.model_copy(update=same)})
+    return equal_compute(longer, config) if CONTINUED[arm] == "compute" and there else longer
 
 
 def _part(
@@ -138,7 +165,7 @@ def _part(
         shots = grid.sft_shots if isinstance(grid.sft_shots, int) else cell.shots if grid.sft_shots == "cell" else None
         config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
     free = tuple(axis for axis in cell.free if axis[0].split(".")[0] not in WITHOUT[role])
-    name = f"{cell.dataset}_shots-{shots or ALL_SHOTS}_seed-{cell.seed}{free_part(free)}"
+    name = f"{cell.dataset}_shots-{shots or ALL_SHOTS}{_length(role, config)}_seed-{cell.seed}{free_part(free)}"
     name = cell.name if role == "cell" else name
     folder = grid.output_dir.absolute() / FOLDERS[role] / name
     stage = "train" if role == "cell" else "sft"
@@ -169,13 +196,23 @@ def _part(
     )
 
 
+def _length(role: Role, config: RunConfig) -> str:
+    """What tells SFT at equal compute from others on its groups: cells of another K may need other numbers of steps."""
+    if role != "compute":
+        return ""
+    sft = config.sft
+    return f"_epochs-{sft.epochs:.4g}" if sft.steps is None else f"_steps-{sft.steps}"
+
+
 def _measured(role: str, run: Path, start: str, cell: GridCell, grid: GridConfig) -> dict[str, Path]:
     if role == "cell":
         return {cell.objective: run / "model"}
-    if role == "continued":
-        return {"sft_continued": run / "model"}
-    models = {"untuned": run / "scratch" if start == "scratch" else Path(start), "sft": run / "model"}
-    return {name: path for name, path in models.items() if name in grid.arms}
+    for arm, of_arm in CONTINUED.items():
+        if role == of_arm:
+            return {arm: run / "model"}
+    models = {UNTUNED: run / "scratch" if start == SCRATCH else Path(start), "sft": run / "model"}
+    arms = {UNTUNED if arm == ZERO_SHOT else arm for arm in grid.arms}
+    return {name: path for name, path in models.items() if name in arms}
 
 
 def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str | None) -> dict[str, Any]:

@@ -9,8 +9,12 @@ import pandas as pd
 from dmpo_dist.artifacts.files import whole_file, write_whole
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.experiment.parts import Part
+from dmpo_dist.evaluation.memorization import memorization_table
+from dmpo_dist.experiment.memorization import probed
+from dmpo_dist.experiment.methods import baseline_rows, data_rows, environment_lines, model_rows, with_columns
+from dmpo_dist.experiment.parts import CONTINUED, Part
 from dmpo_dist.experiment.results import curves, differences, evaluations, figures, notes, points
+from dmpo_dist.experiment.rules import rules_rows
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import progress
 from dmpo_dist.figures.study import (
@@ -24,6 +28,9 @@ from dmpo_dist.figures.study import (
 from dmpo_dist.tables import Table, markdown, texts
 
 SHOWN = ("hr@1", "ndcg@10", "auc")
+FIRST_COLUMNS = ("dataset", "model", "axes", "K", "groups", "seeds", "trained on", "evaluated on")
+IN_THE_ROW = ("sft", *CONTINUED)
+"""A cell's difference from these, and from the fewest K, stands in its row of the main table."""
 PICTURES = {
     FEW_SHOT_FILE: (
         draw_few_shot,
@@ -61,6 +68,9 @@ def write_report(
         *drawn,
         *_tables(means, differences(found, samples)),
         *_matrix(means),
+        *_memorization(parts, output),
+        *_rules(found),
+        *_methods(parts, data, found),
         HOW,
     ]
     write_whole(output / "experiment.md", "\n\n".join(lines) + "\n")
@@ -95,7 +105,7 @@ def _tables(means: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
         of_points = group.groupby(["model", "train_groups", "k", "free"], dropna=False, sort=False)
         rows = [_table_row(point, gains) for _, point in of_points]
         rows.sort(key=lambda row: ("K" in row, row.get("groups", 0)))
-        lines += [f"## {dataset}", _as_markdown(rows)]
+        lines += [f"## {dataset}", _as_markdown(rows), *_against_others(gains, str(dataset))]
     return lines
 
 
@@ -114,12 +124,24 @@ def _table_row(point: pd.DataFrame, gains: pd.DataFrame) -> dict[str, object]:
     if pd.notna(first["final_preference_loss"]):
         at_start, at_end = first["first_preference_loss"], first["final_preference_loss"]
         row["preference loss, start -> end"] = f"{at_start:.3f} -> {at_end:.3f}"
+    gains = gains[gains["against"].isin(IN_THE_ROW) | gains["against"].str.startswith("K=")]
     same = gains[gains["metric"] == np.where(gains["against"].str.startswith("K="), "hr@1", "ndcg@10")]
     for name in ("dataset", "train_groups", "k", "model", "free"):
         same = same[same[name] == first[name]] if pd.notna(first[name]) else same[:0]
     for _, gain in same.iterrows():
         row[f"{gain['metric']} - {gain['against']}"] = _with_interval(gain, "+.3f")
     return row
+
+
+def _against_others(gains: pd.DataFrame, dataset: str) -> list[str]:
+    """Cells minus the model before training and minus each baseline, paired; nothing where there are neither."""
+    others = gains[(gains["dataset"] == dataset) & (gains["metric"] == "ndcg@10")]
+    others = others[~others["against"].isin(IN_THE_ROW) & ~others["against"].str.startswith("K=")]
+    rows = []
+    for (model, groups, k, free), group in others.groupby(["model", "train_groups", "k", "free"], sort=False):
+        row: dict[str, object] = {"model": model, "K": int(k), "groups": int(groups)} | ({"axes": free} if free else {})
+        rows.append(row | {f"- {gain['against']}": _with_interval(gain, "+.3f") for _, gain in group.iterrows()})
+    return ["NDCG@10 minus that of others, paired:", _as_markdown(rows)] if rows else []
 
 
 def _matrix(means: pd.DataFrame) -> list[str]:
@@ -136,13 +158,43 @@ def _matrix(means: pd.DataFrame) -> list[str]:
     return ["## Trained on one, evaluated on another (NDCG@10)", _as_markdown(rows)]
 
 
+def _memorization(parts: Sequence[Part], output: Path) -> list[str]:
+    """What pretrained models know of the datasets before any training."""
+    lines = []
+    for dataset, found in probed(parts, output):
+        table = memorization_table("", found.probes)
+        lines += [f"### {found.model} on {dataset}", markdown(table)]
+    return ["## What the models knew before training", MEMORIZATION_NOTE, *lines] if lines else []
+
+
+def _rules(found: pd.DataFrame) -> list[str]:
+    rows = rules_rows(found)
+    heading = "## Scoring rules (NDCG@10)"
+    return [heading, RULES_NOTE, _as_markdown(with_columns(rows))] if rows else []
+
+
+def _methods(parts: Sequence[Part], data: Mapping[str, PreparedData], found: pd.DataFrame) -> list[str]:
+    """The methods sheet."""
+    tables = {
+        "### Data": data_rows(data),
+        "### Baselines and their tuning": baseline_rows(found),
+        "### Models, their tuning and compute": model_rows(parts, data),
+    }
+    lines = ["## Methods"]
+    for heading, rows in tables.items():
+        if rows:
+            lines += [heading, _as_markdown(with_columns(rows))]
+    about = environment_lines(parts)
+    return [*lines, "### Machine and versions", "\n".join(f"- {line}" for line in about), METHODS_NOTE]
+
+
 def _with_interval(row: pd.Series, form: str = ".3f") -> str:
     return f"{row['value']:{form}} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def _as_markdown(rows: Sequence[dict[str, object]]) -> str:
     names = dict.fromkeys(name for row in rows for name in row)
-    first = [name for name in ("model", "axes", "K", "groups", "seeds", "trained on") if name in names]
+    first = [name for name in FIRST_COLUMNS if name in names]
     columns = [*first, *(name for name in names if name not in first)]
     cells = texts([[row.get(name, "") for name in columns] for row in rows])
     return markdown(Table("", columns, cells, text_columns=len(columns)))
@@ -153,12 +205,34 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
         frame.to_parquet(part, index=False)
 
 
+MEMORIZATION_NOTE = (
+    "Shares with 95 % intervals; differences are paired. Completing a title shows that the model read it, not that it "
+    "read this dataset; preferring the user's own history may be taste and not memory; what only memory explains is "
+    "writing next titles letter by letter, depending on the history's order beyond its content, and knowing ids. See "
+    "docs/EXPERIMENTS.md."
+)
+RULES_NOTE = (
+    "What a title is ranked by: sum, its log-prob; mean, the same per token; prior, minus a weight times its log-prob "
+    "after an empty history; reference, minus that of the model it started from. The chosen rule, picked on the "
+    "validation requests alone, stands in all other tables."
+)
+METHODS_NOTE = (
+    "Nothing was chosen for baselines that have no row here; item_knn keeps evaluation.knn_neighbours neighbours. "
+    "Steps compared on validation include step 0, the start itself. Training seconds are those of the optimizer steps, "
+    "times the workers, over all seeds, without start and validation; tokens are those that ran through the policy."
+)
 HOW = """## How to read it
 
 All models of a dataset rank the same test candidates. A figure is the mean over seeds (of training; data and
 candidates stay) and its interval a 95 % bootstrap over users and seeds, the one that `dmpo evaluate NAME@SEED=FOLDER`
 gives: what other users and other seeds would give; with one seed other users alone, as in `experiment.parquet`, which
 has each seed by itself. The pictures show each seed as a point. Differences are paired, user by user and seed by
-seed. Losses are means over the last fifth of the training steps. `experiment.parquet` has a row for every model,
-dataset and metric, `curves.parquet` validation and training loss by step; every model is a run folder that `dmpo runs
-list` reads."""
+seed.
+
+`zero_shot` is a pretrained model before any training, `sft_continued` SFT for as many further steps as the preference
+stage has, `sft_continued_compute` for as many as cost the same FLOPs. Baselines count likes alone; those named (same
+users) are fitted on nothing but the likes that the training groups show. Losses are means over the last fifth of the
+training steps.
+
+`experiment.parquet` has a row for every model, dataset and metric, `curves.parquet` validation and training loss by
+step; every model is a run folder that `dmpo runs list` reads."""

@@ -12,8 +12,9 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.report import COMPARED_METRICS
 from dmpo_dist.evaluation.seeds import SeededValues
-from dmpo_dist.experiment.measure import BASELINES, request_metrics
-from dmpo_dist.experiment.parts import FOLDERS, Part
+from dmpo_dist.experiment.baselines import baseline_fits
+from dmpo_dist.experiment.measure import request_metrics
+from dmpo_dist.experiment.parts import CONTINUED, FOLDERS, UNTUNED, ZERO_SHOT, Part
 from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, progress
 from dmpo_dist.records.read import VALIDATION_METRICS, Run, read_run
 
@@ -26,16 +27,16 @@ COUNTS = ("shots", "train_groups", "k")
 LOSSES = ("loss", "preference_loss")
 POINT = ["dataset", "evaluated_on", "shots", "train_groups", "k", "model", "free"]
 """Columns that identify a point of a curve; its rows differ in their seed."""
-NOT_SHOWN = ("losses", "folder", "continued")
+NOT_SHOWN = ("losses", "folder", "continued", "scored_as")
 
 
 def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output: Path) -> pd.DataFrame:
     """A row for each finished model or baseline and each dataset it was evaluated on.
 
     Columns: those of ``POINT`` (shots, train_groups and k are <NA> where they do not apply, and shots also where all
-    groups are used), part, start (name of the SFT start), seed, objective (None except for cells), and three that no
-    file shows: ``folder`` of the evaluation, ``losses`` (see ``final_losses``), ``continued`` (the SFT continued that a
-    cell is compared with).
+    groups are used), part, start (name of the SFT start), seed, objective (None except for cells), and four that no
+    file shows: ``folder`` of the evaluation, ``scored_as`` (the model's name in it), ``losses`` (see ``final_losses``),
+    ``continued`` (arm -> the SFT continued that a cell is compared with).
     """
     rows = []
     for part in parts:
@@ -45,13 +46,22 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
         for dataset in part.evaluate_on:
             folder = evaluation_folder(part, dataset)
             described = _row(part, data) | {"evaluated_on": dataset, "losses": losses, "folder": folder}
-            rows += [described | {"model": model} for model in Evaluation.read(folder).models]
-    for dataset, prepared in data.items():
-        folder = output / BASELINES / dataset
-        described = {"dataset": dataset, "evaluated_on": dataset, "losses": {}, "free": "", "folder": folder}
-        current = evaluated(folder, prepared, baseline_settings(parts[0].config))
-        models = Evaluation.read(folder).models if current else []
-        rows += [described | {"model": model} for model in models]
+            models = Evaluation.read(folder).models
+            rows += [described | {"model": part.called(model), "scored_as": model} for model in models]
+    for fit in baseline_fits(list(data), parts, output):
+        prepared = data[fit.dataset]
+        described = {
+            "dataset": fit.dataset,
+            "evaluated_on": fit.dataset,
+            "losses": {},
+            "free": "",
+            "folder": fit.folder,
+        }
+        if fit.few:
+            described |= {"shots": fit.shots, "train_groups": fit.shots or len(prepared.train)}
+        current = evaluated(fit.folder, prepared, baseline_settings(fit.config))
+        models = Evaluation.read(fit.folder).models if current else []
+        rows += [described | {"model": model, "scored_as": model} for model in models]
     columns = [*POINT, "part", "start", "seed", "objective", *NOT_SHOWN]
     frame = pd.DataFrame(rows, columns=columns)
     return frame.astype(dict.fromkeys((*COUNTS, "seed"), "Int64"))
@@ -65,10 +75,10 @@ def figures(found: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for row in found.to_dict("records"):
-        losses, folder, _ = (row.pop(name) for name in NOT_SHOWN)
+        losses, folder, _, scored_as = (row.pop(name) for name in NOT_SHOWN)
         evaluation = Evaluation.read(folder)
         described = {"final_train_loss": losses.get("loss"), "final_preference_loss": losses.get("preference_loss")}
-        for metric, cell in evaluation.models[row["model"]].items():
+        for metric, cell in evaluation.models[scored_as].items():
             rows.append(row | {"metric": metric, **cell.content(), "requests": evaluation.requests} | described)
     columns = [c for c in found.columns if c not in NOT_SHOWN]
     columns += ["metric", "value", "low", "high", "requests", "final_train_loss", "final_preference_loss"]
@@ -114,16 +124,20 @@ def points(found: pd.DataFrame, samples: int) -> pd.DataFrame:
 
 
 def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
-    """Cells minus their SFT start, SFT continued, and the same cell with the fewest negatives, on their own dataset.
+    """Cells minus others on their own dataset, paired.
 
-    Columns: ``POINT``, against (sft, sft_continued or "K=1"), metric, value, low, high (95 % bootstrap over
-    users and seeds, paired over both), seeds.
+    The others are what a cell started from (zero-shot or untuned, and SFT), SFT continued at equal steps and at equal
+    compute, the same cell with the fewest negatives, and the baselines. A baseline has one fit for all seeds.
+
+    Columns: ``POINT``, against (a model's name, or "K=1"), metric, value, low, high (95 % bootstrap over users and
+    seeds, paired over both), seeds.
     """
     own = found[found["dataset"] == found["evaluated_on"]]
+    baselines = list(dict.fromkeys(own[own["part"].isna()]["model"]))
     rows = []
     for key, group in own[own["objective"].notna()].groupby(POINT, dropna=False, sort=False):
         described = dict(zip(POINT, key, strict=True))
-        for against in ("sft", "sft_continued", FEWEST_K):
+        for against in (ZERO_SHOT, UNTUNED, "sft", *CONTINUED, FEWEST_K, *baselines):
             found_others = [_counterpart(own, row, against) for row in group.to_dict("records")]
             others = [other for other in found_others if other is not None]
             if len(others) < len(group):
@@ -161,7 +175,7 @@ def _row(part: Part, data: Mapping[str, PreparedData]) -> dict[str, Any]:
         "k": cell.k if part.role == "cell" else None,
         "objective": cell.objective if part.role == "cell" else None,
         "seed": cell.seed,
-        "free": ", ".join(f"{key}={value}" for key, value in part.free),
+        "free": part.distinct,
         "continued": part.continued,
     }
 
@@ -169,7 +183,7 @@ def _row(part: Part, data: Mapping[str, PreparedData]) -> dict[str, Any]:
 def _seeded(group: pd.DataFrame) -> SeededValues:
     """A point's values (n_requests, n_seeds, n_metrics), with its seeds in the order of `dmpo evaluate`."""
     ordered = group.assign(label=group["seed"].astype(str)).sort_values("label")
-    values = [request_metrics(*row) for row in zip(ordered["folder"], ordered["model"], strict=True)]
+    values = [request_metrics(*row) for row in zip(ordered["folder"], ordered["scored_as"], strict=True)]
     return SeededValues(tuple(ordered["label"]), np.stack(values, axis=1))
 
 
@@ -182,13 +196,17 @@ def _mean_losses(group: pd.DataFrame) -> dict[str, float]:
 def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str, Any] | None:
     """The row that a cell's model is compared with.
 
-    By ``name`` that is its SFT start, the start continued by SFT on the cell's groups, or the cell with the fewest
-    negatives and otherwise the same settings. None where there is no such row, as for the cell with the fewest itself.
+    By ``name`` that is its SFT start or what this started from, the start continued by SFT on the cell's groups, the
+    cell with the fewest negatives and otherwise the same settings, or a baseline, fitted on the whole log or on the
+    cell's own groups. None where there is no such row, as for the cell with the fewest itself.
     """
-    if name == "sft":
+    if name in ("sft", ZERO_SHOT, UNTUNED):
         same = own[(own["model"] == name) & (own["part"] == f"{FOLDERS['start']}/{row['start']}")]
-    elif name == "sft_continued":
-        same = own[(own["model"] == name) & (own["part"] == row["continued"])]
+    elif name in CONTINUED:
+        same = own[(own["model"] == name) & (own["part"] == row["continued"].get(name))]
+    elif name != FEWEST_K:
+        same = own[(own["model"] == name) & own["part"].isna() & (own["dataset"] == row["dataset"])]
+        same = same[same["train_groups"].isna() | (same["train_groups"] == row["train_groups"]).fillna(False)]
     else:
         same = own[own["objective"].notna()]
         for column in ("model", "dataset", "seed", "train_groups", "free"):

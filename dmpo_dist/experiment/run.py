@@ -12,16 +12,23 @@ from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.commands.train import say
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.experiment.baselines import baseline_fits
 from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand
-from dmpo_dist.experiment.measure import BASELINES, free_accelerator, measure_baselines, measure_part
+from dmpo_dist.experiment.measure import free_accelerator, measure_baselines, measure_part
+from dmpo_dist.experiment.memorization import probe_models
 from dmpo_dist.experiment.parts import Part, make_parts
 from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import failure, progress, require_unchanged, stamp, trained
 from dmpo_dist.experiment.train import in_this_process, placed, record_failure, train_parts
 
-ROLES = {"start": "SFT start", "continued": "SFT continued", "cell": "cell"}
+ROLES = {
+    "start": "SFT start",
+    "continued": "SFT continued",
+    "compute": "SFT continued at equal compute",
+    "cell": "cell",
+}
 
 
 def run_experiment(grid: GridConfig, console: Console) -> list[str]:
@@ -44,7 +51,10 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
         console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
         with nullcontext() if alone or all(map(trained, parts)) else _cluster(parts[0]):
             if grid.baselines:
-                measure_baselines(grid.output_dir / BASELINES, data, parts[0].config, console)
+                measure_baselines(baseline_fits(list(data), parts, grid.output_dir), data, console)
+            if grid.memorization:
+                probe_models(parts, data, grid.output_dir, grid.memorization, console)
+                free_accelerator()
             _train_and_measure(parts, data, alone, console)
         failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
         write_report(grid, parts, data, failures)
@@ -116,7 +126,9 @@ def _placed(part: Part, grid: GridConfig, alone: bool) -> Part:
 
 def _counted(parts: Sequence[Part]) -> str:
     counts = Counter(ROLES[part.role] for part in parts)
-    return ", ".join(f"{n} {name}{'s' if n > 1 and name != 'SFT continued' else ''}" for name, n in counts.items())
+    return ", ".join(
+        f"{n} {name}{'s' if n > 1 and not name.startswith('SFT continued') else ''}" for name, n in counts.items()
+    )
 
 
 def _states(parts: Sequence[Part], data: Mapping[str, PreparedData]) -> str:

@@ -18,6 +18,7 @@ AXES = ("dataset", "shots", "seed", "k", "objective")
 KEY_OF_AXIS = {"shots": "data.shots", "seed": "seed", "k": "train.negatives", "objective": "objective.name"}
 NOT_TRAINING = ("output_dir", "version", "cluster", "submit", "tracking", "ranking", "evaluation")
 ALL_SHOTS = "all"
+Arm = Literal["untuned", "zero_shot", "sft", "sft_continued", "sft_continued_compute"]
 
 
 class DatasetConfig(Section):
@@ -51,10 +52,14 @@ class GridConfig(Section):
     grid: list[dict[str, list[Any]]] = Field(min_length=1)
     """Axis -> values, or a list of such blocks whose cells add up. Axes: dataset, shots (numbers or all), k, objective
     (names, or mappings of the objective section), seed, and any dotted key of the configuration."""
-    arms: list[Literal["untuned", "sft", "sft_continued"]] = Field(default_factory=lambda: ["sft"])
-    """Evaluated beside the cells: the model before training, after SFT, and after as many more SFT steps."""
+    arms: list[Arm] = Field(default_factory=lambda: ["sft"])
+    """Evaluated beside the cells: zero_shot (or untuned), the model before training; sft, after SFT; sft_continued,
+    after as many more SFT steps as the preference stage has; sft_continued_compute, after as many as cost the same."""
     baselines: bool = True
     """Evaluate those of ``evaluation.baselines`` (and a simulator's oracle) on every dataset."""
+    memorization: int = Field(0, ge=0)
+    """Probe each pretrained model on this many titles and users of each dataset, for what it knows without training;
+    0 leaves it out."""
     evaluate_on: Literal["own", "all"] = "own"
     """own: the dataset trained on; all: every other one too, for the cross-domain matrix."""
     sft_shots: int | Literal["cell", "all"] = "cell"

@@ -27,6 +27,9 @@ BASELINES_IGNORE = {
     "baseline_environment", "token_budget", "order_requests", "candidate_orders", "generate", *RULES
 }  # fmt: skip
 
+COUNTED = "likes"
+"""What baselines count; evaluations of versions that counted all ratings do not say so and are made again."""
+
 State = Literal["done", "to evaluate", "interrupted", "failed", "to do"]
 
 
@@ -149,7 +152,9 @@ def model_settings(config: RunConfig) -> dict[str, Any]:
 
 def baseline_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that the figures of the baselines depend on, as saved in their evaluation."""
-    return config.evaluation.model_dump(mode="json", exclude=BASELINES_IGNORE) | {"seed": config.seed}
+    few = {"shots": config.data.shots} if "shots" in config.evaluation.fit_on else {}
+    settings = config.evaluation.model_dump(mode="json", exclude=BASELINES_IGNORE)
+    return settings | {"seed": config.seed, "counted": COUNTED} | few
 
 
 def evaluated(folder: Path, data: PreparedData, settings: Mapping[str, Any], models: Iterable[str] = ()) -> bool:

@@ -101,17 +101,20 @@ def forward_flops(shape: Shape, work: Work) -> Flops:
     )
 
 
-def step_flops(shape: Shape, work: Work) -> int:
+def step_flops(shape: Shape, work: Work, reference: bool = True) -> int:
     """FLOPs of reference forward, policy forward and policy backward under LoRA; see the module's convention.
 
     With ``lora_rank`` 0 all weights are trained, and their backward is 2 x forward.
+
+    Args:
+        reference: False leaves the reference's forward out.
     """
     f = forward_flops(shape, work)
-    reference = f.linear + f.attention + f.head
-    policy = reference + f.adapters
+    plain = f.linear + f.attention + f.head
+    policy = plain + f.adapters
     base = 1 if shape.lora_rank else 2
     backward = base * (f.linear + f.head) + 2 * f.adapters + 2 * f.attention
-    return reference + policy + backward
+    return (plain if reference else 0) + policy + backward
 
 
 def shared_work(prompt: int, response: int, negatives: int) -> Work:

@@ -19,15 +19,24 @@ class UserProgress:
         done: number of users that an earlier run did.
         console: where the progress is shown.
         before: what happens before the first users are done.
+        unit: what is counted, where it is not users.
     """
 
-    def __init__(self, title: str, total: int, done: int, console: Console, before: str = "starting workers") -> None:
-        self._title, self._total, self._done = title, total, done
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        done: int,
+        console: Console,
+        before: str = "starting workers",
+        unit: str = "users",
+    ) -> None:
+        self._title, self._total, self._done, self._unit = title, total, done, unit
         self._console, self._before = console, before
         self._first: tuple[int, float] | None = None
         self._bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} users"),
+            TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
         ) if console.is_terminal else None  # fmt: skip
         self._task = self._bar.add_task(title, total=total, completed=done) if self._bar else None
@@ -55,12 +64,12 @@ class UserProgress:
         now = time.monotonic()
         if self._first and now - self._shown < SECONDS_BETWEEN_LINES and self._done < self._total:
             return
-        line = f"[{self._title} {now - self._began:5.0f}s] {self._done}/{self._total} users"
+        line = f"[{self._title} {now - self._began:5.0f}s] {self._done}/{self._total} {self._unit}"
         if self._first is None:
             self._first = self._done, now
         else:
             rate = (self._done - self._first[0]) / max(now - self._first[1], 1e-9)
             left = int((self._total - self._done) / rate)
-            line += f", {rate:.1f} users/s, ETA {left // 60}:{left % 60:02d}"
+            line += f", {rate:.1f} {self._unit}/s, ETA {left // 60}:{left % 60:02d}"
         self._shown = now
         self._console.print(line, markup=False, highlight=False)

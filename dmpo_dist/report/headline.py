@@ -6,11 +6,11 @@ import pandas as pd
 
 from dmpo_dist.artifacts.evaluation import Comparison, Evaluation
 from dmpo_dist.artifacts.explanations import Explanations
+from dmpo_dist.config.evaluation import BASELINES
 from dmpo_dist.figures.study import SWEEP_METRIC
 from dmpo_dist.formats import candidates, interval, joined, metric_name, number, verdict
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import Material
-from dmpo_dist.report.intervals import BASELINES
 from dmpo_dist.report.study import at_home, labels
 
 METRIC, SUBJECT = "ndcg@10", "dmpo"

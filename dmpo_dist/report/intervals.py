@@ -1,16 +1,13 @@
 """Interval plots of evaluations: all models, paired differences, strata."""
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
 
 from dmpo_dist.artifacts.evaluation import Comparison, Evaluation, Metrics, Stratum
-from dmpo_dist.config.evaluation import Baseline
 from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
 from dmpo_dist.figures.style import BLUE, GREEN, GREY, ORANGE, Drawing, Look, looks
 from dmpo_dist.formats import metric_name
 
 MAIN_METRICS = ("ndcg@10", "hr@1")
-BASELINES = get_args(Baseline)
 ENDS = ("random", "untuned", "oracle")
 """Models whose figures are usually far from all others."""
 STRATA_MODELS = 4

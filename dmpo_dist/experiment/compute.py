@@ -1,0 +1,64 @@
+"""SFT continued at equal compute: as many steps of SFT as cost what a cell's preference stage costs."""
+
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from dmpo_dist.commands.train import SCRATCH, make_start
+from dmpo_dist.config import RunConfig
+from dmpo_dist.data.place import require_prepared
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
+from dmpo_dist.modeling.backbone import find_model, load_tokenizer
+from dmpo_dist.objectives.registry import make_objective
+from dmpo_dist.planning.compute import compute_factor
+from dmpo_dist.planning.model import blueprint
+
+COUNTED = 256
+"""Groups whose tokens are counted, where there are more."""
+
+
+def equal_compute(continued: RunConfig, cell: RunConfig) -> RunConfig:
+    """``continued``, SFT for as many steps as the preference stage of ``cell``, with as many as cost the same FLOPs.
+
+    Validation is not counted, and a reference that is cached counts as if it ran in every step.
+
+    Raises:
+        UserError: a model whose FLOPs cannot be counted, such as a mixture of experts.
+    """
+    loss = make_objective(cell.objective)
+    titles = continued.sft.loss_on == "all_titles"
+    factor = compute_factor(
+        blueprint(cell.model).shape,
+        _token_groups(_of_tokens(cell), titles or loss.scores_history),
+        cell.train.negatives,
+        reference=loss.needs_reference,
+        history_in_preference=loss.scores_history,
+        history_in_sft=titles,
+        shared=cell.model.attention != "unshared",
+    )
+    sft = continued.sft
+    more = {"epochs": sft.epochs * factor} if sft.steps is None else {"steps": max(1, round(sft.steps * factor))}
+    return continued.model_copy(update={"sft": sft.model_copy(update=more)})
+
+
+def _of_tokens(config: RunConfig) -> str:
+    """As JSON: what the tokens of the training groups depend on, so that cells which share it are counted once."""
+    return config.model_dump_json(include={"seed": True, "model": True, "template": True, "data": {"path", "shots"}})
+
+
+@lru_cache(maxsize=64)
+def _token_groups(config_json: str, score_history: bool) -> tuple[TokenGroup, ...]:
+    """Token groups of the first training groups, by the tokenizer of the model that SFT starts from."""
+    config = RunConfig.model_validate_json(config_json)
+    data = PreparedData.load(require_prepared(config.data.path), config.data.shots)
+    with tempfile.TemporaryDirectory(prefix="dmpo-tokenizer-") as folder:
+        start = config.model.path
+        if start == SCRATCH:
+            start = str(Path(folder) / SCRATCH)
+            make_start(Path(start), config, data)
+        tokenizer = load_tokenizer(find_model(start))
+    template = make_template(config.template, tokenizer)
+    encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history, config.seed)
+    return tuple(tokenize_rows(data.train.select(range(min(COUNTED, len(data.train)))), encode))
