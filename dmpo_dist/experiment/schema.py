@@ -18,6 +18,8 @@ AXES = ("dataset", "shots", "seed", "k", "objective")
 KEY_OF_AXIS = {"shots": "data.shots", "seed": "seed", "k": "train.negatives", "objective": "objective.name"}
 NOT_TRAINING = ("output_dir", "version", "cluster", "submit", "tracking", "ranking", "evaluation")
 ALL_SHOTS = "all"
+START, STARTS = "start", ("sft", "zero_shot")
+"""The axis that says what cells are trained from, and its values."""
 Arm = Literal["untuned", "zero_shot", "sft", "sft_continued", "sft_continued_compute"]
 
 
@@ -51,7 +53,8 @@ class GridConfig(Section):
     """Name -> a prepared folder (a text), or ``prepare`` and ``seed``."""
     grid: list[dict[str, list[Any]]] = Field(min_length=1)
     """Axis -> values, or a list of such blocks whose cells add up. Axes: dataset, shots (numbers or all), k, objective
-    (names, or mappings of the objective section), seed, and any dotted key of the configuration."""
+    (names, or mappings of the objective section), seed, start (sft or zero_shot: what the preference stage is trained
+    from), and any dotted key of the configuration."""
     arms: list[Arm] = Field(default_factory=lambda: ["sft"])
     """Evaluated beside the cells: zero_shot (or untuned), the model before training; sft, after SFT; sft_continued,
     after as many more SFT steps as the preference stage has; sft_continued_compute, after as many as cost the same."""
@@ -108,7 +111,9 @@ class GridConfig(Section):
         for value in values if axis == "dataset" else []:
             if value not in known:
                 raise UserError(f"{where}: no dataset {value!r}; the nearest is {nearest(str(value), known)}")
-        if axis == "dataset" or axis in KEY_OF_AXIS:
+        if axis == START and not {*values} <= {*STARTS}:
+            raise UserError(f"{where}: cells start from sft (the default) or zero_shot, the model before training")
+        if axis in ("dataset", START) or axis in KEY_OF_AXIS:
             return
         if axis in KEY_OF_AXIS.values():
             short = next(name for name, key in KEY_OF_AXIS.items() if key == axis)
