@@ -154,7 +154,7 @@ def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: d
     overrides += [override(f"objective.{key}", value) for key, value in options.items()]
     overrides += [override(key, value) for key, value in free if key != START]
     try:
-        config = load_config(layers_of(grid), [*settings_of(grid), *overrides])
+        config = load_config(layers_of(grid), [*settings_of(grid, dataset), *overrides])
     except UserError as error:
         raise UserError(f"the cell {name}: {last_line(error)}") from None
     return GridCell(name, dataset, few, k, label, seed, free, config)

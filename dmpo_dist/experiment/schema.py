@@ -32,6 +32,8 @@ class DatasetConfig(Section):
     """Keys of the ``data`` section, over those of ``config`` and ``settings``; prepared in output_dir/data."""
     seed: int = Field(0, ge=0)
     """Seed of that preparation. Cells of any seed share the data, so that they are measured on the same candidates."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Configuration of the cells on this dataset, over the grid's ``settings``."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "DatasetConfig":
@@ -94,11 +96,13 @@ class GridConfig(Section):
                 raise UserError(
                     f"datasets.{name}: a name of letters, digits, dots and hyphens is needed for its folders"
                 )
-        for key in dotted(self.settings):
-            if key in ("output_dir", "data.path", "seed", "data.shots"):
-                raise UserError(
-                    f"settings.{key}: cannot be set there; use the grid's output_dir, datasets, seed and shots"
-                )
+        given = {"settings": self.settings} | {f"datasets.{n}.settings": d.settings for n, d in self.datasets.items()}
+        for where, settings in given.items():
+            for key in dotted(settings):
+                if key in ("output_dir", "data.path", "seed", "data.shots"):
+                    raise UserError(
+                        f"{where}.{key}: cannot be set there; use the grid's output_dir, datasets, seed and shots"
+                    )
         for number, block in enumerate(self.grid):
             where = "grid" if len(self.grid) == 1 else f"grid, block {number + 1}"
             for axis, values in block.items():
@@ -137,9 +141,10 @@ def layers_of(grid: GridConfig) -> list[Path]:
     return [find_recipe(name, "config") for name in grid.config]
 
 
-def settings_of(grid: GridConfig) -> list[str]:
-    """``settings`` as ``key=value``."""
-    return [override(key, value) for key, value in dotted(grid.settings).items()]
+def settings_of(grid: GridConfig, dataset: str | None = None) -> list[str]:
+    """``settings`` as ``key=value``, and those of a dataset over them."""
+    own = grid.datasets[dataset].settings if dataset else {}
+    return [override(key, value) for key, value in (dotted(grid.settings) | dotted(own)).items()]
 
 
 def override(key: str, value: Any) -> str:
