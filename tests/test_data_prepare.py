@@ -71,11 +71,14 @@ def test_the_card_tells_cuts_drops_and_settings(prepared: PreparedData) -> None:
     assert "negatives_per_group: 8" in text
 
 
-def test_validation_is_a_seeded_sample(prepared: PreparedData, tmp_path: Path) -> None:
-    few = prepare(small(max_validation_users=5), seed=0, output=tmp_path / "few", echo=lambda line: None)
-    assert len(few.validation) == 5
-    assert all(row in prepared.validation.to_list() for row in few.validation)
-    assert few.card.dropped["validation"]["over_max_validation_users"] == len(prepared.validation) - 5
+def test_validation_and_test_are_seeded_samples(prepared: PreparedData, tmp_path: Path) -> None:
+    settings = small(max_validation_users=5, max_test_users=4)
+    few = prepare(settings, seed=0, output=tmp_path / "few", echo=lambda line: None)
+    assert (len(few.validation), len(few.test)) == (5, 4)
+    for split in ("validation", "test"):
+        assert all(row in getattr(prepared, split).to_list() for row in getattr(few, split))
+        left_out = len(getattr(prepared, split)) - len(getattr(few, split))
+        assert few.card.dropped[split][f"over_max_{split}_users"] == left_out
 
 
 def test_an_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ class DataConfig(Section):
     alone, all of the log, as protocols without a clock have it."""
     max_validation_users: int | None = Field(None, ge=1)
     """Keep at most this many validation requests (a seeded sample); None keeps all."""
+    max_test_users: int | None = Field(None, ge=1)
+    """The same of test requests."""
     stream: bool = False
     """Prepare a log larger than memory: kind=parquet with a folder of shards, which are sorted and split on disk. The
     groups are those of the same log read at once."""

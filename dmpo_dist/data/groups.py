@@ -62,8 +62,11 @@ def groups_of_log(
             f"leave out, in {np.count_nonzero(found.spared)} of {len(found.spared)} groups."
         )
     rows = {split: _in_order(found.pieces[split], work / f"{split}.arrow") for split in SPLITS}
-    rows["validation"], left_out = _sampled(rows["validation"], config.max_validation_users, seed)
-    found.dropped["validation"]["over_max_validation_users"] = left_out
+    limits = {"validation": config.max_validation_users, "test": config.max_test_users}
+    for split, limit in limits.items():
+        rows[split], left_out = _sampled(rows[split], limit, seed)
+        if split == "validation" or left_out:
+            found.dropped[split][f"over_max_{split}_users"] = left_out
     return rows, {
         "cuts": cuts and {name: moment(cut) for name, cut in zip(SPLITS[1:], cuts, strict=True)},
         "dropped": {split: dict(found.dropped[split]) for split in SPLITS},

@@ -38,8 +38,9 @@ def baseline_fits(datasets: Sequence[str], parts: Sequence[Part], output: Path) 
         datasets: names of all datasets of the grid.
         parts: whose cells say which numbers of shots there are on each.
     """
-    config, fits = parts[0].config, []
+    fits = []
     for dataset in datasets:
+        config = next((part.config for part in parts if part.cell.dataset == dataset), parts[0].config)
         if "log" in config.evaluation.fit_on:
             fitted = _fitted_on(config, "log", None)
             fits.append(BaselineFit(dataset, False, None, output / FOLDER / dataset, fitted))

@@ -52,7 +52,7 @@ def named_path(data: Mapping[str, PreparedData], name: str, grid: GridConfig) ->
 def _preparation(grid: GridConfig, name: str) -> RunConfig:
     keys = [override(f"data.{key}", value) for key, value in dotted(grid.datasets[name].prepare or {}).items()]
     try:
-        return load_config(layers_of(grid), [*settings_of(grid), *keys])
+        return load_config(layers_of(grid), [*settings_of(grid, name), *keys])
     except UserError as error:
         raise UserError(f"datasets.{name}.prepare: {str(error).splitlines()[-1].strip()}") from None
 

@@ -18,6 +18,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.schema import (
     ALL_SHOTS,
     AXES,
+    START,
     DatasetConfig,
     GridConfig,
     as_json,
@@ -40,7 +41,7 @@ class GridCell:
         name: of its folder; made of the cell's own values alone, so that names stay the same when the grid grows.
         shots: number of training groups, None for all.
         objective: the objective's name and the options of its entry, such as ``dmpo-boundary``.
-        free: the free axes, key -> value.
+        free: the free axes, key -> value, ``start`` among them.
         config: all its settings except data.path, model.path and output_dir, which are set later.
     """
 
@@ -52,6 +53,11 @@ class GridCell:
     seed: int
     free: Free
     config: RunConfig
+
+    @property
+    def from_zero_shot(self) -> bool:
+        """Whether it is trained from the model before training, and not from its SFT start."""
+        return dict(self.free).get(START) == "zero_shot"
 
 
 def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
@@ -146,9 +152,9 @@ def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: d
         raise UserError(f"{set_twice[0]} is set by the axis objective and by an axis of its own; remove one of them")
     overrides = [override("data.shots", few), override("seed", seed), override("train.negatives", k)]
     overrides += [override(f"objective.{key}", value) for key, value in options.items()]
-    overrides += [override(key, value) for key, value in free]
+    overrides += [override(key, value) for key, value in free if key != START]
     try:
-        config = load_config(layers_of(grid), [*settings_of(grid), *overrides])
+        config = load_config(layers_of(grid), [*settings_of(grid, dataset), *overrides])
     except UserError as error:
         raise UserError(f"the cell {name}: {last_line(error)}") from None
     return GridCell(name, dataset, few, k, label, seed, free, config)
@@ -173,7 +179,7 @@ def _require_different(cells: Iterable[GridCell]) -> None:
     """Raise UserError where two cells have equal settings."""
     seen: dict[str, str] = {}
     for cell in cells:
-        content = f"{cell.dataset} {cell.config.model_dump_json()}"
+        content = f"{cell.dataset} {cell.from_zero_shot} {cell.config.model_dump_json()}"
         if content in seen:
             raise UserError(f"the cells {seen[content]} and {cell.name} have equal settings; remove one of them")
         seen[content] = cell.name

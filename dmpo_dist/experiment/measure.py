@@ -68,7 +68,8 @@ def measure_baselines(fits: Iterable[BaselineFit], data: Mapping[str, PreparedDa
         }
         oracle = None if fit.few else oracle_scores(prepared.test)
         scores = found.scores | ({} if oracle is None else {"oracle": oracle})
-        _write(fit.folder, scores, prepared, fit.config, about)
+        if scores:  # ready preference rows have no log that a baseline could be fitted on
+            _write(fit.folder, scores, prepared, fit.config, about)
 
 
 def free_accelerator() -> None:

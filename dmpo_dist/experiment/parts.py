@@ -16,7 +16,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.compute import equal_compute
 from dmpo_dist.experiment.datasets import named_path
 from dmpo_dist.experiment.grid import Free, GridCell, free_part
-from dmpo_dist.experiment.schema import ALL_SHOTS, GridConfig
+from dmpo_dist.experiment.schema import ALL_SHOTS, START, GridConfig
 from dmpo_dist.training.groups import require_negatives
 from dmpo_dist.training.job import Kind
 
@@ -26,12 +26,12 @@ CONTINUED: dict[str, Role] = {"sft_continued": "continued", "sft_continued_compu
 """Arm -> role of the SFT continued: for as many steps as the preference stage has, or for as many as cost the same."""
 PREFERENCE_SECTIONS = ("objective", "reference")
 WITHOUT = {
-    "start": ("train", *PREFERENCE_SECTIONS),
-    "continued": PREFERENCE_SECTIONS,
-    "compute": PREFERENCE_SECTIONS,
+    "start": ("train", START, *PREFERENCE_SECTIONS),
+    "continued": (START, *PREFERENCE_SECTIONS),
+    "compute": (START, *PREFERENCE_SECTIONS),
     "cell": (),
 }
-"""Role -> sections of the configuration that its parts do not depend on."""
+"""Role -> sections of the configuration, and axes, that its parts do not depend on."""
 UNTUNED, ZERO_SHOT = "untuned", "zero_shot"
 """The model before training, as evaluations and arms call it; a pretrained one is called zero-shot in tables."""
 NO_INFLUENCE = ("token_budget", "checkpoint_every", "keep_checkpoints", "log_every")
@@ -48,7 +48,8 @@ class Part:
         name: the name of its folder.
         folder: holds its settings, run, evaluations and stamp.
         config: the configuration of its stage; ``output_dir`` is ``folder / stage``.
-        start: name of the SFT start it is trained from; None for a start itself.
+        start: name of the SFT start it is trained from, or compared with where it is trained from the model before
+            that; None for a start itself.
         cell: its cell; for a start or a continued one a cell that needs it, with the same dataset and seed.
         shots: number of its training groups, None for all.
         free: the free axes it depends on, key -> value.
@@ -175,8 +176,9 @@ def _part(
     if config.tracking.wandb or config.tracking.mlflow:
         shown = config.tracking.name or f"{FOLDERS[role]}/{name}"
         changes["tracking"] = config.tracking.model_copy(update={"name": shown})
-    if start is not None:
-        changes["model"] = config.model.model_copy(update={"path": str(start.model)})
+    trained_from = None if role == "cell" and cell.from_zero_shot else start
+    if trained_from is not None:
+        changes["model"] = config.model.model_copy(update={"path": str(trained_from.model)})
     config = config.model_copy(update=changes)
     datasets = tuple(grid.datasets) if grid.evaluate_on == "all" else (cell.dataset,)
     measured = _measured(role, folder / stage, config.model.path, cell, grid)
@@ -192,7 +194,7 @@ def _part(
         free=free,
         measured=measured,
         evaluate_on=datasets if measured else (),
-        settings=_settings(config, stage, fingerprint, None if start is None else start.settings_hash),
+        settings=_settings(config, stage, fingerprint, trained_from.settings_hash if trained_from else None),
     )
 
 

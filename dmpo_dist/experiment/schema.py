@@ -18,6 +18,8 @@ AXES = ("dataset", "shots", "seed", "k", "objective")
 KEY_OF_AXIS = {"shots": "data.shots", "seed": "seed", "k": "train.negatives", "objective": "objective.name"}
 NOT_TRAINING = ("output_dir", "version", "cluster", "submit", "tracking", "ranking", "evaluation")
 ALL_SHOTS = "all"
+START, STARTS = "start", ("sft", "zero_shot")
+"""The axis that says what cells are trained from, and its values."""
 Arm = Literal["untuned", "zero_shot", "sft", "sft_continued", "sft_continued_compute"]
 
 
@@ -30,6 +32,8 @@ class DatasetConfig(Section):
     """Keys of the ``data`` section, over those of ``config`` and ``settings``; prepared in output_dir/data."""
     seed: int = Field(0, ge=0)
     """Seed of that preparation. Cells of any seed share the data, so that they are measured on the same candidates."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Configuration of the cells on this dataset, over the grid's ``settings``."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "DatasetConfig":
@@ -51,7 +55,8 @@ class GridConfig(Section):
     """Name -> a prepared folder (a text), or ``prepare`` and ``seed``."""
     grid: list[dict[str, list[Any]]] = Field(min_length=1)
     """Axis -> values, or a list of such blocks whose cells add up. Axes: dataset, shots (numbers or all), k, objective
-    (names, or mappings of the objective section), seed, and any dotted key of the configuration."""
+    (names, or mappings of the objective section), seed, start (sft or zero_shot: what the preference stage is trained
+    from), and any dotted key of the configuration."""
     arms: list[Arm] = Field(default_factory=lambda: ["sft"])
     """Evaluated beside the cells: zero_shot (or untuned), the model before training; sft, after SFT; sft_continued,
     after as many more SFT steps as the preference stage has; sft_continued_compute, after as many as cost the same."""
@@ -91,11 +96,13 @@ class GridConfig(Section):
                 raise UserError(
                     f"datasets.{name}: a name of letters, digits, dots and hyphens is needed for its folders"
                 )
-        for key in dotted(self.settings):
-            if key in ("output_dir", "data.path", "seed", "data.shots"):
-                raise UserError(
-                    f"settings.{key}: cannot be set there; use the grid's output_dir, datasets, seed and shots"
-                )
+        given = {"settings": self.settings} | {f"datasets.{n}.settings": d.settings for n, d in self.datasets.items()}
+        for where, settings in given.items():
+            for key in dotted(settings):
+                if key in ("output_dir", "data.path", "seed", "data.shots"):
+                    raise UserError(
+                        f"{where}.{key}: cannot be set there; use the grid's output_dir, datasets, seed and shots"
+                    )
         for number, block in enumerate(self.grid):
             where = "grid" if len(self.grid) == 1 else f"grid, block {number + 1}"
             for axis, values in block.items():
@@ -108,7 +115,9 @@ class GridConfig(Section):
         for value in values if axis == "dataset" else []:
             if value not in known:
                 raise UserError(f"{where}: no dataset {value!r}; the nearest is {nearest(str(value), known)}")
-        if axis == "dataset" or axis in KEY_OF_AXIS:
+        if axis == START and not {*values} <= {*STARTS}:
+            raise UserError(f"{where}: cells start from sft (the default) or zero_shot, the model before training")
+        if axis in ("dataset", START) or axis in KEY_OF_AXIS:
             return
         if axis in KEY_OF_AXIS.values():
             short = next(name for name, key in KEY_OF_AXIS.items() if key == axis)
@@ -132,9 +141,10 @@ def layers_of(grid: GridConfig) -> list[Path]:
     return [find_recipe(name, "config") for name in grid.config]
 
 
-def settings_of(grid: GridConfig) -> list[str]:
-    """``settings`` as ``key=value``."""
-    return [override(key, value) for key, value in dotted(grid.settings).items()]
+def settings_of(grid: GridConfig, dataset: str | None = None) -> list[str]:
+    """``settings`` as ``key=value``, and those of a dataset over them."""
+    own = grid.datasets[dataset].settings if dataset else {}
+    return [override(key, value) for key, value in (dotted(grid.settings) | dotted(own)).items()]
 
 
 def override(key: str, value: Any) -> str:
