@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from dmpo_dist.artifacts.evaluation import GeneratedFigures
 from dmpo_dist.config import RunConfig
@@ -43,7 +44,7 @@ def model_scores(name: str, path: str, data: PreparedData, config: RunConfig, co
     """
     _note_quantization(name, path, config, console)
     again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
-    with console.status(f"scoring {name}"):
+    with console.status(Text(f"scoring {name}")):
         model = load_ranking_model(path, config)
         scores = model.score_rows(data.test)
         _require_finite(f"--model {name}={path}", scores, config.model.dtype)

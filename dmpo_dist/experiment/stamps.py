@@ -1,6 +1,5 @@
 """The state of each model of an experiment, read from the files in its folder."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.rules import asks_for_rules
 from dmpo_dist.experiment.parts import Part
+from dmpo_dist.parsing import parse_json
 from dmpo_dist.records.read import CONFIG_FILE, read_run
 
 SETTINGS_FILE, DONE_FILE, FAILED_FILE = "settings.json", "done.json", "failed.json"
@@ -162,7 +162,7 @@ def evaluated(folder: Path, data: PreparedData, settings: Mapping[str, Any], mod
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):

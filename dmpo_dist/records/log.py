@@ -62,7 +62,7 @@ class RunLog:
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
+                TextColumn("{task.description}", style="bold", markup=False), BarColumn(bar_width=24),
                 TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
             )  # fmt: skip
@@ -167,6 +167,6 @@ def _end_line(record: EndRecord) -> str:
 
 
 def make_console() -> Console:
-    """The console all commands share; figures go to standard output."""
-    console = Console(file=sys.stdout)
-    return console if console.is_terminal else Console(file=sys.stdout, width=120)
+    """The console all commands share: to standard output, without markup, as names may hold brackets."""
+    console = Console(file=sys.stdout, markup=False)
+    return console if console.is_terminal else Console(file=sys.stdout, markup=False, width=120)

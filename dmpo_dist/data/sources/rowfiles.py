@@ -1,7 +1,7 @@
 """Files of ready rows: JSON lines, a JSON list or Parquet, and folders with one file per split."""
 
-import json
 from collections.abc import Callable, Iterator
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.tables import read_json_lines
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parse_json, parsing
 
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 
@@ -63,11 +64,11 @@ def shorten(value: Any) -> str:
 def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
     text = file.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
+        rows = parse_json(text)
+    except ValueError as error:
+        row = f", row {error.lineno}" if isinstance(error, JSONDecodeError) else ""
         raise UserError(
-            f"{file}, row {error.lineno}: not valid JSON ({error.msg}); a .json file is one list of objects, one "
-            "object per line is .jsonl"
+            f"{file}{row}: not valid JSON ({error}); a .json file is one list of objects, one object per line is .jsonl"
         ) from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds a {type(rows).__name__}; it must be a list of objects, one per row")
@@ -75,8 +76,6 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        table = pq.read_table(file)
-    except ValueError as error:  # pyarrow's errors for malformed files are ValueErrors
-        raise UserError(f"{file}: not a readable Parquet file ({error})") from None
-    yield from enumerate(table.to_pylist(), start=1)
+    with parsing(file, "is it a Parquet file, and whole?"):
+        rows = pq.read_table(file).to_pylist()
+    yield from enumerate(rows, start=1)
