@@ -66,10 +66,10 @@ def parse_json(text: str, mend_halves: bool = False) -> Any:
     """
     try:
         content = json.loads(text)
+        if mend_halves and SUSPECT.search(text):  # as text without escapes, in which halves can be told from pairs
+            content = json.loads(json.dumps(content, ensure_ascii=False).encode("utf-8", errors="replace"))
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} levels deep") from None
-    if mend_halves and SUSPECT.search(text):  # as text without escapes, in which halves can be told from pairs
-        content = json.loads(json.dumps(content, ensure_ascii=False).encode("utf-8", errors="replace"))
     if SUSPECT.search(text) or text.count("[") + text.count("{") > DEEPEST:
         require_plain(content, most=None)
     return content

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import first_line, parse_json, parse_yaml, read_text
+from dmpo_dist.secrets import redacted
 
 
 class Typed(BaseModel):
@@ -67,7 +68,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A ``config.yaml`` of any version as a mapping; {} where there is no such file.
+    """A ``config.yaml`` of any version as a mapping, without the secrets that earlier ones let in; {} for no file.
 
     Raises:
         UserError: it cannot be read, or holds something else.
@@ -81,4 +82,4 @@ def read_config(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: damaged, cannot be read ({first_line(error)}); restore or remove it") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: damaged, it holds no mapping of keys to values; restore or remove it")
-    return content
+    return redacted(content)

@@ -27,6 +27,7 @@ from dmpo_dist.cli.submit import submit_app
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import first_line
 from dmpo_dist.quiet import silence_libraries
+from dmpo_dist.secrets import redact
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """Errors of a disk, which a write to an open file raises without a name."""
@@ -109,8 +110,8 @@ def _print_anything() -> None:
 
 
 def _tell(message: str) -> None:
-    """Print an error: rank 0 at once, another rank after a while, if torchrun has not ended it by then."""
-    rank = os.environ.get("RANK", "0")
+    """Print an error, secrets left out: rank 0 at once, another rank after a while, if torchrun has not ended it by then."""
+    message, rank = redact(message), os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(SECONDS_FOR_RANK_0)
         message = f"rank {rank}: {message}"

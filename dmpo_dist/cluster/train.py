@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dmpo_dist.cluster.address import explain_refusal, require_answer
+from dmpo_dist.cluster.privacy import only_owner, protect_token
 from dmpo_dist.cluster.record_queue import forwarded, start_record_queue
 from dmpo_dist.cluster.resources import ClusterWatch, shortage
 from dmpo_dist.cluster.runtime import RUN_NAME, RayRuntime, remove_damaged_list
@@ -47,7 +48,10 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
             ray.init(address=address, **options)
         else:
             needed = int(cluster.workers * cluster.cpus_per_worker + 0.999)
-            ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), **options)
+            protect_token()
+            session = ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), **options)
+            protect_token()  # the first local Ray of a user has just written it
+            only_owner(Path(session.address_info["session_dir"]))
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(explain_refusal(str(address), error)) from None
     try:

@@ -15,6 +15,7 @@ from dmpo_dist.config.section import dotted
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parse_yaml, read_text, require_plain
+from dmpo_dist.secrets import has_secret, redact
 
 Extent = Literal["all", "saved", "changed"]
 
@@ -51,12 +52,7 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
 def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) -> RunConfig:
     """``values`` against the schema; errors name the ``layers`` and ``overrides`` they came from."""
     for key, value in dotted(values).items():
-        try:
-            require_plain(value, most=None)
-        except ValueError as error:
-            raise UserError(f"configuration: {key}: {error}") from None
-        if "\0" in str(value) and not key.startswith("template."):  # prompts may hold anything
-            raise UserError(f"configuration: {key}: {value!r} holds a NUL, which no path or name may; leave it out")
+        _require_writable(key, value)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -68,6 +64,24 @@ def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) 
         sources += ["the command line"] if any(on_line) or not layers else []
         problems = "\n".join(_explain(e) for e in error.errors())
         raise UserError(f"configuration ({', '.join(sources)}):\n{problems}") from None
+
+
+def _require_writable(key: str, value: Any) -> None:
+    """Raise UserError for a value that cannot, or should not, be written into a run's folder and job files."""
+    try:
+        require_plain(value, most=None)
+    except ValueError as error:
+        raise UserError(f"configuration: {key}: {error}") from None
+    if key.startswith("template."):  # prompts may hold anything
+        return
+    if "\0" in str(value):
+        raise UserError(f"configuration: {key}: {value!r} holds a NUL, which no path or name may; leave it out")
+    if has_secret(str(value)):
+        variable = " (MLFLOW_TRACKING_URI)" if key == "tracking.mlflow.tracking_uri" else ""
+        raise UserError(
+            f"configuration: {key}: {redact(str(value))!r} holds a password or token, which would be written into "
+            f"config.yaml, reports and job files; leave it out, and set it in the environment of the job{variable}"
+        )
 
 
 def find_recipe(name: str, what: str, prefix: str = "") -> Path:

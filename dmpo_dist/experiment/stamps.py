@@ -15,6 +15,7 @@ from dmpo_dist.evaluation.rules import asks_for_rules
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.parsing import parse_json
 from dmpo_dist.records.read import CONFIG_FILE, read_run
+from dmpo_dist.secrets import redacted
 
 SETTINGS_FILE, DONE_FILE, FAILED_FILE = "settings.json", "done.json", "failed.json"
 EVALUATION = "evaluation"
@@ -102,7 +103,7 @@ def stamp(part: Part) -> None:
 def stamp_failed(part: Part, error: str, trace: str = "") -> None:
     """Mark the part as failed, in its stage or its evaluation; the next run tries again."""
     part.folder.mkdir(parents=True, exist_ok=True)
-    content = {"error": error} | ({"traceback": trace} if trace else {})
+    content = redacted({"error": error} | ({"traceback": trace} if trace else {}))
     write_json(part.folder / FAILED_FILE, content)
 
 

@@ -22,6 +22,7 @@ from dmpo_dist.figures.curves import CURVES_FILE, plot_curves
 from dmpo_dist.records.read import VALIDATION_METRICS, read_run
 from dmpo_dist.records.sinks import JsonLines, Sink, TensorBoard
 from dmpo_dist.records.tracking import open_trackers
+from dmpo_dist.secrets import redact
 from dmpo_dist.training.job import Job
 
 NOTABLY_SLOW = 1.1
@@ -129,7 +130,7 @@ class RunLog:
         return f" ETA {int(seconds // 60)}:{int(seconds % 60):02d}"
 
     def _print(self, text: str) -> None:
-        line = f"[{self._title} {time.monotonic() - self._began:5.0f}s] {text}"
+        line = f"[{self._title} {time.monotonic() - self._began:5.0f}s] {redact(text)}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
