@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 BLOT = "***"
-ENDINGS = tuple(
-    "token secret secrets password passwd passphrase pass pwd key keys pat auth credential credentials".split()
-)
-"""Last words of names like HF_TOKEN, WANDB_KEY, GITHUB_PAT and DB_PASS; MAX_TOKENS is a number."""
+ENDINGS = tuple("token secret secrets password passwd passphrase pass pwd key keys pat auth credential".split())
+"""Last words of names like HF_TOKEN, WANDB_KEY, GITHUB_PAT and DB_PASS; MAX_TOKENS is none."""
 INSIDE = ("secret", "password", "apikey")
 """Words that make any name with them one of a secret, such as AWS_SECRET_ACCESS_KEY_ID."""
 HARMLESS = ("pwd",)

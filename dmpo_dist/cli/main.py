@@ -110,7 +110,7 @@ def _print_anything() -> None:
 
 
 def _tell(message: str) -> None:
-    """Print an error, secrets left out: rank 0 at once, another rank after a while, if torchrun has not ended it by then."""
+    """Print an error without secrets: rank 0 at once, others after a while, if torchrun has not ended them by then."""
     message, rank = redact(message), os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(SECONDS_FOR_RANK_0)
