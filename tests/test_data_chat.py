@@ -200,3 +200,44 @@ def test_a_conversation_that_its_template_wrote_is_not_wrapped_again(name):
 def test_a_begin_token_in_the_preamble_is_not_doubled():
     template = make_template(TemplateConfig(preamble="<s>Liked:\n"), named_tokenizer("<s>", "</s>"))
     assert template.render(("Heat",)).text.count("<s>") == 1
+
+
+CONVERSATION = [
+    {"role": "system", "content": 'Be "brief"'},
+    {"role": "user", "content": "liked Heat; next:"},
+    {"role": "assistant", "content": "Alien"},
+    {"role": "user", "content": "liked Alien and Amélie; next:"},
+]
+
+
+@pytest.mark.parametrize("turns", [CONVERSATION, CONVERSATION[1:], [CONVERSATION[0], CONVERSATION[-1]]])
+@pytest.mark.parametrize("name", KEPT)
+def test_a_conversation_of_several_messages_is_what_the_template_makes_of_it(name, turns):
+    tokenizer = named_tokenizer("<s>", "</s>", KEPT[name][0])
+    template = make_template(TemplateConfig(), tokenizer)
+    prompt = template.converse(turns, tokenizer).text
+    assert prompt.endswith(KEPT[name][1].removeprefix("next:"))
+    for answer in ("Ran", "Up"):
+        finished = render_chat(tokenizer, [*turns, {"role": "assistant", "content": answer}], DAY)
+        assert prompt + template.render_response(answer) == finished.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        (
+            CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),
+            "leaves out .* 'Be",
+        ),
+        (
+            CHATML.replace("{% if add", "{% if messages|length > 4 %}<|more|>{% endif %}{% if add"),
+            "ends a conversation of 4 messages in another way",
+        ),
+        (None, "has 4 messages, which only a chat template can put together"),
+    ],
+)
+def test_a_conversation_that_cannot_be_kept_is_refused(chat_template, message):
+    tokenizer = named_tokenizer("<s>", "</s>", chat_template)
+    template = make_template(TemplateConfig(), tokenizer)
+    with pytest.raises(UserError, match=message):
+        template.converse(CONVERSATION, tokenizer)

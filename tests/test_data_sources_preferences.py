@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from dmpo_dist.config import DataConfig, Source
+from dmpo_dist.data.messages import messages_of
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.sources.preferences import PreferenceRow, load_preferences
 from dmpo_dist.data.store import group_from_row
@@ -70,6 +71,30 @@ def test_conversational_rows_are_their_texts(tmp_path: Path, rows: list, extensi
     assert set(found.rejected) <= {"no", "maybe"}
 
 
+def test_conversations_of_several_messages_are_kept_whole(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief"}, user("p"), answer("a"), user("q")]
+    rows = [
+        row(turns, [answer("yes")], [answer("no")]),
+        {"chosen": [*turns, answer("y")], "rejected": [*turns, answer("n")]},
+    ]
+    found = load_preferences(write_jsonl(tmp_path / "rows.jsonl", rows), seed=0).splits["train"]
+    assert [messages_of(group.prompt) for group in found] == [turns, turns]
+    assert [(group.chosen, *group.rejected) for group in found] == [("yes", "no"), ("y", "n")]
+
+
+def test_contradictions_and_entities_are_counted(tmp_path: Path) -> None:
+    rows = [row("p", "a", ["b", "c"]), row("p", "b", ["a", "d"]), row("p", "c", "a"), row("q", "b", "a &#39;")]
+    notes = load_preferences(write_jsonl(tmp_path / "rows.jsonl", rows), seed=0).notes
+    assert (
+        "2 pairs of responses are preferred both ways after the same prompt, the first 'a' and 'b' after 'p'"
+        in notes[0]
+    )
+    assert notes[1].startswith("1 of 4 groups hold HTML entities")
+    assert not any(
+        "both ways" in n for n in load_preferences(write_jsonl(tmp_path / "r.jsonl", rows[:1]), seed=0).notes
+    )
+
+
 def test_a_single_file_is_split_by_prompt(tmp_path: Path) -> None:
     rows = [row(f"p{n // 2}", f"yes{n}", "no") for n in range(120)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -111,14 +136,9 @@ def test_prepared_from_a_folder(tmp_path: Path) -> None:
         (row(rejected=["no", "yes"]), r"row 2: chosen 'yes' is also rejected"),
         (row(rejected=7), r"row 2: 'rejected' is 7; it must be a string or a list of strings"),
         (row(prompt=["p"]), r"row 2: 'prompt' is \['p'\]; it must be a string"),
-        (
-            row([user("p"), answer("a"), user("q")]),
-            r"row 2: 'prompt' has messages of user, assistant, user; .*template",
-        ),
-        (
-            row([{"role": "system", "content": "s"}, user("p")]),
-            r"row 2: 'prompt' has messages of system, user; .*not wrapped",
-        ),
+        (row([user("p"), user("q")]), r"row 2: 'prompt' has messages of user, user; what can be read is .*not wrapped"),
+        (row([user("p"), answer("a")]), r"row 2: 'prompt' has messages of user, assistant; .*apply_chat_template"),
+        (row([user(None), answer("a"), user("q")]), "row 2: the content of 'prompt' is None"),
         (row(rejected=[user("no")]), r"row 2: 'rejected' has messages of user; one of assistant can be read"),
         (row([user(None)]), r"row 2: the content of 'prompt' is None; it must be a string"),
         (

@@ -166,6 +166,15 @@ def test_a_repeated_event_keeps_the_first_in_time(tmp_path: Path) -> None:
     assert log.notes == ["1 repeated (user, item) events dropped, the first in time kept."]
 
 
+def test_html_entities_in_titles_are_decoded_and_counted(tmp_path: Path) -> None:
+    text = HEADER + "u1,a,5,100,Tom &amp; Jerry&#39;s\nu2,b,4,90,Q&A\nu1,c,4,80,Tom & Jerry's\n"
+    with pytest.raises(UserError, match=r"'a' and 'c' share the title"):
+        read_csv(tmp_path, text)
+    log = read_csv(tmp_path, text, duplicate_titles="merge")
+    assert sorted(log.items["title"]) == ["Q&A", "Tom & Jerry's"]
+    assert log.notes[0] == "HTML entities decoded in 1 titles."
+
+
 def test_duplicate_titles_stop_or_merge(tmp_path: Path) -> None:
     text = GOOD + "u3,c,2,10,Alpha\nu1,c,4,20,Alpha\n"
     with pytest.raises(UserError, match=r"'a' and 'c' share the title 'Alpha'.*data\.source\.duplicate_titles=merge"):

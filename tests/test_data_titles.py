@@ -1,4 +1,4 @@
-"""Articles behind a comma come first, and nothing else changes."""
+"""Articles behind a comma come first, HTML entities are decoded, and nothing else changes."""
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dmpo_dist.config import config_of
 from dmpo_dist.data.sources.read import load_interactions
-from dmpo_dist.data.titles import article_first
+from dmpo_dist.data.titles import article_first, without_entities
 from dmpo_dist.errors import UserError
 
 
@@ -29,6 +29,18 @@ from dmpo_dist.errors import UserError
 )
 def test_known_titles(sorted_title, title):
     assert article_first(sorted_title) == (title or sorted_title)
+
+
+@pytest.mark.parametrize(
+    ("written", "title"),
+    [
+        ("Tom &amp; Jerry&#39;s &#x201c;Ball&#x201D;", "Tom & Jerry's \u201cBall\u201d"),
+        ("Nightmares &amp;amp; Dreamscapes", "Nightmares & Dreamscapes"),
+        ("AT&T, R&copy and Q&A &co; 100&#", "AT&T, R&copy and Q&A &co; 100&#"),
+    ],
+)
+def test_entities_are_decoded(written, title):
+    assert without_entities(written) == title
 
 
 @given(st.text())

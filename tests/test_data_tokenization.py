@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dmpo_dist.config import TemplateConfig
+from dmpo_dist.data.messages import text_of
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, check_titles
@@ -242,6 +243,18 @@ def test_a_chat_is_tokenized_like_the_chat_template_says():
         text = tokenizer.apply_chat_template([user, {"role": "assistant", "content": title}], tokenize=False)
         assert tokens.prefix + branch == tokenizer(text.rstrip("\n"), add_special_tokens=False)["input_ids"]
         assert branch[-1] == tokenizer.eos_token_id
+
+
+def test_a_conversation_of_several_messages_is_tokenized_like_the_chat_template_says():
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML
+    encode = GroupTokenizer(tokenizer, make_template(TemplateConfig(), tokenizer), 500)
+    turns = [{"role": role, "content": f"{role}, Alien"} for role in ("system", "user", "assistant", "user")]
+    found = encode(group((), "Heat", "...And", prompt=text_of(turns)))
+    for title, branch in zip(("Heat", "...And"), found.branches, strict=True):
+        whole = [*turns, {"role": "assistant", "content": title}]
+        text = tokenizer.apply_chat_template(whole, tokenize=False).rstrip("\n")
+        assert found.prefix + branch == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _words(rng, count):

@@ -1,8 +1,12 @@
 """What goes to the classical baselines and comes back, with a stand-in for RecTools; and RecTools, if installed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -41,6 +45,27 @@ def environment(folder, body: str):
     python.write_text(f'#!/bin/sh\n[ "$2" = -c ] && exit 0\nexec {sys.executable} {folder}/body.py "$@"\n')
     python.chmod(0o755)
     return folder
+
+
+# What the runner imports of RecTools, with a training that never ends; it writes its process id first.
+ENDLESS = """
+import os, sys, time, types
+def fit(self, dataset):
+    open({started!r} + ".part", "w").write(str(os.getpid()))
+    os.rename({started!r} + ".part", {started!r})
+    time.sleep(600)
+class Any:
+    User, Item, Weight, Datetime = "user", "item", "weight", "datetime"
+    construct = classmethod(lambda cls, log: None)
+    def __init__(self, **options): pass
+Any.fit = fit
+names = ("Columns Dataset IdMap Interactions BERT4RecModel EASEModel SASRecModel Trainer seed_everything").split()
+for module in ("rectools", "rectools.dataset", "rectools.models", "pytorch_lightning"):
+    sys.modules[module] = types.SimpleNamespace(**dict.fromkeys(names, Any), __spec__=None)
+import runpy
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module", params=["time", "leave_one_out"])
@@ -105,6 +130,35 @@ def test_failures_say_what_to_do(data, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="none: is no environment with RecTools .it has no bin/python.; name one that"):
         baseline_python(tmp_path / "none", print)
+
+
+def test_training_ends_with_the_command_that_asked_for_it(world, tmp_path):
+    started = tmp_path / "started"
+    folder = environment(tmp_path / "env", ENDLESS.format(started=str(started)))
+    command = Path(sys.executable).with_name("dmpo")
+    settings = [f"data.path={world.folder / 'data'}", f"output_dir={tmp_path / 'out'}", "evaluation.baselines=[ease]"]
+    asked = [sys.executable, command, "evaluate", *settings, f"evaluation.baseline_environment={folder}"]
+    with subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert until(lambda: started.exists() or process.poll() is not None), "the training has not begun"
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+    assert until(lambda: not alive(int(started.read_text()))), "the training goes on without the command"
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def until(condition, seconds: int = 120) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(condition())
 
 
 def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):

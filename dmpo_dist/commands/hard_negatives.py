@@ -14,7 +14,8 @@ from dmpo_dist.data.negatives import request_stream
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.evaluation.ranking import load_ranking_model, score_with_progress
+from dmpo_dist.records.log import make_console
 
 
 def mine_hard_negatives(
@@ -48,7 +49,8 @@ def mine_hard_negatives(
     template_of(model, config)
     rows = data.train.to_list()
     pool = keep if draw_from is None else draw_from
-    for row, scores in zip(rows, load_ranking_model(model, config).score_rows(data.train), strict=True):
+    found = score_with_progress(load_ranking_model(model, config), data.train, "scoring negatives", make_console())
+    for row, scores in zip(rows, found, strict=True):
         hardest = np.argsort(-scores[1:], kind="stable")[skip_top : skip_top + pool]
         if draw_from is not None:
             drawn = request_stream(config.seed, row["user"], row["timestamp"]).choice(pool, keep, replace=False)

@@ -61,7 +61,8 @@ class Source(Section):
     tolerated_rows: float = Field(0.0, ge=0, lt=1)
     """Largest share of malformed rows to skip and count; with more of them reading stops at the first."""
     category: str | None = None
-    """For amazon: which category of the folder, such as Video_Games; None takes the only one."""
+    """For amazon and dmpo_released: which dataset of the folder, such as Video_Games or rec_Amazon_Game; None takes the
+    only one."""
     subset: str | None = None
     """For huggingface: the configuration of the dataset, where it has several."""
     split: str = "train"

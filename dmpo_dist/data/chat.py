@@ -70,6 +70,47 @@ def take_apart(tokenizer: Any, day: date) -> ChatParts:
     )
 
 
+def before_answer(tokenizer: Any, turns: list[dict[str, str]], day: date, expected: ChatParts) -> str:
+    """The prompt that asks for the answer to ``turns``, by the rules of ``take_apart``; ``turns`` end with the user's.
+
+    Args:
+        expected: the parts of a conversation of one question, whose ``lead``, ``answer_trim`` and ``terminator`` must
+            be those of this one too.
+
+    Raises:
+        UserError: the template cannot be rendered, leaves out a message, or puts something else around the answer.
+    """
+    renderings = []
+    for options in ({}, _NO_THINKING):
+        answered = [*turns, {"role": "assistant", "content": _padded(_ANSWER)}]
+        finished = render_chat(tokenizer, answered, day, options=options)
+        asked = render_chat(tokenizer, turns, day, generation=True, options=options)
+        renderings.append((asked, *_split(finished, _ANSWER)))
+    ends = expected.lead, expected.answer_trim, expected.terminator
+    for agree in (str.__eq__, str.startswith):
+        for asked, before, answer_trim, after in renderings:
+            lead = _spaces_at_the_end(before[len(asked) :])
+            if agree(before, asked) and (lead, answer_trim, after.rstrip("\n")) == ends:
+                _require_all(turns, before)
+                return before.removesuffix(lead)
+    asked, before, _, after = renderings[0]
+    raise UserError(
+        f"the tokenizer's chat template ends a conversation of {len(turns)} messages in another way than one of a "
+        f"single question: it asks with {asked!r}, and puts {before!r} and {after!r} around an answer; write the "
+        "prompts of these rows as text, or leave them out"
+    )
+
+
+def _require_all(turns: list[dict[str, str]], prompt: str) -> None:
+    """Raise UserError where ``prompt`` lacks the text of one of ``turns``."""
+    for turn in turns:
+        if turn["content"].strip() not in prompt:
+            raise UserError(
+                f"the tokenizer's chat template leaves out or changes a message of {turn['role']}, "
+                f"{turn['content']!r}; write the prompts of these rows as text, or leave the message out"
+            )
+
+
 def render_chat(
     tokenizer: Any, turns: list[dict[str, str]], day: date, generation: bool = False,
     options: dict[str, Any] | None = None,
@@ -137,8 +178,12 @@ def _split(text: str, core: str) -> tuple[str, Trim, str]:
     return before.removesuffix(_PAD), sides[left, right], after.removeprefix(_PAD)
 
 
+def _spaces_at_the_end(text: str) -> str:
+    return text[len(text.rstrip(" ")) :]
+
+
 def _with_lead(parts: ChatParts, added: str) -> ChatParts:
     """``parts`` with the last spaces of what the generation prompt lacks, ``added``, counted to the answer."""
-    lead = added[len(added.rstrip(" ")) :]
+    lead = _spaces_at_the_end(added)
     closing = parts.closing[: len(parts.closing) - len(lead)]
     return ChatParts(parts.opening, parts.user_trim, closing, lead, parts.answer_trim, parts.terminator)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from dmpo_dist.data.database import Database, literal
 from dmpo_dist.data.schema import Interactions
+from dmpo_dist.data.titles import without_entities
 from dmpo_dist.errors import UserError
 
 LOG_COLUMNS = ["user", "item", "rating", "timestamp", "title", "genres"]
@@ -81,7 +82,8 @@ def clean(
         if found["differs"].any():
             _refuse_second_title(database)
         items = found[["item", "title", "genres"]]
-    items = _items_of_events(found["item"][found.index.notna()], _stripped(items), items_file, notes)
+    items = _stripped(_decoded(items, notes))
+    items = _items_of_events(found["item"][found.index.notna()], items, items_file, notes)
     items, renamed = _unique_titles(items, duplicate_titles, notes)
     _keep_first_events(database, sound, renamed, notes)
     return items.astype("str")
@@ -166,6 +168,15 @@ def _refuse_second_title(database: Database) -> None:
     raise UserError(
         f"{file}, row {row}: item {item!r} has title {title!r} here and {first!r} before; give an item one title"
     )
+
+
+def _decoded(items: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """``items`` with HTML entities in titles decoded: they say how a page was written, not what the thing is called."""
+    titles = items["title"].map(without_entities)
+    changed = int((titles != items["title"]).sum())
+    if changed:
+        notes.append(f"HTML entities decoded in {changed} titles.")
+    return items.assign(title=titles)
 
 
 def _stripped(items: pd.DataFrame) -> pd.DataFrame:

@@ -9,28 +9,22 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import chisquare
 
 from dmpo_dist.artifacts.dataset import LeakFinding
-from dmpo_dist.data.popularity import counts_before
-
-Row = Mapping[str, Any]  # the columns of ``ROW_FEATURES``
-Verdict = Literal["ok", "warning", "leak", "not checked"]
+from dmpo_dist.data.candidate_leaks import look_up, overlapping
+from dmpo_dist.data.finding import ENOUGH, EXAMPLES, Finding, Row, Verdict
 
 EVALUATED = ("validation", "test")
 TOLERATED = 0.01  # up to this share of rows or titles a blemish is a warning, above it a leak
 COINCIDENCE = 3  # histories shorter than this may be equal by chance and are not compared
 STYLE_GAP = 0.2  # difference between two shares of titles in one style that needs an explanation
-ENOUGH = 20  # rows or titles below which a share says nothing
-PROBE_GAIN = 0.05  # a probe without the user must gain more HR@1 than this over popularity to count as a leak
 UNLIKELY = 1e-3  # p-value below which positions of the positive are not uniform (chi-squared test)
-Z = 1.96  # standard errors from the mean to either end of a 95 % interval
-EXAMPLES = 3
 STYLES: dict[str, Callable[[str], bool]] = {
     "an HTML entity": lambda t: html.unescape(t) != t,
     "space around it": lambda t: t != t.strip(),
@@ -40,25 +34,6 @@ STYLES: dict[str, Callable[[str], bool]] = {
     "capitals only": str.isupper,
     "no capitals": str.islower,
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        check: name of the check.
-        verdict: ``not checked`` where the rows lack what the check needs; ``text`` says what is missing.
-        text: one sentence with the figures.
-        figures: the figures for programs.
-        examples: a few of the cases found.
-    """
-
-    check: str
-    verdict: Verdict
-    text: str
-    figures: dict[str, Any] = field(default_factory=dict)
-    examples: list[str] = field(default_factory=list)
 
 
 def check_leaks(
@@ -79,7 +54,8 @@ def check_leaks(
         _shared_histories(rows, known_users=events is not None),
         _future_items(rows, events),
         _trained_on_the_future(rows, events is not None, leave_one_out),
-        _candidate_lookup(rows, events),
+        look_up(rows, events),
+        overlapping(rows),
         _title_formats(rows),
         _title_styles(rows),
         _duplicate_titles(rows),
@@ -230,99 +206,6 @@ def _trained_on_the_future(rows: Mapping[str, Sequence[Row]], timed: bool, leave
     if leave_one_out:
         text += " That is how leave-one-out works; do not compare with figures of a time split."
     return Finding(check, "ok" if not early else "warning" if leave_one_out else "leak", text, figures)
-
-
-def _candidate_lookup(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None) -> Finding:
-    """Can the target be guessed from the candidates, without the user? Naive Bayes over items is trained to do so.
-
-    It learns from the candidates of the training rows how often each item is a target and how often a negative. Popular
-    items are likelier targets than random negatives, whatever the user likes, so HR@1 above chance is no leak by
-    itself. It is one if HR@1 is also above that of ranking by popularity.
-    """
-    check = "candidate look-up"
-    tested = rows["test"] or rows["validation"]
-    if min(len(tested), len(rows["train"])) < ENOUGH:
-        return Finding(check, "not checked", f"Fewer than {ENOUGH} rows to learn from or to try it on.")
-    candidates = [_candidates(row) for row in tested]
-    weight = _target_weights([_candidates(row) for row in rows["train"]])
-    probe = np.array([_hit(np.array([weight[item] for item in items])) for items in candidates])  # (n_requests,)
-    popular = _popularity_hits(rows, tested, candidates, events)  # (n_requests,)
-    chance = float(np.mean([1 / len(items) for items in candidates]))
-    low, high = _interval(probe)
-    # Paired: both rank the same candidates, so their difference per request varies less than either of them. Its
-    # whole interval must lie above PROBE_GAIN, so that a few lucky requests are not called a leak.
-    gain_low, gain_high = _interval(probe - popular)
-    verdict: Verdict = "leak" if gain_low > PROBE_GAIN else "warning" if low > chance + PROBE_GAIN else "ok"
-    text = (
-        f"From the candidates alone HR@1 is {probe.mean():.3f} [{low:.3f}, {high:.3f}] on {len(tested)} requests; "
-        f"chance is {chance:.3f}, counting popularity gives {popular.mean():.3f} "
-        f"(difference [{gain_low:.3f}, {gain_high:.3f}])."
-    )
-    if verdict == "warning":
-        text += " Random negatives are less popular than targets: show a popularity baseline beside every figure."
-    figures = {
-        "hr@1": float(probe.mean()),
-        "low": low,
-        "high": high,
-        "chance": chance,
-        "popularity_hr@1": float(popular.mean()),
-        "requests": len(tested),
-    }
-    return Finding(check, verdict, text, figures)
-
-
-def _candidates(row: Row) -> list[str]:
-    """The items of a request, or its titles where items are unknown; the positive first."""
-    if row["positive_item"]:
-        return [row["positive_item"], *row["negative_items"]]
-    return [row["positive"], *row["negatives"]]
-
-
-def _target_weights(sets: Sequence[Sequence[str]]) -> defaultdict[str, float]:
-    """item -> log-odds of being the target; 0 for an item never seen. Positives come first in each set."""
-    positive = Counter(items[0] for items in sets)
-    negative = Counter(item for items in sets for item in items[1:])
-    # There are K times as many negatives as positives, so counts of negatives are divided by K: an item that is target
-    # and negative at the overall rate has weight 0. Adding 1 (Laplace smoothing) keeps rare items near 0.
-    negatives_per_positive = negative.total() / len(sets)
-    weights: defaultdict[str, float] = defaultdict(float)
-    for item in positive | negative:
-        weights[item] = float(np.log((positive[item] + 1) / (negative[item] / negatives_per_positive + 1)))
-    return weights
-
-
-def _hit(scores: np.ndarray) -> float:
-    """Probability that the first of ``scores`` (n,) ranks first when ties are broken at random."""
-    best = scores == scores.max()
-    return float(best[0] / best.sum())
-
-
-def _popularity_hits(
-    rows: Mapping[str, Sequence[Row]],
-    tested: Sequence[Row],
-    candidates: Sequence[list[str]],
-    events: pd.DataFrame | None,
-) -> np.ndarray:
-    """(n_requests,) hits of ranking by popularity.
-
-    Popularity is the number of events before the request. Without a log it is the number of rows whose history has the
-    item, the request itself left out.
-    """
-    if events is not None:
-        times = np.repeat([row["timestamp"] for row in tested], [len(items) for items in candidates])
-        flat = counts_before([item for items in candidates for item in items], times, events)
-        bounds = np.cumsum([len(items) for items in candidates])[:-1]
-        return np.array([_hit(counts) for counts in np.split(flat, bounds)])
-    total = Counter(item for split in rows.values() for row in split for item in set(row["history_items"]))
-    histories = [set(row["history_items"]) for row in tested]
-    scores = [[total[i] - (i in own) for i in items] for own, items in zip(histories, candidates, strict=True)]
-    return np.array([_hit(np.array(row)) for row in scores])
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean, by its standard error."""
-    half = Z * float(values.std()) / len(values) ** 0.5
-    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def _titles(rows: Sequence[Row]) -> set[str]:

@@ -107,7 +107,7 @@ def _prepare_log(config: DataConfig, seed: int, folder: Path, echo: Callable[[st
 
 def _ready_rows(source: Source, seed: int) -> Preferences:
     if source.kind == "dmpo_released":
-        return load_released(source.path, source.released_negatives, source.prompts)
+        return load_released(source.path, source.released_negatives, source.prompts, seed, source.category)
     return load_sdpo(source.path, seed) if source.kind == "sdpo" else load_preferences(source.path, seed)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dmpo_dist.config import TemplateConfig
 from dmpo_dist.config.model import CANDIDATES
-from dmpo_dist.data.chat import Trim, render_chat, take_apart, trim
+from dmpo_dist.data.chat import ChatParts, Trim, before_answer, render_chat, take_apart, trim
 from dmpo_dist.errors import UserError
 
 RENDERED = ("opening", "closing", "lead", "terminator", "user_trim", "answer_trim")
@@ -42,6 +42,7 @@ class Template:
         user_trim, answer_trim: the sides on which a chat template strips white space from a user's text and an answer.
         begin: the tokenizer's begin token, "" where it has none.
         special: its special tokens, one of which begins a text from a chat template.
+        day: the date that the chat template prints, YYYY-MM-DD; "" where no chat template is used.
     """
 
     opening: str
@@ -58,6 +59,7 @@ class Template:
     answer_trim: Trim = "none"
     begin: str = ""
     special: tuple[str, ...] = ()
+    day: str = ""
 
     @property
     def lists_candidates(self) -> bool:
@@ -89,6 +91,20 @@ class Template:
             missing = self.opening.startswith(self.begin) and not prompt.startswith(self.begin)
             return Prompt(self.begin * missing + prompt, (), templated=True)
         return Prompt(self.opening + trim(prompt, self.user_trim) + self.closing, ())
+
+    def converse(self, turns: list[dict[str, str]], tokenizer: Any) -> Prompt:
+        """The prompt after the messages ``turns`` by the chat template of ``tokenizer``.
+
+        Raises:
+            UserError: no chat template is used, or it does not treat these messages like a single question.
+        """
+        if not self.day:
+            raise UserError(
+                f"a row's prompt has {len(turns)} messages, which only a chat template can put together: use a model "
+                "with one and template.chat=auto, or write the prompts as text"
+            )
+        parts = ChatParts(self.opening, self.user_trim, self.closing, self.lead, self.answer_trim, self.terminator)
+        return Prompt(before_answer(tokenizer, turns, date.fromisoformat(self.day), parts), ())
 
     def _moved(self, spans: Sequence[tuple[int, int]], user: str) -> tuple[tuple[int, int], ...]:
         """``spans`` of a user's text where they are once it is wrapped, which may strip white space."""
@@ -182,6 +198,7 @@ def make_template(config: TemplateConfig, tokenizer: Any) -> Template:
         lead=lead,
         user_trim=user_trim,
         answer_trim=answer_trim,
+        day=config.date if use_chat else "",
     )
     if use_chat:
         _require_same_chat(template, tokenizer, config)

@@ -1,5 +1,6 @@
-"""Titles as people write them: catalogues sort "The Matrix (1999)" under M, as "Matrix, The (1999)"."""
+"""Titles as people write them: without HTML entities, and with "The" in front where catalogues put it last."""
 
+import html
 import re
 from dataclasses import replace
 
@@ -8,6 +9,19 @@ from dmpo_dist.errors import UserError
 
 ARTICLES = "The|A|An|La|Le|Les|Il|Lo|Der|Die|Das|El|Los|Las|Det|Den|En"
 SORTED = re.compile(rf"(?P<title>.+), (?P<article>{ARTICLES}|L')(?P<other>(?: \([^()]*\))*)(?P<year> \(\d{{4}}\))?")
+
+
+ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z][a-zA-Z0-9]*);")
+
+
+def without_entities(title: str) -> str:
+    """``title`` with HTML entities decoded, also those of a text that was escaped twice: "Q &amp;amp; A" -> "Q & A".
+
+    Only what ends with a semicolon counts, so that "AT&T" and "Q&A" stay.
+    """
+    for _ in range(2):
+        title = ENTITY.sub(lambda entity: html.unescape(entity[0]), title)
+    return title
 
 
 def article_first(title: str) -> str:

@@ -9,6 +9,7 @@ from tokenizers import Encoding, models
 
 from dmpo_dist.data.candidates import list_order, require_no_finished_prompts
 from dmpo_dist.data.continuation import continuation, encode, joins_spaces, require_end
+from dmpo_dist.data.messages import messages_of
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import groups_from_rows
 from dmpo_dist.data.template import Prompt, Template, special_tokens
@@ -156,7 +157,7 @@ class GroupTokenizer:
     def _without_oldest(self, group: PreferenceGroup, dropped: int, listed: tuple[str, ...]) -> FittedPrompt:
         """The prompt without its ``dropped`` oldest titles and the responses, tokenized."""
         history = group.history[dropped:]
-        prompt = self.template.render(history, listed) if group.prompt is None else self.template.wrap(group.prompt)
+        prompt = self._prompt(group.prompt, history, listed)
         before = self._asked(prompt.text)
         spaces = prompt.text[len(before) :]
         responses = [spaces + self._response(title, group.prompt, prompt) for title in _candidates(group)]
@@ -164,6 +165,12 @@ class GroupTokenizer:
         fixed_tail = group.prompt is None and bool(history or listed)
         look_up = fixed_tail and self._is_local and encoded.ids[-1:] == self._tail_ids[-1:]
         return FittedPrompt(dropped, prompt, before, encoded, self._responses(before, encoded.ids, responses, look_up))
+
+    def _prompt(self, finished: str | None, history: tuple[str, ...], listed: tuple[str, ...]) -> Prompt:
+        if finished is None:
+            return self.template.render(history, listed)
+        turns = messages_of(finished)
+        return self.template.wrap(finished) if turns is None else self.template.converse(turns, self.tokenizer)
 
     def _asked(self, prompt: str) -> str:
         return prompt.rstrip(" ") if self._joins_spaces else prompt

@@ -29,6 +29,7 @@ from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue
 
 CLASSICAL = ("sasrec", "bert4rec", "ease")
 RUNNER = Path(__file__).with_name("rectools_runner.py")
+END_WITH_STDIN = "--end-with-stdin"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -164,11 +165,15 @@ def _unknown(scores: Sequence[np.ndarray]) -> dict[str, int]:
 
 
 def _run(python: Path, folder: Path, echo: Callable[[str], None]) -> None:
-    """Run the runner and pass its progress on; isolated (-I), so that it sees neither our modules nor our packages."""
+    """Run the runner and pass its progress on; isolated (-I), so that it sees neither our modules nor our packages.
+
+    The runner ends when its standard input does, so it does not outlive this process, however that ends.
+    """
     errors = folder / "errors.txt"
     with (
         errors.open("w") as file,
-        subprocess.Popen([python, "-I", RUNNER, folder], stdout=subprocess.PIPE, stderr=file, text=True, bufsize=1,
+        subprocess.Popen([python, "-I", RUNNER, END_WITH_STDIN, folder],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, bufsize=1,
                          env=run_environment() | ONE_THREAD, cwd=folder) as process,
     ):  # fmt: skip
         for line in process.stdout or ():

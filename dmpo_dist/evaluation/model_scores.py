@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from rich.console import Console
 from rich.text import Text
 
@@ -13,9 +14,10 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.generated import generated_figures
 from dmpo_dist.evaluation.order import order_spread
-from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.evaluation.ranking import load_ranking_model, score_with_progress
 from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
 from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.ranking_model import RankingModel
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,22 @@ def model_scores(name: str, path: str, data: PreparedData, config: RunConfig, co
     """
     _note_quantization(name, path, config, console)
     again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
-    with console.status(Text(f"scoring {name}")):
-        model = load_ranking_model(path, config)
-        scores = model.score_rows(data.test)
-        _require_finite(f"--model {name}={path}", scores, config.model.dtype)
+    model = load_ranking_model(path, config)
+    scores = score_with_progress(model, data.test, f"scoring {name}", console)
+    _require_finite(f"--model {name}={path}", scores, config.model.dtype)
+    with console.status(Text(f"checking and writing with {name}")):
         spread = order_spread(model.score_rows, data.test, scores, again, seed) if again else {}
         generated = generated_figures(model, data.test, scores, write, seed) if write else None
-        if not asks_for_rules(config.evaluation):
-            return ModelScores(scores, spread, generated, None)
-        ruled = ruled_scores(model, scores, data, config)
-        for rule, by_rule in ruled.by_rule.items():
-            _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
-        return ModelScores(ruled.scores, spread, generated, ruled)
+    if not asks_for_rules(config.evaluation):
+        return ModelScores(scores, spread, generated, None)
+
+    def score(scorer: RankingModel, rows: Dataset) -> list[np.ndarray]:
+        return score_with_progress(scorer, rows, f"rules of {name}", console)
+
+    ruled = ruled_scores(model, scores, data, config, score)
+    for rule, by_rule in ruled.by_rule.items():
+        _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
+    return ModelScores(ruled.scores, spread, generated, ruled)
 
 
 def _note_quantization(name: str, path: str, config: RunConfig, console: Console) -> None:

@@ -1,5 +1,7 @@
 """Classical recommenders by RecTools, run by another interpreter: ``python -I rectools_runner.py FOLDER``.
 
+With ``--end-with-stdin`` before the folder it ends as soon as its standard input does.
+
 RecTools needs an older numpy than dmpo_dist, so this file imports nothing of dmpo_dist, and dmpo_dist imports nothing
 of RecTools. ``FOLDER`` holds
 
@@ -16,7 +18,9 @@ setting, seconds).
 """
 
 import json
+import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -65,6 +69,12 @@ def main(folder: Path) -> None:
         said = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
         print(f"{name}: trained with {said}; {results[name]['seconds']:.0f} s in all", flush=True)
     (folder / "result.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+def _end_with_stdin() -> None:
+    """End this process once standard input does: a caller that holds its other end does not leave this one behind."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def choose_regularization(
@@ -243,4 +253,6 @@ def _dataset(log: pd.DataFrame, item_ids: IdMap | None = None) -> Dataset:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
+    if "--end-with-stdin" in sys.argv:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    main(Path(sys.argv[-1]))

@@ -1,6 +1,6 @@
 """A language model by each scoring rule, and which is in use: weights and rules are chosen on validation alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -114,8 +114,17 @@ def check_rules(models: Mapping[str, tuple[ModelSource, Template]], config: RunC
             )
 
 
-def ruled_scores(model: RankingModel, log_probs: Scores, data: PreparedData, config: RunConfig) -> RuledScores:
+def ruled_scores(
+    model: RankingModel,
+    log_probs: Scores,
+    data: PreparedData,
+    config: RunConfig,
+    score: Callable[[RankingModel, Dataset], Scores] = RankingModel.score_rows,
+) -> RuledScores:
     """The test requests by each rule of ``model``, whose summed log-probs are ``log_probs``.
+
+    Args:
+        score: scores a split by a model, as ``score_rows`` does; it may show progress.
 
     Raises:
         UserError: a reference that cannot be used.
@@ -133,13 +142,13 @@ def ruled_scores(model: RankingModel, log_probs: Scores, data: PreparedData, con
     rule = rules[0] if settings.rule == "auto" else settings.rule
     by_label: dict[str, float] = {}
     if tuned:
-        found = _parts(model, reference, rules, data.validation)
+        found = _parts(model, reference, rules, data.validation, score)
         values = {(r, w): _mean(found.scores(r, w)) for r in rules for w in _weights(r, settings)}
         weight = max(settings.prior_weights, key=lambda w: values["prior", w]) if "prior" in rules else None
         if settings.rule == "auto":
             rule = max(rules, key=lambda r: values[r, (weight or 0.0) if r == "prior" else 0.0])
         by_label = {f"prior {w:g}" if r == "prior" else r: value for (r, w), value in values.items()}
-    parts = _parts(model, reference, rules, data.test, log_probs)
+    parts = _parts(model, reference, rules, data.test, score, log_probs)
     return RuledScores(
         {r: parts.scores(r, weight or 0.0) for r in rules},
         RuleChoice(rule=rule, prior_weight=weight, validation=by_label),
@@ -182,14 +191,15 @@ def _parts(
     reference: RankingModel | None,
     rules: Sequence[Rule],
     rows: Dataset,
+    score: Callable[[RankingModel, Dataset], Scores],
     log_probs: Scores | None = None,
 ) -> _Parts:
     requests = zip(_titles(rows), rows["user"][:], rows["timestamp"][:], strict=True)
     return _Parts(
-        log_probs=model.score_rows(rows) if log_probs is None else log_probs,
+        log_probs=score(model, rows) if log_probs is None else log_probs,
         lengths=[scored_lengths(group) for group in tokenize_rows(rows, model.encode)],
         prior=[model.prior(*request) for request in requests] if "prior" in rules else None,
-        reference=None if reference is None else reference.score_rows(rows),
+        reference=None if reference is None else score(reference, rows),
     )
 
 

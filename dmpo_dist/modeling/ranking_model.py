@@ -1,6 +1,6 @@
 """A model as it is used: its tokenizer and template, its weights on a device, and how responses share their prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache, partial
 from typing import Any, NamedTuple, Self
@@ -230,14 +230,24 @@ class RankingModel:
         group = _group(user, timestamp, history, candidates)
         return [self.encode(group, draw) for draw in range(self.orders)]
 
-    def score_rows(self, rows: Any) -> list[np.ndarray]:
-        """For each request of ``rows``, a split of prepared data, (1+K,) float64, the positive first."""
-        draws = [self.score_groups(tokenize_rows(rows, self.encode, draw=draw)) for draw in range(self.orders)]
+    def score_rows(self, rows: Any, advance: Callable[[int], None] | None = None) -> list[np.ndarray]:
+        """For each request of ``rows``, a split of prepared data, (1+K,) float64, the positive first.
+
+        Args:
+            advance: told how many more requests are scored; each is once for each of ``orders``.
+        """
+        draws = [self.score_groups(tokenize_rows(rows, self.encode, draw=draw), advance) for draw in range(self.orders)]
         return [np.mean(of_request, axis=0) for of_request in zip(*draws, strict=True)]
 
-    def score_groups(self, groups: Sequence[TokenGroup]) -> list[np.ndarray]:
-        """For each group (R,) float64; groups are packed into rows, so they should be small."""
-        return self._scorer().score(groups, self._which)
+    def score_groups(
+        self, groups: Sequence[TokenGroup], advance: Callable[[int], None] | None = None
+    ) -> list[np.ndarray]:
+        """For each group (R,) float64; groups are packed into rows, so they should be small.
+
+        Args:
+            advance: told how many more groups are scored.
+        """
+        return self._scorer().score(groups, self._which, advance)
 
     def score_catalogue(self, group: TokenGroup) -> np.ndarray:
         """(R,) float64 of one group with any number of responses, which follow the prompt as a trie."""

@@ -59,12 +59,22 @@ class TokenScorer:
         self._checked: set[Sharing] = set()
         self._last_trie: tuple[TokenGroup, TitleTrie] | None = None
 
-    def score(self, groups: Sequence[TokenGroup], which: Which = "policy") -> list[np.ndarray]:
-        """For each group (K+1,) float64 log-probs of its responses; groups are packed into rows of the budget."""
+    def score(
+        self, groups: Sequence[TokenGroup], which: Which = "policy", advance: Callable[[int], None] | None = None
+    ) -> list[np.ndarray]:
+        """For each group (K+1,) float64 log-probs of its responses; groups are packed into rows of the budget.
+
+        Args:
+            advance: told how many more groups are scored.
+        """
         self._require_exact("packed", groups)
         use_backend(self._language_model, self.route.backend)
         batches = deal_for_scoring(groups, 1, self._token_budget, self._shared)[0]
-        scores = dict(score_micro_batches(self._forward(which), groups, batches, self._shared, self._device))
+        scores: dict[int, np.ndarray] = {}
+        for index, of_group in score_micro_batches(self._forward(which), groups, batches, self._shared, self._device):
+            scores[index] = of_group
+            if advance is not None:
+                advance(1)
         return [scores[index] for index in range(len(groups))]
 
     def score_many(self, group: TokenGroup, which: Which = "policy") -> np.ndarray:

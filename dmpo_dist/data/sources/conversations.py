@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dmpo_dist.data.messages import text_of
 from dmpo_dist.data.sources.rowfiles import shorten
 from dmpo_dist.errors import UserError
 
@@ -19,11 +20,12 @@ def is_conversation(value: Any) -> bool:
 def as_text(row: dict[str, Any], where: str) -> dict[str, Any]:
     """``row`` with the texts of its messages: the user's as prompt, the assistant's as responses.
 
+    A prompt of several messages becomes a text that only a model's chat template can render, see ``data.messages``.
     ``rejected`` may be one conversation or a list of them. Where ``prompt`` is missing, the responses begin with it, as
     TRL allows.
 
     Raises:
-        UserError: a conversation with more than one question and answer, or a message without role or text.
+        UserError: messages in an order that no conversation has, a response of several, or one without role or text.
     """
     if not any(map(is_conversation, (row.get("prompt"), row["chosen"], row["rejected"]))):
         return row
@@ -35,10 +37,24 @@ def as_text(row: dict[str, Any], where: str) -> dict[str, Any]:
         prompt = row["chosen"][:-1]
         responses = [_behind(prompt, side, where) for side in responses]
     return row | {
-        "prompt": _only(prompt, "user", "prompt", where),
+        "prompt": _prompt(prompt, where),
         "chosen": _only(responses[0], "assistant", "chosen", where),
         "rejected": [_only(side, "assistant", "rejected", where) for side in responses[1:]],
     }
+
+
+def _prompt(value: Any, where: str) -> Any:
+    """The text of a single question, or the messages that lead to one as ``text_of`` writes them."""
+    if not is_conversation(value) or len(value) == 1:
+        return _only(value, "user", "prompt", where)
+    roles = [message.get("role") for message in value]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"]:
+        raise UserError(
+            f"{where}: 'prompt' has messages of {', '.join(map(str, roles))}; what can be read is one of system if "
+            f"any, then user and assistant in turn, and user last. Otherwise {ADVICE}"
+        )
+    return text_of([{"role": str(message["role"]), "content": _content(message, "prompt", where)} for message in value])
 
 
 def _behind(prompt: list[Any], side: Any, where: str) -> Any:
@@ -60,6 +76,10 @@ def _only(value: Any, role: str, key: str, where: str) -> Any:
         raise UserError(
             f"{where}: {key!r} has messages of {', '.join(map(str, roles))}; one of {role} can be read: {ADVICE}"
         )
-    if not isinstance(value[0].get("content"), str):
-        raise UserError(f"{where}: the content of {key!r} is {shorten(value[0].get('content'))}; it must be a string")
-    return value[0]["content"]
+    return _content(value[0], key, where)
+
+
+def _content(message: dict[str, Any], key: str, where: str) -> str:
+    if not isinstance(message.get("content"), str):
+        raise UserError(f"{where}: the content of {key!r} is {shorten(message.get('content'))}; it must be a string")
+    return message["content"]

@@ -10,6 +10,7 @@ import numpy as np
 from dmpo_dist.data.sources.conversations import as_text, is_conversation
 from dmpo_dist.data.sources.rowfiles import read_rows, shorten, split_files
 from dmpo_dist.data.splits import SPLITS
+from dmpo_dist.data.titles import ENTITY
 from dmpo_dist.errors import UserError
 
 KEYS = ("prompt", "chosen", "rejected")
@@ -66,7 +67,7 @@ class Preferences:
         return counts
 
 
-Parser = Callable[[Any, str], PreferenceRow]
+Parser = Callable[[Any, str], PreferenceRow | None]
 
 
 def load_preferences(path: Path | None, seed: int, parse: Parser | None = None) -> Preferences:
@@ -76,7 +77,8 @@ def load_preferences(path: Path | None, seed: int, parse: Parser | None = None) 
     prompts stay together); a smaller one is all training. Rows with equal prompt and chosen become one group.
 
     Args:
-        parse: makes a group of a row and of what to call it in errors; TRL's rows by default.
+        parse: makes a group of a row and of what to call it in errors, or None where its candidates are one title;
+            TRL's rows by default.
 
     Raises:
         UserError: no such file, unknown format, or a bad row; the message names file and row.
@@ -102,20 +104,48 @@ def load_preferences(path: Path | None, seed: int, parse: Parser | None = None) 
 
 def read_groups(file: Path, parse: Parser) -> tuple[list[PreferenceRow], list[str]]:
     """The rows of ``file``, those of equal prompt, history and chosen merged, and notes."""
-    rows = [parse(row, f"{file}, row {number}") for number, row in read_rows(file)]
+    numbered = list(read_rows(file))
+    parsed = [parse(row, f"{file}, row {number}") for number, row in numbered]
+    rows = [row for row in parsed if row is not None]
     if not rows:
         raise UserError(f"{file}: holds no rows; is this the right file?")
     merged: dict[tuple[Any, ...], list[PreferenceRow]] = {}
     for row in rows:
         merged.setdefault((row.prompt, row.history, row.chosen), []).append(row)
     groups = [_merge(same) for same in merged.values()]
-    notes = []
+    notes = [f"{len(parsed) - len(rows)} rows left out whose candidates are one title."] * (len(rows) < len(parsed))
     if len(groups) < len(rows):
         notes.append(f"{len(rows)} rows merged into {len(groups)} groups of equal prompt and chosen.")
     repeated = sum(len(row.rejected) for row in rows) - sum(len(g.rejected) for g in groups)
     if repeated:
         notes.append(f"{repeated} repeated rejected responses dropped.")
-    return groups, notes
+    return groups, notes + _contradictions(groups) + _entities([row for _, row in numbered], groups)
+
+
+def _contradictions(groups: list[PreferenceRow]) -> list[str]:
+    """A note on pairs of responses that are preferred both ways after one prompt, which teach nothing."""
+    pairs = {(g.prompt, g.history, g.chosen, other) for g in groups for other in g.rejected}
+    both = [(g, other) for g in groups for other in g.rejected if (g.prompt, g.history, other, g.chosen) in pairs]
+    if not both:
+        return []
+    group, other = both[0]
+    return [
+        f"{len(both) // 2} pairs of responses are preferred both ways after the same prompt, the first "
+        f"{shorten(group.chosen)} and {shorten(other)} after {shorten(group.prompt or group.history)}: they cancel "
+        "out; keep one row of each."
+    ]
+
+
+def _entities(rows: list[Any], groups: list[PreferenceRow]) -> list[str]:
+    """A note on HTML entities: decoded in what is known to be titles, kept in free text, which may be about HTML."""
+    kept = sum(any(ENTITY.search(text) for text in (g.prompt or "", g.chosen, *g.rejected)) for g in groups)
+    if kept:
+        return [
+            f"{kept} of {len(groups)} groups hold HTML entities such as &amp;, which are kept as they are; decode them "
+            "in the file if they are titles."
+        ]
+    written = sum(bool(ENTITY.search(str(row))) for row in rows)
+    return [f"HTML entities decoded in the titles of {written} rows."] if written else []
 
 
 def _merge(same: list[PreferenceRow]) -> PreferenceRow:

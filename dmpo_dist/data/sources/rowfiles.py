@@ -1,7 +1,7 @@
 """Files of ready rows: JSON lines, a JSON list or Parquet, and folders with one file per split."""
 
+import json
 from collections.abc import Callable, Iterator
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.tables import read_json_lines
 from dmpo_dist.errors import UserError
-from dmpo_dist.parsing import parse_json, parsing
+from dmpo_dist.parsing import parse_json, parsing, require_plain
 
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 
@@ -62,17 +62,29 @@ def shorten(value: Any) -> str:
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
-    text = file.read_text(encoding="utf-8-sig")
+    text = file.read_text(encoding="utf-8-sig").strip()
     try:
-        rows = parse_json(text)
-    except ValueError as error:
-        row = f", row {error.lineno}" if isinstance(error, JSONDecodeError) else ""
+        rows = _one_after_another(text) if text.startswith("{") else parse_json(text)
+    except (ValueError, RecursionError) as error:
+        row = f", row {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(
             f"{file}{row}: not valid JSON ({error}); a .json file is one list of objects, one object per line is .jsonl"
         ) from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds a {type(rows).__name__}; it must be a list of objects, one per row")
     yield from enumerate(rows, start=1)
+
+
+def _one_after_another(text: str) -> Any:
+    """The objects of ``text``, which follow each other with or without space between; a single one is returned bare."""
+    decoder, rows, end = json.JSONDecoder(), [], 0
+    while end < len(text):
+        row, end = decoder.raw_decode(text, end)
+        rows.append(row)
+        while text[end : end + 1].isspace():
+            end += 1
+    require_plain(rows, most=None)
+    return rows if len(rows) > 1 else rows[0]
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
