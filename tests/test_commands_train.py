@@ -8,8 +8,10 @@ import pytest
 from pyarrow.fs import LocalFileSystem
 from rich.console import Console
 
+from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.cluster import runtime as ray_runtime
-from dmpo_dist.commands.train import _StageLogs, open_run_folder, require_reorderable, run_id_of
+from dmpo_dist.commands.run_folder import open_run_folder
+from dmpo_dist.commands.train import _StageLogs, require_reorderable
 from dmpo_dist.config import RunConfig, SFTConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.training.job import Job
@@ -37,9 +39,9 @@ def test_a_new_run_in_an_old_folder_has_another_id(tmp_path):
     ids = []
     for _ in range(2):
         open_run_folder(RunConfig(output_dir=tmp_path / "run"), resume=False)
-        ids.append(run_id_of(tmp_path / "run"))
+        ids.append(Environment.read(tmp_path / "run").run_id)
         open_run_folder(RunConfig(output_dir=tmp_path / "run"), resume=True)
-        assert run_id_of(tmp_path / "run") == ids[-1], "a resumed run stays the run it was"
+        assert Environment.read(tmp_path / "run").run_id == ids[-1], "a resumed run stays the run it was"
         for file in (tmp_path / "run").iterdir():
             file.unlink()
     assert ids[0] != ids[1]
@@ -100,7 +102,7 @@ class _RayTrain:
 
 
 def restored(job):
-    with ray_runtime.RayRuntime(0, job, None).restore() as folder:
+    with ray_runtime.RayRuntime(0, job, None).restore(lambda folder, step: "") as folder:
         return None if folder is None else (folder / "step").read_text()
 
 

@@ -61,7 +61,7 @@ def train(folder: Path, values: list[float], checkpoint_at: int, kill_at: int | 
             try:
                 first = checkpoint.get("step", 0)
                 if first:
-                    one.resume(dict(checkpoint["best"]))
+                    one.resume(first, dict(checkpoint["best"]))
                 for step in range(first + 1 if first else 0, STEPS + 1):
                     step_now[0] = step
                     one.validate(step)

@@ -48,6 +48,8 @@ class DatasetCard(Artifact):
     """Whether interactions.parquet lies beside it."""
     fingerprint: str
     """sha256 over the content of rows and items."""
+    digests: dict[str, str] | None = None
+    """Path -> digest of the files of rows, items and interactions, see ``artifacts.digest``; None in older cards."""
     config: dict[str, Any] = Field(default_factory=dict)
     """The section ``data`` of the configuration."""
     leaks: list[LeakFinding] = Field(default_factory=list)

@@ -26,3 +26,5 @@ class Environment(Artifact):
     """Tells the run from an earlier one in the same folder; a resumed run keeps it."""
     data_fingerprint: str | None = None
     """Of the training data, see ``data.store.few_fingerprint``."""
+    start_digests: dict[str, str] = Field(default_factory=dict)
+    """Of the files of the starting model, see ``training.reference.start_digests``."""

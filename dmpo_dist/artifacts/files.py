@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -90,11 +91,26 @@ def recover_folder(target: Path) -> None:
 
 def _publish(part: Path, folder: Path) -> None:
     """Rename a finished folder when all of its files are on disk."""
-    for path in part.rglob("*"):
-        _sync(path)
-    _sync(part)
+    sync_folder(part)
     part.rename(folder)
     _sync(folder.parent)
+
+
+def sync_folder(folder: Path, below: bool = True) -> None:
+    """Have the names in ``folder`` on disk, and with ``below`` all files and folders in it, when this returns."""
+    for path in folder.rglob("*") if below else ():
+        _sync(path)
+    _sync(folder)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove what ``whole_file`` and ``whole_folder`` left in ``folder`` when they were killed.
+
+    Nobody else may be writing there: the caller holds the folder's lock.
+    """
+    for path in folder.glob(".*.part"):
+        if re.fullmatch(r"\..+\.\d+\.part", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

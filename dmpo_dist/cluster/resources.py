@@ -8,12 +8,13 @@ WATCH_SECONDS = 5.0
 
 
 def shortage(cluster: ClusterConfig, gpus: float, have: Mapping[str, float]) -> str | None:
-    """Which resource of ``have`` is too scarce for ``cluster.workers`` with ``gpus`` each; None where all suffice."""
+    """Which resource of ``have`` is too scarce for the fewest workers with ``gpus`` each; None where all suffice."""
     for name, each, key in (("CPU", cluster.cpus_per_worker, "cpus"), ("GPU", gpus, "gpus")):
-        if cluster.workers * each > have.get(name, 0):
+        if cluster.fewest * each > have.get(name, 0):
+            which = "workers" if cluster.min_workers is None else "min_workers"
             return (
-                f"cluster.workers={cluster.workers} with cluster.{key}_per_worker={each:g} need "
-                f"{cluster.workers * each:g} {name}s, but the cluster has {have.get(name, 0):g}"
+                f"cluster.{which}={cluster.fewest} with cluster.{key}_per_worker={each:g} need "
+                f"{cluster.fewest * each:g} {name}s, but the cluster has {have.get(name, 0):g}"
             )
     return None
 

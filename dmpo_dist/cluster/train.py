@@ -64,7 +64,8 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     """Train ``jobs`` one after another on the same ``cluster.workers`` Ray workers; call within ``ray_session``.
 
     A worker that dies is replaced up to ``cluster.max_failures`` times, and training goes on from the latest
-    checkpoint of the job it was at. ``sink`` receives a job's index and rank 0's records of it, in order.
+    checkpoint of the job it was at; with ``cluster.min_workers`` also with fewer workers, and with more again later.
+    ``sink`` receives a job's index and rank 0's records of it, in order.
 
     Args:
         jobs: at least one; a later one may start from the model of an earlier one. The first one's configuration says
@@ -89,11 +90,12 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     require_resources(cluster, gpus)
     remove_damaged_list(storage)
     queue = start_record_queue()
+    number = cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _run_jobs,
         train_loop_config={"jobs": tuple(jobs), "queue": queue, "body": body or run},
-        scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=number, use_gpu=bool(gpus), resources_per_worker=resources),
         torch_config=NodeNetworkConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
             name=RUN_NAME,

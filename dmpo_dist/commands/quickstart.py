@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.console import Console
 
 from dmpo_dist.commands.evaluate import check_classical, evaluate
-from dmpo_dist.commands.train import open_run_folder, run_stages, say
+from dmpo_dist.commands.run_folder import open_run_folder
+from dmpo_dist.commands.train import run_stages, say
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.records.tracking import check_tracking

@@ -1,21 +1,20 @@
 """A training stage from the driver's side: the run folder, the launch, the pictures."""
 
 import os
-import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
-from uuid import uuid4
 
 from rich.console import Console
 
 from dmpo_dist.artifacts.environment import Environment
-from dmpo_dist.artifacts.files import whole_folder, write_whole
-from dmpo_dist.config import RunConfig, TemplateConfig, dump_config, load_config
+from dmpo_dist.artifacts.files import remove_left_overs, whole_folder
+from dmpo_dist.artifacts.locks import only_one
+from dmpo_dist.commands.run_folder import last_checkpoint, open_run_folder, reopen_run_folder, require_same_start
+from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.config.model import CANDIDATES
-from dmpo_dist.config.section import dotted
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.reorder import require_histories
 from dmpo_dist.data.store import PreparedData
@@ -32,14 +31,15 @@ from dmpo_dist.modeling.backbone import (
     write_stamp,
 )
 from dmpo_dist.objectives.registry import make_objective
-from dmpo_dist.records.environment import describe_environment
 from dmpo_dist.records.log import RunLog
 from dmpo_dist.records.tracking import check_tracking
 from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.groups import make_schedule, require_negatives
 from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.listed import require_lists
+from dmpo_dist.training.reference import start_digests
 from dmpo_dist.training.runtime import Runtime
+from dmpo_dist.training.schedule import total_steps
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     from dmpo_dist.cluster.train import ray_session, train_with_ray
 
     job = preflight(kind, config, resume)
-    with ray_session(job.config.cluster), RunLog(job, console, resume, [RayGauges(job)]) as log:
+    with one_writer(job), ray_session(job.config.cluster), RunLog(job, console, resume, [RayGauges(job)]) as log:
         train_with_ray([job], lambda _, record: log(record))
     return job.output / "model"
 
@@ -84,8 +84,24 @@ def run_stages(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) 
     jobs: list[Job] = []
     for _, kind, config in stages:
         jobs.append(preflight(kind, config, resume=False, earlier=jobs))
-    with ray_session(jobs[0].config.cluster), _StageLogs(jobs, [heading for heading, *_ in stages], console) as logs:
-        train_with_ray(jobs, logs)
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(one_writer(job))
+        stack.enter_context(ray_session(jobs[0].config.cluster))
+        train_with_ray(jobs, stack.enter_context(_StageLogs(jobs, [heading for heading, *_ in stages], console)))
+
+
+@contextmanager
+def one_writer(job: Job) -> Iterator[None]:
+    """Within, this process alone writes to the run's folder, which is free of what killed ones left half-written.
+
+    Raises:
+        UserError: another process trains there, such as a rank that outlived its launcher.
+    """
+    with only_one(job.output):
+        for folder in (job.output, job.output / "checkpoints"):
+            remove_left_overs(folder)
+        yield
 
 
 class _StageLogs:
@@ -117,6 +133,10 @@ class _StageLogs:
         from dmpo_dist.cluster.gauges import RayGauges
 
         self._current = job
+        begun = self._jobs[job]
+        environment = None if begun.inputs else Environment.read_if_there(begun.output)
+        if environment is not None:  # the model it starts from, made by an earlier job, is there by now
+            with_start(begun, environment)
         say(self._console, self._headings[job])
         log = RunLog(self._jobs[job], self._console, sinks=[RayGauges(self._jobs[job])])
         self._log = self._open.enter_context(log)
@@ -150,10 +170,31 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
     job = Job(kind, config, start, config.output_dir)
     _check_plan(job, data)
     check_tracking(config.tracking)
-    open_run_folder(config, resume, data_fingerprint=data.fingerprint)
+    if resume:
+        environment = reopen_run_folder(
+            job, data.fingerprint, lambda c: _steps(replace(job, config=c), len(data.train))
+        )
+    else:
+        open_run_folder(config, resume, data_fingerprint=data.fingerprint)
+        environment = Environment.read(config.output_dir)
     if config.model.path == SCRATCH and not Path(start).exists():
         make_start(Path(start), config, data)
-    return replace(job, run_id=run_id_of(config.output_dir))
+    known = job if start in {str(other.output / "model") for other in earlier} else with_start(job, environment)
+    checkpointed = last_checkpoint(job.output) if resume else 0
+    return replace(known, run_id=environment.run_id, checkpointed=checkpointed)
+
+
+def with_start(job: Job, environment: Environment) -> Job:
+    """``job`` with fingerprints of its data and its starting model, which exists by now, taken down in its folder.
+
+    Raises:
+        UserError: the run is resumed and its starting model is another.
+    """
+    now = start_digests(job.start)
+    require_same_start(environment.start_digests, now, job)
+    if environment.start_digests != now:
+        environment.model_copy(update={"start_digests": now}).write(job.output)
+    return replace(job, inputs={"data": environment.data_fingerprint, "model": now})
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -199,6 +240,10 @@ def _check_plan(job: Job, data: PreparedData) -> None:
         raise UserError(f'deepspeed={config.deepspeed}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
 
 
+def _steps(job: Job, groups: int) -> int:
+    return total_steps(job.stage, make_schedule(job, groups, job.config.cluster.workers))
+
+
 def require_reorderable(config: RunConfig, data: PreparedData) -> None:
     """Raise UserError where SFT cannot draw a new order of histories in every epoch."""
     require_histories(data.train["prompt"])
@@ -208,61 +253,6 @@ def require_reorderable(config: RunConfig, data: PreparedData) -> None:
             f"sft.token_budget={budget}, but with sft.history_order=shuffled a group may come to take "
             f"model.max_length={longest} tokens; raise sft.token_budget or lower model.max_length"
         )
-
-
-def open_run_folder(config: RunConfig, resume: bool, data_fingerprint: str | None = None) -> None:
-    """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` (with the fingerprint) there.
-
-    Raises:
-        UserError: it exists and ``resume`` is not set, it is to be resumed and does not exist or holds another
-            configuration, or it cannot be written.
-    """
-    output = config.output_dir
-    saved = output / "config.yaml"
-    if resume:
-        if not saved.exists():
-            raise UserError(
-                f"--resume: {output} holds no run to go on with (no config.yaml); start it without --resume"
-            )
-        changed = _changed_keys(saved, config)
-        if changed:
-            raise UserError(
-                f"--resume: the configuration differs from {saved} in {', '.join(changed)}; resume with the same "
-                "settings, or start a new run with another output_dir"
-            )
-        return
-    if output.exists() and not _is_free_folder(output):
-        raise UserError(
-            f"output_dir {output} exists already; choose another (output_dir=...), or go on with it by --resume"
-        )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_whole(saved, dump_config(config))
-        known = {"seed": config.seed, "run_id": uuid4().hex}
-        if data_fingerprint is not None:
-            known["data_fingerprint"] = data_fingerprint
-        describe_environment().model_copy(update=known).write(output)
-    except OSError as error:
-        raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
-
-
-def _changed_keys(saved: Path, config: RunConfig) -> list[str]:
-    """What ``config`` changes; a key that the version which wrote ``saved`` did not have counts with its default."""
-    old, new = (dotted(c.model_dump(mode="json")) for c in (load_config([saved]), config))
-    return [key for key in {**old, **new} if old.get(key) != new.get(key)]
-
-
-def run_id_of(output: Path) -> str:
-    """What tells the run in ``output`` from earlier ones there; a resumed run keeps it."""
-    try:
-        return Environment.read(output).run_id
-    except UserError:
-        return ""  # cut off while it was opened: there are no checkpoints yet
-
-
-def _is_free_folder(path: Path) -> bool:
-    """A folder without a run: empty, or with nothing but what ``dmpo submit`` wrote."""
-    return path.is_dir() and all(re.fullmatch(r"submit(-\d+)?", entry.name) for entry in path.iterdir())
 
 
 def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
@@ -290,8 +280,12 @@ def as_rank(
     workers = {"workers": int(os.environ["WORLD_SIZE"])}
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update=workers)})
     own = preflight(kind, config, resume) if os.environ["RANK"] == "0" else None
-    start_process_group()
-    job = from_rank_zero(own)
-    assert job is not None
-    with nullcontext(lambda record: None) if own is None else RunLog(job, console, append=resume) as log:
-        return job, body(job, ProcessRuntime(job.output / "checkpoints", job.stage.keep_checkpoints, log))
+    with ExitStack() as stack:
+        if own is not None:
+            stack.enter_context(one_writer(own))
+        start_process_group()
+        job = from_rank_zero(own)
+        assert job is not None
+        log = (lambda record: None) if own is None else stack.enter_context(RunLog(job, console, append=resume))
+        folder = job.output / "checkpoints"
+        return job, body(job, ProcessRuntime(folder, job.stage.keep_checkpoints, log, job.run))

@@ -80,7 +80,10 @@ class TrainConfig(StageConfig):
 
 class ClusterConfig(Section):
     workers: int = Field(1, ge=1)
-    """Number of training workers (ranks)."""
+    """Number of training workers (ranks); [2, 8] is min_workers=2 and workers=8."""
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest workers that training goes on with when nodes are lost; as nodes join, Ray adds workers, up to
+    ``workers``. None: training waits for all ``workers``."""
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs per worker; None takes 1 where the cluster has GPUs, else 0."""
@@ -90,3 +93,22 @@ class ClusterConfig(Section):
     """Worker failures survived by going back to the latest checkpoint."""
     storage_path: str | None = None
     """Shared folder or bucket for checkpoints; None uses the output folder (on one machine or a shared file system)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range(cls, values: Any) -> Any:
+        workers = values.get("workers") if isinstance(values, dict) else None
+        if isinstance(workers, list) and len(workers) == 2:
+            return values | {"min_workers": workers[0], "workers": workers[1]}
+        return values
+
+    @model_validator(mode="after")
+    def _fewest_first(self) -> "ClusterConfig":
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is above workers={self.workers}; lower min_workers")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which training does not go on."""
+        return self.min_workers or self.workers

@@ -11,6 +11,7 @@ import pandas as pd
 from datasets import Dataset
 
 from dmpo_dist.artifacts.dataset import DatasetCard, LeakFinding
+from dmpo_dist.artifacts.digest import digests_of
 from dmpo_dist.artifacts.files import whole_folder, write_whole
 from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import data_card
@@ -25,12 +26,18 @@ CHECKED_ROWS = 20_000  # of each split, in the leak check of data that is read f
 
 
 def check(path: Path, echo: Callable[[str], None]) -> None:
-    """Look for leaks in the prepared folder ``path``.
+    """Compare the content of the prepared folder ``path`` with its fingerprint, and look for leaks in it.
 
     Raises:
-        UserError: it is not a prepared folder, or has a leak.
+        UserError: it is not a prepared folder, its content is not what was written, or it has a leak.
     """
     data = PreparedData.load(path)
+    found_now = fingerprint({split: getattr(data, split) for split in SPLITS}, data.items)
+    if found_now != data.fingerprint:
+        raise UserError(
+            f"{path}: its content has the fingerprint {found_now[:16]}, its card says {data.fingerprint[:16]}: it was "
+            "changed since it was written; remove the folder and run `dmpo data prepare` again"
+        )
     rows = {split: sample_rows(getattr(data, split)) for split in SPLITS}
     found = leaks(_say_findings(rows, data.interactions, data.card, echo))
     if found:
@@ -56,9 +63,9 @@ def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Ca
     lists = {split: rows[split].to_list() for split in SPLITS}
     card.leaks = checked_for_leaks(lists, data.interactions, card, echo, allow=True)
     with whole_folder(output) as folder:
-        write_rows(folder, rows, data.items, card)
         if data.interactions is not None:
             data.interactions.to_parquet(folder / INTERACTIONS_FILE, index=False)
+        write_rows(folder, rows, data.items, card)
     return PreparedData.load(output)
 
 
@@ -134,11 +141,16 @@ def make_card(
 
 
 def write_rows(folder: Path, rows: Mapping[str, Dataset], items: pd.DataFrame | None, card: DatasetCard) -> None:
-    """Write rows, items, ``dataset.json`` and ``card.md``; an empty split has no folder."""
+    """Write rows, items, ``dataset.json`` and ``card.md``; an empty split has no folder.
+
+    The card gets the digests of these files, and of the interactions, which lie there already.
+    """
     for split in SPLITS:
         if len(rows[split]):  # ``datasets`` cannot read an empty one back
             rows[split].save_to_disk(str(folder / split))
     if items is not None:
         items.to_parquet(folder / "items.parquet", index=False)
+    files = [path for split in SPLITS for path in (folder / split).glob("*")]
+    card.digests = digests_of(folder, [*files, *folder.glob("*.parquet")])
     card.write(folder)
     write_whole(folder / "card.md", data_card(card))

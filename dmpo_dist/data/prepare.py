@@ -94,8 +94,8 @@ def _prepare_log(config: DataConfig, seed: int, folder: Path, echo: Callable[[st
         asked = {row["user"] for part in checked.values() for row in part}
         events = log.events_of(asked) if config.stream else log.share(0)
         card.leaks = checked_for_leaks(checked, events, card, echo, allow_leaks)
-        write_rows(folder, rows, log.items, card)
         log.write(folder / INTERACTIONS_FILE)
+        write_rows(folder, rows, log.items, card)
         size = log.count()
     del rows  # their files may be in ``work``
     shutil.rmtree(work)

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from dmpo_dist.artifacts.dataset import DatasetCard
+from dmpo_dist.artifacts.digest import damage
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.splits import SPLITS
@@ -72,6 +73,9 @@ class PreparedData:
         """
         path = Path(path)
         card = _read_card(path)
+        why = damage(path, card.digests or {})
+        if why:
+            raise _damaged(path, why)
         splits = {split: _read_split(path / split, card.counts[split]) for split in SPLITS}
         tables = {
             name: _read_table(path / f"{name}.parquet") if getattr(card, name) else None

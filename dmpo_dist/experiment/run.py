@@ -1,15 +1,14 @@
 """An experiment from its grid to its tables: finished models and evaluations are kept, missing ones are made."""
 
-import fcntl
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 
 from rich.console import Console
 
+from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.commands.train import say
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -38,7 +37,7 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
     alone = in_this_process()
     cells = expand(grid)
     make_parts(grid, cells, open_datasets(grid, None))  # refuse what can be refused before data is prepared
-    with _only_one(grid.output_dir):
+    with only_one(grid.output_dir):
         data = open_datasets(grid, make=lambda line: console.print(line, highlight=False))
         parts = [_placed(part, grid, alone) for part in make_parts(grid, cells, data)]
         require_unchanged(parts)
@@ -113,24 +112,6 @@ def _cluster(part: Part) -> Iterator[None]:
 
 def _placed(part: Part, grid: GridConfig, alone: bool) -> Part:
     return replace(part, config=placed(part.config, grid.output_dir.absolute(), alone))
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Lock the folder against a second command as long as this process lives."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another output_dir") from None
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another dmpo experiment is at work there; wait for it or stop it") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 def _counted(parts: Sequence[Part]) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dmpo_dist.commands.run_folder import changed_keys, is_free
 from dmpo_dist.commands.train import run_stage, run_stages, say
 from dmpo_dist.config import RunConfig, load_config
-from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import begin, begun, stamp_failed, trained
@@ -115,8 +115,8 @@ def _without_start(part: Part, among: Sequence[Part] = ()) -> bool:
 
 
 def _resumable(part: Part) -> bool:
-    """Whether an interrupted run can be resumed; if not, as when the cluster changed, its folder is removed."""
-    if begun(part) and _saved_settings(part.run / CONFIG_FILE) == _comparable(part.config):
+    """Whether an interrupted run can be resumed; if not, as when its checkpoints moved, its folder is removed."""
+    if begun(part) and not _refused(part):
         return True
     _clear(part)
     return False
@@ -126,13 +126,12 @@ def _clear(part: Part) -> None:
     shutil.rmtree(part.run, ignore_errors=True)
 
 
-def _saved_settings(file: Path) -> dict[str, object]:
+def _refused(part: Part) -> bool:
+    """Whether settings differ that a resumed run must have again; a run takes its template from its start."""
     try:
-        return _comparable(load_config([file]))
+        saved = load_config([part.run / CONFIG_FILE])
     except UserError:  # cut off while it was written, or of another version of the schema
-        return {}
-
-
-def _comparable(config: RunConfig) -> dict[str, object]:
-    """All settings except the template, which a run takes from its start."""
-    return dotted(config.model_dump(mode="json", exclude={"template"}))
+        return True
+    changed = changed_keys(saved, part.config)
+    refused = [key for key in changed if not is_free(key, part.kind) and not key.startswith("template.")]
+    return bool(refused) or "cluster.storage_path" in changed

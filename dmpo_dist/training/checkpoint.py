@@ -1,7 +1,7 @@
 """Saving what training needs to go on, and what people use afterwards."""
 
 import hashlib
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,55 +9,70 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmpo_dist.artifacts.digest import digests_of
 from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, write_stamp
 from dmpo_dist.training.engine import gathered_state
 from dmpo_dist.training.job import Job
-from dmpo_dist.training.runtime import Runtime
+from dmpo_dist.training.optimizer_state import trained_shapes
+from dmpo_dist.training.runtime import Runtime, from_rank_zero
+from dmpo_dist.training.state_files import files_damage, read_index, read_state, write_state
 
-TAG = "state"
 SHARD_SIZE = "50GB"
+Best = dict[str, float]
+"""The best validation so far, see ``selection.Selection``."""
 
 
-def save_checkpoint(runtime: Runtime, engine: Any, step: int, best: dict[str, float]) -> None:
-    """Keep what training needs to go on after ``step`` steps: every rank's part of optimizer and trainable weights, and
-    the best validation so far; all ranks call it."""
-    state = {"dmpo": json.dumps({"step": step, "best": best})}
-    frozen = _has_frozen(engine)
-    runtime.save(
-        step,
-        lambda folder: engine.save_checkpoint(
-            str(folder), tag=TAG, client_state=state, exclude_frozen_parameters=frozen
-        ),
-    )
+def save_checkpoint(runtime: Runtime, engine: Any, job: Job, step: int, best: Best) -> None:
+    """Keep what training needs to go on after ``step`` steps: trained weights, optimizer and the best validation so
+    far; all ranks call it."""
+    about = {"step": step, "best": best, "run_id": job.run_id, "inputs": job.inputs}
+    runtime.save(step, lambda folder: write_state(folder, engine, about))
     runtime.log({"kind": "checkpoint", "step": step})
 
 
-def resume(runtime: Runtime, engine: Any) -> tuple[int, dict[str, float]]:
-    """Go on from the latest checkpoint: the steps it has done and the best validation so far; 0 and {} without one.
+def resume(runtime: Runtime, engine: Any, job: Job, lost: Callable[[int, Best], str]) -> tuple[int, Best]:
+    """Go on from the latest checkpoint that can be used: its step and the best validation so far; 0 and {} without one.
+
+    Args:
+        lost: (step, best) of a checkpoint -> why the weights that were the best then are gone, "" where they are not.
 
     Raises:
-        UserError: the checkpoint is damaged or was written by another number of ranks.
+        UserError: there are checkpoints, or the log tells of some, and none of them can be used.
     """
-    with runtime.restore() as folder:
+    found: dict[str, Any] = {}
+
+    def problem(folder: Path, step: int) -> str:
+        index = from_rank_zero(read_index(folder))
+        if isinstance(index, str):
+            return index
+        found.update(index)
+        if index["step"] != step or index["run_id"] != job.run_id:
+            return f"it holds step {index['step']} of the run {index['run_id'] or 'without a name'}, not of this one"
+        return files_damage(folder, index) or lost(step, index["best"])
+
+    with runtime.restore(problem) as folder:
         if folder is None:
+            _require_no_record(job)
             return 0, {}
-        try:
-            _, client = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not _has_frozen(engine))
-        except Exception as error:
-            raise UserError(
-                f"{folder}: the checkpoint cannot be resumed ({(str(error) or repr(error)).splitlines()[0]}); "
-                "use the same number of workers and ZeRO stage as the run that wrote it"
-            ) from error
-    state = json.loads(client["dmpo"])
-    runtime.log({"kind": "note", "text": f"resumed from step {state['step']}"})
-    return state["step"], state["best"]
+        if trained_shapes(engine) != found["shapes"]:
+            raise UserError(f"{folder}: the checkpoint is of other weights than the model; resume with its settings")
+        read_state(folder, engine, found)
+    step = found["step"]
+    engine.global_steps = step
+    runtime.log({"kind": "note", "text": f"resumed from step {step}"})
+    return step, found["best"]
 
 
-def _has_frozen(engine: Any) -> bool:
-    return any(not parameter.requires_grad for parameter in engine.module.parameters())
+def _require_no_record(job: Job) -> None:
+    if job.checkpointed:
+        storage = job.config.cluster.storage_path or job.output
+        raise UserError(
+            f"{job.output}: its log tells of a checkpoint of step {job.checkpointed}, and {storage} holds none of this "
+            "run; bring it back, give the cluster.storage_path where it is, or start anew with another output_dir"
+        )
 
 
 def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[str, Any]) -> None:
@@ -75,6 +90,7 @@ def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[
         with whole_folder(folder, replace=True) as part:
             _write_weights(causal_lm, part, state)
             tokenizer.save_pretrained(part)
+            base["digests"] = digests_of(part)
             write_stamp(part, job.config.template, stage=job.section, start=job.start, **behind, **base, **stamp)
     dist.barrier()
 

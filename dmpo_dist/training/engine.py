@@ -1,6 +1,6 @@
 """DeepSpeed behind a few functions: the process group, the configuration, loading in parts, engines, gathered weights.
 
-Everything that leans on how DeepSpeed behaves (checked on 0.19.8) is in this file.
+Everything that leans on how DeepSpeed behaves (checked on 0.19.8) is in this file and in ``optimizer_state``.
 """
 
 import logging
@@ -159,6 +159,16 @@ def whole(parameters: list[Tensor], gather: bool) -> Iterator[None]:
     deepspeed = _import_deepspeed()
     with deepspeed.zero.GatheredParameters(parameters):
         yield
+
+
+@contextmanager
+def updated_whole(parameter: Tensor, gather: bool) -> Iterator[bool]:
+    """Within, write ``parameter`` whole where the value is True; under ZeRO-3 (``gather``) all ranks get rank 0's."""
+    if not gather:
+        yield True
+        return
+    with _import_deepspeed().zero.GatheredParameters([parameter], modifier_rank=0):
+        yield distributed.get_rank() == 0
 
 
 def gathered_state(module: nn.Module, stage3: bool, keep: bool, trained_only: bool) -> dict[str, Tensor]:

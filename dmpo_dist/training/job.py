@@ -1,8 +1,8 @@
 """What a worker needs to know to train one stage; plain data, so that it travels to any process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dmpo_dist.config import RunConfig, StageConfig
 from dmpo_dist.objectives.likelihood import Likelihood
@@ -22,6 +22,8 @@ class Job:
         start: model folder or hub id to start from.
         output: absolute folder of the run; rank 0 writes ``model/`` and ``best/`` there.
         run_id: tells the run from an earlier one in the same folder, whose checkpoints are not its own.
+        checkpointed: the step of the latest checkpoint that the log of a resumed run tells of; 0 without one.
+        inputs: fingerprints of the data and the starting model that the run began with.
     """
 
     kind: Kind
@@ -29,6 +31,13 @@ class Job:
     start: str
     output: Path
     run_id: str = ""
+    checkpointed: int = 0
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> str:
+        """What names the run among others in the same storage."""
+        return f"{self.output.name}-{self.run_id}"
 
     @property
     def section(self) -> Literal["sft", "train"]:

@@ -62,9 +62,9 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step and leave the selected weights in ``output/model``."""
-        first, best = resume(self.runtime, self.engine)
+        first, best = resume(self.runtime, self.engine, self.job, self.selection.lost)
         if first:
-            self.selection.resume(best)
+            self.selection.resume(first, best)
         else:
             check_shared_prompts(self.job, self.runtime, self.engine, self.batches, self.device)
             self.selection.validate(0)
@@ -83,7 +83,7 @@ class Trainer:
                     self.selection.validate(done)
             if not last and done % self.stage.checkpoint_every == 0:
                 with self.watch.paused():
-                    save_checkpoint(self.runtime, self.engine, done, self.selection.best)
+                    save_checkpoint(self.runtime, self.engine, self.job, done, self.selection.best)
         self.selection.finish(self.total_steps)
 
     def prepare(self, index: int) -> tuple[Step, Work]:

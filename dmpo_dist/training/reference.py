@@ -19,19 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dmpo_dist import __version__
+from dmpo_dist.artifacts.digest import digests_of
 from dmpo_dist.artifacts.files import whole_file, write_json
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.batching.layout import Layout
 from dmpo_dist.config import ModelConfig
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import ModelSource
+from dmpo_dist.modeling.backbone import ModelSource, find_model
 from dmpo_dist.modeling.scoring import deal_for_scoring, score_micro_batches
 from dmpo_dist.training.groups import candidate_columns, with_negatives
 from dmpo_dist.training.runtime import from_rank_zero
@@ -42,7 +44,7 @@ Reference = Callable[[Layout, Sequence[int], int], Tensor]
 BLOCK = 4096
 """Groups per block: what an interruption loses at most."""
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja")
-FORMAT = 2
+FORMAT = 3
 COMPLETE = "complete.json"
 
 
@@ -184,9 +186,12 @@ class _CacheFolder:
                 raise UserError(self._advice(path, "is missing from a complete reference cache"))
             return None
         try:
-            values = load_file(path)["log_probs"]
-        except (SafetensorError, OSError, KeyError) as error:
+            with safe_open(path, "pt") as file:
+                values, written = file.get_tensor("log_probs"), (file.metadata() or {}).get("digest")
+        except (SafetensorError, OSError) as error:
             raise UserError(self._advice(path, f"cannot be read ({error})")) from None
+        if written != _digest(values):
+            raise UserError(self._advice(path, "is not what was written, by its digest"))
         if tuple(values.shape) != shape:
             raise UserError(self._advice(path, f"holds {tuple(values.shape)} values instead of {shape}"))
         return values
@@ -196,7 +201,7 @@ class _CacheFolder:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._folder / "key.json", dict(sorted(self._key.items())))
         with whole_file(self._path(number)) as part:
-            save_file({"log_probs": values.contiguous()}, part)
+            save_file({"log_probs": values.contiguous()}, part, {"digest": _digest(values)})
 
     def finish(self, blocks: int) -> None:
         write_json(self._folder / COMPLETE, {"blocks": blocks})
@@ -206,6 +211,10 @@ class _CacheFolder:
 
     def _advice(self, path: Path, what: str) -> str:
         return f"{path}: {what}; remove the folder {self._folder} and run again, or set reference.cache=memory"
+
+
+def _digest(values: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(values.contiguous().numpy().data)
 
 
 NOT_IN_KEY = frozenset({"path", "scratch", "lora", "gradient_checkpointing"})
@@ -271,6 +280,36 @@ def file_digests(model: str) -> dict[str, str]:
     if not files:
         raise UserError(f"{model}: no model files to name a reference cache by; use reference.cache=memory")
     return {path.name: _sha256(path) for path in files if path.name != ModelStamp.FILE}
+
+
+def start_digests(start: str) -> dict[str, str]:
+    """Digests of the files of a starting model: its base, and its adapter where it is one.
+
+    A downloaded hub id is known by its revision; one that is not downloaded by nothing.
+
+    Raises:
+        UserError: a file of a model that training wrote is not what was written.
+    """
+    source = find_model(start)
+    folders = {"base": source.base} | ({"adapter": source.path} if source.is_adapter else {})
+    found = {f"{part}/{name}": digest for part, model in folders.items() for name, digest in _content(model).items()}
+    written, part = source.stamp.digests or {}, "adapter" if source.is_adapter else "base"
+    damaged = [name for name, digest in written.items() if found.get(f"{part}/{name}", digest) != digest]
+    if damaged:
+        raise UserError(
+            f"{source.path}: {damaged[0]} is not what training wrote; copy the model again, or train it again"
+        )
+    return found
+
+
+def _content(model: str) -> dict[str, str]:
+    """File -> digest of a model's folder, or the revision of a downloaded hub id."""
+    folder = Path(model)
+    if folder.exists():
+        files = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+        return digests_of(folder, (path for path in files if path.name != ModelStamp.FILE))
+    config = try_to_load_from_cache(model, "config.json")
+    return {"revision": Path(config).parent.name} if isinstance(config, str) else {}
 
 
 def _sha256(path: Path) -> str:

@@ -1,18 +1,27 @@
 """What the training loop asks of whoever started its processes: Ray Train, torchrun, or nobody."""
 
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from dmpo_dist.artifacts.files import sync_folder
 from dmpo_dist.errors import UserError
 
+CHECKPOINT = re.compile(r"(?:(?P<run>.+)-)?step-(?P<step>\d+)(?:-[0-9a-f]{6})?")
+"""Name of a checkpoint: under torchrun ``step-00000010``; under Ray, whose storage runs may share, with the run before
+it and a random end."""
+Problem = Callable[[Path, int], str]
+"""(folder of a checkpoint, its step by name) -> why it cannot be used, "" where it can; the same on every rank."""
+COMPLETE_FILE = "complete"
+"""Under Ray: in a checkpoint's folder once every rank's part is there, and the log up to it with the driver."""
 SEEN_SECONDS = 60.0
 """How long NFS may hide a new folder: its clients remember what they did not find for as long."""
 
@@ -33,8 +42,12 @@ class Runtime(Protocol):
         """Keep a checkpoint that every rank writes its part of; all ranks call it."""
         ...
 
-    def restore(self) -> AbstractContextManager[Path | None]:
-        """The folder of the latest complete checkpoint, None where there is none."""
+    def restore(self, problem: Problem) -> AbstractContextManager[Path | None]:
+        """The folder of the latest complete checkpoint in which ``problem`` finds nothing, None where there is none.
+
+        Raises:
+            UserError: there are checkpoints, and none of them can be used.
+        """
         ...
 
 
@@ -45,12 +58,14 @@ class ProcessRuntime:
         folder: where checkpoints go.
         keep: how many complete checkpoints stay.
         sink: receives the records of rank 0.
+        run: the name that Ray's checkpoints of this run have before their step, see ``CHECKPOINT``.
     """
 
-    def __init__(self, folder: Path, keep: int, sink: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, folder: Path, keep: int, sink: Callable[[dict[str, Any]], None], run: str = "") -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self._folder, self._keep, self._sink = folder, keep, sink
+        self._folder, self._keep, self._sink, self._run = folder, keep, sink, run
+        self._refused: set[str] = set()
 
     def log(self, record: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -66,20 +81,62 @@ class ProcessRuntime:
         write(part)
         dist.barrier()
         if self.rank == 0:
+            sync_folder(part)
             shutil.rmtree(whole, ignore_errors=True)
             part.rename(whole)
-            for old in self._complete()[: -self._keep]:
-                shutil.rmtree(old)
+            sync_folder(self._folder, below=False)
+            self._refused.discard(whole.name)
+            good = [name for name in self._names() if name not in self._refused]
+            for old in good[self._keep :]:
+                shutil.rmtree(self._folder / old)
         dist.barrier()
 
     @contextmanager
-    def restore(self) -> Iterator[Path | None]:
-        complete = self._complete()
-        latest = from_rank_zero(complete[-1] if complete else None)
-        yield None if latest is None else await_folder(latest)
+    def restore(self, problem: Problem) -> Iterator[Path | None]:
+        folders = from_rank_zero([self._folder / name for name in self._names()])
+        for folder in map(await_folder, folders):
+            why = problem(folder, step_of(folder.name, self._run) or 0)
+            if not why:
+                yield folder
+                return
+            self._refused.add(folder.name)
+            self.log({"kind": "note", "text": passed_over(folder, why)})
+        require_none(folders, self._folder)
+        yield None
 
-    def _complete(self) -> list[Path]:
-        return sorted(p for p in self._folder.glob("step-*") if p.suffix != ".part")
+    def _names(self) -> list[str]:
+        """Names of this run's checkpoints, the latest first."""
+        found = [path.name for path in self._folder.glob("*") if path.is_dir() and self._is_whole(path)]
+        return newest_first(found, self._run)
+
+    def _is_whole(self, folder: Path) -> bool:
+        return folder.name.startswith("step-") or (folder / COMPLETE_FILE).exists()
+
+
+def step_of(name: str, run: str) -> int | None:
+    """The step of the checkpoint ``name``; None for what is no checkpoint, or one of another run than ``run``."""
+    found = CHECKPOINT.fullmatch(name)
+    return int(found["step"]) if found and found["run"] in (None, run) else None
+
+
+def newest_first(names: Sequence[str], run: str) -> list[str]:
+    """Those of ``names`` that are checkpoints of ``run``, the latest step first."""
+    steps = {name: step_of(name, run) for name in names}
+    return sorted((n for n, step in steps.items() if step is not None), key=lambda n: (steps[n], n), reverse=True)
+
+
+def passed_over(folder: Path | str, why: str) -> str:
+    """A line that says why a checkpoint is not gone on from."""
+    return f"{folder}: {why}; the checkpoint before it is used"
+
+
+def require_none(found: Sequence[object], where: Path | str) -> None:
+    """Raise UserError where checkpoints were ``found``, all of which were passed over."""
+    if found:
+        raise UserError(
+            f"{where}: none of the {len(found)} checkpoints there can be used (the lines above say why); restore them "
+            "from a copy, or start the run anew with another output_dir"
+        )
 
 
 def from_rank_zero(value: T) -> T:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dmpo_dist.artifacts.digest import damage
 from dmpo_dist.artifacts.files import recover_folder, replace_folder
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.errors import UserError
 from dmpo_dist.training.checkpoint import save_model
 from dmpo_dist.training.groups import Batches
 from dmpo_dist.training.job import Job
@@ -38,14 +40,26 @@ class Selection:
     device: torch.device
     best: dict[str, float] = field(default_factory=dict)
 
-    def resume(self, best: dict[str, float]) -> None:
-        """Go on from ``best`` of a checkpoint.
+    def lost(self, step: int, best: dict[str, float]) -> str:
+        """Why the weights that were the best at a checkpoint of ``step`` are gone; "" where they are not.
+
+        Weights of a later step may have replaced them: training comes to that step again, and they to be the best.
+        """
+        if self.job.stage.select != "best" or not best:
+            return ""
+        wanted = 0 if self._start_wins(best) else int(best["step"])
+        stamp, why = from_rank_zero(self._kept() if self.runtime.rank == 0 else (None, ""))
+        kept = -1 if stamp is None else stamp.step or 0
+        if kept > step or (kept == wanted and not why):
+            return ""
+        return f"the weights of step {wanted}, the best up to it, are not in {self.job.output}{why}"
+
+    def resume(self, step: int, best: dict[str, float]) -> None:
+        """Go on from ``best`` of a checkpoint of ``step``.
 
         Weights saved after that checkpoint have replaced those that it knew, so what lies in the folder counts.
         """
         self.best = best
-        if self.runtime.rank == 0:
-            recover_folder(self.job.output / "best")
         found = from_rank_zero(self._saved())
         if found is not None and found["step"]:
             self.best = {**best, **found}
@@ -69,7 +83,7 @@ class Selection:
             if self.runtime.rank == 0 and best.exists():
                 replace_folder(best, model)
             dist.barrier()
-            step = 0 if self._start_wins() else int(self.best["step"])
+            step = 0 if self._start_wins(self.best) else int(self.best["step"])
         else:
             step = last
             self._save(model, {"step": step})
@@ -87,15 +101,30 @@ class Selection:
         if "value" in self.best and value <= self.best["value"]:
             return False
         self.best |= {"value": value, "step": done}
-        return not self._start_wins()
+        return not self._start_wins(self.best)
 
-    def _start_wins(self) -> bool:
-        return "start" in self.best and self.best["value"] <= self.best["start"]
+    @staticmethod
+    def _start_wins(best: dict[str, float]) -> bool:
+        return "start" in best and best.get("value", best["start"]) <= best["start"]
+
+    def _kept(self) -> tuple[ModelStamp | None, str]:
+        """The stamp of the weights that are kept so far, and what is wrong with them, "" where nothing is."""
+        recover_folder(self.job.output / "best")
+        folder = next((f for f in (self.job.output / "best", self.job.output / "model") if f.is_dir()), None)
+        if folder is None:
+            return None, ""
+        try:
+            stamp = ModelStamp.read(folder)
+        except UserError as error:
+            return None, f": {error}"
+        why = damage(folder, stamp.digests or {})
+        return stamp, f": in {folder.name}, {why}" if why else ""
 
     def _saved(self) -> dict[str, float] | None:
         """Step and value of the weights that are kept so far, as written beside them."""
-        kept = (ModelStamp.read_if_there(self.job.output / name) for name in ("best", "model"))
-        stamp = next(filter(None, kept), None)
+        stamp, why = self._kept() if self.runtime.rank == 0 else (None, "")
+        if why:
+            return None
         value = None if stamp is None else stamp.validation().get(self.job.stage.select_metric)
         return None if stamp is None or value is None else {"value": value, "step": stamp.step or 0}
 

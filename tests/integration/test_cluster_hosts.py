@@ -103,6 +103,37 @@ def test_a_host_dies_and_training_goes_on_with_another(network, head, token, dat
     assert losses(run) == losses(whole)
 
 
+def test_a_run_shrinks_with_a_lost_host_and_grows_with_a_new_one(network, head, token, data):
+    """[1, 2] workers: two, then one, then two again, to the weights of an undisturbed run."""
+    second = network.host("epsilon")
+    second.ray("--num-cpus=1", env=token, head=head)
+    run, log = network.folder / "elastic", network.folder / "elastic.log"
+    settings = [*TRAIN, "train.steps=1500", "train.learning_rate=1e-5", "train.select=last", f"data.path={data}"]
+    where = ["cluster.workers=[1, 2]", "cluster.address=auto", f"output_dir={run}"]
+    training = head.start(*python("dmpo_dist", "train", *settings, *where), log=log.name, env=token)
+    deadline = time.monotonic() + 400
+    while whole_checkpoints(run) < 2:
+        assert training.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.05)
+    assert second.kill() > 3, "the node had no processes"
+    wait_for(" steps on 1 x cpu", log, training, seconds=300)
+    network.host("zeta").ray("--num-cpus=1", env=token, head=head)
+    assert training.wait(timeout=900) == 0, log.read_text()[-4000:]
+    assert sizes(run) == [2, 1, 2]
+    alone = network.folder / "alone"
+    command = python("torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "dmpo_dist", "train")
+    subprocess.run([*command, *settings, f"output_dir={alone}"], check=True, env=environment(), capture_output=True)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, alone))
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
+
+
+def sizes(run: Path) -> list[int]:
+    """Numbers of workers with which training began or went on."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["world_size"] for record in records if record["kind"] == "start"]
+
+
 def test_a_node_that_lacks_data_or_shared_storage_is_named(network, head, token, data):
     """One more host, on which a folder of this machine is empty."""
     ours = network.folder / "ours"

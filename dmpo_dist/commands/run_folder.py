@@ -1,0 +1,188 @@
+"""The folder of a run: opened for a new one, and again to go on with what it began with."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.files import write_whole
+from dmpo_dist.artifacts.locks import LOCK_FILE
+from dmpo_dist.artifacts.log import METRICS_FILE, CheckpointRecord, read_log
+from dmpo_dist.config import RunConfig, dump_config, load_config
+from dmpo_dist.config.section import dotted
+from dmpo_dist.errors import UserError
+from dmpo_dist.records.environment import describe_environment
+from dmpo_dist.training.engine import resolve_config
+from dmpo_dist.training.job import Job, Kind
+from dmpo_dist.training.state_files import read_index
+
+FREE = ("cluster", "evaluation", "ranking", "submit", "output_dir", "data.path")
+"""Sections and keys that a resumed run may change: none changes a number. The content of the data is checked."""
+FREE_OF_STAGE = ("log_every", "keep_checkpoints", "checkpoint_every", "token_budget")
+LENGTH = ("steps", "epochs")
+"""Keys of a stage that may grow."""
+OPTIMIZATION = ("optimizer", "bf16", "fp16", "gradient_clipping", "data_types")
+"""What of a DeepSpeed configuration decides the weights; the rest decides where they are."""
+
+
+def open_run_folder(config: RunConfig, resume: bool, data_fingerprint: str | None = None) -> None:
+    """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` (with the fingerprint) there.
+
+    Raises:
+        UserError: it exists and ``resume`` is not set, it is to be resumed and does not exist or holds another
+            configuration, or it cannot be written.
+    """
+    output = config.output_dir
+    if resume:
+        _require_unchanged(_saved(output), config, output, free=lambda key: False)
+        return
+    if output.exists() and not _is_free_folder(output):
+        raise UserError(
+            f"output_dir {output} exists already; choose another (output_dir=...), or go on with it by --resume"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / "config.yaml", dump_config(config))
+        _new_environment(config, data_fingerprint).write(output)
+    except OSError as error:
+        raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
+
+
+def reopen_run_folder(job: Job, data_fingerprint: str, steps_of: Callable[[RunConfig], int]) -> Environment:
+    """Check that ``job`` may go on in its folder, and take note of the settings that it changes.
+
+    Args:
+        data_fingerprint: of the data as it is now.
+        steps_of: a configuration -> its number of optimizer steps.
+
+    Returns:
+        What the run began with.
+
+    Raises:
+        UserError: there is no run, a setting that decides the result is another, or the data or the starting model are.
+    """
+    config, output = job.config, job.output
+    old = _saved(output)
+
+    def free(key: str) -> bool:
+        if key == "deepspeed":
+            return _same_optimization(old, config, job)
+        if key in {f"{job.section}.{name}" for name in LENGTH}:
+            return steps_of(config) >= steps_of(old)
+        return is_free(key, job.kind)
+
+    _require_unchanged(old, config, output, free)
+    environment = _environment(job, data_fingerprint)
+    if environment.data_fingerprint not in (None, data_fingerprint):
+        began = str(environment.data_fingerprint)
+        raise UserError(
+            f"--resume: {config.data.path} does not hold the data that {output} began with (fingerprint "
+            f"{data_fingerprint[:16]}, was {began[:16]}); give that data, or start a new run"
+        )
+    if old != config:
+        write_whole(output / "config.yaml", dump_config(config))
+    return environment
+
+
+def require_same_start(began_with: dict[str, str], now: dict[str, str], job: Job) -> None:
+    """Raise UserError where the starting model of a resumed run is not the one that it began with."""
+    changed = sorted(name for name in began_with | now if began_with.get(name) != now.get(name))
+    if began_with and changed:
+        raise UserError(
+            f"--resume: {changed[0]} of the starting model {job.start} is not what {job.output} began with; bring that "
+            "file back, or start a new run"
+        )
+
+
+def last_checkpoint(output: Path) -> int:
+    """The step of the latest checkpoint that the log in ``output`` tells of; 0 without one."""
+    file = output / METRICS_FILE
+    records = read_log(file).records if file.exists() else []
+    return max((record.step for record in records if isinstance(record, CheckpointRecord)), default=0)
+
+
+def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted keys whose values differ."""
+    before, now = (dotted(c.model_dump(mode="json")) for c in (old, new))
+    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
+def is_free(key: str, stage: Kind) -> bool:
+    """Whether a resumed run of ``stage`` may have another value of ``key``, as it changes no number."""
+    section, other = ("sft", ("train", "objective", "reference")) if stage == "sft" else ("train", ("sft",))
+    names = (*FREE, *other, *(f"{section}.{name}" for name in FREE_OF_STAGE))
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _saved(output: Path) -> RunConfig:
+    """The configuration of the run in ``output``; a key that its version did not have has its default."""
+    saved = output / "config.yaml"
+    if not saved.exists():
+        raise UserError(f"--resume: {output} holds no run to go on with (no config.yaml); start it without --resume")
+    return load_config([saved])
+
+
+def _require_unchanged(old: RunConfig, config: RunConfig, output: Path, free: Callable[[str], bool]) -> None:
+    changed = [key for key in changed_keys(old, config) if not free(key)]
+    if changed:
+        raise UserError(
+            f"--resume: the configuration differs from {output / 'config.yaml'} in {', '.join(changed)}; resume with "
+            "the same settings, or start a new run with another output_dir"
+        )
+
+
+def _same_optimization(old: RunConfig, new: RunConfig, job: Job) -> bool:
+    """Whether two DeepSpeed configurations differ only in where weights are kept and how they travel."""
+
+    def optimization(config: RunConfig) -> dict[str, Any]:
+        resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, world_size=1, parameters=0)
+        return {key: resolved.get(key) for key in OPTIMIZATION}
+
+    try:
+        return optimization(old) == optimization(new)
+    except UserError:  # the file of the old one is gone
+        return False
+
+
+def _new_environment(config: RunConfig, data_fingerprint: str | None) -> Environment:
+    known: dict[str, Any] = {"seed": config.seed, "run_id": uuid4().hex}
+    if data_fingerprint is not None:
+        known["data_fingerprint"] = data_fingerprint
+    return describe_environment().model_copy(update=known)
+
+
+def _environment(job: Job, data_fingerprint: str) -> Environment:
+    """``environment.json`` of the run; where it is damaged, made again from what its checkpoints say.
+
+    Raises:
+        UserError: it is damaged, and there is not one run whose checkpoints say what it was.
+    """
+    try:
+        return Environment.read(job.output)
+    except UserError as error:
+        damaged = error
+    runs = _runs_of_checkpoints(job)
+    if len(runs) > 1 or (not runs and last_checkpoint(job.output)):
+        raise damaged
+    environment = _new_environment(job.config, data_fingerprint)
+    for run_id, inputs in runs.items():
+        began = {"data_fingerprint": inputs.get("data"), "start_digests": inputs.get("model", {})}
+        environment = environment.model_copy(update={"run_id": run_id, **began})
+    environment.write(job.output)
+    return environment
+
+
+def _runs_of_checkpoints(job: Job) -> dict[str, dict[str, Any]]:
+    """Run id -> what it began with, of the checkpoints that can be read."""
+    storage = Path(job.config.cluster.storage_path or job.output)
+    found = [read_index(folder) for folder in sorted((storage / "checkpoints").glob("*step-*"))]
+    return {index["run_id"]: index["inputs"] for index in found if not isinstance(index, str)}
+
+
+def _is_free_folder(path: Path) -> bool:
+    """A folder without a run: empty, or with nothing but a lock and what ``dmpo submit`` wrote."""
+    return path.is_dir() and all(
+        entry.name == LOCK_FILE or re.fullmatch(r"submit(-\d+)?", entry.name) for entry in path.iterdir()
+    )

@@ -1,0 +1,124 @@
+"""A checkpoint goes on with other numbers of ranks and other ZeRO stages, and with the same ones bit for bit.
+
+Ranks end by SIGKILL where a process ends, and by an exception between two jobs of a process, after a checkpoint.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dmpo_dist.config import LoraConfig, RunConfig
+
+pytestmark = pytest.mark.integration
+
+STEPS, EVERY = 30, 5
+WAYS = {
+    "one-two-one": [("zero0", 1), ("zero2", 2), ("zero0", 1)],
+    "two-three-one": [("zero2", 2), ("zero3", 2), ("zero1", 1)],
+    "offload": [("zero3_offload", 3), ("zero2_offload", 2), ("zero3", 1)],
+}
+SAME = ("zero2", "zero3")
+
+
+def job(project: Path, name: str, deepspeed: str, lora: bool, stop: int | None = None) -> dict:
+    config = {
+        "data": {"path": str(project / "data")},
+        "template": {"item": "{title}{end}", "preamble": "", "request": ""},
+        "model": {"max_length": 128, "lora": LoraConfig(r=3, alpha=6).model_dump() if lora else None},
+        "train": {
+            "negatives": 3, "steps": STEPS, "global_batch_size": 12, "token_budget": 400, "learning_rate": 2e-3,
+            "weight_decay": 0.01, "validate_every": STEPS, "checkpoint_every": EVERY, "select": "last",
+            "log_every": 5, "self_check": False,
+        },
+        "deepspeed": deepspeed,
+    }  # fmt: skip
+    RunConfig.model_validate(config)
+    output = str(project / "runs" / name)
+    return {"kind": "preference", "start": str(project / "model"), "output": output, "config": config, "stop": stop}
+
+
+def run_ranks(project: Path, jobs: list[dict], ranks: int) -> None:
+    """Run ``jobs`` one after the other in ``ranks`` processes; the last one's ``kill`` says how they end."""
+    file = project / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(Path(__file__).with_name("run_jobs.py")), str(file)]
+    logs = [project / f"rank{r}.log" for r in range(ranks)]
+    processes = [
+        subprocess.Popen(
+            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log.open("w"), stderr=subprocess.STDOUT
+        )
+        for r, log in enumerate(logs)
+    ]
+    for process, log in zip(processes, logs, strict=True):
+        assert process.wait(timeout=500) == (-9 if jobs[-1].get("kill") else 0), log.read_text()[-4000:]
+
+
+@pytest.fixture(scope="module")
+def project(world, tmp_path_factory) -> Path:
+    """Undisturbed runs, and those that were ended and went on, below ``runs``."""
+    folder = tmp_path_factory.mktemp("elastic")
+    for name in ("data", "model"):
+        (folder / name).symlink_to(world.folder / name)
+    for part in range(3):
+        for ranks in (1, 2, 3):
+            jobs = [
+                job(
+                    folder,
+                    f"{way}-{kind}",
+                    legs[part][0],
+                    kind == "lora",
+                    stop=EVERY * (part + 1) if part < 2 else None,
+                )
+                for way, legs in WAYS.items()
+                for kind in ("all", "lora")
+                if legs[part][1] == ranks
+            ]
+            if part == 1 and ranks == 2:
+                jobs += [job(folder, f"{name}-whole", name, name != "zero3") for name in SAME]
+                jobs += [
+                    job(folder, f"{name}-same", name, name != "zero3", stop) for name in SAME for stop in (10, None)
+                ]
+                jobs += [job(folder, "undisturbed-all", "zero2", False)]
+            if jobs:
+                if part < 2:
+                    jobs[-1] |= {"kill": jobs[-1]["stop"] is not None}
+                run_ranks(folder, jobs, ranks)
+    return folder
+
+
+def weights(project: Path, name: str) -> dict[str, torch.Tensor]:
+    model = project / "runs" / name / "model"
+    file = model / "adapter_model.safetensors"
+    return load_file(file if file.exists() else model / "model.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("kind", ["all", "lora"])
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ranks_and_stages_come_to_the_same_weights(project, way, kind):
+    """After 20 more steps, in fp32; with three ranks ZeRO-3 pads its parts."""
+    undisturbed = weights(project, "undisturbed-all" if kind == "all" else "zero2-whole")
+    difference = largest_difference(weights(project, f"{way}-{kind}"), undisturbed)
+    print(f"{way} {kind}: largest difference of a weight {difference:.1e}")
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_ranks_and_stage_go_on_bit_for_bit(project, name):
+    assert largest_difference(weights(project, f"{name}-same"), weights(project, f"{name}-whole")) == 0.0

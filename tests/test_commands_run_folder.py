@@ -1,0 +1,154 @@
+"""Going on with a run: what may change, what may not, and what damage does not stop it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from test_training_state_files import trained
+
+from dmpo_dist.artifacts.digest import damage, digests_of
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.locks import only_one
+from dmpo_dist.commands.run_folder import last_checkpoint
+from dmpo_dist.commands.train import one_writer, preflight
+from dmpo_dist.config import config_of
+from dmpo_dist.data.folder import check
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+from dmpo_dist.training.reference import start_digests
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def settings(world, tmp_path, **changes):
+    base = {"data.path": world.folder / "data", "model.path": str(world.adapter), "output_dir": tmp_path / "run"}
+    base |= {"train.negatives": 3, "train.steps": 10, "train.global_batch_size": 8, "model.max_length": 256}
+    return config_of(base | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+FREE = {
+    "cluster.workers": 3, "cluster.cpus_per_worker": 0.5, "cluster.max_failures": 7,
+    "cluster.storage_path": "elsewhere",
+    "train.log_every": 3, "train.keep_checkpoints": 5, "train.checkpoint_every": 4, "train.token_budget": 999,
+    "evaluation.bootstrap_samples": 500, "evaluation.baselines": ["random"], "sft.steps": 3, "sft.learning_rate": 1.0,
+    "deepspeed": "zero3", "train.steps": 20, "train.epochs": 5,
+}  # fmt: skip
+FIXED = {
+    "seed": 1, "train.negatives": 2, "train.steps": 9, "train.learning_rate": 1.0, "objective.beta": 0.3,
+    "train.global_batch_size": 4, "model.dtype": "bfloat16", "data.shots": 20, "train.select": "last",
+    "template.separator": "/", "model.max_length": 250,
+}  # fmt: skip
+
+
+@pytest.fixture
+def begun(world, tmp_path):
+    return preflight("preference", settings(world, tmp_path), resume=False)
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_keys_that_change_no_number_may_change(world, tmp_path, begun, key):
+    again = preflight("preference", settings(world, tmp_path, **{key: FREE[key]}), resume=True)
+    assert (again.run_id, again.inputs) == (begun.run_id, begun.inputs)
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_other_keys_may_not(world, tmp_path, begun, key):
+    with pytest.raises(UserError, match=rf"differs from .* in .*\b{key}\b"):
+        preflight("preference", settings(world, tmp_path, **{key: FIXED[key]}), resume=True)
+
+
+def test_another_optimizer_is_another_run(world, tmp_path, begun):
+    content = {
+        "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False, "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "SGD", "params": {"lr": "auto"}},
+    }  # fmt: skip
+    (tmp_path / "sgd.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="differs from .* in deepspeed"):
+        preflight("preference", settings(world, tmp_path, deepspeed=str(tmp_path / "sgd.json")), resume=True)
+
+
+def test_other_data_at_the_same_path_is_found(world, tmp_path, begun):
+    file = begun.output / "environment.json"
+    file.write_text(file.read_text().replace(world.data.fingerprint, "0" * 64))
+    with pytest.raises(UserError, match="does not hold the data that .* began with"):
+        preflight("preference", settings(world, tmp_path), resume=True)
+
+
+def test_another_starting_model_is_found(world, tmp_path, begun):
+    file = begun.output / "environment.json"
+    content = json.loads(file.read_text())
+    assert set(content["start_digests"]) > {"adapter/adapter_model.safetensors", "base/model.safetensors"}
+    content["start_digests"]["base/model.safetensors"] = "0" * 32
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="base/model.safetensors of the starting model"):
+        preflight("preference", settings(world, tmp_path), resume=True)
+    assert start_digests(str(world.model)).keys() >= {"base/config.json", "base/tokenizer.json"}
+
+
+def test_a_torn_environment_is_made_again_from_the_checkpoints(world, tmp_path, begun):
+    file = begun.output / "environment.json"
+    whole = Environment.read(begun.output)
+    trained(begun.output / "checkpoints", job=begun)
+    (begun.output / "metrics.jsonl").write_text('{"kind": "checkpoint", "step": 3}\n')
+    for torn in ("", file.read_text()[:60]):
+        file.write_text(torn)
+        again = preflight("preference", settings(world, tmp_path), resume=True)
+        assert (again.run_id, again.inputs, again.checkpointed) == (begun.run_id, begun.inputs, 3)
+        assert Environment.read(begun.output).start_digests == whole.start_digests
+    trained(begun.output / "checkpoints", steps=(9,), job=replace(begun, run_id="another"))
+    file.write_text("")
+    with pytest.raises(UserError, match="environment.json: damaged"):
+        preflight("preference", settings(world, tmp_path), resume=True)
+    assert last_checkpoint(begun.output) == 3
+
+
+def test_one_writer_a_run_and_left_overs_go(begun):
+    left = [begun.output / ".best.123.part", begun.output / ".config.yaml.7.part"]
+    left[0].mkdir()
+    left[1].touch()
+    with one_writer(begun):
+        assert not any(path.exists() for path in left)
+        assert (begun.output / "config.yaml").exists()
+        with pytest.raises(UserError, match=r"run: process \d+ on .* is at work there"), only_one(begun.output):
+            pass
+    with one_writer(begun):
+        pass
+
+
+@pytest.mark.parametrize("file", ["train/data-00000-of-00001.arrow", "items.parquet", "interactions.parquet"])
+def test_prepared_data_that_changed_is_refused(world, tmp_path, file):
+    data = shutil.copytree(world.folder / "data", tmp_path / "data")
+    content = bytearray((data / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (data / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file} is not what was written"):
+        PreparedData.load(data)
+
+
+def test_a_check_computes_the_fingerprint_again(world, tmp_path):
+    """Also of data whose card, of an earlier version, has no digests."""
+    data = shutil.copytree(world.folder / "data", tmp_path / "data")
+    card = json.loads((data / "dataset.json").read_text())
+    del card["digests"]
+    (data / "dataset.json").write_text(json.dumps(card))
+    check(data, echo=lambda line: None)
+    shutil.rmtree(data / "train")
+    rows = world.data.train.to_list()
+    rows[3]["negatives"] = rows[3]["negatives"][::-1]
+    type(world.data.train).from_list(rows, features=world.data.train.features).save_to_disk(str(data / "train"))
+    with pytest.raises(UserError, match="its content has the fingerprint"):
+        check(data, echo=lambda line: None)
+
+
+def test_digests_name_the_file_that_changed(tmp_path):
+    (tmp_path / "below").mkdir()
+    for name in ("a", "below/b"):
+        (tmp_path / name).write_text(name)
+    written = digests_of(tmp_path)
+    assert list(written) == ["a", "below/b"]
+    assert damage(tmp_path, written) == ""
+    (tmp_path / "below/b").write_text("c")
+    assert damage(tmp_path, written).startswith("below/b is not what was written")
+    (tmp_path / "a").unlink()
+    assert damage(tmp_path, written) == "a cannot be read: No such file or directory"
