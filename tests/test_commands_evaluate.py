@@ -39,6 +39,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
         return whole.scored([np.zeros((len(world.data.test), 40))])
 
     monkeypatch.setattr(model_scores, "load_ranking_model", Scorer)
+    monkeypatch.setattr(model_scores, "score_in_parts", lambda name, path, model, data, *_: model.score_rows(data.test))
     monkeypatch.setattr(evaluation, "template_of", lambda *_: TemplateConfig())
     for module in (evaluation, model_scores, starts_module):
         monkeypatch.setattr(module, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))

@@ -45,6 +45,7 @@ from dmpo_dist.evaluation.rules import (
     rules_figures,
     with_rule,
 )
+from dmpo_dist.evaluation.scored_parts import remove_parts
 from dmpo_dist.evaluation.seeds import by_name
 from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.evaluation.starts import starts_of
@@ -144,7 +145,7 @@ def evaluate(
     torch.set_num_threads(os.cpu_count() or 1)
     spreads, ruled, generated = {}, {}, {}
     for name, path in models.items():
-        found = model_scores(name, path, data, config, console)
+        found = model_scores(name, path, data, config, folder, console)
         scores[name] = found.scores
         spreads |= {name: found.spread} if found.spread else {}
         ruled |= {name: found.ruled} if found.ruled else {}
@@ -175,6 +176,7 @@ def evaluate(
         ranked = _rank_catalogue(whole, models, classical, config, configs, console)
         evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
+    remove_parts(folder)
     _show(evaluation, folder, console)
     for note in of_lists:
         console.print(f"note: {note}", highlight=False)

@@ -1,28 +1,46 @@
 """`dmpo quickstart`: simulate data, train SFT, DMPO and SFT continued, evaluate, all on one Ray instance."""
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.commands.evaluate import check_classical, evaluate
 from dmpo_dist.commands.run_folder import open_run_folder
-from dmpo_dist.commands.train import run_stages, say
+from dmpo_dist.commands.train import run_stage, run_stages, say
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.prepare import prepare
+from dmpo_dist.records.read import has_begun
 from dmpo_dist.records.tracking import check_tracking
+from dmpo_dist.training.job import Kind
 
 
-def quickstart(config: RunConfig, console: Console) -> None:
+def quickstart(config: RunConfig, console: Console, resume: bool = False) -> None:
     """Run all stages into ``config.output_dir``.
 
     SFT continued trains the SFT model by SFT for as many more steps as DMPO has, for a fair comparison.
+
+    Args:
+        resume: go on in the folder of an interrupted one: what is finished there is kept.
+
+    Raises:
+        UserError: the folder exists and ``resume`` is not set, or it is to be resumed and is of other settings.
     """
     output = config.output_dir.absolute()
     check_tracking(config.tracking)
     check_classical(config.evaluation.baselines, config, console)
-    open_run_folder(config, resume=False)
+    open_run_folder(config, resume)
+    with only_one(output):
+        _run(config, output, console)
+
+
+def _run(config: RunConfig, output: Path, console: Console) -> None:
+    """All stages that are not finished in ``output``."""
     say(console, "1/5 data: a simulated world whose best possible ranking is known")
-    prepare(config.data, config.seed, output / "data", echo=lambda line: console.print(line, highlight=False))
+    if not (output / "data").exists():  # it appears whole
+        prepare(config.data, config.seed, output / "data", echo=lambda line: console.print(line, highlight=False))
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": output / "data"})})
     models = {
         "untuned": output / "sft" / "scratch",
@@ -31,7 +49,7 @@ def quickstart(config: RunConfig, console: Console) -> None:
         "dmpo": output / "dmpo" / "model",
     }
     start = str(models["sft"])
-    run_stages(
+    _train(
         [
             (
                 "2/5 SFT: a small language model learns the catalogue from the users' histories",
@@ -52,8 +70,24 @@ def quickstart(config: RunConfig, console: Console) -> None:
         console,
     )
     say(console, "5/5 evaluation on requests after the cut")
-    evaluate({name: str(path) for name, path in models.items()}, config, output, console)
+    # a few seconds' work for such models: starting actors would take longer
+    alone = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 1})})
+    evaluate({name: str(path) for name, path in models.items()}, alone, output, console)
     say(console, f"curves: {output}/dmpo/curves.png   model: {models['dmpo']}")
+
+
+def _train(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> None:
+    """Train the stages that have no model yet: the one that had begun goes on, the others on one set of workers."""
+    for heading, kind, config in stages:
+        folder = config.output_dir
+        if not (folder / "model").is_dir() and has_begun(folder):
+            say(console, f"{heading}, from its latest checkpoint")
+            run_stage(kind, config, console, resume=True)
+    left = [stage for stage in stages if not (stage[2].output_dir / "model").is_dir()]
+    for _, _, config in left:
+        shutil.rmtree(config.output_dir, ignore_errors=True)  # opened, but its training never began
+    if left:
+        run_stages(left, console)
 
 
 def continued_config(config: RunConfig) -> RunConfig:

@@ -1,6 +1,7 @@
 """One model on the test requests: its scores, and whatever else is asked of it while it is in memory."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dmpo_dist.evaluation.generated import generated_figures
 from dmpo_dist.evaluation.order import order_spread
 from dmpo_dist.evaluation.ranking import load_ranking_model, score_with_progress
 from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
+from dmpo_dist.evaluation.scored_parts import score_in_parts
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.ranking_model import RankingModel
 
@@ -36,8 +38,10 @@ class ModelScores:
     ruled: RuledScores | None
 
 
-def model_scores(name: str, path: str, data: PreparedData, config: RunConfig, console: Console) -> ModelScores:
-    """Load the model in ``path``, called ``name``, and score the test requests of ``data``.
+def model_scores(
+    name: str, path: str, data: PreparedData, config: RunConfig, folder: Path, console: Console
+) -> ModelScores:
+    """Load the model in ``path``, called ``name``, and score the test requests of ``data``, in parts below ``folder``.
 
     The model is gone when this returns: the next one, or the ranking of the whole catalogue, has the memory to itself.
 
@@ -47,8 +51,7 @@ def model_scores(name: str, path: str, data: PreparedData, config: RunConfig, co
     _note_quantization(name, path, config, console)
     again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
     model = load_ranking_model(path, config)
-    scores = score_with_progress(model, data.test, f"scoring {name}", console)
-    _require_finite(f"--model {name}={path}", scores, config.model.dtype)
+    scores = score_in_parts(name, path, model, data, config, folder, console)
     with console.status(Text(f"checking and writing with {name}")):
         spread = order_spread(model.score_rows, data.test, scores, again, seed) if again else {}
         generated = generated_figures(model, data.test, scores, write, seed) if write else None

@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.artifacts.files import write_json
-from dmpo_dist.artifacts.log import METRICS_FILE, StartRecord, read_log
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.rules import asks_for_rules
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.parsing import parse_json
-from dmpo_dist.records.read import CONFIG_FILE, read_run
+from dmpo_dist.records.read import has_begun, read_run
 from dmpo_dist.secrets import redacted
 
 SETTINGS_FILE, DONE_FILE, FAILED_FILE = "settings.json", "done.json", "failed.json"
@@ -65,11 +64,8 @@ def failure(part: Part) -> str:
 
 
 def begun(part: Part) -> bool:
-    """Whether training began: the log has a start record, as the folder and an empty log exist before the workers."""
-    log = part.run / METRICS_FILE
-    if not log.exists() or not (part.run / CONFIG_FILE).exists():
-        return False
-    return any(isinstance(record, StartRecord) for record in read_log(log).records)
+    """Whether training began."""
+    return has_begun(part.run)
 
 
 def to_evaluate(part: Part, data: Mapping[str, PreparedData]) -> list[str]:
