@@ -31,6 +31,8 @@ from dmpo_dist.secrets import redact
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """Errors of a disk, which a write to an open file raises without a name."""
+PATH_ERRORS = ("Symlink loop", "embedded null byte", "embedded null character")
+"""How Python's messages begin on paths that no system could have, which it raises as other errors than OSError."""
 SECONDS_FOR_RANK_0 = 3
 
 app = typer.Typer(
@@ -95,7 +97,7 @@ def _message(error: Exception) -> str | None:
         reason = error.strerror or first_line(error)
         advice = "space and permissions, or write to another output_dir or data.path"
         return f"{where}: {reason}; check {advice if error.errno in STORAGE else 'the path, or choose another'}"
-    if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # Path.resolve before Python 3.13
+    if str(error).startswith(PATH_ERRORS):
         return f"{first_line(error)}; correct the path"
     if hasattr(error, "format_message"):  # a usage error of click's, without a text where the help was shown instead
         return f"{error.format_message()}; see dmpo --help" if error.format_message() else ""

@@ -74,8 +74,6 @@ def _require_writable(key: str, value: Any) -> None:
         raise UserError(f"configuration: {key}: {error}") from None
     if key.startswith("template."):  # prompts may hold anything
         return
-    if "\0" in str(value):
-        raise UserError(f"configuration: {key}: {value!r} holds a NUL, which no path or name may; leave it out")
     if has_secret(str(value)):
         variable = " (MLFLOW_TRACKING_URI)" if key == "tracking.mlflow.tracking_uri" else ""
         raise UserError(
