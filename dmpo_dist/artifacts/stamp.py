@@ -22,7 +22,9 @@ class ModelStamp(Artifact):
     template: TemplateConfig | None = None
     rendered: dict[str, str] | None = None
     """What its tokenizer and chat template put around texts in training; None in stamps of earlier versions."""
-    stage: Annotated[str | None, BeforeValidator(lambda stage: COMMANDS.get(stage, stage) if isinstance(stage, str) else stage)] = None
+    stage: Annotated[
+        str | None, BeforeValidator(lambda stage: COMMANDS.get(stage, stage) if isinstance(stage, str) else stage)
+    ] = None
     """The command that made it, sft or train; untuned for random weights."""
     start: str | None = None
     """Model folder or hub id that its stage started from."""

@@ -116,7 +116,7 @@ def read_delimited(
                 skip_blank_lines=False,
                 quoting=csv.QUOTE_NONE if names else csv.QUOTE_MINIMAL,
             )
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' errors for malformed tables are ValueErrors
         raise UserError(f"{path}: malformed table; quote fields that contain {sep!r}: {str(error).strip()}") from None
     frame.index += 1 if names else 2
     blank = (frame == "").all(axis=1)

@@ -28,7 +28,6 @@ from dmpo_dist.data.sources.preferences import load_preferences
 from dmpo_dist.data.sources.read import load_interactions
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
-from dmpo_dist.evaluation.tables import evaluation_table
 from dmpo_dist.experiment.grid import expand, read_grid
 from dmpo_dist.modeling.backbone import find_model, read_model_config
 from dmpo_dist.records.read import read_run
@@ -167,7 +166,8 @@ def _interactions(file: Path) -> object:
 
 
 def _evaluation(file: Path) -> object:
-    return evaluation_table(Evaluation.read(file).content())
+    found = Evaluation.read(file)
+    return found.most_negatives, found.content()
 
 
 def _run(folder: Path) -> object:

@@ -57,8 +57,8 @@ def _evaluation(out: Path) -> object:
 
 
 TRAIN = (
-    "data.path=data model.path=model model.max_length=128 {stage}.steps=8 {stage}.checkpoint_every=2 deepspeed=zero0 \
-{stage}.global_batch_size=8 {stage}.validate_every=3 output_dir={out}"
+    "data.path=data model.path=model model.max_length=128 {stage}.steps=8 {stage}.checkpoint_every=2 deepspeed=zero0 "
+    "{stage}.global_batch_size=8 {stage}.validate_every=3 output_dir={out}"
 )
 COMMANDS = {
     "data prepare": Command("data prepare data.path={out} data.source.kind=csv data.source.path=log.csv "
