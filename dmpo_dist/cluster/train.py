@@ -54,11 +54,13 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
             only_owner(Path(session.address_info["session_dir"]))
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(explain_refusal(str(address), error)) from None
+    except UserError:
+        raise
     except Exception as error:  # Ray raises a bare Exception where its processes do not come up in time
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"Ray did not start here ({first}); is the machine busy or short of memory? Try again, or start Ray yourself "
-            "(ray start --head) and set cluster.address=auto"
+            f"Ray did not start here ({first}); is the machine busy or short of memory? Try again, or start Ray "
+            "yourself (ray start --head) and set cluster.address=auto"
         ) from None
     try:
         yield
