@@ -3,7 +3,6 @@
 import errno
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,7 +103,7 @@ def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
     command = f"{sys.executable} -m dmpo_dist config show --all | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=tmp_path)
     assert done.stderr == ""
-    assert done.returncode in (0, 128 + signal.SIGPIPE)
+    assert done.returncode in (0, 1)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):

@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -71,7 +70,7 @@ def main() -> NoReturn:
         sys.stdout.flush()  # a closed pipe is noticed here, rather than by Python when it exits
     except BrokenPipeError:  # `dmpo runs list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
+        code = 1  # as click ends it where the pipe closes earlier
     except typer.Abort:
         code = 130
     except Exception as error:

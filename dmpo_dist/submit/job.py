@@ -157,7 +157,7 @@ def choose_folder(config: RunConfig, render_only: bool) -> Path:
     have.
     """
     first = config.submit.folder or (Path() if render_only else config.output_dir) / "submit"
-    candidates = (first, *(first.with_name(f"{first.name}-{n}") for n in range(2, 1000)))
+    candidates = (first, *(first.parent / f"{first.name or 'submit'}-{n}" for n in range(2, 1000)))
     return next(
         folder for folder in candidates if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     )
