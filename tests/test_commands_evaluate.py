@@ -10,10 +10,10 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands import evaluate as evaluation
+from dmpo_dist.commands import model_scores
 from dmpo_dist.commands.quickstart import quickstart
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation import model_scores
 from dmpo_dist.evaluation import starts as starts_module
 from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue
 from dmpo_dist.modeling.backbone import ModelSource

@@ -16,6 +16,8 @@ from dmpo_dist.artifacts.evaluation import (
     Generation,
     OrderCheck,
 )
+from dmpo_dist.commands.model_scores import model_scores
+from dmpo_dist.commands.scored_parts import remove_parts
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import Baseline
@@ -35,7 +37,6 @@ from dmpo_dist.evaluation.baselines import (
 from dmpo_dist.evaluation.classical import CLASSICAL, ClassicalScores, classical_scores
 from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.fitting_log import fitting_log, knows_the_future
-from dmpo_dist.evaluation.model_scores import model_scores
 from dmpo_dist.evaluation.order import ORDERS, lists_note
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
@@ -45,7 +46,6 @@ from dmpo_dist.evaluation.rules import (
     rules_figures,
     with_rule,
 )
-from dmpo_dist.evaluation.scored_parts import remove_parts
 from dmpo_dist.evaluation.seeds import by_name
 from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.evaluation.starts import starts_of

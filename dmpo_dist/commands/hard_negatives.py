@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dmpo_dist.commands.model_scores import score_with_progress
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.folder import rewrite
@@ -14,7 +15,7 @@ from dmpo_dist.data.negatives import request_stream
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import load_ranking_model, score_with_progress
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.records.log import make_console
 
 

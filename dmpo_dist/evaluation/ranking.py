@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
-from rich.console import Console
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
@@ -14,7 +12,6 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import ModelSource, find_model, read_model_config
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.scoring_rule import adjusted, scored_lengths
-from dmpo_dist.records.progress import UserProgress
 
 
 class TitleScorer:
@@ -154,12 +151,6 @@ def load_ranking_model(path: str, config: RunConfig) -> RankingModel:
     return RankingModel.load(
         path, config.model, config.template, settings.token_budget, config.seed, settings.candidate_orders
     )
-
-
-def score_with_progress(model: RankingModel, rows: Dataset, title: str, console: Console) -> list[np.ndarray]:
-    """``model.score_rows(rows)``, with a bar on a terminal and elsewhere with a line now and then."""
-    with UserProgress(title, len(rows) * model.orders, 0, console, "loading the model") as progress:
-        return model.score_rows(rows, progress.advance)
 
 
 def log_probs_of(model: RankingModel, groups: Sequence[TokenGroup], whole_catalogue: bool) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from dmpo_dist.evaluation.scored_parts import PARTS
+from dmpo_dist.commands.scored_parts import PARTS
 
 pytestmark = pytest.mark.integration
 

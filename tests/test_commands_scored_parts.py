@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from dmpo_dist.commands import scored_parts
 from dmpo_dist.commands.evaluate import evaluate
+from dmpo_dist.commands.scored_parts import PARTS, score_in_parts
 from dmpo_dist.config import RunConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation import scored_parts
 from dmpo_dist.evaluation.ranking import load_ranking_model
-from dmpo_dist.evaluation.scored_parts import PARTS, score_in_parts
 
 CONSOLE = Console(file=io.StringIO(), width=100)
 

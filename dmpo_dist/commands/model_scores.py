@@ -10,16 +10,17 @@ from rich.console import Console
 from rich.text import Text
 
 from dmpo_dist.artifacts.evaluation import GeneratedFigures
+from dmpo_dist.commands.scored_parts import score_in_parts
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.generated import generated_figures
 from dmpo_dist.evaluation.order import order_spread
-from dmpo_dist.evaluation.ranking import load_ranking_model, score_with_progress
+from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
-from dmpo_dist.evaluation.scored_parts import score_in_parts
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.ranking_model import RankingModel
+from dmpo_dist.records.progress import UserProgress
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ def model_scores(
     for rule, by_rule in ruled.by_rule.items():
         _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
     return ModelScores(ruled.scores, spread, generated, ruled)
+
+
+def score_with_progress(model: RankingModel, rows: Dataset, title: str, console: Console) -> list[np.ndarray]:
+    """``model.score_rows(rows)``, with a bar on a terminal and elsewhere with a line now and then."""
+    with UserProgress(title, len(rows) * model.orders, 0, console, "loading the model") as progress:
+        return model.score_rows(rows, progress.advance)
 
 
 def _note_quantization(name: str, path: str, config: RunConfig, console: Console) -> None:
