@@ -1,6 +1,7 @@
 """Scores in parts are those of one go, an interruption costs a part, and what differs is told."""
 
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from dmpo_dist.commands import scored_parts
 from dmpo_dist.commands.evaluate import evaluate
-from dmpo_dist.commands.scored_parts import PARTS, score_in_parts
+from dmpo_dist.commands.scored_parts import PARTS, on_actors, score_in_parts
 from dmpo_dist.config import RunConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
@@ -78,3 +79,18 @@ def test_an_evaluation_that_is_written_leaves_no_parts(world, tmp_path):
     evaluate({"m": str(world.model)}, settings(world), tmp_path / "out", CONSOLE)
     assert (tmp_path / "out/evaluation.json").exists()
     assert not (tmp_path / "out" / PARTS).exists()
+
+
+def test_actors_give_the_scores_of_one_process_in_whichever_order_they_finish(world, tmp_path, monkeypatch):
+    """The part of the work that is ours; the actors themselves are in ``integration``."""
+    alone = scored(world, tmp_path / "alone", settings(world))
+    monkeypatch.setattr("dmpo_dist.cluster.train.ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(
+        "dmpo_dist.cluster.actors.map_over_actors",
+        lambda _, make_worker, arguments, tasks: map(make_worker(*arguments), tasks[::-1]),
+    )
+    two = settings(world)
+    two.cluster.workers = 2
+    assert on_actors(two)
+    found = scored(world, tmp_path / "two", two)
+    assert all(a.tolist() == b.tolist() for a, b in zip(found, alone, strict=True))

@@ -23,7 +23,8 @@ def read_table(path: Path, kind: str | None = None) -> pd.DataFrame:
     """All fields as strings; ``kind`` csv, jsonl or parquet, by the file's name where it is left out."""
     kind = kind or SUFFIX_KINDS.get(path.suffix.removesuffix(".gz"), "csv")
     if kind == "parquet":
-        return as_strings(_read_parquet(path))
+        with parsing(path, "is its text UTF-8?"):  # Arrow looks at the bytes of texts when they are converted
+            return as_strings(_read_parquet(path))
     if kind == "jsonl":
         rows = dict(read_json_lines(path))
         return as_strings(pd.DataFrame(list(rows.values()), index=list(rows), dtype=object))
