@@ -28,13 +28,13 @@ def folders(world, tmp_path, monkeypatch):
     for name in ("data", "model", "adapter"):
         copy_of(world.folder / name, tmp_path / f"whole/{name}")
     write_report_folder(tmp_path / "whole/report")
+    for name in READ_BY:
+        copy_of(tmp_path / "whole" / name, tmp_path / name)
     return tmp_path
 
 
 def torn(root: Path, kind: str, file: Path, tear: str) -> list[str]:
     """What goes wrong in the commands that read the folder ``kind`` after ``tear`` of its ``file``."""
-    for name in READ_BY:
-        copy_of(root / "whole" / name, root / name)
     damaged = root / kind / file
     replace_file(damaged, damaged.read_bytes())
     TEARS[tear](damaged)
@@ -42,6 +42,7 @@ def torn(root: Path, kind: str, file: Path, tear: str) -> list[str]:
     for command in READ_BY[kind]:
         words = (command + FEW * command.startswith("evaluate")).replace("new", f"new-{random.random()}").split()
         found.append(run(f"torn: {kind}", words))
+    copy_of(root / "whole" / kind, root / kind)
     return [f"{file} ({tear}): {failure}" for failure in found if failure]
 
 
