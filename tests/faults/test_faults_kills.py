@@ -63,7 +63,7 @@ TRAIN = (
 COMMANDS = {
     "data prepare": Command("data prepare data.path={out} data.source.kind=csv data.source.path=log.csv "
                             "data.negatives_per_group=4 data.evaluation_negatives=4",
-                            _digests("dataset.json", "*.parquet", "*/*.arrow")),
+                            _digests("*.parquet", "*/*.arrow")),
     "report": Command("report report --output {out}.html", lambda out: out.with_suffix(".html").read_bytes()),
     "sft": Command("sft " + TRAIN.replace("{stage}", "sft"), _digests("model/*.safetensors"), resume=True, alone=True),
     "train": Command("train train.negatives=3 " + TRAIN.replace("{stage}", "train"), _digests("model/*.safetensors"),
