@@ -75,6 +75,13 @@ def test_a_part_that_holds_a_request_twice_is_told(world, tmp_path):
         scored(world, tmp_path, config)
 
 
+def test_there_may_be_more_parts_than_packed_rows(world, tmp_path):
+    config = settings(world)
+    config.ranking.users_per_part, config.evaluation.token_budget = 1, 8192
+    whole = load_ranking_model(str(world.model), config).score_rows(world.data.test)
+    assert all(a.tolist() == b.tolist() for a, b in zip(scored(world, tmp_path, config), whole, strict=True))
+
+
 def test_an_evaluation_that_is_written_leaves_no_parts(world, tmp_path):
     evaluate({"m": str(world.model)}, settings(world), tmp_path / "out", CONSOLE)
     assert (tmp_path / "out/evaluation.json").exists()

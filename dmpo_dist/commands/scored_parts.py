@@ -138,7 +138,7 @@ def _by_actors(
 
 
 def _require_finite(name: str, path: str, rows: Rows, dtype: str) -> None:
-    scores = np.concatenate([row["scores"] for row in rows])
+    scores = np.concatenate([[], *(row["scores"] for row in rows)])  # there may be more parts than packed rows
     bad = ~np.isfinite(scores)
     if bad.any():
         raise UserError(
