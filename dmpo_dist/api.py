@@ -186,7 +186,7 @@ def evaluate(
 
 def _console() -> Console:
     """Plain lines: a notebook shows no live display without a widget library."""
-    return Console(force_jupyter=False, force_terminal=False, width=120)
+    return Console(force_jupyter=False, force_terminal=False, width=120, markup=False)
 
 
 def _run_config(data: PreparedData, folder: str | Path | None, name: str, given: Settings) -> RunConfig:

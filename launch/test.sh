@@ -3,6 +3,7 @@
 #   launch/test.sh                  everything, about 12 minutes on two cores; what continuous integration runs
 #   launch/test.sh --fast           without what is slow, starts several processes, Ray or a browser: 3 minutes
 #   launch/test.sh tests/test_objectives.py -k sdpo
+#   launch/test.sh --faults         damaged files, bad input, killed commands: a quarter of an hour; nightly
 #   launch/test.sh --cluster        what needs root, several hosts and minutes: see launch/test_cluster.sh
 set -euo pipefail
 
@@ -25,7 +26,10 @@ pyrefly check
 two_processes=(--numprocesses 2 --dist loadfile) # integration tests in one of them: tests/conftest.py
 if [[ "${1:-}" == --fast ]]; then
     shift
-    set -- "${two_processes[@]}" -m "not slow and not integration and not cluster" "$@"
+    set -- "${two_processes[@]}" -m "not slow and not integration and not cluster and not faults" "$@"
+elif [[ "${1:-}" == --faults ]]; then
+    shift
+    set -- -m faults tests/faults "$@"
 elif [[ $# -eq 0 ]]; then
     set -- "${two_processes[@]}"
 fi

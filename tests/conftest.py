@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -30,6 +31,14 @@ class ByFile(LoadScopeScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of tests/faults, where some of it ran: what was tried, and what came out clean."""
+    tally = sys.modules.get("tally")
+    if tally is not None and tally.TRIED:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(tally.table())
 
 
 def tiny_model(kind: str, vocab: int = 97, window: int | None = None, seed: int = 0, **extra):

@@ -3,6 +3,7 @@
 import errno
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from dmpo_dist.cli import app, main
 from dmpo_dist.config import load_config
 from dmpo_dist.config.load import find_recipe
+from dmpo_dist.tables import Cell, Table, terminal
 
 
 def commands(command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
@@ -71,6 +73,37 @@ def test_storage_that_fails_is_one_line_that_names_the_file(number, tmp_path, mo
     [line] = errors.splitlines()
     assert (out, line.startswith(f"error: {tmp_path}/model.safetensors: {os.strerror(number)}; ")) == ("", True)
     assert "output_dir" in line
+
+
+@pytest.mark.parametrize("odd", ["x" * 300, "{at}/loop", "{at}/loop/below", "{at}/file/below", '"a\\0b"', "{at}/[/x]"])
+@pytest.mark.parametrize("command", ["data check {}", "train data.path=x output_dir={} -c {}", "submit status {}"])
+def test_a_path_that_no_system_takes_is_one_message(command, odd, tmp_path, monkeypatch, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    odd = odd.format(at=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dmpo", *command.format(odd, odd).split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_names_with_brackets_are_shown_as_they_are(capsys):
+    from dmpo_dist.records.log import make_console
+
+    console = make_console()
+    console.print("exp[lr=1e-3] [/x] [bold]", highlight=False)
+    console.print(terminal(Table("[/x]", ["[/x]"], [[Cell("exp[lr=1e-3]")]])))
+    shown = capsys.readouterr().out
+    assert "exp[lr=1e-3] [/x] [bold]" in shown
+    assert shown.count("exp[lr=1e-3]") == 2
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
+    command = f"{sys.executable} -m dmpo_dist config show --all | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):

@@ -54,7 +54,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="no column 'history' .*it has 'user'"):
         read_requests(write(tmp_path, {"user": ["u1"]}, "parquet"))
     (tmp_path / "text.parquet").write_text("user,history\n")
-    with pytest.raises(UserError, match="not a readable Parquet file"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_requests(tmp_path / "text.parquet")
     with pytest.raises(UserError, match="row 1: history is 'Heat'; it must be a list"):
         read_requests(write(tmp_path, {"user": ["u1"], "history": ["Heat"]}, "parquet"))

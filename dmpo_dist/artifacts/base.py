@@ -1,14 +1,14 @@
 """What all typed files have in common, and how a broken or foreign one is told."""
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import first_line, parse_json, parse_yaml, read_text
+from dmpo_dist.secrets import redacted
 
 
 class Typed(BaseModel):
@@ -40,10 +40,9 @@ class Artifact(Typed):
             UserError: it cannot be read, is not JSON, or a field is missing or of another type.
         """
         file = path / cls.FILE if path.is_dir() else path
+        text = read_text(file, "correct the path, or restore the file")
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror}); correct the path") from None
+            content = parse_json(text, mend_halves=True)
         except ValueError as error:
             raise UserError(f"{file}: damaged, not JSON ({first_line(error)}); {cls.ADVICE}") from None
         try:
@@ -69,23 +68,18 @@ def first_problem(error: ValidationError) -> str:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A ``config.yaml`` of any version as a mapping; {} where there is no such file.
+    """A ``config.yaml`` of any version as a mapping, without the secrets that earlier ones let in; {} for no file.
 
     Raises:
         UserError: it cannot be read, or holds something else.
     """
     if not file.is_file():
         return {}
+    text = read_text(file, "restore or remove it")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = parse_yaml(text)
+    except ValueError as error:
         raise UserError(f"{file}: damaged, cannot be read ({first_line(error)}); restore or remove it") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: damaged, it holds no mapping of keys to values; restore or remove it")
-    return content
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the list below it; with the list's first line where there is nothing else."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
+    return redacted(content)

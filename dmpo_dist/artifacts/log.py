@@ -1,6 +1,5 @@
 """``metrics.jsonl``: one record a line, told apart by ``kind``."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from dmpo_dist.artifacts.base import Typed, first_problem
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parse_json, read_text
 
 METRICS_FILE = "metrics.jsonl"
 COMMANDS = {"sft": "sft", "preference": "train"}
@@ -147,10 +147,7 @@ def read_log(file: Path) -> MetricsLog:
     Raises:
         UserError: it cannot be read, or a field of a record is missing or of another type.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); was it edited or copied in part?") from None
+    lines = read_text(file, "was it edited or copied in part?").splitlines()
     records: list[LogRecord] = []
     damaged: list[int] = []
     stage: str | None = None
@@ -204,7 +201,7 @@ def _without(record: LogLine, *names: str) -> dict[str, Any]:
 
 def _json_object(line: str) -> dict[str, Any] | None:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError:
         return None
     return content if isinstance(content, dict) else None

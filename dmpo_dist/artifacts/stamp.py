@@ -9,6 +9,11 @@ from dmpo_dist.artifacts.log import COMMANDS
 from dmpo_dist.config import TemplateConfig
 
 
+def _command(stage: Any) -> Any:
+    """The command that trains ``stage``; what is no stage stays for the type to refuse."""
+    return COMMANDS.get(stage, stage) if isinstance(stage, str) else stage
+
+
 class ModelStamp(Artifact):
     """The template that every use of a model must keep to, and how the model came about.
 
@@ -22,7 +27,7 @@ class ModelStamp(Artifact):
     template: TemplateConfig | None = None
     rendered: dict[str, str] | None = None
     """What its tokenizer and chat template put around texts in training; None in stamps of earlier versions."""
-    stage: Annotated[str | None, BeforeValidator(lambda stage: COMMANDS.get(stage, stage))] = None
+    stage: Annotated[str | None, BeforeValidator(_command)] = None
     """The command that made it, sft or train; untuned for random weights."""
     start: str | None = None
     """Model folder or hub id that its stage started from."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
@@ -23,9 +24,14 @@ from dmpo_dist.cli.runs import runs_app
 from dmpo_dist.cli.stages import stages_app
 from dmpo_dist.cli.submit import submit_app
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import first_line
 from dmpo_dist.quiet import silence_libraries
+from dmpo_dist.secrets import redact
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Errors of a disk, which a write to an open file raises without a name."""
+PATH_ERRORS = ("Symlink loop", "embedded null byte", "embedded null character")
+"""How Python's messages begin on paths that no system could have, which it raises as other errors than OSError."""
 SECONDS_FOR_RANK_0 = 3
 
 app = typer.Typer(
@@ -58,31 +64,55 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and exit status 2."""
     silence_libraries()
+    _print_anything()
     try:
         code = app(standalone_mode=False) or 0  # click hands typer.Exit's code back instead of raising it
-    except UserError as error:
-        _tell(str(error))
-        code = 2
-    except OSError as error:
-        if error.errno not in STORAGE:
-            raise
-        where = error.filename or "output_dir"
-        _tell(f"{where}: {error.strerror}; check space and permissions, or write to another output_dir or data.path")
-        code = 2
+        sys.stdout.flush()  # a closed pipe is noticed here, rather than by Python when it exits
+    except BrokenPipeError:  # `dmpo runs list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1  # as click ends it where the pipe closes earlier
     except typer.Abort:
         code = 130
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not a usage error of click's
+        message = _message(error)
+        if message is None:
             raise
-        if error.format_message():  # nothing where the help was shown instead
-            _tell(f"{error.format_message()}; see dmpo --help")
+        if message:
+            _tell(message)
         code = 2
     sys.exit(code)
 
 
+def _message(error: Exception) -> str | None:
+    """What to tell of a user's mistake or a file's trouble, "" for nothing; None for an error of ours.
+
+    An operating system's error that names a file is the file's: it is not there, not readable, too long, a loop of
+    links, on a full disk. Libraries raise them as well as we do, so this one rule covers what no reader foresaw.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in STORAGE):
+        where = "output_dir" if error.filename is None else error.filename
+        reason = error.strerror or first_line(error)
+        advice = "space and permissions, or write to another output_dir or data.path"
+        return f"{where}: {reason}; check {advice if error.errno in STORAGE else 'the path, or choose another'}"
+    if str(error).startswith(PATH_ERRORS):
+        return f"{first_line(error)}; correct the path"
+    if hasattr(error, "format_message"):  # a usage error of click's, without a text where the help was shown instead
+        return f"{error.format_message()}; see dmpo --help" if error.format_message() else ""
+    return None
+
+
+def _print_anything() -> None:
+    """Let names that the terminal's encoding, or any, cannot show be printed escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _tell(message: str) -> None:
-    """Print an error: rank 0 at once, another rank after a while, if torchrun has not ended it by then."""
-    rank = os.environ.get("RANK", "0")
+    """Print an error without secrets: rank 0 at once, others after a while, if torchrun has not ended them by then."""
+    message, rank = redact(message), os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(SECONDS_FOR_RANK_0)
         message = f"rank {rank}: {message}"

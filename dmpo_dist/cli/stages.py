@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from dmpo_dist.artifacts.evaluation import Evaluation
+from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.cli.options import DryRun, Layers, Overrides, Resume, free_folder, read_settings
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.errors import UserError
@@ -77,9 +79,14 @@ def evaluate(
     catalogue: Annotated[
         bool, typer.Option("--catalogue", help="Also rank each positive among all items the user had not taken.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the evaluation in output_dir: what is scored is kept.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Rank the test requests with models and baselines on the same candidates; writes to output_dir.
+
+    Requests are scored on cluster.workers Ray actors, or in this process where there is one.
 
     Examples:
 
@@ -101,13 +108,16 @@ data.path=runs/ml/data output_dir=runs/seeds
     from dmpo_dist.records.log import make_console
 
     console = make_console()
+    if resume and (settings.output_dir / Evaluation.FILE).exists():
+        raise UserError(f"--resume: the evaluation in {settings.output_dir} is finished; nothing is left to do")
     preflight(models, settings, console, against or [], catalogue)  # before there is a folder
-    open_run_folder(settings, resume=False)
-    run(models, settings, settings.output_dir, console, catalogue, against or [])
+    open_run_folder(settings, resume)
+    with _resumable("what is scored already"), only_one(settings.output_dir):
+        run(models, settings, settings.output_dir, console, catalogue, against or [])
 
 
 @stages_app.command()
-def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def quickstart(overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Simulate users, train SFT and DMPO on two local Ray workers, and measure the ranking: a few minutes on two cores.
 
     Examples:
@@ -115,14 +125,17 @@ def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
         dmpo quickstart
 
         dmpo quickstart seed=1 output_dir=runs/quickstart-seed1
+
+        dmpo quickstart output_dir=runs/quickstart --resume
     """
     settings = read_settings([Path("quickstart")], overrides, dry_run)
-    if not any(o.startswith("output_dir=") for o in overrides or []):
+    if not resume and not any(o.startswith("output_dir=") for o in overrides or []):
         settings = settings.model_copy(update={"output_dir": free_folder(settings.output_dir)})
     from dmpo_dist.commands.quickstart import quickstart as run
     from dmpo_dist.records.log import make_console
 
-    run(settings, make_console())
+    with _resumable("where it stopped"):
+        run(settings, make_console(), resume)
 
 
 @stages_app.command()
@@ -155,12 +168,12 @@ data.path=/shared/data output_dir=/shared/runs
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
-    """On Ctrl-C print how to continue the run."""
+def _resumable(from_where: str = "the latest checkpoint") -> Iterator[None]:
+    """On Ctrl-C print how to continue."""
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the latest checkpoint", file=sys.stderr)
+        print(f"interrupted; --resume goes on from {from_where}", file=sys.stderr)
         raise
 
 

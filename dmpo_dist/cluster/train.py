@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dmpo_dist.cluster.address import explain_refusal, require_answer
+from dmpo_dist.cluster.privacy import only_owner, protect_token
 from dmpo_dist.cluster.record_queue import forwarded, start_record_queue
 from dmpo_dist.cluster.resources import ClusterWatch, shortage
 from dmpo_dist.cluster.runtime import RUN_NAME, RayRuntime, remove_damaged_list
@@ -47,9 +48,20 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
             ray.init(address=address, **options)
         else:
             needed = int(cluster.workers * cluster.cpus_per_worker + 0.999)
-            ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), **options)
+            protect_token()
+            session = ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), **options)
+            protect_token()  # the first local Ray of a user has just written it
+            only_owner(Path(session.address_info["session_dir"]))
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(explain_refusal(str(address), error)) from None
+    except UserError:
+        raise
+    except Exception as error:  # Ray raises a bare Exception where its processes do not come up in time
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"Ray did not start here ({first}); is the machine busy or short of memory? Try again, or start Ray "
+            "yourself (ray start --head) and set cluster.address=auto"
+        ) from None
     try:
         yield
     finally:

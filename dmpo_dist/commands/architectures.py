@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dmpo_dist.artifacts.base import first_line
 from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.batching.layout import lay_out
 from dmpo_dist.commands.every_family import VARIANTS, model_types, tiny_options
@@ -25,6 +24,7 @@ from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import Backend, choose_backend, native_attention, use_backend
 from dmpo_dist.modeling.self_check import disagreement
 from dmpo_dist.modeling.suitability import require_deterministic, silence
+from dmpo_dist.parsing import first_line
 
 LOG_PROB_LIMIT = 1e-5
 """Largest relative error of the log-probs of a family that may be used, in fp32."""

@@ -14,7 +14,8 @@ from dmpo_dist.artifacts.evaluation import (
     Generation,
     OrderCheck,
 )
-from dmpo_dist.commands.scoring import score_with_progress
+from dmpo_dist.commands.model_scores import model_scores
+from dmpo_dist.commands.scored_parts import remove_parts
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import BASELINES
@@ -35,7 +36,6 @@ from dmpo_dist.evaluation.baselines import oracle_scores
 from dmpo_dist.evaluation.classical import CLASSICAL
 from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.fitting_log import fitting_log
-from dmpo_dist.evaluation.model_scores import model_scores
 from dmpo_dist.evaluation.order import ORDERS, lists_note
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
@@ -139,7 +139,7 @@ def evaluate(
     torch.set_num_threads(os.cpu_count() or 1)
     spreads, ruled, generated = {}, {}, {}
     for name, path in models.items():
-        found = model_scores(name, path, data, config, console, score_with_progress)
+        found = model_scores(name, path, data, config, folder, console)
         scores[name] = found.scores
         spreads |= {name: found.spread} if found.spread else {}
         ruled |= {name: found.ruled} if found.ruled else {}
@@ -169,6 +169,7 @@ def evaluate(
         ranked = _rank_catalogue(whole, models, baselines, config, configs, console)
         evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
+    remove_parts(folder)
     _show(evaluation, folder, console)
     for note in of_lists:
         console.print(f"note: {note}", highlight=False)

@@ -1,32 +1,50 @@
 """`dmpo quickstart`: simulate data, train SFT, DMPO alone, DMPO with likelihood, SFT continued, and evaluate."""
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.commands.evaluate import check_classical, evaluate
 from dmpo_dist.commands.run_folder import open_run_folder
-from dmpo_dist.commands.train import run_stages, say
+from dmpo_dist.commands.train import run_stage, run_stages, say
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.objective import ObjectiveConfig, PreferenceOptions
 from dmpo_dist.data.prepare import prepare
+from dmpo_dist.records.read import has_begun
 from dmpo_dist.records.tracking import check_tracking
+from dmpo_dist.training.job import Kind
 
 
-def quickstart(config: RunConfig, console: Console) -> None:
+def quickstart(config: RunConfig, console: Console, resume: bool = False) -> None:
     """Run all stages into ``config.output_dir``.
 
     The objective runs alone and, where the configuration gives it a likelihood term, with that in a row of its own. SFT
     continued trains the SFT model by SFT for as many more steps, for a fair comparison.
+
+    Args:
+        resume: go on in the folder of an interrupted one: what is finished there is kept.
+
+    Raises:
+        UserError: the folder exists and ``resume`` is not set, or it is to be resumed and is of other settings.
     """
     output = config.output_dir.absolute()
     check_tracking(config.tracking)
     check_classical(config.evaluation.baselines, config, console)
-    open_run_folder(config, resume=False)
+    open_run_folder(config, resume)
+    with only_one(output):
+        _run(config, output, console)
+
+
+def _run(config: RunConfig, output: Path, console: Console) -> None:
+    """All stages that are not finished in ``output``."""
     preferences = preference_rows(config)
     stages = 4 + len(preferences)
     say(console, f"1/{stages} data: a simulated world whose best possible ranking is known")
-    prepare(config.data, config.seed, output / "data", echo=lambda line: console.print(line, highlight=False))
+    if not (output / "data").exists():  # it appears whole
+        prepare(config.data, config.seed, output / "data", echo=lambda line: console.print(line, highlight=False))
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": output / "data"})})
     models = {
         "untuned": output / "sft" / "scratch",
@@ -35,7 +53,7 @@ def quickstart(config: RunConfig, console: Console) -> None:
         **{row: output / row / "model" for row in preferences},
     }
     start = str(models["sft"])
-    run_stages(
+    _train(
         [
             (
                 f"2/{stages} SFT: a small language model learns the catalogue from the users' histories",
@@ -59,7 +77,9 @@ def quickstart(config: RunConfig, console: Console) -> None:
         console,
     )
     say(console, f"{stages}/{stages} evaluation on requests after the cut")
-    evaluate({name: str(path) for name, path in models.items()}, config, output, console)
+    # a few seconds' work for such models: starting actors would take longer
+    alone = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 1})})
+    evaluate({name: str(path) for name, path in models.items()}, alone, output, console)
     last = list(preferences)[-1]
     say(console, f"curves: {output}/{last}/curves.png   model: {models[last]}")
 
@@ -71,6 +91,20 @@ def preference_rows(config: RunConfig) -> dict[str, ObjectiveConfig]:
         return {objective.name: objective}
     alone = objective.model_copy(update={"sft_weight": 0.0, "sft_loss_on": "response"})
     return {objective.name: alone, f"{objective.name}_likelihood": objective}
+
+
+def _train(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> None:
+    """Train the stages that have no model yet: the one that had begun goes on, the others on one set of workers."""
+    for heading, kind, config in stages:
+        folder = config.output_dir
+        if not (folder / "model").is_dir() and has_begun(folder):
+            say(console, f"{heading}, from its latest checkpoint")
+            run_stage(kind, config, console, resume=True)
+    left = [stage for stage in stages if not (stage[2].output_dir / "model").is_dir()]
+    for _, _, config in left:
+        shutil.rmtree(config.output_dir, ignore_errors=True)  # opened, but its training never began
+    if left:
+        run_stages(left, console)
 
 
 def continued_config(config: RunConfig) -> RunConfig:

@@ -7,7 +7,6 @@ part it was at; a rerun of the command after the driver was lost goes on with th
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from dmpo_dist import __version__
-from dmpo_dist.artifacts.files import whole_file, write_json
+from dmpo_dist.artifacts.files import whole_file
+from dmpo_dist.artifacts.parts import PartFolder
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
@@ -32,7 +32,6 @@ from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.training.reference import file_digests
 
 SCHEMA = pa.schema([("user", pa.string()), ("titles", pa.list_(pa.string())), ("scores", pa.list_(pa.float64()))])
-KEY_FILE = "key.json"
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,17 @@ def rank(
         UserError: anything about files, model or options, or workers that keep failing; finished parts stay.
     """
     job = preflight(model, requests, catalogue, top, output, within_context([find_model(model)], config))
-    store = PartStore(output, job.key)
+    store = PartFolder(output.with_name(output.name + ".parts"), job.key, SCHEMA, "choose another --output")
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):
         console.print(f"{len(job.parts) - len(missing)} of {len(job.parts)} parts are done already", highlight=False)
     if missing:
         _rank_parts(job, store, missing, console)
-    store.join(len(job.parts), [request.user for request in job.requests])
+    _join(store, len(job.parts), [request.user for request in job.requests], output)
     console.print(f"written: {output}, {len(job.requests)} users", highlight=False)
 
 
-def _rank_parts(job: RankJob, store: "PartStore", missing: list[int], console: Console) -> None:
+def _rank_parts(job: RankJob, store: PartFolder, missing: list[int], console: Console) -> None:
     """Rank the parts ``missing`` on the cluster and store each as it is finished."""
     from dmpo_dist.cluster.actors import map_over_actors
     from dmpo_dist.cluster.train import ray_session
@@ -133,8 +132,8 @@ def preflight(
             listing.token_group(request.history, request.candidates or (), request.user)
     key = {
         "dmpo": __version__,
-        "--model": _digests(source),
-        "ranking.reference": _digests(find_model(reference)) if reference else None,
+        "--model": model_digest(source),
+        "ranking.reference": model_digest(find_model(reference)) if reference else None,
         "--requests": _sha256(requests),
         "--catalogue": _sha256((catalogue.titles, None if catalogue.counts is None else catalogue.counts.tolist()))
         if catalogue
@@ -186,7 +185,8 @@ def _options(config: RunConfig, lists_candidates: bool) -> dict[str, Any]:
     return options
 
 
-def _digests(source: ModelSource) -> str:
+def model_digest(source: ModelSource) -> str:
+    """sha256 over a model's files, its base's and its ``dmpo.json``; raises UserError where they are not here."""
     try:
         files = [file_digests(source.path), file_digests(source.base)]
     except UserError:
@@ -202,74 +202,23 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class PartStore:
-    """Finished parts beside ``output``.
+def _join(parts: PartFolder, count: int, users: list[str], output: Path) -> None:
+    """Make ``output`` out of ``count`` parts and remove them.
 
     Raises:
-        UserError: the parts that are there were made from something else; the message names what differs.
+        UserError: the parts do not hold each of ``users`` once, in order.
     """
-
-    def __init__(self, output: Path, key: dict[str, Any]) -> None:
-        self._output, self._folder = output, output.with_name(output.name + ".parts")
-        key_file = self._folder / KEY_FILE
-        self._folder.mkdir(exist_ok=True)
-        if any(self._folder.glob("part-*.parquet")):
-            self._require_same(self._read_key(key_file), key)
-        else:
-            write_json(key_file, key)
-
-    def has(self, number: int) -> bool:
-        return self._part(number).exists()
-
-    def write(self, number: int, rows: list[dict[str, Any]]) -> None:
-        table = pa.Table.from_pylist(rows, SCHEMA)
-        with whole_file(self._part(number)) as part:
-            pq.write_table(table, part)
-
-    def join(self, count: int, users: list[str]) -> None:
-        """Make ``output`` out of ``count`` parts and remove them.
-
-        Raises:
-            UserError: the parts do not hold each of ``users`` once, in order.
-        """
-        written: list[str] = []
-        with whole_file(self._output) as whole:
-            with pq.ParquetWriter(whole, SCHEMA) as writer:
-                for number in range(count):
-                    table = pq.read_table(self._part(number))
-                    written.extend(table["user"].to_pylist())
-                    writer.write_table(table)
-            self._require_users(written, users)
-        shutil.rmtree(self._folder)
-
-    def _part(self, number: int) -> Path:
-        return self._folder / f"part-{number:06d}.parquet"
-
-    def _require_users(self, written: list[str], users: list[str]) -> None:
+    written: list[str] = []
+    with whole_file(output) as whole:
+        with pq.ParquetWriter(whole, SCHEMA) as writer:
+            for number in range(count):
+                table = parts.read(number)
+                assert table is not None
+                written.extend(table["user"].to_pylist())
+                writer.write_table(table)
         if written != users:
-            raise UserError(f"{self._folder}: its parts do not hold each user once; remove the folder and run again")
-
-    def _read_key(self, key_file: Path) -> dict[str, Any]:
-        try:
-            return json.loads(key_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(
-                f"{key_file}: missing or damaged, so what the parts beside it hold is not known; remove {self._folder}"
-            ) from None
-
-    def _require_same(self, before: dict[str, Any], key: dict[str, Any]) -> None:
-        names = [name for name in {**before, **key} if before.get(name) != key.get(name)]
-        if names:
-            changed = [
-                f"{name} ({before[name]} before, {key[name]} now)"
-                if all(isinstance(of.get(name), int | float | bool) for of in (before, key))
-                else name
-                for name in names
-            ]
-            raise UserError(
-                f"{self._folder}: holds parts of a ranking with another {' and '.join(changed)}; give the same again "
-                "to go on, remove the folder to begin anew, or choose another --output"
-            )
+            raise UserError(f"{parts.folder}: its parts do not hold each user once; remove the folder and run again")
+    parts.remove()
 
 
 class PartRanker:

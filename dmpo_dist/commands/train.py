@@ -144,7 +144,7 @@ class _StageLogs:
 
 def say(console: Console, text: str) -> None:
     """A line that announces a part of the work."""
-    console.print(f"[bold]{text}[/bold]", highlight=False)
+    console.print(text, style="bold", highlight=False, markup=False)
 
 
 def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job] = ()) -> Job:

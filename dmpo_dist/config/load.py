@@ -11,8 +11,11 @@ from pydantic import BaseModel, ValidationError
 
 from dmpo_dist.config.objective import BUILT_IN, CUSTOM, options_below
 from dmpo_dist.config.run import RunConfig
+from dmpo_dist.config.section import dotted
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parse_yaml, read_text, require_plain
+from dmpo_dist.secrets import has_secret, redact
 
 Extent = Literal["all", "saved", "changed"]
 
@@ -48,6 +51,8 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
 
 def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) -> RunConfig:
     """``values`` against the schema; errors name the ``layers`` and ``overrides`` they came from."""
+    for key, value in dotted(values).items():
+        _require_writable(key, value)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -59,6 +64,22 @@ def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) 
         sources += ["the command line"] if any(on_line) or not layers else []
         problems = "\n".join(_explain(e) for e in error.errors())
         raise UserError(f"configuration ({', '.join(sources)}):\n{problems}") from None
+
+
+def _require_writable(key: str, value: Any) -> None:
+    """Raise UserError for a value that cannot, or should not, be written into a run's folder and job files."""
+    try:
+        require_plain(value, most=None)
+    except ValueError as error:
+        raise UserError(f"configuration: {key}: {error}") from None
+    if key.startswith("template."):  # prompts may hold anything
+        return
+    if has_secret(str(value)):
+        variable = " (MLFLOW_TRACKING_URI)" if key == "tracking.mlflow.tracking_uri" else ""
+        raise UserError(
+            f"configuration: {key}: {redact(str(value))!r} holds a password or token, which would be written into "
+            f"config.yaml, reports and job files; leave it out, and set it in the environment of the job{variable}"
+        )
 
 
 def find_recipe(name: str, what: str, prefix: str = "") -> Path:
@@ -109,13 +130,12 @@ def changed_values(section: BaseModel) -> dict[str, Any]:
 
 
 def _read_layer(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path}: no such configuration file; correct the path")
+    text = read_text(path, "correct the path, or give another configuration file")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file; correct the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+        content = parse_yaml(text)
+    except ValueError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if content is None:
         return {}
@@ -133,8 +153,8 @@ def _parse_value(raw: str) -> Any:
     if not raw:
         return ""  # "key=" empties a text; "key=null" is YAML's nothing
     try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+        value = parse_yaml(raw)
+    except ValueError:
         return raw
     text = raw.strip()
     if isinstance(value, dict | list):

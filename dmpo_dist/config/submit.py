@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from dmpo_dist.config.section import Section
+from dmpo_dist.secrets import named_like_a_secret
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/@+,=-]*$")]
 """A name that is safe in a script or manifest without quotes."""
@@ -14,7 +15,6 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_leng
 """A Kubernetes name; 47 characters are what KubeRay leaves a job."""
 Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi|Ti)$")]
-SECRET_ENDINGS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY")
 
 
 class SlurmConfig(Section):
@@ -133,7 +133,7 @@ class SubmitConfig(Section):
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} cannot be the name of an environment variable")
-            if name.upper().endswith(SECRET_ENDINGS):
+            if named_like_a_secret(name):
                 raise ValueError(
                     f"{name} looks like a secret and would be written into a file; on Slurm export it before dmpo "
                     "submit, on Kubernetes name its secret in submit.kubernetes.secret, on Ray set it where the nodes "

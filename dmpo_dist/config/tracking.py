@@ -22,7 +22,8 @@ class MlflowConfig(Section):
 
     experiment: str = "dmpo"
     tracking_uri: str | None = None
-    """Server or store; None takes MLFLOW_TRACKING_URI, else mlflow.db in the working directory, as `mlflow ui` does."""
+    """Server or store, without a password; None takes MLFLOW_TRACKING_URI, which may hold one, else mlflow.db in the
+    working directory, as `mlflow ui` does."""
 
 
 class TrackingConfig(Section):

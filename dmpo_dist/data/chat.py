@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any, Literal
 
-from dmpo_dist.artifacts.base import first_line
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import first_line
 
 Trim = Literal["none", "left", "right", "both"]
 

@@ -112,7 +112,7 @@ def _sound_rows(database: Database, tolerated: float, notes: list[str]) -> str:
     count, stamped, late_ones, files = database.rows(
         f"SELECT count(*), count(timestamp), count_if(timestamp > {MILLISECONDS}), count(DISTINCT file) FROM rows"
     )[0]
-    milliseconds = 2 * late_ones >= stamped > 0  # of most rows, so that no single one is at fault
+    milliseconds = stamped > 0 and 2 * late_ones >= stamped  # of most rows, so that no single one is at fault
     faults = ["user = ''", "item = ''", "timestamp IS NULL", "rating IS NULL", *([] if milliseconds else [late])]
     malformed = " OR ".join(faults)
     found = _first(database, malformed)

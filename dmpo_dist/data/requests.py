@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tables import read_delimited
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parsing
 
 SEPARATOR = "|"
 NAMED = 5
@@ -135,12 +136,9 @@ def _read(
         frame = read_delimited(path)
         columns, rows = {name: frame[name].tolist() for name in frame.columns}, frame.index.tolist()
     else:
-        try:
+        with parsing(f"{flag} {path}", "write Parquet, or CSV under a name that ends in .csv"):
             table = pq.read_table(path)
-        except (OSError, ValueError) as error:  # pyarrow's errors for malformed files are ValueErrors
-            advice = "write Parquet, or CSV under a name that ends in .csv"
-            raise UserError(f"{flag} {path}: not a readable Parquet file ({error}); {advice}") from None
-        columns = {name: table.column(name).to_pylist() for name in table.column_names if name in needed + optional}
+            columns = {name: table.column(name).to_pylist() for name in table.column_names if name in needed + optional}
         rows = list(range(1, table.num_rows + 1))
     for name in needed:
         if name not in columns:

@@ -16,6 +16,7 @@ from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parsing
 
 FORMAT_VERSION = 1
 ROWS_AT_ONCE = 1000
@@ -169,10 +170,8 @@ def _read_split(folder: Path, count: int) -> Dataset:
 
 
 def _read_table(file: Path) -> pd.DataFrame:
-    try:
+    with parsing(file, "is it damaged or incomplete? Remove the folder and run `dmpo data prepare` again"):
         return pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise _damaged(file, error) from None
 
 
 def _damaged(path: Path, reason: object) -> UserError:

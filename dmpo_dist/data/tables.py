@@ -2,8 +2,8 @@
 
 import csv
 import gzip
-import json
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parse_json, parsing
 
 EVENT_COLUMNS = ["user", "item", "rating", "timestamp"]
 TableKind = Literal["csv", "jsonl", "parquet"]
@@ -22,7 +23,8 @@ def read_table(path: Path, kind: str | None = None) -> pd.DataFrame:
     """All fields as strings; ``kind`` csv, jsonl or parquet, by the file's name where it is left out."""
     kind = kind or SUFFIX_KINDS.get(path.suffix.removesuffix(".gz"), "csv")
     if kind == "parquet":
-        return as_strings(_read_parquet(path))
+        with parsing(path, "is its text UTF-8?"):  # Arrow looks at the bytes of texts when they are converted
+            return as_strings(_read_parquet(path))
     if kind == "jsonl":
         rows = dict(read_json_lines(path))
         return as_strings(pd.DataFrame(list(rows.values()), index=list(rows), dtype=object))
@@ -42,16 +44,18 @@ def read_json_lines(path: Path, keys: Sequence[str] | None = None) -> Iterator[t
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = parse_json(line)
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, row {number}: {row!r} is not an object")
                 yield number, row if keys is None else {key: row[key] for key in keys if key in row}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, row {number}: not valid JSON ({error}); each line is one object") from None
     except EOFError:
         raise UserError(f"{path}: cut off after row {number}; download it again") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); convert the file") from None
+    except ValueError as error:
+        raise UserError(f"{path}, row {number}: not valid JSON ({error}); each line is one object") from None
+    except zlib.error as error:
+        raise UserError(f"{path}: damaged after row {number} ({error}); download it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
     if number == 0:
@@ -59,10 +63,8 @@ def read_json_lines(path: Path, keys: Sequence[str] | None = None) -> Iterator[t
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    try:
+    with parsing(path, "is it a Parquet file, and whole?"):
         frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors for malformed files are ValueErrors
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from None
     if frame.empty:
         raise UserError(f"{path}: holds no rows; is this the right file?")
     frame.index = pd.RangeIndex(1, len(frame) + 1)
@@ -115,7 +117,7 @@ def read_delimited(
                 skip_blank_lines=False,
                 quoting=csv.QUOTE_NONE if names else csv.QUOTE_MINIMAL,
             )
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' errors for malformed tables are ValueErrors
         raise UserError(f"{path}: malformed table; quote fields that contain {sep!r}: {str(error).strip()}") from None
     frame.index += 1 if names else 2
     blank = (frame == "").all(axis=1)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dmpo_dist.cluster.resources import shortage
 from dmpo_dist.config import RunConfig
@@ -82,7 +83,7 @@ def examine_cluster(config: RunConfig, console: Console) -> bool:
     problems += [f"{lacking}; lower one of them, or add nodes"] if lacking else []
     _show(findings, reduced, paths, console)
     for problem in problems:
-        console.print(f"[red]problem:[/red] {problem}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("problem:", "red"), f" {problem}"), highlight=False, soft_wrap=True)
     console.print(summary(problems), style="bold")
     return not problems
 

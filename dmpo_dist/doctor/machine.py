@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
+from rich.text import Text
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.records.environment import describe_environment
@@ -37,7 +38,7 @@ def examine(config: RunConfig, console: Console) -> bool:
     console.print(f"CPUs: {os.cpu_count()}, memory: {psutil.virtual_memory().total / 2**30:.1f} GiB", highlight=False)
     problems += _shared_memory(console) + _writable(config, console)
     for problem in problems:
-        console.print(f"[red]problem:[/red] {problem}", highlight=False)
+        console.print(Text.assemble(("problem:", "red"), f" {problem}"), highlight=False)
     console.print(summary(problems), style="bold")
     return not problems
 

@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from dmpo_dist.config import RunConfig, load_config
@@ -28,6 +27,7 @@ from dmpo_dist.experiment.schema import (
     override,
     settings_of,
 )
+from dmpo_dist.parsing import parse_yaml, read_text
 
 LONGEST_VALUE = 40  # letters of a free axis's value in a cell's name
 Free = tuple[tuple[str, Any], ...]
@@ -70,10 +70,11 @@ def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
         UserError: it cannot be read, or a key or value is wrong; the message names the file.
     """
     path = find_recipe(str(file), "GRID", prefix="experiment")
+    text = read_text(path, "correct the path, or give another grid")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); correct it") from None
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as YAML ({error}); correct it") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a mapping with datasets and grid, not a {type(content).__name__}")
     for text in overrides:
@@ -118,7 +119,10 @@ def _with_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[
         key, sep, raw = text.partition("=")
         if not sep or not key:
             raise UserError(f"{text!r} is not of the form key=value, for example train.learning_rate=1e-4")
-        flat[key] = yaml.safe_load(raw) if raw else ""
+        try:
+            flat[key] = parse_yaml(raw) if raw else ""
+        except ValueError as error:
+            raise UserError(f"{text!r}: its value is not valid YAML: {error}") from None
     return flat
 
 

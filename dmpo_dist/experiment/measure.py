@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from dmpo_dist.artifacts.evaluation import SCORES_FILE
 from dmpo_dist.config import RunConfig
@@ -36,7 +37,7 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
         scores: dict[str, list[np.ndarray]] = {}
         ruled: dict[str, RuledScores] = {}
         for name, path in part.measured.items():
-            with console.status(f"scoring {part.title} on {dataset}"):
+            with console.status(Text(f"scoring {part.title} on {dataset}")):
                 model = load_ranking_model(str(path), part.config)
                 scores[name] = model.score_rows(data[dataset].test)
                 if asks_for_rules(part.config.evaluation):

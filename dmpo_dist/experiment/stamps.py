@@ -1,6 +1,5 @@
 """The state of each model of an experiment, read from the files in its folder."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,14 @@ from typing import Any, Literal
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.artifacts.files import write_json
-from dmpo_dist.artifacts.log import METRICS_FILE, StartRecord, read_log
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.rules import asks_for_rules
 from dmpo_dist.experiment.parts import Part
-from dmpo_dist.records.read import CONFIG_FILE, read_run
+from dmpo_dist.parsing import parse_json
+from dmpo_dist.records.read import has_begun, read_run
+from dmpo_dist.secrets import redacted
 
 SETTINGS_FILE, DONE_FILE, FAILED_FILE = "settings.json", "done.json", "failed.json"
 EVALUATION = "evaluation"
@@ -67,11 +67,8 @@ def failure(part: Part) -> str:
 
 
 def begun(part: Part) -> bool:
-    """Whether training began: the log has a start record, as the folder and an empty log exist before the workers."""
-    log = part.run / METRICS_FILE
-    if not log.exists() or not (part.run / CONFIG_FILE).exists():
-        return False
-    return any(isinstance(record, StartRecord) for record in read_log(log).records)
+    """Whether training began."""
+    return has_begun(part.run)
 
 
 def to_evaluate(part: Part, data: Mapping[str, PreparedData]) -> list[str]:
@@ -105,7 +102,7 @@ def stamp(part: Part) -> None:
 def stamp_failed(part: Part, error: str, trace: str = "") -> None:
     """Mark the part as failed, in its stage or its evaluation; the next run tries again."""
     part.folder.mkdir(parents=True, exist_ok=True)
-    content = {"error": error} | ({"traceback": trace} if trace else {})
+    content = redacted({"error": error} | ({"traceback": trace} if trace else {}))
     write_json(part.folder / FAILED_FILE, content)
 
 
@@ -167,7 +164,7 @@ def evaluated(folder: Path, data: PreparedData, settings: Mapping[str, Any], mod
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):

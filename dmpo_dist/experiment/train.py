@@ -15,6 +15,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import begin, begun, stamp_failed, trained
 from dmpo_dist.records.read import CONFIG_FILE
+from dmpo_dist.secrets import redact
 
 
 def in_this_process() -> bool:
@@ -100,7 +101,7 @@ def _train_together(parts: list[Part], heading: Callable[[Part], str], console: 
 
 def record_failure(part: Part, error: Exception, console: Console) -> None:
     """Mark ``part`` as failed and print the reason in a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = redact(" ".join(str(error).split())) or type(error).__name__
     expected = isinstance(error, UserError)
     stamp_failed(part, text, "" if expected else "".join(traceback.format_exception(error)))
     console.print(f"{part.title} failed: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -54,9 +53,10 @@ def show(entry: dict[str, Any], reference: str | None, method: str, console: Con
     """Print one entry of ``to_json`` so that no manual is needed."""
     console.print()
     console.print(
-        f"[bold]Why is {escape(repr(entry['title']))} at rank {entry['rank']} of {entry['candidates']} "
-        f"for user {escape(entry['user'])}?[/bold]",
+        f"Why is {entry['title']!r} at rank {entry['rank']} of {entry['candidates']} for user {entry['user']}?",
+        style="bold",
         highlight=False,
+        markup=False,
     )
     for note in notes(entry):
         console.print(note, highlight=False, markup=False)
@@ -125,7 +125,8 @@ def show_faithfulness(result: dict[str, Any], console: Console) -> None:
     """The measured areas, in sentences."""
     console.print()
     console.print(
-        f"[bold]Do these contributions say what the model does?[/bold] {result['requests']} requests of "
+        Text("Do these contributions say what the model does?", style="bold"),
+        f"{result['requests']} requests of "
         f"{result['users']} users, {result['random_orders']} random orders each; items taken away one after another; "
         f"mean distance between curves in nats, 95 % intervals over users.",
         highlight=False,

@@ -4,7 +4,6 @@ A *model folder* is what a stage writes and any other command reads: a Hugging F
 tokenizer, and ``dmpo.json`` with the template that every later use of the model must keep to.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 
 from dmpo_dist import __version__
-from dmpo_dist.artifacts.base import first_line
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.template import Template
@@ -25,6 +23,7 @@ from dmpo_dist.modeling.memory import keep_freed_memory
 from dmpo_dist.modeling.published import PUBLISHED
 from dmpo_dist.modeling.quantize import keep_arithmetic, quantization_config, require_trainable
 from dmpo_dist.modeling.suitability import require_causal, require_deterministic, require_embedded, silence
+from dmpo_dist.parsing import first_line, parse_json, parsing
 
 ADAPTER = "adapter_config.json"
 
@@ -95,7 +94,7 @@ def read_model_config(path: str, max_length: int) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # each model family checks its own keys, or trips over them
         raise UserError(
             f"{path}: its config.json cannot be used ({first_line(error)}); is it a language model?"
         ) from None
@@ -110,8 +109,9 @@ def count_parameters(path: str) -> int:
     """Parameters of the full model (or an adapter's base) in ``path``, from its config.json alone."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read_model_config(find_model(path).base, 0))
+    config = read_model_config(find_model(path).base, 0)
+    with parsing(path, "does its config.json describe a model that can be made?"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -371,7 +371,7 @@ def _check_weights(folder: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged, not JSON ({first_line(error)}); was a copy cut off? Copy it again") from None
     if not isinstance(content, dict):

@@ -1,6 +1,6 @@
 """A model as it is used: its tokenizer and template, its weights on a device, and how responses share their prompt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import cache, partial
 from typing import Any, NamedTuple, Self
@@ -248,6 +248,10 @@ class RankingModel:
             advance: told how many more groups are scored.
         """
         return self._scorer().score(groups, self._which, advance)
+
+    def score_share(self, groups: Sequence[TokenGroup], share: int, shares: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, (R,) float64) of some of ``groups``; together the ``shares`` give what ``score_groups`` does."""
+        return self._scorer().score_share(groups, share, shares, self._which)
 
     def score_catalogue(self, group: TokenGroup) -> np.ndarray:
         """(R,) float64 of one group with any number of responses, which follow the prompt as a trie."""

@@ -1,7 +1,7 @@
 """A frozen model on its device, and the attention by which responses share their prompt there."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -67,15 +67,25 @@ class TokenScorer:
         Args:
             advance: told how many more groups are scored.
         """
-        self._require_exact("packed", groups)
-        use_backend(self._language_model, self.route.backend)
-        batches = deal_for_scoring(groups, 1, self._token_budget, self._shared)[0]
         scores: dict[int, np.ndarray] = {}
-        for index, of_group in score_micro_batches(self._forward(which), groups, batches, self._shared, self._device):
+        for index, of_group in self.score_share(groups, 0, 1, which):
             scores[index] = of_group
             if advance is not None:
                 advance(1)
         return [scores[index] for index in range(len(groups))]
+
+    def score_share(
+        self, groups: Sequence[TokenGroup], share: int, shares: int, which: Which = "policy"
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of a group, what ``score`` gives for it) for the groups in the rows of one of equal ``shares``.
+
+        Rows are packed as for all groups, so that the numbers are those of ``score`` to the last bit.
+        """
+        self._require_exact("packed", groups)
+        use_backend(self._language_model, self.route.backend)
+        batches = deal_for_scoring(groups, 1, self._token_budget, self._shared)[0]
+        first, last = share * len(batches) // shares, (share + 1) * len(batches) // shares
+        yield from score_micro_batches(self._forward(which), groups, batches[first:last], self._shared, self._device)
 
     def score_many(self, group: TokenGroup, which: Which = "policy") -> np.ndarray:
         """(R,) float64 log-probs of the responses of one group, however many there are: a trie behind the prompt."""

@@ -112,7 +112,7 @@ def _products_of_bf16(dtype: torch.dtype) -> Iterator[None]:
     Exact for what was widened from bf16, and about twice as fast on processors with AVX512_BF16 or AMX. It rounds a
     gradient by logits to bf16, as the product on a GPU does.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # pyrefly: ignore
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
     try:

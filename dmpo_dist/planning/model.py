@@ -23,6 +23,7 @@ from dmpo_dist.modeling.backbone import (
 from dmpo_dist.modeling.gguf import local_model
 from dmpo_dist.modeling.logprobs import MAX_CHUNK_LOGITS, LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend
+from dmpo_dist.parsing import parsing
 from dmpo_dist.planning import trace
 from dmpo_dist.planning.flops import Shape, shape_of
 
@@ -163,7 +164,9 @@ def _read(model: ModelConfig) -> tuple[Any, Any]:
     if (folder / ADAPTER).exists():
         from peft import PeftConfig
 
-        return read_model_config(find_model(path).base, model.max_length), PeftConfig.from_pretrained(path)
+        with parsing(folder / ADAPTER, "was it written by PEFT?"):
+            adapter = PeftConfig.from_pretrained(path)
+        return read_model_config(find_model(path).base, model.max_length), adapter
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{model.path}: holds neither config.json nor {ADAPTER}; a plan needs one of them")
     return read_model_config(path, model.max_length), None
@@ -172,7 +175,7 @@ def _read(model: ModelConfig) -> tuple[Any, Any]:
 def _base(config: Any, model: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with parsing(model.path, "does its config.json describe a model that can be made?"), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
     if not getattr(base, "_supports_attention_backend", False):
         raise UserError(f"{model.path}: {config.model_type} cannot be planned; the planner knows dense decoders")

@@ -17,6 +17,7 @@ from dmpo_dist.evaluation.metrics import paired_bootstrap, ranking_metrics
 from dmpo_dist.evaluation.report import COMPARED_METRICS
 from dmpo_dist.figures.curves import SIDE_BY_SIDE, has_values, side_by_side_drawings
 from dmpo_dist.figures.style import save_grid
+from dmpo_dist.parsing import parsing
 from dmpo_dist.records.read import LAST_FIGURES, VALIDATION_METRICS, Run
 from dmpo_dist.tables import Table, terminal, texts
 
@@ -189,7 +190,8 @@ def _test_scores(run: Run, evaluations: Sequence[Path]) -> pd.DataFrame | None:
     if found is None:
         return None
     folder, name = found
-    table = pd.read_parquet(folder / SCORES_FILE, filters=[("model", "==", name)])
+    with parsing(folder / SCORES_FILE, "run `dmpo evaluate` again"):
+        table = pd.read_parquet(folder / SCORES_FILE, filters=[("model", "==", name)])
     table = table.sort_values([*REQUEST, "is_positive", "item"], ascending=[True, True, False, True])
     return table[[*REQUEST, "is_positive", "item", "score"]].reset_index(drop=True)
 

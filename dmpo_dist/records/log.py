@@ -22,6 +22,7 @@ from dmpo_dist.figures.curves import CURVES_FILE, plot_curves
 from dmpo_dist.records.read import VALIDATION_METRICS, read_run
 from dmpo_dist.records.sinks import JsonLines, Sink, TensorBoard
 from dmpo_dist.records.tracking import open_trackers
+from dmpo_dist.secrets import redact
 from dmpo_dist.training.job import Job
 
 NOTABLY_SLOW = 1.1
@@ -62,7 +63,7 @@ class RunLog:
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
+                TextColumn("{task.description}", style="bold", markup=False), BarColumn(bar_width=24),
                 TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
             )  # fmt: skip
@@ -129,7 +130,7 @@ class RunLog:
         return f" ETA {int(seconds // 60)}:{int(seconds % 60):02d}"
 
     def _print(self, text: str) -> None:
-        line = f"[{self._title} {time.monotonic() - self._began:5.0f}s] {text}"
+        line = f"[{self._title} {time.monotonic() - self._began:5.0f}s] {redact(text)}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -167,6 +168,6 @@ def _end_line(record: EndRecord) -> str:
 
 
 def make_console() -> Console:
-    """The console all commands share; figures go to standard output."""
-    console = Console(file=sys.stdout)
-    return console if console.is_terminal else Console(file=sys.stdout, width=120)
+    """The console all commands share: to standard output, without markup, as names may hold brackets."""
+    console = Console(file=sys.stdout, markup=False)
+    return console if console.is_terminal else Console(file=sys.stdout, markup=False, width=120)

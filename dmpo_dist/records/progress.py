@@ -35,7 +35,7 @@ class UserProgress:
         self._console, self._before = console, before
         self._first: tuple[int, float] | None = None
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
+            TextColumn("{task.description}", style="bold", markup=False), BarColumn(bar_width=24),
             TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
         ) if console.is_terminal else None  # fmt: skip

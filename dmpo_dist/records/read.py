@@ -130,6 +130,14 @@ def read_run(folder: Path) -> Run:
     return Run(folder, config, environment, read_log(folder / METRICS_FILE))
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether training began there: the log has a start record, as folder and empty log exist before the workers."""
+    log = folder / METRICS_FILE
+    if not log.exists() or not (folder / CONFIG_FILE).exists():
+        return False
+    return any(isinstance(record, StartRecord) for record in read_log(log).records)
+
+
 def find_runs(root: Path) -> list[Run]:
     """The training runs in and below ``root``, oldest first.
 

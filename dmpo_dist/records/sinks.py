@@ -9,6 +9,7 @@ from threading import Thread
 from typing import Protocol
 
 from dmpo_dist.artifacts.log import LogRecord, StepRecord, ValidationRecord
+from dmpo_dist.secrets import redact
 
 CLOSE_SECONDS = 60
 
@@ -47,7 +48,7 @@ class JsonLines:
         self._file = path.open("a" if append else "w", encoding="utf-8")
 
     def write(self, record: LogRecord) -> None:
-        self._file.write(json.dumps(record.content()) + "\n")
+        self._file.write(redact(json.dumps(record.content())) + "\n")
         self._file.flush()
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.artifacts.base import first_line
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parsing
 
 STUDY_FILE = "experiment.parquet"
 STUDY_COLUMNS = ("dataset", "evaluated_on", "model", "metric", "value")
@@ -22,10 +22,8 @@ def read_study(file: Path) -> pd.DataFrame:
     Raises:
         UserError: it cannot be read, has no rows, or lacks one of ``STUDY_COLUMNS``.
     """
-    try:
+    with parsing(file, "run `dmpo experiment` again"):
         table = pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({first_line(error)}); run `dmpo experiment` again") from None
     missing = [name for name in STUDY_COLUMNS if name not in table]
     if missing:
         raise UserError(f"{file}: has no column {', '.join(missing)}; made by another version? run it again")

@@ -1,17 +1,19 @@
 """What is submitted, where its files go, and what is remembered of it."""
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 import dmpo_dist
 from dmpo_dist.artifacts.files import write_json, write_whole
 from dmpo_dist.config import RunConfig, dump_config
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parsing
 
 Target = Literal["slurm", "ray", "kubernetes"]
 Verb = Literal["sft", "train", "doctor"]
@@ -155,7 +157,7 @@ def choose_folder(config: RunConfig, render_only: bool) -> Path:
     have.
     """
     first = config.submit.folder or (Path() if render_only else config.output_dir) / "submit"
-    candidates = (first, *(first.with_name(f"{first.name}-{n}") for n in range(2, 1000)))
+    candidates = (first, *(first.parent / f"{first.name or 'submit'}-{n}" for n in range(2, 1000)))
     return next(
         folder for folder in candidates if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     )
@@ -212,7 +214,5 @@ def find_record(run: Path) -> tuple[Record, Path]:
     if not found:
         raise UserError(f"{run}: nothing submitted is recorded there; give the run's output_dir, or its submit.folder")
     latest = max(found, key=lambda path: path.stat().st_mtime)
-    try:
-        return Record(**json.loads(latest.read_text(encoding="utf-8"))), latest.parent
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{latest}: cannot be read ({error})") from None
+    with parsing(latest, "was it written by `dmpo submit`? Look for the job by the cluster's own tools"):
+        return TypeAdapter(Record).validate_json(latest.read_text(encoding="utf-8")), latest.parent

@@ -57,7 +57,7 @@ def _hand_over(
         ) from None
     except (UserError, KeyboardInterrupt) as error:
         if not (job.folder / RECORD_FILE).exists():
-            shutil.rmtree(job.folder)
+            shutil.rmtree(job.folder, ignore_errors=True)  # it may not be there
         elif isinstance(error, KeyboardInterrupt):  # it came just after the announcement
             raise KeyboardInterrupt(f"the job goes on; dmpo submit stop {job.folder} ends it") from None
         raise

@@ -3,7 +3,6 @@
 Everything that leans on how DeepSpeed behaves (checked on 0.19.8) is in this file and in ``optimizer_state``.
 """
 
-import json
 import logging
 import os
 import socket
@@ -19,6 +18,7 @@ from torch import Tensor, distributed, nn
 
 from dmpo_dist.config import StageConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parse_json
 from dmpo_dist.training.network import bind_gloo_towards
 
 SMALL_MODEL = 100_000_000
@@ -196,7 +196,7 @@ def _read_config(name: str) -> dict[str, Any]:
         names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir() if f.name.endswith(".json"))
         raise UserError(f"deepspeed={name}: no such configuration; known are {', '.join(names)}, or give a .json path")
     try:
-        config = json.loads(file.read_text())
+        config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed={name}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):

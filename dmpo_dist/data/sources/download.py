@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from urllib3.exceptions import HTTPError
 
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parsing
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data"
@@ -40,6 +41,9 @@ licence file comes with it, so the reviews stay their authors' and Amazon's. Ack
 ATTEMPTS = 5
 TIMEOUT = 60  # seconds without receiving a byte
 CHUNK = 1 << 18
+MOST_MEMBERS = 1000
+MOST_EXPANSION = 20
+"""Bytes that a byte of an archive may become; text as in these datasets becomes four to six."""
 HEADERS = {"Accept-Encoding": "identity"}  # ranges count the bytes of the file itself
 
 
@@ -124,7 +128,7 @@ def _fetch(address: str, file: Path, expected: str | None) -> None:
     """
     part = file.with_name(file.name + ".part")
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -174,13 +178,26 @@ def _continue(address: str, part: Path, report: Callable[[int, int | None], None
 
 def _unpack(archive: Path) -> Path:
     """Unpack beside the archive; returns the folder that the archive holds."""
-    try:
-        with zipfile.ZipFile(archive) as content:
-            names = content.namelist()
-            content.extractall(archive.parent)  # the library keeps members inside the folder
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{archive}: not a readable zip archive ({error}); remove it and download it again") from None
-    return archive.parent / names[0].split("/", 1)[0]
+    with (
+        parsing(archive, "remove it and download it again"),
+        zipfile.ZipFile(archive) as zf,
+    ):
+        members = zf.infolist()
+        _require_bounded(archive, members)
+        zf.extractall(archive.parent)  # no member gets longer than its header says
+    return archive.parent / members[0].filename.split("/", 1)[0]
+
+
+def _require_bounded(archive: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Raise UserError for an archive that holds nothing, unpacks to far more than its size, or to another folder."""
+    unpacked, most = sum(member.file_size for member in members), MOST_EXPANSION * archive.stat().st_size
+    foreign = [m.filename for m in members if m.filename.startswith(("/", "\\")) or ".." in Path(m.filename).parts]
+    if not members or len(members) > MOST_MEMBERS or unpacked > most or foreign:
+        problem = f"a file {foreign[0]!r}" if foreign else f"{len(members)} files of {unpacked:,} bytes"
+        raise UserError(
+            f"{archive}: holds {problem}, which none of these datasets does (at most {MOST_MEMBERS} files, {most:,} "
+            "bytes and one folder), so nothing was unpacked; remove it and download it from its publisher"
+        )
 
 
 def _unreachable(address: str, error: Exception) -> UserError:

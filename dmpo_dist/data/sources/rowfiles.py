@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.tables import read_json_lines
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parse_json, parsing, require_plain
 
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 
@@ -63,11 +64,11 @@ def shorten(value: Any) -> str:
 def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
     text = file.read_text(encoding="utf-8-sig").strip()
     try:
-        rows = _one_after_another(text) if text.startswith("{") else json.loads(text)
-    except json.JSONDecodeError as error:
+        rows = _one_after_another(text) if text.startswith("{") else parse_json(text)
+    except (ValueError, RecursionError) as error:
+        row = f", row {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(
-            f"{file}, row {error.lineno}: not valid JSON ({error.msg}); a .json file is one list of objects, one "
-            "object per line is .jsonl"
+            f"{file}{row}: not valid JSON ({error}); a .json file is one list of objects, one object per line is .jsonl"
         ) from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds a {type(rows).__name__}; it must be a list of objects, one per row")
@@ -82,12 +83,11 @@ def _one_after_another(text: str) -> Any:
         rows.append(row)
         while text[end : end + 1].isspace():
             end += 1
+    require_plain(rows, most=None)
     return rows if len(rows) > 1 else rows[0]
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        table = pq.read_table(file)
-    except ValueError as error:  # pyarrow's errors for malformed files are ValueErrors
-        raise UserError(f"{file}: not a readable Parquet file ({error})") from None
-    yield from enumerate(table.to_pylist(), start=1)
+    with parsing(file, "is it a Parquet file, and whole?"):
+        rows = pq.read_table(file).to_pylist()
+    yield from enumerate(rows, start=1)

@@ -1,14 +1,17 @@
 """One model on the test requests: its scores, and whatever else is asked of it while it is in memory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from rich.console import Console
+from rich.text import Text
 
 from dmpo_dist.artifacts.evaluation import GeneratedFigures
+from dmpo_dist.commands.scored_parts import score_in_parts
+from dmpo_dist.commands.scoring import score_with_progress
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -37,19 +40,11 @@ class ModelScores:
 
 
 def model_scores(
-    name: str,
-    path: str,
-    data: PreparedData,
-    config: RunConfig,
-    console: Console,
-    score: Callable[[RankingModel, Dataset, str, Console], list[np.ndarray]],
+    name: str, path: str, data: PreparedData, config: RunConfig, folder: Path, console: Console
 ) -> ModelScores:
-    """Load the model in ``path``, called ``name``, and score the test requests of ``data``.
+    """Load the model in ``path``, called ``name``, and score the test requests of ``data``, in parts below ``folder``.
 
     The model is gone when this returns: the next one, or the ranking of the whole catalogue, has the memory to itself.
-
-    Args:
-        score: scores a split and shows its progress under a title.
 
     Raises:
         UserError: it cannot be loaded or used, or a score is not finite.
@@ -57,16 +52,17 @@ def model_scores(
     _note_quantization(name, path, config, console)
     again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
     model = load_ranking_model(path, config)
-    scores = score(model, data.test, f"scoring {name}", console)
-    _require_finite(f"--model {name}={path}", scores, config.model.dtype)
-    with console.status(f"checking and writing with {name}"):
+    scores = score_in_parts(name, path, model, data, config, folder, console)
+    with console.status(Text(f"checking and writing with {name}")):
         spread = order_spread(model.score_rows, data.test, scores, again, seed) if again else {}
         generated = generated_figures(model, data.test, scores, write, seed) if write else None
     if not asks_for_rules(config.evaluation):
         return ModelScores(scores, spread, generated, None)
-    ruled = ruled_scores(
-        model, scores, data, config, lambda scorer, rows: score(scorer, rows, f"rules of {name}", console)
-    )
+
+    def score(scorer: RankingModel, rows: Dataset) -> list[np.ndarray]:
+        return score_with_progress(scorer, rows, f"rules of {name}", console)
+
+    ruled = ruled_scores(model, scores, data, config, score)
     for rule, by_rule in ruled.by_rule.items():
         _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
     return ModelScores(ruled.scores, spread, generated, ruled)

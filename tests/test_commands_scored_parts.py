@@ -1,0 +1,103 @@
+"""Scores in parts are those of one go, an interruption costs a part, and what differs is told."""
+
+import io
+from contextlib import nullcontext
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from dmpo_dist.commands import scored_parts
+from dmpo_dist.commands.evaluate import evaluate
+from dmpo_dist.commands.scored_parts import PARTS, on_actors, score_in_parts
+from dmpo_dist.config import RunConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.ranking import load_ranking_model
+
+CONSOLE = Console(file=io.StringIO(), width=100)
+
+
+def settings(world, **model) -> RunConfig:
+    content = {
+        "data": {"path": world.data.path}, "model": {"max_length": 128} | model, "ranking": {"users_per_part": 5},
+        "evaluation": {"baselines": ["random"], "bootstrap_samples": 100, "order_requests": 0, "token_budget": 300},
+    }  # fmt: skip
+    return RunConfig.model_validate(content)
+
+
+def scored(world, folder, config) -> list[np.ndarray]:
+    model = load_ranking_model(str(world.model), config)
+    return score_in_parts("m", str(world.model), model, world.data, config, folder, CONSOLE)
+
+
+def test_parts_hold_the_scores_of_one_go_to_the_last_bit_and_an_interruption_costs_one(world, tmp_path, monkeypatch):
+    config = settings(world)
+    whole = load_ranking_model(str(world.model), config).score_rows(world.data.test)
+    asked = []
+    one_share = scored_parts._share_rows
+
+    def dies_at_the_third(model, groups, share, shares):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(share)
+        return one_share(model, groups, share, shares)
+
+    monkeypatch.setattr(scored_parts, "_share_rows", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        scored(world, tmp_path, config)
+    kept = sorted((tmp_path / PARTS).rglob("part-*"))
+    assert len(kept) == 2
+    kept[1].write_bytes(kept[1].read_bytes()[:-20])  # torn, so that it is scored again
+    asked.clear()
+    monkeypatch.setattr(
+        scored_parts,
+        "_share_rows",
+        lambda model, groups, *share: asked.append(share[0]) or one_share(model, groups, *share),
+    )
+    again = scored(world, tmp_path, config)
+    assert asked == list(range(1, -(-len(world.data.test) // 5)))
+    assert all(a.tolist() == b.tolist() for a, b in zip(again, whole, strict=True))
+
+
+def test_parts_of_another_model_setting_are_refused(world, tmp_path):
+    scored(world, tmp_path, settings(world))
+    with pytest.raises(UserError, match="another model.attention"):
+        scored(world, tmp_path, settings(world, attention="unshared"))
+
+
+def test_a_part_that_holds_a_request_twice_is_told(world, tmp_path):
+    config = settings(world)
+    scored(world, tmp_path, config)
+    first, second, *_ = sorted((tmp_path / PARTS).rglob("part-*"))
+    pq.write_table(pq.read_table(first), second)
+    with pytest.raises(UserError, match="do not hold each request once"):
+        scored(world, tmp_path, config)
+
+
+def test_there_may_be_more_parts_than_packed_rows(world, tmp_path):
+    config = settings(world)
+    config.ranking.users_per_part, config.evaluation.token_budget = 1, 8192
+    whole = load_ranking_model(str(world.model), config).score_rows(world.data.test)
+    assert all(a.tolist() == b.tolist() for a, b in zip(scored(world, tmp_path, config), whole, strict=True))
+
+
+def test_an_evaluation_that_is_written_leaves_no_parts(world, tmp_path):
+    evaluate({"m": str(world.model)}, settings(world), tmp_path / "out", CONSOLE)
+    assert (tmp_path / "out/evaluation.json").exists()
+    assert not (tmp_path / "out" / PARTS).exists()
+
+
+def test_actors_give_the_scores_of_one_process_in_whichever_order_they_finish(world, tmp_path, monkeypatch):
+    """The part of the work that is ours; the actors themselves are in ``integration``."""
+    alone = scored(world, tmp_path / "alone", settings(world))
+    monkeypatch.setattr("dmpo_dist.cluster.train.ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(
+        "dmpo_dist.cluster.actors.map_over_actors",
+        lambda _, make_worker, arguments, tasks: map(make_worker(*arguments), tasks[::-1]),
+    )
+    two = settings(world)
+    two.cluster.workers = 2
+    assert on_actors(two)
+    found = scored(world, tmp_path / "two", two)
+    assert all(a.tolist() == b.tolist() for a, b in zip(found, alone, strict=True))
