@@ -16,7 +16,6 @@ from rich.console import Console
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.data.prepare import prepare as prepare_groups
-from dmpo_dist.data.sources.read import kind_of
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.evaluation.ranking import load_ranking_model, within_context
 from dmpo_dist.modeling.backbone import find_model
@@ -24,8 +23,6 @@ from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.quiet import silence_libraries
 
 Settings = Mapping[str, Any]
-LIKE = 5.0
-"""The rating that an interaction without one gets: a like."""
 
 
 def prepare(
@@ -60,8 +57,7 @@ def prepare(
     """
     with TemporaryDirectory(prefix="dmpo-") as scratch:
         source: dict[str, Any] = {"columns": dict(columns or {})}
-        path = _as_file(log, Path(scratch) / "log.parquet", dict(columns or {}).get("rating", "rating"))
-        source |= {"path": path, "kind": dict(settings or {}).get("data.source.kind") or kind_of(path)}
+        source["path"] = _as_file(log, Path(scratch) / "log.parquet")
         if titles is not None:
             source["items_path"] = _as_file(titles, Path(scratch) / "titles.parquet")
         config = config_of({"seed": seed, "data.source": source} | dict(settings or {}))
@@ -193,12 +189,10 @@ def _run_config(data: PreparedData, folder: str | Path | None, name: str, given:
     return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | dict(given))
 
 
-def _as_file(table: pd.DataFrame | str | Path, file: Path, rating: str | None = None) -> Path:
-    """The path of ``table``; a data frame is written to ``file``, with likes where it lacks the column ``rating``."""
+def _as_file(table: pd.DataFrame | str | Path, file: Path) -> Path:
+    """The path of ``table``; a data frame is written to ``file``."""
     if not isinstance(table, pd.DataFrame):
         return Path(table)
-    if rating is not None and rating not in table:
-        table = table.assign(**{rating: LIKE})
     table.to_parquet(file)
     return file
 

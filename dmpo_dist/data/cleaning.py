@@ -1,20 +1,78 @@
 """From rows of text to a checked and cleaned log, by one set of rules for small and large logs.
 
-Readers give a view ``read`` with the columns file, row, user, item, rating, timestamp and, where no other file has the
-titles, title and genres; all of them text or null but the row's number. Cleaning makes the table ``log`` of it.
+Readers give a view ``read`` with the columns file, row, user, item, timestamp, rating where the log has ratings and,
+where no other file has the items, title, genres and further fields; all of them text or null but the row's number.
+Cleaning makes the table ``log`` of it.
 """
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
-from dmpo_dist.data.database import Database, literal
+from dmpo_dist.config.data import Source
+from dmpo_dist.data.database import Database, literal, quoted
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.errors import UserError
 
+Repeats = Literal["first", "last", "keep"]
 LOG_COLUMNS = ["user", "item", "rating", "timestamp", "title", "genres"]
+ITEM_COLUMNS = ["item", "title", "genres"]
+LIKE = 5.0
+"""The rating of an interaction in a log without ratings: a like."""
 MILLISECONDS = 1e11  # as seconds this is the year 5138
 SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())  # what str.strip removes
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What cleaning does about rows that leave a choice.
+
+    Attributes:
+        duplicate_titles, distinguish_by, untitled, tolerated: see ``Source``; ``tolerated`` is its ``tolerated_rows``.
+        repeats: see ``DataConfig``.
+        fields: names of further texts of the items.
+    """
+
+    duplicate_titles: Literal["error", "merge"] = "error"
+    distinguish_by: str | None = None
+    untitled: float = 0.0
+    tolerated: float = 0.0
+    repeats: Repeats = "first"
+    fields: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: Source, repeats: Repeats) -> "Rules":
+        """The rules that a configuration asks for.
+
+        Raises:
+            UserError: titles are to be distinguished by a field that the items do not have.
+        """
+        fields = tuple(sorted({*source.columns, *source.items_columns} - {*LOG_COLUMNS}))
+        if source.distinguish_by not in (None, "item", "genres", *fields):
+            raise UserError(
+                f"data.source.distinguish_by={source.distinguish_by}: items have item, "
+                f"{', '.join(('genres', *fields))}; name another column in data.source.columns or items_columns, as in "
+                f"{{{source.distinguish_by}: its column}}"
+            )
+        return cls(
+            source.duplicate_titles, source.distinguish_by, source.untitled, source.tolerated_rows, repeats, fields
+        )
+
+
+def implicit_note(columns: Mapping[str, str], there: Collection[str]) -> list[str]:
+    """What to say of a log without ratings; nothing where ``columns`` (our name -> the log's) has them.
+
+    Args:
+        there: all columns of the log, one of which may hold ratings under a name of its own.
+    """
+    if "rating" in columns:
+        return []
+    others = [repr(name) for name in there if name not in columns.values()]
+    advice = f" If one of {', '.join(others)} holds ratings, set data.source.columns.rating." if others else ""
+    return [f"No column 'rating': every interaction is a like (rating {LIKE:g}).{advice}"]
 
 
 def assemble(
@@ -24,8 +82,7 @@ def assemble(
     items_file: Path,
     name: str,
     notes: list[str],
-    duplicate_titles: str,
-    tolerated: float = 0.0,
+    rules: Rules,
 ) -> Interactions:
     """Checked and cleaned tables of strings, made into ``Interactions``.
 
@@ -33,8 +90,6 @@ def assemble(
         events, items: indexed by row number in ``events_file`` and ``items_file``; without ``items`` the events have
             titles.
         notes: what reading changed so far.
-        duplicate_titles: ``error`` or ``merge``.
-        tolerated: largest share of malformed events to leave out.
 
     Raises:
         UserError: a malformed row, with its file, number and value.
@@ -44,7 +99,7 @@ def assemble(
         if items is not None:
             items = items.set_axis([f"{items_file}, row {row}" for row in items.index])
         notes = list(notes)
-        items = clean(database, items, items_file, notes, duplicate_titles, tolerated)
+        items = clean(database, items, items_file, notes, rules)
         log = database.frame("SELECT user, item, rating, timestamp FROM log ORDER BY timestamp, user, item")
     return Interactions(events=log.astype({"user": "str", "item": "str"}), items=items, name=name, notes=notes)
 
@@ -54,53 +109,66 @@ def clean(
     items: pd.DataFrame | None,
     items_file: Path,
     notes: list[str],
-    duplicate_titles: str,
-    tolerated: float,
+    rules: Rules,
 ) -> pd.DataFrame:
     """Make the table ``log`` (user, item, rating, timestamp) of the view ``read``; returns the items with their titles.
 
     Args:
         items: columns item, title and maybe genres, indexed by where each row stands; None takes them from the events.
         notes: gets a sentence for everything that was changed or left out.
-        duplicate_titles, tolerated: see ``assemble``.
 
     Raises:
         UserError: a malformed row, with its file, number and value.
     """
-    _read_rows(database)
-    sound = _sound_rows(database, tolerated, notes)
+    _read_rows(database, rules.fields)
+    sound = _sound_rows(database, rules.tolerated, notes)
     # Items are few against events, so pandas can check them. Each comes with file and row of its first sound event;
     # that is null for an item all of whose events are malformed, which counts as an item that nobody took.
+    texts = ["genres", *rules.fields]
+    firsts = ", ".join(f"arg_min({quoted(name)}, (file, row)) AS {quoted(name)}" for name in texts)
     found = database.frame(
-        f"""SELECT item, min(title) <> max(title) AS differs, arg_min(title, (file, row)) AS title,
-        arg_min(genres, (file, row)) AS genres,
+        f"""SELECT item, min(title) FILTER (title <> '') <> max(title) AS differs,
+        coalesce(arg_min(title, (file, row)) FILTER (title <> ''), '') AS title, {firsts},
         arg_min(concat(file, ', row ', row), (file, row)) FILTER ({sound}) AS first_event
         FROM rows WHERE item <> '' GROUP BY item ORDER BY min((file, row))"""
     ).set_index("first_event")
     if items is None:
         if found["differs"].any():
             _refuse_second_title(database)
-        items = found[["item", "title", "genres"]]
-    items = _items_of_events(found["item"][found.index.notna()], _stripped(items), items_file, notes)
-    items, renamed = _unique_titles(items, duplicate_titles, notes)
-    _keep_first_events(database, sound, renamed, notes)
+        items = found[["item", "title", *texts]]
+    taken = found["item"][found.index.notna()]
+    items = _stripped(items)
+    taken, sound = _titled(database, taken, items, items_file, sound, rules.untitled, notes)
+    items = _items_of_events(taken, items, items_file, notes)
+    items = _distinguished(items, rules.distinguish_by, notes)
+    items, renamed = _unique_titles(items, rules.duplicate_titles, notes)
+    _keep_events(database, sound, renamed, rules.repeats, notes)
     return items.astype("str")
 
 
-def _read_rows(database: Database) -> None:
-    """Table ``rows``: text without space around it, numbers as numbers (null where they are not), whole seconds."""
+def _read_rows(database: Database, fields: tuple[str, ...]) -> None:
+    """Table ``rows``: text without space around it, numbers as numbers (null where they are not), whole seconds.
+
+    A moment may also be a date of ISO 8601, in UTC where it names no time zone. Without ratings all rows are likes.
+    """
     columns = [name for name, *_ in database.rows("DESCRIBE read")]
+    database.run("SET TimeZone = 'UTC'")
     database.run(f"CREATE MACRO stripped(x) AS coalesce(trim(CAST(x AS VARCHAR), {literal(SPACE)}), '')")
     # DuckDB reads 1_000 as a number, which would hide a broken field.
     database.run(
         """CREATE MACRO number(x) AS CASE WHEN NOT contains(x, '_') AND isfinite(TRY_CAST(x AS DOUBLE))
         THEN TRY_CAST(x AS DOUBLE) END"""
     )
-    texts = [f"stripped({name}) AS {name}" if name in columns else f"'' AS {name}" for name in ("title", "genres")]
+    database.run(
+        """CREATE MACRO seconds(x) AS
+        floor(coalesce(number(x), CASE WHEN x ~ '\\d{4}[-/].*' THEN epoch(TRY_CAST(x AS TIMESTAMPTZ)) END))"""
+    )
+    names = ("title", "genres", *fields)
+    texts = [f"{f'stripped({quoted(n)})' if n in columns else repr('')} AS {quoted(n)}" for n in names]
+    rating = "number(stripped(rating))" if "rating" in columns else f"{LIKE}::DOUBLE"
     database.run(
         f"""CREATE TABLE rows AS SELECT file, row, stripped(user) AS user, stripped(item) AS item,
-        number(stripped(rating)) AS rating, floor(number(stripped(timestamp))) AS timestamp, {", ".join(texts)}
-        FROM read"""
+        {rating} AS rating, seconds(stripped(timestamp)) AS timestamp, {", ".join(texts)} FROM read"""
     )
 
 
@@ -149,10 +217,10 @@ def _refuse_malformed(database: Database, faults: list[str]) -> None:
     if "NULL" not in fault:
         raise UserError(f"{file}, row {row}: timestamp {float(text):.0f} is out of range; write seconds since 1970")
     more = f" ({count} such rows)" if count > 1 else ""
-    unit = ", in seconds since 1970" if column == "timestamp" else ""
-    raise UserError(
-        f"{file}, row {row}: {column} {text!r} is not a number{more}; write a number{unit} or remove the row"
-    )
+    what, wanted = "a number", "a number"
+    if column == "timestamp":
+        what, wanted = "a moment", "seconds since 1970, or a date as in 2024-05-31 or 2024-05-31T18:00:00+02:00,"
+    raise UserError(f"{file}, row {row}: {column} {text!r} is not {what}{more}; write {wanted} or remove the row")
 
 
 def _refuse_second_title(database: Database) -> None:
@@ -160,7 +228,7 @@ def _refuse_second_title(database: Database) -> None:
     file, row, item, title, first = database.rows(
         """SELECT * FROM (
             SELECT file, row, item, title, first_value(title) OVER (PARTITION BY item ORDER BY file, row) AS first
-            FROM rows
+            FROM rows WHERE title <> ''
         ) WHERE title <> first ORDER BY file, row LIMIT 1"""
     )[0]
     raise UserError(
@@ -174,8 +242,39 @@ def _stripped(items: pd.DataFrame) -> pd.DataFrame:
     return items.apply(lambda column: column.str.strip())
 
 
+def _titled(
+    database: Database,
+    taken: pd.Series,
+    items: pd.DataFrame,
+    items_file: Path,
+    sound: str,
+    limit: float,
+    notes: list[str],
+) -> tuple[pd.Series, str]:
+    """``taken`` and the condition ``sound`` without items that have no title, whose events are counted.
+
+    Raises:
+        UserError: they are a larger share of the sound events than ``limit``.
+    """
+    missing = ~taken.isin(items.loc[items["title"] != "", "item"])
+    if not missing.any():
+        return taken, sound
+    database.show("untitled", pd.DataFrame({"item": taken[missing].tolist()}, dtype="str"))
+    sound_titled = f"({sound}) AND item NOT IN (SELECT item FROM untitled)"
+    events = database.value(f"SELECT count(*) FROM rows WHERE {sound}")
+    lost = events - database.value(f"SELECT count(*) FROM rows WHERE {sound_titled}")
+    if lost > limit * events:
+        raise UserError(
+            f"{taken.index[missing][0]}: item {taken[missing].iloc[0]!r} has no title in {items_file.name}; "
+            f"{int(missing.sum())} items without one have {lost} of {events} interactions, more than "
+            f"data.source.untitled={limit:g}: add their titles, or raise that to leave them out"
+        )
+    notes.append(f"{int(missing.sum())} items without a title left out with their {lost} interactions.")
+    return taken[~missing], sound_titled
+
+
 def _items_of_events(taken: pd.Series, items: pd.DataFrame, items_file: Path, notes: list[str]) -> pd.DataFrame:
-    """The items somebody took, each with a sound title; ``taken`` and ``items`` are indexed by where they stand."""
+    """The items somebody took, each with a title of one line; both arguments are indexed by where their rows stand."""
     empty = items["item"] == ""
     if empty.any():
         raise UserError(f"{items.index[empty][0]}: column 'item' is empty; fill it or remove the row")
@@ -184,12 +283,6 @@ def _items_of_events(taken: pd.Series, items: pd.DataFrame, items_file: Path, no
         raise UserError(
             f"{items.index[twice][0]}: item {items['item'][twice].iloc[0]!r} occurs a second time; keep one row per "
             "item"
-        )
-    missing = ~taken.isin(items.loc[items["title"] != "", "item"])
-    if missing.any():
-        raise UserError(
-            f"{taken.index[missing][0]}: item {taken[missing].iloc[0]!r} has no title in {items_file.name}; add its "
-            "title or remove its rows"
         )
     used = items["item"].isin(taken)
     if not used.all():
@@ -205,6 +298,16 @@ def _items_of_events(taken: pd.Series, items: pd.DataFrame, items_file: Path, no
     return items
 
 
+def _distinguished(items: pd.DataFrame, field: str | None, notes: list[str]) -> pd.DataFrame:
+    """Titles that several items share, with the item's ``field`` behind them: "Title (value)"."""
+    if field is None:
+        return items
+    shared = items["title"].duplicated(keep=False) & (items[field] != "")
+    if shared.any():
+        notes.append(f"{int(shared.sum())} titles that several items share got the item's {field} behind them.")
+    return items.assign(title=items["title"].mask(shared, items["title"] + " (" + items[field] + ")"))
+
+
 def _unique_titles(items: pd.DataFrame, duplicate_titles: str, notes: list[str]) -> tuple[pd.DataFrame, dict[str, str]]:
     """Items with unique titles, and item -> item that stands for it (empty where nothing was merged)."""
     first = items.groupby("title", sort=False)["item"].transform("first")
@@ -216,22 +319,28 @@ def _unique_titles(items: pd.DataFrame, duplicate_titles: str, notes: list[str])
         raise UserError(
             f"{items.index[again][0]}: items {first[again].iloc[0]!r} and {second['item']!r} share the title "
             f"{second['title']!r} ({int(again.sum())} such items); a response must name one item: make the titles "
-            "differ, or set data.source.duplicate_titles=merge"
+            "differ by data.source.distinguish_by=FIELD, or set data.source.duplicate_titles=merge"
         )
     notes.append(f"{int(again.sum())} items merged into another item of the same title.")
     return items[~again].reset_index(drop=True), dict(zip(items["item"], first, strict=True))
 
 
-def _keep_first_events(database: Database, sound: str, renamed: dict[str, str], notes: list[str]) -> None:
-    """Table ``log``: the first event in time of each (user, item), the first in the file among those of one second."""
+def _keep_events(database: Database, sound: str, renamed: dict[str, str], repeats: Repeats, notes: list[str]) -> None:
+    """Table ``log``: the first or last event in time of each (user, item), or with ``keep`` one of each second.
+
+    Among those of one second the first in the file counts, or with ``last`` the last.
+    """
     database.show("renamed", pd.DataFrame({"old": list(renamed), "new": list(renamed.values())}, dtype="str"))
     rows = database.value(f"SELECT count(*) FROM rows WHERE {sound}")
+    end = "max" if repeats == "last" else "min"
+    moment = "timestamp" if repeats == "keep" else f"{end}(timestamp)"
     database.run(
         f"""CREATE TABLE log AS SELECT user, coalesce(new, item) AS item,
-        arg_min(rating, (timestamp, file, row)) AS rating, CAST(min(timestamp) AS BIGINT) AS timestamp
+        arg_{end}(rating, (timestamp, file, row)) AS rating, CAST({moment} AS BIGINT) AS timestamp
         FROM rows LEFT JOIN renamed ON item = old WHERE {sound} GROUP BY ALL"""
     )
     database.run("DROP TABLE rows")
     repeated = rows - database.value("SELECT count(*) FROM log")
     if repeated:
-        notes.append(f"{repeated} repeated (user, item) events dropped, the first in time kept.")
+        kept = "one of each second" if repeats == "keep" else f"the {repeats} in time"
+        notes.append(f"{repeated} repeated (user, item) events dropped, {kept} kept.")

@@ -17,6 +17,7 @@ from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
 
 FORMAT_VERSION = 1
+USERS_FILE = "users.parquet"
 ROWS_AT_ONCE = 1000
 ROW_FEATURES = Features(
     {
@@ -42,7 +43,8 @@ class PreparedData:
         train, validation, test: rows with the columns of ``ROW_FEATURES``. ``oracle`` holds the true score of the
             positive, then those of the negatives; it is empty unless the data is simulated. Rows of ready preferences
             have a ``prompt``, no history and no items ("" and []); their validation and test may be empty.
-        items: columns item, title, genres; None for ready preferences.
+        items: columns item, title, genres and further texts; None for ready preferences.
+        users: columns user and the fields that ``data.source.users_columns`` named; None where it named none.
         interactions: columns user, item, rating, timestamp; None for ready preferences.
         card: the content of ``dataset.json``.
         fingerprint: sha256 over the content of rows and items.
@@ -53,6 +55,7 @@ class PreparedData:
     validation: Dataset
     test: Dataset
     items: pd.DataFrame | None
+    users: pd.DataFrame | None
     interactions: pd.DataFrame | None
     card: DatasetCard
     fingerprint: str
@@ -76,11 +79,12 @@ class PreparedData:
             name: _read_table(path / f"{name}.parquet") if getattr(card, name) else None
             for name in ("items", "interactions")
         }
+        users = _read_table(path / USERS_FILE) if (path / USERS_FILE).exists() else None
         fingerprint = card.fingerprint
         if shots is not None:
             splits["train"] = _few(splits["train"], shots, path)
             fingerprint = few_fingerprint(fingerprint, shots)
-        return cls(**splits, **tables, card=card, fingerprint=fingerprint, path=path)
+        return cls(**splits, **tables, users=users, card=card, fingerprint=fingerprint, path=path)
 
     def stored_negatives(self) -> list[int]:
         """How many negatives each training group has."""
