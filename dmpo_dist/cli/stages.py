@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from dmpo_dist.cli.options import DryRun, Layers, Overrides, Resume, free_folder, read_settings
+from dmpo_dist.cli.options import (
+    DryRun,
+    Layers,
+    Overrides,
+    Overwrite,
+    Resume,
+    asked_to_overwrite,
+    free_folder,
+    read_settings,
+)
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.errors import UserError
 
@@ -17,7 +26,13 @@ stages_app = typer.Typer()
 
 
 @stages_app.command()
-def sft(config: Layers = None, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+def sft(
+    config: Layers = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
     """First stage: supervised fine-tuning on the positives (and, if asked, the histories).
 
     Examples:
@@ -32,11 +47,17 @@ def sft(config: Layers = None, overrides: Overrides = None, resume: Resume = Fal
     from dmpo_dist.records.log import make_console
 
     with _resumable():
-        run_stage("sft", settings, make_console(), resume)
+        run_stage("sft", settings, make_console(), resume, asked_to_overwrite(settings.output_dir, overwrite))
 
 
 @stages_app.command()
-def train(config: Layers = None, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+def train(
+    config: Layers = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
     """Second stage: preference optimization, one positive against K negatives per group.
 
     Examples:
@@ -53,7 +74,7 @@ def train(config: Layers = None, overrides: Overrides = None, resume: Resume = F
     from dmpo_dist.records.log import make_console
 
     with _resumable():
-        run_stage("preference", settings, make_console(), resume)
+        run_stage("preference", settings, make_console(), resume, asked_to_overwrite(settings.output_dir, overwrite))
 
 
 @stages_app.command()
@@ -77,6 +98,7 @@ def evaluate(
     catalogue: Annotated[
         bool, typer.Option("--catalogue", help="Also rank each positive among all items the user had not taken.")
     ] = False,
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
     """Rank the test requests with models and baselines on the same candidates; writes to output_dir.
@@ -102,7 +124,7 @@ data.path=runs/ml/data output_dir=runs/seeds
 
     console = make_console()
     preflight(models, settings, console, against or [], catalogue)  # before there is a folder
-    open_run_folder(settings, resume=False)
+    open_run_folder(settings, resume=False, overwrite=asked_to_overwrite(settings.output_dir, overwrite))
     run(models, settings, settings.output_dir, console, catalogue, against or [])
 
 

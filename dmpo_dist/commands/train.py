@@ -13,12 +13,14 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.files import whole_folder, write_whole
+from dmpo_dist.artifacts.run_folder import clear_run_folder, failed_early, failure_noted
 from dmpo_dist.config import RunConfig, TemplateConfig, dump_config, load_config
-from dmpo_dist.config.model import CANDIDATES
+from dmpo_dist.config.model import CANDIDATES, PLACEHOLDER
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.place import require_prepared
+from dmpo_dist.data.prompt_texts import require_fields
 from dmpo_dist.data.reorder import require_histories
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.store import PreparedData, texts_of_data
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.errors import UserError
@@ -46,10 +48,13 @@ T = TypeVar("T")
 SCRATCH = "scratch"
 
 
-def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = False) -> Path:
+def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> Path:
     """Run one training stage and return its model folder.
 
     Under torchrun (RANK is set) this process is one rank; otherwise Ray starts the ranks.
+
+    Args:
+        overwrite: remove an earlier run in ``output_dir`` once all that can be checked is found right.
 
     Raises:
         UserError: see ``open_run_folder``, ``preflight`` and ``training.worker.run``.
@@ -57,13 +62,17 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from dmpo_dist.training.worker import run
 
-        job, _ = as_rank(kind, config, console, resume, run)
+        job, _ = as_rank(kind, config, console, resume, run, overwrite)
         return job.output / "model"
     from dmpo_dist.cluster.gauges import RayGauges
     from dmpo_dist.cluster.train import ray_session, train_with_ray
 
-    job = preflight(kind, config, resume)
-    with ray_session(job.config.cluster), RunLog(job, console, resume, [RayGauges(job)]) as log:
+    job = preflight(kind, config, resume, overwrite=overwrite)
+    with (
+        failure_noted(job.output),
+        ray_session(job.config.cluster),
+        RunLog(job, console, resume, [RayGauges(job)]) as log,
+    ):
         train_with_ray([job], lambda _, record: log(record))
     return job.output / "model"
 
@@ -127,11 +136,11 @@ def say(console: Console, text: str) -> None:
     console.print(f"[bold]{text}[/bold]", highlight=False)
 
 
-def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job] = ()) -> Job:
+def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job] = (), overwrite: bool = False) -> Job:
     """Check what can be checked before any worker starts, open the run folder and make a model from scratch if asked.
 
     Args:
-        kind, config, resume: see ``run_stage``.
+        kind, config, resume, overwrite: see ``run_stage``.
         earlier: jobs that will run before, one of which may make the model this one starts from.
 
     Returns:
@@ -150,9 +159,10 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
     job = Job(kind, config, start, config.output_dir)
     _check_plan(job, data)
     check_tracking(config.tracking)
-    open_run_folder(config, resume, data_fingerprint=data.fingerprint)
+    open_run_folder(config, resume, data.fingerprint, overwrite)
     if config.model.path == SCRATCH and not Path(start).exists():
-        make_start(Path(start), config, data)
+        with failure_noted(config.output_dir):
+            make_start(Path(start), config, data)
     return replace(job, run_id=run_id_of(config.output_dir))
 
 
@@ -188,6 +198,7 @@ def _check_plan(job: Job, data: PreparedData) -> None:
     """Whether the data is enough for the plan, and DeepSpeed's configuration one we can train by."""
     config, workers = job.config, job.config.cluster.workers
     make_schedule(job, len(data.train), workers)
+    require_fields(config.template, data.items, data.users, str(data.path))
     require_lists(job, data)
     if job.kind == "preference":
         make_objective(config.objective)  # refuses a class that cannot be loaded
@@ -202,6 +213,11 @@ def _check_plan(job: Job, data: PreparedData) -> None:
 def require_reorderable(config: RunConfig, data: PreparedData) -> None:
     """Raise UserError where SFT cannot draw a new order of histories in every epoch."""
     require_histories(data.train["prompt"])
+    if data.card.config.get("repeats") == "keep":
+        raise UserError(
+            "sft.history_order=shuffled draws new positives among distinct titles, but the data was prepared with "
+            "data.repeats=keep; set sft.history_order=given"
+        )
     budget, longest = config.sft.token_budget, config.model.max_length
     if budget != "auto" and budget < longest:
         raise UserError(
@@ -210,7 +226,9 @@ def require_reorderable(config: RunConfig, data: PreparedData) -> None:
         )
 
 
-def open_run_folder(config: RunConfig, resume: bool, data_fingerprint: str | None = None) -> None:
+def open_run_folder(
+    config: RunConfig, resume: bool, data_fingerprint: str | None = None, overwrite: bool = False
+) -> None:
     """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` (with the fingerprint) there.
 
     Raises:
@@ -232,9 +250,12 @@ def open_run_folder(config: RunConfig, resume: bool, data_fingerprint: str | Non
             )
         return
     if output.exists() and not _is_free_folder(output):
-        raise UserError(
-            f"output_dir {output} exists already; choose another (output_dir=...), or go on with it by --resume"
-        )
+        if not overwrite and not failed_early(output):
+            raise UserError(
+                f"output_dir {output} exists already; choose another (output_dir=...), go on with it by --resume, or "
+                "remove it by --overwrite"
+            )
+        clear_run_folder(output, [config.data.path, Path(config.model.path)])
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(saved, dump_config(config))
@@ -270,18 +291,24 @@ def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
     if data.items is None:
         raise UserError("model.path is scratch, but the data has no catalogue to learn a tokenizer from; give a model")
     template = config.template
-    fixed = [template.preamble, template.item.replace("{title}", "").replace("{end}", "")]
-    fixed += template.request.split(CANDIDATES)
+    parts = [template.preamble, template.item, *template.request.split(CANDIDATES)]
     if template.lists_candidates:
-        fixed.append(template.candidate.replace("{title}", ""))
+        parts.append(template.candidate)
+    fixed = [PLACEHOLDER.sub("", part) for part in parts]
     texts = data.items["title"].tolist() + [text for text in fixed if text.strip()] * 8
+    texts += texts_of_data(template, data).texts()
     with whole_folder(folder) as part:
         make_scratch_model(part, config.model.scratch, texts, config.model.max_length, config.seed)
         write_stamp(part, config.template, stage="untuned")
 
 
 def as_rank(
-    kind: Kind, config: RunConfig, console: Console, resume: bool, body: Callable[[Job, Runtime], T]
+    kind: Kind,
+    config: RunConfig,
+    console: Console,
+    resume: bool,
+    body: Callable[[Job, Runtime], T],
+    overwrite: bool = False,
 ) -> tuple[Job, T]:
     """Run ``body`` in this process as one rank of torchrun or srun; rank 0 checks the job and owns the run folder."""
     from dmpo_dist.training.engine import start_process_group
@@ -289,9 +316,10 @@ def as_rank(
 
     workers = {"workers": int(os.environ["WORLD_SIZE"])}
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update=workers)})
-    own = preflight(kind, config, resume) if os.environ["RANK"] == "0" else None
+    own = preflight(kind, config, resume, overwrite=overwrite) if os.environ["RANK"] == "0" else None
     start_process_group()
     job = from_rank_zero(own)
     assert job is not None
-    with nullcontext(lambda record: None) if own is None else RunLog(job, console, append=resume) as log:
+    noted = nullcontext() if own is None else failure_noted(job.output)
+    with noted, nullcontext(lambda record: None) if own is None else RunLog(job, console, append=resume) as log:
         return job, body(job, ProcessRuntime(job.output / "checkpoints", job.stage.keep_checkpoints, log))

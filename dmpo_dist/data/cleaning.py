@@ -5,6 +5,7 @@ where no other file has the items, title, genres and further fields; all of them
 Cleaning makes the table ``log`` of it.
 """
 
+import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from dmpo_dist.errors import UserError
 Repeats = Literal["first", "last", "keep"]
 LOG_COLUMNS = ["user", "item", "rating", "timestamp", "title", "genres"]
 ITEM_COLUMNS = ["item", "title", "genres"]
+NEARLY_EQUAL = 0.8
+"""Similarity (of difflib) from which a name of a column is taken for a misspelt one."""
 LIKE = 5.0
 """The rating of an interaction in a log without ratings: a like."""
 MILLISECONDS = 1e11  # as seconds this is the year 5138
@@ -48,9 +51,16 @@ class Rules:
         """The rules that a configuration asks for.
 
         Raises:
-            UserError: titles are to be distinguished by a field that the items do not have.
+            UserError: a further text has a name that is probably a misspelt column, or titles are to be distinguished
+                by a field that the items do not have.
         """
         fields = tuple(sorted({*source.columns, *source.items_columns} - {*LOG_COLUMNS}))
+        for name in fields:
+            if meant := difflib.get_close_matches(name, LOG_COLUMNS, n=1, cutoff=NEARLY_EQUAL):
+                raise UserError(
+                    f"data.source.columns.{name}: {meant[0]!r} is probably meant; the names of columns are "
+                    f"{', '.join(LOG_COLUMNS)}, and a further text of the items needs a name less like those"
+                )
         if source.distinguish_by not in (None, "item", "genres", *fields):
             raise UserError(
                 f"data.source.distinguish_by={source.distinguish_by}: items have item, "

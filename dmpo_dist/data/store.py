@@ -11,7 +11,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from dmpo_dist.artifacts.dataset import DatasetCard
+from dmpo_dist.config import TemplateConfig
 from dmpo_dist.data.place import require_prepared
+from dmpo_dist.data.prompt_texts import PromptTexts, require_fields
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
@@ -89,6 +91,17 @@ class PreparedData:
     def stored_negatives(self) -> list[int]:
         """How many negatives each training group has."""
         return pc.list_value_length(self.train.data.column("negatives")).to_pylist()
+
+
+def texts_of_data(template: TemplateConfig, data: PreparedData) -> PromptTexts:
+    """What the placeholders of ``template`` stand for in ``data``.
+
+    Raises:
+        UserError: one of them is no field of its items or users; the message names those that are.
+    """
+    require_fields(template, data.items, data.users, str(data.path))
+    texts = PromptTexts(item_fields=template.item_fields, user_fields=template.user_fields)
+    return texts.with_items(data.items).with_users(data.users)
 
 
 def few_fingerprint(fingerprint: str, shots: int | None) -> str:

@@ -18,6 +18,7 @@ from dmpo_dist.artifacts.log import (
     ValidationRecord,
     parse_record,
 )
+from dmpo_dist.config import StageConfig
 from dmpo_dist.figures.curves import CURVES_FILE, plot_curves
 from dmpo_dist.records.read import VALIDATION_METRICS, read_run
 from dmpo_dist.records.sinks import JsonLines, Sink, TensorBoard
@@ -26,6 +27,12 @@ from dmpo_dist.training.job import Job
 
 NOTABLY_SLOW = 1.1
 """The display names the busiest rank if its time is at least this many times the mean."""
+FEW_STEPS = 30
+"""Steps below which a stage is told to be short."""
+SCRATCH_NOTE = (
+    "model.path=scratch: a new model with RANDOM weights, which knows no language; for a pretrained one set "
+    "model.path to a folder or hub id"
+)
 LEGEND = (
     "margin: reward of the positive minus the mean of its negatives'; acc: share of negatives with a log-prob below "
     "the positive's; all columns: docs/RUNS.md"
@@ -94,7 +101,12 @@ class RunLog:
             sink.write(parsed)
         match parsed:
             case StartRecord():
-                self._print(_start_line(parsed))
+                self._print(_start_line(parsed, self._job.stage))
+                if self._job.config.model.path == "scratch":
+                    self._print(SCRATCH_NOTE)
+                if self._job.stage.steps is None and parsed.steps < FEW_STEPS:
+                    self._print(f"few steps to learn from: raise {self._job.section}.epochs, or lower "
+                                f"{self._job.section}.global_batch_size={self._job.stage.global_batch_size}")  # fmt: skip
                 if self._job.kind != "sft":
                     self._print(LEGEND)
                 if self._progress is not None and self._task is not None:
@@ -147,9 +159,10 @@ def _figures(record: StepRecord) -> str:
     return " ".join(parts)
 
 
-def _start_line(record: StartRecord) -> str:
+def _start_line(record: StartRecord, stage: StageConfig) -> str:
+    passes = record.steps * stage.global_batch_size / record.groups
     return (
-        f"{record.groups} groups, {record.steps} steps on {record.world_size} x {record.device}, "
+        f"{record.groups} groups, {record.steps} steps: about {passes:.1f} passes, on {record.world_size} x {record.device}, "
         f"ZeRO-{record.deepspeed['zero_optimization']['stage']}, {record.trainable:,} of "
         f"{record.parameters:,} parameters, attention {record.route} ({record.route_reason}), "
         f"reference {record.reference}, rows of up to {record.token_budget} tokens"

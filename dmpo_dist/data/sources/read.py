@@ -1,6 +1,5 @@
 """Where an interaction log comes from: one reader per kind of source."""
 
-import difflib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -21,8 +20,6 @@ READY_ROWS = ("preferences", "sdpo", "dmpo_released")
 ADVICE = "set data.source.columns.{column} to the right one"
 TITLES_ADVICE = ADVICE + ", or name a second file with the titles, data.source.items_path"
 ITEMS_ADVICE = "set data.source.items_columns.{column} to the right one"
-NEARLY_EQUAL = 0.8
-"""Similarity (of difflib) from which a name of a column is taken for a misspelt one."""
 
 
 def load_interactions(source: Source, seed: int, repeats: Repeats = "first") -> Interactions:
@@ -87,17 +84,7 @@ def _hub_table(source: Source) -> tuple[pd.DataFrame, Path]:
 
 
 def column_names(source: Source) -> dict[str, str]:
-    """Our column -> the log's, with the names of further texts of the items.
-
-    Raises:
-        UserError: one of these is probably a misspelt name of a column.
-    """
-    for name in {*source.columns, *source.items_columns} - {*LOG_COLUMNS}:
-        if meant := difflib.get_close_matches(name, LOG_COLUMNS, n=1, cutoff=NEARLY_EQUAL):
-            raise UserError(
-                f"data.source.columns.{name}: {meant[0]!r} is probably meant; the names of columns are "
-                f"{', '.join(LOG_COLUMNS)}, and a further text of the items needs a name less like those"
-            )
+    """Our column -> the log's, with the names of further texts of the items."""
     return {column: column for column in LOG_COLUMNS} | source.columns
 
 
