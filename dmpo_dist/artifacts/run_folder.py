@@ -1,11 +1,13 @@
-"""What may be done with the folder of an earlier run: start anew where it failed early, remove it where that is asked."""
+"""The folder of an earlier run: one that failed early does not block it, and another is removed when asked."""
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from dmpo_dist.artifacts.files import write_whole
+from dmpo_dist.artifacts.log import METRICS_FILE
 from dmpo_dist.errors import UserError
 
 FAILED_FILE = "failed.txt"
@@ -35,21 +37,17 @@ def clear_run_folder(output: Path, needed: Sequence[Path | None]) -> None:
     Raises:
         UserError: it is no run's folder, or holds something of ``needed``, which the next run reads.
     """
+    advice = "it is kept; choose another output_dir"
     if not (output / CONFIG_FILE).is_file():
-        raise UserError(
-            f"output_dir {output} is no folder of a run (it has no {CONFIG_FILE}) and is kept; choose another"
-        )
+        raise UserError(f"output_dir {output} is not of a run (it has no {CONFIG_FILE}): {advice}")
     inside = next((path for path in needed if path and output.resolve() in path.resolve().parents), None)
     if inside is not None:
-        raise UserError(
-            f"output_dir {output} holds {inside}, which the run reads, and is kept; choose another output_dir"
-        )
+        raise UserError(f"output_dir {output} holds {inside}, which this run reads: {advice}")
     shutil.rmtree(output)
 
 
 def _has_weights(output: Path) -> bool:
-    """Whether there is a model, or a checkpoint to go on from."""
-    checkpoints = output / "checkpoints"
-    return (output / "model").exists() or (output / "best").exists() or (
-        checkpoints.is_dir() and any(entry.is_dir() for entry in checkpoints.iterdir())
-    )  # fmt: skip
+    """Whether there is a model, or the log tells of a checkpoint, wherever that is kept."""
+    log = output / METRICS_FILE
+    told = re.search(r'"kind": ?"checkpoint"', log.read_text(encoding="utf-8")) if log.is_file() else None
+    return told is not None or any((output / name).exists() for name in ("model", "best"))

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.files import whole_folder, write_whole
-from dmpo_dist.artifacts.run_folder import clear_run_folder, failed_early, failure_noted
+from dmpo_dist.artifacts.run_folder import FAILED_FILE, clear_run_folder, failed_early, failure_noted
 from dmpo_dist.config import RunConfig, TemplateConfig, dump_config, load_config
 from dmpo_dist.config.model import CANDIDATES, PLACEHOLDER
 from dmpo_dist.config.section import dotted
@@ -248,6 +248,7 @@ def open_run_folder(
                 f"--resume: the configuration differs from {saved} in {', '.join(changed)}; resume with the same "
                 "settings, or start a new run with another output_dir"
             )
+        (output / FAILED_FILE).unlink(missing_ok=True)
         return
     if output.exists() and not _is_free_folder(output):
         if not overwrite and not failed_early(output):

@@ -102,11 +102,8 @@ class RunLog:
         match parsed:
             case StartRecord():
                 self._print(_start_line(parsed, self._job.stage))
-                if self._job.config.model.path == "scratch":
-                    self._print(SCRATCH_NOTE)
-                if self._job.stage.steps is None and parsed.steps < FEW_STEPS:
-                    self._print(f"few steps to learn from: raise {self._job.section}.epochs, or lower "
-                                f"{self._job.section}.global_batch_size={self._job.stage.global_batch_size}")  # fmt: skip
+                for text in _advice(parsed, self._job):
+                    self._print(text)
                 if self._job.kind != "sft":
                     self._print(LEGEND)
                 if self._progress is not None and self._task is not None:
@@ -160,14 +157,25 @@ def _figures(record: StepRecord) -> str:
 
 
 def _start_line(record: StartRecord, stage: StageConfig) -> str:
-    passes = record.steps * stage.global_batch_size / record.groups
+    passes = "" if not record.groups else f": about {record.steps * stage.global_batch_size / record.groups:.1f} passes"
     return (
-        f"{record.groups} groups, {record.steps} steps: about {passes:.1f} passes, on {record.world_size} x {record.device}, "
+        f"{record.groups} groups, {record.steps} steps{passes}; on {record.world_size} x {record.device}, "
         f"ZeRO-{record.deepspeed['zero_optimization']['stage']}, {record.trainable:,} of "
         f"{record.parameters:,} parameters, attention {record.route} ({record.route_reason}), "
         f"reference {record.reference}, rows of up to {record.token_budget} tokens"
         + (f", {record.truncated} histories shortened" if record.truncated else "")
     )
+
+
+def _advice(record: StartRecord, job: Job) -> list[str]:
+    """What a user may have overlooked: random weights, or few steps that nobody asked for."""
+    said = [SCRATCH_NOTE] if job.config.model.path == "scratch" else []
+    if job.stage.steps is None and record.steps < FEW_STEPS:
+        said.append(
+            f"{record.steps} steps are few to learn from: raise {job.section}.epochs, or lower "
+            f"{job.section}.global_batch_size={job.stage.global_batch_size}"
+        )
+    return said
 
 
 def _end_line(record: EndRecord) -> str:
