@@ -32,7 +32,7 @@ def failed_early(output: Path) -> bool:
 
 
 def clear_run_folder(output: Path, needed: Sequence[Path | None]) -> None:
-    """Remove the run in ``output``.
+    """Remove the run in ``output``, but nothing that ``dmpo submit`` wrote there.
 
     Raises:
         UserError: it is no run's folder, or holds something of ``needed``, which the next run reads.
@@ -43,7 +43,15 @@ def clear_run_folder(output: Path, needed: Sequence[Path | None]) -> None:
     inside = next((path for path in needed if path and output.resolve() in path.resolve().parents), None)
     if inside is not None:
         raise UserError(f"output_dir {output} holds {inside}, which this run reads: {advice}")
-    shutil.rmtree(output)
+    for entry in output.iterdir():
+        if is_submission(entry):
+            continue
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def is_submission(entry: Path) -> bool:
+    """Whether ``dmpo submit`` wrote ``entry`` of a run's folder, from which the job may be running."""
+    return re.fullmatch(r"submit(-\d+)?", entry.name) is not None
 
 
 def _has_weights(output: Path) -> bool:

@@ -1,7 +1,6 @@
 """A training stage from the driver's side: the run folder, the launch, the pictures."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.files import whole_folder, write_whole
-from dmpo_dist.artifacts.run_folder import FAILED_FILE, clear_run_folder, failed_early, failure_noted
+from dmpo_dist.artifacts.run_folder import FAILED_FILE, clear_run_folder, failed_early, failure_noted, is_submission
 from dmpo_dist.config import RunConfig, TemplateConfig, dump_config, load_config
 from dmpo_dist.config.model import CANDIDATES, PLACEHOLDER
 from dmpo_dist.config.section import dotted
@@ -284,7 +283,7 @@ def run_id_of(output: Path) -> str:
 
 def _is_free_folder(path: Path) -> bool:
     """A folder without a run: empty, or with nothing but what ``dmpo submit`` wrote."""
-    return path.is_dir() and all(re.fullmatch(r"submit(-\d+)?", entry.name) for entry in path.iterdir())
+    return path.is_dir() and all(map(is_submission, path.iterdir()))
 
 
 def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:

@@ -100,9 +100,13 @@ class ScratchModel(Section):
     """A small Llama trained from nothing, with a tokenizer learned from the catalogue's titles."""
 
     hidden_size: int = Field(64, ge=8)
+    """Width of the layers."""
     layers: int = Field(3, ge=1)
+    """Number of decoder layers."""
     heads: int = Field(4, ge=1)
+    """Attention heads of a layer; their number divides ``hidden_size``."""
     intermediate_size: int = Field(192, ge=8)
+    """Width of the feed-forward part of a layer."""
     vocab_size: int = Field(1024, ge=64)
     """Upper limit of the learned vocabulary."""
 
@@ -111,8 +115,11 @@ class LoraConfig(Section):
     """Low-rank adapters (PEFT) on all linear layers by default."""
 
     r: int = Field(16, ge=1)
+    """Rank of the adapters."""
     alpha: float = Field(32, gt=0)
+    """Scale of the adapters: their output is multiplied by alpha / r."""
     target_modules: str | list[str] = "all-linear"
+    """Layers that get an adapter, by the ends of their names; all-linear takes every linear layer but the head."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """rslora scales by alpha / sqrt(r); dora trains the length of each weight column beside its direction."""
 

@@ -27,6 +27,7 @@ class RunConfig(Section):
     output_dir: Path = Path("runs/dmpo")
     """Folder for everything the command writes; must not exist yet unless resuming."""
     seed: int = Field(0, ge=0)
+    """Of everything drawn at random: new weights, negatives, the order of groups, bootstraps."""
     data: DataConfig = Field(default_factory=DataConfig)
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
