@@ -314,7 +314,8 @@ def _distinguished(items: pd.DataFrame, field: str | None, notes: list[str]) -> 
         return items
     shared = items["title"].duplicated(keep=False) & (items[field] != "")
     if shared.any():
-        notes.append(f"{int(shared.sum())} titles that several items share got the item's {field} behind them.")
+        what = "id" if field == "item" else field
+        notes.append(f"{int(shared.sum())} titles that several items share got the item's {what} behind them.")
     return items.assign(title=items["title"].mask(shared, items["title"] + " (" + items[field] + ")"))
 
 

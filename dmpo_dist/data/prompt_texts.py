@@ -62,7 +62,7 @@ class PromptTexts:
     def _with(self, part: str, names: pd.Series, table: pd.DataFrame, fields: tuple[str, ...]) -> Self:
         columns = [[_on_one_line(text, field) for text in table[field]] for field in fields]
         rows = (dict(zip(fields, texts, strict=True)) for texts in zip(*columns, strict=True))
-        known = dict(zip(map(str, names), rows, strict=True)) if fields else {}
+        known = dict(zip((str(name).strip() for name in names), rows, strict=True)) if fields else {}
         own = {"items": self.items, "users": self.users, part: {**getattr(self, part), **known}}
         return type(self)(own["items"], own["users"], self.item_fields, self.user_fields)
 

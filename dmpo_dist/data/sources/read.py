@@ -103,6 +103,7 @@ def _own_log(frame: pd.DataFrame, path: Path, source: Source, rules: Rules) -> I
     """A table with one row per event."""
     names, items, items_path = column_names(source), None, path
     columns = log_columns(frame.columns, names, source)
+    pick(frame, {ours: theirs for ours, theirs in columns.items() if ours != "title"}, path, ADVICE)
     events, notes = pick(frame, columns, path, TITLES_ADVICE), implicit_note(columns, list(frame.columns))
     if source.items_path is not None:
         items, items_path = read_items(source)
