@@ -16,13 +16,10 @@ CATALOGUE = Catalogue(("Heat", "Yes | No", "7"), None, ("7", "8", "9"))
 
 def test_titles_and_ids_are_found_and_titles_come_first():
     request = RankingRequest("u", ("8", "7", "Heat"), ("9", "8"))
-    assert matched([request], CATALOGUE, "users.csv") == [
-        RankingRequest("u", ("Yes | No", "7", "Heat"), ("7", "Yes | No"))
-    ]
+    found = RankingRequest("u", ("Yes | No", "7", "Heat"), ("7", "Yes | No"))
+    assert matched([request], CATALOGUE, "users.csv") == [found]
     strange = RankingRequest("u", ("heat", "Heat"), None)
-    with pytest.raises(
-        UserError, match=r"users.csv: 1 titles or ids .*'heat' of user 'u' \(nearest: 'Heat'\).*--keep-unknown"
-    ):
+    with pytest.raises(UserError, match=r"users.csv: 1 titles or ids .*'heat' of user 'u' \(nearest: 'Heat'\).*--keep"):
         matched([strange], CATALOGUE, "users.csv")
     assert matched([strange], CATALOGUE, "users.csv", keep_unknown=True) == [strange]
 
@@ -36,9 +33,7 @@ def test_a_separator_within_a_title_is_escaped(tmp_path):
 
 def test_ids_of_a_catalogue_differ(tmp_path):
     (tmp_path / "items.jsonl").write_text('{"item": 1, "title": "Heat"}\n{"item": 1, "title": "Up"}\n')
-    with pytest.raises(
-        UserError, match=r"2 rows with an item id that is empty or occurs more than once: '1' \(row 1\)"
-    ):
+    with pytest.raises(UserError, match=r"2 rows with an item id that is empty or occurs more .*: '1' \(row 1\)"):
         read_catalogue(tmp_path / "items.jsonl")
 
 
