@@ -30,6 +30,9 @@ def prepare(
     *,
     columns: Mapping[str, str] | None = None,
     titles: pd.DataFrame | str | Path | None = None,
+    titles_columns: Mapping[str, str] | None = None,
+    users: pd.DataFrame | str | Path | None = None,
+    users_columns: Mapping[str, str] | None = None,
     folder: str | Path | None = None,
     seed: int = 0,
     settings: Settings | None = None,
@@ -38,9 +41,12 @@ def prepare(
 
     Args:
         log: a data frame or a file (CSV, JSON lines, Parquet) with a row per interaction, or a folder that
-            ``data.source.kind`` knows (MovieLens, Amazon, RecBole). A data frame without ratings holds likes.
-        columns: our column -> yours, of user, item, rating, timestamp (seconds), title, genres.
+            ``data.source.kind`` knows (MovieLens, Amazon, RecBole). A log without ratings holds likes.
+        columns: our column -> yours, of user, item, rating, timestamp (seconds or dates), title, genres; further names,
+            as {"description": "text"}, keep that text of each item for prompts.
         titles: a second data frame or file with item and title, where the log has no titles.
+        titles_columns: the same for ``titles``, where its columns have other names.
+        users, users_columns: a data frame or file with a row per user, and which of its fields to keep for prompts.
         folder: where the groups are kept; None is the first free one of runs/data, runs/data-2, ...
         seed: of the negatives.
         settings: further keys, such as ``{"data.split": "leave_one_out"}``.
@@ -56,10 +62,13 @@ def prepare(
         >>> data = dmpo.prepare(frame, columns=columns)
     """
     with TemporaryDirectory(prefix="dmpo-") as scratch:
-        source: dict[str, Any] = {"columns": dict(columns or {})}
+        names = {"columns": columns, "items_columns": titles_columns, "users_columns": users_columns}
+        source: dict[str, Any] = {key: dict(value or {}) for key, value in names.items()}
         source["path"] = _as_file(log, Path(scratch) / "log.parquet")
         if titles is not None:
             source["items_path"] = _as_file(titles, Path(scratch) / "titles.parquet")
+        if users is not None:
+            source["users_path"] = _as_file(users, Path(scratch) / "users.parquet")
         config = config_of({"seed": seed, "data.source": source} | dict(settings or {}))
         return prepare_groups(config.data, config.seed, _free_folder(folder, "data"))
 
