@@ -5,71 +5,21 @@ where no other file has the items, title, genres and further fields; all of them
 Cleaning makes the table ``log`` of it.
 """
 
-import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 
-from dmpo_dist.config.data import Source
 from dmpo_dist.data.database import Database, literal, quoted
+from dmpo_dist.data.item_rules import distinguished, items_of_events, stripped, titled, unique_titles
+from dmpo_dist.data.rules import LOG_COLUMNS, Repeats, Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.errors import UserError
 
-Repeats = Literal["first", "last", "keep"]
-LOG_COLUMNS = ["user", "item", "rating", "timestamp", "title", "genres"]
-ITEM_COLUMNS = ["item", "title", "genres"]
-NEARLY_EQUAL = 0.8
-"""Similarity (of difflib) from which a name of a column is taken for a misspelt one."""
 LIKE = 5.0
 """The rating of an interaction in a log without ratings: a like."""
 MILLISECONDS = 1e11  # as seconds this is the year 5138
 SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())  # what str.strip removes
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What cleaning does about rows that leave a choice.
-
-    Attributes:
-        duplicate_titles, distinguish_by, untitled, tolerated: see ``Source``; ``tolerated`` is its ``tolerated_rows``.
-        repeats: see ``DataConfig``.
-        fields: names of further texts of the items.
-    """
-
-    duplicate_titles: Literal["error", "merge"] = "error"
-    distinguish_by: str | None = None
-    untitled: float = 0.0
-    tolerated: float = 0.0
-    repeats: Repeats = "first"
-    fields: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, source: Source, repeats: Repeats) -> "Rules":
-        """The rules that a configuration asks for.
-
-        Raises:
-            UserError: a further text has a name that is probably a misspelt column, or titles are to be distinguished
-                by a field that the items do not have.
-        """
-        fields = tuple(sorted({*source.columns, *source.items_columns} - {*LOG_COLUMNS}))
-        for name in fields:
-            if meant := difflib.get_close_matches(name, LOG_COLUMNS, n=1, cutoff=NEARLY_EQUAL):
-                raise UserError(
-                    f"data.source.columns.{name}: {meant[0]!r} is probably meant; the names of columns are "
-                    f"{', '.join(LOG_COLUMNS)}, and a further text of the items needs a name less like those"
-                )
-        if source.distinguish_by not in (None, "item", "genres", *fields):
-            raise UserError(
-                f"data.source.distinguish_by={source.distinguish_by}: items have item, "
-                f"{', '.join(('genres', *fields))}; name another column in data.source.columns or items_columns, as in "
-                f"{{{source.distinguish_by}: its column}}"
-            )
-        return cls(
-            source.duplicate_titles, source.distinguish_by, source.untitled, source.tolerated_rows, repeats, fields
-        )
 
 
 def implicit_note(columns: Mapping[str, str], there: Collection[str]) -> list[str]:
@@ -147,11 +97,11 @@ def clean(
             _refuse_second_title(database)
         items = found[["item", "title", *texts]]
     taken = found["item"][found.index.notna()]
-    items = _stripped(items)
-    taken, sound = _titled(database, taken, items, items_file, sound, rules.untitled, notes)
-    items = _items_of_events(taken, items, items_file, notes)
-    items = _distinguished(items, rules.distinguish_by, notes)
-    items, renamed = _unique_titles(items, rules.duplicate_titles, notes)
+    items = stripped(items)
+    taken, sound = titled(database, taken, items, items_file, sound, rules.untitled, notes)
+    items = items_of_events(taken, items, items_file, notes)
+    items = distinguished(items, rules.distinguish_by, notes)
+    items, renamed = unique_titles(items, rules.duplicate_titles, notes)
     _keep_events(database, sound, renamed, rules.repeats, notes)
     return items.astype("str")
 
@@ -244,96 +194,6 @@ def _refuse_second_title(database: Database) -> None:
     raise UserError(
         f"{file}, row {row}: item {item!r} has title {title!r} here and {first!r} before; give an item one title"
     )
-
-
-def _stripped(items: pd.DataFrame) -> pd.DataFrame:
-    """Fields without space around them, and genres even where the file has none."""
-    items = items if "genres" in items else items.assign(genres="")
-    return items.apply(lambda column: column.str.strip())
-
-
-def _titled(
-    database: Database,
-    taken: pd.Series,
-    items: pd.DataFrame,
-    items_file: Path,
-    sound: str,
-    limit: float,
-    notes: list[str],
-) -> tuple[pd.Series, str]:
-    """``taken`` and the condition ``sound`` without items that have no title, whose events are counted.
-
-    Raises:
-        UserError: they are a larger share of the sound events than ``limit``.
-    """
-    missing = ~taken.isin(items.loc[items["title"] != "", "item"])
-    if not missing.any():
-        return taken, sound
-    database.show("untitled", pd.DataFrame({"item": taken[missing].tolist()}, dtype="str"))
-    sound_titled = f"({sound}) AND item NOT IN (SELECT item FROM untitled)"
-    events = database.value(f"SELECT count(*) FROM rows WHERE {sound}")
-    lost = events - database.value(f"SELECT count(*) FROM rows WHERE {sound_titled}")
-    if lost > limit * events:
-        raise UserError(
-            f"{taken.index[missing][0]}: item {taken[missing].iloc[0]!r} has no title in {items_file.name}; "
-            f"{int(missing.sum())} items without one have {lost} of {events} interactions, more than "
-            f"data.source.untitled={limit:g}: add their titles, or raise that to leave them out"
-        )
-    notes.append(f"{int(missing.sum())} items without a title left out with their {lost} interactions.")
-    return taken[~missing], sound_titled
-
-
-def _items_of_events(taken: pd.Series, items: pd.DataFrame, items_file: Path, notes: list[str]) -> pd.DataFrame:
-    """The items somebody took, each with a title of one line; both arguments are indexed by where their rows stand."""
-    empty = items["item"] == ""
-    if empty.any():
-        raise UserError(f"{items.index[empty][0]}: column 'item' is empty; fill it or remove the row")
-    twice = items["item"].duplicated()
-    if twice.any():
-        raise UserError(
-            f"{items.index[twice][0]}: item {items['item'][twice].iloc[0]!r} occurs a second time; keep one row per "
-            "item"
-        )
-    used = items["item"].isin(taken)
-    if not used.all():
-        notes.append(f"{int((~used).sum())} items without interactions left out.")
-    items = items[used]
-    broken = items["title"].str.contains(r"[\r\n]")
-    if broken.any():
-        first = items[broken].iloc[0]
-        raise UserError(
-            f"{items_file}: the title of item {first['item']!r}, {first['title']!r}, contains a line break; titles are "
-            "single lines"
-        )
-    return items
-
-
-def _distinguished(items: pd.DataFrame, field: str | None, notes: list[str]) -> pd.DataFrame:
-    """Titles that several items share, with the item's ``field`` behind them: "Title (value)"."""
-    if field is None:
-        return items
-    shared = items["title"].duplicated(keep=False) & (items[field] != "")
-    if shared.any():
-        what = "id" if field == "item" else field
-        notes.append(f"{int(shared.sum())} titles that several items share got the item's {what} behind them.")
-    return items.assign(title=items["title"].mask(shared, items["title"] + " (" + items[field] + ")"))
-
-
-def _unique_titles(items: pd.DataFrame, duplicate_titles: str, notes: list[str]) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Items with unique titles, and item -> item that stands for it (empty where nothing was merged)."""
-    first = items.groupby("title", sort=False)["item"].transform("first")
-    again = items["item"] != first
-    if not again.any():
-        return items.reset_index(drop=True), {}
-    if duplicate_titles == "error":
-        second = items[again].iloc[0]
-        raise UserError(
-            f"{items.index[again][0]}: items {first[again].iloc[0]!r} and {second['item']!r} share the title "
-            f"{second['title']!r} ({int(again.sum())} such items); a response must name one item: make the titles "
-            "differ by data.source.distinguish_by=FIELD, or set data.source.duplicate_titles=merge"
-        )
-    notes.append(f"{int(again.sum())} items merged into another item of the same title.")
-    return items[~again].reset_index(drop=True), dict(zip(items["item"], first, strict=True))
 
 
 def _keep_events(database: Database, sound: str, renamed: dict[str, str], repeats: Repeats, notes: list[str]) -> None:

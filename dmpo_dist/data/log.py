@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from dmpo_dist.config.data import DataConfig
-from dmpo_dist.data.cleaning import Rules
 from dmpo_dist.data.database import Database, literal
 from dmpo_dist.data.negatives import World
+from dmpo_dist.data.rules import Rules
 from dmpo_dist.data.sources.read import load_interactions
 from dmpo_dist.data.sources.shards import clean_shards
 from dmpo_dist.data.sources.simulator import LIKE, oracle_scores

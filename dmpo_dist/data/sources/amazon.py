@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.data.cleaning import Rules, assemble
+from dmpo_dist.data.cleaning import assemble
+from dmpo_dist.data.rules import Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.tables import as_strings, pick, read_json_lines
 from dmpo_dist.errors import UserError

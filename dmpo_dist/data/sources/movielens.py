@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.data.cleaning import Rules, assemble
+from dmpo_dist.data.cleaning import assemble
+from dmpo_dist.data.rules import Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.tables import EVENT_COLUMNS, pick, read_delimited
 from dmpo_dist.errors import UserError

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from dmpo_dist.config.data import Source
-from dmpo_dist.data.cleaning import LOG_COLUMNS, Repeats, Rules, assemble, implicit_note
+from dmpo_dist.data.cleaning import assemble, implicit_note
+from dmpo_dist.data.rules import LOG_COLUMNS, Repeats, Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.amazon import read_amazon
 from dmpo_dist.data.sources.movielens import read_movielens

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.data.cleaning import LOG_COLUMNS, Rules, assemble, implicit_note
+from dmpo_dist.data.cleaning import assemble, implicit_note
+from dmpo_dist.data.rules import LOG_COLUMNS, Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.movielens import MOVIELENS_TERMS
 from dmpo_dist.data.tables import EVENT_COLUMNS, pick, read_delimited

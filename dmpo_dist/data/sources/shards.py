@@ -7,8 +7,9 @@ import duckdb
 import pandas as pd
 
 from dmpo_dist.config.data import Source
-from dmpo_dist.data.cleaning import Rules, clean, implicit_note
+from dmpo_dist.data.cleaning import clean, implicit_note
 from dmpo_dist.data.database import Database, first_line, literal, quoted
+from dmpo_dist.data.rules import Rules
 from dmpo_dist.data.sources.read import ADVICE, column_names, existing, log_columns, read_items
 from dmpo_dist.data.tables import require_columns
 from dmpo_dist.errors import UserError
