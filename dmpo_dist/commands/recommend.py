@@ -51,7 +51,7 @@ def recommend(
     requests = [RankingRequest("you", tuple(history), None)]
     if user is not None:
         requests = requests_of_data(PreparedData.load(_data_path(config)), user)[:1]
-    (request,) = matched(requests, catalogue, "--history" if history else f"--user {user}", keep_unknown=bool(user))
+    (request,) = matched(requests, catalogue, "--history", keep_unknown=user is not None, advice="correct them")
     check_against([request], catalogue, Path("--history"), config.ranking.exclude_history)
     check_titles([*request.history, *catalogue.titles], load_tokenizer(source))
     with console.status("ranking"):

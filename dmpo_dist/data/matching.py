@@ -11,6 +11,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 
 ALL_USERS = "all"
+IN_FILES = "correct them (in a CSV write | within a title as \\|), or keep them as they are by --keep-unknown"
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,18 @@ class TitleLookup:
 
 
 def matched(
-    requests: Sequence[RankingRequest], catalogue: Catalogue, where: str, keep_unknown: bool = False
+    requests: Sequence[RankingRequest],
+    catalogue: Catalogue,
+    where: str,
+    keep_unknown: bool = False,
+    advice: str = IN_FILES,
 ) -> list[RankingRequest]:
     """``requests`` with the titles of their histories and candidates, each of which may be given as an item id.
 
     Args:
         where: the file or option they come from, for the message of an error.
         keep_unknown: leave what the catalogue does not have in histories as it is.
+        advice: how the message of an error ends.
 
     Raises:
         UserError: a title or id of a history is not in the catalogue (names the nearest titles).
@@ -68,8 +74,7 @@ def matched(
         more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
         raise UserError(
             f"{where}: {len(unknown)} titles or ids of histories are not in the catalogue: "
-            f"{', '.join(unknown[:NAMED])}{more}; correct them (in a CSV write | within a title as \\|), or keep them "
-            "as they are by --keep-unknown"
+            f"{', '.join(unknown[:NAMED])}{more}; {advice}"
         )
     return out
 

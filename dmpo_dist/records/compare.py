@@ -74,8 +74,9 @@ def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
     if len(shown) < len(columns):
         note += f"; left out for want of room: {', '.join(c for i, c in enumerate(columns) if i not in shown)} (--json)"
     table = Table("", [columns[i] for i in shown], texts([[row[i] for i in shown] for row in rows]), 2, note=note)
-    width = max(console.width, _width(columns, rows, shown)) if not console.is_terminal else None
-    console.print(terminal(table), width=width)
+    if not console.is_terminal:  # a pipe has no width, so nothing is folded there
+        console = Console(file=console.file, width=max(console.width, _width(columns, rows, shown)))
+    console.print(terminal(table))
 
 
 def runs_as_json(runs: Sequence[Run], root: Path) -> str:
@@ -114,8 +115,8 @@ def _that_fit(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int 
 
 
 def _width(columns: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> int:
-    """Characters that these columns take, with two between them."""
-    return sum(max(len(str(row[i])) for row in [columns, *rows]) + 2 for i in shown)
+    """Characters that these columns take, with those between them."""
+    return sum(max(len(str(row[i])) for row in [columns, *rows]) + 3 for i in shown)
 
 
 def run_names(runs: Sequence[Run], root: Path) -> list[str]:
