@@ -16,7 +16,6 @@ from rich.console import Console
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.data.prepare import prepare as prepare_groups
-from dmpo_dist.data.sources.read import kind_of
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.evaluation.ranking import load_ranking_model, within_context
 from dmpo_dist.modeling.backbone import find_model
@@ -24,8 +23,6 @@ from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.quiet import silence_libraries
 
 Settings = Mapping[str, Any]
-LIKE = 5.0
-"""The rating that an interaction without one gets: a like."""
 
 
 def prepare(
@@ -33,6 +30,9 @@ def prepare(
     *,
     columns: Mapping[str, str] | None = None,
     titles: pd.DataFrame | str | Path | None = None,
+    titles_columns: Mapping[str, str] | None = None,
+    users: pd.DataFrame | str | Path | None = None,
+    users_columns: Mapping[str, str] | None = None,
     folder: str | Path | None = None,
     seed: int = 0,
     settings: Settings | None = None,
@@ -41,9 +41,12 @@ def prepare(
 
     Args:
         log: a data frame or a file (CSV, JSON lines, Parquet) with a row per interaction, or a folder that
-            ``data.source.kind`` knows (MovieLens, Amazon, RecBole). A data frame without ratings holds likes.
-        columns: our column -> yours, of user, item, rating, timestamp (seconds), title, genres.
+            ``data.source.kind`` knows (MovieLens, Amazon, RecBole). A log without ratings holds likes.
+        columns: our column -> yours, of user, item, rating, timestamp (seconds or dates), title, genres; further names,
+            as {"description": "text"}, keep that text of each item for prompts.
         titles: a second data frame or file with item and title, where the log has no titles.
+        titles_columns: the same for ``titles``, where its columns have other names.
+        users, users_columns: a data frame or file with a row per user, and which of its fields to keep for prompts.
         folder: where the groups are kept; None is the first free one of runs/data, runs/data-2, ...
         seed: of the negatives.
         settings: further keys, such as ``{"data.split": "leave_one_out"}``.
@@ -59,11 +62,13 @@ def prepare(
         >>> data = dmpo.prepare(frame, columns=columns)
     """
     with TemporaryDirectory(prefix="dmpo-") as scratch:
-        source: dict[str, Any] = {"columns": dict(columns or {})}
-        path = _as_file(log, Path(scratch) / "log.parquet", dict(columns or {}).get("rating", "rating"))
-        source |= {"path": path, "kind": dict(settings or {}).get("data.source.kind") or kind_of(path)}
+        names = {"columns": columns, "items_columns": titles_columns, "users_columns": users_columns}
+        source: dict[str, Any] = {key: dict(value or {}) for key, value in names.items()}
+        source["path"] = _as_file(log, Path(scratch) / "log.parquet")
         if titles is not None:
             source["items_path"] = _as_file(titles, Path(scratch) / "titles.parquet")
+        if users is not None:
+            source["users_path"] = _as_file(users, Path(scratch) / "users.parquet")
         config = config_of({"seed": seed, "data.source": source} | dict(settings or {}))
         return prepare_groups(config.data, config.seed, _free_folder(folder, "data"))
 
@@ -193,12 +198,10 @@ def _run_config(data: PreparedData, folder: str | Path | None, name: str, given:
     return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | dict(given))
 
 
-def _as_file(table: pd.DataFrame | str | Path, file: Path, rating: str | None = None) -> Path:
-    """The path of ``table``; a data frame is written to ``file``, with likes where it lacks the column ``rating``."""
+def _as_file(table: pd.DataFrame | str | Path, file: Path) -> Path:
+    """The path of ``table``; a data frame is written to ``file``."""
     if not isinstance(table, pd.DataFrame):
         return Path(table)
-    if rating is not None and rating not in table:
-        table = table.assign(**{rating: LIKE})
     table.to_parquet(file)
     return file
 

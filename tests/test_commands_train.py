@@ -9,10 +9,11 @@ from pyarrow.fs import LocalFileSystem
 from rich.console import Console
 
 from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.run_folder import failure_noted
 from dmpo_dist.cluster import runtime as ray_runtime
 from dmpo_dist.commands.run_folder import open_run_folder
 from dmpo_dist.commands.train import _StageLogs, require_reorderable
-from dmpo_dist.config import RunConfig, SFTConfig
+from dmpo_dist.config import DataConfig, RunConfig, SFTConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.training.job import Job
 
@@ -60,11 +61,38 @@ def test_a_run_is_resumed_with_its_own_settings_and_a_key_newer_than_it_at_its_d
 
 
 def test_new_orders_of_histories_are_refused_before_a_run_folder_is_made():
-    data = SimpleNamespace(train={"prompt": [None]})
+    data = SimpleNamespace(train={"prompt": [None]}, card=SimpleNamespace(config={}))
     config = RunConfig(sft=SFTConfig(history_order="shuffled", token_budget=256))
     with pytest.raises(UserError, match=r"sft\.token_budget=256, .* model\.max_length=512 tokens; raise"):
         require_reorderable(config, data)
     require_reorderable(config.model_copy(update={"sft": SFTConfig(history_order="shuffled")}), data)
+
+
+def test_a_failed_run_does_not_block_its_folder_and_another_is_overwritten_when_asked(tmp_path):
+    output = tmp_path / "run"
+    config = RunConfig(output_dir=output)
+    open_run_folder(config, resume=False)
+    with pytest.raises(RuntimeError), failure_noted(output):
+        raise RuntimeError("no memory")
+    (output / "submit").mkdir()
+    assert "no memory" in (output / "failed.txt").read_text()
+    open_run_folder(config, resume=False)
+    assert not (output / "failed.txt").exists()
+    assert (output / "submit").is_dir(), "a job may be running from there"
+    (output / "metrics.jsonl").write_text('{"kind": "checkpoint", "step": 5}\n')
+    with pytest.raises(KeyboardInterrupt), failure_noted(output):
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match=r"exists already; .* by --resume, or remove it by --overwrite"):
+        open_run_folder(config, resume=False)
+    needed = config.model_copy(update={"data": DataConfig(path=output / "data")})
+    with pytest.raises(UserError, match=r"holds .*data, which this run reads"):
+        open_run_folder(needed, resume=False, overwrite=True)
+    open_run_folder(config, resume=False, overwrite=True)
+    assert not (output / "metrics.jsonl").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").touch()
+    with pytest.raises(UserError, match=r"is not of a run .*: it is kept"):
+        open_run_folder(RunConfig(output_dir=tmp_path / "mine"), resume=False, overwrite=True)
 
 
 class _RayTrain:

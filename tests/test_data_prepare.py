@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 
-from dmpo_dist.config import DataConfig, Simulator, Source
+from dmpo_dist.config import DataConfig, Simulator, Source, TemplateConfig
+from dmpo_dist.data import groups
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.splits import SPLITS
-from dmpo_dist.data.store import ROW_FEATURES, PreparedData, group_from_row
+from dmpo_dist.data.store import ROW_FEATURES, PreparedData, group_from_row, texts_of_data
 from dmpo_dist.errors import UserError
 
 
 def small(**changes: object) -> DataConfig:
     world = Source(simulator=Simulator(users=120, items=80, events_per_user=16, taste_dim=4))
-    return DataConfig(**({"source": world, "negatives_per_group": 8} | changes))
+    return DataConfig(**({"source": world, "negatives_per_group": 8, "train_requests_per_user": 1} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +235,51 @@ def test_real_movielens(tmp_path: Path) -> None:
     assert len(data.test) == len(set(data.test["user"])) > 0
     assert all(row["oracle"] == [] for row in data.test)
     assert load_from_disk(str(tmp_path / "ml" / "train")).num_rows == len(data.train)
+
+
+def test_auto_takes_as_many_requests_of_a_user_as_make_enough_groups(tmp_path: Path, monkeypatch) -> None:
+    def count(limit: object) -> int:
+        config = small(train_requests_per_user=limit, min_history=1)
+        made = prepare(config, 0, tmp_path / f"{limit}-{groups.ENOUGH_GROUPS}", lambda line: None)
+        assert limit != "auto" or any("train_requests_per_user=auto takes up to" in note for note in made.card.notes)
+        return len(made.train)
+
+    assert count("auto") == count(99) > count(1)
+    monkeypatch.setattr(groups, "ENOUGH_GROUPS", 2)
+    assert count("auto") == count(1)
+
+
+def test_a_log_of_repeats_is_prepared_without_a_leak(tmp_path: Path) -> None:
+    """Histories may hold their target, and negatives are items that their user never took."""
+    rng = np.random.default_rng(0)
+    lines = ["user,item,timestamp,title"]
+    for user in range(60):
+        lines += [f"u{user},i{item},{t * 60 + user},Title {item}" for t, item in enumerate(rng.integers(0, 8, 20) * 5)]
+        lines += [f"u{user},i{item},{rng.integers(600)},Title {item}" for item in rng.integers(0, 40, 4)]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    config = DataConfig(
+        source=Source(path=tmp_path / "log.csv"), repeats="keep", negatives_per_group=4, evaluation_negatives=4
+    )
+    data = prepare(config, 0, tmp_path / "out", lambda line: None)
+    assert [row for row in data.test if row["positive_item"] in row["history_items"]]
+    taken = set(zip(data.interactions["user"], data.interactions["item"], strict=True))
+    assert not [item for row in data.test for item in row["negative_items"] if (row["user"], item) in taken]
+    assert "leak" not in {finding.verdict for finding in data.card.leaks}
+
+
+def test_fields_of_items_and_users_are_kept(tmp_path: Path) -> None:
+    lines = [f"{n % 20},{(n * 7 + n // 20) % 30},{n},T{(n * 7 + n // 20) % 30}" for n in range(400)]
+    (tmp_path / "log.csv").write_text("user,item,timestamp,title\n" + "\n".join(lines))
+    (tmp_path / "users.csv").write_text("id;age\n" + "\n".join(f"{n};{n + 20}" for n in range(20)))
+    source = Source(
+        path=tmp_path / "log.csv",
+        columns={"name": "title"},
+        users_path=tmp_path / "users.csv",
+        users_columns={"user": "id", "age": "age"},
+    )
+    config = DataConfig(source=source, negatives_per_group=4, evaluation_negatives=4)
+    data = prepare(config, 0, tmp_path / "out", lambda line: None)
+    assert data.items["name"].tolist() == data.items["title"].tolist()
+    texts = texts_of_data(TemplateConfig(item="{title} ({name})\n", preamble="Aged {age}: "), data)
+    assert texts.of_user("7") == {"age": "27"}
+    assert texts.of_items(["T3"]) == {"T3": {"name": "T3"}}

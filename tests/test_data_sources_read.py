@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from dmpo_dist.config import Source
+from dmpo_dist.config import DataConfig, Source, load_config
 from dmpo_dist.data.schema import Interactions
+from dmpo_dist.data.sources.kinds import kind_of, with_kind
 from dmpo_dist.data.sources.read import load_interactions
 from dmpo_dist.errors import UserError
 
@@ -191,14 +192,14 @@ def test_duplicate_titles_stop_or_merge(tmp_path: Path) -> None:
         ("", r"log\.csv: the file is empty"),
         (HEADER, r"log\.csv: a header but no rows"),
         ("user,movie,rating,timestamp,title\n1,2,3,4,x\n", r"no column 'item'.*'movie'.*data\.source\.columns\.item"),
-        ("user,item,timestamp,title\n1,2,4,x\n", r"no column 'rating'.*data\.rating_threshold=1"),
         ("user,item,rating,timestamp\n1,2,3,4\n", r"no column 'title'.*data\.source\.items_path"),
-        ("user;item;rating\n1;2;3\n", r"no column 'user'.*separated by commas"),
+        ("user;item;rating\n1;2;3\n", r"no column 'timestamp'.*data\.source\.columns\.timestamp"),
+        ("user/item/rating\n1/2/3\n", r"no column 'user'.*data\.source\.separator"),
         (GOOD + "u1,c,good,5,Gamma\n", r"row 5: rating 'good' is not a number"),
         (GOOD + "u1,c,nan,5,Gamma\n", r"row 5: rating 'nan' is not a number"),
         (GOOD + "u1,c,1_0,5,Gamma\nu1,d,x,5,Delta\n", r"row 5: rating '1_0' is not a number \(2 such rows\)"),
-        (GOOD + "u1,c,5,2020-01-01,Gamma\n", r"row 5: timestamp '2020-01-01' is not a number.*seconds since 1970"),
-        (GOOD + "\nu1,c,5\n", r"row 6: timestamp '' is not a number"),
+        (GOOD + "u1,c,5,31/05/2024,Gamma\n", r"row 5: timestamp '31/05/2024' is not a moment.*as in 2024-05-31"),
+        (GOOD + "\nu1,c,5\n", r"row 6: timestamp '' is not a moment"),
         (GOOD + ",c,5,5,Gamma\n", r"row 5: column 'user' is empty"),
         (GOOD + "u1,c,5,5,\n", r"row 5: item 'c' has no title"),
         (GOOD + "u2,a,5,5,Other\n", r"row 5: item 'a' has title 'Other' here and 'Alpha' before"),
@@ -211,6 +212,78 @@ def test_duplicate_titles_stop_or_merge(tmp_path: Path) -> None:
 def test_bad_csv(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_csv(tmp_path, text)
+
+
+def test_a_usual_log_loads_as_it_is(tmp_path: Path) -> None:
+    """Semicolons, ISO dates with and without time zones, no ratings, an items file with names of its own."""
+    (tmp_path / "log.csv").write_text(
+        "user;sku;when;shop, city\n"
+        "1;a;2024-05-31;x\n1;b;2024-05-31T18:00:00+02:00;x\n2;a;2024-05-31 17:00:00.5Z;x\n2;gone;1717174800;x\n"
+    )
+    (tmp_path / "items.csv").write_text("id|name|text|genres\na|Alpha|first|Drama\nb|Beta|second|\n")
+    source = Source(
+        kind="csv",
+        path=tmp_path / "log.csv",
+        items_path=tmp_path / "items.csv",
+        columns={"item": "sku", "timestamp": "when"},
+        items_columns={"item": "id", "title": "name", "description": "text"},
+        untitled=0.25,
+    )
+    log = load_interactions(source, seed=0)
+    assert log.events["timestamp"].tolist() == [1717113600, 1717171200, 1717174800]
+    assert set(log.events["rating"]) == {5.0}
+    assert log.items.to_dict("list") == {
+        "item": ["a", "b"], "title": ["Alpha", "Beta"], "genres": ["Drama", ""], "description": ["first", "second"]
+    }  # fmt: skip
+    assert log.notes[0].endswith("If one of 'shop, city' holds ratings, set data.source.columns.rating.")
+    assert log.notes[1:] == ["1 items without a title left out with their 1 interactions."]
+    with pytest.raises(UserError, match=r"1 items without one have 1 of 4 interactions, more than .*untitled=0\.2"):
+        load_interactions(source.model_copy(update={"untitled": 0.2}), seed=0)
+
+
+def test_repeats_first_last_or_all(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(GOOD + "u1,a,3,200,Alpha\nu1,a,2,200,Alpha\n")
+    source = Source(kind="csv", path=tmp_path / "log.csv")
+
+    def kept(repeats: str) -> list[tuple[int, float]]:
+        events = load_interactions(source, 0, repeats).events.query("user == 'u1' and item == 'a'")
+        return list(zip(events["timestamp"], events["rating"], strict=True))
+
+    assert (kept("first"), kept("last"), kept("keep")) == ([(100, 5)], [(200, 2)], [(100, 5), (200, 3)])
+
+
+def test_equal_titles_are_told_apart_by_a_field(tmp_path: Path) -> None:
+    text = "user,item,timestamp,title,by\n1,a,1,Home,Ann\n1,b,2,Home,Bob\n1,c,3,Away,Ann\n"
+    options = {"columns": {"author": "by"}, "distinguish_by": "author"}
+    log = read_csv(tmp_path, text, **options)
+    assert log.items["title"].tolist() == ["Home (Ann)", "Home (Bob)", "Away"]
+    with pytest.raises(UserError, match=r"distinguish_by=year: items have item, genres, author"):
+        read_csv(tmp_path, text, **(options | {"distinguish_by": "year"}))
+
+
+def test_the_kind_is_what_lies_at_the_path(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text(GOOD)
+    (tmp_path / "log.tsv.gz").write_bytes(gzip.compress(GOOD.replace(",", "\t").encode()))
+    (tmp_path / "prefs").mkdir()
+    (tmp_path / "prefs/train.jsonl").write_text('{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
+    (tmp_path / "sdpo.jsonl").write_text('{"history": ["x"], "itemList": ["a"], "trueSelection": "a"}\n')
+    (tmp_path / "odd.bin").write_text("x")
+    kinds = {"log.txt": "csv", "log.tsv.gz": "csv", "prefs": "preferences", "sdpo.jsonl": "sdpo"}
+    assert {name: kind_of(tmp_path / name) for name in kinds} == kinds
+    assert len(load_interactions(Source(kind="csv", path=tmp_path / "log.tsv.gz"), 0).events) == 3
+    for name, message in (("odd.bin", r"set data\.source\.kind"), ("nowhere", r"no such file.*=huggingface")):
+        with pytest.raises(UserError, match=message):
+            kind_of(tmp_path / name)
+
+
+def test_a_simulated_world_is_never_taken_for_the_users_log(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert with_kind(DataConfig(), said.append).source.kind == "simulator"
+    assert said[0].startswith("SIMULATED WORLD: 2,000 made-up users")
+    with pytest.raises(UserError, match=r"kind=simulator makes users and titles up and reads no file"):
+        load_config([], ["data.source.kind=simulator", f"data.source.path={tmp_path}"])
+    with pytest.raises(UserError, match=r"data\.source\.columns is set but data\.source\.path is not"):
+        with_kind(load_config([], ["data.source.columns={user: who}"]).data, said.append)
 
 
 def test_bad_places(tmp_path: Path) -> None:
@@ -231,7 +304,7 @@ def test_bad_places(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes(HEADER.encode() + b"1,2,3,4,Am\xe9lie\n")
     with pytest.raises(UserError, match=r"not utf-8 text"):
         load(kind="csv", path=tmp_path / "latin.csv")
-    with pytest.raises(UserError, match=r"data\.source\.columns\.itm: unknown"):
+    with pytest.raises(UserError, match=r"data\.source\.columns\.itm: 'item' is probably meant"):
         load(kind="csv", path=tmp_path / "latin.csv", columns={"itm": "x"})
     (tmp_path / "log.csv").write_text(GOOD)
     with pytest.raises(UserError, match=r"no column 'kind'.*data\.source\.columns\.genres"):

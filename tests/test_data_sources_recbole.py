@@ -65,11 +65,6 @@ def test_fields_of_other_names_and_windows_line_ends(tmp_path: Path) -> None:
         (INTER + "186\t99\t5\t7\n", ITEM, r"films\.inter, row 4: item '99' has no title in films\.item"),
         (INTER.splitlines()[0] + "\n", ITEM, r"films\.inter: a header but no rows"),
         ("", ITEM, r"films\.inter, line 1: '' is no header field"),
-        (
-            INTER.replace("rating:", "stars:"),
-            ITEM,
-            r"films\.inter: no column 'rating'; .*data\.source\.columns\.rating",
-        ),
         (INTER, ITEM.replace("movie_title", "film"), r"films\.item: no column 'movie_title'; .*columns\.title"),
         (INTER, ITEM + "9\tHeat\n", r"films\.item, line 5: 2 fields, the header names 4"),
         (INTER, None, r"films\.item: no such file; titles are read from it"),

@@ -1,12 +1,15 @@
 """Templates: what a prompt and a response look like, and that a chat template is kept to the letter."""
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from dmpo_dist.config import TemplateConfig
+from dmpo_dist.data.prompt_texts import PromptTexts, require_fields
 from dmpo_dist.data.template import Template, make_template
 from dmpo_dist.errors import UserError
 
@@ -42,6 +45,36 @@ def test_the_default_prompt_reads_like_this():
     )
     assert template.render_response("Brazil") == "Brazil</s>"
     assert template.wrap("Anything at all").text == "<s>Anything at all"
+
+
+def test_fields_of_items_and_users_stand_where_they_are_asked_for():
+    config = TemplateConfig(
+        preamble="Aged {age}:\n",
+        item="{title} ({genres}){end}",
+        request="For {age}: {candidates}",
+        candidate="{by} {title};",
+    )
+    items = {"Heat": {"genres": "Crime", "by": "Mann"}, "{by}": {"genres": "Odd", "by": "{age}"}}
+    template = make_template(config, BASE)
+    prompt = template.render(("Heat", "{by}"), ("{by}",), items, {"age": "30"})
+    assert prompt.text == "<s>Aged 30:\nHeat (Crime)</s>{by} (Odd)</s>For 30: {age} {by};"
+    assert template.tail == ";"
+    assert (config.item_fields, config.user_fields) == (("by", "genres"), ("age",))
+
+
+def test_a_field_that_the_data_lacks_is_refused_with_those_it_has():
+    items = pd.DataFrame({"item": ["1"], "title": ["Heat"], "genres": [""], "by": ["Mann"]})
+    with pytest.raises(UserError, match=r"\{genres\} is no field of the items in data; known are \{by\}"):
+        require_fields(TemplateConfig(item="{title} {genres}\n"), items, None, "data")
+    with pytest.raises(UserError, match=r"\{age\} is no field of the users in data; known are none"):
+        require_fields(TemplateConfig(preamble="{age}"), items, None, "data")
+    texts = PromptTexts(item_fields=("by",)).with_items(items)
+    assert texts.of_items(["Heat"]) == {"Heat": {"by": "Mann"}}
+    with pytest.raises(UserError, match=r"title 'Alien': its by, which prompts show as \{by\}, is not in"):
+        texts.of_items(["Alien"])
+    for part, text in (("response", "{genres} {title}"), ("terminator", "{title}"), ("preamble", "{title}")):
+        with pytest.raises(ValidationError, match=rf"is no placeholder of template\.{part}"):
+            TemplateConfig.model_validate({part: text})
 
 
 CONFIGS = [

@@ -45,7 +45,7 @@ def test_commands_parse(page):
         ("dmpo train -c movilens", "no recipe"),
         ("dmpo train train.learning_rat=1", "unknown key"),
         ("dmpo train train.steps=many", "valid integer"),
-        ("dmpo rank -m exported", "requests"),
+        ("dmpo rank -m exported", "output"),
     ],
 )
 def test_a_faulty_command_is_found(command, words):

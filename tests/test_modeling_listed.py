@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dmpo_dist.commands.evaluate import preflight as evaluate_preflight
+from dmpo_dist.commands.rank import Asked
 from dmpo_dist.commands.rank import preflight as rank_preflight
 from dmpo_dist.config import ModelConfig, RunConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.candidates import list_order
@@ -175,7 +176,7 @@ def test_a_whole_catalogue_and_finished_prompts_are_refused(folder, data, tmp_pa
     pd.DataFrame({"user": ["u"], "history": [list(HISTORY)]}).to_parquet(requests)
     adapter, settings = str(folder / "adapter"), config()
     with pytest.raises(UserError, match="a whole catalogue has no room: give each user of .* a column 'candidates'"):
-        rank_preflight(adapter, requests, data.path, 3, tmp_path / "out.parquet", settings)
+        rank_preflight(adapter, Asked(requests, None, data.path), 3, tmp_path / "out.parquet", settings)
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"path": data.path})})
     with pytest.raises(UserError, match="a whole catalogue has no room: leave --catalogue out"):
         evaluate_preflight({"dmpo": adapter}, settings, make_console(), catalogue=True)
@@ -184,7 +185,7 @@ def test_a_whole_catalogue_and_finished_prompts_are_refused(folder, data, tmp_pa
         evaluate_preflight({"dmpo": adapter}, short, make_console())
     pd.DataFrame({"user": ["u"], "history": [list(HISTORY)], "candidates": [list(TITLES)]}).to_parquet(requests)
     with pytest.raises(UserError, match=r"user 'u': .* lists 6 candidates, and its longest response take \d+ tokens"):
-        rank_preflight(adapter, requests, None, 3, tmp_path / "out.parquet", short)
+        rank_preflight(adapter, Asked(requests, None, None), 3, tmp_path / "out.parquet", short)
     rows = tmp_path / "rows.jsonl"
     lines = [f'{{"prompt": "p{n}", "chosen": "c", "rejected": "r"}}\n' for n in range(80)]
     rows.write_text("".join(lines))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from rich.console import Console
 from dmpo_dist.cli import main
 from dmpo_dist.config import RunConfig
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
-from dmpo_dist.records.compare import find_evaluations, paired_lines, show_comparison, show_runs
+from dmpo_dist.records.compare import find_evaluations, paired_lines, runs_as_json, show_comparison, show_runs
 from dmpo_dist.records.read import find_runs, read_run
 
 USERS, NEGATIVES = 60, 4
@@ -84,6 +85,20 @@ def test_the_table_says_what_each_run_is(three_runs):
     assert bb[-2:] == ["01234567*", "finished"]
     assert " ".join(ccc[4:]).startswith("20/40 0.500 20 - 8.0")  # half a line and what followed it are gone
     assert ccc[-1] == "unfinished"
+
+
+@pytest.mark.parametrize("width", [80, None])
+def test_names_of_runs_stay_whole_on_a_narrow_terminal_and_in_a_pipe(three_runs, width):
+    root, *_ = three_runs
+    text = io.StringIO()
+    console = Console(file=text, width=width or 40, force_terminal=width is not None, no_color=True)
+    show_runs(find_runs(root), root, console)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue()).splitlines()
+    assert any(line.split()[:1] == ["ccc"] for line in lines)
+    assert (max(map(len, lines)) <= 80) == (width == 80)
+    assert ("commit" in lines[1]) == (width is None)
+    found = json.loads(runs_as_json(find_runs(root), root))
+    assert {run["run"]: run["finished"] for run in found} == {"a": True, "bb": True, "ccc": False}
 
 
 def test_a_comparison_shows_what_differs_and_pairs_the_users(three_runs):

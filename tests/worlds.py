@@ -18,6 +18,7 @@ from dmpo_dist.modeling.backbone import make_scratch_model, write_stamp
 SETTINGS = {
     "source": {"simulator": {"users": 80, "items": 40, "events_per_user": 12}},
     "negatives_per_group": 6,
+    "train_requests_per_user": 1,
     "evaluation_negatives": 5,
 }
 CONTEXT = 256

@@ -14,7 +14,7 @@ import typer
 
 from dmpo_dist import __version__
 from dmpo_dist.cli.bench import bench_app
-from dmpo_dist.cli.config import config_app
+from dmpo_dist.cli.config import config_app, start_app
 from dmpo_dist.cli.data import data_app
 from dmpo_dist.cli.experiment import experiment_app
 from dmpo_dist.cli.explain import explain_app
@@ -50,6 +50,7 @@ app.add_typer(explain_app)
 app.add_typer(runs_app, name="runs")
 app.add_typer(report_app)
 app.add_typer(config_app, name="config")
+app.add_typer(start_app)
 app.add_typer(bench_app, name="bench")
 app.add_typer(submit_app, name="submit")
 

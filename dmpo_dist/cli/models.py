@@ -1,5 +1,6 @@
 """`dmpo models fetch|memorized`, `export`, `rank`, `plan`, `architectures`: getting, using and planning models."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from dmpo_dist.cli.options import DryRun, Layers, Overrides, print_now, read_set
 from dmpo_dist.data.place import require_prepared
 
 # In examples a backslash joins two source lines; the next one begins in the first column, so that no spaces get in.
+CATALOGUE = "Parquet, JSON lines or CSV with title (item and popularity), or prepared data.  [data.path]"
 models_app = typer.Typer()
 fetch_app = typer.Typer(help="Pretrained models: getting small ones, what they know of data.", no_args_is_help=True)
 models_app.add_typer(fetch_app, name="models")
@@ -98,23 +100,29 @@ def export(
 @models_app.command()
 def rank(
     model: Annotated[str, typer.Option("--model", "-m", help="Model folder, trained or exported.")],
-    requests: Annotated[
-        Path,
-        typer.Option(
-            help="Parquet or CSV: user, history (list, or titles separated by |) and, to rank these alone, candidates."
-        ),
+    output: Annotated[
+        Path, typer.Option(help="File to write, .parquet, .jsonl or .csv: titles best first, scores and item ids.")
     ],
-    output: Annotated[Path, typer.Option(help="Parquet to write: user, titles best first, scores.")],
-    catalogue: Annotated[
+    requests: Annotated[
         Path | None,
-        typer.Option(help="Parquet or CSV with title (and popularity), or prepared data.  [data.path]"),
+        typer.Option(
+            help="Parquet, JSON lines or CSV: user, history (titles or ids; in CSV with | between) and, to rank these "
+            "alone, candidates."
+        ),
     ] = None,
+    users: Annotated[
+        str | None, typer.Option(help="Instead: users of the prepared data, with commas between, or all.")
+    ] = None,
+    catalogue: Annotated[Path | None, typer.Option(help=CATALOGUE)] = None,
     top: Annotated[int, typer.Option(min=1, help="Titles kept for each user.")] = 20,
+    keep_unknown: Annotated[
+        bool, typer.Option("--keep-unknown", help="Histories may hold titles that the catalogue does not have.")
+    ] = False,
     config: Layers = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Rank given candidates or a whole catalogue for a file of users, on cluster.workers Ray actors.
+    """Rank given candidates or a whole catalogue for many users, on cluster.workers Ray actors.
 
     Run it again after an interruption and it continues where it stopped.
 
@@ -125,12 +133,46 @@ def rank(
 
         dmpo rank -m runs/ml/dmpo/model --requests users.csv --catalogue runs/ml/data \
 --output ranked.parquet ranking.popularity_weight=0.2
+
+        dmpo rank -m runs/ml/dmpo/model --users all --top 10 --output ranked.csv data.path=runs/ml/data
     """
     settings = read_settings(config, overrides, dry_run)
+    from dmpo_dist.commands.rank import Asked
     from dmpo_dist.commands.rank import rank as run
     from dmpo_dist.records.log import make_console
 
-    run(model, requests, catalogue, top, output, settings, make_console())
+    run(model, Asked(requests, users, catalogue, keep_unknown), top, output, settings, make_console())
+
+
+@models_app.command()
+def recommend(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, trained or exported.")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[TITLE]... [KEY=VALUE]...", help="More of the history; overrides.")
+    ] = None,
+    history: Annotated[
+        list[str] | None, typer.Option("--history", help="Titles or item ids that a user liked, oldest first.")
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="Instead: a user of the prepared data.")] = None,
+    catalogue: Annotated[Path | None, typer.Option(help=f"{CATALOGUE[:-1]}, else what the model saw]")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Titles shown.")] = 10,
+    config: Layers = None,
+) -> None:
+    """Show the best titles of a catalogue for one user, with their item ids.
+
+    Examples:
+
+        dmpo recommend runs/ml/dmpo/model --history "Heat (1995)" "Alien (1979)"
+
+        dmpo recommend runs/ml/dmpo/model --user 12 --top 5 data.path=runs/ml/data
+    """
+    overrides = [text for text in more or [] if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", text)]
+    titles = [*(history or []), *(text for text in more or [] if text not in overrides)]
+    settings = read_settings(config, overrides, dry_run=False)
+    from dmpo_dist.commands.recommend import recommend as run
+    from dmpo_dist.records.log import make_console
+
+    run(model, titles, user, catalogue, top, settings, make_console())
 
 
 @models_app.command()

@@ -23,6 +23,18 @@ DryRun = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir from its latest checkpoint.")]
 
 
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Remove an earlier run in output_dir; asks before it does.")
+]
+
+
+def asked_to_overwrite(folder: Path, overwrite: bool) -> bool:
+    """``overwrite``, once the user agrees where there is something in ``folder``; ends the command where not."""
+    if overwrite and folder.exists():
+        typer.confirm(f"remove {folder} and everything in it?", abort=True)
+    return overwrite
+
+
 def read_settings(layers: list[Path] | None, overrides: list[str] | None, dry_run: bool) -> RunConfig:
     """The resolved configuration; for a dry run it is shown and the command ends."""
     settings = load_config([find_recipe(str(layer), "--config") for layer in layers or []], overrides)

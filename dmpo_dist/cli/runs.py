@@ -14,17 +14,25 @@ Compared = Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="out
 
 
 @runs_app.command("list")
-def runs_list(root: Annotated[Path, typer.Argument(help="Folder that holds runs.")] = Path("runs")) -> None:
+def runs_list(
+    root: Annotated[Path, typer.Argument(help="Folder that holds runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every column.")] = False,
+) -> None:
     """List the training runs below a folder: stage, steps, best validation, test figures, speed, commit, state.
 
     Examples:
 
         dmpo runs list runs/ml
+
+        dmpo runs list runs/ml --json
     """
-    from dmpo_dist.records.compare import show_runs
+    from dmpo_dist.records.compare import runs_as_json, show_runs
     from dmpo_dist.records.log import make_console
     from dmpo_dist.records.read import find_runs
 
+    if as_json:
+        print(runs_as_json(find_runs(root), root))
+        return
     show_runs(find_runs(root), root, make_console())
 
 

@@ -10,7 +10,16 @@ import typer
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.artifacts.locks import only_one
-from dmpo_dist.cli.options import DryRun, Layers, Overrides, Resume, free_folder, read_settings
+from dmpo_dist.cli.options import (
+    DryRun,
+    Layers,
+    Overrides,
+    Overwrite,
+    Resume,
+    asked_to_overwrite,
+    free_folder,
+    read_settings,
+)
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.errors import UserError
 
@@ -19,7 +28,13 @@ stages_app = typer.Typer()
 
 
 @stages_app.command()
-def sft(config: Layers = None, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+def sft(
+    config: Layers = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
     """First stage: supervised fine-tuning on the positives (and, if asked, the histories).
 
     Examples:
@@ -34,11 +49,17 @@ def sft(config: Layers = None, overrides: Overrides = None, resume: Resume = Fal
     from dmpo_dist.records.log import make_console
 
     with _resumable():
-        run_stage("sft", settings, make_console(), resume)
+        run_stage("sft", settings, make_console(), resume, asked_to_overwrite(settings.output_dir, overwrite))
 
 
 @stages_app.command()
-def train(config: Layers = None, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+def train(
+    config: Layers = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
     """Second stage: preference optimization, one positive against K negatives per group.
 
     Examples:
@@ -55,7 +76,7 @@ def train(config: Layers = None, overrides: Overrides = None, resume: Resume = F
     from dmpo_dist.records.log import make_console
 
     with _resumable():
-        run_stage("preference", settings, make_console(), resume)
+        run_stage("preference", settings, make_console(), resume, asked_to_overwrite(settings.output_dir, overwrite))
 
 
 @stages_app.command()
@@ -82,6 +103,7 @@ def evaluate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the evaluation in output_dir: what is scored is kept.")
     ] = False,
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
     """Rank the test requests with models and baselines on the same candidates; writes to output_dir.
@@ -111,7 +133,7 @@ data.path=runs/ml/data output_dir=runs/seeds
     if resume and (settings.output_dir / Evaluation.FILE).exists():
         raise UserError(f"--resume: the evaluation in {settings.output_dir} is finished; nothing is left to do")
     preflight(models, settings, console, against or [], catalogue)  # before there is a folder
-    open_run_folder(settings, resume)
+    open_run_folder(settings, resume, overwrite=asked_to_overwrite(settings.output_dir, overwrite))
     with _resumable("what is scored already"), only_one(settings.output_dir):
         run(models, settings, settings.output_dir, console, catalogue, against or [])
 

@@ -12,6 +12,7 @@ from dmpo_dist.artifacts.explanations import Explanations
 from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
+from dmpo_dist.data.matching import matched
 from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, read_requests
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
@@ -199,15 +200,18 @@ def _questions_of_file(
     beside = order.catalogue or (config.data.path if whole or weight else None)
     catalogue = read_catalogue(beside) if beside else None
     exclude = config.ranking.exclude_history
+    names = {}
     if catalogue is not None:
+        requests = matched(requests, catalogue, str(file), keep_unknown=True)
         check_against(requests, catalogue, file, exclude)
+        names = dict(zip(catalogue.ids or (), catalogue.titles, strict=False))
     known = set(catalogue.titles if catalogue else ())
     known = known.union(*(request.history + (request.candidates or ()) for request in requests))
     check_titles(sorted(known), load_tokenizer(source))
     chosen, measured = _indices(order, [request.user for request in requests], str(file), config.seed)
     answered = questions_of_requests([requests[i] for i in chosen], catalogue, exclude)
     if order.item is not None:
-        answered = [asked(question, order.item, {title: title for title in known}) for question in answered]
+        answered = [asked(question, order.item, names | {title: title for title in known}) for question in answered]
     return answered, questions_of_requests([requests[i] for i in measured], catalogue, exclude), catalogue
 
 

@@ -103,6 +103,7 @@ def export(
         if not accept_difference:
             _require_alike(before, after, difference, (trained.dtype, written.dtype))
         nats = {"max_nats": difference.max_nats, "mean_nats": difference.mean_nats}
+        encode.texts.write(part)
         _stamp(source, {"merged": merge, "dtype": written.dtype, **nats}).write(part)
         card = model_card(output.resolve().name, str(written), origin, encode.template, str(difference), ranked)
         (part / "README.md").write_text(card, encoding="utf-8")

@@ -7,31 +7,33 @@ part it was at; a rerun of the command after the driver was lost goes on with th
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from dmpo_dist import __version__
 from dmpo_dist.artifacts.files import whole_file
 from dmpo_dist.artifacts.parts import PartFolder
-from dmpo_dist.config import RunConfig
+from dmpo_dist.commands.ranked_files import SCHEMA, WRITERS, with_ids
+from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.data.candidates import require_given_candidates
+from dmpo_dist.data.matching import matched, requests_of_data
+from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.tables import read_table
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of, within_context
+from dmpo_dist.evaluation.ranking import GivenTexts, Ranker, load_ranking_model, reference_of, within_context
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
 from dmpo_dist.modeling.scoring_rule import require_prior
 from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.training.reference import file_digests
-
-SCHEMA = pa.schema([("user", pa.string()), ("titles", pa.list_(pa.string())), ("scores", pa.list_(pa.float64()))])
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class RankJob:
     top: int
     output: Path
     key: dict[str, Any]
+    given: GivenTexts | None = None
 
     @property
     def parts(self) -> list[list[RankingRequest]]:
@@ -52,31 +55,45 @@ class RankJob:
         return [self.requests[start : start + size] for start in range(0, len(self.requests), size)]
 
 
-def rank(
-    model: str, requests: Path, catalogue: Path | None, top: int, output: Path, config: RunConfig, console: Console
-) -> None:
-    """Rank titles for the users in ``requests`` and write one row for each to ``output``, in their order.
+@dataclass(frozen=True)
+class Asked:
+    """For whom to rank, and among what.
+
+    Attributes:
+        requests: see ``data.requests.read_requests``; None for ``users``.
+        users: of the prepared data in ``data.path``, see ``data.matching.requests_of_data``.
+        catalogue: see ``data.requests.read_catalogue``; None takes ``data.path``.
+        keep_unknown: histories may hold titles that the catalogue does not have.
+    """
+
+    requests: Path | None
+    users: str | None
+    catalogue: Path | None
+    keep_unknown: bool = False
+
+
+def rank(model: str, asked: Asked, top: int, output: Path, config: RunConfig, console: Console) -> None:
+    """Rank titles for users and write a row for each to ``output``, in their order.
 
     Args:
         model: model folder or hub id.
-        requests: see ``data.requests.read_requests``.
-        catalogue: see ``data.requests.read_catalogue``; None takes ``data.path``.
         top: how many titles to keep for each user.
-        output: Parquet with user, titles (best first) and their scores; must not exist yet.
+        output: Parquet or JSON lines with user, titles (best first), scores and, where the catalogue has them, item
+            ids; or CSV with a row for each title. It must not exist yet.
         config: gives template, model, evaluation, ranking and cluster settings.
         console: where to show progress.
 
     Raises:
         UserError: anything about files, model or options, or workers that keep failing; finished parts stay.
     """
-    job = preflight(model, requests, catalogue, top, output, within_context([find_model(model)], config))
+    job = preflight(model, asked, top, output, within_context([find_model(model)], config))
     store = PartFolder(output.with_name(output.name + ".parts"), job.key, SCHEMA, "choose another --output")
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):
         console.print(f"{len(job.parts) - len(missing)} of {len(job.parts)} parts are done already", highlight=False)
     if missing:
         _rank_parts(job, store, missing, console)
-    _join(store, len(job.parts), [request.user for request in job.requests], output)
+    _join(store, len(job.parts), [request.user for request in job.requests], job.catalogue, output)
     console.print(f"written: {output}, {len(job.requests)} users", highlight=False)
 
 
@@ -86,7 +103,7 @@ def _rank_parts(job: RankJob, store: PartFolder, missing: list[int], console: Co
     from dmpo_dist.cluster.train import ray_session
 
     cluster, parts = job.config.cluster, job.parts
-    arguments = (job.model, job.config, job.catalogue, job.top)
+    arguments = (job.model, job.config, job.catalogue, job.top, job.given)
     done = len(job.requests) - sum(len(parts[number]) for number in missing)
     notes: set[str] = set()
     with ray_session(cluster), UserProgress("rank", len(job.requests), done, console) as progress:
@@ -99,9 +116,7 @@ def _rank_parts(job: RankJob, store: PartFolder, missing: list[int], console: Co
             progress.advance(len(rows))
 
 
-def preflight(
-    model: str, requests_file: Path, catalogue_file: Path | None, top: int, output: Path, config: RunConfig
-) -> RankJob:
+def preflight(model: str, asked: Asked, top: int, output: Path, config: RunConfig) -> RankJob:
     """Check everything that needs no weights, and digest what the result depends on.
 
     Raises:
@@ -109,25 +124,29 @@ def preflight(
     """
     if output.exists():
         raise UserError(f"--output {output}: exists already and is kept; remove it or choose another name")
-    if output.suffix.lower() != ".parquet":
-        raise UserError(f"--output {output}: is written as Parquet; end its name with .parquet")
+    if output.suffix.lower() not in WRITERS:
+        raise UserError(f"--output {output}: end its name with {', '.join(WRITERS)}, which says how it is written")
     if not output.resolve().parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist; make it first")
     source = find_model(model)
     read_model_config(source.base, config.model.max_length)
     template = enforce_template(source.stamp, config.template, model)
     reference = reference_of(source, config.ranking.reference)
-    requests = read_requests(requests_file)
+    requests, where = _requests(asked, config)
     if requests[0].candidates is None:
-        require_given_candidates(template, model, f"give each user of {requests_file} a column 'candidates'")
-    catalogue = _catalogue(requests, requests_file, catalogue_file, config)
+        require_given_candidates(template, model, f"give each user of {where} a column 'candidates'")
+    catalogue = _catalogue(requests, where, asked.catalogue, config)
+    if catalogue is not None:
+        requests = matched(requests, catalogue, str(where), asked.keep_unknown)
+        check_against(requests, catalogue, where, config.ranking.exclude_history)
+    given = given_texts(template, asked.catalogue, asked.requests)
     tokenizer = load_tokenizer(source)
     if config.ranking.prior_weight:
         require_prior(make_template(template, tokenizer), model)
     titles = {title for request in requests for title in (*request.history, *(request.candidates or ()))}
     check_titles(sorted(titles.union(catalogue.titles if catalogue else ())), tokenizer)
     if template.lists_candidates:
-        listing = load_ranking_model(model, config)
+        listing = load_ranking_model(model, config, given)
         for request in requests:  # raises now, rather than in a worker, where a list does not fit
             listing.token_group(request.history, request.candidates or (), request.user)
     key = {
@@ -135,13 +154,39 @@ def preflight(
         "--model": model_digest(source),
         "ranking.reference": model_digest(find_model(reference)) if reference else None,
         "--requests": _sha256(requests),
-        "--catalogue": _sha256((catalogue.titles, None if catalogue.counts is None else catalogue.counts.tolist()))
+        "--catalogue": _sha256(
+            (catalogue.titles, None if catalogue.counts is None else catalogue.counts.tolist(), catalogue.ids)
+        )
         if catalogue
         else None,
         "--top": top,
         **_options(config, template.lists_candidates),
     }
-    return RankJob(model, config, requests, catalogue, top, output, key)
+    if template.item_fields or template.user_fields:
+        texts = load_ranking_model(model, config, given).encode.texts
+        for request in requests:  # names a missing field now, rather than in a worker
+            texts.of_items(request.history)
+            texts.of_user(request.user)
+        key["texts"] = _sha256([texts.items, texts.users])
+    return RankJob(model, config, requests, catalogue, top, output, key, given)
+
+
+def _requests(asked: Asked, config: RunConfig) -> tuple[list[RankingRequest], Path]:
+    """For whom to rank, and the file or folder that says so."""
+    if (asked.requests is None) == (asked.users is None):
+        raise UserError("say for whom to rank: a file by --requests, or --users of the prepared data in data.path")
+    if asked.requests is not None:
+        return read_requests(asked.requests), asked.requests
+    path = require_prepared(config.data.path)
+    return requests_of_data(PreparedData.load(path), asked.users or ""), path
+
+
+def given_texts(template: TemplateConfig, catalogue: Path | None, requests: Path | None) -> GivenTexts | None:
+    """Fields of items and users in the files of an order; None where ``template`` shows none."""
+    if not template.item_fields and not template.user_fields:
+        return None
+    from_file = catalogue is not None and catalogue.is_file()
+    return GivenTexts(read_table(catalogue) if from_file else None, read_table(requests) if requests else None)
 
 
 def _catalogue(
@@ -165,7 +210,6 @@ def _catalogue(
             f"ranking.popularity_weight={weight:g}: {path} does not say how often titles were taken; add a column "
             "popularity"
         )
-    check_against(requests, catalogue, requests_file, config.ranking.exclude_history)
     return catalogue
 
 
@@ -202,20 +246,23 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _join(parts: PartFolder, count: int, users: list[str], output: Path) -> None:
-    """Make ``output`` out of ``count`` parts and remove them.
+def _join(parts: PartFolder, count: int, users: list[str], catalogue: Catalogue | None, output: Path) -> None:
+    """Make ``output`` out of ``count`` parts, with the item ids of ``catalogue``, and remove them.
 
     Raises:
         UserError: the parts do not hold each of ``users`` once, in order.
     """
     written: list[str] = []
+
+    def tables() -> Iterator[pa.Table]:
+        for number in range(count):
+            table = parts.read(number)
+            assert table is not None
+            written.extend(table["user"].to_pylist())
+            yield with_ids(table, catalogue)
+
     with whole_file(output) as whole:
-        with pq.ParquetWriter(whole, SCHEMA) as writer:
-            for number in range(count):
-                table = parts.read(number)
-                assert table is not None
-                written.extend(table["user"].to_pylist())
-                writer.write_table(table)
+        WRITERS[output.suffix.lower()](whole, tables())
         if written != users:
             raise UserError(f"{parts.folder}: its parts do not hold each user once; remove the folder and run again")
     parts.remove()
@@ -225,11 +272,13 @@ class PartRanker:
     """What an actor does: ranks the users of one part after the other.
 
     Args:
-        model, config, catalogue, top: see ``Ranker``.
+        model, config, catalogue, top, given: see ``Ranker``.
     """
 
-    def __init__(self, model: str, config: RunConfig, catalogue: Catalogue | None, top: int) -> None:
-        self._ranker = Ranker(model, config, catalogue, top)
+    def __init__(
+        self, model: str, config: RunConfig, catalogue: Catalogue | None, top: int, given: GivenTexts | None
+    ) -> None:
+        self._ranker = Ranker(model, config, catalogue, top, given)
 
     def __call__(self, part: tuple[int, list[RankingRequest]]) -> tuple[int, list[dict[str, Any]], str | None]:
         """(part, its rows, what to tell the user of how they were scored)."""

@@ -1,6 +1,5 @@
 """The folder of a run: opened for a new one, and again to go on with what it began with."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.artifacts.locks import LOCK_FILE
 from dmpo_dist.artifacts.log import METRICS_FILE, CheckpointRecord, read_log
+from dmpo_dist.artifacts.run_folder import FAILED_FILE, clear_run_folder, failed_early, is_submission
 from dmpo_dist.config import RunConfig, dump_config, load_config
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
@@ -27,7 +27,9 @@ OPTIMIZATION = ("optimizer", "bf16", "fp16", "gradient_clipping", "data_types")
 """What of a DeepSpeed configuration decides the weights; the rest decides where they are."""
 
 
-def open_run_folder(config: RunConfig, resume: bool, data_fingerprint: str | None = None) -> None:
+def open_run_folder(
+    config: RunConfig, resume: bool, data_fingerprint: str | None = None, overwrite: bool = False
+) -> None:
     """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` (with the fingerprint) there.
 
     Raises:
@@ -37,11 +39,15 @@ def open_run_folder(config: RunConfig, resume: bool, data_fingerprint: str | Non
     output = config.output_dir
     if resume:
         _require_unchanged(_saved(output), config, output, free=lambda key: False)
+        (output / FAILED_FILE).unlink(missing_ok=True)
         return
     if output.exists() and not _is_free_folder(output):
-        raise UserError(
-            f"output_dir {output} exists already; choose another (output_dir=...), or go on with it by --resume"
-        )
+        if not overwrite and not failed_early(output):
+            raise UserError(
+                f"output_dir {output} exists already; choose another (output_dir=...), go on with it by --resume, or "
+                "remove it by --overwrite"
+            )
+        clear_run_folder(output, [config.data.path, Path(config.model.path)])
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "config.yaml", dump_config(config))
@@ -83,6 +89,7 @@ def reopen_run_folder(job: Job, data_fingerprint: str, steps_of: Callable[[RunCo
         )
     if old != config:
         write_whole(output / "config.yaml", dump_config(config))
+    (output / FAILED_FILE).unlink(missing_ok=True)
     return environment
 
 
@@ -183,6 +190,4 @@ def _runs_of_checkpoints(job: Job) -> dict[str, dict[str, Any]]:
 
 def _is_free_folder(path: Path) -> bool:
     """A folder without a run: empty, or with nothing but a lock and what ``dmpo submit`` wrote."""
-    return path.is_dir() and all(
-        entry.name == LOCK_FILE or re.fullmatch(r"submit(-\d+)?", entry.name) for entry in path.iterdir()
-    )
+    return path.is_dir() and all(entry.name == LOCK_FILE or is_submission(entry) for entry in path.iterdir())

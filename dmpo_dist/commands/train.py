@@ -12,12 +12,14 @@ from rich.console import Console
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.files import remove_left_overs, whole_folder
 from dmpo_dist.artifacts.locks import only_one
+from dmpo_dist.artifacts.run_folder import failure_noted
 from dmpo_dist.commands.run_folder import last_checkpoint, open_run_folder, reopen_run_folder, require_same_start
 from dmpo_dist.config import RunConfig, TemplateConfig
-from dmpo_dist.config.model import CANDIDATES
+from dmpo_dist.config.model import CANDIDATES, PLACEHOLDER
 from dmpo_dist.data.place import require_prepared
+from dmpo_dist.data.prompt_texts import require_fields
 from dmpo_dist.data.reorder import require_histories
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.store import PreparedData, texts_of_data
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.errors import UserError
@@ -46,10 +48,13 @@ T = TypeVar("T")
 SCRATCH = "scratch"
 
 
-def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = False) -> Path:
+def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> Path:
     """Run one training stage and return its model folder.
 
     Under torchrun (RANK is set) this process is one rank; otherwise Ray starts the ranks.
+
+    Args:
+        overwrite: remove an earlier run in ``output_dir`` once all that can be checked is found right.
 
     Raises:
         UserError: see ``open_run_folder``, ``preflight`` and ``training.worker.run``.
@@ -57,13 +62,18 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from dmpo_dist.training.worker import run
 
-        job, _ = as_rank(kind, config, console, resume, run)
+        job, _ = as_rank(kind, config, console, resume, run, overwrite)
         return job.output / "model"
     from dmpo_dist.cluster.gauges import RayGauges
     from dmpo_dist.cluster.train import ray_session, train_with_ray
 
-    job = preflight(kind, config, resume)
-    with one_writer(job), ray_session(job.config.cluster), RunLog(job, console, resume, [RayGauges(job)]) as log:
+    job = preflight(kind, config, resume, overwrite=overwrite)
+    with (
+        one_writer(job),
+        failure_noted(job.output),
+        ray_session(job.config.cluster),
+        RunLog(job, console, resume, [RayGauges(job)]) as log,
+    ):
         train_with_ray([job], lambda _, record: log(record))
     return job.output / "model"
 
@@ -147,11 +157,11 @@ def say(console: Console, text: str) -> None:
     console.print(text, style="bold", highlight=False, markup=False)
 
 
-def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job] = ()) -> Job:
+def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job] = (), overwrite: bool = False) -> Job:
     """Check what can be checked before any worker starts, open the run folder and make a model from scratch if asked.
 
     Args:
-        kind, config, resume: see ``run_stage``.
+        kind, config, resume, overwrite: see ``run_stage``.
         earlier: jobs that will run before, one of which may make the model this one starts from.
 
     Returns:
@@ -175,10 +185,11 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
             job, data.fingerprint, lambda c: _steps(replace(job, config=c), len(data.train))
         )
     else:
-        open_run_folder(config, resume, data_fingerprint=data.fingerprint)
+        open_run_folder(config, resume, data.fingerprint, overwrite)
         environment = Environment.read(config.output_dir)
     if config.model.path == SCRATCH and not Path(start).exists():
-        make_start(Path(start), config, data)
+        with failure_noted(config.output_dir):
+            make_start(Path(start), config, data)
     known = job if start in {str(other.output / "model") for other in earlier} else with_start(job, environment)
     checkpointed = last_checkpoint(job.output) if resume else 0
     return replace(known, run_id=environment.run_id, checkpointed=checkpointed)
@@ -229,6 +240,7 @@ def _check_plan(job: Job, data: PreparedData) -> None:
     """Whether the data is enough for the plan, and DeepSpeed's configuration one we can train by."""
     config, workers = job.config, job.config.cluster.workers
     make_schedule(job, len(data.train), workers)
+    require_fields(config.template, data.items, data.users, str(data.path))
     require_lists(job, data)
     if job.kind == "preference":
         make_objective(config.objective)  # refuses a class that cannot be loaded
@@ -247,6 +259,11 @@ def _steps(job: Job, groups: int) -> int:
 def require_reorderable(config: RunConfig, data: PreparedData) -> None:
     """Raise UserError where SFT cannot draw a new order of histories in every epoch."""
     require_histories(data.train["prompt"])
+    if data.card.config.get("repeats") == "keep":
+        raise UserError(
+            "sft.history_order=shuffled draws new positives among distinct titles, but the data was prepared with "
+            "data.repeats=keep; set sft.history_order=given"
+        )
     budget, longest = config.sft.token_budget, config.model.max_length
     if budget != "auto" and budget < longest:
         raise UserError(
@@ -260,18 +277,24 @@ def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
     if data.items is None:
         raise UserError("model.path is scratch, but the data has no catalogue to learn a tokenizer from; give a model")
     template = config.template
-    fixed = [template.preamble, template.item.replace("{title}", "").replace("{end}", "")]
-    fixed += template.request.split(CANDIDATES)
+    parts = [template.preamble, template.item, *template.request.split(CANDIDATES)]
     if template.lists_candidates:
-        fixed.append(template.candidate.replace("{title}", ""))
+        parts.append(template.candidate)
+    fixed = [PLACEHOLDER.sub("", part) for part in parts]
     texts = data.items["title"].tolist() + [text for text in fixed if text.strip()] * 8
+    texts += texts_of_data(template, data).texts()
     with whole_folder(folder) as part:
         make_scratch_model(part, config.model.scratch, texts, config.model.max_length, config.seed)
         write_stamp(part, config.template, stage="untuned")
 
 
 def as_rank(
-    kind: Kind, config: RunConfig, console: Console, resume: bool, body: Callable[[Job, Runtime], T]
+    kind: Kind,
+    config: RunConfig,
+    console: Console,
+    resume: bool,
+    body: Callable[[Job, Runtime], T],
+    overwrite: bool = False,
 ) -> tuple[Job, T]:
     """Run ``body`` in this process as one rank of torchrun or srun; rank 0 checks the job and owns the run folder."""
     from dmpo_dist.training.engine import start_process_group
@@ -279,10 +302,11 @@ def as_rank(
 
     workers = {"workers": int(os.environ["WORLD_SIZE"]), "fewest_workers": None}
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update=workers)})
-    own = preflight(kind, config, resume) if os.environ["RANK"] == "0" else None
+    own = preflight(kind, config, resume, overwrite=overwrite) if os.environ["RANK"] == "0" else None
     with ExitStack() as stack:
         if own is not None:
             stack.enter_context(one_writer(own))
+            stack.enter_context(failure_noted(own.output))
         start_process_group()
         job = from_rank_zero(own)
         assert job is not None

@@ -1,7 +1,7 @@
 """The ``data`` section of the configuration."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,19 +43,35 @@ Kind = Literal[
 class Source(Section):
     """Where interactions (or ready preference rows) come from."""
 
-    kind: Kind = "simulator"
-    """Interactions: simulator | movielens | amazon (folders in the official layouts) | recbole (a folder of atomic
-    files) | csv | jsonl | parquet | huggingface. Ready rows: preferences (TRL's) | sdpo (history, itemList,
-    trueSelection) | dmpo_released (the authors' JSON)."""
+    kind: Kind | None = None
+    """None takes what lies at ``path``, or without a path the simulator. Interactions: simulator | movielens | amazon
+    (folders in the official layouts) | recbole (a folder of atomic files) | csv | jsonl | parquet | huggingface. Ready
+    rows: preferences (TRL's) | sdpo (history, itemList, trueSelection) | dmpo_released (the authors' JSON)."""
     path: Path | None = None
-    """File or folder to read (or a hub id for huggingface); not used by the simulator."""
+    """File or folder to read (or a hub id for huggingface); the simulator reads none."""
     items_path: Path | None = None
     """File with item, title and optional genres, when the interactions file holds no titles."""
+    users_path: Path | None = None
+    """File with a row per user, whose fields ``users_columns`` names."""
+    separator: Literal["auto", "comma", "semicolon", "tab", "pipe"] = "auto"
+    """Between the fields of a CSV file: auto takes the one that its first line has most of."""
     columns: dict[str, str] = Field(default_factory=dict)
     """For recbole, csv, jsonl, parquet and huggingface: our column name -> the file's, for user, item, rating,
-    timestamp, title, genres."""
+    timestamp, title, genres. Without a column rating every interaction is a like. A name of your own, as in
+    {description: text}, keeps that text of each item for prompts ({description} in ``template.item``)."""
+    items_columns: dict[str, str] = Field(default_factory=dict)
+    """The same for ``items_path``, where its columns have other names than the log's: item, title, genres, and names of
+    your own."""
+    users_columns: dict[str, str] = Field(default_factory=dict)
+    """The same for ``users_path``: user, and names of your own, as in {age: age_group}, which ``template.preamble``
+    takes."""
     duplicate_titles: Literal["error", "merge"] = "error"
     """What to do when two items share one title: stop, or merge them into one item (the number is printed)."""
+    distinguish_by: str | None = None
+    """Field of the items, such as author, that is put behind a title that several items share: "Title (author)"."""
+    untitled: float = Field(0.05, ge=0, lt=1)
+    """Largest share of interactions whose item has no title, to leave out and count; with more of them reading stops.
+    """
     articles: Literal["as_is", "first"] = "as_is"
     """For movielens and recbole: first turns "Matrix, The (1999)" into "The Matrix (1999)", as language models do."""
     tolerated_rows: float = Field(0.0, ge=0, lt=1)
@@ -76,8 +92,26 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _articles_of_films(self) -> "Source":
-        if self.articles == "first" and self.kind not in ("movielens", "recbole"):
+        if self.articles == "first" and self.kind not in (None, "movielens", "recbole"):
             raise ValueError(f"articles=first has no effect for kind={self.kind}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _simulator_reads_no_file(self) -> "Source":
+        if self.kind == "simulator" and self.path is not None:
+            raise ValueError(
+                f"kind=simulator makes users and titles up and reads no file, but path={self.path}; leave kind out to "
+                "read that, or leave path out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _users_have_fields(self) -> "Source":
+        if (self.users_path is None) != (not set(self.users_columns) - {"user"}):
+            raise ValueError(
+                "users_path and users_columns go together: the file, and the fields to take from it, as in "
+                "users_columns={age: age_group}"
+            )
         return self
 
 
@@ -104,8 +138,12 @@ class DataConfig(Section):
     """Requests before this quantile of all timestamps are for training (split=time)."""
     test_quantile: float = Field(0.9, gt=0, lt=1)
     """Requests after this quantile are for testing; those between the two cuts are for validation."""
-    train_requests_per_user: int = Field(1, ge=1)
-    """Up to this many of a user's latest requests before the cut become training groups."""
+    repeats: Literal["first", "last", "keep"] = "first"
+    """Of several interactions of one user with one item keep the first in time, the last, or all, so that an item of
+    the history may be liked again, as with music and groceries."""
+    train_requests_per_user: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Up to this many of a user's latest requests before the cut become training groups; auto takes as many as make
+    10,000 groups, or all where there are fewer (the data card says how many)."""
     negatives: Literal["uniform", "dislikes", "popularity", "in_batch"] = "uniform"
     """Training negatives: uniform among unseen items, the user's own low ratings (filled up with uniform), in
     proportion to popularity, or the positives of other training requests, as a random batch holds them (filled up with
@@ -139,7 +177,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _stream_is_possible(self) -> "DataConfig":
-        if self.stream and self.source.kind != "parquet":
+        if self.stream and self.source.kind not in (None, "parquet"):
             raise ValueError("stream reads Parquet shards; set data.source.kind=parquet")
         if self.stream and self.negatives == "in_batch":
             raise ValueError("in_batch negatives need all requests at once; set data.stream=false or other negatives")

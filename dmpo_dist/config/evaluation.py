@@ -21,9 +21,13 @@ class TransformerBaseline(Section):
     factors: int = Field(64, ge=1)
     """Width of embeddings and layers."""
     blocks: int = Field(2, ge=1)
+    """Number of transformer layers."""
     heads: int = Field(2, ge=1)
+    """Attention heads of a layer; their number divides ``factors``."""
     dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout rate in training."""
     learning_rate: float = Field(1e-3, gt=0)
+    """Learning rate of Adam."""
     batch_size: int = Field(32, ge=1)
     """Users per step."""
     max_length: int = Field(50, ge=2)

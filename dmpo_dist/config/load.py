@@ -18,6 +18,8 @@ from dmpo_dist.parsing import parse_yaml, read_text, require_plain
 from dmpo_dist.secrets import has_secret, redact
 
 Extent = Literal["all", "saved", "changed"]
+GRID = "experiment_"
+"""How names of recipes begin that are grids of studies, for `dmpo experiment`."""
 
 
 def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunConfig:
@@ -87,18 +89,26 @@ def find_recipe(name: str, what: str, prefix: str = "") -> Path:
 
     Args:
         what: what the name stands for, for the message of an error.
-        prefix: only recipes whose names begin with it are offered there.
+        prefix: only recipes whose names begin with it count; without one, those that are no grid of a study.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is there, or a grid of a study was named instead.
     """
-    folder = resources.files("dmpo_dist.recipes")
-    recipe = folder / f"{name}.yaml"
-    if Path(name).is_file() or recipe.is_file():
-        return Path(name) if Path(name).is_file() else Path(str(recipe))
-    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    offered = ", ".join(name for name in known if name.startswith(prefix))
-    raise UserError(f"{what} {name}: no such file, and no recipe of that name; recipes are {offered}")
+    recipes = recipes_with(prefix)
+    if Path(name).is_file():
+        return Path(name)
+    if name in recipes:
+        return recipes[name]
+    if name in recipes_with(GRID):
+        raise UserError(f"{what} {name}: is the grid of a study, which `dmpo experiment {name}` runs")
+    raise UserError(f"{what} {name}: no such file, and no recipe of that name; recipes are {', '.join(recipes)}")
+
+
+def recipes_with(prefix: str = "") -> dict[str, Path]:
+    """Name -> file of the recipes that begin with ``prefix``; without one, of those that are no grid of a study."""
+    files = sorted(Path(str(file)) for file in resources.files("dmpo_dist.recipes").iterdir())
+    names = {file.stem: file for file in files if file.suffix == ".yaml"}
+    return {name: file for name, file in names.items() if name.startswith(prefix) and (prefix or GRID not in name)}
 
 
 def dump_config(config: RunConfig, extent: Extent = "saved") -> str:
@@ -193,7 +203,7 @@ def _explain(error: Any) -> str:
         known = _all_keys(RunConfig)
         if key in known:
             return f"  {key}: {_no_option_here(error)}"
-        return f"  {key}: unknown key; the nearest known key is {_nearest(key, known)}"
+        return f"  {key}: unknown key; the nearest known key is {nearest_key(key, known)}"
     if error["type"] == "union_tag_invalid":  # the objective is the one section with a choice of options
         name = error["input"].get("name")
         return f"  {key}.name: must be one of {', '.join(BUILT_IN)}, or give {key}.import_path (got {name!r})"
@@ -203,7 +213,7 @@ def _explain(error: Any) -> str:
     return f"  {key or 'top level'}: {message} (got {error['input']!r})"
 
 
-def _nearest(key: str, known: Sequence[str]) -> str:
+def nearest_key(key: str, known: Sequence[str]) -> str:
     """The known key that was probably meant: one of the same section by its initials or spelling, else any."""
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
@@ -237,13 +247,13 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        for below in _sections(field.annotation):
+        for below in sections_of(field.annotation):
             keys += _all_keys(below, prefix + name + ".")
     return list(dict.fromkeys(keys))
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
     """The sections that a field of this type may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections(argument)]
+    return [section for argument in get_args(annotation) for section in sections_of(argument)]

@@ -42,6 +42,7 @@ class PreferenceOptions(Section, frozen=True):
 
 class DmpoConfig(PreferenceOptions):
     name: Literal["dmpo"] = "dmpo"
+    """dmpo | sdpo | dpo_pairs | dmpo_released, each with options of its own; left out beside ``import_path``."""
 
 
 class SdpoConfig(PreferenceOptions):

@@ -27,7 +27,7 @@ class RunConfig(Section):
     output_dir: Path = Path("runs/dmpo")
     """Folder for everything the command writes; must not exist yet unless resuming."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """NumPy and the libraries of the baselines take 32 bits."""
+    """Of everything drawn at random: new weights, negatives, order of groups, bootstraps; 32 bits, as NumPy takes."""
     data: DataConfig = Field(default_factory=DataConfig)
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)

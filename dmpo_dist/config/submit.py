@@ -73,6 +73,7 @@ class KubernetesConfig(Section):
     """``dmpo submit --to kubernetes``: a RayJob of the KubeRay operator."""
 
     namespace: Name = "default"
+    """Namespace that the job is made in."""
     context: Word | None = None
     """kubectl context; None is the current one."""
     image: Word | None = None
@@ -86,11 +87,13 @@ class KubernetesConfig(Section):
     secret: Name | None = None
     """Name of a secret whose keys become environment variables (HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...)."""
     gpu_resource: Word = "nvidia.com/gpu"
+    """Name of the resource that stands for a GPU."""
     memory_per_node: Quantity = "64Gi"
     """Memory of each worker pod, shared memory included."""
     shared_memory: Quantity = "16Gi"
     """Size of /dev/shm: Ray's object store and NCCL inside a node."""
     head_cpus: int = Field(4, ge=1)
+    """CPUs of the head node."""
     head_memory: Quantity = "16Gi"
     """CPUs and memory of the head pod, which runs the driver and no rank."""
     run_as_user: int = Field(1000, ge=1)
@@ -98,6 +101,7 @@ class KubernetesConfig(Section):
     node_selector: dict[Word, Word] = Field(default_factory=dict)
     """Labels of the nodes that workers may run on."""
     service_account: Name = "default"
+    """Service account that the pods run as."""
     retries: int = Field(2, ge=0)
     """How often a failed job starts again on a new cluster, from the latest checkpoint."""
     deadline_seconds: int | None = Field(None, ge=60)
@@ -118,7 +122,9 @@ class SubmitConfig(Section):
     nodes: int = Field(1, ge=1)
     """Nodes (Kubernetes: worker pods); a Ray cluster that is there already has its own."""
     cpus_per_node: int = Field(8, ge=1)
+    """CPUs asked for on each node."""
     gpus_per_node: int = Field(0, ge=0)
+    """GPUs asked for on each node."""
     env: dict[str, Line] = Field(default_factory=dict)
     """Environment of all processes, such as NCCL_SOCKET_IFNAME. It is written to files, so it must hold no secrets."""
     ready_seconds: int = Field(600, ge=1)

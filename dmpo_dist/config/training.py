@@ -39,11 +39,13 @@ class StageConfig(Section):
     token_budget: Annotated[int, Field(ge=16)] | Literal["auto"] = 4096
     """Most tokens in one packed micro-batch row; auto finds the largest that fits into memory by a short probe."""
     learning_rate: float = Field(1e-4, gt=0)
+    """Highest learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
     validate_every: int = Field(50, ge=1)
@@ -56,6 +58,7 @@ class StageConfig(Section):
     """Which weights become the result: best by ``select_metric`` on validation, those of the start
     included, or the last."""
     select_metric: Literal["ndcg@10", "hr@1", "mrr", "auc"] = "ndcg@10"
+    """Metric on the validation requests that ``select=best`` goes by."""
     log_every: int = Field(10, ge=1)
     """Steps between two log lines."""
 
@@ -85,6 +88,7 @@ class ClusterConfig(Section):
     """Fewest workers that training goes on with when nodes are lost; as nodes join, Ray adds workers, up to
     ``workers``. None: training waits for all ``workers``."""
     cpus_per_worker: float = Field(1, gt=0)
+    """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs per worker; None takes 1 where the cluster has GPUs, else 0."""
     address: str | None = None

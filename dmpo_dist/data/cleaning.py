@@ -1,21 +1,39 @@
 """From rows of text to a checked and cleaned log, by one set of rules for small and large logs.
 
-Readers give a view ``read`` with the columns file, row, user, item, rating, timestamp and, where no other file has the
-titles, title and genres; all of them text or null but the row's number. Cleaning makes the table ``log`` of it.
+Readers give a view ``read`` with the columns file, row, user, item, timestamp, rating where the log has ratings and,
+where no other file has the items, title, genres and further fields; all of them text or null but the row's number.
+Cleaning makes the table ``log`` of it.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.data.database import Database, literal
+from dmpo_dist.data.database import Database, literal, quoted
+from dmpo_dist.data.item_rules import distinguished, items_of_events, stripped, titled, unique_titles
+from dmpo_dist.data.rules import LOG_COLUMNS, Repeats, Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.titles import without_entities
 from dmpo_dist.errors import UserError
 
-LOG_COLUMNS = ["user", "item", "rating", "timestamp", "title", "genres"]
+LIKE = 5.0
+"""The rating of an interaction in a log without ratings: a like."""
 MILLISECONDS = 1e11  # as seconds this is the year 5138
 SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())  # what str.strip removes
+
+
+def implicit_note(columns: Mapping[str, str], there: Collection[str]) -> list[str]:
+    """What to say of a log without ratings; nothing where ``columns`` (our name -> the log's) has them.
+
+    Args:
+        there: all columns of the log, one of which may hold ratings under a name of its own.
+    """
+    if "rating" in columns:
+        return []
+    others = [repr(name) for name in there if name not in columns.values()]
+    advice = f" If one of {', '.join(others)} holds ratings, set data.source.columns.rating." if others else ""
+    return [f"No column 'rating': every interaction is a like (rating {LIKE:g}).{advice}"]
 
 
 def assemble(
@@ -25,8 +43,7 @@ def assemble(
     items_file: Path,
     name: str,
     notes: list[str],
-    duplicate_titles: str,
-    tolerated: float = 0.0,
+    rules: Rules,
 ) -> Interactions:
     """Checked and cleaned tables of strings, made into ``Interactions``.
 
@@ -34,8 +51,6 @@ def assemble(
         events, items: indexed by row number in ``events_file`` and ``items_file``; without ``items`` the events have
             titles.
         notes: what reading changed so far.
-        duplicate_titles: ``error`` or ``merge``.
-        tolerated: largest share of malformed events to leave out.
 
     Raises:
         UserError: a malformed row, with its file, number and value.
@@ -45,7 +60,7 @@ def assemble(
         if items is not None:
             items = items.set_axis([f"{items_file}, row {row}" for row in items.index])
         notes = list(notes)
-        items = clean(database, items, items_file, notes, duplicate_titles, tolerated)
+        items = clean(database, items, items_file, notes, rules)
         log = database.frame("SELECT user, item, rating, timestamp FROM log ORDER BY timestamp, user, item")
     return Interactions(events=log.astype({"user": "str", "item": "str"}), items=items, name=name, notes=notes)
 
@@ -55,54 +70,66 @@ def clean(
     items: pd.DataFrame | None,
     items_file: Path,
     notes: list[str],
-    duplicate_titles: str,
-    tolerated: float,
+    rules: Rules,
 ) -> pd.DataFrame:
     """Make the table ``log`` (user, item, rating, timestamp) of the view ``read``; returns the items with their titles.
 
     Args:
         items: columns item, title and maybe genres, indexed by where each row stands; None takes them from the events.
         notes: gets a sentence for everything that was changed or left out.
-        duplicate_titles, tolerated: see ``assemble``.
 
     Raises:
         UserError: a malformed row, with its file, number and value.
     """
-    _read_rows(database)
-    sound = _sound_rows(database, tolerated, notes)
+    _read_rows(database, rules.fields)
+    sound = _sound_rows(database, rules.tolerated, notes)
     # Items are few against events, so pandas can check them. Each comes with file and row of its first sound event;
     # that is null for an item all of whose events are malformed, which counts as an item that nobody took.
+    texts = ["genres", *rules.fields]
+    firsts = ", ".join(f"arg_min({quoted(name)}, (file, row)) AS {quoted(name)}" for name in texts)
     found = database.frame(
-        f"""SELECT item, min(title) <> max(title) AS differs, arg_min(title, (file, row)) AS title,
-        arg_min(genres, (file, row)) AS genres,
+        f"""SELECT item, min(title) FILTER (title <> '') <> max(title) AS differs,
+        coalesce(arg_min(title, (file, row)) FILTER (title <> ''), '') AS title, {firsts},
         arg_min(concat(file, ', row ', row), (file, row)) FILTER ({sound}) AS first_event
         FROM rows WHERE item <> '' GROUP BY item ORDER BY min((file, row))"""
     ).set_index("first_event")
     if items is None:
         if found["differs"].any():
             _refuse_second_title(database)
-        items = found[["item", "title", "genres"]]
-    items = _stripped(_decoded(items, notes))
-    items = _items_of_events(found["item"][found.index.notna()], items, items_file, notes)
-    items, renamed = _unique_titles(items, duplicate_titles, notes)
-    _keep_first_events(database, sound, renamed, notes)
+        items = found[["item", "title", *texts]]
+    taken = found["item"][found.index.notna()]
+    items = stripped(_decoded(items, notes))
+    taken, sound = titled(database, taken, items, items_file, sound, rules.untitled, notes)
+    items = items_of_events(taken, items, items_file, notes)
+    items = distinguished(items, rules.distinguish_by, notes)
+    items, renamed = unique_titles(items, rules.duplicate_titles, notes)
+    _keep_events(database, sound, renamed, rules.repeats, notes)
     return items.astype("str")
 
 
-def _read_rows(database: Database) -> None:
-    """Table ``rows``: text without space around it, numbers as numbers (null where they are not), whole seconds."""
+def _read_rows(database: Database, fields: tuple[str, ...]) -> None:
+    """Table ``rows``: text without space around it, numbers as numbers (null where they are not), whole seconds.
+
+    A moment may also be a date of ISO 8601, in UTC where it names no time zone. Without ratings all rows are likes.
+    """
     columns = [name for name, *_ in database.rows("DESCRIBE read")]
+    database.run("SET TimeZone = 'UTC'")
     database.run(f"CREATE MACRO stripped(x) AS coalesce(trim(CAST(x AS VARCHAR), {literal(SPACE)}), '')")
     # DuckDB reads 1_000 as a number, which would hide a broken field.
     database.run(
         """CREATE MACRO number(x) AS CASE WHEN NOT contains(x, '_') AND isfinite(TRY_CAST(x AS DOUBLE))
         THEN TRY_CAST(x AS DOUBLE) END"""
     )
-    texts = [f"stripped({name}) AS {name}" if name in columns else f"'' AS {name}" for name in ("title", "genres")]
+    database.run(
+        """CREATE MACRO seconds(x) AS
+        floor(coalesce(number(x), CASE WHEN x ~ '\\d{4}[-/].*' THEN epoch(TRY_CAST(x AS TIMESTAMPTZ)) END))"""
+    )
+    names = ("title", "genres", *fields)
+    texts = [f"{f'stripped({quoted(n)})' if n in columns else repr('')} AS {quoted(n)}" for n in names]
+    rating = "number(stripped(rating))" if "rating" in columns else f"{LIKE}::DOUBLE"
     database.run(
         f"""CREATE TABLE rows AS SELECT file, row, stripped(user) AS user, stripped(item) AS item,
-        number(stripped(rating)) AS rating, floor(number(stripped(timestamp))) AS timestamp, {", ".join(texts)}
-        FROM read"""
+        {rating} AS rating, seconds(stripped(timestamp)) AS timestamp, {", ".join(texts)} FROM read"""
     )
 
 
@@ -151,10 +178,10 @@ def _refuse_malformed(database: Database, faults: list[str]) -> None:
     if "NULL" not in fault:
         raise UserError(f"{file}, row {row}: timestamp {float(text):.0f} is out of range; write seconds since 1970")
     more = f" ({count} such rows)" if count > 1 else ""
-    unit = ", in seconds since 1970" if column == "timestamp" else ""
-    raise UserError(
-        f"{file}, row {row}: {column} {text!r} is not a number{more}; write a number{unit} or remove the row"
-    )
+    what, wanted = "a number", "a number"
+    if column == "timestamp":
+        what, wanted = "a moment", "seconds since 1970, or a date as in 2024-05-31 or 2024-05-31T18:00:00+02:00,"
+    raise UserError(f"{file}, row {row}: {column} {text!r} is not {what}{more}; write {wanted} or remove the row")
 
 
 def _refuse_second_title(database: Database) -> None:
@@ -162,7 +189,7 @@ def _refuse_second_title(database: Database) -> None:
     file, row, item, title, first = database.rows(
         """SELECT * FROM (
             SELECT file, row, item, title, first_value(title) OVER (PARTITION BY item ORDER BY file, row) AS first
-            FROM rows
+            FROM rows WHERE title <> ''
         ) WHERE title <> first ORDER BY file, row LIMIT 1"""
     )[0]
     raise UserError(
@@ -179,70 +206,22 @@ def _decoded(items: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     return items.assign(title=titles)
 
 
-def _stripped(items: pd.DataFrame) -> pd.DataFrame:
-    """Fields without space around them, and genres even where the file has none."""
-    items = items if "genres" in items else items.assign(genres="")
-    return items.apply(lambda column: column.str.strip())
+def _keep_events(database: Database, sound: str, renamed: dict[str, str], repeats: Repeats, notes: list[str]) -> None:
+    """Table ``log``: the first or last event in time of each (user, item), or with ``keep`` one of each second.
 
-
-def _items_of_events(taken: pd.Series, items: pd.DataFrame, items_file: Path, notes: list[str]) -> pd.DataFrame:
-    """The items somebody took, each with a sound title; ``taken`` and ``items`` are indexed by where they stand."""
-    empty = items["item"] == ""
-    if empty.any():
-        raise UserError(f"{items.index[empty][0]}: column 'item' is empty; fill it or remove the row")
-    twice = items["item"].duplicated()
-    if twice.any():
-        raise UserError(
-            f"{items.index[twice][0]}: item {items['item'][twice].iloc[0]!r} occurs a second time; keep one row per "
-            "item"
-        )
-    missing = ~taken.isin(items.loc[items["title"] != "", "item"])
-    if missing.any():
-        raise UserError(
-            f"{taken.index[missing][0]}: item {taken[missing].iloc[0]!r} has no title in {items_file.name}; add its "
-            "title or remove its rows"
-        )
-    used = items["item"].isin(taken)
-    if not used.all():
-        notes.append(f"{int((~used).sum())} items without interactions left out.")
-    items = items[used]
-    broken = items["title"].str.contains(r"[\r\n]")
-    if broken.any():
-        first = items[broken].iloc[0]
-        raise UserError(
-            f"{items_file}: the title of item {first['item']!r}, {first['title']!r}, contains a line break; titles are "
-            "single lines"
-        )
-    return items
-
-
-def _unique_titles(items: pd.DataFrame, duplicate_titles: str, notes: list[str]) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Items with unique titles, and item -> item that stands for it (empty where nothing was merged)."""
-    first = items.groupby("title", sort=False)["item"].transform("first")
-    again = items["item"] != first
-    if not again.any():
-        return items.reset_index(drop=True), {}
-    if duplicate_titles == "error":
-        second = items[again].iloc[0]
-        raise UserError(
-            f"{items.index[again][0]}: items {first[again].iloc[0]!r} and {second['item']!r} share the title "
-            f"{second['title']!r} ({int(again.sum())} such items); a response must name one item: make the titles "
-            "differ, or set data.source.duplicate_titles=merge"
-        )
-    notes.append(f"{int(again.sum())} items merged into another item of the same title.")
-    return items[~again].reset_index(drop=True), dict(zip(items["item"], first, strict=True))
-
-
-def _keep_first_events(database: Database, sound: str, renamed: dict[str, str], notes: list[str]) -> None:
-    """Table ``log``: the first event in time of each (user, item), the first in the file among those of one second."""
+    Among those of one second the first in the file counts, or with ``last`` the last.
+    """
     database.show("renamed", pd.DataFrame({"old": list(renamed), "new": list(renamed.values())}, dtype="str"))
     rows = database.value(f"SELECT count(*) FROM rows WHERE {sound}")
+    end = "max" if repeats == "last" else "min"
+    moment = "timestamp" if repeats == "keep" else f"{end}(timestamp)"
     database.run(
         f"""CREATE TABLE log AS SELECT user, coalesce(new, item) AS item,
-        arg_min(rating, (timestamp, file, row)) AS rating, CAST(min(timestamp) AS BIGINT) AS timestamp
+        arg_{end}(rating, (timestamp, file, row)) AS rating, CAST({moment} AS BIGINT) AS timestamp
         FROM rows LEFT JOIN renamed ON item = old WHERE {sound} GROUP BY ALL"""
     )
     database.run("DROP TABLE rows")
     repeated = rows - database.value("SELECT count(*) FROM log")
     if repeated:
-        notes.append(f"{repeated} repeated (user, item) events dropped, the first in time kept.")
+        kept = "one of each second" if repeats == "keep" else f"the {repeats} in time"
+        notes.append(f"{repeated} repeated (user, item) events dropped, {kept} kept.")

@@ -17,7 +17,7 @@ from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import data_card
 from dmpo_dist.data.leaks import Finding, check_leaks, finding_lines, findings_to_json, leak_message, leaks
 from dmpo_dist.data.splits import SPLITS
-from dmpo_dist.data.store import FORMAT_VERSION, PreparedData, dataset_of, rows_of
+from dmpo_dist.data.store import FORMAT_VERSION, USERS_FILE, PreparedData, dataset_of, rows_of
 from dmpo_dist.errors import UserError
 
 INTERACTIONS_FILE = "interactions.parquet"
@@ -59,13 +59,13 @@ def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Ca
     require_free(output)
     rows = {split: dataset_of(changed[split]) if split in changed else getattr(data, split) for split in SPLITS}
     card = data.card.model_copy(deep=True)
-    card.notes, card.fingerprint = [*data.card.notes, note], fingerprint(rows, data.items)
+    card.notes, card.fingerprint = [*data.card.notes, note], fingerprint(rows, data.items, data.users)
     lists = {split: rows[split].to_list() for split in SPLITS}
     card.leaks = checked_for_leaks(lists, data.interactions, card, echo, allow=True)
     with whole_folder(output) as folder:
         if data.interactions is not None:
             data.interactions.to_parquet(folder / INTERACTIONS_FILE, index=False)
-        write_rows(folder, rows, data.items, card)
+        write_rows(folder, rows, data.items, card, data.users)
     return PreparedData.load(output)
 
 
@@ -95,8 +95,8 @@ def checked_for_leaks(
     return findings_to_json(findings)
 
 
-def fingerprint(rows: Mapping[str, Dataset], items: pd.DataFrame | None) -> str:
-    """sha256 over items and rows in order: equal content has the same fingerprint on every machine.
+def fingerprint(rows: Mapping[str, Dataset], items: pd.DataFrame | None, users: pd.DataFrame | None = None) -> str:
+    """sha256 over items, users and rows in order: equal content has the same fingerprint on every machine.
 
     Oracle scores are left out: no model sees them, and their last bits depend on the machine's linear algebra library.
     """
@@ -105,8 +105,9 @@ def fingerprint(rows: Mapping[str, Dataset], items: pd.DataFrame | None) -> str:
     def add(record: object) -> None:
         digest.update(json.dumps(record, ensure_ascii=True, separators=(",", ":"), sort_keys=True).encode() + b"\n")
 
-    for item in [] if items is None else items[["item", "title", "genres"]].itertuples(index=False, name=None):
-        add(item)
+    for table in (items, users):
+        for record in [] if table is None else table.itertuples(index=False, name=None):
+            add(record)
     for split in SPLITS:
         add(split)
         for row in rows_of(rows[split]):
@@ -121,6 +122,7 @@ def make_card(
     notes: list[str],
     rows: Mapping[str, Dataset],
     items: pd.DataFrame | None,
+    users: pd.DataFrame | None = None,
 ) -> DatasetCard:
     """The card of rows that were not made from a log."""
     content = {
@@ -134,14 +136,20 @@ def make_card(
         "notes": notes,
         "items": items is not None,
         "interactions": False,
-        "fingerprint": fingerprint(rows, items),
+        "fingerprint": fingerprint(rows, items, users),
         "config": config.model_dump(mode="json"),
     }
     return DatasetCard.model_validate(content)
 
 
-def write_rows(folder: Path, rows: Mapping[str, Dataset], items: pd.DataFrame | None, card: DatasetCard) -> None:
-    """Write rows, items, ``dataset.json`` and ``card.md``; an empty split has no folder.
+def write_rows(
+    folder: Path,
+    rows: Mapping[str, Dataset],
+    items: pd.DataFrame | None,
+    card: DatasetCard,
+    users: pd.DataFrame | None = None,
+) -> None:
+    """Write rows, items, users' fields, ``dataset.json`` and ``card.md``; an empty split has no folder.
 
     The card gets the digests of these files, and of the interactions, which lie there already.
     """
@@ -150,6 +158,8 @@ def write_rows(folder: Path, rows: Mapping[str, Dataset], items: pd.DataFrame | 
             rows[split].save_to_disk(str(folder / split))
     if items is not None:
         items.to_parquet(folder / "items.parquet", index=False)
+    if users is not None:
+        users.to_parquet(folder / USERS_FILE, index=False)
     files = [path for split in SPLITS for path in (folder / split).glob("*")]
     card.digests = digests_of(folder, [*files, *folder.glob("*.parquet")])
     card.write(folder)

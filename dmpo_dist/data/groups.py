@@ -18,6 +18,9 @@ from dmpo_dist.data.splits import SPLITS, Requests, find_requests
 from dmpo_dist.data.store import dataset_of, on_disk
 from dmpo_dist.errors import UserError
 
+ENOUGH_GROUPS = 10_000
+"""Training groups for which ``data.train_requests_per_user=auto`` takes as many requests of a user as needed."""
+
 
 @dataclass
 class _Found:
@@ -78,6 +81,7 @@ def _find_groups(
 ) -> _Found:
     """The rows of all shares, one share at a time; with several shares the rows are kept on disk."""
     found = _Found()
+    per_user = requests_per_user(log, cuts, config)
     world = log.world(with_log=config.negatives == "popularity")
     title = dict(zip(log.items["item"], log.items["title"], strict=True))
     for number in range(log.shares):
@@ -88,7 +92,7 @@ def _find_groups(
             rating_threshold=config.rating_threshold,
             min_history=config.min_history,
             max_history=config.max_history,
-            train_requests_per_user=config.train_requests_per_user,
+            train_requests_per_user=per_user,
             first_seen=pd.Series(world.first_seen, index=world.names),
             unseen_positives=config.evaluation_candidates == "all",
         )
@@ -116,6 +120,24 @@ def _find_groups(
         if log.shares > 1:
             echo(f"share {number + 1} of {log.shares} of the users: {len(events):,} interactions")
     return found
+
+
+def requests_per_user(log: Log, cuts: tuple[int, int] | None, config: DataConfig) -> int:
+    """``data.train_requests_per_user``; for auto the fewest that make ``ENOUGH_GROUPS``, or all, with a note of it."""
+    if config.train_requests_per_user != "auto":
+        return config.train_requests_per_user
+    likes = log.training_likes(config.rating_threshold, cuts[0] if cuts else None)
+    eligible = np.maximum(likes - config.min_history, 0)  # (n_users,) likes with enough others before
+    users_with = np.cumsum(np.bincount(eligible)[::-1])[::-1][1:]  # how many have at least 1, 2, ... of them
+    if not len(users_with):
+        return 1  # no group at all, which is refused with the reasons
+    totals = np.cumsum(users_with)  # how many groups up to 1, 2, ... of each user make
+    chosen = min(int(np.searchsorted(totals, ENOUGH_GROUPS)) + 1, len(totals))
+    log.notes.append(
+        f"data.train_requests_per_user=auto takes up to {chosen} training requests of a user: {totals[chosen - 1]} of "
+        f"{totals[-1]} likes with a long enough history."
+    )
+    return chosen
 
 
 def _in_order(pieces: list[Dataset], file: Path) -> Dataset:

@@ -159,7 +159,13 @@ def _future_items(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None
     """History items that the user had not taken strictly before the request, and targets in their own history."""
     check = "future items in histories"
     every = [row for split in rows.values() for row in split]
-    own = [row for row in every if (row["positive_item"] or row["positive"]) in row["history_items"]]
+    again = _taken_again(events)
+    own = [
+        row
+        for row in every
+        if (row["positive_item"] or row["positive"]) in row["history_items"]
+        and (row["user"], row["positive_item"]) not in again
+    ]
     figures = {"target_in_own_history": len(own)}
     examples = [f"{row['positive']!r} in the history of user {row['user']}" for row in own[:EXAMPLES]]
     text = f"{len(own)} of {len(every)} rows hold their target in the history"
@@ -170,6 +176,14 @@ def _future_items(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None
     examples += [f"{item!r} in the history of user {user} at {time}" for user, item, time in late[:EXAMPLES]]
     text += f"; {len(late)} history items were taken at the time of the request or after it, or never."
     return Finding(check, "leak" if own or late else "ok", text, figures | {"late_items": len(late)}, examples)
+
+
+def _taken_again(events: pd.DataFrame | None) -> set[tuple[str, str]]:
+    """(user, item) that stand in the log more than once, as with ``data.repeats=keep``."""
+    if events is None:
+        return set()
+    again = events.loc[events.duplicated(["user", "item"]), ["user", "item"]]
+    return set(again.itertuples(index=False, name=None))
 
 
 def _late_history(rows: Sequence[Row], events: pd.DataFrame) -> list[tuple[str, str, int]]:

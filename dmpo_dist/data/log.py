@@ -13,6 +13,7 @@ import pandas as pd
 from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.database import Database, literal
 from dmpo_dist.data.negatives import World
+from dmpo_dist.data.rules import Rules
 from dmpo_dist.data.sources.read import load_interactions
 from dmpo_dist.data.sources.shards import clean_shards
 from dmpo_dist.data.sources.simulator import LIKE, oracle_scores
@@ -99,6 +100,14 @@ class Log:
     def _frame(self, query: str) -> pd.DataFrame:
         return self._database.frame(query).astype({"user": "str", "item": "str"})
 
+    def training_likes(self, rating_threshold: float, until: int | None) -> np.ndarray:
+        """(n_users,) each user's likes before ``until``, or for None (leave-one-out) all but the last two."""
+        if until is None:
+            counted = f"greatest(count_if(rating >= {rating_threshold}) - 2, 0)"
+        else:
+            counted = f"count_if(rating >= {rating_threshold} AND timestamp < {until})"
+        return self._database.run(f"SELECT {counted} AS n FROM log GROUP BY user").fetchnumpy()["n"].astype(np.int64)
+
     def cuts(self, validation_quantile: float, test_quantile: float) -> tuple[int, int]:
         """The moments that part training, validation and test."""
         times = self._database.run("SELECT timestamp FROM log").fetchnumpy()["timestamp"]
@@ -132,10 +141,11 @@ def open_log(config: DataConfig, seed: int, database: Database, echo: Callable[[
         UserError: a missing or malformed file, or ``config.k_core`` leaves nothing.
     """
     if config.stream:
-        items, name, notes = clean_shards(database, config.source, echo)
+        rules = Rules.of(config.source, config.repeats)
+        items, name, notes = clean_shards(database, config.source, rules, echo)
         log = Log(database, items, name, notes)
     else:
-        read = load_interactions(config.source, seed)
+        read = load_interactions(config.source, seed, config.repeats)
         database.show("events", read.events)
         database.run(f"CREATE TABLE log AS SELECT {COLUMNS} FROM events")
         log = Log(database, read.items, read.name, list(read.notes), oracle_scores(read))

@@ -151,11 +151,11 @@ class NegativeSampler:
         return int(np.searchsorted(self._first_seen, timestamp, side="left"))
 
     def _taken(self, user: str, until: int | None) -> np.ndarray:
-        """Items the user took, at or before ``until`` where given."""
+        """Items the user took, each once, at or before ``until`` where given."""
         rows = self._rows_of_user[user]
         if until is not None:
             rows = rows[self._time[rows] <= until]
-        return self._code[rows]
+        return np.unique(self._code[rows])
 
     def _barred(self, user: str, timestamp: int) -> np.ndarray:
         """Items that may not be drawn as training negatives of a request."""
@@ -163,7 +163,10 @@ class NegativeSampler:
 
     def _dislike_codes(self, user: str, timestamp: int) -> np.ndarray:
         rows = self._rows_of_user[user]
-        return self._code[rows[(self._time[rows] < timestamp) & self._disliked[rows]]]
+        low = self._code[rows[(self._time[rows] < timestamp) & self._disliked[rows]]]
+        # With data.repeats=keep an item may be rated twice: what was ever liked so far is no dislike.
+        liked = self._code[rows[(self._time[rows] <= timestamp) & ~self._disliked[rows]]]
+        return np.array(list(dict.fromkeys(low[~np.isin(low, liked)].tolist())), dtype=np.int64)
 
     def _dislikes(self, user: str, timestamp: int, count: int, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(self._dislike_codes(user, timestamp))[:count]

@@ -24,8 +24,9 @@ from dmpo_dist.data.folder import (
 )
 from dmpo_dist.data.groups import groups_of_log
 from dmpo_dist.data.log import open_log
+from dmpo_dist.data.sources.kinds import with_kind
 from dmpo_dist.data.sources.preferences import Preferences, load_preferences
-from dmpo_dist.data.sources.read import READY_ROWS
+from dmpo_dist.data.sources.read import READY_ROWS, read_users
 from dmpo_dist.data.sources.released import load_released, load_sdpo
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.store import PreparedData, dataset_of
@@ -49,6 +50,7 @@ def prepare(
     """
     output = Path(output)
     require_free(output)
+    config = with_kind(config, echo)
     with whole_folder(output) as folder:
         if config.source.kind in READY_ROWS:
             _prepare_ready_rows(config, seed, folder, echo, allow_leaks)
@@ -79,10 +81,11 @@ def _prepare_log(config: DataConfig, seed: int, folder: Path, echo: Callable[[st
     start = time.monotonic()
     work = folder / "work"
     work.mkdir()
+    users = read_users(config.source)
     with Database(work, config.stream_memory) if config.stream else Database() as database:
         log = open_log(config, seed, database, echo)
         rows, cuts_and_drops = groups_of_log(log, config, seed, work, echo)
-        card = make_card(config, seed, log.name, log.notes, rows, log.items)
+        card = make_card(config, seed, log.name, log.notes, rows, log.items, users)
         card = DatasetCard.model_validate(card.content() | {"interactions": True} | cuts_and_drops)
         if config.stream and max(map(len, rows.values())) > CHECKED_ROWS:
             card.notes.append(
@@ -95,7 +98,7 @@ def _prepare_log(config: DataConfig, seed: int, folder: Path, echo: Callable[[st
         events = log.events_of(asked) if config.stream else log.share(0)
         card.leaks = checked_for_leaks(checked, events, card, echo, allow_leaks)
         log.write(folder / INTERACTIONS_FILE)
-        write_rows(folder, rows, log.items, card)
+        write_rows(folder, rows, log.items, card, users)
         size = log.count()
     del rows  # their files may be in ``work``
     shutil.rmtree(work)

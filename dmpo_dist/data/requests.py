@@ -1,5 +1,6 @@
 """The input of `dmpo rank`: users with their histories, and the catalogue."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.data.tables import read_delimited
+from dmpo_dist.data.tables import read_delimited, read_json_lines
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parsing
 
-SEPARATOR = "|"
+SEPARATOR, ESCAPED = "|", r"\|"
+BETWEEN_TITLES = r"(?<!\\)\|"
 NAMED = 5
 """An error names at most this many of the rows with a mistake."""
 
@@ -36,17 +38,18 @@ class RankingRequest:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Distinct titles, and (R,) int64 how often each of them was taken; None where that is not known."""
+    """Distinct titles, (R,) int64 how often each was taken, and their item ids; None where these are not known."""
 
     titles: tuple[str, ...]
     counts: np.ndarray | None
+    ids: tuple[str, ...] | None = None
 
 
 def read_requests(path: Path) -> list[RankingRequest]:
-    """Read Parquet or CSV with the columns user and history, and optionally candidates.
+    """Read Parquet, JSON lines or CSV with the columns user and history, and optionally candidates.
 
-    History and candidates are lists in Parquet, and titles separated by ``|`` in CSV. Without the column candidates the
-    whole catalogue is ranked.
+    History and candidates are lists; in CSV there is ``|`` between titles, which within a title is written with a
+    backslash before it. Without the column candidates the whole catalogue is ranked.
 
     Raises:
         UserError: no such file or column, no rows, a repeated user, an empty history, no candidates or a repeated
@@ -78,14 +81,16 @@ def read_requests(path: Path) -> list[RankingRequest]:
 
 
 def read_catalogue(path: Path) -> Catalogue:
-    """Read Parquet or CSV with the column title and optionally popularity (a count), or a folder of prepared data.
+    """Read Parquet, JSON lines or CSV with the column title and optionally item (ids) and popularity (a count).
+
+    A folder of prepared data is a catalogue, too.
 
     Raises:
-        UserError: no such file or column, no titles, an empty or repeated title, or a popularity that is not a count.
+        UserError: no such file or column, no titles, an empty or repeated title or id, or a popularity that is none.
     """
     if path.is_dir():
         return _prepared(path)
-    columns, rows = _read(path, "--catalogue", ("title",), ("popularity",))
+    columns, rows = _read(path, "--catalogue", ("title",), ("popularity", "item"))
     titles = ["" if title is None else str(title).strip() for title in columns["title"]]
     _refuse(
         path, "no title", [f"row {row}" for title, row in zip(titles, rows, strict=True) if not title], "fill it in"
@@ -98,7 +103,7 @@ def read_catalogue(path: Path) -> Catalogue:
         popularity = np.array([_count(value) for value in columns["popularity"]])
         bad = [f"row {rows[i]}: {columns['popularity'][i]!r}" for i in np.flatnonzero(popularity < 0)]
         _refuse(path, "a popularity that is not a count", bad, "write how often the item was taken, 0 or more")
-    return Catalogue(tuple(titles), popularity)
+    return Catalogue(tuple(titles), popularity, _ids(columns.get("item"), path, rows))
 
 
 def check_against(requests: Sequence[RankingRequest], catalogue: Catalogue, path: Path, exclude_history: bool) -> None:
@@ -119,11 +124,22 @@ def _prepared(folder: Path) -> Catalogue:
     data = PreparedData.load(folder)
     if data.items is None:
         raise UserError(f"{folder}: was made from ready preferences and has no catalogue; give --catalogue a file")
-    titles = tuple(data.items["title"].tolist())
+    titles, ids = tuple(data.items["title"].tolist()), tuple(data.items["item"].tolist())
     if data.interactions is None:
-        return Catalogue(titles, None)
+        return Catalogue(titles, None, ids)
     taken = data.interactions["item"].value_counts()
-    return Catalogue(titles, data.items["item"].map(taken).fillna(0).to_numpy(np.int64))
+    return Catalogue(titles, data.items["item"].map(taken).fillna(0).to_numpy(np.int64), ids)
+
+
+def _ids(column: list[Any] | None, path: Path, rows: list[int]) -> tuple[str, ...] | None:
+    """The item ids of a catalogue's file, which must differ."""
+    if column is None:
+        return None
+    ids = ["" if item is None else str(item).strip() for item in column]
+    counts = Counter(ids)
+    bad = [f"{i!r} (row {row})" for i, row in zip(ids, rows, strict=True) if counts[i] > 1 or not i]
+    _refuse(path, "an item id that is empty or occurs more than once", bad, "give each title an id of its own")
+    return tuple(ids)
 
 
 def _read(
@@ -135,8 +151,12 @@ def _read(
     if path.suffix.lower() in (".csv", ".tsv"):
         frame = read_delimited(path)
         columns, rows = {name: frame[name].tolist() for name in frame.columns}, frame.index.tolist()
+    elif path.suffix.lower() == ".jsonl":
+        lines = dict(read_json_lines(path))
+        names = list(dict.fromkeys(name for line in lines.values() for name in line))
+        columns, rows = {name: [line.get(name) for line in lines.values()] for name in names}, list(lines)
     else:
-        with parsing(f"{flag} {path}", "write Parquet, or CSV under a name that ends in .csv"):
+        with parsing(f"{flag} {path}", "write Parquet, or CSV or JSON lines under a name that ends in .csv or .jsonl"):
             table = pq.read_table(path)
             columns = {name: table.column(name).to_pylist() for name in table.column_names if name in needed + optional}
         rows = list(range(1, table.num_rows + 1))
@@ -154,7 +174,7 @@ def _lists(values: list[Any], path: Path, column: str, rows: list[int]) -> list[
     out = []
     for value, row in zip(values, rows, strict=True):
         if isinstance(value, str) and path.suffix.lower() in (".csv", ".tsv"):
-            value = value.split(SEPARATOR)
+            value = [title.replace(ESCAPED, SEPARATOR) for title in re.split(BETWEEN_TITLES, value)]
         if not isinstance(value, list | None) or not all(isinstance(title, str) for title in value or ()):
             raise UserError(f"{path}, row {row}: {column} is {value!r}; it must be a list of titles")
         out.append(tuple(title.strip() for title in value or () if title.strip()))

@@ -12,13 +12,16 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 
 from dmpo_dist.artifacts.dataset import DatasetCard
 from dmpo_dist.artifacts.digest import damage
+from dmpo_dist.config import TemplateConfig
 from dmpo_dist.data.place import require_prepared
+from dmpo_dist.data.prompt_texts import PromptTexts, require_fields
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parsing
 
 FORMAT_VERSION = 1
+USERS_FILE = "users.parquet"
 ROWS_AT_ONCE = 1000
 ROW_FEATURES = Features(
     {
@@ -44,7 +47,8 @@ class PreparedData:
         train, validation, test: rows with the columns of ``ROW_FEATURES``. ``oracle`` holds the true score of the
             positive, then those of the negatives; it is empty unless the data is simulated. Rows of ready preferences
             have a ``prompt``, no history and no items ("" and []); their validation and test may be empty.
-        items: columns item, title, genres; None for ready preferences.
+        items: columns item, title, genres and further texts; None for ready preferences.
+        users: columns user and the fields that ``data.source.users_columns`` named; None where it named none.
         interactions: columns user, item, rating, timestamp; None for ready preferences.
         card: the content of ``dataset.json``.
         fingerprint: sha256 over the content of rows and items.
@@ -55,6 +59,7 @@ class PreparedData:
     validation: Dataset
     test: Dataset
     items: pd.DataFrame | None
+    users: pd.DataFrame | None
     interactions: pd.DataFrame | None
     card: DatasetCard
     fingerprint: str
@@ -81,7 +86,8 @@ class PreparedData:
             name: _read_table(path / f"{name}.parquet") if getattr(card, name) else None
             for name in ("items", "interactions")
         }
-        whole = cls(**splits, **tables, card=card, fingerprint=card.fingerprint, path=path)
+        users = _read_table(path / USERS_FILE) if (path / USERS_FILE).exists() else None
+        whole = cls(**splits, **tables, users=users, card=card, fingerprint=card.fingerprint, path=path)
         return whole if shots is None else whole.few(shots)
 
     def few(self, shots: int) -> "PreparedData":
@@ -92,6 +98,17 @@ class PreparedData:
     def stored_negatives(self) -> list[int]:
         """How many negatives each training group has."""
         return pc.list_value_length(self.train.data.column("negatives")).to_pylist()
+
+
+def texts_of_data(template: TemplateConfig, data: PreparedData) -> PromptTexts:
+    """What the placeholders of ``template`` stand for in ``data``.
+
+    Raises:
+        UserError: one of them is no field of its items or users; the message names those that are.
+    """
+    require_fields(template, data.items, data.users, str(data.path))
+    texts = PromptTexts(item_fields=template.item_fields, user_fields=template.user_fields)
+    return texts.with_items(data.items).with_users(data.users)
 
 
 def few_fingerprint(fingerprint: str, shots: int | None) -> str:

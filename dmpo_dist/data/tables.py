@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import re
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,18 +18,28 @@ from dmpo_dist.parsing import parse_json, parsing
 EVENT_COLUMNS = ["user", "item", "rating", "timestamp"]
 TableKind = Literal["csv", "jsonl", "parquet"]
 SUFFIX_KINDS: dict[str, TableKind] = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 
 
-def read_table(path: Path, kind: str | None = None) -> pd.DataFrame:
-    """All fields as strings; ``kind`` csv, jsonl or parquet, by the file's name where it is left out."""
-    kind = kind or SUFFIX_KINDS.get(path.suffix.removesuffix(".gz"), "csv")
+def suffix_kind(path: Path) -> TableKind | None:
+    """What a file's name says that it is; the name may end in .gz."""
+    return SUFFIX_KINDS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower())
+
+
+def read_table(path: Path, kind: str | None = None, separator: str = "auto") -> pd.DataFrame:
+    """All fields as strings; ``kind`` csv, jsonl or parquet, by the file's name where it is left out.
+
+    Args:
+        separator: of a CSV file, auto or a key of ``SEPARATORS``.
+    """
+    kind = kind or suffix_kind(path) or "csv"
     if kind == "parquet":
         with parsing(path, "is its text UTF-8?"):  # Arrow looks at the bytes of texts when they are converted
             return as_strings(_read_parquet(path))
     if kind == "jsonl":
         rows = dict(read_json_lines(path))
         return as_strings(pd.DataFrame(list(rows.values()), index=list(rows), dtype=object))
-    return read_delimited(path)
+    return read_delimited(path, sep=SEPARATORS.get(separator))
 
 
 def read_json_lines(path: Path, keys: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -91,15 +102,16 @@ def _column_as_strings(column: pd.Series) -> pd.Series:
 
 
 def read_delimited(
-    path: Path, *, sep: str = ",", names: list[str] | None = None, encoding: str = "utf-8-sig"
+    path: Path, *, sep: str | None = None, names: list[str] | None = None, encoding: str = "utf-8-sig"
 ) -> pd.DataFrame:
     """All fields as strings, indexed by row number (the file's first row, header or not, is 1), without blank rows.
 
-    ``names`` are given for files without a header, which also know no quotes.
+    Args:
+        sep: stands between fields; None takes the separator that the header has most of.
+        names: of the fields, for files without a header, which also know no quotes.
     """
     content = _read_bytes(path, encoding)
-    if path.suffix == ".tsv":
-        sep = "\t"
+    sep = sep or _separator_of(content.split(b"\n", 1)[0].decode(encoding), path)
     if sep == "::":  # two characters would need pandas' slow parser; a tab does not occur in these files
         content, sep = content.replace(b"::", b"\t"), "\t"
     try:
@@ -126,10 +138,20 @@ def read_delimited(
     return frame[~blank]
 
 
+def _separator_of(header: str, path: Path) -> str:
+    """The separator that ``header`` has most of outside quotes; a tab in a .tsv file and else a comma on a tie."""
+    bare = re.sub(r'"[^"]*"', "", header)
+    usual = "\t" if ".tsv" in path.suffixes else ","
+    return max([usual, *SEPARATORS.values()], key=bare.count)
+
+
 def _read_bytes(path: Path, encoding: str) -> bytes:
     try:
         content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
         content.decode(encoding)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: cut off or not gzipped ({error}); download it again") from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror or error}); correct the path or its permissions"
@@ -152,8 +174,6 @@ def require_columns(columns: dict[str, str], there: list[str], path: Path, advic
     for ours, theirs in columns.items():
         if theirs not in there:
             todo = advice.format(column=ours)
-            if ours == "rating":
-                todo += "; a log without ratings wants a column of ones and data.rating_threshold=1"
             if len(there) == 1:
-                todo = "fields must be separated by commas (by tabs in a .tsv file)"
+                todo = "its fields must be separated by commas, semicolons, tabs or |: see data.source.separator"
             raise UserError(f"{path}: no column {theirs!r}; the file has {', '.join(map(repr, there))}; {todo}")

@@ -1,12 +1,12 @@
 """A history becomes a prompt, a title becomes a response."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
 
 from dmpo_dist.config import TemplateConfig
-from dmpo_dist.config.model import CANDIDATES
+from dmpo_dist.config.model import CANDIDATES, PLACEHOLDER
 from dmpo_dist.data.chat import ChatParts, Trim, before_answer, render_chat, take_apart, trim
 from dmpo_dist.errors import UserError
 
@@ -30,7 +30,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Template:
-    """Finished texts around histories and titles: no placeholder but {title} and ``request``'s {candidates} is left.
+    """Finished texts around histories and titles; placeholders of {title}, fields of items and users, and ``request``'s
+    {candidates} are left.
 
     Attributes:
         opening, closing: the begin token, or what a chat template puts around a user's text.
@@ -66,17 +67,31 @@ class Template:
         """Whether prompts list the candidates."""
         return self.candidate is not None
 
-    def render(self, history: tuple[str, ...], listed: Sequence[str] = ()) -> Prompt:
-        """The prompt for ``history`` (titles, oldest first), with the titles ``listed`` where it lists candidates."""
-        text, spans = self.preamble, []
-        before = len(self.item.split("{title}", 1)[0])
+    def render(
+        self,
+        history: tuple[str, ...],
+        listed: Sequence[str] = (),
+        items: Mapping[str, Mapping[str, str]] | None = None,
+        user: Mapping[str, str] | None = None,
+    ) -> Prompt:
+        """The prompt for ``history`` (titles, oldest first), with the titles ``listed`` where it lists candidates.
+
+        Args:
+            items: title -> field -> text; user: field -> text. What is missing there is left empty.
+        """
+        items, user = items or {}, dict(user or {})
+        text, spans = _filled(self.preamble, user), []
+        before, after = self.item.split("{title}", 1)
         for title in history:
-            start = len(text) + before
-            text += self.item.replace("{title}", title)
+            fields = {**items.get(title, {}), "title": title}
+            text += _filled(before, fields)
+            start = len(text)
+            text += title + _filled(after, fields)
             spans.append((start, len(text)))
-        request = self.request
         if self.candidate is not None:
-            request = request.replace(CANDIDATES, "".join(self.candidate.replace("{title}", t) for t in listed))
+            lines = (_filled(self.candidate, {**items.get(t, {}), "title": t}) for t in listed)
+            user |= {"candidates": "".join(lines)}
+        request = _filled(self.request, user)
         prompt = self.wrap(text + request)
         return Prompt(prompt.text, self._moved(spans, text + request) if self.item_ends else ())
 
@@ -135,9 +150,10 @@ class Template:
     def tail(self) -> str:
         """The end of every prompt with a history or a list of candidates; what comes before it varies."""
         if self.candidate is not None:
-            varying = self.candidate.rsplit("{title}", 1)[1] + self.request.split(CANDIDATES)[1]
+            varying = _behind_last(self.candidate) + self.request.split(CANDIDATES)[1]
         else:
-            varying = self.item.rsplit("{title}", 1)[1] + self.request
+            varying = _behind_last(self.item) + self.request
+        varying = _behind_last(varying)  # a request may end in a field of the user
         right: Trim = "right" if self.user_trim in ("right", "both") else "none"
         return trim(varying, right) + self.closing
 
@@ -148,6 +164,16 @@ class Template:
     def rendered(self) -> dict[str, str]:
         """What tokenizer and chat template brought, for ``dmpo.json`` beside a model and the key of a cache."""
         return {name: getattr(self, name) for name in RENDERED}
+
+
+def _filled(text: str, fields: Mapping[str, str]) -> str:
+    """``text`` with its placeholders filled in at once, so that one in a title stays what it is."""
+    return PLACEHOLDER.sub(lambda match: fields.get(match[1], ""), text) if "{" in text else text
+
+
+def _behind_last(text: str) -> str:
+    """What follows the last placeholder of ``text``."""
+    return PLACEHOLDER.split(text)[-1]
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:

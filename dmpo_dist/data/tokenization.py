@@ -10,6 +10,7 @@ from tokenizers import Encoding, models
 from dmpo_dist.data.candidates import list_order, require_no_finished_prompts
 from dmpo_dist.data.continuation import continuation, encode, joins_spaces, require_end
 from dmpo_dist.data.messages import messages_of
+from dmpo_dist.data.prompt_texts import PromptTexts
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import groups_from_rows
 from dmpo_dist.data.template import Prompt, Template, special_tokens
@@ -68,6 +69,7 @@ class GroupTokenizer:
         max_length: longest prompt plus response; the oldest history is dropped to fit.
         score_history: also score the titles of the history (for the likelihood on all titles).
         seed: of the order in which prompts list candidates.
+        texts: what further placeholders of the template stand for.
         truncated: number of groups that lost history so far.
         dropped_titles: number of history titles lost so far.
     """
@@ -77,6 +79,7 @@ class GroupTokenizer:
     max_length: int
     score_history: bool = False
     seed: int = 0
+    texts: PromptTexts = field(default_factory=PromptTexts)
     truncated: int = 0
     dropped_titles: int = 0
     _after_tail: dict[str, list[int]] = field(default_factory=dict, repr=False)
@@ -157,7 +160,7 @@ class GroupTokenizer:
     def _without_oldest(self, group: PreferenceGroup, dropped: int, listed: tuple[str, ...]) -> FittedPrompt:
         """The prompt without its ``dropped`` oldest titles and the responses, tokenized."""
         history = group.history[dropped:]
-        prompt = self._prompt(group.prompt, history, listed)
+        prompt = self._prompt(group, history, listed)
         before = self._asked(prompt.text)
         spaces = prompt.text[len(before) :]
         responses = [spaces + self._response(title, group.prompt, prompt) for title in _candidates(group)]
@@ -166,11 +169,12 @@ class GroupTokenizer:
         look_up = fixed_tail and self._is_local and encoded.ids[-1:] == self._tail_ids[-1:]
         return FittedPrompt(dropped, prompt, before, encoded, self._responses(before, encoded.ids, responses, look_up))
 
-    def _prompt(self, finished: str | None, history: tuple[str, ...], listed: tuple[str, ...]) -> Prompt:
-        if finished is None:
-            return self.template.render(history, listed)
-        turns = messages_of(finished)
-        return self.template.wrap(finished) if turns is None else self.template.converse(turns, self.tokenizer)
+    def _prompt(self, group: PreferenceGroup, history: tuple[str, ...], listed: tuple[str, ...]) -> Prompt:
+        if group.prompt is None:
+            items = self.texts.of_items((*history, *listed)) if self.texts.item_fields else {}
+            return self.template.render(history, listed, items, self.texts.of_user(group.user))
+        turns = messages_of(group.prompt)
+        return self.template.wrap(group.prompt) if turns is None else self.template.converse(turns, self.tokenizer)
 
     def _asked(self, prompt: str) -> str:
         return prompt.rstrip(" ") if self._joins_spaces else prompt
@@ -246,6 +250,15 @@ def _history_positions(prompt: Prompt, encoded: Encoding, end_id: int | None) ->
 
 def _longest(fitted: FittedPrompt) -> int:
     return len(fitted.encoded.ids) + max(map(len, fitted.responses))
+
+
+def check_texts(texts: PromptTexts, tokenizer: Any) -> None:
+    """Raise UserError for a field of an item or user that holds a special token of the tokenizer."""
+    special = special_tokens(tokenizer)
+    for text in texts.texts():
+        for token in special:
+            if token in text:
+                raise UserError(f"the text {text!r} of an item or user contains the special token {token!r}; change it")
 
 
 def check_titles(titles: Sequence[str], tokenizer: Any) -> None:

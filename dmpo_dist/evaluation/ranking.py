@@ -4,14 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from dmpo_dist.config import RunConfig
+from dmpo_dist.data.prompt_texts import PromptTexts
 from dmpo_dist.data.requests import Catalogue, RankingRequest
+from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import ModelSource, find_model, read_model_config
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.scoring_rule import adjusted, scored_lengths
+
+
+@dataclass(frozen=True)
+class GivenTexts:
+    """Tables with the columns title or user, and fields of theirs, from the files of an order; None for none."""
+
+    items: pd.DataFrame | None
+    users: pd.DataFrame | None
 
 
 class TitleScorer:
@@ -22,6 +33,7 @@ class TitleScorer:
         config: gives template, model, evaluation and ranking settings.
         catalogue: gives the titles' popularity.
         reference: model folder or hub id whose log-probs can be subtracted; None for none.
+        given: see ``load_ranking_model``.
 
     Attributes:
         policy: the model.
@@ -31,9 +43,16 @@ class TitleScorer:
         UserError: a model, reference or template that cannot be used, or a popularity weight without popularity.
     """
 
-    def __init__(self, model: str, config: RunConfig, catalogue: Catalogue | None, reference: str | None) -> None:
+    def __init__(
+        self,
+        model: str,
+        config: RunConfig,
+        catalogue: Catalogue | None,
+        reference: str | None,
+        given: GivenTexts | None = None,
+    ) -> None:
         self._path, self._config = model, config
-        self.policy = load_ranking_model(model, config)
+        self.policy = load_ranking_model(model, config, given)
         self.reference = None if reference is None else self.policy.reference(reference)
         self._log_popularity = self._popularity_of(catalogue) if config.ranking.popularity_weight else None
 
@@ -107,14 +126,17 @@ class Ranker:
         config: gives template, model, evaluation and ranking settings.
         catalogue: what users without candidates choose from, and the titles' popularity.
         top: how many titles are kept.
+        given: see ``load_ranking_model``.
 
     Raises:
         UserError: a model, reference or template that cannot be used.
     """
 
-    def __init__(self, model: str, config: RunConfig, catalogue: Catalogue | None, top: int) -> None:
+    def __init__(
+        self, model: str, config: RunConfig, catalogue: Catalogue | None, top: int, given: GivenTexts | None = None
+    ) -> None:
         reference = reference_of(find_model(model), config.ranking.reference)
-        self._scorer = TitleScorer(model, config, catalogue, reference)
+        self._scorer = TitleScorer(model, config, catalogue, reference, given)
         self._titles = catalogue.titles if catalogue else ()
         self._exclude_history, self._top = config.ranking.exclude_history, top
 
@@ -145,11 +167,24 @@ class Ranker:
         return next(filter(None, (model.load_weights().fallback for model in models)), None)
 
 
-def load_ranking_model(path: str, config: RunConfig) -> RankingModel:
-    """``RankingModel.load`` by a run's template, model and evaluation settings."""
+def load_ranking_model(path: str, config: RunConfig, given: GivenTexts | None = None) -> RankingModel:
+    """``RankingModel.load`` by a run's template, model and evaluation settings.
+
+    Args:
+        given: fields of items and users beside those of ``config.data.path`` and of the model itself.
+    """
+
+    def with_data(texts: PromptTexts) -> PromptTexts:
+        if not texts.item_fields and not texts.user_fields:
+            return texts
+        if config.data.path is not None:
+            data = PreparedData.load(config.data.path)
+            texts = texts.with_items(data.items).with_users(data.users)
+        return texts.with_items(given.items).with_users(given.users) if given else texts
+
     settings = config.evaluation
     return RankingModel.load(
-        path, config.model, config.template, settings.token_budget, config.seed, settings.candidate_orders
+        path, config.model, config.template, settings.token_budget, config.seed, settings.candidate_orders, with_data
     )
 
 

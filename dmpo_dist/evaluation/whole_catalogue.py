@@ -57,11 +57,11 @@ def catalogue_at_test(data: PreparedData) -> Catalogue:
     """
     if data.items is None:
         raise UserError(f"{data.path}: was made from ready preferences and has no catalogue; give --catalogue a file")
-    titles = tuple(data.items["title"].tolist())
+    titles, ids = tuple(data.items["title"].tolist()), tuple(data.items["item"].tolist())
     if data.interactions is None:
-        return Catalogue(titles, None)
+        return Catalogue(titles, None, ids)
     taken = fitting_log(data, "test")["item"].value_counts()
-    return Catalogue(titles, data.items["item"].map(taken).fillna(0).to_numpy(np.int64))
+    return Catalogue(titles, data.items["item"].map(taken).fillna(0).to_numpy(np.int64), ids)
 
 
 class WholeCatalogue:

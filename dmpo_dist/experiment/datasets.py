@@ -62,7 +62,8 @@ def _require_as_prepared(name: str, data: PreparedData, settings: RunConfig, see
     used = {key: value for key, value in data.card.config.items() if key not in NOT_IN_THE_ROWS}
     there = dotted({"seed": data.card.seed, "data": used})
     for key, value in wanted.items():
-        if key in there and there[key] != value:
+        inferred = key == "data.source.kind" and value is None
+        if key in there and there[key] != value and not inferred:
             raise UserError(
                 f"datasets.{name}: {data.path} was prepared with {key}={there[key]}, the grid now says {value}; give "
                 "the dataset another name, or write to another output_dir"

@@ -1,17 +1,20 @@
 """A model as it is used: its tokenizer and template, its weights on a device, and how responses share their prompt."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import pandas as pd
 import torch
 
 from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.data.prompt_texts import PromptTexts, texts_of_model
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.template import Template, make_template
-from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
+from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_texts, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import (
     ModelSource,
@@ -74,6 +77,7 @@ class RankingModel:
         token_budget: int = 8192,
         seed: int = 0,
         candidate_orders: int = 1,
+        texts: Callable[[PromptTexts], PromptTexts] = lambda texts: texts,
     ) -> Self:
         """Read tokenizer and template now, and the weights when they are first needed.
 
@@ -85,6 +89,7 @@ class RankingModel:
             template: how prompts read, for a model that training wrote no ``dmpo.json`` for.
             token_budget: most tokens in one row of a forward pass.
             seed, candidate_orders: of the candidates in the prompt, where it lists them; see ``evaluation``'s settings.
+            texts: adds fields of items and users to those that training left beside the model.
 
         Raises:
             UserError: no such model, a damaged file, no fast tokenizer, or another template than the model's own.
@@ -92,9 +97,12 @@ class RankingModel:
         config = config or ModelConfig()
         source = find_model(path)
         tokenizer = load_tokenizer(source)
-        trained = make_template(enforce_template(source.stamp, template or TemplateConfig(), path), tokenizer)
+        asked = enforce_template(source.stamp, template or TemplateConfig(), path)
+        trained = make_template(asked, tokenizer)
         require_same_rendering(source.stamp, trained, path)
-        encode = GroupTokenizer(tokenizer, trained, config.max_length, seed=seed)
+        known = texts(texts_of_model(asked, Path(source.path)))
+        check_texts(known, tokenizer)
+        encode = GroupTokenizer(tokenizer, trained, config.max_length, seed=seed, texts=known)
         return cls(source, encode, config, token_budget, candidate_orders)
 
     @property
@@ -142,17 +150,23 @@ class RankingModel:
         length_normalize: bool = False,
         prior_weight: float = 0.0,
         reference: Self | None = None,
+        user: Mapping[str, str] | None = None,
     ) -> list[RankedTitle]:
         """``candidates`` from best to worst, at most ``top`` of them; equal scores keep their order.
 
         Args:
-            length_normalize, prior_weight, reference: see ``score``.
+            length_normalize, prior_weight, reference, user: see ``score``.
 
         Raises:
             UserError: see ``score``.
         """
         scores = self.score(
-            history, candidates, length_normalize=length_normalize, prior_weight=prior_weight, reference=reference
+            history,
+            candidates,
+            length_normalize=length_normalize,
+            prior_weight=prior_weight,
+            reference=reference,
+            user=user,
         )
         return [RankedTitle(candidates[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top]]
 
@@ -164,6 +178,7 @@ class RankingModel:
         length_normalize: bool = False,
         prior_weight: float = 0.0,
         reference: Self | None = None,
+        user: Mapping[str, str] | None = None,
     ) -> np.ndarray:
         """(R,) float64 log-probabilities of the R ``candidates`` as the title that follows ``history``.
 
@@ -171,6 +186,7 @@ class RankingModel:
             length_normalize: divide them by the number of tokens.
             prior_weight: subtract this times the title's log-probability after no history, see ``prior``.
             reference: a model whose log-probabilities are subtracted, from the method of that name.
+            user: field -> text, where prompts show fields of the user.
 
         Raises:
             UserError: a title that the tokenizer cannot represent or that does not fit into ``max_length``, weights
@@ -179,6 +195,8 @@ class RankingModel:
         if not candidates:
             return np.empty(0)
         check_titles([*history, *candidates], self.tokenizer)
+        if user is not None:
+            self.encode.texts = self.encode.texts.with_users(pd.DataFrame([{**user, "user": ""}]))
         prior = self.prior(candidates) if prior_weight else None
         scores = [
             adjusted(
@@ -203,7 +221,7 @@ class RankingModel:
             UserError: the template leaves no prompt where there is no history.
         """
         require_prior(self.template, self.source.path)
-        if self.template.lists_candidates:
+        if self.template.lists_candidates or self.encode.texts.user_fields:
             return np.mean([self.score_catalogue(g) for g in self.token_groups((), titles, user, timestamp)], axis=0)
         new = [title for title in dict.fromkeys(titles) if title not in self._prior]
         if new:

@@ -1,5 +1,6 @@
 """Comparing runs: a table of all runs, the differences between some, and their curves in one picture."""
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import combinations
@@ -29,6 +30,10 @@ REQUEST = ["timestamp", "user"]
 def find_evaluations(root: Path) -> list[Path]:
     """Folders in and below ``root`` that hold an evaluation with its scores."""
     return sorted(file.parent for file in root.rglob(Evaluation.FILE) if (file.parent / SCORES_FILE).exists())
+
+
+LESS_IMPORTANT = ("commit", "groups/s", "when", "start", "at step", "objective", "test")
+"""Columns that a narrow terminal does without, the first ones first."""
 
 
 def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
@@ -64,9 +69,55 @@ def show_runs(runs: Sequence[Run], root: Path, console: Console) -> None:
         "groups/s",
         "when",
         "commit",
-        "",
+        "state",
     ]
-    console.print(terminal(Table("", columns, texts(rows), text_columns=2, note=note)))
+    shown = _that_fit(columns, rows, console.width if console.is_terminal else None)
+    if len(shown) < len(columns):
+        note += f"; left out for want of room: {', '.join(c for i, c in enumerate(columns) if i not in shown)} (--json)"
+    table = Table("", [columns[i] for i in shown], texts([[row[i] for i in shown] for row in rows]), 2, note=note)
+    if not console.is_terminal:  # a pipe has no width, so nothing is folded there
+        console = Console(file=console.file, width=max(console.width, _width(columns, rows, shown)))
+    console.print(terminal(table))
+
+
+def runs_as_json(runs: Sequence[Run], root: Path) -> str:
+    """A JSON list with an object for each run: what ``show_runs`` shows, unrounded."""
+    evaluations = find_evaluations(root)
+    found = [
+        {
+            "run": name,
+            "folder": str(run.folder),
+            "start": _start(run),
+            "stage": run.stage,
+            "objective": run.config["objective"]["name"] if run.stage == "train" else None,
+            "step": run.steps[0],
+            "steps": run.steps[1],
+            f"validation/{METRIC}": run.result().get(f"validation/{METRIC}"),
+            "best_step": run.best_step,
+            f"test/{METRIC}": _test(run, evaluations),
+            "groups_per_second": run.groups_per_second,
+            "began": run.began,
+            "commit": _commit(run),
+            "finished": bool(run.end),
+        }
+        for run, name in zip(runs, run_names(runs, root), strict=True)
+    ]
+    return json.dumps(found, indent=2, ensure_ascii=False)
+
+
+def _that_fit(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[int]:
+    """Which columns leave the first one whole in a table ``width`` wide: the less important go first."""
+    shown = list(range(len(columns)))
+    for name in LESS_IMPORTANT:
+        if width is None or _width(columns, rows, shown) <= width:
+            break
+        shown.remove(columns.index(name))
+    return shown
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> int:
+    """Characters that these columns take, with those between them."""
+    return sum(max(len(str(row[i])) for row in [columns, *rows]) + 3 for i in shown)
 
 
 def run_names(runs: Sequence[Run], root: Path) -> list[str]:

@@ -18,6 +18,7 @@ from dmpo_dist.artifacts.log import (
     ValidationRecord,
     parse_record,
 )
+from dmpo_dist.config import StageConfig
 from dmpo_dist.figures.curves import CURVES_FILE, plot_curves
 from dmpo_dist.records.read import VALIDATION_METRICS, read_run
 from dmpo_dist.records.sinks import JsonLines, Sink, TensorBoard
@@ -27,6 +28,12 @@ from dmpo_dist.training.job import Job
 
 NOTABLY_SLOW = 1.1
 """The display names the busiest rank if its time is at least this many times the mean."""
+FEW_STEPS = 30
+"""Steps below which a stage is told to be short."""
+SCRATCH_NOTE = (
+    "model.path=scratch: a new model with RANDOM weights, which knows no language; for a pretrained one set "
+    "model.path to a folder or hub id"
+)
 LEGEND = (
     "margin: reward of the positive minus the mean of its negatives'; acc: share of negatives with a log-prob below "
     "the positive's; all columns: docs/RUNS.md"
@@ -95,7 +102,9 @@ class RunLog:
             sink.write(parsed)
         match parsed:
             case StartRecord():
-                self._print(_start_line(parsed))
+                self._print(_start_line(parsed, self._job.stage))
+                for text in _advice(parsed, self._job):
+                    self._print(text)
                 if self._job.kind != "sft":
                     self._print(LEGEND)
                 if self._progress is not None and self._task is not None:
@@ -148,14 +157,26 @@ def _figures(record: StepRecord) -> str:
     return " ".join(parts)
 
 
-def _start_line(record: StartRecord) -> str:
+def _start_line(record: StartRecord, stage: StageConfig) -> str:
+    passes = "" if not record.groups else f": about {record.steps * stage.global_batch_size / record.groups:.1f} passes"
     return (
-        f"{record.groups} groups, {record.steps} steps on {record.world_size} x {record.device}, "
+        f"{record.groups} groups, {record.steps} steps{passes}; on {record.world_size} x {record.device}, "
         f"ZeRO-{record.deepspeed['zero_optimization']['stage']}, {record.trainable:,} of "
         f"{record.parameters:,} parameters, attention {record.route} ({record.route_reason}), "
         f"reference {record.reference}, rows of up to {record.token_budget} tokens"
         + (f", {record.truncated} histories shortened" if record.truncated else "")
     )
+
+
+def _advice(record: StartRecord, job: Job) -> list[str]:
+    """What a user may have overlooked: random weights, or few steps that nobody asked for."""
+    said = [SCRATCH_NOTE] if job.config.model.path == "scratch" else []
+    if job.stage.steps is None and record.steps < FEW_STEPS:
+        said.append(
+            f"{record.steps} steps are few to learn from: raise {job.section}.epochs, or lower "
+            f"{job.section}.global_batch_size={job.stage.global_batch_size}"
+        )
+    return said
 
 
 def _end_line(record: EndRecord) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmpo_dist.artifacts.digest import digests_of
 from dmpo_dist.artifacts.files import whole_folder
+from dmpo_dist.data.store import PreparedData, texts_of_data
 from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, write_stamp
@@ -90,6 +91,8 @@ def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[
         with whole_folder(folder, replace=True) as part:
             _write_weights(causal_lm, part, state)
             tokenizer.save_pretrained(part)
+            if job.config.template.item_fields and job.config.data.path is not None:
+                texts_of_data(job.config.template, PreparedData.load(job.config.data.path)).write(part)
             base["digests"] = digests_of(part)
             write_stamp(part, job.config.template, stage=job.section, start=job.start, **behind, **base, **stamp)
     dist.barrier()

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from dmpo_dist.config import ModelConfig
 from dmpo_dist.data.reorder import ReorderedGroups
-from dmpo_dist.data.store import PreparedData, groups_from_rows
+from dmpo_dist.data.store import PreparedData, groups_from_rows, texts_of_data
 from dmpo_dist.data.template import make_template
-from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_titles, tokenize_rows
+from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_texts, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import (
     ModelSource,
@@ -254,8 +254,10 @@ def _load_data(job: Job, policy: Policy, world_size: int) -> _Data:
     template = make_template(config.template, tokenizer)
     if prepared.items is not None:
         check_titles(prepared.items["title"].tolist(), tokenizer)
+    texts = texts_of_data(config.template, prepared)
+    check_texts(texts, tokenizer)
     encode = GroupTokenizer(
-        tokenizer, template, config.model.max_length, score_history=job.loss.scores_history, seed=config.seed
+        tokenizer, template, config.model.max_length, job.loss.scores_history, seed=config.seed, texts=texts
     )
     validation = tokenize_rows(prepared.validation, replace(encode, score_history=False))
     if config.template.lists_candidates:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dmpo_dist.data.cleaning import assemble
+from dmpo_dist.data.rules import Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.tables import as_strings, pick, read_json_lines
 from dmpo_dist.errors import UserError
@@ -53,8 +54,11 @@ EDITIONS = {
 }
 
 
-def read_amazon(folder: Path, category: str | None, duplicate_titles: str, tolerated: float) -> Interactions:
+def read_amazon(folder: Path, category: str | None, fields: dict[str, str], rules: Rules) -> Interactions:
     """Read reviews and titles of ``category`` (None: the only category in ``folder``).
+
+    Args:
+        fields: name of a further text of the products -> its key in the metadata.
 
     HTML entities in titles are decoded and tags removed. Products without a title are left out with their reviews, and
     a note says how many.
@@ -70,8 +74,8 @@ def read_amazon(folder: Path, category: str | None, duplicate_titles: str, toler
     seconds = pd.to_numeric(events["timestamp"], errors="coerce") // layout.ticks
     events["timestamp"] = seconds.astype("Int64").astype(str).where(seconds.notna(), events["timestamp"])
     items = pick(
-        _frame(dict(read_json_lines(meta_file, [layout.item, "title"]))),
-        {"item": layout.item, "title": "title"},
+        _frame(dict(read_json_lines(meta_file, [layout.item, "title", *fields.values()]))),
+        {"item": layout.item, "title": "title", **fields},
         meta_file,
         advice,
     )
@@ -83,7 +87,7 @@ def read_amazon(folder: Path, category: str | None, duplicate_titles: str, toler
     if not known.all():
         notes.append(f"{int((~known).sum())} reviews of products without a title left out.")
     name = f"Amazon {category.replace('_', ' ')} {edition}"
-    return assemble(events[known], items, reviews_file, meta_file, name, notes, duplicate_titles, tolerated)
+    return assemble(events[known], items, reviews_file, meta_file, name, notes, rules)
 
 
 def _frame(rows: dict[int, dict[str, object]]) -> pd.DataFrame:

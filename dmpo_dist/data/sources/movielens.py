@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from dmpo_dist.data.cleaning import assemble
+from dmpo_dist.data.rules import Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.tables import EVENT_COLUMNS, pick, read_delimited
 from dmpo_dist.errors import UserError
@@ -19,7 +20,7 @@ MOVIELENS_TERMS = (
 )
 
 
-def read_movielens(folder: Path, duplicate_titles: str, tolerated: float) -> Interactions:
+def read_movielens(folder: Path, rules: Rules) -> Interactions:
     """Read an unpacked folder: 100K; 1M, 10M; latest-small, latest, 20M, 25M, 32M."""
     if not folder.is_dir():
         raise UserError(f"{folder}: data.source.kind=movielens wants the unpacked folder, not a file")
@@ -33,9 +34,7 @@ def read_movielens(folder: Path, duplicate_titles: str, tolerated: float) -> Int
             ratings_file, items_file = (folder / name for name in files)
             events, items = reader(ratings_file, items_file)
             name = f"MovieLens {folder.resolve().name.removeprefix('ml-')}"
-            return assemble(
-                events, items, ratings_file, items_file, name, [MOVIELENS_TERMS], duplicate_titles, tolerated
-            )
+            return assemble(events, items, ratings_file, items_file, name, [MOVIELENS_TERMS], rules)
     wanted = "; ".join(" and ".join(files) for files in layouts)
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
     raise UserError(f"{folder}: not a MovieLens folder; looked for {wanted}; found {found}")

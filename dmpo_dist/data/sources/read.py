@@ -1,27 +1,30 @@
 """Where an interaction log comes from: one reader per kind of source."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.config.data import Kind, Source
-from dmpo_dist.data.cleaning import LOG_COLUMNS, assemble
+from dmpo_dist.config.data import Source
+from dmpo_dist.data.cleaning import assemble, implicit_note
+from dmpo_dist.data.rules import LOG_COLUMNS, Repeats, Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.amazon import read_amazon
 from dmpo_dist.data.sources.movielens import read_movielens
 from dmpo_dist.data.sources.recbole import read_recbole
 from dmpo_dist.data.sources.simulator import simulate
-from dmpo_dist.data.tables import EVENT_COLUMNS, SUFFIX_KINDS, as_strings, pick, read_table
+from dmpo_dist.data.tables import as_strings, pick, read_table
 from dmpo_dist.data.titles import with_articles_first
 from dmpo_dist.errors import UserError
 
 READY_ROWS = ("preferences", "sdpo", "dmpo_released")
 ADVICE = "set data.source.columns.{column} to the right one"
 TITLES_ADVICE = ADVICE + ", or name a second file with the titles, data.source.items_path"
+ITEMS_ADVICE = "set data.source.items_columns.{column} to the right one"
 
 
-def load_interactions(source: Source, seed: int) -> Interactions:
-    """The log behind ``source``; ``seed`` matters to the simulator alone.
+def load_interactions(source: Source, seed: int, repeats: Repeats = "first") -> Interactions:
+    """The log behind ``source``, whose kind must be known; ``seed`` matters to the simulator alone.
 
     Raises:
         UserError: a missing or malformed file; the message names the file, the row and the value.
@@ -32,42 +35,21 @@ def load_interactions(source: Source, seed: int) -> Interactions:
         raise UserError(
             f"data.source.kind={source.kind} holds finished rows, not interactions; run `dmpo data prepare`"
         )
-    names = column_names(source)
+    rules = Rules.of(source, repeats)
     if source.kind == "huggingface":
-        return _own_log(*_hub_table(source), names, source)
+        return _own_log(*_hub_table(source), source, rules)
     path = existing(source.path, f"data.source.kind={source.kind} needs data.source.path")
     if source.kind == "movielens":
-        log = read_movielens(path, source.duplicate_titles, source.tolerated_rows)
-        return with_articles_first(log) if source.articles == "first" else log
+        return _as_people_write(read_movielens(path, rules), source)
     if source.kind == "amazon":
-        return read_amazon(path, source.category, source.duplicate_titles, source.tolerated_rows)
+        return read_amazon(path, source.category, source.columns | source.items_columns, rules)
     if source.kind == "recbole":
-        log = read_recbole(path, source.columns, source.duplicate_titles, source.tolerated_rows)
-        return with_articles_first(log) if source.articles == "first" else log
-    return _own_log(read_table(path, source.kind), path, names, source)
+        return _as_people_write(read_recbole(path, source.columns | source.items_columns, rules), source)
+    return _own_log(read_table(path, source.kind, source.separator), path, source, rules)
 
 
-def kind_of(path: Path) -> Kind:
-    """The ``data.source.kind`` of what lies at ``path``, by its name or, for a folder, by the files in it.
-
-    Raises:
-        UserError: nothing is there, or nothing that tells its kind.
-    """
-    existing(path, "the log of dmpo.prepare is missing: correct log")
-    suffix = path.suffix.removesuffix(".gz") or path.with_suffix("").suffix
-    if path.is_file() and suffix in SUFFIX_KINDS:
-        return SUFFIX_KINDS[suffix]
-    by_content: dict[str, Kind] = {
-        "ratings.*": "movielens",
-        "u.data": "movielens",
-        "*.inter": "recbole",
-        "*.parquet": "parquet",
-        "state.json": "huggingface",
-    }
-    for pattern, kind in by_content.items():
-        if path.is_dir() and any(path.glob(pattern)):
-            return kind
-    raise UserError(f"{path}: neither its name nor what is in it tells what it is; set data.source.kind")
+def _as_people_write(log: Interactions, source: Source) -> Interactions:
+    return with_articles_first(log) if source.articles == "first" else log
 
 
 def existing(path: Path | None, what: str) -> Path:
@@ -103,33 +85,68 @@ def _hub_table(source: Source) -> tuple[pd.DataFrame, Path]:
 
 
 def column_names(source: Source) -> dict[str, str]:
-    """Our column -> the file's."""
-    unknown = sorted(set(source.columns) - set(LOG_COLUMNS))
-    if unknown:
-        raise UserError(f"data.source.columns.{unknown[0]}: unknown; the keys are {', '.join(LOG_COLUMNS)}")
-    return {column: source.columns.get(column, column) for column in LOG_COLUMNS}
+    """Our column -> the log's, with the names of further texts of the items."""
+    return {column: column for column in LOG_COLUMNS} | source.columns
 
 
-def _own_log(frame: pd.DataFrame, path: Path, names: dict[str, str], source: Source) -> Interactions:
-    """A table with one row per event; ``names`` maps our columns to its own."""
-    items, items_path = None, path
-    events = pick(frame, {c: names[c] for c in EVENT_COLUMNS}, path, ADVICE)
-    if source.items_path is None:
-        events = pick(frame, _with_titles(EVENT_COLUMNS, frame, names, source), path, TITLES_ADVICE)
-    else:
-        items, items_path = read_items(source, names)
-    return assemble(events, items, path, items_path, path.stem, [], source.duplicate_titles, source.tolerated_rows)
+def log_columns(there: Collection[str], names: dict[str, str], source: Source) -> dict[str, str]:
+    """Our column -> the log's, of those to read from a log that has the columns ``there``.
+
+    Ratings and genres may be missing unless they are named, and with a second file for the items so may their texts.
+    """
+    columns = {column: names[column] for column in ("user", "item", "timestamp")}
+    if "rating" in source.columns or names["rating"] in there:
+        columns["rating"] = names["rating"]
+    return columns if source.items_path else columns | _text_columns(there, names, source.columns)
 
 
-def read_items(source: Source, names: dict[str, str]) -> tuple[pd.DataFrame, Path]:
-    """The second file's columns item, title and, where it has them, genres; and the file."""
+def _own_log(frame: pd.DataFrame, path: Path, source: Source, rules: Rules) -> Interactions:
+    """A table with one row per event."""
+    names, items, items_path = column_names(source), None, path
+    columns = log_columns(frame.columns, names, source)
+    pick(frame, {ours: theirs for ours, theirs in columns.items() if ours != "title"}, path, ADVICE)
+    events, notes = pick(frame, columns, path, TITLES_ADVICE), implicit_note(columns, list(frame.columns))
+    if source.items_path is not None:
+        items, items_path = read_items(source)
+    return assemble(events, items, path, items_path, path.stem, notes, rules)
+
+
+def read_items(source: Source) -> tuple[pd.DataFrame, Path]:
+    """The second file's columns item, title, further texts and, where it has them, genres; and the file."""
     file = existing(source.items_path, "data.source.items_path")
-    frame = read_table(file)
-    names = names if names["item"] in frame else names | {"item": "item"}  # it may use our own name
-    return pick(frame, _with_titles(["item"], frame, names, source), file, ADVICE), file
+    frame = read_table(file, separator=source.separator)
+    names = column_names(source) | source.items_columns
+    if "item" not in source.items_columns and names["item"] not in frame:
+        names["item"] = "item"  # it may use our own name
+    wanted = source.columns | source.items_columns
+    columns = {"item": names["item"], **_text_columns(frame.columns, names, wanted)}
+    return pick(frame, columns, file, ITEMS_ADVICE), file
 
 
-def _with_titles(columns: list[str], frame: pd.DataFrame, names: dict[str, str], source: Source) -> dict[str, str]:
-    """Our name -> the file's of ``columns``, title and, where they are asked for or there, genres."""
-    genres = ["genres"] if "genres" in source.columns or "genres" in frame else []
-    return {column: names[column] for column in [*columns, "title", *genres]}
+def _text_columns(there: Collection[str], names: dict[str, str], wanted: Collection[str]) -> dict[str, str]:
+    """Our column -> the file's of titles, further texts and, where they are ``wanted`` or ``there``, genres."""
+    genres = ["genres"] if "genres" in wanted or names["genres"] in there else []
+    further = [name for name in names if name not in LOG_COLUMNS]
+    return {column: names[column] for column in ["title", *genres, *further]}
+
+
+def read_users(source: Source) -> pd.DataFrame | None:
+    """Columns user and those of ``source.users_columns``, one row per user; None where no file of users is named.
+
+    Raises:
+        UserError: a missing file or column, or a user without name or with two rows.
+    """
+    if source.users_path is None:
+        return None
+    file = existing(source.users_path, "data.source.users_path")
+    frame = read_table(file, separator=source.separator)
+    names = {"user": source.columns.get("user", "user")} | source.users_columns
+    if "user" not in source.users_columns and names["user"] not in frame:
+        names["user"] = "user"
+    users = pick(frame, names, file, "set data.source.users_columns.{column} to the right one")
+    users = users.apply(lambda column: column.str.strip())
+    bad = users["user"].duplicated() | (users["user"] == "")
+    if bad.any():
+        row = users[bad].iloc[0]
+        raise UserError(f"{file}, row {users.index[bad][0]}: user {row['user']!r} is empty or has a row already")
+    return users.reset_index(drop=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmpo_dist.data.cleaning import assemble
+from dmpo_dist.data.cleaning import assemble, implicit_note
+from dmpo_dist.data.rules import LOG_COLUMNS, Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.movielens import MOVIELENS_TERMS
 from dmpo_dist.data.tables import EVENT_COLUMNS, pick, read_delimited
@@ -18,12 +19,12 @@ YEAR_FIELD = "release_year"
 ADVICE = "set data.source.columns.{column} to the right one"
 
 
-def read_recbole(folder: Path, columns: dict[str, str], duplicate_titles: str, tolerated: float) -> Interactions:
-    """A folder of atomic files; users' features (``NAME.user``) are not used.
+def read_recbole(folder: Path, columns: dict[str, str], rules: Rules) -> Interactions:
+    """A folder of atomic files; users' features (``NAME.user``) are not used. Without ratings all events are likes.
 
     Args:
-        columns: our column -> the file's field, where it has another name than in RecBole's own datasets.
-        duplicate_titles, tolerated: see ``assemble``.
+        columns: our column -> the file's field, where it has another name than in RecBole's own datasets; other names
+            are further texts of the items.
 
     Raises:
         UserError: a missing or malformed file; the message names the file, the line and the field.
@@ -32,11 +33,15 @@ def read_recbole(folder: Path, columns: dict[str, str], duplicate_titles: str, t
     items_file = events_file.with_suffix(".item")
     if not items_file.is_file():
         raise UserError(f"{items_file}: no such file; titles are read from it, so put it beside {events_file.name}")
-    events, _ = _read_atomic(events_file)
-    events = pick(events, {ours: columns.get(ours, EVENT_FIELDS[ours]) for ours in EVENT_COLUMNS}, events_file, ADVICE)
+    events, types = _read_atomic(events_file)
+    fields = {ours: columns.get(ours, EVENT_FIELDS[ours]) for ours in EVENT_COLUMNS}
+    if "rating" not in columns and fields["rating"] not in types:
+        del fields["rating"]
+    events = pick(events, fields, events_file, ADVICE)
     items = _items(items_file, columns)
     notes = [MOVIELENS_TERMS] if events_file.stem.startswith("ml-") else []
-    return assemble(events, items, events_file, items_file, events_file.stem, notes, duplicate_titles, tolerated)
+    notes += implicit_note(fields, list(types))
+    return assemble(events, items, events_file, items_file, events_file.stem, notes, rules)
 
 
 def _atomic_file(folder: Path) -> Path:
@@ -63,14 +68,16 @@ def _items(file: Path, columns: dict[str, str]) -> pd.DataFrame:
     genres = columns.get("genres") or next((field for field in GENRE_FIELDS if field in types), None)
     if genres:
         fields["genres"] = genres
+    fields |= {ours: theirs for ours, theirs in columns.items() if ours not in LOG_COLUMNS}
     items = pick(table, fields, file, ADVICE)
     if YEAR_FIELD in types and fields["title"] != YEAR_FIELD:
         # some years are no years: ML-100K's "V", for a film released on video, whose title ends in its year already
         year = table[YEAR_FIELD].str.strip()
         dated = year.str.fullmatch(r"\d{4}") & (items["title"].str.strip() != "")
         items["title"] = items["title"].str.strip().mask(dated, items["title"].str.strip() + " (" + year + ")")
-    if genres and types.get(genres) == "token_seq":
-        items["genres"] = items["genres"].str.split().str.join("|")
+    for ours, theirs in fields.items():
+        if ours not in ("item", "title") and types.get(theirs) == "token_seq":
+            items[ours] = items[ours].str.split().str.join("|")
     return items
 
 

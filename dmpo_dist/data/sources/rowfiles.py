@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error}); convert the file") from None
+
+
+def first_keys(file: Path) -> set[str]:
+    """The keys of the first row of a file of rows; raises as ``read_rows`` does."""
+    if file.suffix == ".parquet":
+        try:
+            return set(pq.read_schema(file).names)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: not a readable Parquet file ({error})") from None
+    return {key for _, row in islice(read_rows(file), 1) if isinstance(row, dict) for key in row}
 
 
 def split_files(folder: Path) -> dict[str, Path]:

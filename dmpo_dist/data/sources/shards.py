@@ -7,15 +7,16 @@ import duckdb
 import pandas as pd
 
 from dmpo_dist.config.data import Source
-from dmpo_dist.data.cleaning import LOG_COLUMNS, clean
+from dmpo_dist.data.cleaning import clean, implicit_note
 from dmpo_dist.data.database import Database, first_line, literal, quoted
-from dmpo_dist.data.sources.read import ADVICE, column_names, existing, read_items
+from dmpo_dist.data.rules import Rules
+from dmpo_dist.data.sources.read import ADVICE, column_names, existing, log_columns, read_items
 from dmpo_dist.data.tables import require_columns
 from dmpo_dist.errors import UserError
 
 
 def clean_shards(
-    database: Database, source: Source, echo: Callable[[str], None]
+    database: Database, source: Source, rules: Rules, echo: Callable[[str], None]
 ) -> tuple[pd.DataFrame, str, list[str]]:
     """Make the table ``log`` of the shards behind ``source``; its items, its name and what was changed.
 
@@ -28,19 +29,19 @@ def clean_shards(
         raise UserError(f"{folder}: no *.parquet files; set data.source.path to the folder of shards")
     files = f"[{', '.join(literal(str(shard)) for shard in shards)}]"
     types, names = _column_types(database, files, shards[0].parent), column_names(source)
-    require_columns({c: names[c] for c in LOG_COLUMNS[: 4 if source.items_path else 5]}, list(types), folder, ADVICE)
-    texts = [f"{_as_text(quoted(names[c]), types[names[c]])} AS {c}" for c in LOG_COLUMNS if names[c] in types]
+    columns = log_columns(list(types), names, source)
+    require_columns(columns, list(types), folder, ADVICE)
+    texts = [f"{_as_text(quoted(theirs), types[theirs])} AS {quoted(ours)}" for ours, theirs in columns.items()]
     database.run(
         f"""CREATE VIEW read AS SELECT filename AS file, file_row_number + 1 AS row, {", ".join(texts)}
         FROM read_parquet({files}, union_by_name=true, filename=true, file_row_number=true)"""
     )
     echo(f"{database.value('SELECT count(*) FROM read'):,} rows read from {len(shards)} files")
-    items, items_file = None, folder
+    items, items_file, notes = None, folder, implicit_note(columns, list(types))
     if source.items_path is not None:
-        items, items_file = read_items(source, names)
+        items, items_file = read_items(source)
         items = items.set_axis([f"{items_file}, row {row}" for row in items.index])
-    notes: list[str] = []
-    items = clean(database, items, items_file, notes, source.duplicate_titles, source.tolerated_rows)
+    items = clean(database, items, items_file, notes, rules)
     return items, folder.resolve().name, notes
 
 

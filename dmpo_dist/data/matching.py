@@ -1,0 +1,105 @@
+"""Requests against a catalogue: ids and titles are looked up, and what is in neither is named before any work."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from dmpo_dist.data.requests import NAMED, Catalogue, RankingRequest
+from dmpo_dist.data.splits import likes
+from dmpo_dist.data.store import PreparedData
+from dmpo_dist.errors import UserError
+
+ALL_USERS = "all"
+IN_FILES = "correct them (in a CSV write | within a title as \\|), or keep them as they are by --keep-unknown"
+
+
+@dataclass(frozen=True)
+class TitleLookup:
+    """Finds the titles of a catalogue by title or item id."""
+
+    catalogue: Catalogue
+
+    @cached_property
+    def _titles(self) -> set[str]:
+        return set(self.catalogue.titles)
+
+    @cached_property
+    def _title_of_id(self) -> Mapping[str, str]:
+        return dict(zip(self.catalogue.ids or (), self.catalogue.titles, strict=False))
+
+    def title(self, named: str) -> str | None:
+        """The title that is, or whose item id is, ``named``; None where there is neither."""
+        return named if named in self._titles else self._title_of_id.get(named)
+
+    def nearest(self, named: str) -> str:
+        """A remark that names the nearest title, or "" where none is near."""
+        lower = {title.lower(): title for title in self.catalogue.titles}
+        inside = [title for low, title in lower.items() if named.lower() in low]
+        near = difflib.get_close_matches(named.lower(), lower, n=1, cutoff=0.5)
+        if inside or near:
+            return f" (nearest: {min(inside, key=len) if inside else lower[near[0]]!r})"
+        return ""
+
+
+def matched(
+    requests: Sequence[RankingRequest],
+    catalogue: Catalogue,
+    where: str,
+    keep_unknown: bool = False,
+    advice: str = IN_FILES,
+) -> list[RankingRequest]:
+    """``requests`` with the titles of their histories and candidates, each of which may be given as an item id.
+
+    Args:
+        where: the file or option they come from, for the message of an error.
+        keep_unknown: leave what the catalogue does not have in histories as it is.
+        advice: how the message of an error ends.
+
+    Raises:
+        UserError: a title or id of a history is not in the catalogue (names the nearest titles).
+    """
+    lookup, unknown, out = TitleLookup(catalogue), [], []
+    for request in requests:
+        history = [lookup.title(named) for named in request.history]
+        unknown += [
+            f"{named!r} of user {request.user!r}{lookup.nearest(named) if len(unknown) < NAMED else ''}"
+            for named, title in zip(request.history, history, strict=True)
+            if title is None
+        ]
+        candidates = request.candidates and tuple(lookup.title(named) or named for named in request.candidates)
+        titles = tuple(title or named for title, named in zip(history, request.history, strict=True))
+        out.append(replace(request, history=titles, candidates=candidates))
+    if unknown and not keep_unknown:
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+        raise UserError(
+            f"{where}: {len(unknown)} titles or ids of histories are not in the catalogue: "
+            f"{', '.join(unknown[:NAMED])}{more}; {advice}"
+        )
+    return out
+
+
+def requests_of_data(data: PreparedData, users: str) -> list[RankingRequest]:
+    """Requests for users of prepared data, after all of their latest likes.
+
+    Args:
+        users: ``all``, or users separated by commas.
+
+    Raises:
+        UserError: the data was made from ready preferences, or a user is not in it or likes nothing.
+    """
+    if data.items is None or data.interactions is None:
+        raise UserError(f"--users: {data.path} was made from ready preferences and has no users; give --requests")
+    threshold, longest = data.card.config["rating_threshold"], data.card.config["max_history"]
+    liked = likes(data.interactions, threshold).sort_values(["timestamp", "item"], kind="stable")
+    titles = liked["item"].map(dict(zip(data.items["item"], data.items["title"], strict=True)))
+    histories = titles.groupby(liked["user"]).agg(list)
+    wanted = sorted(histories.index) if users == ALL_USERS else [name.strip() for name in users.split(",")]
+    missing = [name for name in wanted if name not in histories.index]
+    if missing:
+        known = ", ".join(map(str, histories.index[:5]))
+        raise UserError(
+            f"--users {users}: {missing[0]!r} has no like in {data.path}, whose users are such as {known}; name them "
+            f"with commas between, or write --users {ALL_USERS}"
+        )
+    return [RankingRequest(user, tuple(histories[user][-longest:]), None) for user in dict.fromkeys(wanted)]
