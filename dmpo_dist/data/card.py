@@ -49,8 +49,8 @@ def data_card(card: DatasetCard) -> str:
             "",
             "Dropped likes: `short_history` too few earlier likes; `unseen_positive` nobody took the item before; "
             "`over_limit` the user has enough requests; `few_candidates` too few items to draw negatives from; "
-            "`over_max_validation_users`, `over_max_test_users` not in the sample; `same_moment` liked in the second of "
-            "a held-out like, so that its history would be the same.",
+            "`over_max_validation_users`, `over_max_test_users` not in the sample; `same_moment` liked in the second "
+            "of a held-out like, so that its history would be the same.",
         ]
     if card.leaks:
         lines += ["", *findings_table(card.leaks)]
