@@ -12,6 +12,7 @@ from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands import evaluate as evaluation
 from dmpo_dist.commands import model_scores
 from dmpo_dist.commands.quickstart import quickstart
+from dmpo_dist.commands.scoring import score_with_progress
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation import starts as starts_module
@@ -42,7 +43,11 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
         return whole.scored([np.zeros((len(world.data.test), 40))])
 
     monkeypatch.setattr(model_scores, "load_ranking_model", Scorer)
-    monkeypatch.setattr(model_scores, "score_in_parts", lambda name, path, model, data, *_: model.score_rows(data.test))
+    monkeypatch.setattr(
+        model_scores,
+        "score_in_parts",
+        lambda name, path, model, data, *given: score_with_progress(model, data.test, f"scoring {name}", given[-1]),
+    )
     monkeypatch.setattr(evaluation, "template_of", lambda *_: TemplateConfig())
     for module in (evaluation, model_scores, starts_module):
         monkeypatch.setattr(module, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))

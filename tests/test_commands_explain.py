@@ -90,14 +90,15 @@ def test_a_catalogue_leaves_out_what_was_taken(run, project):
 
 @pytest.mark.parametrize("arguments", [[], ["--catalogue=data"]])
 def test_popularity_ends_before_the_test(run, project, monkeypatch, arguments):
-    """What happened from the cut on, the positives among it, moves no rank and no contribution."""
+    """What happened from the cut on, the positives among it, moves no rank and no contribution; likes alone count."""
     seen = []
     monkeypatch.setattr("dmpo_dist.commands.explain.Explainer", lambda *given: seen.append(given[3]) or 1 / 0)
     user = project[1].test[0]["user"]
     with pytest.raises(ZeroDivisionError):
         run("--model=model", f"--user={user}", "ranking.popularity_weight=0.5", *arguments, *SETTINGS)
     data = project[1]
-    log = data.interactions[data.interactions["timestamp"] < data.card.cuts["test"].timestamp]
+    before = data.interactions[data.interactions["timestamp"] < data.card.cuts["test"].timestamp]
+    log = before[before["rating"] >= data.card.config["rating_threshold"]]
     assert dict(zip(data.items["item"], seen[0].counts, strict=True)) == {
         item: (log["item"] == item).sum() for item in data.items["item"]
     }

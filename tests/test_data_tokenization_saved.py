@@ -27,7 +27,7 @@ GROUPS = [
 TEMPLATES = {
     "default": TemplateConfig(),
     "all titles": TemplateConfig(preamble="", item="{title}{end}", request=""),
-    "quoted": TemplateConfig(request='Next, as in "{title}":\n', response="{title} ", terminator="\n"),
+    "quoted": TemplateConfig(request='Next, as in "title":\n', response="{title} ", terminator="\n"),
     "listing": TemplateConfig(request="One of:\n{candidates}Answer:\n"),
 }
 
