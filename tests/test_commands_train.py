@@ -106,6 +106,8 @@ class _RayTrain:
         monkeypatch.setattr(ray_train, "get_context", lambda: context)
         monkeypatch.setattr(ray_train, "get_checkpoint", lambda: self.known[-1] if self.known else None)
         monkeypatch.setattr(ray_train, "report", self.report)
+        reported = lambda *_, **__: [SimpleNamespace(checkpoint=found) for found in self.known]  # noqa: E731
+        monkeypatch.setattr(ray_train, "get_all_reported_checkpoints", reported)
         monkeypatch.setattr("ray.get", lambda value: value)
         self._checkpoint = ray_train.Checkpoint
         self.queue = SimpleNamespace(unwritten=SimpleNamespace(remote=self.written_at_the_third_look))
@@ -155,6 +157,8 @@ def test_a_run_goes_on_from_its_own_latest_whole_checkpoint(tmp_path, monkeypatc
     (next(ray_train.storage.glob("*-step-00000020-*")) / ray_runtime.COMPLETE_FILE).unlink()
     ray_train.lost = False
     assert (restored(job), len(ray_train.known)) == ("15", 3), "Ray is told of what it missed"
+    left = {name.partition("step-")[2][:8] for name in map(str, ray_train.storage.iterdir())}
+    assert left == {"00000005", "00000010", "00000015"}, "what Ray does not know and is cut off goes"
     assert (restored(job), len(ray_train.known)) == ("15", 3)
     assert restored(other) is None
     assert ray_train.looks == 4 * 3
@@ -167,7 +171,9 @@ def test_only_a_damaged_list_of_checkpoints_is_removed(tmp_path):
     file = tmp_path / ray_runtime.RUN_NAME / "checkpoint_manager_snapshot.json"
     ray_runtime.remove_damaged_list(str(tmp_path))
     file.parent.mkdir()
-    for text, stays in [("{}", True), ("", False), ('{"checkpoint_res', False)]:
+    (file.parent / "there").mkdir()
+    lists = [json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name}]}) for name in ("there", "gone")]
+    for text, stays in [("{}", True), (lists[0], True), (lists[1], False), ("", False), ('{"checkpoint_res', False)]:
         file.write_text(text)
         ray_runtime.remove_damaged_list(str(tmp_path))
         assert file.exists() == stays, text

@@ -34,6 +34,8 @@ RUN_NAME = "checkpoints"
 PART_PREFIX = "dmpo-checkpoint-"
 DEAD_SECONDS = 60.0
 """A rank's folder that is younger may not have been locked yet."""
+REPORTED_SECONDS = 30.0
+"""The longest wait for Ray to have taken note of reports."""
 LOG_SECONDS = 10.0
 """The longest wait for the driver to write the log up to a checkpoint."""
 
@@ -96,7 +98,7 @@ class RayRuntime:
                 why = problem(await_folder(Path(folder)), step)
                 if not why:
                     if self.rank == 0:
-                        self._remove_others(names, ours)
+                        self._remove_others(names)
                     if (step_of(ours, self._run) or 0) < step:
                         keep = ray.train.CheckpointUploadMode.NO_UPLOAD  # for Ray to know it, and to delete it in time
                         ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_upload_mode=keep)
@@ -128,10 +130,18 @@ class RayRuntime:
         found = self._files.get_file_info(FileSelector(self._folder, allow_not_found=True))
         return [entry.base_name for entry in found]
 
-    def _remove_others(self, whole: list[str], known: str) -> None:
-        """Remove this run's checkpoints that Ray no longer knows of: those cut off, and whole ones beyond ``keep``."""
+    def _remove_others(self, whole: list[str]) -> None:
+        """Remove this run's checkpoints that Ray does not know of: those cut off, and whole ones beyond ``keep``.
+
+        Ray deletes what it knows in its time, and ends the run where that is gone already.
+        """
+        import ray.train
+
+        committed = ray.train.CheckpointConsistencyMode.COMMITTED
+        reported = ray.train.get_all_reported_checkpoints(committed, timeout_s=REPORTED_SECONDS)
+        known = {Path(found.checkpoint.path).name for found in reported}
         for name in newest_first(self._all(), self._run):
-            if name != known and name not in whole[: self._keep]:
+            if name not in known and name not in whole[: self._keep]:
                 self._files.delete_dir(f"{self._folder}/{name}")
 
     def _mark(self, name: str) -> None:
@@ -164,15 +174,19 @@ def remove_dead_parts() -> None:
 
 
 def remove_damaged_list(storage: str) -> None:
-    """Remove Ray's list of checkpoints below ``storage`` where it cannot be read, so that Ray starts; none is needed.
+    """Remove Ray's list of checkpoints below ``storage`` where Ray could not use it; Ray needs none to start.
 
     Ray (2.60) writes it in place: a driver killed in that moment leaves an empty or cut file on a disk. Stores of
-    objects, as ``s3://...``, replace it whole.
+    objects, as ``s3://...``, replace it whole. And Ray ends a run when it comes to delete a listed folder that is gone.
     """
     file = Path(storage, RUN_NAME, "checkpoint_manager_snapshot.json")
     if not file.is_file():
         return
     try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        listed = json.loads(file.read_text(encoding="utf-8")).get("checkpoint_results", [])
+        gone = [entry for entry in listed if not (file.parent / entry["checkpoint_dir_name"]).is_dir()]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        file.unlink()
+        return
+    if gone:
         file.unlink()
