@@ -1,5 +1,6 @@
 """Counts of what was tried and what came out clean, by class; shown at the end of a session."""
 
+import logging
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ SHOWN_FRAMES = 3
 def try_once(kind: str, call: Callable[[], object]) -> str | None:
     """Count ``call`` under ``kind``: clean where it returns or raises a UserError; else the end of its traceback."""
     TRIED[kind] += 1
+    logging.disable()  # libraries log halves of emojis, which pytest-xdist cannot send to its other process
     try:
         call()
     except UserError as error:
@@ -22,6 +24,8 @@ def try_once(kind: str, call: Callable[[], object]) -> str | None:
         frames = traceback.extract_tb(error.__traceback__)[-SHOWN_FRAMES:]
         where = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames))
         return f"{type(error).__name__}: {str(error)[:150]!r} at {where}"
+    finally:
+        logging.disable(logging.NOTSET)
     CLEAN[kind] += 1
     return None
 
