@@ -57,7 +57,7 @@ def look_up(rows: Mapping[str, Sequence[Row]], events: pd.DataFrame | None) -> F
     text += f", counting popularity gives {popular.mean():.3f} (difference [{gain_low:.3f}, {gain_high:.3f}])."
     if verdict == "warning":
         text += " Random negatives are less popular than targets: show a popularity baseline beside every figure."
-    return Finding(check, verdict, text, figures | {"popularity_hr@1": float(popular.mean())})
+    return Finding(check, verdict, text, figures | {"popularity_hr@1": float(popular.mean()), "gain_low": gain_low})
 
 
 def _candidates(row: Row) -> list[str]:

@@ -113,9 +113,10 @@ def alarms(name: str, findings: Iterator[tuple[Finding, Finding]]) -> None:
     for check in zip(*rows, strict=True):
         verdicts = [finding.verdict for finding in check]
         counts.append(f"{verdicts.count('leak')} / {verdicts.count('warning')}")
-    nearest = max(overlaps.figures["low"] for _, overlaps in rows)
-    seconds = time.monotonic() - start
-    print(f"| {name} | {len(rows)} | {' | '.join(counts)} | {nearest:.3f} | {seconds:.0f} |", flush=True)
+    gains = [found.figures["gain_low"] for found, _ in rows if "gain_low" in found.figures]
+    nearest = [f"{max(low):+.3f}" if low else "-" for low in (gains, [found.figures["low"] for _, found in rows])]
+    cells = [name, str(len(rows)), *counts, " / ".join(nearest), f"{time.monotonic() - start:.0f}"]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def power(kind: str, negatives: int, seeds: int) -> None:
