@@ -29,7 +29,7 @@ if [[ "${1:-}" == --fast ]]; then
     set -- "${two_processes[@]}" -m "not slow and not integration and not cluster and not faults" "$@"
 elif [[ "${1:-}" == --faults ]]; then
     shift
-    set -- -m faults tests/faults "$@"
+    set -- -m faults tests/faults tests/integration "$@"
 elif [[ $# -eq 0 ]]; then
     set -- "${two_processes[@]}"
 fi
