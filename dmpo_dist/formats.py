@@ -29,11 +29,6 @@ def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
     return "" if low is None or high is None else f"[{number(low, form)}, {number(high, form)}]"
 
 
-def verdict(low: float, high: float) -> str:
-    """A difference in words, by its interval: ahead of, behind, or level with where the interval holds 0."""
-    return "ahead of" if low > 0 else "behind" if high < 0 else "level with"
-
-
 def size(count: int) -> str:
     """A number of bytes as ``1.2 MB``."""
     if count < 1000:

@@ -11,18 +11,15 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.evaluation import report
-from dmpo_dist.evaluation.metrics import METRICS, TOP_METRICS, sure_hits
-from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
-from dmpo_dist.evaluation.tables import (
-    CATALOGUE_METRICS,
+from dmpo_dist.evaluation.comparisons import (
     COMPARED_METRICS,
-    TABLE_METRICS,
     below_start_lines,
     comparison_lines,
-    evaluation_table,
-    markdown,
     show_comparisons,
 )
+from dmpo_dist.evaluation.metrics import METRICS, TOP_METRICS, sure_hits
+from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.evaluation.tables import CATALOGUE_METRICS, TABLE_METRICS, evaluation_table, markdown
 
 N = 120
 

@@ -76,6 +76,8 @@ def _group(objective, positive, *negatives):
         "margin": reward(positive) - fmean(reward(negative) for negative in negatives),
         "accuracy": fmean(negative[0] < positive[0] for negative in negatives),
         "reward_accuracy": fmean(reward(negative) < reward(positive) for negative in negatives),
+        "reward_positive": reward(positive),
+        "reward_negative": fmean(reward(negative) for negative in negatives),
         "logp_positive": positive[0],
         "logp_negative": fmean(negative[0] for negative in negatives),
     }

@@ -37,7 +37,8 @@ class Comparison(Typed):
     difference: FiniteFloat
     low: FiniteFloat
     high: FiniteFloat
-    p: FiniteFloat | None = None
+    p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    """Before any correction for many comparisons, which depends on what is shown together (``verdicts``)."""
     seeds: list[str] = Field(default_factory=list)
 
 

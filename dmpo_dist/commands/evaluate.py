@@ -35,6 +35,7 @@ from dmpo_dist.evaluation.baseline_scores import (
 from dmpo_dist.evaluation.baselines import oracle_scores
 from dmpo_dist.evaluation.classical import CLASSICAL
 from dmpo_dist.evaluation.classical_environment import baseline_python
+from dmpo_dist.evaluation.comparisons import below_start_lines, show_comparisons
 from dmpo_dist.evaluation.fitting_log import fitting_log
 from dmpo_dist.evaluation.order import ORDERS, lists_note
 from dmpo_dist.evaluation.ranking import load_ranking_model
@@ -49,13 +50,7 @@ from dmpo_dist.evaluation.seeds import by_name
 from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.evaluation.starts import starts_of
 from dmpo_dist.evaluation.strata import strata_of
-from dmpo_dist.evaluation.tables import (
-    below_start_lines,
-    catalogue_table,
-    evaluation_table,
-    rules_table,
-    show_comparisons,
-)
+from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, rules_table
 from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.records.progress import UserProgress

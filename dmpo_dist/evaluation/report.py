@@ -11,10 +11,10 @@ from datasets import Dataset
 
 from dmpo_dist.artifacts.evaluation import SCORES_FILE, Comparison, Evaluation
 from dmpo_dist.artifacts.files import json_text, whole_file
+from dmpo_dist.evaluation.comparisons import COMPARED_METRICS
 from dmpo_dist.evaluation.metrics import METRICS, bootstrap_p, ranking_metrics
 from dmpo_dist.evaluation.seeds import SeededValues, on_common_seeds, stacked
 from dmpo_dist.evaluation.strata import Strata, cells, strata_figures
-from dmpo_dist.evaluation.tables import COMPARED_METRICS as COMPARED_METRICS
 from dmpo_dist.evaluation.tables import TABLE_METRICS, in_order, markdown
 
 SUBJECTS = ("dmpo", "dmpo_likelihood")

@@ -1,6 +1,6 @@
 """An evaluation for people: its tables and sentences, for the terminal, Markdown and the report's page."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,17 +8,18 @@ from rich.table import Table as TerminalTable
 
 from dmpo_dist import tables
 from dmpo_dist.config.evaluation import SAME_USERS
+from dmpo_dist.evaluation.comparisons import against_start_lines, below_start_lines, comparison_lines
 from dmpo_dist.evaluation.metrics import sure_hits
 from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.formats import number
 from dmpo_dist.tables import Cell, Table
+from dmpo_dist.verdicts import rule
 
 MODEL_ORDER = (
     "random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec", "untuned", "zero_shot",
     "sft", "sft_continued", "sft_continued_compute", "dpo", "dpo_pairs", "sdpo", "dmpo", "dmpo_likelihood", "oracle",
 )  # fmt: skip
 ORACLE = "oracle"
-COMPARED_METRICS = ("ndcg@10", "hr@1", "auc")
 TABLE_METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@10", "mrr", "auc")
 """What fits into 100 columns; evaluation.json and evaluation.md hold more."""
 MARKDOWN_METRICS = (
@@ -27,8 +28,6 @@ MARKDOWN_METRICS = (
 CATALOGUE_METRICS = ("hr@1", "hr@10", "hr@20", "ndcg@10", "mrr@20")
 CATALOGUE_LISTS = ("coverage@10", "gini@10")
 """Measures of the ranked lists together; more of them is neither better nor worse."""
-LINES_UP_TO = 3
-"""With more pairs of models than this the comparisons are shown as a table."""
 STRATA_TITLES = {
     "popularity": "By popularity of the positive (head, mid, tail: items that hold a third of the interactions each)",
     "history": "By likes in the history",
@@ -59,7 +58,8 @@ def metrics_table(
 ) -> Table:
     """The table of models and metrics, wherever it is shown: values with 95 % intervals, the best of a column strong.
 
-    The oracle is never the best. A model of several seeds has the standard deviation over them behind each value.
+    Strong are all that print the best value, which says nothing of differences; the oracle never is. A model of several
+    seeds has the standard deviation over them behind each value.
 
     Args:
         models: rows, in their order.
@@ -77,7 +77,7 @@ def metrics_table(
                 row.append(Cell(number(None)))
                 continue
             value = of_model[metric]["value"]
-            strong = "strong" if name != ORACLE and value == best.get(metric) else ""
+            strong = "strong" if name != ORACLE and number(value) == number(best.get(metric)) else ""
             interval = _interval(of_model[metric], leading_zero)
             row.append(Cell(number(value) + _deviation(of_seeds, metric), interval, strong, value))
         rows.append(row)
@@ -99,69 +99,6 @@ def left_out_line(metrics: Sequence[str], negatives: int) -> str | None:
     if not absent:
         return None
     return f"Not shown as it is 1 in any order of {1 + negatives} candidates: {', '.join(absent)}"
-
-
-def comparison_lines(evaluation: dict[str, Any]) -> list[str]:
-    """One line per comparison: "dmpo against sft: ndcg@10 +0.021 [0.008, 0.034], paired over 812 users"."""
-    return _lines(evaluation, evaluation["comparisons"])
-
-
-def below_start_lines(evaluation: dict[str, Any]) -> list[str]:
-    """A line per model and metric that is below what the model's stage started from, by a whole interval."""
-    worse = [c for c in evaluation.get("against_start", []) if c["high"] < 0]
-    return [f"below its start: {line}" for line in _lines(evaluation, worse)]
-
-
-def _lines(evaluation: dict[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = []
-    for c in comparisons:
-        seeds = _seeds_of_pair(evaluation, c)
-        unclear = " (no clear difference)" if c["low"] <= 0 <= c["high"] else ""
-        lines.append(
-            f"{c['a']} against {c['b']}: {c['metric']} {_difference(c)}, "
-            f"paired over {evaluation['requests']} users{', ' * bool(seeds)}{seeds}{unclear}"
-        )
-    return lines
-
-
-def seeds_note(common: Sequence[str], of_a: Collection[str], of_b: Collection[str]) -> str:
-    """What to know of a pair of models that do not have the same seeds; empty where there is nothing.
-
-    Args:
-        common: the seeds they were compared on.
-        of_a, of_b: all seeds of each; none where it is a single training.
-    """
-    if common and len(common) < max(len(of_a), len(of_b)):
-        return f"on common seeds {', '.join(common)}"
-    return "no common seeds" if of_a and of_b and not common else ""
-
-
-def comparison_table(evaluation: dict[str, Any]) -> Table:
-    """One row per pair of models, under a heading with what they share; differences whose interval holds 0 are soft."""
-    pairs: dict[tuple[str, str], dict[str, Any]] = {}
-    for c in evaluation["comparisons"]:
-        pairs.setdefault((c["a"], c["b"]), {})[c["metric"]] = c
-    one_first = len({a for a, _ in pairs}) == 1
-    rows, heading = [], ""
-    for (a, b), by_metric in pairs.items():
-        new = f"{a} against" if one_first else f"against {b}"
-        if new != heading:
-            rows.append([Cell(new, kind="strong")])
-            heading = new
-        seeds = _seeds_of_pair(evaluation, next(iter(by_metric.values())))
-        row = [Cell(f"  {b if one_first else a}", f"  {seeds}" if seeds else "")]
-        for c in map(by_metric.get, COMPARED_METRICS):
-            row.append(Cell(_difference(c), kind="soft" if c["low"] <= 0 <= c["high"] else "") if c else Cell(""))
-        rows.append(row)
-    caption = f"Paired differences over {evaluation['requests']} users, 95 % intervals"
-    return Table(caption, ["", *COMPARED_METRICS], rows, text_columns=1 + len(COMPARED_METRICS))
-
-
-def show_comparisons(evaluation: dict[str, Any]) -> list[str | TerminalTable]:
-    """The comparisons for the terminal: lines for a few pairs, a table for many."""
-    if len({(c["a"], c["b"]) for c in evaluation["comparisons"]}) > LINES_UP_TO:
-        return [tables.terminal(comparison_table(evaluation))]
-    return list(comparison_lines(evaluation))
 
 
 def catalogue_table(result: dict[str, Any], requests: int) -> TerminalTable:
@@ -203,9 +140,10 @@ def markdown(evaluation: dict[str, Any]) -> str:
             "Models of several seeds: the mean, ± the standard deviation over seeds; intervals cover users and seeds."
         )
     if evaluation["comparisons"]:
-        blocks += ["## Paired comparisons", _list(comparison_lines(evaluation))]
+        lines = comparison_lines(evaluation)
+        blocks += ["## Paired comparisons", _list(lines), rule(len(lines))]
     if evaluation.get("against_start"):
-        blocks += ["## Against what each stage started from", _list(_lines(evaluation, evaluation["against_start"]))]
+        blocks += ["## Against what each stage started from", _list(against_start_lines(evaluation))]
     if evaluation.get("rules"):
         rules = rules_table(evaluation, MARKDOWN_METRICS)
         blocks += ["## Scoring rules", tables.markdown(rules), f"{rules.note}."]
@@ -278,15 +216,6 @@ def _deviation(of_seeds: Mapping[str, Mapping[str, float]], metric: str) -> str:
     """± and the standard deviation over seeds, where there are several."""
     values = [of_seed[metric] for of_seed in of_seeds.values() if metric in of_seed]
     return f"±{np.std(values, ddof=1):.3f}".replace("±0.", "±.") if len(values) > 1 else ""
-
-
-def _difference(c: Mapping[str, Any]) -> str:
-    return f"{c['difference']:+.3f} [{c['low']:.3f}, {c['high']:.3f}]"
-
-
-def _seeds_of_pair(evaluation: dict[str, Any], c: Mapping[str, Any]) -> str:
-    seeds = evaluation.get("seeds", {})
-    return seeds_note(c.get("seeds", []), seeds.get(c["a"], {}), seeds.get(c["b"], {}))
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -25,7 +25,10 @@ from dmpo_dist.figures.study import (
     draw_k_sweep,
     draw_matrix,
 )
+from dmpo_dist.report.records import DIFFERENCES_FILE, MEANS_FILE, Summary
+from dmpo_dist.report.study_headline import summary_sentences
 from dmpo_dist.tables import Table, markdown, texts
+from dmpo_dist.verdicts import judge, rule
 
 SHOWN = ("hr@1", "ndcg@10", "auc")
 FIRST_COLUMNS = ("dataset", "model", "axes", "K", "groups", "seeds", "trained on", "evaluated on")
@@ -49,7 +52,7 @@ PICTURES = {
 def write_report(
     grid: GridConfig, parts: Sequence[Part], data: Mapping[str, PreparedData], failed: Sequence[str]
 ) -> None:
-    """Write experiment.parquet, curves.parquet, experiment.md and pictures to ``output_dir``.
+    """Write experiment.parquet, curves.parquet, means.parquet, differences.parquet, experiment.md and pictures.
 
     Models that are not finished are left out; those that failed are named.
     """
@@ -57,7 +60,9 @@ def write_report(
     found = evaluations(parts, data, output)
     _write(figures(found), output / "experiment.parquet")
     _write(curves(parts, data), output / "curves.parquet")
-    means = points(found, samples)
+    means, gains = points(found, samples), judged(differences(found, samples))
+    _write(means.drop(columns="values"), output / MEANS_FILE)
+    _write(gains.drop(columns="clear"), output / DIFFERENCES_FILE)
     drawn = []
     for name, (draw, caption) in PICTURES.items():
         (output / name).unlink(missing_ok=True)  # an earlier grid may have had it where this one has not
@@ -65,8 +70,9 @@ def write_report(
             drawn.append(f"![{caption}]({name})\n\n{caption}")
     lines = [
         *_head(grid, parts, data, failed, notes(found)),
+        *summary_sentences(Summary(means, gains)),
         *drawn,
-        *_tables(means, differences(found, samples)),
+        *_tables(means, gains),
         *_matrix(means),
         *_memorization(parts, output),
         *_rules(found),
@@ -74,6 +80,12 @@ def write_report(
         HOW,
     ]
     write_whole(output / "experiment.md", "\n\n".join(lines) + "\n")
+
+
+def judged(gains: pd.DataFrame) -> pd.DataFrame:
+    """``gains`` with a column ``clear``: whether each is a difference, among all of the study."""
+    verdicts = judge(gains[["low", "high", "p"]].astype(float).itertuples(index=False, name=None))
+    return gains.assign(clear=[verdict.clear for verdict in verdicts])
 
 
 def _head(
@@ -106,7 +118,7 @@ def _tables(means: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
         rows = [_table_row(point, gains) for _, point in of_points]
         rows.sort(key=lambda row: ("K" in row, row.get("groups", 0)))
         lines += [f"## {dataset}", _as_markdown(rows), *_against_others(gains, str(dataset))]
-    return lines
+    return [*lines, f"Differences in bold are clear. {rule(len(gains))}"] if len(gains) else lines
 
 
 def _table_row(point: pd.DataFrame, gains: pd.DataFrame) -> dict[str, object]:
@@ -129,7 +141,7 @@ def _table_row(point: pd.DataFrame, gains: pd.DataFrame) -> dict[str, object]:
     for name in ("dataset", "train_groups", "k", "model", "free"):
         same = same[same[name] == first[name]] if pd.notna(first[name]) else same[:0]
     for _, gain in same.iterrows():
-        row[f"{gain['metric']} - {gain['against']}"] = _with_interval(gain, "+.3f")
+        row[f"{gain['metric']} - {gain['against']}"] = _gain(gain)
     return row
 
 
@@ -140,7 +152,7 @@ def _against_others(gains: pd.DataFrame, dataset: str) -> list[str]:
     rows = []
     for (model, groups, k, free), group in others.groupby(["model", "train_groups", "k", "free"], sort=False):
         row: dict[str, object] = {"model": model, "K": int(k), "groups": int(groups)} | ({"axes": free} if free else {})
-        rows.append(row | {f"- {gain['against']}": _with_interval(gain, "+.3f") for _, gain in group.iterrows()})
+        rows.append(row | {f"- {gain['against']}": _gain(gain) for _, gain in group.iterrows()})
     return ["NDCG@10 minus that of others, paired:", _as_markdown(rows)] if rows else []
 
 
@@ -190,6 +202,12 @@ def _methods(parts: Sequence[Part], data: Mapping[str, PreparedData], found: pd.
 
 def _with_interval(row: pd.Series, form: str = ".3f") -> str:
     return f"{row['value']:{form}} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _gain(row: pd.Series) -> str:
+    """A paired difference with its interval, in bold where it is clear."""
+    text = _with_interval(row, "+.3f")
+    return f"**{text}**" if row["clear"] else text
 
 
 def _as_markdown(rows: Sequence[dict[str, object]]) -> str:

@@ -9,8 +9,8 @@ import pandas as pd
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.evaluation.metrics import METRICS
-from dmpo_dist.evaluation.report import COMPARED_METRICS
+from dmpo_dist.evaluation.comparisons import COMPARED_METRICS
+from dmpo_dist.evaluation.metrics import METRICS, bootstrap_p
 from dmpo_dist.evaluation.seeds import SeededValues
 from dmpo_dist.experiment.baselines import baseline_fits
 from dmpo_dist.experiment.measure import request_metrics
@@ -130,7 +130,7 @@ def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
     compute, the same cell with the fewest negatives, and the baselines. A baseline has one fit for all seeds.
 
     Columns: ``POINT``, against (a model's name, or "K=1"), metric, value, low, high (95 % bootstrap over users and
-    seeds, paired over both), seeds.
+    seeds, paired over both), p (two-sided, before any correction), seeds.
     """
     own = found[found["dataset"] == found["evaluated_on"]]
     baselines = list(dict.fromkeys(own[own["part"].isna()]["model"]))
@@ -145,12 +145,14 @@ def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
             name = f"K={others[0]['k']}" if against == FEWEST_K else against
             own_values, other_values = _seeded(group), _seeded(pd.DataFrame(others))
             gain = SeededValues(own_values.seeds, own_values.values - other_values.values)
-            mean, low, high = gain.interval(samples, BOOTSTRAP_SEED)
+            drawn = gain.resampled(samples, BOOTSTRAP_SEED)
+            low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+            mean, p = gain.mean(), bootstrap_p(drawn)
             for metric in COMPARED_METRICS:
                 i = METRICS.index(metric)
-                row = {"against": name, "metric": metric, "value": mean[i], "low": low[i], "high": high[i]}
+                row = {"against": name, "metric": metric, "value": mean[i], "low": low[i], "high": high[i], "p": p[i]}
                 rows.append(described | row | {"seeds": len(others)})
-    frame = pd.DataFrame(rows, columns=[*POINT, "against", "metric", "value", "low", "high", "seeds"])
+    frame = pd.DataFrame(rows, columns=[*POINT, "against", "metric", "value", "low", "high", "p", "seeds"])
     return frame.astype(dict.fromkeys(COUNTS, "Int64"))
 
 

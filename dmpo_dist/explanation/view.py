@@ -1,5 +1,6 @@
 """Explanations for a terminal and as JSON."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -10,6 +11,7 @@ from rich.text import Text
 from dmpo_dist.explanation.counterfactual import sentence
 from dmpo_dist.explanation.explainer import Answer
 from dmpo_dist.explanation.words import by_word, signed
+from dmpo_dist.figures.explanations import area_verdicts, area_words
 
 BAR = 16
 """Characters of the longest bar."""
@@ -131,21 +133,23 @@ def show_faithfulness(result: dict[str, Any], console: Console) -> None:
         f"mean distance between curves in nats, 95 % intervals over users.",
         highlight=False,
     )
-    table = Table("curves", "area", "95 % interval", "users +/-", "sign test p", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("items taken away", "area", "95 % interval", "users +/-", "sign test p", box=box.SIMPLE_HEAD,
+                  pad_edge=False)  # fmt: skip
     for name, area in result["areas"].items():
         table.add_row(
-            name.replace("_", " "), f"{area['area']:+.3f}", f"{area['low']:+.3f} to {area['high']:+.3f}",
+            ", ".join(area_words(name)), f"{area['area']:+.3f}", f"{area['low']:+.3f} to {area['high']:+.3f}",
             f"{area['users_above']}/{area['users_below']}", f"{area['sign_test_p']:.2g}",
         )  # fmt: skip
     console.print(table)
-    console.print(verdict(result), style="bold", highlight=False, markup=False)
+    console.print(faithfulness_sentence(result["areas"]), style="bold", highlight=False, markup=False)
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """One sentence on ``attribution_vs_random`` and ``inverse_vs_random``."""
-    ours, inverse = result["areas"]["attribution_vs_random"], result["areas"]["inverse_vs_random"]
-    if ours["low"] > 0 and inverse["high"] < 0:
+def faithfulness_sentence(areas: Mapping[str, Mapping[str, float]]) -> str:
+    """What ``attribution_vs_random`` and ``inverse_vs_random`` show, by the rule of ``verdicts``."""
+    verdicts = area_verdicts(areas)
+    faster, slower = (verdicts[name].verdict for name in ("attribution_vs_random", "inverse_vs_random"))
+    if faster == "ahead of" and slower == "behind":
         return "Faithful: the order of contributions pulls the title down faster than chance, and its inverse slower."
-    if ours["low"] > 0:
+    if faster == "ahead of":
         return "Partly: the order of contributions pulls the title down faster than chance, but its inverse not slower."
     return "Not shown: the order of contributions does not pull the title down faster than a random order here."

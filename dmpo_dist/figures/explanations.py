@@ -8,24 +8,29 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
-from dmpo_dist.figures.style import BLUE, GREEN, GREY, ORANGE, Drawing, Look, save_grid
+from dmpo_dist.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, Drawing, Look, save_grid
+from dmpo_dist.verdicts import Judged, judge
 
 SHARE = "share_removed"
 """The curves' common horizontal axis."""
 ORDERS = {
     "attribution": ("largest contribution first", Look(BLUE)),
-    "recent": ("most recent first", Look(GREEN, dash="--")),
+    "recent": ("newest first", Look(GREEN, dash="--")),
     "random": ("random order", Look(GREY)),
     "inverse": ("smallest contribution first", Look(ORANGE, dash="-.")),
 }
 AREAS = {
-    "attribution_vs_random": ("contributions", "random"),
-    "attribution_vs_random_after_first": ("contributions", "random, after the first step"),
-    "attribution_vs_recent": ("contributions", "recent"),
-    "recent_vs_random": ("recent", "random"),
-    "inverse_vs_random": ("inverse", "random"),
+    "attribution_vs_random": ("attribution", "against a random order"),
+    "attribution_vs_random_after_first": ("attribution", "same, without the first step"),
+    "attribution_vs_recent": ("attribution", "against newest first"),
+    "recent_vs_random": ("recent", "against a random order"),
+    "inverse_vs_random": ("inverse", "against a random order"),
 }
-AREAS_NOTE = "Above 0: removing items in the first order lowers the title's score faster than in the second."
+"""Area -> its first order, and what that is compared with, in words."""
+AREAS_NOTE = (
+    "Above 0: the title's score falls faster when items are taken away in the order of the heading. Filled: a clear "
+    "difference, by the interval and by the sign test over users; a ring: none."
+)
 
 
 def plot_faithfulness(result: Mapping[str, Any], output: Path) -> None:
@@ -61,15 +66,29 @@ def _draw_deletion(axes: Axes, curves: Mapping[str, Sequence[float]], share: Seq
     axes.set_xlabel("% of the history removed (the last item stays)" if share else "history items removed")
 
 
+def area_words(name: str) -> tuple[str, str]:
+    """An area's first order, and what it is compared with: ``newest first``, ``against a random order``."""
+    first, _, second = name.partition("_vs_")
+    order, against = AREAS.get(name, (first, f"against {second.replace('_', ' ')}"))
+    return _order(order)[0], against
+
+
+def area_verdicts(areas: Mapping[str, Mapping[str, float]]) -> dict[str, Judged]:
+    """The verdict on each area of an explanation's faithfulness, by its interval and its sign test."""
+    judged = judge((area.get("low"), area.get("high"), area.get("sign_test_p")) for area in areas.values())
+    return dict(zip(areas, judged, strict=True))
+
+
 def _area_rows(areas: Mapping[str, Mapping[str, float]]) -> list[IntervalRow]:
-    """Two rows for each area, a heading and the figure, as both names would be too long for one row."""
-    rows = []
-    for name, area in areas.items():
-        first, second = AREAS.get(name, (name.partition("_vs_")[0], name.partition("_vs_")[2]))
-        low, high = area.get("low"), area.get("high")
-        unclear = low is None or high is None or low <= 0 <= high
-        colour = GREY if unclear else BLUE if low > 0 else ORANGE
-        rows += [IntervalRow(f"{first}, against"), IntervalRow(second, area.get("area"), low, high, colour)]
+    """A row for each area, below a heading for its first order."""
+    rows, heading, verdicts = [], "", area_verdicts(areas)
+    for name in sorted(areas, key=lambda name: [*AREAS, name].index(name)):
+        area, (first, against) = areas[name], area_words(name)
+        if first != heading:
+            rows.append(IntervalRow(first))
+            heading = first
+        value, low, high = (area.get(key) for key in ("area", "low", "high"))
+        rows.append(IntervalRow(against, value, low, high, BLACK, hollow=not verdicts[name].clear))
     return rows
 
 

@@ -14,7 +14,10 @@ ROW_HEIGHT, FRAME_HEIGHT = 0.3, 0.5  # inches
 
 @dataclass(frozen=True)
 class IntervalRow:
-    """A figure with its interval; a row without a value is the heading of the rows below it."""
+    """A figure with its interval; a row without a value is the heading of the rows below it.
+
+    ``hollow`` draws a ring: a difference that is not clear, or a bound that no model is held to.
+    """
 
     label: str
     value: float | None = None
@@ -55,7 +58,8 @@ def _draw(axes: Axes, rows: Sequence[IntervalRow], zero: bool, form: str, unit: 
         if row.value is None:
             continue
         if row.low is not None and row.high is not None:
-            axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=2.2, solid_capstyle="butt")
+            width = 1.3 if row.hollow else 2.2
+            axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=width, solid_capstyle="butt")
         face = "white" if row.hollow else row.colour
         (dot,) = axes.plot(row.value, y, "o", color=row.colour, markerfacecolor=face, markersize=6)
         hover(dot, [row.words(form)])

@@ -14,21 +14,23 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from dmpo_dist.figures.style import GREY, PALE, Drawing, Look, hover, log_ticks, looks, save_grid, short
+from dmpo_dist.figures.models import METHODS, model_looks
+from dmpo_dist.figures.style import GREY, Drawing, Look, hover, log_ticks, save_grid, short
 from dmpo_dist.formats import interval, metric_name
 
 FEW_SHOT_FILE, K_SWEEP_FILE, MATRIX_FILE = "few_shot.png", "k_sweep.png", "cross_domain.png"
 MAIN_METRIC, SWEEP_METRIC = "ndcg@10", "hr@1"
 LEVELS = {
-    "sft": ("SFT", "--", GREY),
-    "sft_continued": ("SFT continued", ":", GREY),
-    "popularity": ("popularity", (0, (6, 2)), PALE),
-    "random": ("random", (0, (1, 2)), PALE),
+    "sft": ("SFT", "--"),
+    "sft_continued": ("SFT continued", ":"),
+    "popularity": ("popularity", (0, (6, 2))),
+    "random": ("random", (0, (1, 2))),
 }
-"""Model -> label, dash and colour of its horizontal line, in figures whose horizontal axis it does not depend on."""
+"""Model -> label and dash of its horizontal line, in figures whose horizontal axis it does not depend on."""
 BESIDE_K = ("sft", "sft_continued", "popularity")
 HEAT, DARK = "cividis", "#111111"
 MOST_PANELS = 12
+LEAST = 3  # curves of fewer points are drawn without a line between them
 APART = 1.03  # each curve is shifted by this factor on the logarithmic axis, so that points do not cover each other
 
 Curves = Mapping[str, pd.DataFrame]
@@ -152,10 +154,12 @@ def matrix_drawings(points: pd.DataFrame) -> list[Drawing]:
 
 def _draw_few_shot(axes: Axes, curves: Curves, several: pd.DataFrame, levels: Mapping[str, float]) -> None:
     _draw_curves(axes, curves, "train_groups")
-    for name, (label, dash, colour) in LEVELS.items():
+    for name, (label, dash) in LEVELS.items():
         rows = several[several["model"] == name].sort_values("train_groups")
         if len(rows):
-            axes.plot(rows["train_groups"].astype(float), rows["value"], color=colour, linestyle=dash, label=label)
+            drawn = {"linestyle": dash} if len(rows) >= LEAST else {"linestyle": "none", "marker": "x"}
+            at = rows["train_groups"].astype(float)
+            axes.plot(at, rows["value"], color=METHODS[name], label=label, **drawn)
     _draw_levels(axes, levels)
     log_ticks(axes, pd.concat(list(curves.values()))["train_groups"])
     axes.set_xlabel("training groups (log scale)")
@@ -171,18 +175,20 @@ def _draw_loss(axes: Axes, curves: Curves) -> None:
     for label, curve, look, shift in _with_looks(curves):
         k, first, final = (curve[c].astype(float) for c in ("k", "first_preference_loss", "final_preference_loss"))
         drawn = {"color": look.colour, "marker": look.marker, "markersize": 5}
-        (line,) = axes.plot(shift * k, final, label=label, **drawn)
+        (line,) = axes.plot(shift * k, final, label=label, linestyle=_dash(curve, look), **drawn)
         hover(line, _hover_texts(label, curve, "k", final))
         if "loss_low" in curve:
             axes.vlines(shift * k, curve["loss_low"], curve["loss_high"], color=look.colour, linewidth=1)
         if first.notna().any():
-            axes.plot(shift * k, first, linewidth=0.9, linestyle=":", markerfacecolor="white", **drawn)
+            dotted = ":" if len(curve) >= LEAST else "none"
+            axes.plot(shift * k, first, linewidth=0.9, linestyle=dotted, markerfacecolor="white", **drawn)
     _finish_k(axes, curves)
 
 
 def _draw_fall(axes: Axes, curves: Curves) -> None:
     for label, curve, look, shift in _with_looks(curves):
-        axes.plot(shift * curve["k"].astype(float), curve["fall"], color=look.colour, marker=look.marker, label=label)
+        drawn = {"color": look.colour, "marker": look.marker, "linestyle": _dash(curve, look)}
+        axes.plot(shift * curve["k"].astype(float), curve["fall"], label=label, **drawn)
     axes.axhline(0, color=GREY, linewidth=0.8)
     _finish_k(axes, curves)
 
@@ -193,8 +199,8 @@ def _draw_curves(axes: Axes, curves: Curves, x: str) -> None:
         at = shift * curve[x].astype(float)
         bars = [curve["value"] - curve["low"], curve["high"] - curve["value"]]
         line, _, _ = axes.errorbar(
-            at, curve["value"], yerr=bars, color=look.colour, marker=look.marker, markersize=5, elinewidth=1,
-            capsize=2.5, label=label, zorder=3,
+            at, curve["value"], yerr=bars, color=look.colour, marker=look.marker, linestyle=_dash(curve, look),
+            markersize=5, elinewidth=1, capsize=2.5, label=label, zorder=3,
         )  # fmt: skip
         hover(line, _hover_texts(label, curve, x, curve["value"]))
         for position, values in zip(at, curve["values"], strict=True):
@@ -235,8 +241,8 @@ def _levels(others: pd.DataFrame, names: Iterable[str], groups: float) -> dict[s
 
 def _draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
     for name, value in levels.items():
-        label, dash, colour = LEVELS[name]
-        axes.axhline(value, color=colour, linestyle=dash, linewidth=1.4, label=label)
+        label, dash = LEVELS[name]
+        axes.axhline(value, color=METHODS[name], linestyle=dash, linewidth=1.4, label=label)
 
 
 def _finish_k(axes: Axes, curves: Curves) -> None:
@@ -246,8 +252,13 @@ def _finish_k(axes: Axes, curves: Curves) -> None:
 
 def _with_looks(curves: Curves) -> list[tuple[str, pd.DataFrame, Look, float]]:
     """Label, points, look and the factor by which the curve is drawn beside the others."""
-    of_curve = looks(curves)
+    of_curve = model_looks(curves)
     return [(label, curve, of_curve[label], APART**i) for i, (label, curve) in enumerate(curves.items())]
+
+
+def _dash(curve: pd.DataFrame, look: Look) -> str:
+    """Two points are no curve."""
+    return look.dash if len(curve) >= LEAST else "none"
 
 
 def _hover_texts(label: str, curve: pd.DataFrame, x: str, values: pd.Series) -> list[str]:

@@ -18,10 +18,12 @@ from dmpo_dist.figures.svg import TOOLTIP, inline_svg, printable
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
-PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#882255")
+YELLOW, SKY, WINE = "#E69F00", "#56B4E9", "#882255"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY, WINE)
+INDIGO, OLIVE, BROWN = "#332288", "#808000", "#8C510A"  # for further models
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
-PALE, GRID = "#999999", "#DDDDDD"
+PALE, GRID, BLACK = "#999999", "#DDDDDD", "#1A1A1A"
 MOST_LETTERS = 28  # longer names are cut in figures
 LEGEND_LETTERS = 52  # width of a line of a chart's legend, in letters, its line samples included
 LEGEND_LINE, TITLE_LINE = 0.21, 0.25  # inches

@@ -16,7 +16,8 @@ from dmpo_dist.objectives.groups import Groups, boundary_negatives
 from dmpo_dist.objectives.likelihood import mean_token_nll, widen
 
 SUMS = (
-    "loss", "preference_loss", "margin", "accuracy", "reward_accuracy", "logp_positive", "logp_negative", "negatives",
+    "loss", "preference_loss", "margin", "accuracy", "reward_accuracy", "reward_positive", "reward_negative",
+    "logp_positive", "logp_negative", "negatives",
 )  # fmt: skip
 
 
@@ -25,8 +26,8 @@ class Preference(PreferenceOptions):
 
     A subclass gives ``preference_loss``. What is reported, each a sum over groups: ``loss``, ``preference_loss``
     (without the likelihood term), ``margin`` (r_w - mean r_n), ``accuracy`` (share of negatives the policy rates below
-    the positive), ``reward_accuracy`` (the same for r), ``logp_positive``, ``logp_negative`` (mean over negatives) and
-    ``negatives`` (K kept).
+    the positive), ``reward_accuracy`` (the same for r), ``reward_positive`` and ``reward_negative`` (r_w, mean r_n),
+    ``logp_positive``, ``logp_negative`` (mean over negatives) and ``negatives`` (K kept).
     """
 
     @property
@@ -111,10 +112,13 @@ def _statistics(policy: Tensor, rewards: Tensor, groups: Groups) -> dict[str, Te
     positive, positive_reward = groups.positive(policy), groups.positive(rewards)  # (G,)
     below = (policy < positive[groups.group_id]).to(policy.dtype)
     reward_below = (rewards < positive_reward[groups.group_id]).to(policy.dtype)
+    negative_reward = groups.sum(rewards, negative) / k  # (G,)
     return {
-        "margin": (positive_reward - groups.sum(rewards, negative) / k).sum(),
+        "margin": (positive_reward - negative_reward).sum(),
         "accuracy": (groups.sum(below, negative) / k).sum(),
         "reward_accuracy": (groups.sum(reward_below, negative) / k).sum(),
+        "reward_positive": positive_reward.sum(),
+        "reward_negative": negative_reward.sum(),
         "logp_positive": positive.sum(),
         "logp_negative": (groups.sum(policy, negative) / k).sum(),
     }

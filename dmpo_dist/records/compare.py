@@ -14,16 +14,17 @@ from rich.console import Console
 from dmpo_dist.artifacts.evaluation import SCORES_FILE, Evaluation
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.comparisons import COMPARED_METRICS, difference_line, judged
 from dmpo_dist.evaluation.metrics import paired_bootstrap, ranking_metrics
-from dmpo_dist.evaluation.report import COMPARED_METRICS
-from dmpo_dist.figures.curves import SIDE_BY_SIDE, has_values, side_by_side_drawings
+from dmpo_dist.figures.curves import SIDE_BY_SIDE, has_values, losses_apart, side_by_side_drawings
+from dmpo_dist.figures.models import looks_of
 from dmpo_dist.figures.style import save_grid
 from dmpo_dist.parsing import parsing
 from dmpo_dist.records.read import LAST_FIGURES, VALIDATION_METRICS, Run
 from dmpo_dist.tables import Table, terminal, texts
 
 METRIC = "ndcg@10"
-DRAWN = ("loss", "margin")
+DRAWN = ("sft_loss", "preference_loss", "margin")
 REQUEST = ["timestamp", "user"]
 
 
@@ -148,12 +149,22 @@ def show_comparison(runs: Sequence[Run], names: Sequence[str], evaluations: Sequ
 
 
 def paired_lines(
-    runs: Sequence[Run], names: Sequence[str], evaluations: Sequence[Path], samples: int = 1000, seed: int = 0
+    runs: Sequence[Run],
+    names: Sequence[str],
+    evaluations: Sequence[Path],
+    pairs: Sequence[tuple[int, int]] | None = None,
+    samples: int = 1000,
+    seed: int = 0,
 ) -> list[str]:
-    """For each pair of runs a line per metric, "a against b: ndcg@10 +0.021 [0.008, 0.034]", or the reason for none."""
+    """For each pair of runs a line per metric, "a against b: ndcg@10 +0.021 [0.008, 0.034]", or the reason for none.
+
+    Args:
+        pairs: indices of the runs to compare; None is every pair. What is called clear depends on how many these are.
+    """
     scores = [_test_scores(run, evaluations) for run in runs]
     lines = [f"{name}: no evaluation ranks its model" for name, s in zip(names, scores, strict=True) if s is None]
-    for i, j in combinations(range(len(runs)), 2):
+    compared: list[tuple[dict[str, Any], int]] = []
+    for i, j in combinations(range(len(runs)), 2) if pairs is None else pairs:
         first, second = scores[i], scores[j]
         if first is None or second is None:
             continue
@@ -162,19 +173,17 @@ def paired_lines(
             continue
         values = [ranking_metrics(_by_request(frame)) for frame in (second, first)]
         columns = [np.stack([v[metric] for metric in COMPARED_METRICS], axis=1) for v in values]
-        for metric, difference, low, high, _ in zip(
+        for metric, *found in zip(
             COMPARED_METRICS, *paired_bootstrap(columns[0], columns[1], samples, seed), strict=True
         ):
-            unclear = " (no clear difference)" if low <= 0 <= high else ""
-            lines.append(
-                f"{names[j]} against {names[i]}: {metric} {difference:+.3f} [{low:.3f}, {high:.3f}], "
-                f"paired over {len(columns[0])} users{unclear}"
-            )
-    return lines
+            figures = dict(zip(("difference", "low", "high", "p"), map(float, found), strict=True))
+            compared.append(({"a": names[j], "b": names[i], "metric": metric, **figures}, len(columns[0])))
+    verdicts = judged(c for c, _ in compared)
+    return lines + [difference_line(c, users, verdict) for (c, users), verdict in zip(compared, verdicts, strict=True)]
 
 
 def plot_runs(runs: Sequence[Run], names: Sequence[str], metric: str, output: Path) -> None:
-    """Draw loss, margin and the validation ``metric`` of several runs into a PNG, with a colour for each run.
+    """Draw losses, margin and the validation ``metric`` of several runs into a PNG; losses of SFT are apart.
 
     Raises:
         UserError: no run logged anything, or none logged ``metric``.
@@ -182,8 +191,10 @@ def plot_runs(runs: Sequence[Run], names: Sequence[str], metric: str, output: Pa
     logged = sorted({name for run in runs for name in VALIDATION_METRICS if has_values(run.validation, name)})
     if logged and metric not in logged:
         raise UserError(f"--metric {metric}: no validation {metric} was logged; there is {', '.join(logged)}")
-    frames = {name: (run.train, run.validation) for name, run in zip(names, runs, strict=True)}
-    drawings = side_by_side_drawings(frames, metric, {column: SIDE_BY_SIDE[column] for column in DRAWN})
+    named = dict(zip(names, runs, strict=True))
+    frames = {name: (losses_apart(run.train, run.stage), run.validation) for name, run in named.items()}
+    looks = looks_of({name: run.model for name, run in named.items()})
+    drawings = side_by_side_drawings(frames, metric, looks, {column: SIDE_BY_SIDE[column] for column in DRAWN})
     if not drawings:
         raise UserError(f"nothing to draw: {', '.join(names)} stopped before the first log line")
     save_grid(drawings, output, columns=len(drawings))

@@ -88,10 +88,10 @@ class RunLog:
         result: dict[str, float] = {}
         if self._trained:
             stage, folder = self._job.stage, self._job.output
-            plot_curves(
-                folder / METRICS_FILE, folder / CURVES_FILE, stage.select_metric if stage.select == "best" else None
-            )
-            result = read_run(folder).result()
+            run = read_run(folder)
+            selected = stage.select_metric if stage.select == "best" else None
+            plot_curves(folder / METRICS_FILE, folder / CURVES_FILE, selected, run.model)
+            result = run.result()
         for sink in self._sinks:
             sink.close(result, self._finished)
 

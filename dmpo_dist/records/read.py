@@ -23,6 +23,7 @@ from dmpo_dist.artifacts.log import (
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.figures.curves import has_values
+from dmpo_dist.figures.models import model_of_run
 
 CONFIG_FILE = "config.yaml"
 LAST_FIGURES = ("loss", "margin", "accuracy")
@@ -70,6 +71,14 @@ class Run:
         """The command that trained the model, ``sft`` or ``train``; "" if it is not known."""
         stages = (r.stage for r in self.log.records if isinstance(r, StartRecord | StepRecord))
         return next((COMMANDS[stage] for stage in stages if stage), "")
+
+    @property
+    def model(self) -> str:
+        """The model that the run makes, by the name of its method; figures colour it by that."""
+        objective = (self.config.get("objective") or {}) if self.stage == "train" else {"name": "sft"}
+        return model_of_run(
+            self.folder.resolve().name, str(objective.get("name") or "dmpo"), bool(objective.get("sft_weight"))
+        )
 
     @property
     def began(self) -> float:

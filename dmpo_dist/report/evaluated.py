@@ -4,14 +4,17 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from dmpo_dist.artifacts.evaluation import SCORES_FILE
+from dmpo_dist.evaluation.comparisons import below_start_lines
 from dmpo_dist.evaluation.metrics import sure_hits
 from dmpo_dist.evaluation.seeds import split_name
-from dmpo_dist.evaluation.tables import below_start_lines, rules_note
+from dmpo_dist.evaluation.tables import rules_note
 from dmpo_dist.formats import candidates
 from dmpo_dist.records.compare import evaluation_of, paired_lines
 from dmpo_dist.report import intervals, metadata, tables
 from dmpo_dist.report.blocks import Block, folded_table, heading
+from dmpo_dist.report.colours import page_looks
 from dmpo_dist.report.gather import Material
+from dmpo_dist.verdicts import rule
 
 WAYS = {
     "popularity": "popularity of the target",
@@ -20,17 +23,19 @@ WAYS = {
 }
 MOST_PAIRS = 10  # of runs that are shown beside the pairs an evaluation compares
 INTERVALS_NOTE = (
-    "Best of each column in bold, the oracle apart; intervals are 95 %, by bootstrap over users (and seeds, where "
-    "there are several). In the figures language models are blue, baselines grey, the oracle a ring."
+    "Best of each column in bold, the oracle apart, whether or not it is clearly ahead; intervals are 95 %, by "
+    "bootstrap over users (and seeds, where there are several). A model has one colour on the whole page; baselines "
+    "are grey, the oracle is a ring."
 )
 DIFFERENCES_NOTE = (
-    "To the right of 0 the first model is better; grey: the interval holds 0, no clear difference. Models far from "
-    "all others (random, untuned, oracle) are only in the table, where clear differences are bold."
+    "To the right of 0 the first model is better. Filled dots and bold figures are clear differences, rings are not. "
+    "Models far from all others (random, untuned, oracle) are only in the table."
 )
 
 
 def results(material: Material) -> Iterator[Block]:
     """For each evaluation all models in a table and in figures, single seeds, and ranks in the whole catalogue."""
+    looks = page_looks(material).models
     for name, e in material.evaluations.items():
         yield from heading(name, material.evaluations)
         yield from (Block("warning", f"Note: {note}") for note in e.notes)
@@ -39,7 +44,7 @@ def results(material: Material) -> Iterator[Block]:
         caption = f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates"
         yield Block("table", tables.metrics_table(caption, first, sure_hits(e.most_negatives), e.seeds))
         yield Block("note", INTERVALS_NOTE)
-        yield Block("figures", intervals.model_drawings(e))
+        yield Block("figures", intervals.model_drawings(e, looks))
         if first != e.models:
             all_metrics = tables.metrics_table("All metrics", e.models, sure_hits(e.most_negatives), e.seeds)
             yield folded_table("All metrics", all_metrics)
@@ -67,11 +72,12 @@ def results(material: Material) -> Iterator[Block]:
 
 def comparisons(material: Material) -> Iterator[Block]:
     """Differences between models over the same users."""
+    looks = page_looks(material).models
     for name, e in material.evaluations.items():
         if e.comparisons:
             yield from heading(name, material.evaluations)
-            yield Block("figures", intervals.comparison_drawings(e.comparisons))
-            yield Block("note", DIFFERENCES_NOTE)
+            yield Block("figures", intervals.comparison_drawings(e.comparisons, looks))
+            yield Block("note", f"{DIFFERENCES_NOTE} {rule(len(e.comparisons))}")
             yield Block("table", tables.comparisons_table(e))
     pairs = _other_pairs(material)
     if pairs:
@@ -81,12 +87,13 @@ def comparisons(material: Material) -> Iterator[Block]:
 
 def strata(material: Material) -> Iterator[Block]:
     """The models' metrics on each stratum of the requests."""
+    looks = page_looks(material).models
     for name, e in material.evaluations.items():
         if e.strata:
             yield from heading(name, material.evaluations)
         for way, strata in e.strata.items():
             yield Block("heading", f"By {WAYS.get(way, way.replace('_', ' '))}")
-            yield Block("figures", intervals.strata_drawings(e, strata))
+            yield Block("figures", intervals.strata_drawings(e, strata, looks))
             whole = [
                 Block(
                     "table",
@@ -111,16 +118,14 @@ def _other_pairs(material: Material) -> list[str]:
     labels = {
         name: f"{name} ({ranked_as})" if split_name(ranked_as)[1] else name for name, (_, ranked_as) in ranked.items()
     }
+    names = list(ranked)
     pairs = []
-    for a, b in combinations(ranked, 2):
-        (first, as_a), (second, as_b) = ranked[a], ranked[b]
+    for i, j in combinations(range(len(names)), 2):
+        (first, as_a), (second, as_b) = ranked[names[i]], ranked[names[j]]
         compared = {frozenset((c.a, c.b)) for c in by_folder[first].comparisons} if first == second else set()
         if frozenset((as_a, as_b)) not in compared:
-            pairs.append((a, b))
-    lines = [
-        line
-        for a, b in pairs[:MOST_PAIRS]
-        for line in paired_lines([material.runs[a], material.runs[b]], [labels[a], labels[b]], scored)
-    ]
+            pairs.append((i, j))
+    runs, shown = [material.runs[name] for name in names], [labels[name] for name in names]
+    lines = paired_lines(runs, shown, scored, pairs[:MOST_PAIRS]) if pairs else []
     more = len(pairs) - MOST_PAIRS
     return lines + ([f"{more} more pairs: `dmpo runs compare` shows them"] if more > 0 else [])

@@ -17,7 +17,7 @@ from dmpo_dist.artifacts.log import METRICS_FILE, MetricsLog
 from dmpo_dist.data.store import few_fingerprint
 from dmpo_dist.errors import UserError
 from dmpo_dist.records.read import CONFIG_FILE, Run, read_run
-from dmpo_dist.report.records import STUDY_FILE, read_study
+from dmpo_dist.report.records import STUDY_FILE, Summary, read_study, read_summary
 
 BULK = ("checkpoints", "model", "scratch", "tensorboard", "train", "validation", "test")
 """Names of folders with many files but nothing to report; the list of files has one line for each of them."""
@@ -67,6 +67,7 @@ class Material:
             cells of studies one configuration, as an example, and all environments.
         explanations: name -> explanations.
         studies: name -> the rows that `dmpo experiment` wrote.
+        summaries: name of a study -> its means over seeds and paired differences; None for those of earlier versions.
         cards: of the data that the folders hold, or that their runs were trained on.
         files: path and bytes; a folder of many files is one entry that ends in "/ (n files)".
         notes: for readers, what could not be read or is left out.
@@ -80,6 +81,7 @@ class Material:
     environments: dict[str, Environment]
     explanations: dict[str, Explanations]
     studies: dict[str, pd.DataFrame]
+    summaries: dict[str, Summary | None]
     cards: list[ReportedData]
     files: list[tuple[str, int]]
     notes: list[str]
@@ -110,7 +112,7 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
     for folder in [*cells, *ranked.values()]:
         environments.setdefault(_name(folder, root), Environment.read_if_there(folder) or Environment())
     explained = _unique([p for f in found for p in f.explanations]) if explanations else []
-    studies = {_name(p, root): read_study(p / STUDY_FILE) for p in _unique([p for f in found for p in f.studies])}
+    studied = {_name(p, root): p for p in _unique([p for f in found for p in f.studies])}
     notes = [note for name, run in by_name.items() for note in _damaged_lines(name, run.log)]
     cards, missing = _cards([p for f in found for p in f.cards], by_name, configs)
     return Material(
@@ -121,7 +123,8 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
         configs={name: config for name, config in configs.items() if config},
         environments={name: environment for name, environment in environments.items() if environment.content()},
         explanations={_name(p, root): Explanations.read(p) for p in explained},
-        studies=studies,
+        studies={name: read_study(p / STUDY_FILE) for name, p in studied.items()},
+        summaries={name: read_summary(p) for name, p in studied.items()},
         cards=cards,
         files=_files([f.folder for f in found], root),
         notes=notes + missing,

@@ -7,26 +7,26 @@ import pandas as pd
 from dmpo_dist.artifacts.evaluation import Comparison, Evaluation
 from dmpo_dist.artifacts.explanations import Explanations
 from dmpo_dist.config.evaluation import BASELINES
-from dmpo_dist.figures.study import SWEEP_METRIC
-from dmpo_dist.formats import candidates, interval, joined, metric_name, number, verdict
+from dmpo_dist.figures.explanations import area_verdicts
+from dmpo_dist.formats import candidates, interval, joined, metric_name, number
 from dmpo_dist.records.read import Run
 from dmpo_dist.report.gather import Material
+from dmpo_dist.report.records import Summary
 from dmpo_dist.report.study import at_home, labels
+from dmpo_dist.report.study_headline import FAIR, MOST_DATASETS, against, summary_sentences
+from dmpo_dist.report.tables import judged
 
 METRIC, SUBJECT = "ndcg@10", "dmpo"
-MOST_DATASETS = 3  # of a study that get a sentence each
-FAIR = ("sft_continued", "sft", "untuned")
-"""Models to compare the subject with, fairest first: SFT for as many more steps on the same data, then its starts."""
 
 
 def headline(material: Material) -> list[str]:
     """Sentences for the top of the page, at least one."""
-    evaluations, studies = list(material.evaluations.values()), list(material.studies.values())
+    evaluations = list(material.evaluations.values())
     sentences = []
     if material.runs:
         sentences.append(_training(material, evaluations[0] if evaluations else None))
     sentences += map(_result, evaluations[:1])
-    sentences += map(_study, studies[:1])
+    sentences += [_study(study, material.summaries[name]) for name, study in list(material.studies.items())[:1]]
     if not sentences:
         sentences += map(_explanations, list(material.explanations.values())[:1])
     if len(evaluations) > 1:
@@ -90,12 +90,17 @@ def _result(evaluation: Evaluation) -> str:
         f"On {evaluation.requests} test requests among {candidates(evaluation.negatives)} candidates, {subject} ranks "
         f"with {metric_name(metric)} {number(figure.value)} {interval(figure.low, figure.high)}"
     ).rstrip()
+    verdicts = dict(zip(map(_pair, evaluation.comparisons), judged(evaluation.comparisons), strict=True))
     compared = _compared(evaluation, subject, metric)
-    parts = [_against(c) for c in compared]
+    parts = [against(verdicts[_pair(c)].verdict, c.b, c.difference, c.low, c.high) for c in compared]
     # A result without a baseline beside it says little: if no baseline was compared in pairs, name the best one.
     if not any(c.b in BASELINES for c in compared):
         parts += _beside_best_baseline(evaluation, subject, metric)
     return f"{text}: {joined(parts)}." if parts else f"{text}."
+
+
+def _pair(c: Comparison) -> tuple[str, str, str]:
+    return c.a, c.b, c.metric
 
 
 def _compared(evaluation: Evaluation, subject: str, metric: str) -> list[Comparison]:
@@ -124,49 +129,34 @@ def _beside_best_baseline(evaluation: Evaluation, subject: str, metric: str) -> 
     return [f"{relation} {best} ({number(values[best])}, not compared in pairs)"]
 
 
-def _against(c: Comparison) -> str:
-    difference = number(c.difference, "+.3f")
-    return f"{verdict(c.low, c.high)} {c.b} ({difference} {interval(c.low, c.high, '+.3f')}, paired)"
-
-
 def _explanations(explanations: Explanations) -> str:
     users = len({request.user for request in explanations.requests})
     text = f"Explanations of {len(explanations.requests)} ranks that {explanations.model} gives titles of {users} users"
-    area = explanations.faithfulness.areas.get("attribution_vs_random") if explanations.faithfulness else None
+    areas = explanations.faithfulness.areas if explanations.faithfulness else {}
+    area = areas.get("attribution_vs_random")
     if not area or not {"area", "low", "high"} <= area.keys():
         return f"{text}; how faithful these explanations are was not measured."
-    faster = "faster than" if area["low"] > 0 else "not clearly faster than"
+    verdict = area_verdicts(areas)["attribution_vs_random"].verdict
+    faster = "faster than" if verdict == "ahead of" else "not clearly faster than"
     figure = f"{number(area['area'], '+.3f')} {interval(area['low'], area['high'], '+.3f')} nats"
     return f"{text}. Taking history items away by contribution pulls titles down {faster} at random ({figure})."
 
 
-def _study(study: pd.DataFrame) -> str:
-    """The number of cells, then the effect of more negatives or, with several datasets or sizes, the best settings."""
+def _study(study: pd.DataFrame, summary: Summary | None) -> str:
+    """The number of cells, then what the study found."""
     trained = study[study["objective"].notna()]
     cells = len(trained[["dataset", "shots", "k", "objective", "free", "seed"]].drop_duplicates())
-    datasets = list(study["dataset"].unique())
-    text = f"A study of {cells} cells on {joined(sorted(map(str, datasets)))}"
+    datasets = list(map(str, study["dataset"].unique()))
+    text = f"A study of {cells} cells on {joined(sorted(datasets))}."
+    if summary is not None:
+        return " ".join([text, *summary_sentences(summary)])
     home = at_home(study)
-    if len(datasets) == 1 and trained["shots"].nunique(dropna=False) == 1 and trained["k"].nunique() > 1:
-        return f"{text}. {_sweep(home[(home['metric'] == SWEEP_METRIC) & home['k'].notna()])}"
-    best = [_best(home[(home["dataset"] == d) & (home["metric"] == METRIC)], str(d)) for d in datasets[:MOST_DATASETS]]
-    return " ".join([f"{text}.", *best]).strip()
-
-
-def _sweep(cells: pd.DataFrame) -> str:
-    parts = []
-    for label, part in cells.groupby(labels(cells, with_k=False), sort=False):
-        by_k = part.groupby("k")[["value", "loss"]].mean()
-        (first, last), (low, high) = by_k.iloc[[0, -1]].itertuples(index=False), by_k.index[[0, -1]]
-        if low == high:
-            continue
-        loss = "" if by_k["loss"].isna().any() else f" while the loss goes from {first.loss:.3f} to {last.loss:.3f}"
-        parts.append(f"{label} from {first.value:.3f} at K={low:g} to {last.value:.3f} at K={high:g}{loss}")
-    return f"{metric_name(SWEEP_METRIC)} with more negatives: {'; '.join(parts)}." if parts else ""
+    best = [_best(home[(home["dataset"] == d) & (home["metric"] == METRIC)], d) for d in datasets[:MOST_DATASETS]]
+    return " ".join([text, *filter(None, best)])
 
 
 def _best(rows: pd.DataFrame, dataset: str) -> str:
-    """The best setting beside SFT with as many examples and popularity; "" where no cell was measured."""
+    """The best setting beside SFT and the best baseline, for studies without paired differences; "" without a cell."""
     cells = rows[rows["objective"].notna()]
     if cells.empty:
         return ""
@@ -175,15 +165,15 @@ def _best(rows: pd.DataFrame, dataset: str) -> str:
     label, shots = means.idxmax()
     same = named[(named["label"] == label) & ((named["shots"] == shots) | (named["shots"].isna() & pd.isna(shots)))]
     spread = interval(*same[["low", "high"]].iloc[0]) if len(same) == 1 else f"(mean of {len(same)} seeds)"
-    others = []
-    for name in ("sft", "popularity"):
-        of_model = rows[rows["model"] == name]
+    values = {}
+    for name, of_model in rows[rows["objective"].isna()].groupby("model", sort=False):
         fitting = of_model[of_model["shots"].isna() if pd.isna(shots) else of_model["shots"] == shots]
-        if len(of_model):
-            others.append(f"{name} {(fitting if len(fitting) else of_model)['value'].mean():.3f}")
-    beside = f"; {', '.join(others)}" if others else ""
+        values[str(name)] = (fitting if len(fitting) else of_model)["value"].mean()
+    fair = [name for name in FAIR if name in values][:1]
+    baselines = sorted((name for name in values if name in BASELINES), key=lambda name: -values[name])[:1]
+    beside = ", ".join(f"{name} {number(values[name])}" for name in [*fair, *baselines])
     amount = "all examples" if pd.isna(shots) else f"{shots:g} examples"
     return (
         f"On {dataset} the best of {len(means)} settings, {label} on {amount}, has {metric_name(METRIC)} "
-        f"{means.max():.3f} {spread}{beside}."
+        f"{means.max():.3f} {spread}{f'; {beside} (not compared in pairs)' if beside else ''}."
     )

@@ -7,13 +7,14 @@ import yaml
 
 from dmpo_dist.artifacts.explanations import ExplainedRequest, Explanations
 from dmpo_dist.explanation.words import by_word
-from dmpo_dist.figures.curves import MOST_RUNS, run_drawings, side_by_side_drawings
+from dmpo_dist.figures.curves import MOST_RUNS, losses_apart, run_drawings, side_by_side_drawings
 from dmpo_dist.figures.explanations import faithfulness_drawings
 from dmpo_dist.figures.study import MAIN_METRIC, few_shot_drawings, matrix_drawings, sweep_drawings
-from dmpo_dist.figures.style import Drawing
+from dmpo_dist.figures.style import Drawing, Look
 from dmpo_dist.records.read import Run
 from dmpo_dist.report import evaluated, metadata, study
 from dmpo_dist.report.blocks import Block, folded_table, heading
+from dmpo_dist.report.colours import page_looks
 from dmpo_dist.report.explained import history_table
 from dmpo_dist.report.gather import Material, ReportedData
 from dmpo_dist.report.headline import describe_run, headline
@@ -67,13 +68,14 @@ def _training(material: Material) -> Iterator[Block]:
     if not material.runs:
         return
     yield Block("table", metadata.runs_table(material.runs))
+    looks = page_looks(material).runs
     for stage, title in STAGES.items():
         runs = {name: run for name, run in material.runs.items() if run.stage == stage}
         if len(runs) > 1:
             yield Block("heading", f"{title} side by side")
-            yield Block("figures", _side_by_side(runs))
+            yield Block("figures", _side_by_side(runs, looks))
     for index, (name, run) in enumerate(material.runs.items()):
-        drawings = run_drawings(run.train, run.validation, run.best_step, run.metric)
+        drawings = run_drawings(run.train, run.validation, run.best_step, run.metric, looks[name])
         if drawings:
             yield Block("heading", name)
             yield Block("note", describe_run(run))
@@ -81,12 +83,12 @@ def _training(material: Material) -> Iterator[Block]:
             yield curves if index < OPEN_RUNS else Block("folded", [curves], f"Curves of {name}")
 
 
-def _side_by_side(runs: Mapping[str, Run]) -> list[Drawing]:
+def _side_by_side(runs: Mapping[str, Run], looks: Mapping[str, Look]) -> list[Drawing]:
     """The quantities that two of the first MOST_RUNS runs logged."""
     shown = dict(list(runs.items())[:MOST_RUNS])
-    frames = {name: (run.train, run.validation) for name, run in shown.items()}
+    frames = {name: (losses_apart(run.train, run.stage), run.validation) for name, run in shown.items()}
     note = f"The first {MOST_RUNS} of {len(runs)} runs." if len(runs) > MOST_RUNS else ""
-    return side_by_side_drawings(frames, next(iter(shown.values())).metric, note=note, fewest=2)
+    return side_by_side_drawings(frames, next(iter(shown.values())).metric, looks, note=note, fewest=2)
 
 
 def _sweep(material: Material) -> Iterator[Block]:

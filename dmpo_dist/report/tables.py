@@ -1,13 +1,15 @@
 """Tables of evaluations for the page."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from dmpo_dist.artifacts.evaluation import Comparison, Evaluation, Metrics
 from dmpo_dist.evaluation import tables
+from dmpo_dist.evaluation.comparisons import seeds_note
 from dmpo_dist.evaluation.metrics import METRICS, sure_hits
-from dmpo_dist.evaluation.tables import CATALOGUE_LISTS, seeds_note
-from dmpo_dist.formats import interval, metric_name, number, verdict
+from dmpo_dist.evaluation.tables import CATALOGUE_LISTS
+from dmpo_dist.formats import interval, metric_name, number
 from dmpo_dist.tables import Cell, Table
+from dmpo_dist.verdicts import Judged, judge
 
 FIRST = ("ndcg@10", "hr@1", "hr@5", "hr@10", "ndcg@5", "mrr", "auc", "pair_accuracy", *CATALOGUE_LISTS)
 """Metrics of the tables that are shown open, the most important ones first, as a phone shows two columns."""
@@ -31,19 +33,26 @@ def first_metrics(models: Mapping[str, Metrics]) -> dict[str, Metrics]:
 
 
 def comparisons_table(evaluation: Evaluation) -> Table:
-    """A row for each pair of models, a column for each metric; differences whose interval excludes 0 are strong."""
+    """A row for each pair of models, a column for each metric; clear differences are strong."""
     metrics = list(dict.fromkeys(c.metric for c in evaluation.comparisons))
-    by_pair: dict[tuple[str, str], dict[str, Comparison]] = {}
-    for c in evaluation.comparisons:
-        by_pair.setdefault((c.a, c.b), {})[c.metric] = c
+    by_pair: dict[tuple[str, str], dict[str, tuple[Comparison, Judged]]] = {}
+    for c, verdict in zip(evaluation.comparisons, judged(evaluation.comparisons), strict=True):
+        by_pair.setdefault((c.a, c.b), {})[c.metric] = (c, verdict)
     rows = []
     for (a, b), of_pair in by_pair.items():
-        seeds = next(iter(of_pair.values())).seeds
+        seeds = next(iter(of_pair.values()))[0].seeds
         note = seeds_note(seeds, evaluation.seeds.get(a, {}), evaluation.seeds.get(b, {}))
-        differences = [_difference_cell(of_pair.get(metric)) for metric in metrics]
+        differences = [
+            _difference_cell(*of_pair[metric]) if metric in of_pair else Cell(number(None)) for metric in metrics
+        ]
         rows.append([Cell(f"{a} \u2212 {b}", note, "code"), *differences])
-    caption = f"Mean differences over the same {evaluation.requests} users, their 95 % intervals and bootstrap p-values"
+    caption = f"Mean differences over the same {evaluation.requests} users, their 95 % intervals and corrected p-values"
     return Table(caption, ["models", *map(metric_name, metrics)], rows, sortable=len(rows) > 2)
+
+
+def judged(comparisons: Iterable[Comparison]) -> list[Judged]:
+    """Those on all comparisons of an evaluation, which every table, figure and sentence of the page goes by."""
+    return judge((c.low, c.high, c.p) for c in comparisons)
 
 
 def seeds_table(evaluation: Evaluation) -> Table:
@@ -64,9 +73,7 @@ def seeds_table(evaluation: Evaluation) -> Table:
     return Table(caption, ["model", "seeds", *map(metric_name, metrics)], rows, sortable=len(rows) > 2)
 
 
-def _difference_cell(c: Comparison | None) -> Cell:
-    if c is None:
-        return Cell(number(None))
-    clear = "strong" if verdict(c.low, c.high) != "level with" else ""
-    p = "" if c.p is None else f", p {number(c.p)}"
-    return Cell(number(c.difference, "+.3f"), interval(c.low, c.high, "+.3f") + p, clear, c.difference)
+def _difference_cell(c: Comparison, verdict: Judged) -> Cell:
+    p = "" if verdict.p is None else f", p {number(verdict.p)}"
+    kind = "strong" if verdict.clear else ""
+    return Cell(number(c.difference, "+.3f"), interval(c.low, c.high, "+.3f") + p, kind, c.difference)
