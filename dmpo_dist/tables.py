@@ -19,7 +19,8 @@ class Cell:
     Attributes:
         text: the content.
         below: a second, smaller line: an interval or a remark.
-        kind: "strong", "soft" (unclear or unimportant), "code" (a name), "title" (text of the data), "warn", "leak".
+        kind: "strong", "soft" (unclear or unimportant), "code" (a name), "title" (text of the data), "target" (the
+            same, of the item that a user took), "warn", "leak".
         key: the value by which a page sorts the column; None sorts by ``text``.
         chart: a small picture, which only a page shows.
     """
@@ -126,7 +127,7 @@ def _html_cell(cell: Cell) -> Markup:
     elif cell.kind in ("warn", "leak"):
         text = Markup("<strong>{}</strong>").format(cell.text)
     else:
-        text = Markup("<bdi>{}</bdi>").format(cell.text) if cell.kind == "title" else escape(cell.text)
+        text = Markup("<bdi>{}</bdi>").format(cell.text) if cell.kind in ("title", "target") else escape(cell.text)
     below = Markup(" <small><bdi>{}</bdi></small>").format(cell.below) if cell.below else ""
     return Markup("{} {}{}").format(text, cell.chart, below) if cell.chart else text + below
 

@@ -46,13 +46,17 @@ def write_run(folder: Path, stage: str, steps: int = 120, **config: object) -> P
             "kind": "train",  # as steps were called before
             "step": step,
             "loss": 3 / step**0.5 + noise,
-            "groups_per_second": 8.0,
+            "groups_per_second": 8.0 + noise,
+            "memory_gib": 0.5,
+            "learning_rate": 1e-3 * (1 - step / steps),
             "logp_positive": -6 + noise,
         }
         if stage == "train":
             record |= {
                 "margin": step / steps + noise,
                 "accuracy": 0.6,
+                "reward_positive": noise,
+                "reward_negative": -step / steps,
                 "logp_negative": -6 - step / steps,
                 "preference_loss": 0.6,
             }
@@ -70,8 +74,8 @@ def evaluation_of(folders: dict[str, str], users: int = 80) -> tuple[Evaluation,
     """An evaluation as `dmpo evaluate` makes it, its scores and rows."""
     rng = np.random.default_rng(0)
     rows = Dataset.from_dict({
-        "user": [f"u{u}" for u in range(users)], "timestamp": list(range(users)),
-        "positive": [f"title {u}" for u in range(users)], "positive_item": [f"item {u}" for u in range(users)],
+        "user": [f"<u{u}>" for u in range(users)], "timestamp": list(range(users)),
+        "positive": [NASTY[u % 7] for u in range(users)], "positive_item": [f"item {u}" for u in range(users)],
         "negatives": [[f"title {u}-{n}" for n in range(4)] for u in range(users)],
         "negative_items": [[f"item {u}-{n}" for n in range(4)] for u in range(users)],
     })  # fmt: skip
@@ -154,6 +158,21 @@ def study() -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"shots": "Int64", "k": "Int64", "seed": "Int64"})
 
 
+def summary() -> dict[str, pd.DataFrame]:
+    """The means over seeds of ``study``, and differences from SFT, two baselines and the fewest K."""
+    means = study().rename(columns={"objective": "cell"}).assign(train_groups=100, free="", seeds=2)
+    key = ["dataset", "evaluated_on", "shots", "train_groups", "k", "model", "free", "metric", "seeds"]
+    means = means.groupby(key, dropna=False, sort=False)[["value", "low", "high"]].mean().reset_index()
+    cells = means[means["k"].notna() & (means["dataset"] == means["evaluated_on"])]
+    others = {"sft": 0.45, "random": 0.2, "popularity": 0.4, "K=1": 0.49}
+    differences = [
+        cells.assign(against=name, value=cells["value"] - value, low=cells["value"] - value - 0.01,
+                     high=cells["value"] - value + 0.01, p=np.where((cells["value"] - value).abs() > 0.011, 0.002, 0.4))
+        for name, value in others.items()
+    ]  # fmt: skip
+    return {"means": means, "differences": pd.concat(differences)}
+
+
 def card() -> dict:
     """``dataset.json``."""
     finding = {
@@ -190,4 +209,6 @@ def write_report_folder(root: Path) -> Path:
     (root / "data" / "dataset.json").write_text(json.dumps(card()))
     write_run(root / "study" / "cells" / "one", "train")  # in the study's table, not among the runs
     study().to_parquet(root / "study" / "experiment.parquet")
+    for name, table in summary().items():
+        table.to_parquet(root / "study" / f"{name}.parquet")
     return root

@@ -257,7 +257,7 @@ def test_colours_can_be_read_in_both_schemes():
     for scheme in schemes:
         for text in ("text", "soft", "link", "warn"):
             assert min(contrast(scheme[text], scheme["page"]), contrast(scheme[text], scheme["box"])) >= 4.5
-        assert min(contrast(scheme[f"c{i}"], scheme["page"]) for i in range(8)) >= 3
+        assert min(contrast(scheme[f"c{i}"], scheme["page"]) for i in range(12)) >= 3
 
 
 def contrast(one: str, other: str) -> float:

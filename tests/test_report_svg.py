@@ -12,8 +12,9 @@ from report_folder import NASTY, study
 from dmpo_dist.artifacts.log import StepRecord, ValidationRecord, by_step
 from dmpo_dist.figures.curves import run_drawings
 from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
+from dmpo_dist.figures.models import METHODS, model_look, model_looks
 from dmpo_dist.figures.study import few_shot_drawings, matrix_drawings, sweep_drawings
-from dmpo_dist.figures.style import PALETTE, Drawing, chart, looks
+from dmpo_dist.figures.style import BLACK, BROWN, GREY, INDIGO, OLIVE, PALE, PALETTE, Drawing, chart, looks
 from dmpo_dist.report.records import read_study
 from dmpo_dist.report.study import cells_table, points_of, transfer_table
 
@@ -91,7 +92,7 @@ def test_a_long_series_keeps_its_spikes_and_few_points():
     loss[7_001], loss[13_002] = 50.0, -40.0
     records = [StepRecord(step=step, loss=value) for step, value in enumerate(loss)]
     frames = [by_step(records, kind) for kind in (StepRecord, ValidationRecord)]
-    (drawing,) = run_drawings(*frames, best=None, metric="")
+    (drawing,) = run_drawings(*frames, best=None, metric="", look=model_look("dmpo"))
     raw, smooth = lines(drawing, "#0072b2")
     assert max(len(raw), len(smooth)) < 2_500
     height = float(svg(drawing).get("viewBox").split()[-1])
@@ -110,9 +111,17 @@ def test_the_page_has_a_colour_for_each_that_a_chart_uses():
         for number, look in of_looks.items():
             axes.plot([0, number], look.dash, color=look.colour, marker=look.marker, label=str(number))
 
-    drawings = [Drawing("all looks", "alt", draw), interval_drawing("x", [IntervalRow("a", 0.5, hollow=True)])]
+    def draw_models(axes):
+        for name, look in model_looks([*METHODS, *map(str, range(9))]).items():
+            axes.plot([0, 1], look.dash, color=look.colour, marker=look.marker, label=name)
+
+    drawings = [
+        Drawing("all looks", "alt", draw),
+        Drawing("models", "alt", draw_models),
+        interval_drawing("x", [IntervalRow("a", 0.5, hollow=True)]),
+    ]
     used = {c for drawing in drawings for c in re.findall(r'(?:fill|stroke)="(#\w+)"', chart(drawing, 1))}
-    assert {colour.lower() for colour in PALETTE} <= used <= known
+    assert {colour.lower() for colour in (*PALETTE, INDIGO, OLIVE, BROWN, BLACK, GREY, PALE)} <= used <= known
 
 
 @pytest.fixture

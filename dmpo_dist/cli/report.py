@@ -23,8 +23,11 @@ def report(
         ),
     ] = None,
     explanations: Annotated[
-        bool, typer.Option(help="Show what `dmpo explain` left of single users: ids, titles, histories.")
+        bool, typer.Option(help="Show single users (ids, titles, histories): explanations and ranked lists.")
     ] = True,
+    tables: Annotated[
+        Path | None, typer.Option("--tables", help="Folder for every table of the page as CSV and LaTeX.")
+    ] = None,
 ) -> None:
     """One self-contained HTML page about one or several runs: results, curves, strata, studies, data, settings.
 
@@ -35,9 +38,9 @@ def report(
 
         dmpo report runs/quickstart
 
-        dmpo report runs/ml/sft runs/ml/dmpo runs/ml/evaluation --output ml.html
+        dmpo report runs/ml/sft runs/ml/dmpo runs/ml/evaluation --output ml.html --tables ml-tables
     """
     from dmpo_dist.cli.options import print_now
     from dmpo_dist.report.page import write_report
 
-    write_report(folders, output or folders[0] / "report.html", explanations, print_now)
+    write_report(folders, output or folders[0] / "report.html", explanations, print_now, tables)

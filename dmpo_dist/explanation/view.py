@@ -145,8 +145,10 @@ def show_faithfulness(result: dict[str, Any], console: Console) -> None:
 
 
 def faithfulness_sentence(areas: Mapping[str, Mapping[str, float]]) -> str:
-    """What ``attribution_vs_random`` and ``inverse_vs_random`` show, by the rule of ``verdicts``."""
+    """What ``attribution_vs_random`` and ``inverse_vs_random`` show, by the rule of ``verdicts``; "" without both."""
     verdicts = area_verdicts(areas)
+    if not {"attribution_vs_random", "inverse_vs_random"} <= verdicts.keys():
+        return ""
     faster, slower = (verdicts[name].verdict for name in ("attribution_vs_random", "inverse_vs_random"))
     if faster == "ahead of" and slower == "behind":
         return "Faithful: the order of contributions pulls the title down faster than chance, and its inverse slower."

@@ -17,7 +17,7 @@ CURVES_FILE = "curves.png"
 TRAIN_PANELS = {
     "Loss": {"loss": "loss"},
     "Preference loss, without the likelihood term": {"preference_loss": "preference loss"},
-    "Rewards: beta x (policy - reference)": {"reward_positive": "positive", "reward_negative": "negatives"},
+    "Rewards of the positive and of negatives": {"reward_positive": "positive", "reward_negative": "negatives"},
     "Margin: positive minus negatives": {"margin": "margin"},
     "Accuracy: positive preferred": {"accuracy": "accuracy"},
     "Log-probability of responses": {"logp_positive": "positive", "logp_negative": "negatives"},
@@ -46,6 +46,7 @@ SIDE_BY_SIDE = {
 """Column of ``losses_apart`` -> title."""
 NOISY = 50  # series of at least so many log lines are drawn with a running mean
 FEW = 25  # series of at most so many points have markers
+EXACT = ("learning_rate", "memory_gib")  # columns without noise, which no running mean should blur
 LEAST = 3  # fewer points than these are drawn without a line between them
 MOST_RUNS = 21  # side by side on a page: so many looks can be told apart without markers
 
@@ -107,7 +108,7 @@ def losses_apart(train: pd.DataFrame, stage: str) -> pd.DataFrame:
     if "loss" not in train:
         return train
     if stage == "sft":
-        return train.rename(columns={"loss": "sft_loss"})
+        return train.drop(columns="preference_loss", errors="ignore").rename(columns={"loss": "sft_loss"})
     return (
         train.drop(columns="loss") if "preference_loss" in train else train.rename(columns={"loss": "preference_loss"})
     )
@@ -146,7 +147,7 @@ def _drawing(
     raw: bool = True,
     mark: tuple[int | None, str] = (None, ""),
 ) -> Drawing:
-    if any(frame[column].count() >= NOISY for column in lines):
+    if any(_noisy(frame[column].dropna()) for column in lines):
         note = f"{note} Running means{'; pale: each log line' if raw else ''}.".strip()
     words = [_in_words(_smooth(frame[column].dropna()), label) for column, (label, _) in lines.items()]
     alt = f"{title}, by optimizer step: {'; '.join(words)}"
@@ -159,7 +160,7 @@ def _draw_lines(axes: Axes, frame: pd.DataFrame, lines: Lines, raw: bool, mark: 
         values = frame[column].dropna()
         marker = look.marker if len(values) <= FEW else None
         dash = look.dash if len(values) >= LEAST else "none"
-        if raw and len(values) >= NOISY:
+        if raw and _noisy(values):
             axes.plot(values.index, values, color=look.colour, linewidth=0.8, alpha=0.35)
         values = _smooth(values)
         (line,) = axes.plot(
@@ -195,8 +196,12 @@ def has_values(frame: pd.DataFrame, column: str) -> bool:
 
 
 def _smooth(values: pd.Series) -> pd.Series:
-    """The running mean of a long series; a short one unchanged."""
-    return values.ewm(span=max(5, len(values) / 20)).mean() if len(values) >= NOISY else values
+    """The running mean of a long noisy series; any other one unchanged."""
+    return values.ewm(span=max(5, len(values) / 20)).mean() if _noisy(values) else values
+
+
+def _noisy(values: pd.Series) -> bool:
+    return len(values) >= NOISY and values.name not in EXACT
 
 
 def _same(one: pd.Series, other: pd.Series) -> bool:

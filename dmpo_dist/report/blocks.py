@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from dmpo_dist.tables import Table
 
-Kind = Literal["heading", "text", "note", "warning", "lines", "code", "figures", "table", "explained", "folded"]
+Kind = Literal[
+    "heading", "text", "note", "warning", "lines", "code", "figures", "table", "explained", "folded", "beside"
+]
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Block:
     Attributes:
         kind: how the template shows it.
         content: a text (heading, text, note, warning, code), several (lines), Drawings (figures), a Table (table), an
-            ExplainedPart (explained) or further blocks (folded).
+            ExplainedPart (explained), further blocks (folded), or two lists of blocks that stand side by side on wide
+            screens (beside).
         summary: the line that readers click to open folded blocks.
     """
 

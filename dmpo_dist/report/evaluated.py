@@ -42,9 +42,9 @@ def results(material: Material) -> Iterator[Block]:
         yield from (Block("warning", f"A model {line}") for line in below_start_lines(e.content()))
         first = tables.first_metrics(e.models)
         caption = f"All models on {e.requests} test requests, {candidates(e.negatives)} candidates"
-        yield Block("table", tables.metrics_table(caption, first, sure_hits(e.most_negatives), e.seeds))
-        yield Block("note", INTERVALS_NOTE)
-        yield Block("figures", intervals.model_drawings(e, looks))
+        figures = Block("table", tables.metrics_table(caption, first, sure_hits(e.most_negatives), e.seeds))
+        note = Block("note", INTERVALS_NOTE)
+        yield Block("beside", ([figures, note], [Block("figures", intervals.model_drawings(e, looks))]))
         if first != e.models:
             all_metrics = tables.metrics_table("All metrics", e.models, sure_hits(e.most_negatives), e.seeds)
             yield folded_table("All metrics", all_metrics)
@@ -76,9 +76,10 @@ def comparisons(material: Material) -> Iterator[Block]:
     for name, e in material.evaluations.items():
         if e.comparisons:
             yield from heading(name, material.evaluations)
-            yield Block("figures", intervals.comparison_drawings(e.comparisons, looks))
-            yield Block("note", f"{DIFFERENCES_NOTE} {rule(len(e.comparisons))}")
-            yield Block("table", tables.comparisons_table(e))
+            table = Block("table", tables.comparisons_table(e))
+            note = Block("note", f"{DIFFERENCES_NOTE} {rule(len(e.comparisons))}")
+            drawings = Block("figures", intervals.comparison_drawings(e.comparisons, looks))
+            yield Block("beside", ([table, note], [drawings]))
     pairs = _other_pairs(material)
     if pairs:
         yield Block("heading", "Other pairs of runs")

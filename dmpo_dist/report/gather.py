@@ -71,6 +71,7 @@ class Material:
         cards: of the data that the folders hold, or that their runs were trained on.
         files: path and bytes; a folder of many files is one entry that ends in "/ (n files)".
         notes: for readers, what could not be read or is left out.
+        single_users: whether the page may show what single users did.
     """
 
     title: str
@@ -85,6 +86,7 @@ class Material:
     cards: list[ReportedData]
     files: list[tuple[str, int]]
     notes: list[str]
+    single_users: bool = True
 
 
 def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
@@ -92,7 +94,7 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
 
     Args:
         folders: of training runs, evaluations or studies, or folders that hold several of them.
-        explanations: whether to read explanations of single users.
+        explanations: whether to show single users: explanations and ranked lists.
 
     Raises:
         UserError: a folder is missing or holds nothing to report, or a file in it is damaged or of another version.
@@ -128,6 +130,7 @@ def gather(folders: Sequence[Path], explanations: bool = True) -> Material:
         cards=cards,
         files=_files([f.folder for f in found], root),
         notes=notes + missing,
+        single_users=explanations,
     )
 
 

@@ -26,7 +26,8 @@ def headline(material: Material) -> list[str]:
     if material.runs:
         sentences.append(_training(material, evaluations[0] if evaluations else None))
     sentences += map(_result, evaluations[:1])
-    sentences += [_study(study, material.summaries[name]) for name, study in list(material.studies.items())[:1]]
+    for name, study in list(material.studies.items())[:1]:
+        sentences += _study(study, material.summaries[name])
     if not sentences:
         sentences += map(_explanations, list(material.explanations.values())[:1])
     if len(evaluations) > 1:
@@ -142,17 +143,17 @@ def _explanations(explanations: Explanations) -> str:
     return f"{text}. Taking history items away by contribution pulls titles down {faster} at random ({figure})."
 
 
-def _study(study: pd.DataFrame, summary: Summary | None) -> str:
+def _study(study: pd.DataFrame, summary: Summary | None) -> list[str]:
     """The number of cells, then what the study found."""
     trained = study[study["objective"].notna()]
     cells = len(trained[["dataset", "shots", "k", "objective", "free", "seed"]].drop_duplicates())
     datasets = list(map(str, study["dataset"].unique()))
     text = f"A study of {cells} cells on {joined(sorted(datasets))}."
     if summary is not None:
-        return " ".join([text, *summary_sentences(summary)])
+        return [text, *summary_sentences(summary)]
     home = at_home(study)
     best = [_best(home[(home["dataset"] == d) & (home["metric"] == METRIC)], d) for d in datasets[:MOST_DATASETS]]
-    return " ".join([text, *filter(None, best)])
+    return [text, *filter(None, best)]
 
 
 def _best(rows: pd.DataFrame, dataset: str) -> str:

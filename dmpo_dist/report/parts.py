@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import yaml
 
 from dmpo_dist.artifacts.explanations import ExplainedRequest, Explanations
+from dmpo_dist.explanation.view import faithfulness_sentence
 from dmpo_dist.explanation.words import by_word
 from dmpo_dist.figures.curves import MOST_RUNS, losses_apart, run_drawings, side_by_side_drawings
 from dmpo_dist.figures.explanations import faithfulness_drawings
 from dmpo_dist.figures.study import MAIN_METRIC, few_shot_drawings, matrix_drawings, sweep_drawings
 from dmpo_dist.figures.style import Drawing, Look
+from dmpo_dist.formats import joined
 from dmpo_dist.records.read import Run
-from dmpo_dist.report import evaluated, metadata, study
+from dmpo_dist.report import evaluated, metadata, study, users
 from dmpo_dist.report.blocks import Block, folded_table, heading
 from dmpo_dist.report.colours import page_looks
 from dmpo_dist.report.explained import history_table
@@ -57,7 +59,7 @@ def make_page(material: Material) -> Page:
     return Page(
         title=material.title,
         headline=headline(material),
-        privacy=_privacy(material),
+        privacy=_privacy(material, sections),
         notes=material.notes,
         sections={key: blocks for key, blocks in sections.items() if blocks},
         absent=[SECTIONS[key][0] for key, blocks in sections.items() if not blocks],
@@ -123,6 +125,8 @@ def _explanations(material: Material) -> Iterator[Block]:
         drawings = faithfulness_drawings(x.faithfulness.model_dump()) if x.faithfulness else []
         if drawings:
             yield Block("heading", "Faithfulness")
+            sentence = faithfulness_sentence(x.faithfulness.model_dump()["areas"]) if x.faithfulness else ""
+            yield from [Block("text", sentence)] * bool(sentence)
             yield Block("figures", drawings)
         yield from _explained(x)
 
@@ -197,6 +201,8 @@ def _figures(name: str, material: Material, drawings: Sequence[Drawing]) -> list
 SECTIONS = {
     "results": ("Results", evaluated.results),
     "comparisons": ("Paired comparisons", evaluated.comparisons),
+    "users": ("User by user", users.user_by_user),
+    "lists": ("Ranked lists of a few users", users.ranked_lists),
     "training": ("Training curves", _training),
     "strata": ("Strata", evaluated.strata),
     "sweep": ("K sweep", _sweep),
@@ -210,11 +216,13 @@ SECTIONS = {
     "files": ("Files", _files),
 }
 """Key -> heading and the function that makes the blocks, in the order of the page."""
+SINGLE_USERS = ("lists", "explanations")
+"""Sections that show what single users did."""
 
 
-def _privacy(material: Material) -> str:
+def _privacy(material: Material, sections: Mapping[str, list[Block]]) -> str:
     text = "This page holds interaction data: figures made of users' logged choices"
-    users = len({request.user for x in material.explanations.values() for request in x.requests})
-    if users:
-        text += f", and the user ids and histories of {users} user{'s' * (users > 1)} under Explanations"
+    single = [SECTIONS[key][0] for key in SINGLE_USERS if sections[key]]
+    if single:
+        text += f", and user ids, titles and histories of single users under {joined(single)}"
     return f"{text}. Pass it on only as the terms of the data allow."

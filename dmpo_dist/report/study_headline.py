@@ -14,7 +14,7 @@ MOST_DATASETS = 3  # that get a sentence each
 
 
 def summary_sentences(summary: Summary) -> list[str]:
-    """For each dataset what more negatives do, where several K were tried, and the best setting beside others."""
+    """For each dataset the best setting beside others and, in a sweep over K alone, what more negatives do."""
     judged = judge(summary.differences[["low", "high", "p"]].astype(float).itertuples(index=False, name=None))
     differences = summary.differences.assign(verdict=[verdict.verdict for verdict in judged])
     own = summary.means[summary.means["dataset"] == summary.means["evaluated_on"]]
@@ -23,8 +23,9 @@ def summary_sentences(summary: Summary) -> list[str]:
     for dataset in list(dict.fromkeys(cells["dataset"]))[:MOST_DATASETS]:
         of_dataset = cells[cells["dataset"] == dataset]
         best = of_dataset[of_dataset["metric"] == MAIN_METRIC]
-        sentences += _more_negatives(str(dataset), of_dataset[of_dataset["metric"] == SWEEP_METRIC], differences)
         sentences += [_best(str(dataset), best, differences)] if len(best) else []
+        if of_dataset["train_groups"].nunique() == 1:  # with several sizes the figures tell it better
+            sentences += _more_negatives(str(dataset), of_dataset[of_dataset["metric"] == SWEEP_METRIC], differences)
     return sentences
 
 
@@ -57,7 +58,7 @@ def _best(dataset: str, cells: pd.DataFrame, differences: pd.DataFrame) -> str:
 def _more_negatives(dataset: str, cells: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
     """For each setting the metric at its most negatives against that at its fewest; nothing where there is one K."""
     parts = []
-    for _, curve in cells.groupby(["shots", "model", "free"], dropna=False, sort=False):
+    for _, curve in cells.groupby(["model", "free"], sort=False):
         most, fewest = (curve.loc[curve["k"].agg(pick)] for pick in ("idxmax", "idxmin"))
         others = _of_cell(differences, most, SWEEP_METRIC)
         name = f"K={fewest['k']:g}"
