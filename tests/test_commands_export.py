@@ -238,10 +238,15 @@ def test_the_card_says_what_is_known_and_what_is_not(models, tmp_path):
     assert header["license"] == "cc-by-4.0"
     assert header["library_name"] == "peft"
     assert {"dmpo", "ranking", "lora"} <= set(header["tags"])
-    assert header["metrics"] == list(METRICS)
+    shown = ["ndcg@10", "hr@1", "hr@5", "mrr", "auc"]  # hr@10 is 1 in any order
+    assert header["metrics"] == shown
+    (results,) = header["model-index"]
+    figures = [(metric["type"], metric["value"]) for metric in results["results"][0]["metrics"]]
+    assert figures == [(metric, 0.5) for metric in shown]
     for words in (
         "beta 1.0",
-        "**this model** | 0.500 (0.400-0.600)",
+        "| model | NDCG@10 | HR@1 | HR@5 | MRR | AUC |",
+        "| this model | **0.500** (0.400\u20130.600) |",
         "Made-up users",
         "simulator (80 users",
         "cc-by-4.0",
@@ -253,8 +258,8 @@ def test_the_card_says_what_is_known_and_what_is_not(models, tmp_path):
     export(str(with_card), tmp_path / "seed", evaluation=tmp_path, echo=lambda _: None)
     card = (tmp_path / "seed" / "README.md").read_text()
     for words in (
-        "| **this model** | 0.550 |",
-        "| ours, mean over 2 seeds | 0.500 (0.400-0.600)",
+        "| this model | **0.550** |",
+        "| ours (2 seeds) | 0.500±.071 (0.400\u20130.600)",
         "one seed of several (ours@1)",
     ):
         assert words in card
@@ -267,6 +272,13 @@ def test_the_card_says_what_is_known_and_what_is_not(models, tmp_path):
     tuned = copy_of(models / "whole", tmp_path / "tuned")
     write_stamp(tuned, TemplateConfig(), stage="sft", start="Qwen/Qwen3-0.6B")
     assert yaml.safe_load(card_of(tuned, tmp_path / "hub").split("---\n")[1])["base_model"] == "Qwen/Qwen3-0.6B"
+    (base / "README.md").write_text("---\nlicense: gemma\nbase_model: google/gemma-3-270m\n---\n")
+    write_stamp(tuned, TemplateConfig(), stage="sft", start=str(base))  # a whole model, from a fetched one
+    header = yaml.safe_load(card_of(tuned, tmp_path / "fetched").split("---\n")[1])
+    assert (header["license"], header["base_model"]) == ("gemma", "google/gemma-3-270m")
+    cached = "/cache/hub/models--Qwen--Qwen3-0.6B/snapshots/0123"
+    write_stamp(tuned, TemplateConfig(), stage="sft", start=cached)
+    assert yaml.safe_load(card_of(tuned, tmp_path / "cached").split("---\n")[1])["base_model"] == "Qwen/Qwen3-0.6B"
 
 
 def card_of(model, out):

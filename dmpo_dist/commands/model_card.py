@@ -2,19 +2,27 @@
 
 import re
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.evaluation import Evaluation, Interval
 from dmpo_dist.data.template import Template
+from dmpo_dist.evaluation.comparisons import comparison_lines
 from dmpo_dist.evaluation.metrics import METRICS, sure_hits
+from dmpo_dist.evaluation.tables import metrics_table
+from dmpo_dist.formats import metric_name
 from dmpo_dist.records.provenance import Provenance
+from dmpo_dist.tables import markdown
+from dmpo_dist.verdicts import rule
 
 SHOWN_OBJECTIVE = (
     "import_path", "kwargs", "beta", "sft_weight", "sft_loss_on", "label_smoothing", "reference_free",
     "length_normalize", "negative_selection",
 )  # fmt: skip
 SHOWN_STAGE = ("global_batch_size", "learning_rate", "schedule", "negatives", "loss_on", "history_order")
+
+CARD_METRICS = ("ndcg@10", "hr@1", "hr@5", "hr@10", "mrr", "auc")
+"""What fits beside each other; evaluation.json has all."""
 
 SNIPPET = '''\
 import torch
@@ -73,7 +81,7 @@ def model_card(
             "\n".join(f"- {gap}" for gap in _gaps(origin, evaluation)) or "Nothing that this card should say."
         ],
     }
-    lines = ["---", _header(origin, is_adapter, evaluation).rstrip(), "---", "", f"# {name}", ""]
+    lines = ["---", _header(name, origin, is_adapter, evaluation).rstrip(), "---", "", f"# {name}", ""]
     lines += [
         f"A language model fine-tuned as a ranker of items with dmpo_dist {origin.stamp.dmpo_dist or ''}.",
         "",
@@ -85,21 +93,30 @@ def model_card(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _header(origin: Provenance, is_adapter: bool, evaluation: tuple[str, Evaluation] | None) -> str:
+def _header(name: str, origin: Provenance, is_adapter: bool, evaluation: tuple[str, Evaluation] | None) -> str:
     tags = ["dmpo", "recommender-systems", "ranking"]
     if _stage(origin) == "train":
         tags += ["preference-optimization", (origin.config.get("objective") or {}).get("name")]
     tags += ["lora"] if is_adapter else []
-    header = {
-        "base_model": origin.base,
-        "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "license": origin.base_license,
-        "tags": list(dict.fromkeys(tag for tag in tags if tag)),
-        "datasets": [re.sub(r"[^\w.]+", "-", origin.dataset.name.lower()).strip("-")] if origin.dataset else None,
-        "metrics": list(evaluation[1].models[evaluation[0]]) if evaluation else None,
-    }  # fmt: skip
-    return yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False, allow_unicode=True)
+    data = origin.dataset.name if origin.dataset else "its test requests"
+    dataset = re.sub(r"[^\w.]+", "-", data.lower()).strip("-")
+    measured = {} if evaluation is None else _shown(*evaluation)
+    header = ModelCardData(
+        base_model=origin.base,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        license=origin.base_license,
+        tags=list(dict.fromkeys(tag for tag in tags if tag)),
+        datasets=[dataset] if origin.dataset else None,
+        metrics=list(measured) or None,
+        model_name=name,
+        eval_results=[
+            EvalResult("text-ranking", dataset, data, metric, figure.value, metric_name=metric_name(metric))
+            for metric, figure in measured.items()
+        ]
+        or None,
+    )
+    return header.to_yaml()
 
 
 def _use(template: Template) -> list[str]:
@@ -156,33 +173,44 @@ def _data(origin: Provenance) -> list[str]:
     return [*lines, notes] if notes else lines
 
 
+def _shown(own: str, content: Evaluation) -> dict[str, Interval]:
+    """Metric -> the model's figure, of the few metrics that tell models apart."""
+    sure = sure_hits(max(content.negatives.values()))
+    return {m: content.models[own][m] for m in CARD_METRICS if m in content.models[own] and m not in sure}
+
+
 def _metrics(evaluation: tuple[str, Evaluation] | None) -> list[str]:
     if evaluation is None:
         return ["None given at export."]
     own, content = evaluation
     fewest, most = min(content.negatives.values()), max(content.negatives.values())
-    metrics = [metric for metric in content.models[own] if metric not in sure_hits(most)]
     setting = (
         f"{content.requests} test requests, one positive among {fewest if fewest == most else f'{fewest} to {most}'} "
-        "negatives, 95 % bootstrap intervals; measured on the model as trained, before export."
+        "negatives, 95 % bootstrap intervals, the best of a column in bold; measured on the model as trained, before "
+        "export."
     )
     if any(figure.low is None for figure in content.models[own].values()):
         setting += f" It is one seed of several ({own}), whose figures have no intervals of their own."
-    table = ["| model | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
-    for name, values in content.models.items():
-        cells = [_cell(values.get(metric)) for metric in metrics]
-        seeds = len(content.seeds.get(name, {}))
-        label = "**this model**" if name == own else f"{name}, mean over {seeds} seeds" if seeds else name
-        table.append(f"| {label} | {' | '.join(cells)} |")
-    return [setting, "\n".join(table)]
+    labels = {name: "this model" if name == own else name for name in content.models}
+    figures = {
+        labels[name]: {metric: figure.model_dump() for metric, figure in metrics.items()}
+        for name, metrics in content.models.items()
+    }
+    seeds = {labels[name]: of_model for name, of_model in content.seeds.items() if name in labels}
+    metrics = list(_shown(own, content))
+    table = metrics_table("", figures, metrics, seeds, heading=metric_name)
+    return [setting, markdown(table), *_differences(own, content)]
 
 
-def _cell(figure: Interval | None) -> str:
-    """Mean and interval; one seed of several has no interval of its own."""
-    if figure is None:
-        return "-"
-    spread = "" if figure.low is None or figure.high is None else f" ({figure.low:.3f}-{figure.high:.3f})"
-    return f"{figure.value:.3f}{spread}"
+def _differences(own: str, content: Evaluation) -> list[str]:
+    """The paired differences of the model from the others, in the first of ``CARD_METRICS``; nothing without any."""
+    whole = content.content()
+    lines = [
+        f"- {line}"
+        for c, line in zip(content.comparisons, comparison_lines(whole), strict=True)
+        if c.a == own and c.metric == CARD_METRICS[0]
+    ]
+    return ["\n".join(lines), rule(len(content.comparisons))] if lines else []
 
 
 def _licences(origin: Provenance) -> list[str]:

@@ -30,7 +30,7 @@ def difference_line(c: Mapping[str, Any], users: int, verdict: Judged, seeds: st
 
 def comparison_lines(evaluation: dict[str, Any]) -> list[str]:
     """One line per comparison: "dmpo against sft: ndcg@10 +0.021 [0.008, 0.034], paired over 812 users"."""
-    return _lines(evaluation, evaluation["comparisons"])
+    return _lines(evaluation, evaluation.get("comparisons", []))
 
 
 def below_start_lines(evaluation: dict[str, Any]) -> list[str]:

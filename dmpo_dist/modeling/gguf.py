@@ -82,13 +82,14 @@ def _digest(file: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def convert(file: Path, target: Path, echo: Callable[[str], None], licence: str = "") -> None:
+def convert(file: Path, target: Path, echo: Callable[[str], None], licence: str = "", base: str = "") -> None:
     """Write the GGUF ``file`` as the model folder ``target`` in float32, with licence files that lie beside the file.
 
     The folder appears whole or not at all; of several processes one converts and the others wait for it.
 
     Args:
         licence: identifier for the model card; "" takes what the file says.
+        base: hub id of the model that the file holds, where it is known.
 
     Raises:
         UserError: the file is cut off or of a kind that transformers does not convert, or there is no room.
@@ -101,7 +102,7 @@ def convert(file: Path, target: Path, echo: Callable[[str], None], licence: str 
                 return
             _require_room(target.parent, needed, file)
             echo(f"{file.name}: {header.architecture}, {header.weights / 1e6:,.1f} M weights, dequantised once")
-            _convert(file, header, target, licence, echo)
+            _convert(file, header, target, (licence or header.licence, base), echo)
     except OSError as error:
         raise UserError(
             f"{target}: cannot be written ({error.strerror or error}); free some room or set XDG_CACHE_HOME to a "
@@ -110,7 +111,7 @@ def convert(file: Path, target: Path, echo: Callable[[str], None], licence: str 
     echo(f"{target}: ready after {time.monotonic() - began:.0f} s")
 
 
-def _convert(file: Path, header: Header, target: Path, licence: str, echo: Callable[[str], None]) -> None:
+def _convert(file: Path, header: Header, target: Path, named: tuple[str, str], echo: Callable[[str], None]) -> None:
     tokenizer, model = _load_tokenizer(file, header), _load_model(file, header)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
@@ -123,7 +124,7 @@ def _convert(file: Path, header: Header, target: Path, licence: str, echo: Calla
     try:
         part.mkdir()
         _save(model, tokenizer, part)
-        _keep_licence(file, licence or header.licence, part)
+        _keep_licence(file, *named, part)
         for path in part.iterdir():
             path.chmod((part / "README.md").stat().st_mode)  # safetensors lets only the owner read
         part.rename(target)
@@ -189,13 +190,13 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _keep_licence(file: Path, licence: str, folder: Path) -> None:
-    """Copy licence files from beside ``file``, and write a card whose header names the licence (exports quote it)."""
+def _keep_licence(file: Path, licence: str, base: str, folder: Path) -> None:
+    """Copy licence files from beside ``file``, and write a card that names licence and model (exports quote both)."""
     for pattern in LICENCE_PATTERNS:
         for beside in file.parent.glob(pattern):
             if beside.is_file():
                 shutil.copyfile(beside, folder / beside.name)
-    named = f"license: {licence}\n" if licence else ""
+    named = (f"license: {licence}\n" if licence else "") + (f"base_model: {base}\n" if base else "")
     text = f"---\n{named}---\nConverted to float32 from {file.name} by dmpo_dist.\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
 

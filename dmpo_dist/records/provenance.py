@@ -15,6 +15,8 @@ from dmpo_dist.data.store import few_fingerprint
 from dmpo_dist.modeling.backbone import ModelSource
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
+"""In the path of a model that the hub's library has downloaded."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Provenance:
         dataset: ``dataset.json`` of the prepared data.
         same_data: whether the run was trained on ``dataset``, by its fingerprint; None where that is not known.
         stages: the stages that made the model, oldest first.
-        base: hub id of the pretrained model at the beginning; None where there is none or it is not known.
+        base: hub id of the pretrained model at the beginning, by its path or the card in its folder; None where there
+            is none or it is not known.
         scratch: whether the first stage began with random weights.
         base_license: the licence that the base model's own card names.
     """
@@ -59,7 +62,9 @@ def read_provenance(source: ModelSource, dataset: DatasetCard | None) -> Provena
     trained_on = environment.data_fingerprint if environment else None
     known = dataset.fingerprint if dataset else None
     shots = (config.get("data") or {}).get("shots")
-    stages, base, scratch = _lineage(source)
+    stages, start, base, scratch = _lineage(source)
+    header = _card_header(source, start, base)
+    named = header.get("base_model")
     return Provenance(
         stamp=source.stamp,
         config=config,
@@ -67,14 +72,14 @@ def read_provenance(source: ModelSource, dataset: DatasetCard | None) -> Provena
         dataset=dataset,
         same_data=trained_on == few_fingerprint(known, shots) if trained_on and known else None,
         stages=stages,
-        base=base,
+        base=base or (named if isinstance(named, str) and HUB_ID.fullmatch(named) and not scratch else None),
         scratch=scratch,
-        base_license=_license_of(source, base),
+        base_license=header["license"] if isinstance(header.get("license"), str) else None,
     )
 
 
-def _lineage(source: ModelSource) -> tuple[tuple[str, ...], str | None, bool]:
-    """The stages from the oldest on, the hub id of the first model, and whether it had random weights."""
+def _lineage(source: ModelSource) -> tuple[tuple[str, ...], str | None, str | None, bool]:
+    """The stages from the oldest on, path and hub id of the first model, and whether it had random weights."""
     # Each stamp names the model that its stage started from. Follow these to a model without a stamp: one of the hub,
     # or a folder that another program made. ``seen`` ends a circle, which overwritten folders can make.
     stamps, seen = [source.stamp], set[str]()
@@ -87,15 +92,21 @@ def _lineage(source: ModelSource) -> tuple[tuple[str, ...], str | None, bool]:
     if start is None and source.is_adapter and not scratch:
         start = source.base
     hub = start if start and HUB_ID.fullmatch(start) and not Path(start).exists() else None
+    if hub is None and start and (cached := CACHED.search(start)):
+        hub = "/".join(cached.groups())
     names = {"untuned": "random weights", "train": "preference optimization", "sft": "supervised fine-tuning"}
-    return tuple(names.get(s.stage, s.stage) for s in reversed(stamps) if s.stage), hub, scratch
+    return tuple(names.get(s.stage, s.stage) for s in reversed(stamps) if s.stage), start, hub, scratch
 
 
-def _license_of(source: ModelSource, hub: str | None) -> str | None:
-    """The licence in the YAML header of the base model's card, on disk or in the hub's cache; nothing is downloaded."""
+def _card_header(source: ModelSource, start: str | None, hub: str | None) -> dict[str, Any]:
+    """The YAML header of the base model's card, on disk or in the hub's cache; nothing is downloaded.
+
+    Args:
+        start: path or hub id of the model at the beginning.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    cards = [Path(source.base) / "README.md"]
+    cards = [Path(folder) / "README.md" for folder in (source.base, start) if folder]
     cached = try_to_load_from_cache(hub, "README.md") if hub else None
     if isinstance(cached, str):
         cards.append(Path(cached))
@@ -105,6 +116,6 @@ def _license_of(source: ModelSource, hub: str | None) -> str | None:
             content = yaml.safe_load(header[1]) if header else None
         except yaml.YAMLError:
             continue
-        if isinstance(content, dict) and isinstance(content.get("license"), str):
-            return content["license"]
-    return None
+        if isinstance(content, dict) and {"license", "base_model"} & content.keys():
+            return content
+    return {}
