@@ -1,5 +1,6 @@
 """The page as a whole: everything found is on it, whatever the data holds, with the same bytes every time."""
 
+import base64
 import hashlib
 import json
 import os
@@ -11,17 +12,22 @@ from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from report_folder import VISIBLE, card, evaluation_of, write_report_folder, write_run
+from report_folder import NASTY, VISIBLE, card, evaluation_of, write_report_folder, write_run
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.cli import main
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.formats import number
+from dmpo_dist.report.downloads import as_csv, as_latex
 from dmpo_dist.report.gather import gather
+from dmpo_dist.report.headline import headline
 from dmpo_dist.report.page import render, write_report
 from dmpo_dist.report.parts import SECTIONS
+from dmpo_dist.report.scores import ranked_requests, scored_models, spread_over, target_ranks
+from dmpo_dist.tables import Cell, Table
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 
@@ -105,7 +111,9 @@ def test_every_section_is_there_with_its_figures_and_its_alternative_texts(every
 
 def test_nothing_is_loaded_from_anywhere(content):
     page = Page(content)
-    assert {link for link in page.links if not link.startswith("#")} == {"data:,"}
+    saved = {a["href"] for a in page.all("a") if "download" in a}
+    assert all(re.match(r"data:(text/csv|application/x-tex);base64,", link) for link in saved)
+    assert {link for link in page.links if not link.startswith("#")} - saved == {"data:,"}
     assert not re.search(r"@import|url\((?!#)|https?:", content.decode())
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy
@@ -120,6 +128,92 @@ def test_what_the_data_holds_is_text_and_nothing_but_text(content):
         assert title in page.texts
     assert "films & <i>more</i>" in page.texts
     assert "<u1>" in page.texts
+
+
+def test_every_table_can_be_saved_with_all_its_digits(everything, content, tmp_path):
+    """As CSV and LaTeX, by links in the page and by --tables."""
+    page = Page(content)
+    links = [a for a in page.all("a") if "download" in a]
+    saved = {a["download"]: base64.b64decode(a["href"].partition(",")[2]).decode() for a in links}
+    assert len(saved) == len(links) == 2 * len(page.all("table"))
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (folder / "99-of-an-earlier-report.csv").touch()
+    write_report([everything], tmp_path / "page.html", explanations=True, echo=lambda _: None, tables=folder)
+    assert {file.name: file.read_bytes().decode() for file in folder.iterdir()} == saved
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"--tables .*tables: holds other files than such tables"):
+        write_report([everything], tmp_path / "page.html", explanations=True, echo=lambda _: None, tables=folder)
+
+    table = pd.read_csv(folder / "01-all-models-on-80-test-requests-1-4-candidates.csv").set_index("model")
+    models = json.loads((everything / "evaluation" / "evaluation.json").read_text())["models"]
+    assert table["NDCG@10"].to_dict() == {name: of_model["ndcg@10"]["value"] for name, of_model in models.items()}
+    latex = saved["01-all-models-on-80-test-requests-1-4-candidates.tex"]
+    assert latex.startswith("\\begin{tabular}{lrrrrrr}\n\\toprule\nmodel & NDCG@10 &")
+    assert "\\textbf{" in next(line for line in latex.splitlines() if line.startswith("dmpo"))
+
+
+def test_formulas_and_macros_in_names_stay_text():
+    row = [Cell("=1+1"), Cell(r"\input{x} 5% $_#^~&", "@sum"), Cell("\u22120.5", key=-0.5), Cell("+0.2 [x]")]
+    table = Table("t", ["a", "a", "-b", "c"], [row, [Cell("a heading")]], text_columns=2)
+    assert as_csv(table).splitlines() == [
+        "a,a 2,a: note,'-b,c",
+        r"'=1+1,\input{x} 5% $_#^~&,'@sum,-0.5,'+0.2 [x]",
+        "a heading,,,,",
+    ]
+    body = as_latex(table).split(r"\midrule")[1]
+    assert r"=1+1 & \textbackslash input\{x\} 5\% \$\_\#\textasciicircum \textasciitilde \& (@sum) & -0.5" in body
+
+
+def test_ranked_lists_mark_the_target_where_the_scores_put_it(everything, content):
+    scores = pd.read_parquet(everything / "evaluation" / "scores.parquet")
+    (folder, models) = everything / "evaluation", {"dmpo": "dmpo", "popularity": "popularity"}
+    ranks = {model: target_ranks(folder, model) for model in models}
+    for model, of_model in ranks.items():
+        for request, group in scores[scores["model"] == model].groupby("request"):
+            target = group.loc[group["is_positive"], "score"].item()
+            assert of_model[request] == 1 + (group["score"] > target).sum()
+    chosen = spread_over(ranks["dmpo"], 6)
+    assert [ranks["dmpo"][request] for request in chosen] == sorted(ranks["dmpo"][request] for request in chosen)
+    assert (ranks["dmpo"][chosen[0]], ranks["dmpo"][chosen[-1]]) == (ranks["dmpo"].min(), ranks["dmpo"].max())
+    for request, found in zip(chosen, ranked_requests(folder, models, chosen), strict=True):
+        for model, ranked in found.lists.items():
+            assert ranked.target + 1 == ranks[model][request]
+            assert ranked.titles[ranked.target] in NASTY
+    marked = [a for a in Page(content).all("td") if a["class"] == "t target"]
+    assert len(marked) == 6 * 3  # dmpo, sft and the best baseline
+
+    better = int((ranks["dmpo"] < target_ranks(folder, "sft")).sum())
+    assert f"higher by dmpo for {better} users" in "".join(Page(content).texts)
+
+
+def test_of_equal_scores_the_target_stands_last(tmp_path):
+    rows = {"request": [0] * 3, "user": ["u"] * 3, "timestamp": [1] * 3, "item": list("abc"), "title": list("abc"),
+            "is_positive": [True, False, False], "model": ["m"] * 3, "score": [1.0, 1.0, 2.0]}  # fmt: skip
+    pd.DataFrame(rows).to_parquet(tmp_path / "scores.parquet")
+    assert target_ranks(tmp_path, "m").tolist() == [2.5]
+    assert ranked_requests(tmp_path, {"m": "m"}, [0])[0].lists["m"].target == 2
+    pd.DataFrame({"model": ["m"]}).to_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(UserError, match=r"scores.parquet: has not the columns .*run `dmpo evaluate` again"):
+        scored_models(tmp_path)
+
+
+def test_the_headline_of_a_study_names_interval_sft_and_the_best_baseline(everything, tmp_path):
+    study = shutil.copytree(everything / "study", tmp_path / "study")
+    text = " ".join(headline(gather([study])))
+    best = (
+        r"On games the best of 24 settings, sdpo, K=1 on all examples, has NDCG@10 0\.505 \[0\.\d+, 0\.\d+\] "
+        r"\(mean of 2 seeds, [^)]*\): ahead of sft \(\+0\.055 \[\+0\.045, \+0\.065\], paired\) and ahead of "
+        r"popularity, the best baseline \(\+0\.105"
+    )
+    assert re.search(best, text)
+    assert "HR@1: dmpo 0.355 at K=15 is behind that at K=1 (\u22120.135" in text
+    (study / "differences.parquet").unlink()  # as earlier versions left it
+    text = " ".join(headline(gather([study])))
+    assert re.search(r"sdpo, K=1 on all examples, has NDCG@10 .*; sft 0\.450, popularity 0\.400 \(not compared", text)
+    (study / "differences.parquet").write_bytes(b"PAR")
+    with pytest.raises(UserError, match=r"differences.parquet: cannot be read"):
+        gather([study])
 
 
 def test_the_same_folder_gives_the_same_bytes(everything, content, tmp_path):
@@ -137,7 +231,7 @@ def test_the_same_folder_gives_the_same_bytes(everything, content, tmp_path):
 def test_explanations_of_users_can_be_left_out(everything):
     page = Page(render(gather([everything], explanations=False)))
     text = "".join(page.texts)
-    assert "Sections without content in these folders: Explanations" in text
+    assert "Sections without content in these folders: Ranked lists of a few users, Explanations" in text
     assert "<u1>" not in text
     assert VISIBLE[1] not in text
 
@@ -154,7 +248,8 @@ def test_runs_alone_name_what_is_absent_and_what_is_damaged(tmp_path):
     assert "b/metrics.jsonl: its last line is cut off" in text
     assert "38 of 120 steps, not finished" in text
     assert "Preference runs side by side" in text
-    assert "Sections without content in these folders: Results, Paired comparisons, Strata, K sweep" in text
+    absent = "Results, Paired comparisons, User by user, Ranked lists of a few users, Strata, K sweep"
+    assert f"Sections without content in these folders: {absent}" in text
 
 
 def test_runs_of_two_evaluations_are_paired_by_their_scores(tmp_path):

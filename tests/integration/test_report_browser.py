@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -95,4 +96,55 @@ def test_titles_are_text_tables_sort_and_print_unfolds(browser, page):
     browser.execute_cdp_cmd("Page.printToPDF", {})
     folded = "return document.querySelectorAll('details[open]').length"
     assert browser.execute_script(folded) == 0  # unfolded for the printer alone
+    assert browser.get_log("browser") == []
+
+
+STAYS = """const nav = document.querySelector("nav").getBoundingClientRect();
+const link = document.querySelector("nav a[aria-current]"), box = link.getBoundingClientRect();
+return {top: nav.top, left: nav.left, width: nav.width, now: link.hash, inside: box.left >= 0 && box.right <= innerWidth &&
+        box.top >= 0 && box.bottom <= innerHeight}"""
+FIRST_COLUMN = """const box = document.querySelector("#results .scroll"), cell = () => box.querySelector("tbody th");
+const before = cell().getBoundingClientRect().left, note = () => getComputedStyle(box.nextElementSibling, "::before").content;
+const told = note();
+box.scrollLeft = 1e6;
+await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+return {wider: box.scrollWidth > box.clientWidth, before, after: cell().getBoundingClientRect().left,
+        head: box.querySelector("thead th").getBoundingClientRect().left, told, end: note()}"""
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_contents_stay_and_tell_where_the_reader_is(browser, page, width):
+    show(browser, page, width, "light")
+    for section in ("results", "training", "data"):
+        browser.execute_script(f"document.getElementById('{section}').scrollIntoView({{behavior: 'instant'}})")
+        browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+        seen = browser.execute_script(STAYS)
+        assert (seen["top"], seen["left"], seen["now"], seen["inside"]) == (0, 0, f"#{section}", True)
+        assert seen["width"] == width if width < 500 else 200 < seen["width"] < 300
+    wide = browser.execute_script("return document.querySelector('main').getBoundingClientRect().width")
+    assert wide > 0.8 * width
+
+
+def test_on_a_phone_the_first_column_stays_and_the_table_says_that_it_goes_on(browser, page):
+    show(browser, page, 390, "light")
+    browser.execute_script("document.getElementById('results').scrollIntoView()")
+    seen = browser.execute_script(f"return (async () => {{ {FIRST_COLUMN} }})()")
+    assert seen["wider"]
+    assert seen["before"] == seen["after"] == seen["head"] >= 0
+    assert "Scroll for more columns" in seen["told"]
+    assert "The last column" in seen["end"]
+
+
+def test_a_table_is_saved_by_its_link(browser, page, tmp_path):
+    show(browser, page, 1440, "light")
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    for link in browser.find_elements("css selector", "#results .files a")[:2]:
+        browser.execute_script("arguments[0].click()", link)
+    wanted = {f"01-all-models-on-80-test-requests-1-4-candidates.{ending}" for ending in ("csv", "tex")}
+    for _ in range(100):
+        if {file.name for file in tmp_path.iterdir()} == wanted:
+            break
+        time.sleep(0.1)
+    assert {file.name for file in tmp_path.iterdir()} == wanted
+    assert (tmp_path / min(wanted)).read_text().startswith("model,")
     assert browser.get_log("browser") == []
