@@ -352,7 +352,9 @@ def test_colours_can_be_read_in_both_schemes():
     for scheme in schemes:
         for text in ("text", "soft", "link", "warn"):
             assert min(contrast(scheme[text], scheme["page"]), contrast(scheme[text], scheme["box"])) >= 4.5
-        assert min(contrast(scheme[f"c{i}"], scheme["page"]) for i in range(12)) >= 3
+        drawn = [*(f"c{i}" for i in range(12)), "up", "down"]
+        assert min(contrast(scheme[name], scheme["page"]) for name in drawn) >= 3
+        assert contrast(scheme["text"], scheme["mark"]) >= 4.5
 
 
 def contrast(one: str, other: str) -> float:

@@ -8,17 +8,18 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
-from dmpo_dist.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, Drawing, Look, save_grid
+from dmpo_dist.figures.style import BLACK, GREY, PALE, Drawing, Look, save_grid
 from dmpo_dist.verdicts import Judged, judge
 
 SHARE = "share_removed"
 """The curves' common horizontal axis."""
 ORDERS = {
-    "attribution": ("largest contribution first", Look(BLUE)),
-    "recent": ("newest first", Look(GREEN, dash="--")),
-    "random": ("random order", Look(GREY)),
-    "inverse": ("smallest contribution first", Look(ORANGE, dash="-.")),
+    "attribution": ("largest contribution first", Look(BLACK)),
+    "recent": ("newest first", Look(BLACK, dash="--")),
+    "random": ("random order", Look(PALE)),
+    "inverse": ("smallest contribution first", Look(GREY, dash="-.")),
 }
+"""Orders are no models, so they have none of their colours."""
 AREAS = {
     "attribution_vs_random": ("attribution", "against a random order"),
     "attribution_vs_random_after_first": ("attribution", "same, without the first step"),

@@ -126,8 +126,9 @@ def _beside_best_baseline(evaluation: Evaluation, subject: str, metric: str) -> 
     if not values:
         return []
     best = max(values, key=values.__getitem__)
-    relation = "below" if evaluation.models[subject][metric].value < values[best] else "above"
-    return [f"{relation} {best} ({number(values[best])}, not compared in pairs)"]
+    own, theirs = evaluation.models[subject][metric].value, number(values[best])
+    relation = "equal to" if number(own) == theirs else "below" if own < values[best] else "above"
+    return [f"{relation} {best} ({theirs}, not compared in pairs)"]
 
 
 def _explanations(explanations: Explanations) -> str:

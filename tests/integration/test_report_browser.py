@@ -101,15 +101,16 @@ def test_titles_are_text_tables_sort_and_print_unfolds(browser, page):
 
 STAYS = """const nav = document.querySelector("nav").getBoundingClientRect();
 const link = document.querySelector("nav a[aria-current]"), box = link.getBoundingClientRect();
-return {top: nav.top, left: nav.left, width: nav.width, now: link.hash, inside: box.left >= 0 && box.right <= innerWidth &&
-        box.top >= 0 && box.bottom <= innerHeight}"""
-FIRST_COLUMN = """const box = document.querySelector("#results .scroll"), cell = () => box.querySelector("tbody th");
-const before = cell().getBoundingClientRect().left, note = () => getComputedStyle(box.nextElementSibling, "::before").content;
-const told = note();
+const inside = box.left >= 0 && box.right <= innerWidth && box.top >= 0 && box.bottom <= innerHeight;
+return {top: nav.top, left: nav.left, width: nav.width, now: link.hash, inside}"""
+FIRST_COLUMN = """const box = document.querySelector("#results .scroll");
+const left = (part) => box.querySelector(part).getBoundingClientRect().left;
+const note = () => getComputedStyle(box.nextElementSibling, "::before").content;
+const before = left("tbody th"), told = note();
 box.scrollLeft = 1e6;
 await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-return {wider: box.scrollWidth > box.clientWidth, before, after: cell().getBoundingClientRect().left,
-        head: box.querySelector("thead th").getBoundingClientRect().left, told, end: note()}"""
+return {wider: box.scrollWidth > box.clientWidth, before, after: left("tbody th"), head: left("thead th"), told,
+        end: note()}"""
 
 
 @pytest.mark.parametrize("width", [390, 1440])
