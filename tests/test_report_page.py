@@ -20,6 +20,7 @@ from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.cli import main
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
+from dmpo_dist.figures.models import FREE, METHODS
 from dmpo_dist.formats import number
 from dmpo_dist.report.downloads import as_csv, as_latex
 from dmpo_dist.report.gather import gather
@@ -352,9 +353,12 @@ def test_colours_can_be_read_in_both_schemes():
     for scheme in schemes:
         for text in ("text", "soft", "link", "warn"):
             assert min(contrast(scheme[text], scheme["page"]), contrast(scheme[text], scheme["box"])) >= 4.5
-        drawn = [*(f"c{i}" for i in range(12)), "up", "down"]
+        drawn = [*(f"c{i}" for i in range(14)), "up", "down"]
         assert min(contrast(scheme[name], scheme["page"]) for name in drawn) >= 3
         assert contrast(scheme["text"], scheme["mark"]) >= 4.5
+    variables = dict(re.findall(r'\[stroke="(#\w+)"\] \{ stroke: var\(--(c\d+)\)', style))
+    for colour in (*METHODS.values(), *FREE):  # on a light page a model has the colour that it has in PNG files
+        assert schemes[0][variables[colour.lower()]] == schemes[2][variables[colour.lower()]] == colour.lower()
 
 
 def contrast(one: str, other: str) -> float:

@@ -12,9 +12,9 @@ from report_folder import NASTY, study
 from dmpo_dist.artifacts.log import StepRecord, ValidationRecord, by_step
 from dmpo_dist.figures.curves import run_drawings
 from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
-from dmpo_dist.figures.models import METHODS, model_look, model_looks
+from dmpo_dist.figures.models import FREE, METHODS, model_look, model_looks
 from dmpo_dist.figures.study import few_shot_drawings, matrix_drawings, sweep_drawings
-from dmpo_dist.figures.style import BLACK, BROWN, GREY, INDIGO, OLIVE, PALE, PALETTE, Drawing, chart, looks
+from dmpo_dist.figures.style import PALETTE, Drawing, chart, looks
 from dmpo_dist.report.records import read_study
 from dmpo_dist.report.study import cells_table, points_of, transfer_table
 
@@ -121,7 +121,7 @@ def test_the_page_has_a_colour_for_each_that_a_chart_uses():
         interval_drawing("x", [IntervalRow("a", 0.5, hollow=True)]),
     ]
     used = {c for drawing in drawings for c in re.findall(r'(?:fill|stroke)="(#\w+)"', chart(drawing, 1))}
-    assert {colour.lower() for colour in (*PALETTE, INDIGO, OLIVE, BROWN, BLACK, GREY, PALE)} <= used <= known
+    assert {colour.lower() for colour in (*PALETTE, *METHODS.values(), *FREE)} <= used <= known
 
 
 @pytest.fixture

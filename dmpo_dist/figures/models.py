@@ -9,6 +9,7 @@ from dmpo_dist.figures.style import (
     BLACK,
     BLUE,
     BROWN,
+    CYAN,
     DASHES,
     GREEN,
     GREY,
@@ -17,23 +18,21 @@ from dmpo_dist.figures.style import (
     OLIVE,
     ORANGE,
     PALE,
-    PURPLE,
-    SKY,
+    ROSE,
     WINE,
-    YELLOW,
     Look,
 )  # fmt: skip
 
 METHODS = {
-    "dmpo": BLUE, "dmpo_likelihood": SKY, "dmpo_released": INDIGO, "sdpo": GREEN, "dpo": PURPLE, "dpo_pairs": PURPLE,
-    "sft": ORANGE, "sft_continued": YELLOW, "sft_continued_compute": YELLOW, "untuned": PALE, "zero_shot": PALE,
+    "dmpo": BLUE, "dmpo_likelihood": INDIGO, "dmpo_released": CYAN, "sdpo": GREEN, "dpo": ROSE, "dpo_pairs": ROSE,
+    "sft": ORANGE, "sft_continued": WINE, "sft_continued_compute": WINE, "untuned": PALE, "zero_shot": PALE,
     "oracle": BLACK, "random": PALE, "popularity": GREY, "pop_fitted": GREY, "item_knn": GREY, "ease": GREY,
     "sasrec": GREY, "bert4rec": GREY,
 }  # fmt: skip
 """Colours of the names that methods and baselines have in tables; ``dmpo-2`` and ``dmpo, K=3`` have that of dmpo."""
-FREE = (WINE, BROWN, OLIVE, INDIGO)
+FREE = (BROWN, OLIVE, CYAN)
 """For names that are no method's, then the others."""
-OTHERS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY)
+OTHERS = (INDIGO, ROSE, WINE, GREEN, ORANGE, BLUE)
 
 
 def model_look(name: str) -> Look:

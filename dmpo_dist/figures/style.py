@@ -20,10 +20,10 @@ from dmpo_dist.figures.svg import TOOLTIP, inline_svg, printable
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 YELLOW, SKY, WINE = "#E69F00", "#56B4E9", "#882255"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY, WINE)
-INDIGO, OLIVE, BROWN = "#332288", "#808000", "#8C510A"  # for further models
+ROSE, INDIGO, OLIVE, BROWN, CYAN = "#B0508A", "#332288", "#808000", "#8C510A", "#0097A7"  # for models, on white too
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
-PALE, GRID, BLACK = "#999999", "#DDDDDD", "#1A1A1A"
+PALE, GRID, BLACK = "#8A8A8A", "#DDDDDD", "#1A1A1A"
 MOST_LETTERS = 28  # longer names are cut in figures
 LEGEND_LETTERS = 52  # width of a line of a chart's legend, in letters, its line samples included
 LEGEND_LINE, TITLE_LINE = 0.21, 0.25  # inches
