@@ -131,20 +131,20 @@ def test_what_the_data_holds_is_text_and_nothing_but_text(content):
     assert "<u1>" in page.texts
 
 
-def test_every_table_can_be_saved_with_all_its_digits(everything, content, tmp_path):
+def test_every_table_can_be_saved_with_all_its_digits(everything, tmp_path):
     """As CSV and LaTeX, by links in the page and by --tables."""
-    page = Page(content)
+    folder, written = tmp_path / "tables", tmp_path / "page.html"
+    folder.mkdir()
+    (folder / "99-of-an-earlier-report.csv").touch()
+    write_report([everything / "evaluation"], written, explanations=True, echo=lambda _: None, tables=folder)
+    page = Page(written.read_bytes())
     links = [a for a in page.all("a") if "download" in a]
     saved = {a["download"]: base64.b64decode(a["href"].partition(",")[2]).decode() for a in links}
     assert len(saved) == len(links) == 2 * len(page.all("table"))
-    folder = tmp_path / "tables"
-    folder.mkdir()
-    (folder / "99-of-an-earlier-report.csv").touch()
-    write_report([everything], tmp_path / "page.html", explanations=True, echo=lambda _: None, tables=folder)
     assert {file.name: file.read_bytes().decode() for file in folder.iterdir()} == saved
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"--tables .*tables: holds other files than such tables"):
-        write_report([everything], tmp_path / "page.html", explanations=True, echo=lambda _: None, tables=folder)
+        write_report([everything], written, explanations=True, echo=lambda _: None, tables=folder)
 
     table = pd.read_csv(folder / "01-all-models-on-80-test-requests-1-4-candidates.csv").set_index("model")
     models = json.loads((everything / "evaluation" / "evaluation.json").read_text())["models"]
