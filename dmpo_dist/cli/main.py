@@ -1,7 +1,6 @@
 """The command line: one thin function per verb in the modules beside; the work is done in commands and data."""
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmpo_dist import __version__
+from dmpo_dist.artifacts.files import STORAGE
 from dmpo_dist.cli.bench import bench_app
 from dmpo_dist.cli.config import config_app, start_app
 from dmpo_dist.cli.data import data_app
@@ -28,8 +28,6 @@ from dmpo_dist.parsing import first_line
 from dmpo_dist.quiet import silence_libraries
 from dmpo_dist.secrets import redact
 
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""Errors of a disk, which a write to an open file raises without a name."""
 PATH_ERRORS = ("Symlink loop", "embedded null byte", "embedded null character")
 """How Python's messages begin on paths that no system could have, which it raises as other errors than OSError."""
 SECONDS_FOR_RANK_0 = 3

@@ -124,9 +124,10 @@ def _check(order: Order) -> None:
         return
     if order.output.exists() and not order.output.is_dir():
         raise UserError(f"--output {order.output}: is a file; give a folder")
-    for name in (Explanations.FILE, FAITHFULNESS_FILE):
-        if (order.output / name).exists():
-            raise UserError(f"--output {order.output}: holds {name} already, which is kept; choose another folder")
+    if (order.output / Explanations.FILE).exists():  # written last
+        raise UserError(
+            f"--output {order.output}: holds {Explanations.FILE} already, which is kept; choose another folder"
+        )
 
 
 def _reference(source: ModelSource, flag: str | None, config: RunConfig) -> tuple[str | None, str]:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Protocol
 
+from dmpo_dist.artifacts.files import naming
 from dmpo_dist.artifacts.log import LogRecord, StepRecord, ValidationRecord
 from dmpo_dist.secrets import redact
 
@@ -45,14 +47,26 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, append: bool) -> None:
-        self._file = path.open("a" if append else "w", encoding="utf-8")
+        if append:
+            _cut_unfinished_line(path)
+        self._path, self._file = path, path.open("a" if append else "w", encoding="utf-8")
 
     def write(self, record: LogRecord) -> None:
-        self._file.write(redact(json.dumps(record.content())) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(redact(json.dumps(record.content())) + "\n")
+            self._file.flush()
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    """Remove what a writer that was killed, or whose disk was full, left after the last whole line."""
+    if path.is_file():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
 
 
 class TensorBoard:
@@ -61,15 +75,19 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder))
+        self._folder = folder
+        with naming(folder):
+            self._board = SummaryWriter(str(folder))
 
     def write(self, record: LogRecord) -> None:
         if isinstance(record, StepRecord | ValidationRecord):
-            for name, value in figures(record).items():
-                self._board.add_scalar(name, value, record.step)
+            with naming(self._folder):
+                for name, value in figures(record).items():
+                    self._board.add_scalar(name, value, record.step)
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:
-        self._board.close()
+        with naming(self._folder):
+            self._board.close()
 
 
 class Background:
