@@ -76,8 +76,9 @@ def _file(suffix: str) -> Result:
 
 
 TRAIN = (
-    " data.path=data model.path=model model.max_length=128 {stage}.steps=8 {stage}.checkpoint_every=2 deepspeed=zero0 "
-    "{stage}.global_batch_size=8 {stage}.validate_every=3 {stage}.learning_rate=5e-3 {stage}.log_every=1 output_dir={out}"
+    " data.path=data model.path=model model.max_length=128 deepspeed=zero0 output_dir={out} {stage}.steps=8 "
+    "{stage}.checkpoint_every=2 {stage}.global_batch_size=8 {stage}.validate_every=3 {stage}.learning_rate=5e-3 "
+    "{stage}.log_every=1"
 )
 PREFERENCE = "train train.negatives=3 train.self_check=false train.select=last" + TRAIN.replace("{stage}", "train")
 COMMANDS = {
