@@ -98,7 +98,8 @@ COMMANDS = {
     "explain": Command(
         "explain -m model data.path=data model.max_length=128 --users 4 --faithfulness --faithfulness-users 4 "
         "--output {out}", _digests("*.json"), changes=3, times=2),
-    "export": Command("export trained/model {out} --dtype float32", _digests("*"), changes=4, times=2),
+    "export": Command(
+        "export trained/model {out} --dtype float32", _digests("*.safetensors", "*.json"), changes=4, times=2),
     "experiment": Command("experiment grid.yaml output_dir={out}", _experiment, ranks=1, changes=3, times=2),
 }  # fmt: skip
 WITH_RAY = {
@@ -122,6 +123,7 @@ class Shop:
 
     def __init__(self, world, folder: Path) -> None:
         self.folder, self.forks = folder, Forks(folder / "forks.log")
+        (folder / "logs").mkdir()
         for name in ("data", "model"):
             (folder / name).symlink_to(world.folder / name)
         write_report_folder(folder / "report")
@@ -147,11 +149,11 @@ class Shop:
         self.forks.close()
 
     def log(self, out: str) -> Path:
-        return self.folder / f"{out}.log"
+        return self.folder / "logs" / f"{Path(out).name}.log"
 
     def changes(self, out: str) -> int:
         """How many changes an undisturbed command made."""
-        return int((self.folder / f"{out}.changes").read_text())
+        return int(self.log(out).with_suffix(".changes").read_text())
 
     def finish(self, command: Command, out: str) -> str:
         """Start the command again, by --resume if it knows it; returns what is wrong with how it ended, or ""."""

@@ -51,13 +51,6 @@ class Disk:
 
 
 @pytest.fixture(scope="module")
-def shop(world, tmp_path_factory) -> Iterator[Shop]:
-    shop = Shop(world, tmp_path_factory.mktemp("full"))
-    yield shop
-    shop.close()
-
-
-@pytest.fixture(scope="module")
 def disk(shop) -> Iterator[Disk]:
     folder = shop.folder / "disk"
     folder.mkdir()
