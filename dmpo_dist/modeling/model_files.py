@@ -82,7 +82,9 @@ def _require(model: str, known: Mapping[str, str]) -> None:
     stamp = ModelStamp.read_if_there(folder)
     why = damage_of(folder, stamp, known) if stamp else ""
     if why:
-        raise UserError(f"{folder}: {why}; copy the model again, or train it again")
+        raise UserError(
+            f"{folder}: {why}; copy the model again or, if you changed it yourself, remove the key digests there"
+        )
 
 
 def _digest(file: Path) -> str:
