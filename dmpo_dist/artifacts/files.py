@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def naming(path: Path) -> Iterator[None]:
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """A path beside ``file`` to write to, which takes its place at the end; after an error nothing of it stays."""
-    _remove_dead(file)
+    _remove_dead(file.parent)
     part = _beside(file)
     try:
         with naming(file):
@@ -80,7 +81,7 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, or exists and may not.
     """
-    _remove_dead(folder)
+    _remove_dead(folder.parent)
     part = _beside(folder)
     missing = [parent for parent in part.parents if not parent.exists()]
     try:
@@ -141,14 +142,15 @@ def remove_left_overs(folder: Path) -> None:
             _remove(path)
 
 
-def _remove_dead(path: Path) -> None:
-    """Remove what processes of this host that are dead left when they were writing ``path``."""
-    mine = re.compile(rf"\.{re.escape(path.name)}\.{_host()}-(\d+)\.part")
+@cache
+def _remove_dead(folder: Path) -> None:
+    """Remove, once in this process's life, what dead processes of this host left half-written in ``folder``."""
+    ours = re.compile(rf"\..+\.{_host()}-(\d+)\.part")
     with suppress(OSError):  # no folder yet, or one that cannot be read
-        for entry in os.listdir(path.parent):
-            found = mine.fullmatch(entry)
+        for entry in os.listdir(folder):
+            found = ours.fullmatch(entry)
             if found and not _is_alive(int(found[1])):
-                _remove(path.with_name(entry))
+                _remove(folder / entry)
 
 
 def _remove(path: Path) -> None:
@@ -170,9 +172,12 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.part")
 
 
+@cache
 def _host() -> str:
-    """What stands for this host in file names; containers that share a disk have names of their own."""
-    return xxhash.xxh32_hexdigest(socket.gethostname().encode())
+    """What stands in file names for this host and, in a container, for its own numbering of processes."""
+    numbering = Path("/proc/self/ns/pid")
+    text = f"{socket.gethostname()} {numbering.stat().st_ino if numbering.exists() else ''}"
+    return xxhash.xxh32_hexdigest(text.encode())
 
 
 def _sync(path: Path) -> None:
