@@ -30,6 +30,8 @@ from dmpo_dist.secrets import redact
 
 PATH_ERRORS = ("Symlink loop", "embedded null byte", "embedded null character")
 """How Python's messages begin on paths that no system could have, which it raises as other errors than OSError."""
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says, as a RuntimeError, where the process of another rank is gone."""
 SECONDS_FOR_RANK_0 = 3
 
 app = typer.Typer(
@@ -95,6 +97,8 @@ def _message(error: Exception) -> str | None:
         reason = error.strerror or first_line(error)
         advice = "space and permissions, or write to another output_dir or data.path"
         return f"{where}: {reason}; check {advice if error.errno in STORAGE else 'the path, or choose another'}"
+    if "RANK" in os.environ and isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
+        return "another rank has ended, its own message says why; --resume goes on from the latest checkpoint"
     if str(error).startswith(PATH_ERRORS):
         return f"{first_line(error)}; correct the path"
     if hasattr(error, "format_message"):  # a usage error of click's, without a text where the help was shown instead
