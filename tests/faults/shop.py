@@ -113,8 +113,8 @@ WITH_RAY = {
         "data.source.simulator.events_per_user=12 data.evaluation_negatives=5 data.negatives_per_group=4 "
         "model.max_length=128 model.scratch.hidden_size=32 model.scratch.layers=2 sft.steps=20 sft.validate_every=20 "
         "sft.global_batch_size=8 sft.checkpoint_every=10 train.negatives=3 train.steps=20 train.global_batch_size=8 "
-        "train.validate_every=10 train.checkpoint_every=5", lambda out: (_evaluation(out), _digests("*/model/*")(out)),
-        resume=True),
+        "train.validate_every=10 train.checkpoint_every=5",
+        lambda out: (_evaluation(out), _digests("*/model/*.safetensors")(out)), resume=True),
 }  # fmt: skip
 
 
