@@ -140,6 +140,16 @@ def world(tmp_path_factory):
     return World(folder / "world")
 
 
+@pytest.fixture(scope="session")
+def shop(world, tmp_path_factory) -> Iterator:
+    """One workshop for all tests of tests/faults that start commands: importing what they need takes longest."""
+    from shop import Shop  # of tests/faults
+
+    shop = Shop(world, tmp_path_factory.mktemp("shop"))
+    yield shop
+    shop.close()
+
+
 @pytest.fixture
 def groups() -> list[TokenGroup]:
     return random_groups(4, seed=3)

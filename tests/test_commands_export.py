@@ -136,6 +136,8 @@ def test_plain_transformers_ranks_alike(world, models, tmp_path, capsys, merge, 
     assert str(difference) in capsys.readouterr().out
     assert str(difference) in (out / "README.md").read_text()
     assert find_model(str(out)).is_adapter != merge
+    assert find_model(str(out)).stamp.digests
+    assert_same_ranking(load_ranking_model(str(out), CONFIG).score_rows(rows), expected, nats)
 
 
 def tied(models, folder, kind):

@@ -16,7 +16,8 @@ from dmpo_dist.config import config_of
 from dmpo_dist.data.folder import check
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.training.reference import start_digests
+from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.model_files import start_digests
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -83,7 +84,7 @@ def test_another_starting_model_is_found(world, tmp_path, begun):
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match="base/model.safetensors of the starting model"):
         preflight("preference", settings(world, tmp_path), resume=True)
-    assert start_digests(str(world.model)).keys() >= {"base/config.json", "base/tokenizer.json"}
+    assert start_digests(find_model(str(world.model))).keys() >= {"base/config.json", "base/tokenizer.json"}
 
 
 def test_a_torn_environment_is_made_again_from_the_checkpoints(world, tmp_path, begun):

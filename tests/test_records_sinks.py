@@ -6,15 +6,18 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dmpo_dist.artifacts.log import NoteRecord
 from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import RunConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.records import tracking
 from dmpo_dist.records.log import RunLog
-from dmpo_dist.records.sinks import Background
+from dmpo_dist.records.sinks import Background, JsonLines
 from dmpo_dist.records.tracking import check_tracking
 from dmpo_dist.training.job import Job
 
@@ -79,8 +82,21 @@ def test_every_sink_gets_every_record_and_the_final_figures(tmp_path):
     assert result["loss"] == 0.25
     assert witness.closed[0] == witness.closed[1]
     assert (job.output / "curves.png").exists()
-    assert list((job.output / "tensorboard").iterdir())
+    board = EventAccumulator(str(job.output / "tensorboard")).Reload()
+    steps = [(r["step"], float(np.float32(r["loss"]))) for r in RECORDS if r["kind"] == "step"]
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == steps
     assert "rank 1 busiest, 1.25 x the mean" in shown
+
+
+def test_what_a_killed_writer_left_is_no_part_of_the_next_record(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for torn in ("", '{"kind": "no', '{"kind": "note", "text": "a"}\n{"kin'):
+        file.write_text(torn)
+        sink = JsonLines(file, append=True)
+        sink.write(NoteRecord(kind="note", time=1.0, text="b"))
+        sink.close({}, False)
+        texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+        assert texts == ["a", "b"][torn.count("\n") ^ 1 :]
 
 
 class Broken(Witness):

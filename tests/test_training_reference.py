@@ -15,9 +15,10 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import ModelSource, find_model, load_policy
 from dmpo_dist.modeling.logprobs import LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import use_backend
-from dmpo_dist.training import reference
+from dmpo_dist.training import reference, reference_cache
 from dmpo_dist.training.groups import with_negatives
-from dmpo_dist.training.reference import NOT_IN_KEY, ReferencePass, cache_key, token_digest
+from dmpo_dist.training.reference import ReferencePass
+from dmpo_dist.training.reference_cache import NOT_IN_KEY, cache_key, token_digest
 
 K, EPOCHS = 2, 3
 KEY = {"base": "digest", "rows": "fingerprint"}
@@ -164,7 +165,7 @@ def test_whatever_else_a_cache_depends_on_moves_its_name(llama, groups, tmp_path
     adapter = ModelSource(str(tmp_path / "b"), str(tmp_path / "a"), True, ModelStamp())
     keys = [cache_key(config, s, "rows", "cpu") for s in (source, other, adapter)]
     keys += [cache_key(config, source, "others", "cpu"), cache_key(config, source, "rows", "cuda")]
-    monkeypatch.setattr(reference, "version", lambda name: "99")
+    monkeypatch.setattr(reference_cache, "version", lambda name: "99")
     keys.append(cache_key(config, source, "rows", "cpu"))
     assert len({json.dumps(key, sort_keys=True) for key in keys}) == len(keys)
 

@@ -27,4 +27,4 @@ class Environment(Artifact):
     data_fingerprint: str | None = None
     """Of the training data, see ``data.store.few_fingerprint``."""
     start_digests: dict[str, str] = Field(default_factory=dict)
-    """Of the files of the starting model, see ``training.reference.start_digests``."""
+    """Of the files of the starting model, see ``modeling.model_files.start_digests``."""

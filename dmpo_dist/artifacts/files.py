@@ -1,17 +1,24 @@
 """One way to write a file whole and one for a folder: under another name, synced to disk, then renamed."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 
 from dmpo_dist.errors import UserError
+
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+"""Errors of a disk: full, over quota, past the largest file, read-only, not ours, broken."""
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
@@ -31,11 +38,32 @@ def json_text(content: Any) -> str:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A write to ``path`` within; raises OSError with that name where the storage fails.
+
+    A write to a file that is open raises an error without a name, and libraries in other languages one of their own.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE or error.filename not in (None, str(_beside(path))):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if not found or int(found[1]) not in STORAGE:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """A path beside ``file`` to write to, which takes its place at the end; after an error nothing of it stays."""
+    _remove_dead(file.parent)
     part = _beside(file)
     try:
-        yield part
+        with naming(file):
+            yield part
         _sync(part)
         part.replace(file)
         _sync(file.parent)  # the new name is on disk only when its folder is
@@ -53,6 +81,7 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, or exists and may not.
     """
+    _remove_dead(folder.parent)
     part = _beside(folder)
     missing = [parent for parent in part.parents if not parent.exists()]
     try:
@@ -109,13 +138,46 @@ def remove_left_overs(folder: Path) -> None:
     Nobody else may be writing there: the caller holds the folder's lock.
     """
     for path in folder.glob(".*.part"):
-        if re.fullmatch(r"\..+\.\d+\.part", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if re.fullmatch(r"\..+\.(\w+-)?\d+\.part", path.name):
+            _remove(path)
+
+
+@cache
+def _remove_dead(folder: Path) -> None:
+    """Remove, once in this process's life, what dead processes of this host left half-written in ``folder``."""
+    ours = re.compile(rf"\..+\.{_host()}-(\d+)\.part")
+    with suppress(OSError):  # no folder yet, or one that cannot be read
+        for entry in os.listdir(folder):
+            found = ours.fullmatch(entry)
+            if found and not _is_alive(int(found[1])):
+                _remove(folder / entry)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 
 def _beside(path: Path) -> Path:
-    """A name that no other process on this machine writes to."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    """A name that no other process writes to."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.part")
+
+
+@cache
+def _host() -> str:
+    """What stands in file names for this host and, in a container, for its own numbering of processes."""
+    numbering = Path("/proc/self/ns/pid")
+    text = f"{socket.gethostname()} {numbering.stat().st_ino if numbering.exists() else ''}"
+    return xxhash.xxh32_hexdigest(text.encode())
 
 
 def _sync(path: Path) -> None:

@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dmpo_dist.artifacts.files import write_whole
@@ -23,7 +23,8 @@ def failure_noted(output: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if output.is_dir() and not _has_weights(output):
-            write_whole(output / FAILED_FILE, f"{type(error).__name__}: {error}\n")
+            with suppress(OSError):  # what went wrong may be the disk
+                write_whole(output / FAILED_FILE, f"{type(error).__name__}: {error}\n")
         raise
 
 

@@ -37,7 +37,7 @@ class ModelStamp(Artifact):
     """Of the base it was trained on."""
     step: int | None = None
     digests: dict[str, str] | None = None
-    """Path -> digest of the files beside this one, see ``artifacts.digest``; None in stamps of earlier versions."""
+    """Path -> digest of the files beside this one, see ``modeling.model_files``; None in stamps of earlier versions."""
     export: dict[str, Any] | None = None
     """How ``dmpo export`` wrote it."""
 

@@ -102,7 +102,9 @@ def init(file: Annotated[Path, typer.Argument(help="YAML file to write; must not
 
         dmpo init my.yaml
     """
+    from dmpo_dist.artifacts.files import naming
     from dmpo_dist.config.keys import write_starting_file
 
-    write_starting_file(file)
+    with naming(file):
+        write_starting_file(file)
     print(f"written: {file}; change it, then: dmpo data prepare -c {file}")

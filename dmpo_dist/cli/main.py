@@ -1,7 +1,6 @@
 """The command line: one thin function per verb in the modules beside; the work is done in commands and data."""
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmpo_dist import __version__
+from dmpo_dist.artifacts.files import STORAGE
 from dmpo_dist.cli.bench import bench_app
 from dmpo_dist.cli.config import config_app, start_app
 from dmpo_dist.cli.data import data_app
@@ -28,10 +28,10 @@ from dmpo_dist.parsing import first_line
 from dmpo_dist.quiet import silence_libraries
 from dmpo_dist.secrets import redact
 
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""Errors of a disk, which a write to an open file raises without a name."""
 PATH_ERRORS = ("Symlink loop", "embedded null byte", "embedded null character")
 """How Python's messages begin on paths that no system could have, which it raises as other errors than OSError."""
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says, as a RuntimeError, where the process of another rank is gone."""
 SECONDS_FOR_RANK_0 = 3
 
 app = typer.Typer(
@@ -97,6 +97,8 @@ def _message(error: Exception) -> str | None:
         reason = error.strerror or first_line(error)
         advice = "space and permissions, or write to another output_dir or data.path"
         return f"{where}: {reason}; check {advice if error.errno in STORAGE else 'the path, or choose another'}"
+    if "RANK" in os.environ and isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
+        return "another rank has ended, its own message says why; --resume goes on from the latest checkpoint"
     if str(error).startswith(PATH_ERRORS):
         return f"{first_line(error)}; correct the path"
     if hasattr(error, "format_message"):  # a usage error of click's, without a text where the help was shown instead

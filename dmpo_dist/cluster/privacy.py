@@ -1,8 +1,7 @@
 """What a local Ray leaves open to everybody on the machine, made private.
 
-Ray (2.60) listens on all interfaces whatever address it is given, and lets in whoever has its token. It writes the
-token with the process's umask, for everybody to read, and makes its session's folder of sockets and logs writable for
-all.
+Ray (2.60) lets in whoever has its token. It writes the token with the process's umask, for everybody to read, and makes
+its session's folder of sockets and logs writable for all.
 """
 
 import os

@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch.distributed as dist
 from pyarrow.fs import FileSelector, LocalFileSystem
 
-from dmpo_dist.artifacts.files import sync_folder, write_whole
+from dmpo_dist.artifacts.files import naming, sync_folder, write_whole
 from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.errors import UserError
 from dmpo_dist.training.job import Job
@@ -73,7 +73,8 @@ class RayRuntime:
         # never twice the same name: Ray deletes old checkpoints by name
         name = f"{self._run}-step-{step:08d}-{uuid4().hex[:6]}"
         with own_part() as folder:
-            write(folder)
+            with naming(folder):
+                write(folder)
             part = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"step": step}, checkpoint=part, checkpoint_dir_name=name)  # of the names, rank 0's counts
         dist.barrier()

@@ -21,6 +21,8 @@ from dmpo_dist.modeling.memory import ONE_ARENA
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.runtime import Runtime
 
+ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Set to 0 before Ray is imported, it makes a node's address 127.0.0.1, and all its servers listen there alone."""
 Body = Callable[[Job, Runtime], None]
 
 
@@ -36,6 +38,8 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     # Ray prints pages for a lost node; they say nothing that we have not logged.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Raylet is terminated")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault(ON_LOOPBACK, "0")
     import ray
 
     if ray.is_initialized():

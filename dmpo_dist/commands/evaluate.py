@@ -53,6 +53,7 @@ from dmpo_dist.evaluation.strata import strata_of
 from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, rules_table
 from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
+from dmpo_dist.modeling.model_files import require_as_written
 from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.tables import terminal
 
@@ -83,6 +84,8 @@ def preflight(
         if name not in known:
             raise UserError(f"--against {name}: is not evaluated here; choose from {', '.join(known)}")
     templates = {path: template_of(path, config) for path in models.values()}
+    for path in templates:
+        require_as_written(find_model(path))
     for path, template in templates.items():
         require_no_finished_prompts(template, data.test["prompt"], str(config.data.path))
         if catalogue:

@@ -17,7 +17,7 @@ from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, re
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import reference_of, within_context
+from dmpo_dist.evaluation.ranking import within_context
 from dmpo_dist.evaluation.whole_catalogue import catalogue_at_test
 from dmpo_dist.explanation.contributions import Method, leave_one_out
 from dmpo_dist.explanation.explainer import Explainer, Subject
@@ -30,6 +30,7 @@ from dmpo_dist.explanation.questions import (
     questions_of_requests,
     sampled,
 )
+from dmpo_dist.explanation.references import choose_reference
 from dmpo_dist.explanation.view import show, show_faithfulness, to_json
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer
 from dmpo_dist.records.progress import UserProgress
@@ -48,7 +49,8 @@ class Order:
     Attributes:
         model: model folder or hub id.
         user, item: one user, and a title or item id; None for the test positive, or in a file for the title ranked
-        first. users: instead, a sample of so many.
+            first.
+        users: instead, a sample of so many.
         requests: file of users as ``dmpo rank`` takes it; None for the test requests of ``data.path``.
         catalogue: rank among its titles; None for each request's own candidates.
         reference: ``base``, ``start``, ``none``, a model folder or hub id; None takes what the model says of itself.
@@ -86,7 +88,7 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     if order.catalogue is not None:
         template = enforce_template(source.stamp, config.template, order.model)
         require_given_candidates(template, order.model, "leave --catalogue out")
-    reference, note = _reference(source, order.reference, config)
+    reference, note = choose_reference(source, order.reference, config)
     chosen, measured, catalogue = _questions(order, config, source)
     _check_top(order.top, chosen)
     explainer = Explainer(order.model, config, reference, catalogue, order.method, order.rivals)
@@ -124,40 +126,10 @@ def _check(order: Order) -> None:
         return
     if order.output.exists() and not order.output.is_dir():
         raise UserError(f"--output {order.output}: is a file; give a folder")
-    for name in (Explanations.FILE, FAITHFULNESS_FILE):
-        if (order.output / name).exists():
-            raise UserError(f"--output {order.output}: holds {name} already, which is kept; choose another folder")
-
-
-def _reference(source: ModelSource, flag: str | None, config: RunConfig) -> tuple[str | None, str]:
-    """Folder or hub id of the reference, and what to say where there is none though nobody asked for that."""
-    ranked_by = config.ranking.reference
-    if ranked_by is not None:
-        if flag not in (None, ranked_by):
-            raise UserError(
-                f"--reference {flag}: the ranking subtracts ranking.reference={ranked_by}; give one of the two"
-            )
-        return reference_of(source, ranked_by), ""
-    if flag is None:
-        return _usual_reference(source)
-    return (None if flag == "none" else reference_of(source, flag, "--reference ")), ""
-
-
-def _usual_reference(source: ModelSource) -> tuple[str | None, str]:
-    """What training started from if that is still there, else an adapter's base."""
-    start = source.stamp.start
-    lacks = "it does not say what it was trained from"
-    if start:
-        try:
-            return find_model(start).path, ""
-        except UserError:
-            lacks = f"it was trained from {start}, which is not there"
-    if source.is_adapter:
-        return source.base, ""
-    return (
-        None,
-        f"note: {source.path} has no reference ({lacks}), so its words are not compared; name one by --reference",
-    )
+    if (order.output / Explanations.FILE).exists():  # written last
+        raise UserError(
+            f"--output {order.output}: holds {Explanations.FILE} already, which is kept; choose another folder"
+        )
 
 
 def _questions(

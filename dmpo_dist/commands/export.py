@@ -34,6 +34,7 @@ from dmpo_dist.modeling.backbone import (
     load_for_scoring,
     read_model_config,
 )
+from dmpo_dist.modeling.model_files import written_digests
 from dmpo_dist.modeling.quantize import quantization_of
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.self_check import tolerance
@@ -104,7 +105,7 @@ def export(
             _require_alike(before, after, difference, (trained.dtype, written.dtype))
         nats = {"max_nats": difference.max_nats, "mean_nats": difference.mean_nats}
         encode.texts.write(part)
-        _stamp(source, {"merged": merge, "dtype": written.dtype, **nats}).write(part)
+        _stamp(source, part, {"merged": merge, "dtype": written.dtype, **nats}).write(part)
         card = model_card(output.resolve().name, str(written), origin, encode.template, str(difference), ranked)
         (part / "README.md").write_text(card, encoding="utf-8")
         for file in part.iterdir():
@@ -337,9 +338,9 @@ def _require_same(expected: dict[str, torch.Tensor], seen: dict[str, torch.Tenso
             raise RuntimeError(f"{where}: {name} did not survive saving")
 
 
-def _stamp(source: ModelSource, facts: dict[str, Any]) -> ModelStamp:
-    """What the stage wrote, without the paths of the machine it was written on."""
-    stamp = source.stamp.model_copy(update={"export": facts})
+def _stamp(source: ModelSource, folder: Path, facts: dict[str, Any]) -> ModelStamp:
+    """What the stage wrote, with the digests of ``folder`` and without paths of the machine it was written on."""
+    stamp = source.stamp.model_copy(update={"export": facts, "digests": written_digests(folder)})
     if stamp.start and Path(stamp.start).is_absolute():
         stamp.start = Path(stamp.start).name
     return stamp

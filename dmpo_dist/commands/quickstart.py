@@ -99,12 +99,20 @@ def _train(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> N
         folder = config.output_dir
         if not (folder / "model").is_dir() and has_begun(folder):
             say(console, f"{heading}, from its latest checkpoint")
-            run_stage(kind, config, console, resume=True)
+            run_stage(kind, _with_its_checkpoints(config), console, resume=True)
     left = [stage for stage in stages if not (stage[2].output_dir / "model").is_dir()]
     for _, _, config in left:
         shutil.rmtree(config.output_dir, ignore_errors=True)  # opened, but its training never began
     if left:
         run_stages(left, console)
+
+
+def _with_its_checkpoints(config: RunConfig) -> RunConfig:
+    """``config`` of a stage that goes on alone: checkpoints of stages that were trained together lie in one folder."""
+    if config.cluster.storage_path or (config.output_dir / "checkpoints").is_dir():
+        return config
+    cluster = config.cluster.model_copy(update={"storage_path": str(config.output_dir.parent)})
+    return config.model_copy(update={"cluster": cluster})
 
 
 def continued_config(config: RunConfig) -> RunConfig:

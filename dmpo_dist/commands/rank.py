@@ -31,9 +31,9 @@ from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import GivenTexts, Ranker, load_ranking_model, reference_of, within_context
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
+from dmpo_dist.modeling.model_files import start_digests
 from dmpo_dist.modeling.scoring_rule import require_prior
 from dmpo_dist.records.progress import UserProgress
-from dmpo_dist.training.reference import file_digests
 
 
 @dataclass(frozen=True)
@@ -230,15 +230,18 @@ def _options(config: RunConfig, lists_candidates: bool) -> dict[str, Any]:
 
 
 def model_digest(source: ModelSource) -> str:
-    """sha256 over a model's files, its base's and its ``dmpo.json``; raises UserError where they are not here."""
-    try:
-        files = [file_digests(source.path), file_digests(source.base)]
-    except UserError:
+    """sha256 over the digests of a model's files and its base's, and its ``dmpo.json``.
+
+    Raises:
+        UserError: they are not here, or not what training wrote.
+    """
+    files = start_digests(source)
+    if not any(name.startswith("base/") for name in files):
         raise UserError(
             f"{source.path}: its files are not on this machine; download it and give the folder, so that a rerun can "
             "tell whether it is the same model"
-        ) from None
-    return _sha256([*files, source.stamp.content()])
+        )
+    return _sha256([files, source.stamp.content()])
 
 
 def _sha256(content: Any) -> str:

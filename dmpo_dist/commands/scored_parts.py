@@ -21,9 +21,10 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.model_files import start_digests
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.records.progress import UserProgress
-from dmpo_dist.training.reference import start_digests
 
 PARTS = "scores.parts"
 """Below output_dir, until the evaluation is written: a folder for each model."""
@@ -159,7 +160,8 @@ def _key(path: str, data: PreparedData, config: RunConfig) -> dict[str, Any]:
         "ranking": config.ranking.model_dump(mode="json", include={"users_per_part"}),
     }
     keys = {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
-    return {"dmpo": __version__, "--model": start_digests(path), "data": data.fingerprint, "seed": config.seed, **keys}
+    model = start_digests(find_model(path))
+    return {"dmpo": __version__, "--model": model, "data": data.fingerprint, "seed": config.seed, **keys}
 
 
 def _part(parts: PartFolder, task: Task) -> Rows:

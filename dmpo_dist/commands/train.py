@@ -32,6 +32,7 @@ from dmpo_dist.modeling.backbone import (
     require_same_rendering,
     write_stamp,
 )
+from dmpo_dist.modeling.model_files import start_digests, written_digests
 from dmpo_dist.objectives.registry import make_objective
 from dmpo_dist.records.log import RunLog
 from dmpo_dist.records.tracking import check_tracking
@@ -39,7 +40,6 @@ from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.groups import make_schedule, require_negatives
 from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.listed import require_lists
-from dmpo_dist.training.reference import start_digests
 from dmpo_dist.training.runtime import Runtime
 from dmpo_dist.training.schedule import total_steps
 
@@ -201,7 +201,7 @@ def with_start(job: Job, environment: Environment) -> Job:
     Raises:
         UserError: the run is resumed and its starting model is another.
     """
-    now = start_digests(job.start)
+    now = start_digests(find_model(job.start))
     require_same_start(environment.start_digests, now, job)
     if environment.start_digests != now:
         environment.model_copy(update={"start_digests": now}).write(job.output)
@@ -285,7 +285,7 @@ def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
     texts += texts_of_data(template, data).texts()
     with whole_folder(folder) as part:
         make_scratch_model(part, config.model.scratch, texts, config.model.max_length, config.seed)
-        write_stamp(part, config.template, stage="untuned")
+        write_stamp(part, config.template, stage="untuned", digests=written_digests(part))
 
 
 def as_rank(

@@ -13,8 +13,8 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import evaluation_folder, progress
 from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.model_files import content_digests
 from dmpo_dist.records.read import Run, read_run
-from dmpo_dist.training.reference import file_digests
 
 Rows = list[dict[str, Any]]
 STAGE_KEYS = ("learning_rate", "global_batch_size", "schedule")
@@ -153,11 +153,14 @@ def _start_line(path: str) -> str:
         return "Training started from random weights."
     try:
         source = find_model(path)
-        digests = file_digests(source.base if Path(source.base).is_dir() else source.path)
+        digests = content_digests(source.base if Path(source.base).is_dir() else source.path)
     except (OSError, UserError):
+        digests = {}
+    weights = [f"{name} XXH3 {digest}" for name, digest in digests.items() if name.endswith((".safetensors", ".bin"))]
+    weights += [f"revision {digests['revision']}"] if "revision" in digests else []
+    if not weights:
         return f"Training started from {path}, which is not there any more."
-    weights = {name: digest for name, digest in digests.items() if name.endswith((".safetensors", ".bin"))}
-    return f"Training started from {path}: " + ", ".join(f"{name} sha256 {d}" for name, d in weights.items())
+    return f"Training started from {path}: " + ", ".join(weights)
 
 
 def with_columns(rows: Iterable[dict[str, Any]]) -> Rows:

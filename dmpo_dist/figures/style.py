@@ -14,6 +14,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
+from dmpo_dist.artifacts.files import whole_file
 from dmpo_dist.figures.svg import TOOLTIP, inline_svg, printable
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
@@ -111,7 +112,8 @@ def save_grid(drawings: Sequence[Drawing], file: Path, columns: int, heading: st
 def save_png(figure: Figure, file: Path) -> None:
     """Write ``file``; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="png")
+    with whole_file(file) as part:
+        figure.savefig(part, format="png")
 
 
 def _paint(figure: FigureBase, drawn: Drawing) -> float:

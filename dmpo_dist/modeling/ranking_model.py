@@ -25,6 +25,7 @@ from dmpo_dist.modeling.backbone import (
     require_same_rendering,
 )
 from dmpo_dist.modeling.logprobs import Which
+from dmpo_dist.modeling.model_files import require_as_written
 from dmpo_dist.modeling.scoring_rule import adjusted, require_prior, scored_lengths
 from dmpo_dist.modeling.token_scorer import TokenScorer
 
@@ -288,6 +289,7 @@ def _group(user: str, timestamp: int, history: Sequence[str], candidates: Sequen
 def _load_scorer(source: ModelSource, config: ModelConfig, token_budget: int) -> TokenScorer:
     """The frozen weights on the accelerator if there is one; an adapter can also be run without."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require_as_written(source)
     model = load_for_scoring(source.path, config).to(device)
     reference = "adapter_off" if source.is_adapter else None
     return TokenScorer(model, token_budget, config.max_length, config.attention, reference)

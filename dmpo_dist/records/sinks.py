@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol
+from typing import Any, Protocol
 
+from dmpo_dist.artifacts.files import naming
 from dmpo_dist.artifacts.log import LogRecord, StepRecord, ValidationRecord
 from dmpo_dist.secrets import redact
 
@@ -45,31 +49,59 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, append: bool) -> None:
-        self._file = path.open("a" if append else "w", encoding="utf-8")
+        if append:
+            _cut_unfinished_line(path)
+        self._path, self._file = path, path.open("a" if append else "w", encoding="utf-8")
 
     def write(self, record: LogRecord) -> None:
-        self._file.write(redact(json.dumps(record.content())) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(redact(json.dumps(record.content())) + "\n")
+            self._file.flush()
+
+    def close(self, result: Mapping[str, float], finished: bool) -> None:
+        with naming(self._path):
+            self._file.close()
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    """Remove what a writer that was killed, or whose disk was full, left after the last whole line."""
+    if path.is_file():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
+class TensorBoard:
+    """Writes a TensorBoard event file to ``folder``.
+
+    Not by ``SummaryWriter``, which writes in a thread of its own: that thread dies with a traceback on a full disk, and
+    what it has not written yet is lost with a killed process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # pyrefly: ignore
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.0"
+        self._file = self._path.open("wb", buffering=0)
+        self._events, self._make = RecordWriter(self._file), Event
+        self._write(Event(file_version="brain.Event:2"))
+
+    def write(self, record: LogRecord) -> None:
+        if isinstance(record, StepRecord | ValidationRecord):
+            event = self._make(step=record.step)
+            for name, value in figures(record).items():
+                event.summary.value.add(tag=name, simple_value=value)
+            self._write(event)
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:
         self._file.close()
 
-
-class TensorBoard:
-    """Writes TensorBoard's event files to ``folder``."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder))
-
-    def write(self, record: LogRecord) -> None:
-        if isinstance(record, StepRecord | ValidationRecord):
-            for name, value in figures(record).items():
-                self._board.add_scalar(name, value, record.step)
-
-    def close(self, result: Mapping[str, float], finished: bool) -> None:
-        self._board.close()
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with naming(self._path):
+            self._events.write(event.SerializeToString())
 
 
 class Background:

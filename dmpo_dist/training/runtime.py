@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from dmpo_dist.artifacts.files import sync_folder
+from dmpo_dist.artifacts.files import naming, sync_folder
 from dmpo_dist.errors import UserError
 
 CHECKPOINT = re.compile(r"(?:(?P<run>.+)-)?step-(?P<step>\d+)(?:-[0-9a-f]{6})?")
@@ -78,7 +78,8 @@ class ProcessRuntime:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         dist.barrier()
-        write(part)
+        with naming(part):
+            write(part)
         dist.barrier()
         if self.rank == 0:
             sync_folder(part)

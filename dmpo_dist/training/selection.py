@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dmpo_dist.artifacts.digest import damage
 from dmpo_dist.artifacts.files import recover_folder, replace_folder
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.model_files import damage_of
 from dmpo_dist.training.checkpoint import save_model
 from dmpo_dist.training.groups import Batches
 from dmpo_dist.training.job import Job
@@ -117,7 +117,7 @@ class Selection:
             stamp = ModelStamp.read(folder)
         except UserError as error:
             return None, f": {error}"
-        why = damage(folder, stamp.digests or {})
+        why = damage_of(folder, stamp)
         return stamp, f": in {folder.name}, {why}" if why else ""
 
     def _saved(self) -> dict[str, float] | None:

@@ -47,7 +47,8 @@ from dmpo_dist.training.groups import Batches, make_schedule, with_negatives
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.listed import listed_groups
 from dmpo_dist.training.loop import Trainer
-from dmpo_dist.training.reference import Reference, ReferencePass, cache_key
+from dmpo_dist.training.reference import Reference, ReferencePass
+from dmpo_dist.training.reference_cache import cache_key
 from dmpo_dist.training.runtime import Runtime
 from dmpo_dist.training.schedule import epochs_begun
 

@@ -54,12 +54,12 @@ ODD = [
 
 
 @pytest.fixture
-def shop(world, tmp_path, monkeypatch):
+def workplace(world, tmp_path, monkeypatch):
     """A working folder with something of each kind in the folder ``there``."""
-    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "work" / "there"  # so that .. is of this test alone
+    there.mkdir(parents=True)
+    monkeypatch.chdir(there.parent)
     stop_before_workers(monkeypatch)
-    there = tmp_path / "there"
-    there.mkdir()
     (there / "data").symlink_to(world.folder / "data")
     (there / "model").symlink_to(world.folder / "model")
     (there / "loop").symlink_to("loop")
@@ -72,7 +72,7 @@ def shop(world, tmp_path, monkeypatch):
     )
     write_report_folder(there / "report")
     before = contents(there)
-    yield tmp_path
+    yield
     assert before.items() <= contents(there).items(), "what was there has changed"
 
 
@@ -88,11 +88,11 @@ def tried(cases: list[tuple[str, str]]) -> list[str]:
 ALL = [(command, odd) for command in COMMANDS for odd in ODD]
 
 
-def test_an_odd_input_is_one_message(shop):
+def test_an_odd_input_is_one_message(workplace):
     assert tried(random.Random(0).sample(ALL, SAMPLE)) == []
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_odd_input_to_every_command_is_one_message(shop, command):
+def test_every_odd_input_to_every_command_is_one_message(workplace, command):
     assert tried([(command, odd) for odd in ODD]) == []

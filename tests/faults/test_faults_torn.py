@@ -9,6 +9,8 @@ from mutations import TEARS, copy_of, replace_file
 from report_folder import write_report_folder
 
 SAMPLE = 8
+MOST = {"report": 50}
+"""Cases of a folder; a report takes four seconds."""
 READ_BY = {
     "data": ["data check data", "rank -m model --requests users.csv --catalogue data --output new.parquet"],
     "model": ["evaluate -m a=model data.path=data model.max_length=128 output_dir=new", "plan model.path=model"],
@@ -66,4 +68,5 @@ def test_a_torn_file_is_one_message(folders):
 @pytest.mark.parametrize("kind", READ_BY)
 def test_every_torn_file_is_one_message(folders, kind):
     chosen = [case for case in cases(folders) if case[0] == kind]
+    chosen = random.Random(kind).sample(chosen, min(len(chosen), MOST.get(kind, len(chosen))))
     assert [failure for case in chosen for failure in torn(folders, *case)] == []

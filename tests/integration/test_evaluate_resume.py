@@ -1,4 +1,7 @@
-"""`dmpo evaluate` on two Ray actors, its driver killed with SIGKILL and started again: the figures of one process."""
+"""`dmpo evaluate` on two Ray actors, its driver killed with SIGKILL and started again: the figures of one process.
+
+Its Ray listens for this machine alone.
+"""
 
 import json
 import os
@@ -40,7 +43,12 @@ def kill_after(process: subprocess.Popen, folder: Path, count: int) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     driver = psutil.Process(process.pid)
-    for one in [*driver.children(recursive=True), driver]:
+    family = [*driver.children(recursive=True), driver]
+    pids = {one.pid for one in family}
+    listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.pid in pids and c.status == psutil.CONN_LISTEN}
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}, listening
+    assert listening
+    for one in family:
         if one.is_running():
             one.kill()
     process.wait()

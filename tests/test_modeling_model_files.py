@@ -1,0 +1,70 @@
+"""A model folder is compared with its digests before it scores; one without digests is taken as it is."""
+
+import json
+import shutil
+
+import pytest
+
+from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import ADAPTER, find_model, write_stamp
+from dmpo_dist.modeling.model_files import start_digests, written_digests
+from dmpo_dist.modeling.ranking_model import RankingModel
+
+FILES = [
+    "model/model.safetensors", "model/tokenizer.json", "model/config.json", "adapter/adapter_model.safetensors",
+    "adapter/tokenizer.json",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folders(world, tmp_path):
+    """A model and an adapter on it, as training leaves them."""
+    for name in ("model", "adapter"):
+        shutil.copytree(world.folder / name, tmp_path / name)
+    edit_adapter(tmp_path, base_model_name_or_path="../model")
+    for name in ("model", "adapter"):
+        write_stamp(tmp_path / name, TemplateConfig(), stage="sft", digests=written_digests(tmp_path / name))
+    return tmp_path
+
+
+def edit_adapter(folders, **changes):
+    file = folders / "adapter" / ADAPTER
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def scores(folder, world):
+    model = RankingModel.load(str(folder), ModelConfig(max_length=128))
+    return model.score(world.titles[:2], world.titles[2:5]).tolist()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_one_flipped_bit_is_found(folders, world, file):
+    content = bytearray((folders / file).read_bytes())
+    at = len(content) - 9 if file.endswith("safetensors") else content.index(b"0123456789"[1])
+    content[at] ^= 1
+    (folders / file).write_bytes(content)
+    named = rf"{folders / file.partition('/')[0]}: {file.partition('/')[2]} is damaged or was changed"
+    with pytest.raises(UserError, match=named):
+        start_digests(find_model(str(folders / "adapter")))
+    with pytest.raises(UserError, match=rf"{named}|no tokenizer could be loaded|cannot be used"):
+        scores(folders / "adapter", world)
+
+
+def test_a_changed_adapter_is_found_and_a_moved_base_is_none(folders, world):
+    before = scores(folders / "adapter", world)
+    (folders / "model").rename(folders / "elsewhere")
+    edit_adapter(folders, base_model_name_or_path="../elsewhere")
+    assert scores(folders / "adapter", world) == before
+    edit_adapter(folders, lora_alpha=9)
+    with pytest.raises(UserError, match=f"{ADAPTER} is damaged or was changed"):
+        scores(folders / "adapter", world)
+    (folders / "adapter" / "dmpo.json").unlink()
+    assert scores(folders / "adapter", world) != before, "a foreign adapter is used as it is"
+
+
+def test_a_lost_file_is_named(folders, world):
+    (folders / "adapter" / "special_tokens_map.json").unlink(missing_ok=True)
+    (folders / "adapter" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json cannot be read: No such file"):
+        start_digests(find_model(str(folders / "adapter")))
