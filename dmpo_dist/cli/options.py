@@ -1,6 +1,9 @@
 """What several commands take, and the configuration they make of it."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +78,16 @@ def read_run_settings(layers: list[Path] | None, arguments: list[str] | None, re
     folder = Path(folders[0]) if folders else load_config([], overrides).output_dir
     saved = config_file(folder)
     return read_settings([saved, *(layers or [])], [*overrides, f"output_dir={json.dumps(str(folder))}"], dry_run)
+
+
+@contextmanager
+def interruptible(from_where: str = "the latest checkpoint") -> Iterator[None]:
+    """On Ctrl-C print how to continue."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted; --resume goes on from {from_where}", file=sys.stderr)
+        raise
 
 
 def show_settings(settings: RunConfig, everything: bool) -> None:

@@ -1,8 +1,5 @@
 """`dmpo sft`, `train`, `evaluate`, `quickstart`, `doctor`: from prepared data to a measured ranking."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +16,7 @@ from dmpo_dist.cli.options import (
     RunArguments,
     asked_to_overwrite,
     free_folder,
+    interruptible,
     read_run_settings,
     read_settings,
 )
@@ -52,7 +50,7 @@ def sft(
     from dmpo_dist.commands.train import run_stage
     from dmpo_dist.records.log import make_console
 
-    with _resumable():
+    with interruptible():
         run_stage("sft", settings, make_console(), resume, asked_to_overwrite(settings.output_dir, overwrite))
 
 
@@ -81,7 +79,7 @@ def train(
     from dmpo_dist.commands.train import run_stage
     from dmpo_dist.records.log import make_console
 
-    with _resumable():
+    with interruptible():
         run_stage("preference", settings, make_console(), resume, asked_to_overwrite(settings.output_dir, overwrite))
 
 
@@ -144,7 +142,7 @@ data.path=runs/ml/data output_dir=runs/seeds
     preflight(order.models, settings, console, order.against, order.catalogue)  # before there is a folder
     open_run_folder(settings, resume, overwrite=asked_to_overwrite(settings.output_dir, overwrite))
     order.write(settings.output_dir)
-    with _resumable("what is scored already"), only_one(settings.output_dir):
+    with interruptible("what is scored already"), only_one(settings.output_dir):
         run(order.models, settings, settings.output_dir, console, order.catalogue, order.against)
 
 
@@ -167,7 +165,7 @@ def quickstart(overrides: RunArguments = None, resume: Resume = False, dry_run: 
     from dmpo_dist.commands.quickstart import quickstart as run
     from dmpo_dist.records.log import make_console
 
-    with _resumable("where it stopped"):
+    with interruptible("where it stopped"):
         run(settings, make_console(), resume)
 
 
@@ -198,16 +196,6 @@ data.path=/shared/data output_dir=/shared/runs
     look = examine_cluster if cluster else examine
     if not look(settings, make_console()):
         raise typer.Exit(2)
-
-
-@contextmanager
-def _resumable(from_where: str = "the latest checkpoint") -> Iterator[None]:
-    """On Ctrl-C print how to continue."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"interrupted; --resume goes on from {from_where}", file=sys.stderr)
-        raise
 
 
 def _models(entries: list[str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.state_files import read_index
 
-FREE = ("cluster", "evaluation", "ranking", "submit", "output_dir", "data.path")
+FREE = ("cluster", "evaluation", "ranking", "submit", "tune", "output_dir", "data.path")
 """Sections and keys that a resumed run may change: none changes a number. The content of the data is checked."""
 FREE_OF_STAGE = ("log_every", "keep_checkpoints", "checkpoint_every", "token_budget")
 LENGTH = ("steps", "epochs")
@@ -41,9 +41,16 @@ OPTIMIZATION = ("optimizer", "bf16", "fp16", "gradient_clipping", "data_types")
 
 
 def open_run_folder(
-    config: RunConfig, resume: bool, data_fingerprint: str | None = None, overwrite: bool = False
+    config: RunConfig,
+    resume: bool,
+    data_fingerprint: str | None = None,
+    overwrite: bool = False,
+    free: Sequence[str] = (),
 ) -> None:
     """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` (with the fingerprint) there.
+
+    Args:
+        free: beginnings of keys that may be others when it is resumed.
 
     Raises:
         UserError: it exists and ``resume`` is not set, it is to be resumed and does not exist or holds another
@@ -51,7 +58,10 @@ def open_run_folder(
     """
     output = config.output_dir
     if resume:
-        _require_unchanged(_saved(output), config, output, free=lambda key: key == "output_dir")
+        old = _saved(output)
+        _require_unchanged(old, config, output, free=lambda key: key.startswith(("output_dir", *free)))
+        if free and old != config:
+            write_whole(output / "config.yaml", dump_config(config))
         (output / FAILED_FILE).unlink(missing_ok=True)
         return
     if output.exists() and not _is_free_folder(output):
