@@ -3,15 +3,14 @@
 import base64
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from dmpo_dist.cli import main
 from dmpo_dist.commands.push import check_hub, push
 from dmpo_dist.config import TemplateConfig
 from dmpo_dist.errors import UserError
@@ -78,23 +77,32 @@ def hub():
     server.server_close()
 
 
-def run(hub, *words, token=TOKEN, offline="0"):
-    """The command in a process of its own, as the client reads its address and its token when it is imported."""
-    known = {"HF_ENDPOINT": hub.address, "HF_TOKEN": token, "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "dmpo_dist", "export", *map(str, words)]
-    return subprocess.run(command, env=os.environ | known | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+@pytest.fixture
+def dmpo(hub, monkeypatch, capsys):
+    """The command line in this process, its client of the hub turned to the stand-in."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+
+    def run(*words, token=TOKEN, offline=False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(sys, "argv", ["dmpo", "export", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, *capsys.readouterr()
+
+    return run
 
 
-@pytest.mark.integration
-def test_what_arrives_is_what_was_exported(world, tmp_path, hub):
+def test_what_arrives_is_what_was_exported(world, tmp_path, hub, dmpo):
     model = shutil.copytree(world.model, tmp_path / "model")
     write_stamp(model, TemplateConfig(), stage="sft")
     out = tmp_path / "out"
-    done = run(hub, model, out, "--dtype=float32", "--push-to-hub=me/ranker")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"pushed to {hub.address}/me/ranker" in done.stdout
+    code, shown, errors = dmpo(model, out, "--dtype=float32", "--push-to-hub=me/ranker")
+    assert code == 0, errors
+    assert f"pushed to {hub.address}/me/ranker" in shown
     [asked] = hub.created
-    assert (asked["name"], asked["organization"], asked["private"]) == ("ranker", "me", True)
+    assert (asked["name"], asked["organization"], asked["visibility"]) == ("ranker", "me", "private")
     arrived = {}
     for line in hub.commit:
         if line["key"] == "file":
@@ -106,10 +114,10 @@ def test_what_arrives_is_what_was_exported(world, tmp_path, hub):
     assert arrived == {file.relative_to(out).as_posix(): file.read_bytes() for file in out.rglob("*") if file.is_file()}
     assert {"README.md", "model.safetensors", "tokenizer.json", "dmpo.json"} <= arrived.keys()
 
-    for token, offline, words in (("hf_wrong", "0", "401"), (TOKEN, "1", "HF_HUB_OFFLINE is set")):
-        refused = run(hub, model, tmp_path / "other", "--push-to-hub=me/ranker", token=token, offline=offline)
-        assert refused.returncode == 2
-        [line] = refused.stderr.splitlines()
+    for token, offline, words in (("hf_wrong", False, "401"), (TOKEN, True, "HF_HUB_OFFLINE is set")):
+        code, _, errors = dmpo(model, tmp_path / "other", "--push-to-hub=me/ranker", token=token, offline=offline)
+        assert code == 2
+        [line] = errors.splitlines()
         assert line.startswith("error: --push-to-hub me/ranker: ")
         assert words in line
         assert "hf_" not in line

@@ -27,7 +27,8 @@ def tune(
 ) -> None:
     """Search settings on the validation requests, of a stage and of the baselines with the same budget.
 
-    The section `tune` says what to search, how many trials and how many hours; see docs/TUNING.md.
+    The section `tune` says what to search, how many trials and how many hours. The best settings are in best.yaml, for
+    `dmpo train -c`; see docs/TUNING.md.
 
     Examples:
 
@@ -38,8 +39,6 @@ output_dir=runs/ml/tuned tune.hours=2
 {choice: [0.1, 0.3, 1]}}' tune.trials=12
 
         dmpo tune --resume runs/ml/tuned tune.trials=40
-
-        dmpo train -c runs/ml/tuned/best.yaml output_dir=runs/ml/dmpo
     """
     settings = read_run_settings(config, overrides, resume, dry_run)
     require_prepared(settings.data.path)
