@@ -48,9 +48,21 @@ Overwrite = Annotated[
 
 
 def asked_to_overwrite(folder: Path, overwrite: bool) -> bool:
-    """``overwrite``, once the user agrees where there is something in ``folder``; ends the command where not."""
+    """``overwrite``, once the user agrees where there is something in ``folder``; ends the command where not.
+
+    Raises:
+        UserError: nobody answered, as in a script.
+    """
     if overwrite and folder.exists():
-        typer.confirm(f"remove {folder} and everything in it?", abort=True)
+        try:
+            agreed = typer.confirm(f"remove {folder} and everything in it?")
+        except typer.Abort:
+            print()
+            raise UserError(
+                f"--overwrite: nobody said whether to remove {folder}; answer y, in a script by `echo y | dmpo ...`"
+            ) from None
+        if not agreed:
+            raise typer.Exit(1)
     return overwrite
 
 
