@@ -1,7 +1,7 @@
 """Ray Tune: trials of one worker each, some at a time, stopped early by asynchronous successive halving (ASHA)."""
 
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,22 +56,26 @@ def run_trials(
     concurrent: int,
     seconds: float | None,
     halving: Halving,
+    scratch: Path,
 ) -> None:
     """Run ``body(trial, report)`` for each of ``trials`` in a process of its own; call within ``ray_session``.
 
-    A process that dies starts again up to ``cluster.max_failures`` times. Ray Tune's own files go to a temporary
-    folder: what a trial leaves, and how it goes on after an interruption, is the body's.
+    A process that dies starts again up to ``cluster.max_failures`` times. Ray Tune's own files are
+    removed at the end: what a trial leaves, and how it goes on after an interruption, is the body's.
 
     Args:
         body: a function at a module's top; higher values are better, and its last report has the key ``END``.
         concurrent: most trials at a time.
         seconds: after which all trials are stopped; None lets them finish.
+        scratch: folder for Ray Tune's files, on storage that all nodes share; what an earlier call left there goes.
 
     Raises:
         UserError: the cluster is too small for one trial.
     """
-    # Ray reads these when it makes a Tuner: no files for other viewers, and Ctrl-C is ours.
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    # Ray reads these later: no files for other viewers, no tables beside our lines, and Ctrl-C is ours.
+    os.environ |= {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    }  # fmt: skip
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -86,23 +90,24 @@ def run_trials(
     def trainable(config: dict[str, Any], payload: Sequence[Any]) -> None:
         body(payload[config["trial"]], tune.report)
 
-    with tempfile.TemporaryDirectory(prefix="dmpo-tune-", ignore_cleanup_errors=True) as folder:
-        with_data = tune.with_parameters(trainable, payload=list(trials))
-        tuner = tune.Tuner(
-            tune.with_resources(with_data, {"cpu": cluster.cpus_per_worker, "gpu": gpus}),
-            param_space={"trial": tune.grid_search(list(range(len(trials))))},
-            tune_config=tune.TuneConfig(
-                scheduler=scheduler, max_concurrent_trials=concurrent, time_budget_s=seconds
-            ),
-            run_config=tune.RunConfig(
-                name="trials",
-                storage_path=str(Path(folder)),
-                verbose=0,
-                callbacks=[_callback(watch)],
-                failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
-            ),
-        )  # fmt: skip
+    shutil.rmtree(scratch, ignore_errors=True)
+    with_data = tune.with_parameters(trainable, payload=list(trials))
+    tuner = tune.Tuner(
+        tune.with_resources(with_data, {"cpu": cluster.cpus_per_worker, "gpu": gpus}),
+        param_space={"trial": tune.grid_search(list(range(len(trials))))},
+        tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent, time_budget_s=seconds),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=str(scratch),
+            verbose=0,
+            callbacks=[_callback(watch)],
+            failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
         tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remember(scheduler: Any, earlier: Sequence[Sequence[tuple[float, float]]]) -> None:

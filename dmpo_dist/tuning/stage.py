@@ -22,6 +22,7 @@ from dmpo_dist.tuning.trial import TrialJob, train_trial
 TRIALS = "trials"
 """Below output_dir: a folder for each trial, with its run in ``RUN``."""
 RUN = "run"
+SCRATCH = ".ray-tune"
 WEIGHTS = ("best", "checkpoints", "model", "reference")
 SAVE_SECONDS = 10.0
 """How often the time spent is written down while trials run."""
@@ -59,7 +60,10 @@ def search_stage(
     earlier = [reports for number in sorted(over) if (reports := _reports(config.output_dir, number, search.metric))]
     halving = Halving(100 * tune.earliest_stop, tune.reduction_factor, earlier)
     with ray_session(_room_for(config)):
-        run_trials(jobs, train_trial, watch, config.cluster, tune.concurrent, search.seconds_left, halving)
+        run_trials(
+            jobs, train_trial, watch, config.cluster, tune.concurrent, search.seconds_left, halving,
+            config.output_dir / SCRATCH,
+        )  # fmt: skip
     watch.close()
 
 
