@@ -2,24 +2,29 @@
 remembers."""
 
 import csv
+from contextlib import nullcontext
 
 import pytest
 import yaml
 from rich.console import Console
 
 from dmpo_dist.artifacts.tuning import Search, Trial, Tuning
-from dmpo_dist.cluster.tune import SHARE, VALUE, _remember
+from dmpo_dist.cluster.tune import END, SHARE, VALUE, _remember
 from dmpo_dist.commands.run_folder import open_run_folder
+from dmpo_dist.commands.train import run_stage
 from dmpo_dist.config import config_of, load_config
 from dmpo_dist.config.tune import USUAL_SPACES
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import item_knn_scores
 from dmpo_dist.evaluation.fitting_log import fitting_log
 from dmpo_dist.evaluation.metrics import ranking_metrics
+from dmpo_dist.records.read import read_run
+from dmpo_dist.training.engine import single_rank
 from dmpo_dist.tuning.baselines import baseline_spaces, search_baseline
 from dmpo_dist.tuning.report import write_results
 from dmpo_dist.tuning.run import tune
 from dmpo_dist.tuning.space import require_baseline_spaces, require_stage_space, trial_values, value_of, with_values
+from dmpo_dist.tuning.stage import run_folder
 
 SPACE = {
     "train.learning_rate": {"loguniform": ["1e-6", 1e-2]},  # YAML reads 1e-6 as a text
@@ -164,3 +169,72 @@ def test_earlier_trials_count_when_a_search_goes_on():
     assert verdicts(earlier, 0.05)[:2] == ["CONTINUE", "STOP"]
     assert verdicts(earlier, 0.35) == ["CONTINUE"] * 3 + ["STOP"], "the second comparison is three times later"
     assert verdicts(earlier, 0.6) == ["CONTINUE"] * 4
+
+
+class Killed(BaseException):
+    """Ends a trial where SIGKILL would."""
+
+
+def test_a_killed_search_goes_on_where_it_was(world, tmp_path, monkeypatch):
+    """Without Ray: trials one after the other in this process. tests/integration/test_tune.py has the real thing."""
+    kill_at, run = [(3, 3)], []
+
+    def one_after_the_other(jobs, body, watch, cluster, concurrent, seconds, halving, scratch):
+        for number, job in enumerate(jobs):
+            folder, heard = job.config.output_dir.parent.name, []
+
+            def report(content, number=number, folder=folder, heard=heard):
+                heard.append(content)
+                watch.reported(number, content)
+                if kill_at and kill_at[0] == (int(folder), len(heard)):
+                    raise Killed(kill_at.pop())
+
+            run.append(folder)
+            watch.began(number)
+            body(job, report)
+            assert list(heard[-1]) == [SHARE, VALUE, END]
+            watch.ended(number, "")
+
+    monkeypatch.setattr("dmpo_dist.tuning.stage.run_trials", one_after_the_other)
+    monkeypatch.setattr("dmpo_dist.tuning.stage.ray_session", lambda cluster: nullcontext())
+    settings = {
+        "data.path": world.folder / "data", "model.path": str(world.model), "output_dir": tmp_path / "tuned",
+        "model.max_length": 128, "deepspeed": "zero0", "sft.learning_rate": 0.003, "sft.steps": 12,
+        "sft.global_batch_size": 8, "sft.validate_every": 3, "sft.checkpoint_every": 2, "tune.stage": "sft",
+        "tune.trials": 3, "tune.baselines": {}, "tune.space": {"sft.learning_rate": {"choice": [0.001, 1e30]}},
+    }  # fmt: skip
+    config = config_of(settings)
+    console = Console(quiet=True)
+    with pytest.raises(Killed):
+        tune(config, console)
+    first = (tmp_path / "tuned/trials/001/run/metrics.jsonl").read_text()
+    states = [(trial.number, trial.state) for trial in Tuning.read(tmp_path / "tuned").searches[0].trials]
+    assert states == [(1, "done"), (2, "failed"), (3, "begun")]
+    [search] = tune(config, console, resume=True).searches
+    assert run == ["001", "002", "003", "003"]
+    assert first == (tmp_path / "tuned/trials/001/run/metrics.jsonl").read_text()
+    assert "resumed from step 8" in (tmp_path / "tuned/trials/003/log.txt").read_text()
+    diverged = [trial for trial in search.trials if trial.values["sft.learning_rate"] == 1e30]
+    assert [trial.state for trial in diverged] == ["failed"]
+    assert "training diverged" in diverged[0].error
+    for trial in search.trials:
+        if trial not in diverged:
+            shown = read_run(run_folder(tmp_path / "tuned", trial.number)).validation["ndcg@10"]
+            assert (trial.state, list(shown.index)) == ("done", [0, 3, 6, 9, 12])
+            assert trial.value == shown[shown.index > 0].max()
+            assert trial.start == shown[0]
+    kept = [path.parent.parent.name for path in (tmp_path / "tuned").glob("trials/*/run/model")]
+    assert kept == [f"{search.best.number:03}"], "only the best trial keeps its weights"
+
+    # the best configuration trains to the figures of its trial
+    best = load_config([tmp_path / "tuned/best.yaml"], [f"output_dir={tmp_path}/again"])
+    with single_rank():
+        run_stage("sft", best, console)
+    again = read_run(tmp_path / "again").validation["ndcg@10"]
+    assert again.max() == read_run(run_folder(tmp_path / "tuned", search.best.number)).validation["ndcg@10"].max()
+
+    # more trials and no time for them
+    with pytest.raises(UserError, match=r"differs from .* in seed"):
+        tune(config_of(settings | {"seed": 1}), console, resume=True)
+    late = tune(config_of(settings | {"tune.trials": 9, "tune.hours": 1e-9}), console, resume=True)
+    assert len(late.searches[0].trials) == 3

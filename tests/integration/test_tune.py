@@ -30,7 +30,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
 
 def kill_in_the_second_trial(process: subprocess.Popen, output: Path) -> None:
     """SIGKILL the driver and all that it started, once the second trial has a checkpoint."""
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 1800
     while not list((output / "trials/002/run/checkpoints").glob("step-*[0-9]")):
         assert process.poll() is None, "it ended before it was killed"
         assert time.monotonic() < deadline
@@ -49,18 +49,22 @@ def test_killed_and_gone_on_with(world, tmp_path):
         "deepspeed=zero0", "sft.learning_rate=0.003", "sft.steps=24", "sft.global_batch_size=8", "sft.validate_every=4",
         "sft.checkpoint_every=2", "sft.log_every=2", "tune.stage=sft", "tune.trials=4", "tune.earliest_stop=1", SPACE,
     ]  # fmt: skip
-    kill_in_the_second_trial(start(tmp_path, *settings), out)
+    first_call = start(tmp_path, *settings)
+    try:
+        kill_in_the_second_trial(first_call, out)
+    finally:
+        first_call.kill()
     first = out / "trials/001/run/metrics.jsonl"
     before = first.stat().st_mtime_ns
     again = start(tmp_path, "--resume", str(out))
-    assert again.wait(timeout=900) == 0, (tmp_path / "tune.log").read_text()[-3000:]
+    assert again.wait(timeout=1800) == 0, (tmp_path / "tune.log").read_text()[-3000:]
     assert first.stat().st_mtime_ns == before, "a trial that was over is not run again"
     assert "resumed from step" in (out / "trials/002/log.txt").read_text()
 
     stage, of_knn = Tuning.read(out).searches
     assert [trial.number for trial in stage.trials] == [1, 2, 3, 4]
     diverged = [trial for trial in stage.trials if trial.values["sft.learning_rate"] == 1e30]
-    assert all(trial.state == "failed" and "became" in trial.error for trial in diverged)
+    assert all(trial.state == "failed" and "diverged" in trial.error for trial in diverged)
     finished = [trial for trial in stage.trials if trial not in diverged]
     assert {trial.state for trial in finished} == {"done"}
     assert 1 <= len(finished) < 4
@@ -84,6 +88,6 @@ def test_killed_and_gone_on_with(world, tmp_path):
 
     # more trials, but no time left for them
     late = start(tmp_path, "--resume", str(out), "tune.trials=9", "tune.hours=1e-9")
-    assert late.wait(timeout=300) == 0, (tmp_path / "tune.log").read_text()[-3000:]
+    assert late.wait(timeout=900) == 0, (tmp_path / "tune.log").read_text()[-3000:]
     assert [len(search.trials) for search in Tuning.read(out).searches] == [4, 4]
     assert json.loads((out / "tune.json").read_text())["searches"][0]["hours"] == 1e-9
