@@ -136,7 +136,7 @@ def rank(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Rank given candidates or a whole catalogue for many users, on cluster.workers Ray actors.
+    """Rank given candidates or a whole catalogue for many users, on cluster.workers Ray actors, or here for one.
 
     Run it again after an interruption and it continues where it stopped.
 
