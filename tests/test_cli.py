@@ -13,8 +13,10 @@ import typer
 from typer.testing import CliRunner
 
 from dmpo_dist.cli import app, main
+from dmpo_dist.cli.options import asked_to_overwrite
 from dmpo_dist.config import load_config
 from dmpo_dist.config.load import find_recipe
+from dmpo_dist.errors import UserError
 from dmpo_dist.tables import Cell, Table, terminal
 
 
@@ -54,7 +56,8 @@ def test_every_example_is_read(name, example):
         given = context.params
     if "overrides" in given:
         layers = [find_recipe(str(layer), "-c") for layer in given.get("layers") or [] if not Path(layer).suffix]
-        load_config(layers, list(given["overrides"] or []))
+        folders = [text for text in given["overrides"] or [] if given.get("resume") and "=" not in text]
+        load_config(layers, [text for text in given["overrides"] or [] if text not in folders])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
@@ -132,3 +135,16 @@ def test_usage_errors_and_the_version(monkeypatch, capsys):
         assert errors.startswith("error: ")
         assert errors.endswith("; see dmpo --help\n")
         assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("typed", "outcome"), [("y\n", True), ("n\n", SystemExit), ("", UserError)])
+def test_an_earlier_run_is_removed_only_by_a_spoken_yes(typed, outcome, tmp_path):
+    asks = typer.Typer()
+    found = []
+    asks.command()(lambda: found.append(asked_to_overwrite(tmp_path, overwrite=True)))
+    done = CliRunner().invoke(asks, [], input=typed)
+    assert f"remove {tmp_path} and everything in it?" in done.output
+    assert found == [True] * (outcome is True)
+    assert outcome is True or isinstance(done.exception, outcome)
+    assert not asked_to_overwrite(tmp_path, overwrite=False)
+    assert asked_to_overwrite(tmp_path / "none", overwrite=True), "nothing to ask about"

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 from worlds import CONTEXT, SHAPE
 
-from dmpo_dist.cli import main
+from dmpo_dist.cli import app, main
 from dmpo_dist.modeling.backbone import make_scratch_model
 
 SETTINGS = ["data.path=data", "model.max_length=256", "evaluation.bootstrap_samples=100"]
@@ -167,3 +168,17 @@ def test_bad_input_is_one_message(run, project, case):
     assert code == 2
     assert filled(BAD[case][1]) in shown
     assert len(shown.strip().splitlines()) == 1, "one message"
+
+
+@pytest.mark.parametrize(
+    ("flags", "measured"),
+    [
+        ("--users=6 --faithfulness", 6), ("--users=6 --faithfulness --faithfulness-users=9", 9), ("--users=6", 0),
+        ("--faithfulness", 200),
+    ],
+)  # fmt: skip
+def test_faithfulness_is_measured_on_the_users_that_are_explained(flags, measured, monkeypatch):
+    found = []
+    monkeypatch.setattr("dmpo_dist.commands.explain.explain", lambda order, *_: found.append(order.faithfulness))
+    assert CliRunner().invoke(app, ["explain", "-m", "model", *flags.split()]).exit_code == 0
+    assert found == [measured]

@@ -10,6 +10,7 @@ from test_training_state_files import trained
 from dmpo_dist.artifacts.digest import damage, digests_of
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.locks import only_one
+from dmpo_dist.cli.options import read_run_settings
 from dmpo_dist.commands.run_folder import last_checkpoint
 from dmpo_dist.commands.train import one_writer, preflight
 from dmpo_dist.config import config_of
@@ -153,3 +154,24 @@ def test_digests_name_the_file_that_changed(tmp_path):
     assert damage(tmp_path, written).startswith("below/b is not what was written")
     (tmp_path / "a").unlink()
     assert damage(tmp_path, written) == "a cannot be read: No such file or directory"
+
+
+def test_the_folder_alone_says_how_a_run_goes_on(world, tmp_path, begun):
+    """Wherever it lies by now, and with whatever output_dir it began; keys beside it count, by the rules above."""
+    moved = shutil.copytree(begun.output, tmp_path / "moved: here")
+    for given in ([str(moved)], [f"output_dir={json.dumps(str(moved))}"]):
+        found = read_run_settings(None, given, resume=True, dry_run=False)
+        assert found == begun.config.model_copy(update={"output_dir": moved})
+    longer = read_run_settings(None, ["train.steps=20", str(begun.output)], resume=True, dry_run=False)
+    assert longer.train == begun.config.train.model_copy(update={"steps": 20})
+    assert preflight("preference", longer, resume=True).run_id == begun.run_id
+    shorter = read_run_settings(None, [str(begun.output), "train.steps=3"], resume=True, dry_run=False)
+    with pytest.raises(UserError, match=r"differs from .* in train\.steps"):
+        preflight("preference", shorter, resume=True)
+    with pytest.raises(UserError, match=r"names one run; give no second folder and no output_dir"):
+        read_run_settings(None, [str(moved), "output_dir=x"], resume=True, dry_run=False)
+    with pytest.raises(UserError, match=r"--resume: .*nowhere holds no run to go on with"):
+        read_run_settings(None, [str(tmp_path / "nowhere")], resume=True, dry_run=False)
+    (begun.output / "metrics.jsonl").write_text('{"kind": "start", "stage": "train", "steps": 10}\n')
+    with pytest.raises(UserError, match="is a run of dmpo train; go on by dmpo train --resume"):
+        preflight("sft", begun.config, resume=True)

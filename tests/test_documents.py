@@ -154,8 +154,9 @@ def check(command: str, whole: bool) -> None:
     if name == "experiment":
         return  # a grid has keys of its own
     layers = [recipe for layer in given.get("config") or [] if (recipe := known_recipe(str(layer)))]
+    keys = [text for text in given.get("overrides") or [] if "=" in text or not given.get("resume")]
     try:
-        load_config(layers, given.get("overrides") or [])
+        load_config(layers, keys)
     except UserError as error:
         raise AssertionError(f"{command}: {error}") from None
 

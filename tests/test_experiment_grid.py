@@ -12,7 +12,7 @@ from worlds import SETTINGS
 
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import open_datasets
-from dmpo_dist.experiment.grid import expand, read_grid
+from dmpo_dist.experiment.grid import expand, keep_grid, read_grid
 from dmpo_dist.experiment.parts import make_parts
 from dmpo_dist.experiment.schema import GridConfig
 
@@ -202,3 +202,29 @@ def test_datasets_that_are_missing_too_small_or_prepared_in_another_way(world, t
     )
     more = {"prepare": SETTINGS | {"max_history": 5}}
     refused("data.max_history=20, the grid now says 5", {"k": 4}, own=more)
+
+
+def test_the_folder_of_a_study_holds_its_grid(tmp_path, monkeypatch):
+    """Also where it was given by a relative path and with overrides, and once it is moved."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(next(grid for grid in GRIDS if grid.stem == "experiment_k_sweep"), "here.yaml")
+    Path("more.yaml").write_text("train: {log_every: 3}")
+    grid = read_grid(Path("here.yaml"), ["output_dir=study", "train.weight_decay=0.5"])
+    grid = grid.model_copy(update={"config": [*grid.config, "more.yaml"]})
+    Path("study").mkdir()
+    keep_grid(grid)
+    shutil.move("study", "moved")
+    monkeypatch.chdir("moved")
+    found = read_grid(tmp_path / "moved")
+    assert found.output_dir == tmp_path / "moved"
+    cells = [[(cell.name, cell.config.train) for cell in expand(one)] for one in (found, grid_in(tmp_path, grid))]
+    assert cells[0] == cells[1]
+    assert {config.log_every for _, config in cells[0]} == {3}
+    assert {config.weight_decay for _, config in cells[0]} == {0.5}
+    with pytest.raises(UserError, match="holds no study to go on with"):
+        read_grid(tmp_path)
+
+
+def grid_in(folder, grid: GridConfig) -> GridConfig:
+    """``grid`` with the file of its configuration by an absolute path."""
+    return grid.model_copy(update={"config": [*grid.config[:-1], str(folder / "more.yaml")]})

@@ -12,12 +12,16 @@ from typer.testing import CliRunner
 
 from dmpo_dist.cli import app
 from dmpo_dist.config import LoraConfig, ModelConfig, RunConfig
+from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer, tokenize_rows
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import find_model, load_policy
+from dmpo_dist.modeling.backbone import find_model, load_policy, load_tokenizer
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import use_backend
+from dmpo_dist.planning.compute import compute_factor
 from dmpo_dist.planning.flops import forward_flops, shared_work, step_flops
 from dmpo_dist.planning.gpus import GPUS, find_gpu
+from dmpo_dist.planning.lengths import data_lengths
 from dmpo_dist.planning.memory import Zero
 from dmpo_dist.planning.model import Row, blueprint
 from dmpo_dist.planning.plan import Cluster, Lengths, changed, make_plan, make_rank
@@ -233,3 +237,40 @@ def test_every_gpu_has_a_data_sheet_peak():
         assert gpu.peak("bfloat16") > gpu.peak("float32") > 1e13
         assert gpu.memory > 20 * 2**30
         assert gpu.intra > gpu.inter
+
+
+def test_sft_is_planned_by_the_lengths_of_the_data_and_costs_what_equal_compute_says(world):
+    """Mean lengths as the tokenizer gives them; the FLOPs of both stages in the ratio that `compute_factor` counts."""
+    settings = {
+        "model": {"path": str(world.model), "max_length": 128}, "data": {"path": str(world.folder / "data")},
+        "train": {"negatives": 3, "global_batch_size": 8}, "sft": {"global_batch_size": 8, "loss_on": "all_titles"},
+        "template": {"item": "{title}{end}"},
+    }  # fmt: skip
+    config = RunConfig.model_validate(settings)
+    preference, sft = (data_lengths(config, kind) for kind in ("preference", "sft"))
+    tokenizer = load_tokenizer(find_model(str(world.model)))
+    encode = GroupTokenizer(tokenizer, make_template(config.template, tokenizer), 128, score_history=True)
+    groups, alone = (tokenize_rows(world.data.train, encode, negatives) for negatives in (None, 0))
+    assert preference.prompt == ceil(sum(len(group.prefix) for group in groups) / len(groups))
+    assert sft.prompt == ceil(sum(len(group.prefix) for group in alone) / len(groups))
+    assert sft.longest == max(len(group.prefix) + len(group.branches[0]) for group in alone) <= preference.longest
+    assert sft.history == ceil(sum(len(group.prefix_scored) for group in alone) / len(groups)) > 0
+    plans = {
+        kind: make_plan(config, cluster(), found, kind) for kind, found in (("preference", preference), ("sft", sft))
+    }
+    assert (plans["sft"].step.row.negatives, plans["sft"].step.row.scored) == (0, sft.history)
+    assert [term.name for term in plans["preference"].terms if "reference" in term.name] == ["frozen reference"]
+    assert not [term.name for term in plans["sft"].terms if "reference" in term.name]
+    flops = {kind: sum(plan.step.flops().values()) for kind, plan in plans.items()}
+    for plan in plans.values():  # the planner's backward computes the logits again, which is none of the result
+        head = forward_flops(
+            plan.step.shape, shared_work(plan.step.row.prompt, plan.step.row.response, plan.step.row.negatives)
+        )
+        rows = plan.step.row.scored * 2 * plan.step.shape.hidden * plan.step.shape.vocab
+        flops[plan.kind] -= head.head + rows
+    factor = compute_factor(
+        plans["sft"].step.shape, groups, 3, reference=True, history_in_preference=False, history_in_sft=True
+    )
+    assert flops["preference"] / flops["sft"] == pytest.approx(factor, rel=0.05)
+    with pytest.raises(UserError, match=r"sft\.token_budget=40: the longest group of the data takes"):
+        make_plan(changed(config, sft__token_budget=40), cluster(), sft, "sft")

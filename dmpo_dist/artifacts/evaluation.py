@@ -127,6 +127,18 @@ class ScoringRules(Typed):
     """Model, or name@seed of one -> the rule in use in all other figures."""
 
 
+class EvaluationOrder(Artifact):
+    """What an evaluation was asked for beside its configuration, so that its folder is enough to go on with it."""
+
+    FILE: ClassVar[str] = "evaluate.json"
+    ADVICE: ClassVar[str] = "remove it, and name the models again by -m"
+
+    models: dict[str, str]
+    """Name, or name@seed, -> model folder or hub id."""
+    against: list[str]
+    catalogue: bool
+
+
 class Evaluation(Artifact):
     """Figures of all models, and models against each other."""
 

@@ -28,6 +28,18 @@ def failure_noted(output: Path) -> Iterator[None]:
         raise
 
 
+def config_file(output: Path) -> Path:
+    """The file of ``output`` that holds the configuration of its run.
+
+    Raises:
+        UserError: there is none, so that there is nothing to go on with.
+    """
+    file = output / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(f"--resume: {output} holds no run to go on with (no {CONFIG_FILE}); start it without --resume")
+    return file
+
+
 def failed_early(output: Path) -> bool:
     """Whether the run in ``output`` failed and left no checkpoint and no model."""
     return (output / FAILED_FILE).is_file() and not _has_weights(output)

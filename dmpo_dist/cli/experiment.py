@@ -13,7 +13,7 @@ experiment_app = typer.Typer()
 @experiment_app.command()
 def experiment(
     grid: Annotated[
-        Path, typer.Argument(metavar="GRID", help="YAML file, or a recipe of launch/recipes named experiment_....")
+        Path, typer.Argument(metavar="GRID", help="YAML file, a recipe named experiment_..., or a study's folder.")
     ],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and how far each is, and stop.")] = False,
@@ -29,6 +29,8 @@ def experiment(
 
         dmpo experiment my_grid.yaml output_dir=/shared/study cluster.workers=8
 
+        dmpo experiment runs/study     # goes on with what that folder holds
+
         torchrun --nproc-per-node 1 -m dmpo_dist experiment experiment_tiny     # one process, no Ray: tiny models
     """
     from dmpo_dist.experiment.grid import read_grid
@@ -42,7 +44,7 @@ def experiment(
     try:
         failures = run_experiment(settings, make_console())
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here")
+        print("interrupted; dmpo experiment with this output_dir as its GRID goes on from here")
         raise
     if failures:
         print(f"{len(failures)} failed; run the command again to try them once more:")

@@ -19,6 +19,7 @@ METHOD = "What history items add to: the title's margin over the mean of the oth
 RIVALS = "With --catalogue, how many of the titles ranked below stay in the comparison; 0 keeps all, which is slow."
 TOP = "The counterfactual moves the title out of the top N, or into it.  [1, 5, 10 or 20: the first that holds it]"
 BUDGET = "Most pairs of items, and most larger sets, that a counterfactual tries.  [200; 0 for whole catalogues]"
+MEASURED = 200
 FAITHFULNESS = "Measure by deletion curves whether the contributions say what the model does."
 
 
@@ -40,7 +41,9 @@ def explain(
     ] = None,
     budget: Annotated[int | None, typer.Option(min=0, help=BUDGET)] = None,
     faithfulness: Annotated[bool, typer.Option("--faithfulness", help=FAITHFULNESS)] = False,
-    faithfulness_users: Annotated[int, typer.Option(min=2, help="Most users that it is measured on.")] = 200,
+    faithfulness_users: Annotated[
+        int | None, typer.Option(min=2, help="Most users that it is measured on.  [those of --users, else 200]")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for explanations.json.  [nothing is written]")] = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -73,7 +76,7 @@ def explain(
         rivals=rivals,
         top=top,
         budget=budget,
-        faithfulness=faithfulness_users if faithfulness else 0,
+        faithfulness=(faithfulness_users or users or MEASURED) if faithfulness else 0,
         output=output,
     )
     run(order, settings, make_console())

@@ -23,6 +23,7 @@ from dmpo_dist.cli.report import report_app
 from dmpo_dist.cli.runs import runs_app
 from dmpo_dist.cli.stages import stages_app
 from dmpo_dist.cli.submit import submit_app
+from dmpo_dist.cli.tune import tune_app
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import first_line
 from dmpo_dist.quiet import silence_libraries
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(stages_app)
 app.add_typer(experiment_app)
+app.add_typer(tune_app)
 app.add_typer(models_app)
 app.add_typer(explain_app)
 app.add_typer(runs_app, name="runs")

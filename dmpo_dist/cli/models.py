@@ -8,6 +8,7 @@ import typer
 
 from dmpo_dist.cli.options import DryRun, Layers, Overrides, print_now, read_settings
 from dmpo_dist.data.place import require_prepared
+from dmpo_dist.errors import UserError
 
 # In examples a backslash joins two source lines; the next one begins in the first column, so that no spaces get in.
 CATALOGUE = "Parquet, JSON lines or CSV with title (item and popularity), or prepared data.  [data.path]"
@@ -83,6 +84,10 @@ def export(
             "--accept-difference", help="Write a model that ranks otherwise than rounding explains, as on another base."
         ),
     ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="USER/NAME", help="Also upload it, to a private repository.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that is made becomes public.")] = False,
 ) -> None:
     """Write a trained model for others: adapter or whole weights, tokenizer, generation configuration, model card.
 
@@ -91,10 +96,19 @@ def export(
         dmpo export runs/dmpo/model exported --merge --data runs/ml/data --evaluation runs/ml/evaluation/evaluation.json
 
         dmpo export runs/dmpo/model exported-adapter
-    """
-    from dmpo_dist.commands.export import export as run
 
+        dmpo export runs/dmpo/model exported --merge --push-to-hub me/film-ranker
+    """
+    if public and push_to_hub is None:
+        raise UserError("--public: says how to push, and nothing is pushed; add --push-to-hub USER/NAME")
+    from dmpo_dist.commands.export import export as run
+    from dmpo_dist.commands.push import check_hub, push
+
+    if push_to_hub is not None:
+        check_hub(push_to_hub)
     run(model, output, merge, dtype, shard_size, data, evaluation, accept_difference)
+    if push_to_hub is not None:
+        print_now(f"pushed to {push(output, push_to_hub, public)}")
 
 
 @models_app.command()
@@ -122,7 +136,7 @@ def rank(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Rank given candidates or a whole catalogue for many users, on cluster.workers Ray actors.
+    """Rank given candidates or a whole catalogue for many users, on cluster.workers Ray actors, or here for one.
 
     Run it again after an interruption and it continues where it stopped.
 
@@ -182,8 +196,13 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="GPU by name, such as h200-141g, or cpu.  [h100-80g]")] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Or CPU ranks.  [8]")] = None,
-    prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt.  [the longest allowed]")] = None,
-    response: Annotated[int, typer.Option(min=2, help="Tokens of a response, end token included.")] = 12,
+    stage: Annotated[Literal["train", "sft"], typer.Option(help="Which command to plan.")] = "train",
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a prompt.  [as in data.path, else the longest allowed]")
+    ] = None,
+    response: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a response with its end.  [as in data.path, else 12]")
+    ] = None,
     groups: Annotated[int | None, typer.Option(min=1, help="Training groups.  [those in data.path]")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -192,13 +211,15 @@ def plan(
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Predict memory and time of `dmpo train` from the model's config.json, and say what to change.
+    """Predict memory and time of `dmpo train` or `dmpo sft` from the model's config.json, and say what to change.
 
     Examples:
 
         dmpo plan -c pretrained_lora model.path=Qwen/Qwen3-8B --gpu h200-141g --nodes 4 --groups 1000000
 
         dmpo plan -c pretrained_lora model.path=Qwen/Qwen3-8B --gpu l40s-48g --explain
+
+        dmpo plan --stage sft -c pretrained_lora model.path=runs/base data.path=runs/ml/data --gpu l40s-48g
 
         dmpo plan --verify
     """
@@ -210,7 +231,9 @@ def plan(
         if not command.run_verify(make_console()):
             raise typer.Exit(1)
         return
-    request = command.Request(gpu, nodes, gpus_per_node, prompt, response, groups)
+    request = command.Request(
+        gpu, nodes, gpus_per_node, prompt, response, groups, "sft" if stage == "sft" else "preference"
+    )
     command.run_plan(settings, request, explain, json, make_console())
 
 

@@ -1,14 +1,11 @@
 """`dmpo sft`, `train`, `evaluate`, `quickstart`, `doctor`: from prepared data to a measured ranking."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dmpo_dist.artifacts.evaluation import Evaluation
+from dmpo_dist.artifacts.evaluation import Evaluation, EvaluationOrder
 from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.cli.options import (
     DryRun,
@@ -16,8 +13,11 @@ from dmpo_dist.cli.options import (
     Overrides,
     Overwrite,
     Resume,
+    RunArguments,
     asked_to_overwrite,
     free_folder,
+    interruptible,
+    read_run_settings,
     read_settings,
 )
 from dmpo_dist.data.place import require_prepared
@@ -30,7 +30,7 @@ stages_app = typer.Typer()
 @stages_app.command()
 def sft(
     config: Layers = None,
-    overrides: Overrides = None,
+    overrides: RunArguments = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -42,20 +42,22 @@ def sft(
         dmpo sft -c movielens data.path=runs/ml/data output_dir=runs/ml/sft
 
         torchrun --nproc-per-node 2 -m dmpo_dist sft -c movielens data.path=runs/ml/data output_dir=runs/ml/sft
+
+        dmpo sft --resume runs/ml/sft
     """
-    settings = read_settings(config, overrides, dry_run)
+    settings = read_run_settings(config, overrides, resume, dry_run)
     require_prepared(settings.data.path)
     from dmpo_dist.commands.train import run_stage
     from dmpo_dist.records.log import make_console
 
-    with _resumable():
+    with interruptible():
         run_stage("sft", settings, make_console(), resume, asked_to_overwrite(settings.output_dir, overwrite))
 
 
 @stages_app.command()
 def train(
     config: Layers = None,
-    overrides: Overrides = None,
+    overrides: RunArguments = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -68,21 +70,23 @@ def train(
 
         dmpo train -c movielens objective.name=sdpo cluster.workers=4 deepspeed=zero3 output_dir=runs/ml/sdpo
 
-        dmpo train -c movielens output_dir=runs/ml/dmpo --resume
+        dmpo train --resume runs/ml/dmpo
+
+        dmpo train --resume runs/ml/dmpo train.epochs=3 cluster.workers=2
     """
-    settings = read_settings(config, overrides, dry_run)
+    settings = read_run_settings(config, overrides, resume, dry_run)
     require_prepared(settings.data.path)
     from dmpo_dist.commands.train import run_stage
     from dmpo_dist.records.log import make_console
 
-    with _resumable():
+    with interruptible():
         run_stage("preference", settings, make_console(), resume, asked_to_overwrite(settings.output_dir, overwrite))
 
 
 @stages_app.command()
 def evaluate(
     config: Layers = None,
-    overrides: Overrides = None,
+    overrides: RunArguments = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,9 +104,7 @@ def evaluate(
     catalogue: Annotated[
         bool, typer.Option("--catalogue", help="Also rank each positive among all items the user had not taken.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the evaluation in output_dir: what is scored is kept.")
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -118,11 +120,13 @@ data.path=runs/ml/data output_dir=runs/ml/evaluation
         dmpo evaluate -m dmpo@0=a/model -m dmpo@1=b/model -m sft@0=c/model -m sft@1=d/model --against sft \
 data.path=runs/ml/data output_dir=runs/seeds
 
+        dmpo evaluate --resume runs/ml/evaluation
+
         dmpo evaluate data.path=runs/ml/data output_dir=runs/floors \
 'evaluation.baselines=[random, popularity, item_knn, ease, sasrec]'
     """
-    settings = read_settings(config, overrides, dry_run)
-    models = _models(model or [])
+    settings = read_run_settings(config, overrides, resume, dry_run)
+    order = EvaluationOrder(models=_models(model or []), against=against or [], catalogue=catalogue)
     require_prepared(settings.data.path)
     from dmpo_dist.commands.evaluate import evaluate as run
     from dmpo_dist.commands.evaluate import preflight
@@ -132,14 +136,18 @@ data.path=runs/ml/data output_dir=runs/seeds
     console = make_console()
     if resume and (settings.output_dir / Evaluation.FILE).exists():
         raise UserError(f"--resume: the evaluation in {settings.output_dir} is finished; nothing is left to do")
-    preflight(models, settings, console, against or [], catalogue)  # before there is a folder
+    began_with = EvaluationOrder.read_if_there(settings.output_dir) if resume else None
+    if began_with is not None and not model:
+        order = began_with
+    preflight(order.models, settings, console, order.against, order.catalogue)  # before there is a folder
     open_run_folder(settings, resume, overwrite=asked_to_overwrite(settings.output_dir, overwrite))
-    with _resumable("what is scored already"), only_one(settings.output_dir):
-        run(models, settings, settings.output_dir, console, catalogue, against or [])
+    order.write(settings.output_dir)
+    with interruptible("what is scored already"), only_one(settings.output_dir):
+        run(order.models, settings, settings.output_dir, console, order.catalogue, order.against)
 
 
 @stages_app.command()
-def quickstart(overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+def quickstart(overrides: RunArguments = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Simulate users, train SFT and DMPO on two local Ray workers, and measure the ranking: a few minutes on two cores.
 
     Examples:
@@ -148,15 +156,16 @@ def quickstart(overrides: Overrides = None, resume: Resume = False, dry_run: Dry
 
         dmpo quickstart seed=1 output_dir=runs/quickstart-seed1
 
-        dmpo quickstart output_dir=runs/quickstart --resume
+        dmpo quickstart --resume runs/quickstart
     """
-    settings = read_settings([Path("quickstart")], overrides, dry_run)
+    of_folder = resume and any("=" not in text for text in overrides or [])
+    settings = read_run_settings(None if of_folder else [Path("quickstart")], overrides, resume, dry_run)
     if not resume and not any(o.startswith("output_dir=") for o in overrides or []):
         settings = settings.model_copy(update={"output_dir": free_folder(settings.output_dir)})
     from dmpo_dist.commands.quickstart import quickstart as run
     from dmpo_dist.records.log import make_console
 
-    with _resumable("where it stopped"):
+    with interruptible("where it stopped"):
         run(settings, make_console(), resume)
 
 
@@ -187,16 +196,6 @@ data.path=/shared/data output_dir=/shared/runs
     look = examine_cluster if cluster else examine
     if not look(settings, make_console()):
         raise typer.Exit(2)
-
-
-@contextmanager
-def _resumable(from_where: str = "the latest checkpoint") -> Iterator[None]:
-    """On Ctrl-C print how to continue."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"interrupted; --resume goes on from {from_where}", file=sys.stderr)
-        raise
 
 
 def _models(entries: list[str]) -> dict[str, str]:

@@ -45,6 +45,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    keep_package_first(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
@@ -70,6 +71,28 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def keep_package_first(address: str | None) -> None:
+    """Let a local Ray's workers find this package where the working directory holds a clone as a folder of its name.
+
+    They look for modules in the working directory first, for the sake of ``objective.import_path``. Python takes such a
+    folder for the package, unless it finds the real one on the same path, as it does not where ``pip install -e`` made
+    a finder.
+
+    Raises:
+        UserError: so would workers on the cluster at ``address``, which have an environment of their own.
+    """
+    name = __name__.partition(".")[0]
+    if not Path(name).is_dir() or Path(name, "__init__.py").exists():
+        return
+    if address:
+        raise UserError(
+            f"the working directory {Path.cwd()} holds a folder {name}, which workers on {address} would take for the "
+            "package; start the command in another folder"
+        )
+    root = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 
 def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], None], body: Body | None = None) -> None:

@@ -8,6 +8,7 @@ part it was at; a rerun of the command after the driver was lost goes on with th
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dmpo_dist import __version__
 from dmpo_dist.artifacts.files import whole_file
 from dmpo_dist.artifacts.parts import PartFolder
 from dmpo_dist.commands.ranked_files import SCHEMA, WRITERS, with_ids
+from dmpo_dist.commands.scored_parts import on_actors
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.matching import matched, requests_of_data
@@ -98,17 +100,20 @@ def rank(model: str, asked: Asked, top: int, output: Path, config: RunConfig, co
 
 
 def _rank_parts(job: RankJob, store: PartFolder, missing: list[int], console: Console) -> None:
-    """Rank the parts ``missing`` on the cluster and store each as it is finished."""
+    """Rank the parts ``missing``, on actors or here, and store each as it is finished."""
     from dmpo_dist.cluster.actors import map_over_actors
     from dmpo_dist.cluster.train import ray_session
 
+    here = not on_actors(job.config)
     cluster, parts = job.config.cluster, job.parts
     arguments = (job.model, job.config, job.catalogue, job.top, job.given)
     done = len(job.requests) - sum(len(parts[number]) for number in missing)
     notes: set[str] = set()
-    with ray_session(cluster), UserProgress("rank", len(job.requests), done, console) as progress:
-        tasks = [(number, parts[number]) for number in missing]
-        for number, rows, note in map_over_actors(cluster, PartRanker, arguments, tasks):
+    tasks = [(number, parts[number]) for number in missing]
+    session = nullcontext() if here else ray_session(cluster)
+    with session, UserProgress("rank", len(job.requests), done, console) as progress:
+        ranked = map(PartRanker(*arguments), tasks) if here else map_over_actors(cluster, PartRanker, arguments, tasks)
+        for number, rows, note in ranked:
             if note and note not in notes:
                 notes.add(note)
                 console.print(f"note: {note}", highlight=False, markup=False)
@@ -272,7 +277,7 @@ def _join(parts: PartFolder, count: int, users: list[str], catalogue: Catalogue 
 
 
 class PartRanker:
-    """What an actor does: ranks the users of one part after the other.
+    """What an actor does, or this process for one worker: ranks the users of one part after the other.
 
     Args:
         model, config, catalogue, top, given: see ``Ranker``.

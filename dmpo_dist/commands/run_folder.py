@@ -1,6 +1,6 @@
 """The folder of a run: opened for a new one, and again to go on with what it began with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -8,8 +8,21 @@ from uuid import uuid4
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.artifacts.locks import LOCK_FILE
-from dmpo_dist.artifacts.log import METRICS_FILE, CheckpointRecord, read_log
-from dmpo_dist.artifacts.run_folder import FAILED_FILE, clear_run_folder, failed_early, is_submission
+from dmpo_dist.artifacts.log import (
+    COMMANDS,
+    METRICS_FILE,
+    CheckpointRecord,
+    LogRecord,
+    StartRecord,
+    read_log,
+)
+from dmpo_dist.artifacts.run_folder import (
+    FAILED_FILE,
+    clear_run_folder,
+    config_file,
+    failed_early,
+    is_submission,
+)
 from dmpo_dist.config import RunConfig, dump_config, load_config
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
@@ -18,7 +31,7 @@ from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.state_files import read_index
 
-FREE = ("cluster", "evaluation", "ranking", "submit", "output_dir", "data.path")
+FREE = ("cluster", "evaluation", "ranking", "submit", "tune", "output_dir", "data.path")
 """Sections and keys that a resumed run may change: none changes a number. The content of the data is checked."""
 FREE_OF_STAGE = ("log_every", "keep_checkpoints", "checkpoint_every", "token_budget")
 LENGTH = ("steps", "epochs")
@@ -28,9 +41,16 @@ OPTIMIZATION = ("optimizer", "bf16", "fp16", "gradient_clipping", "data_types")
 
 
 def open_run_folder(
-    config: RunConfig, resume: bool, data_fingerprint: str | None = None, overwrite: bool = False
+    config: RunConfig,
+    resume: bool,
+    data_fingerprint: str | None = None,
+    overwrite: bool = False,
+    free: Sequence[str] = (),
 ) -> None:
     """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` (with the fingerprint) there.
+
+    Args:
+        free: beginnings of keys that may be others when it is resumed.
 
     Raises:
         UserError: it exists and ``resume`` is not set, it is to be resumed and does not exist or holds another
@@ -38,7 +58,10 @@ def open_run_folder(
     """
     output = config.output_dir
     if resume:
-        _require_unchanged(_saved(output), config, output, free=lambda key: False)
+        old = _saved(output)
+        _require_unchanged(old, config, output, free=lambda key: key.startswith(("output_dir", *free)))
+        if free and old != config:
+            write_whole(output / "config.yaml", dump_config(config))
         (output / FAILED_FILE).unlink(missing_ok=True)
         return
     if output.exists() and not _is_free_folder(output):
@@ -67,7 +90,8 @@ def reopen_run_folder(job: Job, data_fingerprint: str, steps_of: Callable[[RunCo
         What the run began with.
 
     Raises:
-        UserError: there is no run, a setting that decides the result is another, or the data or the starting model are.
+        UserError: there is no run, or one of the other stage, a setting that decides the result is another, or the data
+            or the starting model are.
     """
     config, output = job.config, job.output
     old = _saved(output)
@@ -79,6 +103,7 @@ def reopen_run_folder(job: Job, data_fingerprint: str, steps_of: Callable[[RunCo
             return steps_of(config) >= steps_of(old)
         return is_free(key, job.kind)
 
+    _require_stage(job)
     _require_unchanged(old, config, output, free)
     environment = _environment(job, data_fingerprint)
     if environment.data_fingerprint not in (None, data_fingerprint):
@@ -105,9 +130,7 @@ def require_same_start(began_with: dict[str, str], now: dict[str, str], job: Job
 
 def last_checkpoint(output: Path) -> int:
     """The step of the latest checkpoint that the log in ``output`` tells of; 0 without one."""
-    file = output / METRICS_FILE
-    records = read_log(file).records if file.exists() else []
-    return max((record.step for record in records if isinstance(record, CheckpointRecord)), default=0)
+    return max((record.step for record in _records(output) if isinstance(record, CheckpointRecord)), default=0)
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
@@ -125,10 +148,21 @@ def is_free(key: str, stage: Kind) -> bool:
 
 def _saved(output: Path) -> RunConfig:
     """The configuration of the run in ``output``; a key that its version did not have has its default."""
-    saved = output / "config.yaml"
-    if not saved.exists():
-        raise UserError(f"--resume: {output} holds no run to go on with (no config.yaml); start it without --resume")
-    return load_config([saved])
+    return load_config([config_file(output)])
+
+
+def _require_stage(job: Job) -> None:
+    """Raise UserError where the log says that the run is of the other stage."""
+    starts = (record for record in _records(job.output) if isinstance(record, StartRecord) and record.stage)
+    began = next(starts, None)
+    if began is not None and began.stage != job.kind:
+        command = COMMANDS[str(began.stage)]
+        raise UserError(f"--resume: {job.output} is a run of dmpo {command}; go on by dmpo {command} --resume")
+
+
+def _records(output: Path) -> Sequence[LogRecord]:
+    file = output / METRICS_FILE
+    return read_log(file).records if file.exists() else []
 
 
 def _require_unchanged(old: RunConfig, config: RunConfig, output: Path, free: Callable[[str], bool]) -> None:

@@ -35,6 +35,7 @@ from dmpo_dist.modeling.backbone import (
 from dmpo_dist.modeling.model_files import start_digests, written_digests
 from dmpo_dist.objectives.registry import make_objective
 from dmpo_dist.records.log import RunLog
+from dmpo_dist.records.sinks import Sink
 from dmpo_dist.records.tracking import check_tracking
 from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.groups import make_schedule, require_negatives
@@ -167,19 +168,8 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
     Returns:
         The job, its configuration with absolute paths and the model's own template.
     """
-    data = PreparedData.load(require_prepared(config.data.path), config.data.shots)
-    config = _with_absolute_paths(config)
-    if config.model.path == SCRATCH:
-        start = str(config.output_dir / SCRATCH)
-    else:
-        folder = Path(config.model.path).absolute()
-        maker = next((job for job in earlier if job.output / "model" == folder), None)
-        start = str(folder) if folder.exists() or maker else config.model.path
-        template = maker.config.template if maker else template_of(start, config)
-        config = config.model_copy(update={"template": template})
-    job = Job(kind, config, start, config.output_dir)
-    _check_plan(job, data)
-    check_tracking(config.tracking)
+    job, data = checked_job(kind, config, earlier)
+    config, start = job.config, job.start
     if resume:
         environment = reopen_run_folder(
             job, data.fingerprint, lambda c: _steps(replace(job, config=c), len(data.train))
@@ -193,6 +183,28 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
     known = job if start in {str(other.output / "model") for other in earlier} else with_start(job, environment)
     checkpointed = last_checkpoint(job.output) if resume else 0
     return replace(known, run_id=environment.run_id, checkpointed=checkpointed)
+
+
+def checked_job(kind: Kind, config: RunConfig, earlier: Sequence[Job] = ()) -> tuple[Job, PreparedData]:
+    """The job of a stage and its data, once all that needs neither weights nor the run folder is found right.
+
+    Args:
+        kind, config, earlier: see ``preflight``.
+    """
+    data = PreparedData.load(require_prepared(config.data.path), config.data.shots)
+    config = _with_absolute_paths(config)
+    if config.model.path == SCRATCH:
+        start = str(config.output_dir / SCRATCH)
+    else:
+        folder = Path(config.model.path).absolute()
+        maker = next((job for job in earlier if job.output / "model" == folder), None)
+        start = str(folder) if folder.exists() or maker else config.model.path
+        template = maker.config.template if maker else template_of(start, config)
+        config = config.model_copy(update={"template": template})
+    job = Job(kind, config, start, config.output_dir)
+    _check_plan(job, data)
+    check_tracking(config.tracking)
+    return job, data
 
 
 def with_start(job: Job, environment: Environment) -> Job:
@@ -295,8 +307,13 @@ def as_rank(
     resume: bool,
     body: Callable[[Job, Runtime], T],
     overwrite: bool = False,
+    sinks: Sequence[Sink] = (),
 ) -> tuple[Job, T]:
-    """Run ``body`` in this process as one rank of torchrun or srun; rank 0 checks the job and owns the run folder."""
+    """Run ``body`` in this process as one rank of torchrun or srun; rank 0 checks the job and owns the run folder.
+
+    Args:
+        sinks: get the run's records beside its own files.
+    """
     from dmpo_dist.training.engine import start_process_group
     from dmpo_dist.training.runtime import ProcessRuntime, from_rank_zero
 
@@ -310,6 +327,6 @@ def as_rank(
         start_process_group()
         job = from_rank_zero(own)
         assert job is not None
-        log = (lambda record: None) if own is None else stack.enter_context(RunLog(job, console, append=resume))
+        log = (lambda record: None) if own is None else stack.enter_context(RunLog(job, console, resume, sinks))
         folder = job.output / "checkpoints"
         return job, body(job, ProcessRuntime(folder, job.stage.keep_checkpoints, log, job.run))

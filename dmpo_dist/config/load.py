@@ -13,6 +13,7 @@ from dmpo_dist.config.objective import BUILT_IN, CUSTOM, options_below
 from dmpo_dist.config.run import RunConfig
 from dmpo_dist.config.section import dotted
 from dmpo_dist.config.submit import SubmitConfig
+from dmpo_dist.config.tune import TuneConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parse_yaml, read_text, require_plain
 from dmpo_dist.secrets import has_secret, redact
@@ -37,6 +38,14 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
             raise UserError(f"override {override!r} is not of the form key=value, for example train.learning_rate=1e-4")
         merged = _with_layer(merged, _nest(key.split("."), _parse_value(raw)))
     return _validated(merged, [str(layer) for layer in layers], overrides or [])
+
+
+def with_keys(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """``config`` with other ``values`` by dotted key; raises as ``config_of`` does."""
+    merged = changed_values(config)
+    for key, value in values.items():
+        merged = _with_layer(merged, _nest(key.split("."), value))
+    return _validated(merged, ["settings"], [])
 
 
 def config_of(values: Mapping[str, Any]) -> RunConfig:
@@ -115,12 +124,13 @@ def dump_config(config: RunConfig, extent: Extent = "saved") -> str:
     """The configuration as YAML that ``load_config`` reads back equal.
 
     Args:
-        extent: ``all`` keys, those that differ from their defaults (``changed``), or all but a ``submit`` section that
-            is wholly default (``saved``, what a run's folder keeps).
+        extent: ``all`` keys, those that differ from their defaults (``changed``), or all but a ``submit`` or ``tune``
+            section that is wholly default (``saved``, what a run's folder keeps).
     """
     content = changed_values(config) if extent == "changed" else config.model_dump(mode="json")
-    if extent == "saved" and config.submit == SubmitConfig():
-        del content["submit"]
+    for name, default in (("submit", SubmitConfig()), ("tune", TuneConfig())):
+        if extent == "saved" and getattr(config, name) == default:
+            del content[name]
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if any(mark in text for mark in "\x85\u2028\u2029"):  # PyYAML reads these line breaks as spaces unless escaped
         text = yaml.safe_dump(content, sort_keys=False)

@@ -15,6 +15,7 @@ from dmpo_dist.config.section import Section
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.config.tracking import TrackingConfig
 from dmpo_dist.config.training import ClusterConfig, ReferenceConfig, SFTConfig, TrainConfig
+from dmpo_dist.config.tune import TuneConfig
 
 CONFIG_VERSION = 1
 
@@ -42,6 +43,7 @@ class RunConfig(Section):
     ranking: RankingConfig = Field(default_factory=RankingConfig)
     submit: SubmitConfig = Field(default_factory=SubmitConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    tune: TuneConfig = Field(default_factory=TuneConfig)
 
     @field_validator("version")
     @classmethod

@@ -10,6 +10,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue
 CLASSICAL = ("sasrec", "bert4rec", "ease")
 RUNNER = Path(__file__).with_name("rectools_runner.py")
 END_WITH_STDIN = "--end-with-stdin"
+PARTS = ("test", "validation")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -64,14 +66,38 @@ def classical_scores(
     Raises:
         UserError: no environment (see ``baseline_python``), or the runner failed.
     """
+    with _finished(names, data, config, seed, echo, PARTS, catalogue) as folder:
+        return _read_scores(folder, names, data, catalogue)
+
+
+def classical_validation(
+    name: str, data: PreparedData, config: EvaluationConfig, seed: int, echo: Callable[[str], None]
+) -> dict[str, float]:
+    """Setting -> NDCG@10 on the validation requests, of each number of epochs or regularization that was tried.
+
+    Nothing is trained or scored for the test requests.
+
+    Raises:
+        UserError: as ``classical_scores``.
+    """
+    with _finished([name], data, config, seed, echo, ("validation",)) as folder:
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))[name]["validation"]
+
+
+@contextmanager
+def _finished(
+    names: Sequence[str], data: PreparedData, config: EvaluationConfig, seed: int, echo: Callable[[str], None],
+    parts: Sequence[str], catalogue: bool = False,
+) -> Iterator[Path]:  # fmt: skip
+    """A temporary folder in which the runner has done its work on ``parts`` of the data."""
     python = baseline_python(config.baseline_environment, echo)
     job = {"seed": seed, "threads": 1, "models": {name: _settings(name, config) for name in names}}
     with tempfile.TemporaryDirectory(prefix="dmpo-baselines-") as temporary:
         folder = Path(temporary)
-        _write_inputs(folder, data, catalogue)
+        _write_inputs(folder, data, catalogue, parts)
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _run(python, folder, echo)
-        return _read_scores(folder, names, data, catalogue)
+        yield folder
 
 
 def _read_scores(folder: Path, names: Sequence[str], data: PreparedData, catalogue: bool) -> ClassicalScores:
@@ -124,11 +150,11 @@ def _settings(name: str, config: EvaluationConfig) -> dict[str, Any]:
     return config.transformer.model_dump()
 
 
-def _write_inputs(folder: Path, data: PreparedData, catalogue: bool) -> None:
-    """Write all files that ``rectools_runner.py`` reads except ``job.json``."""
+def _write_inputs(folder: Path, data: PreparedData, catalogue: bool, parts: Sequence[str]) -> None:
+    """Write all files that ``rectools_runner.py`` reads except ``job.json``, of ``parts`` that have requests."""
     pd.DataFrame({"item": _catalogue(data)}).to_parquet(folder / "items.parquet", index=False)
     for part, rows in (("test", data.test), ("validation", data.validation)):
-        if not len(rows):
+        if part not in parts or not len(rows):
             continue
         asked: Sequence[list[str] | None] = _groups(rows)  # validation's positives come first
         if part == "test":

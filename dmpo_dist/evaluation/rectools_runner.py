@@ -12,6 +12,8 @@ of RecTools. ``FOLDER`` holds
 - ``validation_log.parquet`` and ``validation_requests.parquet``, the same for earlier requests, whose first candidate
   is the positive. Without them the first regularization and the setting ``epochs`` are used.
 
+Without the two files of test requests, settings are compared on the validation requests alone.
+
 It writes ``scores_NAME.parquet`` (``scores``: list of float64 as long as the candidates, NaN where the model does not
 know the item or knows nothing of the history) and ``result.json`` (name -> chosen settings, validation NDCG@10 by
 setting, seconds).
@@ -56,15 +58,18 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     items = pd.Index(pd.read_parquet(folder / "items.parquet")["item"])
-    test_log, test = _read(folder, "test")
-    validation = _read(folder, "validation") if (folder / "validation_requests.parquet").exists() else None
+    test, validation = (
+        _read(folder, part) if (folder / f"{part}_requests.parquet").exists() else None
+        for part in ("test", "validation")
+    )
     results = {}
     for name, settings in job["models"].items():
         start = time.perf_counter()
         choose = choose_regularization if name == "ease" else choose_epochs
         chosen, tried = choose(name, settings, items, validation, job["seed"])
-        model = fit(name, settings | chosen, test_log, items, job["seed"])
-        write_scores(folder / f"scores_{name}.parquet", model, test, items)
+        if test is not None:
+            model = fit(name, settings | chosen, test[0], items, job["seed"])
+            write_scores(folder / f"scores_{name}.parquet", model, test[1], items)
         results[name] = {"settings": settings | chosen, "validation": tried, "seconds": time.perf_counter() - start}
         said = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
         print(f"{name}: trained with {said}; {results[name]['seconds']:.0f} s in all", flush=True)

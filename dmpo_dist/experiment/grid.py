@@ -8,8 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
+from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.config.load import find_recipe
 from dmpo_dist.config.section import dotted
@@ -29,6 +31,7 @@ from dmpo_dist.experiment.schema import (
 )
 from dmpo_dist.parsing import parse_yaml, read_text
 
+GRID_FILE = "grid.yaml"
 LONGEST_VALUE = 40  # letters of a free axis's value in a cell's name
 Free = tuple[tuple[str, Any], ...]
 
@@ -60,16 +63,29 @@ class GridCell:
         return dict(self.free).get(START) == "zero_shot"
 
 
+def keep_grid(grid: GridConfig) -> None:
+    """Write ``grid`` to its output_dir, from where ``read_grid`` reads it; files that it names get absolute paths."""
+    content = grid.model_dump(mode="json", exclude_unset=True)
+    content["config"] = [str(Path(name).absolute()) if Path(name).is_file() else name for name in grid.config]
+    for name, dataset in grid.datasets.items():
+        if dataset.path is not None:
+            content["datasets"][name]["path"] = str(dataset.path.absolute())
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_whole(grid.output_dir / GRID_FILE, text)
+
+
 def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
-    """Read the grid in a YAML file, or in the recipe of that name.
+    """Read the grid in a YAML file, in the recipe of that name, or in the folder of a study that has begun.
 
     Args:
+        file: of a folder, ``output_dir`` is that folder, wherever it was before.
         overrides: ``output_dir=...``, and ``key=value`` of the configuration for all cells.
 
     Raises:
         UserError: it cannot be read, or a key or value is wrong; the message names the file.
     """
-    path = find_recipe(str(file), "GRID", prefix="experiment")
+    overrides = [*overrides, f"output_dir={file}"] if file.is_dir() else overrides
+    path = _grid_of_study(file) if file.is_dir() else find_recipe(str(file), "GRID", prefix="experiment")
     text = read_text(path, "correct the path, or give another grid")
     try:
         content = parse_yaml(text)
@@ -111,6 +127,12 @@ def expand(grid: GridConfig) -> list[GridCell]:
             cells.setdefault(cell.name, cell)
     _require_different(cells.values())
     return sorted(cells.values(), key=lambda c: (list(grid.datasets).index(c.dataset), c.shots or 10**12, c.seed))
+
+
+def _grid_of_study(folder: Path) -> Path:
+    if not (folder / GRID_FILE).is_file():
+        raise UserError(f"{folder}: holds no study to go on with (no {GRID_FILE}); name its grid")
+    return folder / GRID_FILE
 
 
 def _with_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.baselines import baseline_fits
 from dmpo_dist.experiment.datasets import open_datasets
-from dmpo_dist.experiment.grid import expand
+from dmpo_dist.experiment.grid import expand, keep_grid
 from dmpo_dist.experiment.measure import free_accelerator, measure_baselines, measure_part
 from dmpo_dist.experiment.memorization import probe_models
 from dmpo_dist.experiment.parts import Part, make_parts
@@ -48,6 +48,7 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
         data = open_datasets(grid, make=lambda line: console.print(line, highlight=False))
         parts = [_placed(part, grid, alone) for part in make_parts(grid, cells, data)]
         require_unchanged(parts)
+        keep_grid(grid)
         console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
         with nullcontext() if alone or all(map(trained, parts)) else _cluster(parts[0]):
             if grid.baselines:

@@ -1,7 +1,7 @@
 """``dmpo plan``: make a plan, print it, and advise what to change."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
@@ -9,12 +9,15 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.planning.cases import CASES
 from dmpo_dist.planning.gpus import find_gpu
+from dmpo_dist.planning.lengths import data_lengths
 from dmpo_dist.planning.plan import Cluster, Lengths, Plan, data_groups, make_plan
 from dmpo_dist.planning.recommend import Advice, elsewhere, faster, smallest_change
 from dmpo_dist.planning.report import BYTES, amount, as_dict, show_advice, show_outcomes, show_plan
 from dmpo_dist.planning.verify import Outcome, verify
+from dmpo_dist.training.job import Kind
 
 ASSUMED_GPU, ASSUMED_PER_NODE = "h100-80g", 8
+USUAL_RESPONSE = 12
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Request:
 
     Attributes:
         gpu, nodes, gpus_per_node: the cluster; None takes the assumed one.
-        prompt, response: tokens; without a prompt length it is the longest that ``model.max_length`` allows.
+        prompt, response: tokens; None takes those of the data, or without it 12 for a response and the longest prompt
+            that ``model.max_length`` allows.
         groups: number of training groups; None counts those in ``data.path``.
     """
 
@@ -31,12 +35,13 @@ class Request:
     nodes: int
     gpus_per_node: int | None
     prompt: int | None
-    response: int
+    response: int | None
     groups: int | None
+    kind: Kind = "preference"
 
 
 def run_plan(config: RunConfig, request: Request, explain: bool, as_json: bool, console: Console) -> None:
-    """Print the plan of ``dmpo train`` with ``config``.
+    """Print the plan of a stage with ``config``.
 
     Raises:
         UserError: unknown GPU, a model or settings that cannot be planned, or a run that does not fit, with what to
@@ -45,12 +50,12 @@ def run_plan(config: RunConfig, request: Request, explain: bool, as_json: bool, 
     gpu, per_node = request.gpu or ASSUMED_GPU, request.gpus_per_node or ASSUMED_PER_NODE
     cluster = Cluster(gpu, find_gpu(gpu, per_node), request.nodes, per_node)
     lengths = _lengths(config, request)
-    plan = make_plan(config, cluster, lengths)
+    plan = make_plan(config, cluster, lengths, request.kind)
     advice = faster(plan, lengths) if plan.fits else smallest_change(plan, lengths)
     if as_json:
         print(json.dumps(as_dict(plan, advice), indent=1))
     else:
-        show_plan(plan, explain, console, _assumed(request))
+        show_plan(plan, explain, console, _assumed(request), _of_lengths(lengths, request))
         if advice is not None:
             show_advice("faster" if plan.fits else "to fit", advice, console)
     if not plan.fits:
@@ -83,14 +88,32 @@ def _assumed(request: Request) -> str:
 
 
 def _lengths(config: RunConfig, request: Request) -> Lengths:
-    longest = config.model.max_length
-    prompt = longest - request.response if request.prompt is None else request.prompt
-    if prompt < 1 or prompt + request.response > longest:
+    """Lengths as asked for, else those of the data, else the longest allowed."""
+    groups, longest = data_groups(config, request.groups), config.model.max_length
+    if request.prompt is None and request.response is None:
+        counted = data_lengths(config, request.kind)
+        if counted is not None:
+            return replace(counted, groups=groups)
+    response = request.response or USUAL_RESPONSE
+    prompt = longest - response if request.prompt is None else request.prompt
+    if prompt < 1 or prompt + response > longest:
         raise UserError(
-            f"--prompt {prompt} and --response {request.response} do not fit into model.max_length={longest}; lower "
-            "them or raise it"
+            f"--prompt {prompt} and --response {response} do not fit into model.max_length={longest}; lower them or "
+            "raise it"
         )
-    return Lengths(prompt, request.response, data_groups(config, request.groups))
+    return Lengths(prompt, response, groups)
+
+
+def _of_lengths(lengths: Lengths, request: Request) -> str:
+    """Where the lengths come from; "" where both were given."""
+    if lengths.counted:
+        return (
+            f"means of {lengths.counted} training groups of the data; the longest has {lengths.longest} tokens of "
+            "prompt and response"
+        )
+    missing = [flag for flag, value in (("--prompt", request.prompt), ("--response", request.response)) if not value]
+    why = "the longest that model.max_length allows" if request.prompt is None else "assumed"
+    return f"{why}: give {' and '.join(missing)}, or a data.path and a model whose tokenizer is here" if missing else ""
 
 
 def _what_to_change(plan: Plan, advice: Advice | None, lengths: Lengths) -> str:

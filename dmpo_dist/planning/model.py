@@ -1,6 +1,6 @@
 """The model of a run on the meta device: made from its config.json, without weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Row:
         prompt, response, negatives: tokens of a group's prompt and of a response, and K.
         tokens: tokens of the whole row.
         shared: whether the prompt runs once.
+        scored: tokens of the prompt whose likelihood is trained too.
     """
 
     prompt: int
@@ -65,6 +66,7 @@ class Row:
     negatives: int
     tokens: int
     shared: bool
+    scored: int = 0
 
     @property
     def group_tokens(self) -> int:
@@ -86,7 +88,8 @@ class Row:
             random_groups(1, self.prompt + each + (i < rest), self.response, self.negatives, vocab, seed=i)[0]
             for i in range(self.groups)
         ]
-        return lay_out(groups, self.shared)
+        scored = tuple(range(1, 1 + min(self.scored, self.prompt - 1)))
+        return lay_out([replace(group, prefix_scored=scored) for group in groups], self.shared)
 
 
 class Blueprint:

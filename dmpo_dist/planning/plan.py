@@ -17,7 +17,7 @@ from dmpo_dist.planning.speed import Duration, OptimizerStep
 from dmpo_dist.planning.trace import Trace
 from dmpo_dist.training.budget import LIMITS
 from dmpo_dist.training.engine import resolve_config
-from dmpo_dist.training.job import Job
+from dmpo_dist.training.job import Job, Kind
 
 RESERVED = 0.05
 """Share of a device's memory to keep free, as the allocator loses some between blocks; assumed."""
@@ -47,11 +47,21 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a preference group's prompt and of each response, and how many groups the data holds."""
+    """Tokens of a group's prompt and of each response, and how many groups the data holds.
+
+    Attributes:
+        history: tokens of the prompt whose likelihood is trained too, if the stage's loss asks for that; None counts
+            all but the first.
+        longest: tokens of prompt and longest response of the longest group; None where all are alike.
+        counted: number of the groups that these are means of; 0 where they were not counted.
+    """
 
     prompt: int
     response: int
     groups: int | None
+    history: int | None = None
+    longest: int | None = None
+    counted: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Plan:
         zero: how the model is partitioned.
         step: everything that the time of a step depends on.
         steps: optimizer steps of the run, None where neither the configuration nor the data tells.
+        kind: which stage is planned.
     """
 
     config: RunConfig
@@ -75,11 +86,19 @@ class Plan:
     zero: Zero
     step: OptimizerStep
     steps: int | None
+    kind: Kind = "preference"
+
+    @property
+    def job(self) -> Job:
+        """The stage that is planned."""
+        return _job(self.config, self.kind)
 
     @cached_property
     def rank(self) -> Rank:
         """Everything that a rank's memory depends on; runs the model on the meta device."""
-        return make_rank(self.config, self.step.row, self.cluster.world_size, self.cluster.gpu.cuda, self.route.backend)
+        return make_rank(
+            self.config, self.step.row, self.cluster.world_size, self.cluster.gpu.cuda, self.route.backend, self.kind
+        )
 
     @cached_property
     def terms(self) -> list[Term]:
@@ -109,7 +128,7 @@ class Plan:
     @cached_property
     def may_fit(self) -> bool:
         """Whether everything except activations fits: a cheap test, as it needs no trace of the model."""
-        rank = make_rank(self.config, self.step.row, self.cluster.world_size, self.cluster.gpu.cuda, None)
+        rank = make_rank(self.config, self.step.row, self.cluster.world_size, self.cluster.gpu.cuda, None, self.kind)
         return peak_bytes(rank.device_terms()) <= self.cluster.capacity
 
     @cached_property
@@ -125,7 +144,7 @@ class Plan:
     @property
     def groups_per_second(self) -> float:
         """Groups per second over all devices."""
-        return self.config.train.global_batch_size / self.seconds
+        return self.job.stage.global_batch_size / self.seconds
 
     @property
     def hours(self) -> float | None:
@@ -133,29 +152,34 @@ class Plan:
         return None if self.steps is None else self.steps * self.seconds / 3600
 
 
-def make_plan(config: RunConfig, cluster: Cluster, lengths: Lengths) -> Plan:
-    """Plan ``dmpo train`` with ``config``; ``train.token_budget=auto`` takes the largest row that fits.
+def make_plan(config: RunConfig, cluster: Cluster, lengths: Lengths, kind: Kind = "preference") -> Plan:
+    """Plan a stage with ``config``; a ``token_budget`` of ``auto`` takes the largest row that fits.
 
     Raises:
         UserError: a model that cannot be planned, settings that cannot be trained, a group longer than a row.
     """
-    if config.train.token_budget != "auto":
-        return _plan(config, cluster, lengths, config.train.token_budget)
+    budget = _job(config, kind).stage.token_budget
+    if budget != "auto":
+        return _plan(config, cluster, lengths, budget, kind)
     budget = LIMITS["cuda" if cluster.gpu.cuda else "cpu"]
-    group = _row(config, lengths, 0).group_tokens
+    group = _row(config, lengths, 0, kind).group_tokens
     plan = None
     while budget >= max(SMALLEST_BUDGET, group):
-        plan = _plan(config, cluster, lengths, budget)
+        plan = _plan(config, cluster, lengths, budget, kind)
         if plan.fits:
             break
         budget //= 2
-    return plan or _plan(config, cluster, lengths, group)
+    return plan or _plan(config, cluster, lengths, group, kind)
 
 
-def make_rank(config: RunConfig, row: Row, world_size: int, cuda: bool, backend: str | None) -> Rank:
+def make_rank(
+    config: RunConfig, row: Row, world_size: int, cuda: bool, backend: str | None, kind: Kind = "preference"
+) -> Rank:
     """The memory of a rank that trains rows like ``row``; without a backend no activations are counted."""
     model, zero = blueprint(config.model), _zero(config, world_size)
-    copies = model.reference == "model_copy" and _needs_reference(config) and config.reference.cache == "off"
+    copies = (
+        model.reference == "model_copy" and _job(config, kind).loss.needs_reference and config.reference.cache == "off"
+    )
     return Rank(
         sizes=model.sizes,
         zero=zero,
@@ -174,28 +198,23 @@ def data_groups(config: RunConfig, asked: int | None) -> int | None:
     """Number of training groups: ``asked``, else that of the prepared data; None where there is neither."""
     if asked is not None or config.data.path is None or not config.data.path.exists():
         return asked
-    return len(PreparedData.load(config.data.path).train)
+    return len(PreparedData.load(config.data.path, config.data.shots).train)
 
 
-def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int) -> Plan:
-    model = blueprint(config.model)
+def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int, kind: Kind) -> Plan:
+    model, job = blueprint(config.model), _job(config, kind)
     require_trainable(config.model, model.reference != "model_copy")
-    batch, world = config.train.global_batch_size, cluster.world_size
+    batch, world = job.stage.global_batch_size, cluster.world_size
     if batch < world:
         raise UserError(
-            f"train.global_batch_size={batch} gives fewer groups than the {world} devices of {cluster.nodes} nodes of "
-            f"{cluster.per_node}; raise it to at least {world}, or lower --nodes or --gpus-per-node"
+            f"{job.section}.global_batch_size={batch} gives fewer groups than the {world} devices of {cluster.nodes} "
+            f"nodes of {cluster.per_node}; raise it to at least {world}, or lower --nodes or --gpus-per-node"
         )
     route = model.route(cluster.gpu.cuda, config.model.max_length, config.model.attention)
-    row = _row(config, lengths, budget, route.backend != "unshared")
-    if row.group_tokens > budget:
-        group = f"(prompt {lengths.prompt}, response {lengths.response}, K={config.train.negatives})"
-        raise UserError(
-            f"train.token_budget={budget}: a preference group takes {row.group_tokens} tokens {group}; raise it, or "
-            "lower --prompt or train.negatives"
-        )
+    row = _row(config, lengths, budget, kind, route.backend != "unshared")
+    _require_room(row, lengths, budget, job)
     on_rank = ceil(batch / world)
-    row = _row(config, lengths, min(budget, on_rank * row.group_tokens), row.shared)
+    row = _row(config, lengths, min(budget, on_rank * row.group_tokens), kind, row.shared)
     zero = _zero(config, world)
     step = OptimizerStep(
         shape=model.shape,
@@ -205,13 +224,27 @@ def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int) ->
         micro_batches=ceil(on_rank / row.groups),
         groups=batch / world,
         full=model.reference == "model_copy",
-        reference=_needs_reference(config) and config.reference.cache == "off",
+        reference=job.loss.needs_reference and config.reference.cache == "off",
         recompute=config.model.gradient_checkpointing,
         nf4=config.model.quantization == "nf4",
         dtype=config.model.dtype,
     )
-    resolved = config.model_copy(update={"train": config.train.model_copy(update={"token_budget": budget})})
-    return Plan(resolved, cluster, model, route, zero, step, _steps(config, lengths.groups))
+    resolved = changed(config, **{f"{job.section}__token_budget": budget})
+    return Plan(resolved, cluster, model, route, zero, step, _steps(job, lengths.groups), kind)
+
+
+def _require_room(row: Row, lengths: Lengths, budget: int, job: Job) -> None:
+    """Raise UserError where a group, or the longest of the data, is longer than a row."""
+    more = max(0, (lengths.longest or 0) - lengths.prompt - lengths.response)
+    tokens = row.group_tokens + more * (1 if row.shared else row.negatives + 1)
+    if tokens > budget:
+        k = f", K={row.negatives}" if job.kind == "preference" else ""
+        group = "the longest group of the data" if more else "a group"
+        lower = " or train.negatives" if job.kind == "preference" else ""
+        raise UserError(
+            f"{job.section}.token_budget={budget}: {group} takes {tokens} tokens (prompt {lengths.prompt + more}, "
+            f"response {lengths.response}{k}); raise it, or lower --prompt{lower}"
+        )
 
 
 def _zero(config: RunConfig, world_size: int) -> Zero:
@@ -219,18 +252,22 @@ def _zero(config: RunConfig, world_size: int) -> Zero:
     return Zero.of(resolve_config(config.deepspeed, config.train, config.model.dtype, world_size, parameters))
 
 
-def _row(config: RunConfig, lengths: Lengths, tokens: int, shared: bool = True) -> Row:
-    return Row(lengths.prompt, lengths.response, config.train.negatives, tokens, shared)
+def _row(config: RunConfig, lengths: Lengths, tokens: int, kind: Kind, shared: bool = True) -> Row:
+    negatives = config.train.negatives if kind == "preference" else 0
+    scored = 0
+    if _job(config, kind).loss.scores_history:
+        scored = lengths.prompt - 1 if lengths.history is None else lengths.history
+    return Row(lengths.prompt, lengths.response, negatives, tokens, shared, scored)
 
 
-def _needs_reference(config: RunConfig) -> bool:
-    return Job("preference", config, config.model.path, config.output_dir).loss.needs_reference
+def _job(config: RunConfig, kind: Kind) -> Job:
+    return Job(kind, config, config.model.path, config.output_dir)
 
 
-def _steps(config: RunConfig, groups: int | None) -> int | None:
-    if config.train.steps is not None:
-        return config.train.steps
-    return None if groups is None else ceil(config.train.epochs * ceil(groups / config.train.global_batch_size))
+def _steps(job: Job, groups: int | None) -> int | None:
+    if job.stage.steps is not None:
+        return job.stage.steps
+    return None if groups is None else ceil(job.stage.epochs * ceil(groups / job.stage.global_batch_size))
 
 
 def changed(config: RunConfig, **keys: Any) -> RunConfig:

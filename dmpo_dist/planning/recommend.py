@@ -81,12 +81,16 @@ def smallest_change(plan: Plan, lengths: Lengths) -> Advice | None:
 
 def faster(plan: Plan, lengths: Lengths) -> Advice | None:
     """A change that saves time, still fits into memory, and does not alter the result; ``plan`` must fit."""
-    config, budget = plan.config, plan.config.train.token_budget
+    config, budget = plan.config, plan.job.stage.token_budget
     assert isinstance(budget, int)
     limit = LIMITS["cuda" if plan.cluster.gpu.cuda else "cpu"]
     rows, recompute, stages = [Change()], [Change()], [Change()]
     for size in (2 * budget, 4 * budget, 8 * budget):
-        rows += [Change.to("train.token_budget", size, "longer rows, fewer collectives")] if size <= limit else []
+        rows += (
+            [Change.to(f"{plan.job.section}.token_budget", size, "longer rows, fewer collectives")]
+            if size <= limit
+            else []
+        )
     if config.model.gradient_checkpointing:
         reason = "activations fit, nothing needs to be recomputed"
         recompute.insert(0, Change.to("model.gradient_checkpointing", False, reason))
@@ -95,7 +99,7 @@ def faster(plan: Plan, lengths: Lengths) -> Advice | None:
     candidates = []
     for row, recomputing, stage in product(rows, recompute, stages):
         change = row | recomputing | stage
-        candidate = make_plan(change.of(config), plan.cluster, lengths)
+        candidate = make_plan(change.of(config), plan.cluster, lengths, plan.kind)
         if candidate.seconds < (1 - FASTER) * plan.seconds:
             candidates.append(Advice(change, candidate))
     # Ever longer rows save ever less. Among plans within a percent of each other the smaller change comes first.
@@ -106,18 +110,18 @@ def faster(plan: Plan, lengths: Lengths) -> Advice | None:
 def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
     """Flags of clusters with more nodes or a larger GPU on which the run would fit with its smallest settings."""
     smallest = max(_options(plan), key=lambda change: change.size).of(plan.config)
-    smallest = changed(smallest, train__token_budget=plan.step.row.group_tokens)
+    smallest = changed(smallest, **{f"{plan.job.section}__token_budget": plan.step.row.group_tokens})
     found = []
     nodes = 2 * plan.cluster.nodes
-    while nodes <= MOST_NODES and nodes * plan.cluster.per_node <= plan.config.train.global_batch_size:
+    while nodes <= MOST_NODES and nodes * plan.cluster.per_node <= plan.job.stage.global_batch_size:
         cluster = Cluster(plan.cluster.name, plan.cluster.gpu, nodes, plan.cluster.per_node)
-        if make_plan(smallest, cluster, lengths).fits:
+        if make_plan(smallest, cluster, lengths, plan.kind).fits:
             found.append(f"--nodes {nodes}")
             break
         nodes *= 2
     for name, gpu in sorted(GPUS.items(), key=lambda item: item[1].memory):
         cluster = Cluster(name, gpu, plan.cluster.nodes, plan.cluster.per_node)
-        if gpu.memory > plan.cluster.gpu.memory and make_plan(smallest, cluster, lengths).fits:
+        if gpu.memory > plan.cluster.gpu.memory and make_plan(smallest, cluster, lengths, plan.kind).fits:
             found.append(f"--gpu {name}")
             break
     return found
@@ -125,15 +129,15 @@ def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
 
 def _with_row(change: Change, plan: Plan, lengths: Lengths, shorter: bool) -> Advice | None:
     """The advice for ``change`` with the rows of ``plan``, or if ``shorter`` with halved rows; None if nothing fits."""
-    config, tokens, least = change.of(plan.config), plan.config.train.token_budget, plan.step.row.group_tokens
+    config, tokens, least = change.of(plan.config), plan.job.stage.token_budget, plan.step.row.group_tokens
     assert isinstance(tokens, int)
     if not shorter:
-        candidate = make_plan(config, plan.cluster, lengths)
+        candidate = make_plan(config, plan.cluster, lengths, plan.kind)
         return Advice(change, candidate) if candidate.may_fit and candidate.fits else None
     while tokens > least:
         tokens = max(least, tokens // 2)
-        row = Change.to("train.token_budget", tokens, "shorter rows hold fewer activations")
-        candidate = make_plan(row.of(config), plan.cluster, lengths)
+        row = Change.to(f"{plan.job.section}.token_budget", tokens, "shorter rows hold fewer activations")
+        candidate = make_plan(row.of(config), plan.cluster, lengths, plan.kind)
         if not candidate.may_fit:
             return None
         if candidate.fits:

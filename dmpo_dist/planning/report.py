@@ -22,13 +22,14 @@ def amount(size: float, units: Mapping[str, float]) -> str:
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}" if value else f"0 {unit}"
 
 
-def show_plan(plan: Plan, explain: bool, console: Console, assumed: str = "") -> None:
+def show_plan(plan: Plan, explain: bool, console: Console, assumed: str = "", lengths: str = "") -> None:
     """Print the model, the memory of a device and of a node, and the time of a step and of the run.
 
     Args:
         assumed: a text on the properties of the cluster that were assumed, and the flags to give them.
+        lengths: a text on where the lengths of prompt and response come from.
     """
-    _show_run(plan, assumed, console)
+    _show_run(plan, assumed, lengths, console)
     console.print()
     console.print(_memory_table(plan.terms, explain))
     _show_memory(plan, explain, console)
@@ -36,7 +37,7 @@ def show_plan(plan: Plan, explain: bool, console: Console, assumed: str = "") ->
     _show_time(plan, explain, console)
 
 
-def _show_run(plan: Plan, assumed: str, console: Console) -> None:
+def _show_run(plan: Plan, assumed: str, lengths: str, console: Console) -> None:
     config, model, cluster = plan.config, plan.config.model, plan.cluster
     row, sizes = plan.step.row, plan.blueprint.sizes
     lora = f" ({model.lora.variant} r={model.lora.r})" if model.lora else ""
@@ -45,14 +46,21 @@ def _show_run(plan: Plan, assumed: str, console: Console) -> None:
     reference = plan.blueprint.reference if plan.rank.reference_copy or plan.step.reference else "not run in a step"
     quantization = "" if model.quantization == "none" else f", {model.quantization}"
     recompute = ", gradient checkpointing" if model.gradient_checkpointing else ""
-    _line(console, "run", f"{config.deepspeed}, {model.dtype}{quantization}{recompute}, reference: {reference}")
+    _line(
+        console,
+        "run",
+        f"dmpo {plan.job.section}, {config.deepspeed}, {model.dtype}{quantization}{recompute}, reference: {reference}",
+    )
     _line(console, "attention", f"{plan.route.backend}: {plan.route.reason}")
-    groups = f"{row.groups} preference group{'s' * (row.groups > 1)}"
-    responses = f"{row.negatives + 1} responses of {row.response}"
-    _line(console, "row", f"{row.tokens} tokens: {groups} of prompt {row.prompt}, {responses}")
+    groups = f"{row.groups} group{'s' * (row.groups > 1)}"
+    responses = f"{row.negatives + 1} response{'s' * (row.negatives > 0)} of {row.response}"
+    scored = f" ({row.scored} of its tokens trained too)" if row.scored else ""
+    _line(console, "row", f"{row.tokens} tokens: {groups} of prompt {row.prompt}{scored}, {responses}")
+    if lengths:
+        _line(console, "", lengths)
     rows = f"{plan.step.micro_batches} row{'s' * (plan.step.micro_batches > 1)}"
     devices = f"{cluster.nodes} x {cluster.per_node} {cluster.name}"
-    _line(console, "on", f"{devices}, {rows} a device in a step of {config.train.global_batch_size} groups")
+    _line(console, "on", f"{devices}, {rows} a device in a step of {plan.job.stage.global_batch_size} groups")
     if assumed:
         _line(console, "", assumed)
 
@@ -76,7 +84,7 @@ def _show_time(plan: Plan, explain: bool, console: Console) -> None:
         _line(console, "", f"{part.name} = {part.numbers} = {amount(part.seconds, SECONDS)}")
     assumption = f"an assumed MFU of {plan.cluster.gpu.mfu:g}, no communication hidden, kernel launches not counted"
     _line(console, "speed", f"{plan.groups_per_second:,.1f} groups/s at {assumption}")
-    run_time = "unknown: give --groups, train.steps or a data.path that exists"
+    run_time = f"unknown: give --groups, {plan.job.section}.steps or a data.path that exists"
     if plan.hours is not None:
         run_time = f"{amount(plan.hours * 3600, SECONDS)} for {plan.steps} steps, without validation"
     _line(console, "run time", run_time)
@@ -112,7 +120,8 @@ def as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "nodes": plan.cluster.nodes,
         "gpus_per_node": plan.cluster.per_node,
         "deepspeed": plan.config.deepspeed,
-        "token_budget": plan.config.train.token_budget,
+        "stage": plan.job.section,
+        "token_budget": plan.job.stage.token_budget,
         "attention": plan.route.backend,
         "attention_reason": plan.route.reason,
         "fits": plan.fits,

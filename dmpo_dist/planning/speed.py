@@ -1,6 +1,6 @@
 """Seconds of an optimizer step: matrix products at an assumed MFU, memory traffic, and collectives without overlap."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dmpo_dist.planning.flops import Shape, forward_flops, shared_work, unshared_work
 from dmpo_dist.planning.gpus import Gpu
@@ -56,7 +56,8 @@ class OptimizerStep:
     def flops(self) -> dict[str, float]:
         """FLOPs of a group by pass; the backward pass computes the head's logits again."""
         lengths = (self.row.prompt, self.row.response, self.row.negatives)
-        f = forward_flops(self.shape, shared_work(*lengths) if self.row.shared else unshared_work(*lengths))
+        work = shared_work(*lengths) if self.row.shared else unshared_work(*lengths)
+        f = forward_flops(self.shape, replace(work, head_rows=work.head_rows + self.row.scored))
         plain = f.linear + f.attention + f.head
         adapters = 0 if self.full else f.adapters
         times = 2 if self.full else 1  # frozen weights need the gradient of their input alone

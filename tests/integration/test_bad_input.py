@@ -312,7 +312,9 @@ SCORING = {
 def test_refused_while_scoring(dmpo, mistakes, tmp_path, arguments, words):
     status, _, errors = dmpo(f"{EVALUATE} -m {arguments}")
     check_refused(status, errors, words, {"bad": mistakes, "out": tmp_path})
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.yaml", "environment.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock", "config.yaml", "environment.json", "evaluate.json",
+    }  # fmt: skip
 
 
 def test_a_user_with_one_interaction_is_counted(dmpo):

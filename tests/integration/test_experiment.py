@@ -122,6 +122,6 @@ def test_killed_resumed_grown_and_one_cell_diverges(tmp_path, monkeypatch, capsy
     assert imread(output / "k_sweep.png").std() > 0.05
     assert failed.strip() in (output / "experiment.md").read_text()
 
-    code, plan, _ = dmpo("grid.yaml", "--dry-run")
+    code, plan, _ = dmpo("runs/tiny", "--dry-run")
     assert code == 0
     assert "3 cells: 3 done, 1 failed" in plan

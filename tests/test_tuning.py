@@ -1,0 +1,240 @@
+"""Tuning: what a search draws and refuses, baselines by the figures they would rank with, and what early stopping
+remembers."""
+
+import csv
+from contextlib import nullcontext
+
+import pytest
+import yaml
+from rich.console import Console
+
+from dmpo_dist.artifacts.tuning import Search, Trial, Tuning
+from dmpo_dist.cluster.tune import END, SHARE, VALUE, _remember
+from dmpo_dist.commands.run_folder import open_run_folder
+from dmpo_dist.commands.train import run_stage
+from dmpo_dist.config import config_of, load_config
+from dmpo_dist.config.tune import USUAL_SPACES
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.baselines import item_knn_scores
+from dmpo_dist.evaluation.fitting_log import fitting_log
+from dmpo_dist.evaluation.metrics import ranking_metrics
+from dmpo_dist.records.read import read_run
+from dmpo_dist.training.engine import single_rank
+from dmpo_dist.tuning.baselines import baseline_spaces, search_baseline
+from dmpo_dist.tuning.report import write_results
+from dmpo_dist.tuning.run import tune
+from dmpo_dist.tuning.space import require_baseline_spaces, require_stage_space, trial_values, value_of, with_values
+from dmpo_dist.tuning.stage import run_folder
+
+SPACE = {
+    "train.learning_rate": {"loguniform": ["1e-6", 1e-2]},  # YAML reads 1e-6 as a text
+    "train.negatives": {"integers": [2, 4]},
+    "train.weight_decay": {"uniform": [0.1, 0.2]},
+    "train.warmup_ratio": {"choice": [0, 0.1, "1e-1"]},
+    "objective.name": {"choice": ["dmpo", "sdpo"]},
+    "objective.beta": {"choice": [0.2, 0.4]},
+    "evaluation.knn_neighbours": {"logintegers": [1, 4]},
+}
+
+
+def test_settings_are_within_their_axes_never_alike_and_stay_when_there_are_more():
+    config = config_of({"objective.name": "sdpo"})
+    found = trial_values(config, SPACE, 200, seed=3)
+    assert found[0] == {key: value_of(config, key) for key in SPACE}, "the first are those of the configuration"
+    assert found[:9] == trial_values(config, SPACE, 9, seed=3)
+    assert found[1:9] != trial_values(config, SPACE, 9, seed=4)[1:]
+    assert len({str(values) for values in found}) == len(found) == 200
+    drawn = {key: [values[key] for values in found[1:]] for key in SPACE}
+    rates = drawn["train.learning_rate"]
+    assert 1e-6 <= min(rates) < 1e-5 < 1e-3 < max(rates) <= 1e-2
+    assert sum(rate < 1e-4 for rate in rates) == pytest.approx(100, abs=25), "as many below the middle of the exponents"
+    assert set(drawn["train.negatives"]) == {2, 3, 4}
+    assert all(0.1 <= decay <= 0.2 for decay in drawn["train.weight_decay"])
+    assert set(drawn["train.warmup_ratio"]) == {0.0, 0.1}
+    assert set(drawn["evaluation.knn_neighbours"]) == {1, 2, 3, 4}
+    assert {(v["objective.name"], v["objective.beta"]) for v in found[1:]} == {
+        (name, beta) for name in ("dmpo", "sdpo") for beta in (0.2, 0.4)
+    }, "another objective does not undo the beta drawn for it"
+    for values in found[:20]:
+        made = with_values(config, values)
+        assert {key: value_of(made, key) for key in SPACE} == values
+    few = trial_values(config, {"train.negatives": {"choice": [1, 2]}}, 20, seed=0)
+    assert few[0]["train.negatives"] == 7
+    assert len(few) == 3, "a small space has no more"
+
+
+REFUSED = {
+    "train.lr": ({"choice": [1]}, "unknown key; the nearest known key is train.learning_rate"),
+    "train.negatives": ({"integers": [0, 3]}, r"train\.negatives: .* greater than or equal to 1"),
+    "model.lora": ({"choice": [None, {"rank": 4}]}, r"model\.lora\.rank: unknown key"),
+    "seed": ({"choice": [1, 2]}, "the best of several seeds is luck"),
+    "data.k_core": ({"choice": [1, 2]}, "decided when data is prepared"),
+    "train.select_metric": ({"choice": ["auc"]}, "says how trials are compared"),
+    "sft.steps": ({"choice": [1]}, "changes nothing that dmpo train learns"),
+    "train.learning_rate": ({"loguniform": [0, 1]}, "needs a low above 0"),
+    "train.weight_decay": ({"uniform": [1, 0]}, "low below high"),
+    "train.steps": ({"gauss": [1, 2]}, "should be 'choice', 'uniform'"),
+    "train.epochs": ({"choice": []}, "choice has no values"),
+    "train.log_every": ({"integers": [1.5, 2]}, "needs whole numbers"),
+    "train.schedule": ({"uniform": ["a", 1]}, "two numbers"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_an_axis_that_cannot_be_tuned_is_refused(key):
+    axis, words = REFUSED[key]
+    with pytest.raises(UserError, match=words):
+        require_stage_space(config_of({"tune.space": {key: axis}}), "preference")
+
+
+def test_what_else_is_refused_before_any_trial(world, tmp_path):
+    good = {"tune.space": {"train.negatives": {"choice": [1]}}, "data.path": world.folder / "data"}
+    console = Console(quiet=True)
+    for more, words in (
+        ({"tune.space": {}}, "tune.space is empty: say which keys"),
+        ({"cluster.workers": 2}, "cluster.workers=2: a trial trains with one worker"),
+        ({"tune.baselines": {"item_knn": {"train.steps": {"choice": [1]}}}}, "is no setting of a baseline"),
+        ({"train.negatives": 9}, "train.negatives=9, but the prepared data holds 6"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tune(config_of(good | {"output_dir": tmp_path / "tuned"} | more), console)
+    assert not (tmp_path / "tuned").exists()
+    require_baseline_spaces(config_of({}), USUAL_SPACES)
+
+
+def test_a_baseline_is_tuned_by_the_figure_that_it_ranks_with_within_its_budget(world, tmp_path):
+    config = config_of(
+        {
+            "data.path": world.folder / "data", "output_dir": tmp_path / "tuned", "tune.trials": 4, "tune.hours": 1,
+            "tune.baselines": {"item_knn": {"evaluation.knn_neighbours": {"integers": [1, 3]}}},
+        }
+    )  # fmt: skip
+    [(name, space)] = baseline_spaces(config, world.data).items()
+    values = trial_values(config, space, 4, seed=0)
+    search = Search(name=name, metric="ndcg@10", space=space, asked=4, hours=1, seconds=3600, trials=[])
+    search_baseline(search, values, config, world.data, lambda: None, Console(quiet=True))
+    assert search.trials == [], "no time left"
+    search.seconds, kept = 0, []
+    search_baseline(
+        search, values[:2], config, world.data, lambda: kept.append(len(search.trials)), Console(quiet=True)
+    )
+    search_baseline(search, values, config, world.data, lambda: None, Console(quiet=True))
+    assert (kept, [trial.number for trial in search.trials]) == ([1, 2], [1, 2, 3, 4])
+    known = fitting_log(world.data, "validation")
+    for trial in search.trials:
+        scores = item_knn_scores(world.data.validation, known, trial.values["evaluation.knn_neighbours"])
+        assert trial.value == ranking_metrics(scores)["ndcg@10"].mean()
+    assert search.best.value == max(trial.value for trial in search.trials)
+
+    # the files: the chosen settings in a configuration that a command takes, and every trial in the table
+    open_run_folder(config, resume=False)
+    stage = Search(name="dmpo train", metric="ndcg@10", asked=2, hours=1, space={"train.steps": {"choice": [5, 9]}})
+    stage.trials = [
+        Trial(number=1, values={"train.steps": 5}, state="done", value=0.5, start=0.6, step=5),
+        Trial(number=2, values={"train.steps": 9}, state="failed", error="the loss became nan"),
+    ]
+    tuning = Tuning(data={"path": "d", "fingerprint": "f" * 64}, validation_requests=12, searches=[stage, search])
+    tuning.write(tmp_path / "tuned")
+    assert Tuning.read(tmp_path / "tuned") == tuning
+    write_results(tuning, config)
+    best = load_config([tmp_path / "tuned" / "best.yaml"])
+    assert best.train.steps == 5
+    assert best.evaluation.knn_neighbours == search.best.values["evaluation.knn_neighbours"]
+    assert {"tune", "output_dir"}.isdisjoint(yaml.safe_load((tmp_path / "tuned" / "best.yaml").read_text()))
+    rows = list(csv.DictReader((tmp_path / "tuned" / "trials.csv").open()))
+    assert [(row["search"], row["trial"]) for row in rows] == [
+        *(("dmpo train", str(n)) for n in (1, 2)), *(("item_knn", str(n)) for n in (1, 2, 3, 4)),
+    ]  # fmt: skip
+    sheet = (tmp_path / "tuned" / "tune.md").read_text()
+    assert "No trial ranks better than the start (ndcg@10 0.6000)" in sheet
+    assert "trial 2: the loss became nan" in sheet
+
+
+def test_earlier_trials_count_when_a_search_goes_on():
+    """Of a new trial that is worse than two thirds of the earlier ones at the same share of its steps, no more."""
+    schedulers = pytest.importorskip("ray.tune.schedulers")
+
+    def verdicts(earlier, value):
+        scheduler = schedulers.ASHAScheduler(
+            time_attr=SHARE, metric=VALUE, mode="max", max_t=100, grace_period=10, reduction_factor=3,
+            stop_last_trials=False,
+        )  # fmt: skip
+        _remember(scheduler, earlier)
+        trial = type("Trial", (), {"trial_id": "new"})()
+        scheduler.on_trial_add(None, trial)
+        return [scheduler.on_trial_result(None, trial, {SHARE: s, VALUE: value}) for s in (5, 12, 20, 35)]
+
+    earlier = [[(12, 0.3), (35, 0.5)], [(12, 0.2), (35, 0.1)], [(12, 0.1)]]
+    assert verdicts([], 0.0) == ["CONTINUE"] * 4
+    assert verdicts(earlier, 0.05)[:2] == ["CONTINUE", "STOP"]
+    assert verdicts(earlier, 0.35) == ["CONTINUE"] * 3 + ["STOP"], "the second comparison is three times later"
+    assert verdicts(earlier, 0.6) == ["CONTINUE"] * 4
+
+
+class Killed(BaseException):
+    """Ends a trial where SIGKILL would."""
+
+
+def test_a_killed_search_goes_on_where_it_was(world, tmp_path, monkeypatch):
+    """Without Ray: trials one after the other in this process. tests/integration/test_tune.py has the real thing."""
+    kill_at, run = [(3, 3)], []
+
+    def one_after_the_other(jobs, body, watch, cluster, concurrent, seconds, halving, scratch):
+        for number, job in enumerate(jobs):
+            folder, heard = job.config.output_dir.parent.name, []
+
+            def report(content, number=number, folder=folder, heard=heard):
+                heard.append(content)
+                watch.reported(number, content)
+                if kill_at and kill_at[0] == (int(folder), len(heard)):
+                    raise Killed(kill_at.pop())
+
+            run.append(folder)
+            watch.began(number)
+            body(job, report)
+            assert list(heard[-1]) == [SHARE, VALUE, END]
+            watch.ended(number, "")
+
+    monkeypatch.setattr("dmpo_dist.tuning.stage.run_trials", one_after_the_other)
+    monkeypatch.setattr("dmpo_dist.tuning.stage.ray_session", lambda cluster: nullcontext())
+    settings = {
+        "data.path": world.folder / "data", "model.path": str(world.model), "output_dir": tmp_path / "tuned",
+        "model.max_length": 128, "deepspeed": "zero0", "sft.learning_rate": 0.003, "sft.steps": 12,
+        "sft.global_batch_size": 8, "sft.validate_every": 3, "sft.checkpoint_every": 2, "tune.stage": "sft",
+        "tune.trials": 3, "tune.baselines": {}, "tune.space": {"sft.learning_rate": {"choice": [0.001, 1e30]}},
+    }  # fmt: skip
+    config = config_of(settings)
+    console = Console(quiet=True)
+    with pytest.raises(Killed):
+        tune(config, console)
+    first = (tmp_path / "tuned/trials/001/run/metrics.jsonl").read_text()
+    states = [(trial.number, trial.state) for trial in Tuning.read(tmp_path / "tuned").searches[0].trials]
+    assert states == [(1, "done"), (2, "failed"), (3, "begun")]
+    [search] = tune(config, console, resume=True).searches
+    assert run == ["001", "002", "003", "003"]
+    assert first == (tmp_path / "tuned/trials/001/run/metrics.jsonl").read_text()
+    assert "resumed from step 8" in (tmp_path / "tuned/trials/003/log.txt").read_text()
+    diverged = [trial for trial in search.trials if trial.values["sft.learning_rate"] == 1e30]
+    assert [trial.state for trial in diverged] == ["failed"]
+    assert "training diverged" in diverged[0].error
+    for trial in search.trials:
+        if trial not in diverged:
+            shown = read_run(run_folder(tmp_path / "tuned", trial.number)).validation["ndcg@10"]
+            assert (trial.state, list(shown.index)) == ("done", [0, 3, 6, 9, 12])
+            assert trial.value == shown[shown.index > 0].max()
+            assert trial.start == shown[0]
+    kept = [path.parent.parent.name for path in (tmp_path / "tuned").glob("trials/*/run/model")]
+    assert kept == [f"{search.best.number:03}"], "only the best trial keeps its weights"
+
+    # the best configuration trains to the figures of its trial
+    best = load_config([tmp_path / "tuned/best.yaml"], [f"output_dir={tmp_path}/again"])
+    with single_rank():
+        run_stage("sft", best, console)
+    again = read_run(tmp_path / "again").validation["ndcg@10"]
+    assert again.max() == read_run(run_folder(tmp_path / "tuned", search.best.number)).validation["ndcg@10"].max()
+
+    # more trials and no time for them
+    with pytest.raises(UserError, match=r"differs from .* in seed"):
+        tune(config_of(settings | {"seed": 1}), console, resume=True)
+    late = tune(config_of(settings | {"tune.trials": 9, "tune.hours": 1e-9}), console, resume=True)
+    assert len(late.searches[0].trials) == 3
