@@ -45,6 +45,11 @@ def mine_hard_negatives(
     if config.data.path is None:
         raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote")
     data = PreparedData.load(config.data.path)
+    if any(data.lists()):
+        raise UserError(
+            f"{config.data.path}: training groups have several positives or levels (data.levels), of which hard "
+            "negatives cannot be told; prepare the data with data.levels=none"
+        )
     fewest = min(data.stored_negatives(), default=0)
     _check_numbers(keep, skip_top, draw_from, fewest, config.data.path)
     template_of(model, config)
