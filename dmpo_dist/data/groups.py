@@ -61,6 +61,12 @@ def groups_of_log(
     require_groups(found.asked, log, config)
     if not found.pieces["train"]:
         raise max(found.shortages, key=lambda shortage: shortage[0])[1]
+    if config.levels != "none":
+        several = sum(any(levels) for piece in found.pieces["train"] for levels in piece["levels"][:])
+        log.notes.append(
+            f"data.levels={config.levels}: {several} of {sum(map(len, found.pieces['train']))} training groups rank "
+            "several likes; in the others nothing that was known follows before the cut."
+        )
     if config.split == "leave_one_out":
         log.notes.append(
             f"No training negative is an item that its user takes later: there were {sum(found.spared)} of those to "

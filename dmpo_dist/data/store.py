@@ -109,7 +109,7 @@ class PreparedData:
 
     @property
     def ragged(self) -> bool:
-        """Whether the rows came ready-made and may hold few negatives, or lists of any length, one more than another."""
+        """Whether rows came ready-made and may hold more negatives, or longer lists, one than another."""
         return self.items is None or (self.interactions is None and any(self.lists()))
 
     def lists(self) -> list[bool]:

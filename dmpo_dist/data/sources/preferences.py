@@ -127,9 +127,8 @@ def _evaluable(splits: dict[str, list[PreferenceRow]], notes: list[str]) -> dict
     """``splits`` with one positive in every row to evaluate, as metrics are of one; notes on levels are added."""
     lists = sum(bool(group.levels) for group in splits["train"])
     if lists:
-        notes.append(
-            f"{lists} of {len(splits['train'])} training groups have several positives or more than two levels."
-        )
+        count = len(splits["train"])
+        notes.append(f"{lists} of {count} training groups have several positives or more than two levels.")
     held_out = [group for split in SPLITS[1:] for group in splits[split] if group.levels]
     if held_out:
         left_out = sum(len(group.rejected) - len(group.beaten) for group in held_out)
