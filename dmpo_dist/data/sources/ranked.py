@@ -38,7 +38,7 @@ def ranked_of(row: dict[str, Any], where: str) -> RankedResponses:
     if not isinstance(ranked, list) or not all(isinstance(level, list) for level in ranked):
         raise UserError(f"{where}: 'ranked' is {shorten(ranked)}; it must be {FORM}")
     if len(ranked) < 2:
-        raise UserError(f"{where}: 'ranked' has {len(ranked)} level; a preference needs a second one to be better than")
+        raise UserError(f"{where}: 'ranked' has {len(ranked)} of the two or more levels that make a preference")
     levels: dict[str, int] = {}
     for number, level in enumerate(ranked):
         if not level:
