@@ -15,7 +15,8 @@ from dmpo_dist.tables import Cell, Table
 
 MODEL_ORDER = (
     "random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec", "untuned", "zero_shot",
-    "sft", "sft_continued", "sft_continued_compute", "dpo", "dpo_pairs", "sdpo", "dmpo", "dmpo_likelihood", "oracle",
+    "sft", "sft_continued", "sft_continued_compute", "dpo", "dpo_pairs", "ipo", "simpo", "sdpo", "recpo", "mult_dpo",
+    "plackett_luce", "dmpo", "dmpo_likelihood", "oracle",
 )  # fmt: skip
 ORACLE = "oracle"
 COMPARED_METRICS = ("ndcg@10", "hr@1", "auc")
