@@ -41,7 +41,7 @@ OTHER = [
     ("zero3", {"reference": {"cache": "disk"}}),
 ]
 QLORA = {"lora": LoraConfig(r=4, alpha=8).model_dump(), "quantization": "nf4"}
-LEVELED_STEPS = 5
+LEVELED_STEPS = 3
 LIKELIHOOD = {"objective": {"beta": 0.5, "sft_weight": 2.0, "sft_loss_on": "all_titles"}}
 
 
