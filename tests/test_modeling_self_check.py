@@ -93,6 +93,28 @@ def test_rounding_is_no_reason(kind, dtype):
     assert scorer.fallback is None
 
 
+@pytest.mark.parametrize("way", ["packed", "trie"])
+@pytest.mark.parametrize("kind", ["gemma3", "gpt2", "phi3"])
+def test_what_a_half_type_cannot_tell_fp32_does(kind, way, monkeypatch):
+    """A model whose sums round further than is allowed keeps its shared prompts, and its weights to the last bit."""
+    model = tiny_model(kind).to(torch.bfloat16).eval()
+    weights = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    looked = []
+
+    def strict(log_probs, dtype):
+        looked.append(dtype)
+        return tolerance(log_probs, dtype) * (dtype == torch.float32)
+
+    monkeypatch.setattr("dmpo_dist.modeling.self_check.tolerance", strict)
+    scorer = TokenScorer(model, 4096, 256)
+    [scorer.score_many(group) for group in GROUPS] if way == "trie" else scorer.score(GROUPS)
+    assert looked == [torch.bfloat16, torch.float32]
+    assert scorer.fallback is None
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert (tensor.data_ptr(), tensor.tolist()) == (weights[name][0], weights[name][1].tolist())
+
+
 def test_what_is_not_finite_is_no_agreement_unless_the_rows_are_not_either():
     rows = [np.array([-1.0, -2.0])]
     assert disagreement([np.array([-1.0, np.nan])], rows, torch.float32) is not None

@@ -1,6 +1,7 @@
 """Whether a shared prompt gives a model's own log-probs: what is compared, and how far rounding alone may take it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ import torch
 from dmpo_dist.batching.layout import group_cost
 from dmpo_dist.data.tokenization import TokenGroup
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
 COMPARED = 8
 """Most responses of a group that are compared: the longest, and others spread over the group."""
 
@@ -21,6 +23,45 @@ def probe(groups: Sequence[TokenGroup], token_budget: int) -> list[TokenGroup]:
     longest, shortest = _few_responses(by_length[-1]), _few_responses(by_length[0])
     tokens = group_cost(longest, shared=True).tokens + group_cost(shortest, shared=True).tokens
     return [longest, shortest] if len(groups) > 1 and tokens <= token_budget else [longest]
+
+
+def confirmed(
+    compare: Callable[[torch.dtype], str | None], module: torch.nn.Module, dtype: torch.dtype, can_widen: bool = True
+) -> str | None:
+    """What ``compare`` finds, unless it finds nothing once the half types of ``module`` are fp32.
+
+    How far rounding takes a half type depends on the model: sums of Gemma 3 270M of 17 nats moved by .54 nats, twice
+    what is allowed. A layout that is wrong is wrong in fp32 too, where rounding is no longer an excuse.
+
+    Args:
+        compare: ``disagreement`` of the module, for its weights in the type it is given.
+        dtype: of the weights.
+        can_widen: False where the weights are in parts or quantized, so that what was found stands.
+    """
+    found = compare(dtype)
+    if found is None or dtype not in HALF_TYPES or not can_widen:
+        return found
+    try:
+        with fp32_weights(module):
+            return compare(torch.float32)
+    except torch.OutOfMemoryError:
+        return found
+
+
+@contextmanager
+def fp32_weights(module: torch.nn.Module) -> Iterator[None]:
+    """The half-type weights and buffers of ``module`` in fp32, then the same tensors as before, bit for bit.
+
+    Takes 4 bytes more for each of them.
+    """
+    before = [(t, t.data) for t in (*module.parameters(), *module.buffers()) if t.dtype in HALF_TYPES]
+    try:
+        for tensor, data in before:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 def disagreement(seen: Sequence[np.ndarray], expected: Sequence[np.ndarray], dtype: torch.dtype) -> str | None:

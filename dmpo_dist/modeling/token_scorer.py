@@ -16,7 +16,7 @@ from dmpo_dist.modeling.attention import OwnMaskError
 from dmpo_dist.modeling.logprobs import LogProbModel, Which, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.modeling.scoring import deal_for_scoring, node_log_probs, per_token, score_micro_batches, score_rows
-from dmpo_dist.modeling.self_check import disagreement, probe
+from dmpo_dist.modeling.self_check import confirmed, disagreement, probe
 from dmpo_dist.modeling.suitability import require_known_ids
 from dmpo_dist.modeling.trie_attention import trie_obstacle, use_trie_attention
 
@@ -148,9 +148,14 @@ class TokenScorer:
             return
         self._checked.add(sharing)
         few = probe(groups, self._token_budget)
-        expected = [self._score_rows(group) for group in few]
+
+        def compare(dtype: torch.dtype) -> str | None:
+            expected = [self._score_rows(group) for group in few]
+            return disagreement(self._score_shared(sharing, few), expected, dtype)
+
+        quantized = getattr(self._language_model, "hf_quantizer", None) is not None
         try:
-            found = disagreement(self._score_shared(sharing, few), expected, self._language_model.dtype)
+            found = confirmed(compare, self._causal_lm, self._language_model.dtype, not quantized)
         except OwnMaskError:
             found = "leaves out a mask that its layers add to attention"
         if found is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmpo_dist.batching.layout import prefix_layout
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.scoring import score_rows
-from dmpo_dist.modeling.self_check import disagreement, probe
+from dmpo_dist.modeling.self_check import confirmed, disagreement, probe
 from dmpo_dist.objectives.groups import Groups
 from dmpo_dist.objectives.loss import Loss
 from dmpo_dist.training.groups import Batches
@@ -30,15 +30,22 @@ def check_shared_prompts(job: Job, runtime: Runtime, engine: Any, batches: Batch
     if not (batches.shared and job.config.train.self_check):
         return
     few = probe(batches.groups, batches.token_budget)
-    with torch.no_grad():
+    error = 0.0
+
+    @torch.no_grad()
+    def compare(dtype: torch.dtype) -> str | None:
+        nonlocal error
         fused = [engine(prefix_layout(few).to(device)).double().cpu().numpy()]
         separate = [score_rows(engine, group, batches.token_budget, device) for group in few]
-    found = disagreement(fused, separate, getattr(torch, job.config.model.dtype))
+        error = np.abs(np.concatenate(fused) - np.concatenate(separate)).max()
+        return disagreement(fused, separate, dtype)
+
+    can_widen = not engine.zero_optimization_partition_weights() and job.config.model.quantization == "none"
+    found = confirmed(compare, engine, getattr(torch, job.config.model.dtype), can_widen)
     if found is not None:
         raise UserError(
             f"a shared prompt {found} on this model; set model.attention=unshared, and please report the model type"
         )
-    error = np.abs(np.concatenate(fused) - np.concatenate(separate)).max()
     runtime.log({"kind": "note", "text": f"shared prompt against separate rows: {error:.1e} nats apart at most"})
 
 
