@@ -21,15 +21,25 @@ if TYPE_CHECKING:
     from dmpo_dist.objectives.dmpo_released import DmpoReleased
     from dmpo_dist.objectives.dpo_pairs import DpoPairs
     from dmpo_dist.objectives.functional import preference_loss
+    from dmpo_dist.objectives.ipo import Ipo
+    from dmpo_dist.objectives.mult_dpo import MultDpo
+    from dmpo_dist.objectives.plackett_luce import PlackettLuce
+    from dmpo_dist.objectives.recpo import Recpo
     from dmpo_dist.objectives.sdpo import Sdpo
+    from dmpo_dist.objectives.simpo import Simpo
 
 __version__ = "0.1.0"
 __all__ = [
     "Dmpo",
     "DmpoReleased",
     "DpoPairs",
+    "Ipo",
+    "MultDpo",
+    "PlackettLuce",
     "RankingModel",
+    "Recpo",
     "Sdpo",
+    "Simpo",
     "evaluate",
     "load",
     "preference_loss",
@@ -42,8 +52,13 @@ _HOMES = {
     "Dmpo": "objectives.dmpo",
     "DmpoReleased": "objectives.dmpo_released",
     "DpoPairs": "objectives.dpo_pairs",
+    "Ipo": "objectives.ipo",
+    "MultDpo": "objectives.mult_dpo",
+    "PlackettLuce": "objectives.plackett_luce",
     "RankingModel": "modeling.ranking_model",
+    "Recpo": "objectives.recpo",
     "Sdpo": "objectives.sdpo",
+    "Simpo": "objectives.simpo",
     "evaluate": "api",
     "load": "api",
     "preference_loss": "objectives.functional",

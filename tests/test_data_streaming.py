@@ -37,7 +37,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         {"max_validation_users": 5},
         {"split": "leave_one_out", "k_core": 6},
-        {"negatives": "popularity"},
+        {"negatives": "popularity", "levels": "ratings", "train_requests_per_user": 4},
         {"negatives": "dislikes", "negatives_per_group": 20},
     ],
 )

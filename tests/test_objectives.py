@@ -16,6 +16,9 @@ from dmpo_dist.objectives.registry import OBJECTIVES
 
 NAMES = list(OBJECTIVES)
 FORMS = NAMES[:3]
+WITH_REFERENCE = [name for name in NAMES if name not in ("dmpo_released", "simpo")]
+WITH_BOUNDARY = [name for name in NAMES if "negative_selection" not in OBJECTIVES[name].REFUSED]
+SOFTMAX = ("sdpo", "recpo", "mult_dpo", "plackett_luce")  # of one positive, the last two are sdpo
 F64 = torch.float64
 
 # A response is (policy log-prob, reference log-prob, length); a group is a list of them, its positive first.
@@ -26,7 +29,13 @@ batches = st.lists(st.lists(_response, min_size=2, max_size=5), min_size=1, max_
 
 
 def make(name, **options):
-    return OBJECTIVES[name](**options)
+    """The objective with those of ``options`` that it takes."""
+    made = OBJECTIVES[name]
+    refused = {*made.REFUSED, *({"reference_free", "length_normalize"} if name == "simpo" else {})}
+    options = {option: value for option, value in options.items() if option not in refused}
+    if options.get("negative_selection", "all") == "all":
+        options.pop("dynamic_beta", None)
+    return made(**options)
 
 
 objectives = st.builds(
@@ -38,6 +47,8 @@ objectives = st.builds(
     reference_free=st.booleans(),
     length_normalize=st.booleans(),
     negative_selection=st.sampled_from(["all", "boundary"]),
+    dynamic_beta=st.sampled_from([0.0, 0.5]),
+    dynamic_beta_margin=st.sampled_from([0.0, 6.0]),
 )
 
 
@@ -59,19 +70,36 @@ def _group(objective, positive, *negatives):
         e = objective.label_smoothing
         return (1 - e) * math.log1p(math.exp(z)) + e * math.log1p(math.exp(-z))
 
+    def beta_factor(negative):
+        if not objective.dynamic_beta:
+            return 1.0
+        easy = [other for other in negatives if other not in kept] or kept
+        first, second = positive[0] - negative[0], negative[0] - fmean(other[0] for other in easy)
+        excess, size = first - second - objective.dynamic_beta_margin, abs(first) + abs(second)
+        change = math.tanh(excess / size) if size else float(excess > 0) - float(excess < 0)
+        return 1 + objective.dynamic_beta * change
+
+    def form(margins):
+        if objective.name == "dmpo":
+            return smoothed(fmean(margins))
+        if objective.name == "ipo":
+            return fmean((margin / objective.beta + 1 / (2 * objective.beta)) ** 2 for margin in margins)
+        if objective.name == "simpo":
+            return fmean(smoothed(margin + objective.gamma) for margin in margins)
+        if objective.name == "recpo":  # ``flatten`` takes the lengths for scores
+            ratios = [objective.margin_weight * positive[2] / negative[2] for negative in kept]
+            margins = [margin + ratio for margin, ratio in zip(margins, ratios, strict=True)]
+        if objective.name in SOFTMAX:
+            return smoothed(math.log(sum(math.exp(margin) for margin in margins)))
+        return fmean(smoothed(margin) for margin in margins)
+
     kept = kept_negatives(positive, negatives) if objective.negative_selection == "boundary" else negatives
-    margins = [reward(negative) - reward(positive) for negative in kept]
-    if objective.name == "dmpo":
-        preference = smoothed(fmean(margins))
-    elif objective.name == "sdpo":
-        preference = smoothed(math.log(sum(math.exp(margin) for margin in margins)))
-    else:
-        preference = fmean(smoothed(margin) for margin in margins)
+    preference = form([beta_factor(negative) * (reward(negative) - reward(positive)) for negative in kept])
     sft_weight = objective.sft_weight + (objective.name == "dmpo_released")
     return {
         "loss": preference - sft_weight * positive[0] / positive[2],
         "preference_loss": preference,
-        "initial_loss": smoothed(math.log(len(kept)) if objective.name == "sdpo" else 0.0),
+        "initial_loss": form([0.0] * len(kept)),
         "negatives": len(kept),
         "margin": reward(positive) - fmean(reward(negative) for negative in negatives),
         "accuracy": fmean(negative[0] < positive[0] for negative in negatives),
@@ -95,7 +123,7 @@ def flatten(batch, seed=0, dtype=F64):
     columns = list(zip(*rows, strict=True))
     policy, reference = (torch.tensor(column, dtype=dtype, requires_grad=True) for column in columns[:2])
     lengths, group_id, is_positive = map(torch.tensor, columns[2:])
-    return policy, reference, Groups(group_id, is_positive, lengths, len(batch))
+    return policy, reference, Groups(group_id, is_positive, lengths, len(batch), scores=lengths.to(dtype))
 
 
 def value(objective, batch, **options):
@@ -124,9 +152,10 @@ def test_loss_and_statistics_match_a_loop_over_groups(objective, batch, seed):
     assert reference.grad is None, "the reference is trained"
 
 
-@pytest.mark.parametrize("selection", ["all", "boundary"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"length_normalize": True, "sft_weight": 0.5}])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "selection"), [*((name, "all") for name in NAMES), *((name, "boundary") for name in WITH_BOUNDARY)]
+)
 def test_gradients_match_finite_differences(name, options, selection):
     rng = random.Random(name)
     batch = [[(rng.uniform(-4, 0), rng.uniform(-4, 0), rng.randint(1, 5)) for _ in range(k + 1)] for k in (1, 4, 3)]
@@ -164,7 +193,7 @@ def test_dmpo_is_a_lower_bound_of_the_others(batch, selection):
 @given(objectives, batches)
 @settings(max_examples=80, deadline=None)
 def test_a_policy_equal_to_its_reference_starts_at_the_initial_loss(objective, batch):
-    """log 2 for a group, log(1 + K) for sdpo with its K kept negatives; whatever sft_weight adds is apart."""
+    """log 2 for a group, log(1 + K) for a softmax over its K kept negatives; whatever sft_weight adds is apart."""
     batch = [[(policy, policy, length) for policy, _, length in group] for group in batch]
     policy, reference, groups = flatten(batch)
     _, sums = objective(policy, reference, groups)
@@ -173,7 +202,9 @@ def test_a_policy_equal_to_its_reference_starts_at_the_initial_loss(objective, b
         assert known is None
         return
     assert close(sums["preference_loss"].item(), known.sum().item())
-    if objective.name != "sdpo":
+    if objective.name in ("ipo", "recpo"):
+        return  # 1 / (2 beta)^2, and what the margins add: see the oracle
+    if objective.name not in SOFTMAX:
         assert close(known.sum().item(), len(batch) * math.log(2))
     elif not objective.label_smoothing and objective.negative_selection == "all":
         assert close(known.sum().item(), sum(math.log(len(group)) for group in batch))
@@ -182,12 +213,12 @@ def test_a_policy_equal_to_its_reference_starts_at_the_initial_loss(objective, b
 @given(batches, objectives)
 @settings(max_examples=80, deadline=None)
 def test_listing_every_negative_twice(batch, objective):
-    """Changes nothing for means over negatives; adds log 2 inside sdpo, as if each were that much likelier."""
+    """Changes nothing for means over negatives; adds log 2 inside a softmax, as if each were that much likelier."""
     twice = [[group[0], *group[1:], *group[1:]] for group in batch]
-    if objective.name != "sdpo":
+    if objective.name not in SOFTMAX:
         assert close(value(objective, twice), value(objective, batch))
     else:
-        plain = make("sdpo", beta=objective.beta, reference_free=objective.reference_free)
+        plain = make(objective.name, beta=objective.beta, reference_free=objective.reference_free)
         likelier = math.log(2) / plain.beta
         raised = [[group[0], *((p + likelier, r, n) for p, r, n in group[1:])] for group in batch]
         assert close(value(plain, twice), value(plain, raised))
@@ -210,7 +241,7 @@ def test_order_of_responses_changes_nothing(batch, rng, name, selection):
     torch.testing.assert_close(torch.tensor(gradients[1]), torch.tensor(gradients[0]), rtol=1e-11, atol=1e-13)
 
 
-@given(batches, st.lists(st.floats(-20, 20), min_size=4, max_size=4), st.sampled_from(FORMS), st.booleans())
+@given(batches, st.lists(st.floats(-20, 20), min_size=4, max_size=4), st.sampled_from(WITH_REFERENCE), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_a_constant_on_a_groups_reference_cancels(batch, shifts, name, boundary):
     objective = make(name, negative_selection="boundary" if boundary else "all")
@@ -253,7 +284,7 @@ BOUNDARIES = [
 
 
 @pytest.mark.parametrize(("policy", "kept"), [case[1:] for case in BOUNDARIES], ids=[case[0] for case in BOUNDARIES])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_BOUNDARY)
 def test_boundary_selection_is_as_if_the_others_were_not_there(name, policy, kept):
     """Same loss and same gradient: nothing flows through the choice. A second group must not be touched by it."""
     first, second = len(policy), 2
@@ -294,7 +325,8 @@ def test_no_overflow_in_fp32(name, smoothing, selection):
     gradient = arguments[0].grad
     assert all(total.isfinite() for total in sums.values())
     assert gradient.isfinite().all()
-    assert (gradient.abs() <= 2.0 + 1e-6).all()  # 1 of the preference and 1 of the likelihood
+    if name != "ipo":  # a square's gradient grows with it
+        assert (gradient.abs() <= (3.0 if name == "simpo" else 2.0) + 1e-6).all()  # beta, and 1 of the likelihood
     precise = flatten(batch)
     expected, _ = objective(*precise)
     expected.backward()
@@ -336,10 +368,61 @@ def test_malformed_groups_are_refused(name, is_positive, message):
 
 def test_a_missing_reference_is_refused_only_where_it_matters():
     policy, _, *rest = flatten([[(-1.0, 0.0, 1), (-2.0, 0.0, 1)]])
-    for name in FORMS:
+    for name in WITH_REFERENCE:
         assert make(name).needs_reference
         with pytest.raises(ValueError, match="needs reference"):
             make(name)(policy, None, *rest)
-    for objective in (make("dmpo", reference_free=True), make("dmpo_released")):
+    for objective in (make("dmpo", reference_free=True), make("dmpo_released"), make("simpo")):
         assert not objective.needs_reference
         assert objective(policy, None, *rest)[0].isfinite()
+
+
+@pytest.mark.parametrize("name", ["dmpo", "sdpo", "dpo_pairs"])
+def test_dynamic_beta_weighs_each_boundary_negative_by_its_two_margins(name):
+    """A boundary negative at 2 nats above the positive, an easy one 6 below it: m1 = -2, m2 = 8, so beta falls by
+    tanh(-16 / 10) / 2. No gradient flows through that: it is the constant one at that beta."""
+    batch = [[(-5.0, -4.0, 1), (-3.0, -4.5, 1), (-11.0, -5.0, 1)]]
+    factor = 1 + 0.5 * math.tanh((-2 - 8 - 6) / 10)
+    dynamic = make(name, beta=0.8, negative_selection="boundary", dynamic_beta=0.5)
+    constant = make(name, beta=0.8 * factor, negative_selection="boundary")
+    losses, gradients = [], []
+    for objective in (dynamic, constant):
+        policy, *rest = flatten(batch)
+        losses.append(objective(policy, *rest)[0])
+        gradients.append(torch.autograd.grad(losses[-1], policy)[0])
+    assert close(losses[0].item(), losses[1].item())
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
+
+
+@given(batches)
+@settings(max_examples=30, deadline=None)
+def test_neighbours_of_the_margin_losses(batch):
+    """SimPO without a margin is reference-free, length-normalised DPO; RecPO without one is S-DPO; and at rewards of 0
+    IPO pulls 2 / beta^2 times as hard as DPO: its slope in the difference of log-ratios is -1 / beta, DPO's -beta / 2.
+    """
+    free = make("dpo_pairs", beta=1.5, reference_free=True, length_normalize=True)
+    assert close(value(make("simpo", beta=1.5, gamma=0.0), batch), value(free, batch))
+    assert close(value(make("recpo", beta=0.5, margin_weight=0.0), batch), value(make("sdpo", beta=0.5), batch))
+    at_reference = [[(policy, policy, length) for policy, _, length in group] for group in batch]
+    ipo, dpo = (_gradient(make(name, beta=0.25), at_reference) for name in ("ipo", "dpo_pairs"))
+    torch.testing.assert_close(ipo, dpo * 2 / 0.25**2, rtol=1e-11, atol=1e-13)
+
+
+def _gradient(objective, batch):
+    policy, *rest = flatten(batch)
+    return torch.autograd.grad(objective(policy, *rest)[0], policy)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("ipo", {"label_smoothing": 0.1}, "label_smoothing does not go with name=ipo"),
+        ("mult_dpo", {"negative_selection": "boundary"}, "negative_selection does not go with name=mult_dpo"),
+        ("simpo", {"reference_free": False}, "reference_free"),
+        ("simpo", {"dynamic_beta": 0.5, "negative_selection": "boundary"}, "dynamic_beta does not go with name=simpo"),
+        ("dmpo", {"dynamic_beta": 0.5}, "set objective.negative_selection=boundary"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        OBJECTIVES[name](**options)

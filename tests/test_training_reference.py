@@ -55,8 +55,11 @@ def llama():
 
 @pytest.fixture(scope="module")
 def groups():
-    """Ragged: 1 to 5 negatives; the histories of some are scored, which no reference is asked for."""
-    return [replace(g, prefix_scored=(1, 2) if len(g.prefix) > 2 else ()) for g in random_groups(7, seed=5, k=5)]
+    """Ragged: 1 to 5 negatives; the histories of some are scored, which no reference is asked for; some have levels."""
+    plain = [replace(g, prefix_scored=(1, 2) if len(g.prefix) > 2 else ()) for g in random_groups(7, seed=5, k=5)]
+    made = [replace(g, levels=(0, 1, *[2] * (len(g.branches) - 2))) if len(g.branches) > 3 else g for g in plain]
+    assert {bool(group.levels) for group in made} == {True, False}
+    return made
 
 
 def test_every_epoch_finds_what_a_forward_would_give(llama, groups, blocks_of_three):

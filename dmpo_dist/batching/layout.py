@@ -196,7 +196,8 @@ def prefix_layout(groups: Sequence[TokenGroup]) -> PrefixLayout:
         # A branch of one token runs nothing: its only token is predicted by the prompt. It has no segment in the row.
         branch_lengths.append(tuple(len(row) - 1 for row in branches.rows if len(row) > 1))
         # A scored history token lies in the prompt and is predicted by the token before it.
-        collector.add_group(branches.index, [(start + t - 1, group.prefix[t]) for t in group.prefix_scored])
+        history = [(start + t - 1, group.prefix[t]) for t in group.prefix_scored]
+        collector.add_group(branches.index, history, group.levels, group.scores)
     branch_index, branch_valid = _padded([body for body in bodies if body])  # (S, R)
     return PrefixLayout(
         input_ids=torch.tensor([ids]),
@@ -230,7 +231,7 @@ def rows_layout(groups: Sequence[TokenGroup], pad_id: int = 0) -> RowsLayout:
             collector.add_branch([(before + t, branch[t]) for t in range(branches.scored_from[number], len(branch))])
         # Every row of the group repeats the prompt; its history is scored in the first of them.
         history = [(first_row * width + t - 1, group.prefix[t]) for t in group.prefix_scored]
-        collector.add_group(branches.index, history)
+        collector.add_group(branches.index, history, group.levels, group.scores)
     return RowsLayout(
         input_ids=torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
         attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),

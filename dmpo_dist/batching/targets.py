@@ -1,6 +1,6 @@
 """What a layout scores: which hidden states predict which tokens of which responses and histories."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -41,6 +41,9 @@ class Targets(Movable):
         group_id: (R,) int64 in [0, n_groups).
         is_positive: (R,) bool; a group's positive comes first.
         n_branches, n_groups: counts.
+        level: (R,) int64, see ``objectives.groups.Groups``; None where no group has levels.
+        scores: (R,) float32, the same; None where a group has none.
+        n_levels: 1 + the largest level.
     """
 
     predict_index: Tensor
@@ -55,6 +58,9 @@ class Targets(Movable):
     is_positive: Tensor
     n_branches: int
     n_groups: int
+    level: Tensor | None = None
+    scores: Tensor | None = None
+    n_levels: int = 2
 
     def summed(self, token_log_probs: Tensor) -> Tensor:
         """(N,) log-probs of the scored tokens -> (R,) sums of the responses, then (G,) of the histories if scored."""
@@ -105,6 +111,8 @@ class TargetCollector:
         self._scored: list[list[tuple[int, int]]] = []
         self._histories: list[list[tuple[int, int]]] = []
         self._groups: list[list[int]] = []
+        self._levels: list[Sequence[int]] = []
+        self._scores: list[Sequence[float]] = []
         self._group_start = 0
 
     def add_branch(self, scored: list[tuple[int, int]]) -> None:
@@ -112,8 +120,20 @@ class TargetCollector:
         self._scored.append(scored)
         self.n_branches += 1
 
-    def add_group(self, response_rows: list[int], history: list[tuple[int, int]]) -> None:
-        """Close a group whose responses are the given rows of the branches added since the last one."""
+    def add_group(
+        self,
+        response_rows: list[int],
+        history: list[tuple[int, int]],
+        levels: Sequence[int] = (),
+        scores: Sequence[float] = (),
+    ) -> None:
+        """Close a group whose responses are the given rows of the branches added since the last one.
+
+        Args:
+            levels, scores: of the responses; () for one positive and its negatives, and where none are known.
+        """
+        self._levels.append(levels)
+        self._scores.append(scores)
         self._groups.append([self._group_start + row for row in response_rows])
         self._group_start = self.n_branches
         self._histories.append(history)
@@ -148,4 +168,16 @@ class TargetCollector:
             is_positive=torch.tensor([i == 0 for group in self._groups for i in range(len(group))]),
             n_branches=len(branches),
             n_groups=len(self._groups),
+            **self._ranks(),
         )
+
+    def _ranks(self) -> dict[str, Any]:
+        """The fields of ``Targets`` on levels and scores."""
+        ranks: dict[str, Any] = {}
+        if any(self._levels):
+            groups = zip(self._groups, self._levels, strict=True)
+            flat = [level for group, levels in groups for level in levels or [0] + [1] * (len(group) - 1)]
+            ranks |= {"level": torch.tensor(flat), "n_levels": 1 + max(flat)}
+        if all(self._scores):
+            ranks["scores"] = torch.tensor([score for scores in self._scores for score in scores], dtype=torch.float32)
+        return ranks

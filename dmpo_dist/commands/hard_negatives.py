@@ -45,6 +45,11 @@ def mine_hard_negatives(
     if config.data.path is None:
         raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote")
     data = PreparedData.load(config.data.path)
+    if any(data.lists()):
+        raise UserError(
+            f"{config.data.path}: training groups have several positives or levels (data.levels), of which hard "
+            "negatives cannot be told; prepare the data with data.levels=none"
+        )
     fewest = min(data.stored_negatives(), default=0)
     _check_numbers(keep, skip_top, draw_from, fewest, config.data.path)
     template_of(model, config)
@@ -58,8 +63,9 @@ def mine_hard_negatives(
             hardest = hardest[np.sort(drawn)]
         for name in ("negatives", "negative_items"):
             row[name] = [row[name][index] for index in hardest.tolist()] if row[name] else []
-        if row["oracle"]:
-            row["oracle"] = [row["oracle"][0], *(row["oracle"][1 + index] for index in hardest.tolist())]
+        for name in ("oracle", "scores"):  # of all candidates, where they are known
+            if row.get(name):
+                row[name] = [row[name][0], *(row[name][1 + index] for index in hardest.tolist())]
     drawn_among = "" if draw_from is None else f"{keep} drawn among "
     note = (
         f"Training negatives: {drawn_among}the {pool} that {model} scores highest of {fewest} or more, after the first "

@@ -17,7 +17,7 @@ from dmpo_dist.verdicts import rule
 
 SHOWN_OBJECTIVE = (
     "import_path", "kwargs", "beta", "sft_weight", "sft_loss_on", "label_smoothing", "reference_free",
-    "length_normalize", "negative_selection",
+    "length_normalize", "negative_selection", "dynamic_beta", "gamma", "margin_weight",
 )  # fmt: skip
 SHOWN_STAGE = ("global_batch_size", "learning_rate", "schedule", "negatives", "loss_on", "history_order")
 

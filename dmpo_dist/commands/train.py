@@ -33,12 +33,11 @@ from dmpo_dist.modeling.backbone import (
     write_stamp,
 )
 from dmpo_dist.modeling.model_files import start_digests, written_digests
-from dmpo_dist.objectives.registry import make_objective
 from dmpo_dist.records.log import RunLog
 from dmpo_dist.records.sinks import Sink
 from dmpo_dist.records.tracking import check_tracking
 from dmpo_dist.training.engine import resolve_config
-from dmpo_dist.training.groups import make_schedule, require_negatives
+from dmpo_dist.training.groups import make_schedule, require_levels, require_negatives
 from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.listed import require_lists
 from dmpo_dist.training.runtime import Runtime
@@ -255,8 +254,8 @@ def _check_plan(job: Job, data: PreparedData) -> None:
     require_fields(config.template, data.items, data.users, str(data.path))
     require_lists(job, data)
     if job.kind == "preference":
-        make_objective(config.objective)  # refuses a class that cannot be loaded
-        require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)
+        require_levels(job.loss, config.objective.name, data)  # the loss: refuses a class that cannot be loaded
+        require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.ragged)
     elif config.sft.history_order == "shuffled":
         require_reorderable(config, data)
     resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
@@ -275,6 +274,11 @@ def require_reorderable(config: RunConfig, data: PreparedData) -> None:
         raise UserError(
             "sft.history_order=shuffled draws new positives among distinct titles, but the data was prepared with "
             "data.repeats=keep; set sft.history_order=given"
+        )
+    if any(data.lists()):
+        raise UserError(
+            "sft.history_order=shuffled draws new positives among distinct titles, but the training groups have "
+            "several positives or levels (data.levels); set sft.history_order=given"
         )
     budget, longest = config.sft.token_budget, config.model.max_length
     if budget != "auto" and budget < longest:

@@ -150,6 +150,17 @@ class DataConfig(Section):
     uniform). Hard ones are made of prepared data by ``dmpo data hard-negatives``."""
     popularity_exponent: float = Field(1.0, gt=0)
     """With negatives=popularity: draw in proportion to popularity to this power."""
+    levels: Literal["none", "ratings", "repeats"] = "none"
+    """What training groups rank: none has one positive against negatives. The others take the user's like and the next
+    ones before the cut as well, in levels by rating, or by how often the user takes them again (with repeats=keep);
+    the negatives are the last level. Validation and test rank one positive always."""
+    level_likes: int = Field(5, ge=2)
+    """With levels: rank at most this many likes of a request."""
+    score_decay: float = Field(0.5, ge=0)
+    """With levels: a like's score, which objective.name=recpo takes its margins from, is its rating (or count) over
+    (1 + its place after the request) to this power; 0 leaves times out."""
+    unseen_score: float = Field(3.0, gt=0)
+    """With levels: the rating of a negative for that, at place level_likes. RecPO's released code takes 3 of 5."""
     negatives_per_group: int = Field(32, ge=1)
     """Negatives stored with each training group; each epoch trains on the next ``train.negatives`` of them."""
     evaluation_negatives: int = Field(19, ge=1)
@@ -190,6 +201,16 @@ class DataConfig(Section):
                 "evaluation_candidates=all would rank items that nobody had taken yet; set data.split=leave_one_out "
                 "and data.stream=false, or data.evaluation_candidates=known"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_have_what_they_count(self) -> "DataConfig":
+        if self.levels == "repeats" and self.repeats != "keep":
+            raise ValueError("levels=repeats counts how often a user takes an item again; set data.repeats=keep")
+        if self.levels == "none":
+            for key in ("level_likes", "score_decay", "unseen_score"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} has no effect with levels=none; set data.levels=ratings or repeats")
         return self
 
     @model_validator(mode="after")

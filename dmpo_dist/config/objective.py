@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -15,7 +15,7 @@ class PreferenceOptions(Section, frozen=True):
     """What every preference objective takes; a subclass adds its name, and options of its own."""
 
     name: str = ""
-    """dmpo | sdpo | dpo_pairs | dmpo_released (a file each in ``dmpo_dist/objectives``)."""
+    """Which objective; see ``DmpoConfig``."""
     beta: float = Field(1.0, gt=0)
     """Scale of the log-ratio of policy to reference."""
     sft_weight: float = Field(0.0, ge=0)
@@ -32,6 +32,27 @@ class PreferenceOptions(Section, frozen=True):
     negative_selection: Literal["all", "boundary"] = "all"
     """all, or only the negatives the policy rates at least as high as the positive, the hardest ones where there are
     none (arXiv 2605.00327); the choice is not differentiated."""
+    dynamic_beta: float = Field(0.0, ge=0, lt=1)
+    """Largest change of beta by DynamicPO's two margins, as a share of it: 0 keeps beta constant, the paper's code
+    takes 0.5. It needs ``negative_selection=boundary`` (see ``objectives/dynamic_beta.py``)."""
+    dynamic_beta_margin: float = 6.0
+    """By how many nats the first margin must exceed the second before beta grows."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {}
+    """Options that do not apply to an objective, and why."""
+
+    @model_validator(mode="after")
+    def _takes_its_options(self) -> "PreferenceOptions":
+        for option, why in self.REFUSED.items():
+            if getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(f"{option} does not go with name={self.name}, {why}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _dynamic_beta_needs_a_boundary(self) -> "PreferenceOptions":
+        if self.dynamic_beta and self.negative_selection != "boundary":
+            raise ValueError("dynamic_beta measures the boundary negatives; set objective.negative_selection=boundary")
+        return self
 
     @model_validator(mode="after")
     def _loss_on_needs_weight(self) -> "PreferenceOptions":
@@ -42,7 +63,9 @@ class PreferenceOptions(Section, frozen=True):
 
 class DmpoConfig(PreferenceOptions):
     name: Literal["dmpo"] = "dmpo"
-    """dmpo | sdpo | dpo_pairs | dmpo_released, each with options of its own; left out beside ``import_path``."""
+    """One positive against negatives: dmpo | sdpo | dpo_pairs | dmpo_released | ipo | simpo | recpo. Also several
+    positives and ordered lists: mult_dpo | plackett_luce. Each takes options of its own; left out beside
+    ``import_path``."""
 
 
 class SdpoConfig(PreferenceOptions):
@@ -55,6 +78,52 @@ class DpoPairsConfig(PreferenceOptions):
 
 class DmpoReleasedConfig(PreferenceOptions):
     name: Literal["dmpo_released"] = "dmpo_released"
+
+
+CONSTANT_BETA = {"dynamic_beta": "whose source keeps beta constant"}
+NO_BOUNDARY = CONSTANT_BETA | {"negative_selection": "whose source knows no boundary negatives"}
+NO_SIGMOID = {"label_smoothing": "which has no sigmoid to smooth"}
+
+
+class IpoConfig(PreferenceOptions):
+    name: Literal["ipo"] = "ipo"
+
+    REFUSED: ClassVar[Mapping[str, str]] = CONSTANT_BETA | NO_SIGMOID
+
+
+class SimpoConfig(PreferenceOptions):
+    name: Literal["simpo"] = "simpo"
+    beta: float = Field(2.0, gt=0)
+    """Scale of the mean log-prob of a token."""
+    gamma: float = Field(0.5, ge=0)
+    """Target margin: by how much beta times the positive's mean log-prob must exceed a negative's."""
+    reference_free: Literal[True] = True
+    """Always: SimPO has no reference."""
+    length_normalize: Literal[True] = True
+    """Always: SimPO's reward is the mean log-prob of a token."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = CONSTANT_BETA
+
+
+class RecpoConfig(PreferenceOptions):
+    name: Literal["recpo"] = "recpo"
+    margin_weight: float = Field(2.0, ge=0)
+    """Weight of the margin score(positive) / score(negative); 0 is sdpo. Scores come with the rows: see
+    ``data.levels``."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = NO_BOUNDARY
+
+
+class MultDpoConfig(PreferenceOptions):
+    name: Literal["mult_dpo"] = "mult_dpo"
+
+    REFUSED: ClassVar[Mapping[str, str]] = NO_BOUNDARY | NO_SIGMOID
+
+
+class PlackettLuceConfig(PreferenceOptions):
+    name: Literal["plackett_luce"] = "plackett_luce"
+
+    REFUSED: ClassVar[Mapping[str, str]] = NO_BOUNDARY
 
 
 class CustomObjective(Section):
@@ -82,9 +151,11 @@ class CustomObjective(Section):
         return self
 
 
-BUILT_IN: tuple[str, ...] = tuple(
-    ours.model_fields["name"].default for ours in (DmpoConfig, SdpoConfig, DpoPairsConfig, DmpoReleasedConfig)
-)
+OURS: tuple[type[PreferenceOptions], ...] = (
+    DmpoConfig, SdpoConfig, DpoPairsConfig, DmpoReleasedConfig,
+    IpoConfig, SimpoConfig, RecpoConfig, MultDpoConfig, PlackettLuceConfig,
+)  # fmt: skip
+BUILT_IN: tuple[str, ...] = tuple(ours.model_fields["name"].default for ours in OURS)
 
 
 def _kind(section: Any) -> str | None:
@@ -99,6 +170,11 @@ ObjectiveConfig = Annotated[
     | Annotated[SdpoConfig, Tag("sdpo")]
     | Annotated[DpoPairsConfig, Tag("dpo_pairs")]
     | Annotated[DmpoReleasedConfig, Tag("dmpo_released")]
+    | Annotated[IpoConfig, Tag("ipo")]
+    | Annotated[SimpoConfig, Tag("simpo")]
+    | Annotated[RecpoConfig, Tag("recpo")]
+    | Annotated[MultDpoConfig, Tag("mult_dpo")]
+    | Annotated[PlackettLuceConfig, Tag("plackett_luce")]
     | Annotated[CustomObjective, Tag(CUSTOM)],
     Discriminator(_kind),
 ]

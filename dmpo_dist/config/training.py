@@ -75,7 +75,8 @@ class SFTConfig(StageConfig):
 
 class TrainConfig(StageConfig):
     negatives: int = Field(7, ge=1)
-    """K: negatives per preference group in each step."""
+    """K: negatives per preference group in each step; among levels (``data.levels``) responses of the last one, beside
+    all of the others."""
     self_check: bool = True
     """Compare one group's fused log-probs with separate rows before the first step, and the first loss with its known
     value."""

@@ -1,7 +1,7 @@
 """From a log to rows of preference groups: requests, negatives, titles."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from datasets import Dataset, concatenate_datasets
 
 from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import moment
+from dmpo_dist.data.levels import Valued, ranked
 from dmpo_dist.data.log import Log, Score
 from dmpo_dist.data.negatives import NegativeSampler
 from dmpo_dist.data.splits import SPLITS, Requests, find_requests
 from dmpo_dist.data.store import dataset_of, on_disk
 from dmpo_dist.errors import UserError
 
+COLUMNS = ("user", "timestamp", "item", "history")
 ENOUGH_GROUPS = 10_000
 """Training groups for which ``data.train_requests_per_user=auto`` takes as many requests of a user as needed."""
 
@@ -59,6 +61,12 @@ def groups_of_log(
     require_groups(found.asked, log, config)
     if not found.pieces["train"]:
         raise max(found.shortages, key=lambda shortage: shortage[0])[1]
+    if config.levels != "none":
+        several = sum(any(levels) for piece in found.pieces["train"] for levels in piece["levels"][:])
+        log.notes.append(
+            f"data.levels={config.levels}: {several} of {sum(map(len, found.pieces['train']))} training groups rank "
+            "several likes; in the others nothing that was known follows before the cut."
+        )
     if config.split == "leave_one_out":
         log.notes.append(
             f"No training negative is an item that its user takes later: there were {sum(found.spared)} of those to "
@@ -95,6 +103,8 @@ def _find_groups(
             train_requests_per_user=per_user,
             first_seen=pd.Series(world.first_seen, index=world.names),
             unseen_positives=config.evaluation_candidates == "all",
+            levels=config.levels,
+            level_likes=config.level_likes,
         )
         training = requests["train"].table
         sampler = NegativeSampler(
@@ -108,7 +118,7 @@ def _find_groups(
         )
         kept = with_enough_candidates(requests, sampler, config)
         if len(training) and not len(kept["train"].table):
-            found.shortages.append(sampler.shortage(config.negatives, training, config.negatives_per_group))
+            found.shortages.append(sampler.shortage(config.negatives, training, _drawn(config)))
         pairs = zip(kept["train"].table["user"], kept["train"].table["timestamp"], strict=True)
         found.spared += [sampler.spared(user, timestamp) for user, timestamp in pairs]
         for split in SPLITS:
@@ -147,8 +157,8 @@ def _in_order(pieces: list[Dataset], file: Path) -> Dataset:
     if len(pieces) == 1:
         return pieces[0]
     rows = concatenate_datasets(pieces)
-    keys = rows.select_columns(["timestamp", "user", "positive_item"]).to_pandas()
-    order = keys.sort_values(["timestamp", "user", "positive_item"]).index.to_numpy()
+    keys = rows.select_columns(["timestamp", "user"]).to_pandas()
+    order = keys.sort_values(["timestamp", "user"], kind="stable").index.to_numpy()  # a user's rows are in one share
     return rows.select(order).flatten_indices(cache_file_name=str(file))
 
 
@@ -203,7 +213,7 @@ def with_enough_candidates(
 
     def enough(split: str, user: str, timestamp: int) -> bool:
         if split == "train":
-            return sampler.available_for_training(config.negatives, user, timestamp) >= config.negatives_per_group
+            return sampler.available_for_training(config.negatives, user, timestamp) >= _drawn(config)
         return sampler.available_for_evaluation(user, evaluated_until(config, timestamp)) >= config.evaluation_negatives
 
     kept = {}
@@ -231,15 +241,20 @@ def log_rows(
         title: item -> title.
         score: the oracle's score of a user's candidates, [] where the world is unknown.
     """
-    rows = []
-    for user, timestamp, positive, history in requests.table.itertuples(index=False, name=None):
+    table, rows = requests.table, []
+    likes = table["likes"] if "likes" in table else [None] * len(table)
+    for request, of_request in zip(zip(*(table[c] for c in COLUMNS), strict=True), likes, strict=True):
+        user, timestamp, positive, history = request
         if split == "train":
-            negatives = sampler.training(config.negatives, user, timestamp, config.negatives_per_group)
+            negatives = sampler.training(config.negatives, user, timestamp, _drawn(config))
         else:
             negatives = sampler.evaluation(
                 user, timestamp, config.evaluation_negatives, evaluated_until(config, timestamp)
             )
-        assert positive not in negatives, "a positive was drawn as its own negative"
+        others, levels = negatives, {}
+        if of_request is not None:
+            positive, others, levels = _in_levels(of_request, negatives, config)
+        assert positive not in others, "a positive was drawn as its own negative"
         rows.append(
             {
                 "user": user,
@@ -248,10 +263,26 @@ def log_rows(
                 "history_items": history,
                 "positive": title[positive],
                 "positive_item": positive,
-                "negatives": [title[item] for item in negatives],
-                "negative_items": negatives,
-                "oracle": score(user, [positive, *negatives]),
+                "negatives": [title[item] for item in others],
+                "negative_items": others,
+                "oracle": score(user, [positive, *others]),
                 "prompt": None,
             }
+            | levels
         )
     return rows
+
+
+def _drawn(config: DataConfig) -> int:
+    """How many negatives are drawn for a training request: as many more as likes of it may be among them."""
+    return config.negatives_per_group + (config.level_likes - 1 if config.levels != "none" else 0)
+
+
+def _in_levels(
+    likes: Sequence[Valued], drawn: Sequence[str], config: DataConfig
+) -> tuple[str, list[str], dict[str, list[Any]]]:
+    """The positive, all other items level by level, and the columns of ``LEVEL_FEATURES`` of a training request."""
+    liked = {item for item, _ in likes}
+    negatives = [item for item in drawn if item not in liked][: config.negatives_per_group]
+    found = ranked(likes, len(negatives), config.score_decay, config.unseen_score, config.level_likes)
+    return found.items[0], [*found.items[1:], *negatives], {"levels": found.levels, "scores": found.scores}

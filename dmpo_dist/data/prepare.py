@@ -127,6 +127,8 @@ def _preference_rows(preferences: Preferences, split: str) -> list[dict[str, Any
             "negative_items": list(group.titles[1:]),
             "oracle": [],
             "prompt": group.prompt,
+            "levels": list(group.levels),
+            "scores": list(group.scores),
         }
         for number, group in enumerate(preferences.splits[split], start=1)
     ]

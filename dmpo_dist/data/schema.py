@@ -1,6 +1,7 @@
 """The two tables everything starts from, and the row everything is made into."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -32,10 +33,15 @@ class Interactions:
 
 @dataclass(frozen=True)
 class PreferenceGroup:
-    """One prompt with one positive and K negative responses (titles).
+    """One prompt with one positive and K negative responses (titles), or with responses in levels.
 
     ``history`` holds titles, oldest first. ``prompt`` is set for rows that come with a finished prompt
     (TRL's preference format); the template is then not applied and ``history`` is empty.
+
+    Attributes:
+        levels: of the positive, then of each of ``negatives``, which holds all other responses: 0, the best, to the
+            last in ascending order; () for one positive and K negatives.
+        scores: of the same, how much each is preferred; () where that is not known.
     """
 
     user: str
@@ -44,3 +50,21 @@ class PreferenceGroup:
     positive: str
     negatives: tuple[str, ...]
     prompt: str | None = None
+    levels: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    def taking(self, columns: Sequence[int]) -> "PreferenceGroup":
+        """The group with these of its responses alone, counted from the positive, which is 0 and comes first."""
+        responses = (self.positive, *self.negatives)
+        return replace(
+            self,
+            positive=responses[columns[0]],
+            negatives=tuple(responses[column] for column in columns[1:]),
+            levels=tuple(self.levels[column] for column in columns) if self.levels else (),
+            scores=tuple(self.scores[column] for column in columns) if self.scores else (),
+        )
+
+
+def above_last(levels: Sequence[int]) -> int:
+    """How many responses stand above the last level, whose responses are the negatives; 1 where there are no levels."""
+    return len(levels) - levels.count(levels[-1]) if levels else 1

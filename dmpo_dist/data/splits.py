@@ -1,9 +1,12 @@
 """The requests of a log, split by global time or per user: a like, and the user's likes strictly before it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+
+from dmpo_dist.data.levels import next_likes
 
 SPLITS = ("train", "validation", "test")
 
@@ -14,7 +17,7 @@ class Requests:
 
     Attributes:
         table: columns ``user``, ``timestamp``, ``item`` (the positive) and ``history`` (list of items, oldest first),
-            sorted by (timestamp, user).
+            sorted by (timestamp, user); with levels, training requests also have ``likes``, see ``next_likes``.
         dropped: reason -> number of likes in the split's period that gave no request. These numbers and ``len(table)``
             add up to all likes of the period.
     """
@@ -44,6 +47,8 @@ def find_requests(
     train_requests_per_user: int,
     first_seen: pd.Series | None = None,
     unseen_positives: bool = False,
+    levels: Literal["none", "ratings", "repeats"] = "none",
+    level_likes: int = 0,
 ) -> dict[str, Requests]:
     """The requests of each split, from the whole log.
 
@@ -61,6 +66,7 @@ def find_requests(
             others do later.
         first_seen: item -> the first time anybody took it; needed where ``events`` holds only some of the users.
         unseen_positives: keep validation and test requests for items that nobody had taken before.
+        levels, level_likes: what training requests rank, see ``DataConfig``.
     """
     if first_seen is None:
         first_seen = events.groupby("item")["timestamp"].min()
@@ -82,6 +88,10 @@ def find_requests(
             table[period == number], min_history, keep, limit, unseen_positives and split != "train"
         )
         requests[split] = Requests(_with_history(chosen, table["item"].to_numpy()), dropped)
+        if split == "train" and levels != "none":
+            known_since = table["item"].map(first_seen).to_numpy()
+            ranked = next_likes(chosen, table, period == number, known_since, levels, level_likes)
+            requests[split] = Requests(_with_history(chosen.assign(likes=ranked), table["item"].to_numpy()), dropped)
     return requests
 
 
@@ -135,5 +145,5 @@ def _choose(
 def _with_history(chosen: pd.DataFrame, liked_items: np.ndarray) -> pd.DataFrame:
     spans = zip(chosen["history_start"], chosen["history_stop"], strict=True)
     history = pd.Series([liked_items[a:b].tolist() for a, b in spans], index=chosen.index, dtype=object)
-    table = chosen[["user", "timestamp", "item"]].assign(history=history)
+    table = chosen[["user", "timestamp", "item", *chosen.columns.intersection(["likes"])]].assign(history=history)
     return table.sort_values(["timestamp", "user", "item"], ignore_index=True)

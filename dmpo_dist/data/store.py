@@ -15,7 +15,7 @@ from dmpo_dist.artifacts.digest import damage
 from dmpo_dist.config import TemplateConfig
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.prompt_texts import PromptTexts, require_fields
-from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.data.schema import PreferenceGroup, above_last
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parsing
@@ -37,6 +37,9 @@ ROW_FEATURES = Features(
         "prompt": Value("string"),
     }
 )
+LEVEL_FEATURES = Features({"levels": List(Value("int64")), "scores": List(Value("float64"))})
+"""Columns that a training split has as well where a row has levels, or scores: see ``PreferenceGroup``. The column
+``negatives`` then holds all responses but the positive, level by level; [] stands for one positive and K negatives."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class PreparedData:
     """Preference groups ready to train and rank on.
 
     Attributes:
-        train, validation, test: rows with the columns of ``ROW_FEATURES``. ``oracle`` holds the true score of the
+        train, validation, test: rows with the columns of ``ROW_FEATURES``, training rows also with those of
+            ``LEVEL_FEATURES`` where any has levels. ``oracle`` holds the true score of the
             positive, then those of the negatives; it is empty unless the data is simulated. Rows of ready preferences
             have a ``prompt``, no history and no items ("" and []); their validation and test may be empty.
         items: columns item, title, genres and further texts; None for ready preferences.
@@ -96,8 +100,21 @@ class PreparedData:
         return replace(self, train=train, fingerprint=few_fingerprint(self.fingerprint, shots))
 
     def stored_negatives(self) -> list[int]:
-        """How many negatives each training group has."""
-        return pc.list_value_length(self.train.data.column("negatives")).to_pylist()
+        """How many negatives each training group has, among levels how many responses at the last one."""
+        counts = pc.list_value_length(self.train.data.column("negatives")).to_pylist()
+        if "levels" not in self.train.features:
+            return counts
+        above = map(above_last, self.train["levels"][:])
+        return [1 + others - number for others, number in zip(counts, above, strict=True)]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows came ready-made and may hold more negatives, or longer lists, one than another."""
+        return self.items is None or (self.interactions is None and any(self.lists()))
+
+    def lists(self) -> list[bool]:
+        """For each training group whether it has several positives or more than two levels."""
+        return [bool(levels) for levels in self.train["levels"][:]] if "levels" in self.train.features else []
 
 
 def texts_of_data(template: TemplateConfig, data: PreparedData) -> PromptTexts:
@@ -125,17 +142,22 @@ def group_from_row(row: Mapping[str, Any]) -> PreferenceGroup:
         positive=row["positive"],
         negatives=tuple(row["negatives"]),
         prompt=row["prompt"],
+        levels=tuple(row.get("levels", ())),
+        scores=tuple(row.get("scores", ())),
     )
 
 
 def groups_from_rows(rows: Dataset) -> list[PreferenceGroup]:
     """The preference groups of a split."""
-    columns = [field.name for field in fields(PreferenceGroup)]
+    columns = [field.name for field in fields(PreferenceGroup) if field.name in rows.features]
     return [group_from_row(row) for row in rows.select_columns(columns).to_list()]
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """A split made from ``rows``, which have the columns of ``ROW_FEATURES``."""
+    """A split made from ``rows``, which have the columns of ``ROW_FEATURES`` and maybe those of ``LEVEL_FEATURES``."""
+    if any(row.get(name) for row in rows for name in LEVEL_FEATURES):
+        features = Features(ROW_FEATURES | LEVEL_FEATURES)
+        return Dataset.from_dict({name: [row.get(name, []) for row in rows] for name in features}, features=features)
     return Dataset.from_dict({name: [row[name] for row in rows] for name in ROW_FEATURES}, features=ROW_FEATURES)
 
 
@@ -181,7 +203,8 @@ def _read_split(folder: Path, count: int) -> Dataset:
     # A damaged Arrow file can raise nearly any exception, depending on the byte that is wrong.
     except Exception as error:
         raise _damaged(folder, error) from None
-    if not isinstance(dataset, Dataset) or dataset.features != ROW_FEATURES or len(dataset) != count:
+    known = (ROW_FEATURES, Features(ROW_FEATURES | LEVEL_FEATURES))
+    if not isinstance(dataset, Dataset) or dataset.features not in known or len(dataset) != count:
         raise _damaged(folder, f"{count} rows of preference groups expected")
     return dataset
 

@@ -27,12 +27,21 @@ class TokenGroup:
         scored_from: for each branch, the index of its first scored id; those before it are prompt that differs
             from candidate to candidate (a merge over the boundary, say).
         prefix_scored: indices into ``prefix`` of the ids of history titles, where those are scored too.
+        levels, scores: of the candidates, as in ``PreferenceGroup``.
     """
 
     prefix: list[int]
     branches: tuple[list[int], ...]
     scored_from: tuple[int, ...]
     prefix_scored: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    def taking(self, columns: Sequence[int]) -> "TokenGroup":
+        """The group with these of its candidates alone, in this order."""
+        chosen = (self.branches, self.scored_from, self.levels, self.scores)
+        branches, scored_from, levels, scores = (tuple(of[c] for c in columns) if of else () for of in chosen)
+        return replace(self, branches=branches, scored_from=scored_from, levels=levels, scores=scores)
 
 
 class FittedPrompt(NamedTuple):
@@ -125,6 +134,8 @@ class GroupTokenizer:
             branches=tuple(responses),
             scored_from=(0,) * len(responses),
             prefix_scored=_history_positions(prompt, encoded, self._end_id()) if self.score_history else (),
+            levels=group.levels,
+            scores=group.scores,
         )
 
     def fit(self, group: PreferenceGroup, draw: int = 0, listed: Sequence[str] = ()) -> FittedPrompt:
@@ -220,7 +231,7 @@ def tokenize_rows(
     """
     groups = groups_from_rows(rows)
     if negatives is not None:
-        groups = [replace(group, negatives=group.negatives[:negatives]) for group in groups]
+        groups = [group.taking(range(1 + len(group.negatives[:negatives]))) for group in groups]
     return [tokenizer(group, draw) for group in groups]
 
 

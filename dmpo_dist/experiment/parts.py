@@ -17,7 +17,8 @@ from dmpo_dist.experiment.compute import equal_compute
 from dmpo_dist.experiment.datasets import named_path
 from dmpo_dist.experiment.grid import Free, GridCell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, START, GridConfig
-from dmpo_dist.training.groups import require_negatives
+from dmpo_dist.objectives.registry import make_objective
+from dmpo_dist.training.groups import require_levels, require_negatives
 from dmpo_dist.training.job import Kind
 
 Role = Literal["start", "continued", "compute", "cell"]
@@ -250,7 +251,8 @@ def _require_enough(config: RunConfig, cell: GridCell, data: PreparedData) -> No
             "that number out of the grid, or give the dataset a block of its own"
         )
     try:
-        require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.items is None)
+        require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.ragged)
+        require_levels(make_objective(config.objective), config.objective.name, data)
         if config.sft.history_order == "shuffled":
             require_reorderable(config, data)
     except UserError as error:

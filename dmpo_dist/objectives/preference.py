@@ -5,13 +5,18 @@ With r = beta * (policy - reference), w the positive and n the negatives of a gr
     dmpo       s(mean_n r_n - r_w)          Bai et al., arXiv 2405.16127
     sdpo       s(logsumexp_n(r_n - r_w))    Chen et al., arXiv 2406.09215
     dpo_pairs  mean_n s(r_n - r_w)          Rafailov et al., arXiv 2305.18290, averaged over the K pairs
+
+The others, among them those that take several positives and ordered lists, say theirs in their files.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from dmpo_dist.config.objective import PreferenceOptions
+from dmpo_dist.objectives.dynamic_beta import beta_factors
 from dmpo_dist.objectives.groups import Groups, boundary_negatives
 from dmpo_dist.objectives.likelihood import mean_token_nll, widen
 
@@ -27,8 +32,17 @@ class Preference(PreferenceOptions):
     A subclass gives ``preference_loss``. What is reported, each a sum over groups: ``loss``, ``preference_loss``
     (without the likelihood term), ``margin`` (r_w - mean r_n), ``accuracy`` (share of negatives the policy rates below
     the positive), ``reward_accuracy`` (the same for r), ``reward_positive`` and ``reward_negative`` (r_w, mean r_n),
-    ``logp_positive``, ``logp_negative`` (mean over negatives) and ``negatives`` (K kept).
+    ``logp_positive``, ``logp_negative`` (mean over negatives) and ``negatives`` (K kept). Among levels the positive is
+    the first response of the best one, and the negatives are all responses of lower ones.
     """
+
+    takes_levels: ClassVar[bool] = False
+    """Whether several positives and more than two levels have a meaning for it."""
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it needs ``Groups.scores``."""
+        return False
 
     @property
     def sums(self) -> tuple[str, ...]:
@@ -71,11 +85,13 @@ class Preference(PreferenceOptions):
         """As ``Loss``.
 
         Raises:
-            ValueError: a group without exactly one positive and at least one negative (checked on the CPU only, where
-                it costs no synchronisation).
+            ValueError: a group without exactly one positive and at least one negative, or with levels that the
+                objective does not take (checked on the CPU only, where it costs no synchronisation).
         """
         if policy.device.type == "cpu":
             groups.check()
+            if groups.has_lists and not self.takes_levels:
+                raise ValueError(f"{type(self).__name__} takes one positive and its negatives; for levels take MultDpo")
         policy = widen(policy)
         ratio = policy
         if self.needs_reference:
@@ -84,7 +100,7 @@ class Preference(PreferenceOptions):
             ratio = policy - widen(reference.detach())
         rewards = self.beta * (ratio / groups.lengths if self.length_normalize else ratio)  # (N,)
         negatives = self._selected(policy, groups)  # (N,) bool
-        preference = self.preference_loss(rewards, negatives, groups)  # (G,)
+        preference = self.preference_loss(self._scaled(rewards, policy, negatives, groups), negatives, groups)  # (G,)
         total, weight = preference, self.likelihood_weight
         if weight:
             total = preference + weight * mean_token_nll(policy, groups, history)
@@ -100,6 +116,14 @@ class Preference(PreferenceOptions):
         """softplus(z), mixed with the loss of the flipped preference."""
         e = self.label_smoothing
         return (1 - e) * softplus(z) + e * softplus(-z) if e else softplus(z)
+
+    def _scaled(self, rewards: Tensor, policy: Tensor, negatives: Tensor, groups: Groups) -> Tensor:
+        """(N,) rewards that lie as far from their positive's as ``dynamic_beta`` says; as they are without it."""
+        if not self.dynamic_beta:
+            return rewards
+        factors = beta_factors(policy.detach(), negatives, groups, self.dynamic_beta, self.dynamic_beta_margin)
+        positive = groups.positive(rewards)[groups.group_id]
+        return torch.where(negatives, positive + factors * (rewards - positive), rewards)
 
     def _selected(self, policy: Tensor, groups: Groups) -> Tensor:
         """(N,) bool: the negatives that count."""

@@ -14,15 +14,25 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.objectives.dmpo import Dmpo
 from dmpo_dist.objectives.dmpo_released import DmpoReleased
 from dmpo_dist.objectives.dpo_pairs import DpoPairs
+from dmpo_dist.objectives.ipo import Ipo
 from dmpo_dist.objectives.loss import Loss
+from dmpo_dist.objectives.mult_dpo import MultDpo
+from dmpo_dist.objectives.plackett_luce import PlackettLuce
 from dmpo_dist.objectives.preference import Preference
+from dmpo_dist.objectives.recpo import Recpo
 from dmpo_dist.objectives.sdpo import Sdpo
+from dmpo_dist.objectives.simpo import Simpo
 
 OBJECTIVES: dict[str, type[Preference]] = {
     "dmpo": Dmpo,
     "sdpo": Sdpo,
     "dpo_pairs": DpoPairs,
     "dmpo_released": DmpoReleased,
+    "ipo": Ipo,
+    "simpo": Simpo,
+    "recpo": Recpo,
+    "mult_dpo": MultDpo,
+    "plackett_luce": PlackettLuce,
 }
 MEMBERS = ("sums", "needs_reference", "scores_history", "initial", "__call__")
 

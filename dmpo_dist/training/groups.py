@@ -8,9 +8,12 @@ from typing import Literal, TypeVar
 from dmpo_dist.batching.layout import Cost, Layout, group_cost, lay_out
 from dmpo_dist.batching.plan import MicroBatch, Schedule, Step, deal
 from dmpo_dist.batching.targets import Targets
+from dmpo_dist.data.schema import above_last
+from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.objectives.groups import Groups
+from dmpo_dist.objectives.loss import Loss
 from dmpo_dist.training.job import Job
 
 T = TypeVar("T")
@@ -19,8 +22,9 @@ T = TypeVar("T")
 def groups_of(targets: Targets) -> Groups:
     """What a loss is told of the groups of a layout."""
     return Groups(
-        targets.group_id, targets.is_positive, targets.response_lengths, targets.n_groups, targets.history_lengths
-    )
+        targets.group_id, targets.is_positive, targets.response_lengths, targets.n_groups, targets.history_lengths,
+        targets.level, targets.scores, targets.n_levels,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,19 @@ class Batches:
         return group_cost(group, self.shared)
 
 
-def candidate_columns(stored: int, count: int, start: int) -> list[int]:
-    """The positive (0) and ``count`` of ``stored`` negatives from the ``start``-th on, cyclically; all if fewer."""
-    return [0, *(1 + (start + i) % stored for i in range(min(count, stored)))]
+def candidate_columns(stored: int, count: int, start: int, above: int = 1) -> list[int]:
+    """The positive (0) and ``count`` of ``stored`` negatives from the ``start``-th on, cyclically; all if fewer.
+
+    Among levels the ``above`` responses that stand above the last level are in every step, and the negatives that are
+    chosen among are those of the last one.
+    """
+    return [*range(above), *(above + (start + i) % stored for i in range(min(count, stored)))]
 
 
 def with_negatives(group: TokenGroup, count: int, start: int) -> TokenGroup:
     """``group`` with the candidates that ``candidate_columns`` names."""
-    chosen = candidate_columns(len(group.branches) - 1, count, start)
-    return TokenGroup(
-        group.prefix,
-        tuple(group.branches[i] for i in chosen),
-        tuple(group.scored_from[i] for i in chosen),
-        group.prefix_scored,
-    )
+    above = above_last(group.levels)
+    return group.taking(candidate_columns(len(group.branches) - above, count, start, above))
 
 
 def ahead(make: Callable[[int], T], first: int, last: int) -> Iterator[T]:
@@ -115,4 +118,33 @@ def require_negatives(
         raise UserError(
             f"{section}.negatives={wanted}, but the prepared data holds {have} negatives per group; lower "
             f"{section}.negatives, or prepare the data again with a higher data.negatives_per_group"
+        )
+
+
+def require_levels(loss: Loss, name: str, data: PreparedData) -> None:
+    """Whether ``loss`` can be trained on rows as those of ``data``.
+
+    Args:
+        name: what it is called.
+
+    Raises:
+        UserError: rows with several positives or more than two levels for a loss that compares one positive with
+            negatives, or rows without scores for one that needs them.
+    """
+    lists = sum(data.lists())
+    if lists and not getattr(loss, "takes_levels", False):
+        raise UserError(
+            f"objective.name={name} compares one positive with its negatives, but {lists} of {len(data.train)} "
+            f"training groups of {data.path} have several positives or more than two levels; set "
+            "objective.name=mult_dpo, plackett_luce or recpo, or prepare rows of one positive (data.levels=none)"
+        )
+    if not getattr(loss, "needs_scores", False):
+        return
+    scores = data.train["scores"][:] if "scores" in data.train.features else [[]] * len(data.train)
+    without = sum(not of_row or min(of_row) <= 0 for of_row in scores)
+    if without:
+        raise UserError(
+            f"objective.name={name} takes its margins from the scores of responses, but {without} of {len(data.train)} "
+            f"training groups of {data.path} have none, or one that is not above 0; prepare the data with "
+            "data.levels=ratings, write 'scores' beside 'ranked', or set objective.margin_weight=0"
         )

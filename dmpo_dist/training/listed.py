@@ -1,11 +1,10 @@
 """Training groups whose prompts list the candidates of the step they are used in."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from dmpo_dist.batching.layout import group_cost
 from dmpo_dist.data.candidates import balance_line, lists_as_stored, place_of, require_no_finished_prompts
-from dmpo_dist.data.schema import PreferenceGroup
+from dmpo_dist.data.schema import PreferenceGroup, above_last
 from dmpo_dist.data.store import PreparedData, groups_from_rows
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup
 from dmpo_dist.errors import UserError
@@ -43,11 +42,10 @@ class ListedGroups:
     def at(self, index: int, epoch: int) -> tuple[PreferenceGroup, tuple[str, ...]]:
         """The group whose candidates become responses, and what its prompt lists, in no particular order."""
         group = self._groups[index]
-        stored = (group.positive, *group.negatives)
-        chosen = candidate_columns(len(group.negatives), self._negatives, epoch * self._negatives)
+        stored, above = (group.positive, *group.negatives), above_last(group.levels)
+        chosen = candidate_columns(len(stored) - above, self._negatives, epoch * self._negatives, above)
         of_step = tuple(stored[column] for column in chosen)
-        responses = replace(group, negatives=of_step[1:] if self._responses else ())
-        return responses, stored if self._as_stored else of_step
+        return group.taking(chosen if self._responses else [0]), stored if self._as_stored else of_step
 
     def largest(self, epochs: int, shared: bool) -> int:
         """Tokens of the largest group in any of so many epochs; raises UserError where a list does not fit."""
@@ -84,7 +82,7 @@ def require_lists(job: Job, data: PreparedData) -> None:
         )
     if job.kind == "sft":
         wanted = 1 if lists_as_stored(data) else config.sft.negatives
-        require_negatives(data.stored_negatives(), wanted, fixed_rows=data.items is None, section="sft")
+        require_negatives(data.stored_negatives(), wanted, fixed_rows=data.ragged, section="sft")
     if job.kind == "preference" and config.reference.cache != "off":
         raise UserError(
             f"reference.cache={config.reference.cache} keeps one value for each response, but template.request lists "

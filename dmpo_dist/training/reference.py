@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmpo_dist.batching.layout import Layout
+from dmpo_dist.data.schema import above_last
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.scoring import deal_for_scoring, score_micro_batches
@@ -37,17 +38,18 @@ class ReferenceCache:
 
     Attributes:
         values: (n_groups, 1 + M) float32 on the CPU, the positive first, NaN where a group has fewer candidates.
-        stored: for each group how many negatives the data holds.
+        stored: for each group how many negatives the data holds, and how many responses stand above them.
         negatives: K of a step.
     """
 
     values: Tensor
-    stored: Sequence[int]
+    stored: Sequence[tuple[int, int]]
     negatives: int
 
     def __call__(self, layout: Layout, groups: Sequence[int], epoch: int) -> Tensor:
         """(R,) log-probs of the responses of ``groups`` with the negatives of ``epoch``, in the order of the layout."""
-        columns = [candidate_columns(self.stored[g], self.negatives, epoch * self.negatives) for g in groups]
+        stored = (self.stored[group] for group in groups)
+        columns = [candidate_columns(n, self.negatives, epoch * self.negatives, above) for n, above in stored]
         rows = [g for g, of_group in zip(groups, columns, strict=True) for _ in of_group]
         values = self.values[rows, [column for of_group in columns for column in of_group]]
         return values.to(layout.input_ids.device, non_blocking=True)
@@ -89,7 +91,8 @@ class ReferencePass:
         Raises:
             UserError: on every rank, if a complete cache is damaged or a log-prob is not finite.
         """
-        stored = [len(group.branches) - 1 for group in groups]
+        above = [above_last(group.levels) for group in groups]
+        stored = [(len(group.branches) - number, number) for group, number in zip(groups, above, strict=True)]
         needed = [replace(with_negatives(group, self.negatives * self.epochs, 0), prefix_scored=()) for group in groups]
         width = max(len(group.branches) for group in needed)
         named = {**(key or {}), "candidates": width, "groups": len(groups), "tokens": token_digest(needed)}

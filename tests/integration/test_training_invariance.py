@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import softplus
+from worlds import prepared
 
 from dmpo_dist.batching.plan import Schedule
 from dmpo_dist.config import LoraConfig, ModelConfig, RunConfig, TemplateConfig
@@ -40,6 +41,7 @@ OTHER = [
     ("zero3", {"reference": {"cache": "disk"}}),
 ]
 QLORA = {"lora": LoraConfig(r=4, alpha=8).model_dump(), "quantization": "nf4"}
+LEVELED_STEPS = 3
 LIKELIHOOD = {"objective": {"beta": 0.5, "sft_weight": 2.0, "sft_loss_on": "all_titles"}}
 
 
@@ -51,6 +53,9 @@ def project(world, tmp_path_factory) -> Path:
         (folder / name).symlink_to(world.folder / name)
     for stage in (0, 2, 3):
         (folder / f"{SGD}{stage}.json").write_text(json.dumps(sgd_config(stage)))
+    leveled = prepared(folder / "leveled", levels="ratings", train_requests_per_user=3)
+    assert leveled.items.equals(world.data.items), "the model knows these titles"
+    assert max(max(levels, default=0) for levels in leveled.train["levels"][:]) == 2
     return folder
 
 
@@ -107,6 +112,15 @@ def sft_job(project: Path, name: str, deepspeed: str, **sft) -> dict:
     return entry | {"kind": "sft"}
 
 
+def leveled_job(project: Path, name: str, deepspeed: str, **sections) -> dict:
+    """Mult-DPO on groups of up to five likes in two levels, above three negatives."""
+    train = {"steps": LEVELED_STEPS, "validate_every": LEVELED_STEPS} | sections.pop("train", {})
+    objective = {"name": "mult_dpo"}
+    return job(
+        project, name, deepspeed, data={"path": str(project / "leveled")}, train=train, objective=objective, **sections
+    )
+
+
 def run_ranks(project: Path, jobs: list[dict], ranks: int) -> None:
     """Run ``jobs`` one after the other in ``ranks`` processes."""
     file = project / f"jobs{ranks}.json"
@@ -139,6 +153,7 @@ def results(project):
         job(project, "one-adapter", "zero0", start="adapter"),
         job(project, "one-nf4", "zero0", model=QLORA),
         job(project, "one-likelihood", "zero0", **LIKELIHOOD),
+        leveled_job(project, "one-leveled", "zero0"),
         sft_job(project, "one-given", "zero0", loss_on="all_titles"),
         sft_job(project, "one-shuffled", "zero0", loss_on="all_titles", history_order="shuffled"),
     ]
@@ -159,6 +174,8 @@ def results(project):
             **LIKELIHOOD,
         )
     ]
+    two += [leveled_job(project, "two-leveled-zero2", "zero2", train={"token_budget": 250})]
+    two += [leveled_job(project, "two-leveled-cached", "zero3", reference={"cache": "memory"})]
     two += [sft_job(project, "two-shuffled", "zero2", loss_on="all_titles", history_order="shuffled", token_budget=130)]
     run_ranks(project, one, 1)
     run_ranks(project, two, 2)
@@ -170,20 +187,32 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file if file.exists() else folder / "model.safetensors")
 
 
-def batches(project: Path):
+def batches(data: PreparedData, project: Path, steps: int):
     """The token groups of every step, from the schedule alone."""
-    data = PreparedData.load(project / "data")
     tokenizer = load_tokenizer(find_model(str(project / "model")))
     template = make_template(TemplateConfig(item="{title}{end}", preamble="", request=""), tokenizer)
     groups = tokenize_rows(data.train, GroupTokenizer(tokenizer, template, 128))
     schedule = Schedule(len(groups), BATCH, 0)
-    for step in range(STEPS):
+    for step in range(steps):
         epoch = schedule.epoch_of(step)
         yield [with_negatives(groups[g], K, epoch * K) for g in schedule.groups(step)]
 
 
-def plain_loss(model, reference, groups) -> torch.Tensor:
-    """DMPO (arXiv 2405.16127) over the whole batch, a row per response."""
+def dmpo(rewards: torch.Tensor, levels: tuple[int, ...]) -> torch.Tensor:
+    """arXiv 2405.16127."""
+    return softplus(rewards[1:].mean() - rewards[0])
+
+
+def mult_dpo(rewards: torch.Tensor, levels: tuple[int, ...]) -> torch.Tensor:
+    """arXiv 2606.10078, eq. 24: each response above the last level drawn from its level and those below."""
+    levels = levels or (0, *[1] * (len(rewards) - 1))
+    below = [torch.stack([r for r, level in zip(rewards, levels, strict=True) if level >= own]) for own in levels]
+    drawn = [rest.logsumexp(0) - r for r, rest, own in zip(rewards, below, levels, strict=True) if own < max(levels)]
+    return torch.stack(drawn).sum()
+
+
+def plain_loss(model, reference, groups, form) -> torch.Tensor:
+    """The mean of ``form`` over the whole batch, a row per response."""
 
     def log_prob(network, prefix, branch):
         ids = torch.tensor([prefix + branch])
@@ -197,13 +226,12 @@ def plain_loss(model, reference, groups) -> torch.Tensor:
             with torch.no_grad():
                 base = log_prob(reference, group.prefix, branch)
             rewards.append(0.5 * (log_prob(model, group.prefix, branch) - base))
-        total = total + softplus(torch.stack(rewards[1:]).mean() - rewards[0])
+        total = total + form(torch.stack(rewards), group.levels)
     return total / len(groups)
 
 
-@pytest.fixture(scope="module")
-def oracle(project):
-    """Step-1 gradients and the weights after all steps, by plain torch."""
+def train_plainly(project: Path, entry: dict, form):
+    """Step-1 gradients and the weights after all steps of the job ``entry``, by plain torch."""
     model = load_causal_lm(str(project / "model"), ModelConfig(max_length=128)).train()
     reference = copy.deepcopy(model)
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -211,17 +239,22 @@ def oracle(project):
         [{"params": decay}, {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}],
         lr=0.0, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8,
     )  # fmt: skip
-    stage = RunConfig.model_validate(job(project, "none", "zero0")["config"]).train
-    first = None
-    for step, groups in enumerate(batches(project)):
+    config = RunConfig.model_validate(entry["config"])
+    steps, first = config.train.steps, None
+    for step, groups in enumerate(batches(PreparedData.load(config.data.path), project, steps)):
         optimizer.zero_grad()
-        plain_loss(model, reference, groups).backward()
+        plain_loss(model, reference, groups, form).backward()
         first = first or {n: p.grad.clone() for n, p in model.named_parameters()}
-        torch.nn.utils.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, STEPS, stage)
+            group["lr"] = learning_rate(step, steps, config.train)
         optimizer.step()
     return first, {n: p.detach() for n, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def oracle(project):
+    return train_plainly(project, job(project, "none", "zero0"), dmpo)
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -276,6 +309,16 @@ def test_histories_in_a_new_order(results):
     """Every rank draws the same orders; and they are not those of the log."""
     assert largest_difference(results["one-shuffled"], results["two-shuffled"]) < 1e-5
     assert largest_difference(results["one-shuffled"], results["one-given"]) > 1e-3
+
+
+def test_levels(project, results):
+    """Several positives in two levels: one rank as plain torch, two under ZeRO-2 and ZeRO-3 as one."""
+    _, expected = train_plainly(project, leveled_job(project, "none", "zero0"), mult_dpo)
+    one = results["one-leveled"]
+    assert largest_difference(one, {name: t for name, t in expected.items() if name in one}) < 1e-5
+    assert largest_difference(one, weights(project / "model")) > 1e-3
+    for name in ("two-leveled-zero2", "two-leveled-cached"):
+        assert largest_difference(one, results[name]) < 1e-5
 
 
 def test_records(project, results):

@@ -37,16 +37,16 @@ def as_text(row: dict[str, Any], where: str) -> dict[str, Any]:
         prompt = row["chosen"][:-1]
         responses = [_behind(prompt, side, where) for side in responses]
     return row | {
-        "prompt": _prompt(prompt, where),
-        "chosen": _only(responses[0], "assistant", "chosen", where),
-        "rejected": [_only(side, "assistant", "rejected", where) for side in responses[1:]],
+        "prompt": prompt_text(prompt, where),
+        "chosen": only_message(responses[0], "assistant", "chosen", where),
+        "rejected": [only_message(side, "assistant", "rejected", where) for side in responses[1:]],
     }
 
 
-def _prompt(value: Any, where: str) -> Any:
+def prompt_text(value: Any, where: str) -> Any:
     """The text of a single question, or the messages that lead to one as ``text_of`` writes them."""
     if not is_conversation(value) or len(value) == 1:
-        return _only(value, "user", "prompt", where)
+        return only_message(value, "user", "prompt", where)
     roles = [message.get("role") for message in value]
     spoken = roles[1:] if roles[0] == "system" else roles
     if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"]:
@@ -67,7 +67,7 @@ def _behind(prompt: list[Any], side: Any, where: str) -> Any:
     return side[-1:]
 
 
-def _only(value: Any, role: str, key: str, where: str) -> Any:
+def only_message(value: Any, role: str, key: str, where: str) -> Any:
     """The text of a conversation that is one message of ``role``; what is no conversation stays as it is."""
     if not is_conversation(value):
         return value

@@ -41,6 +41,11 @@ def with_kind(config: DataConfig, echo: Callable[[str], None]) -> DataConfig:
     elif source.kind is None:
         echo(f"{source.path}: read as data.source.kind={kind}")
     _require_used(source, kind)
+    if config.levels != "none" and kind in READY_ROWS:
+        raise UserError(
+            f"data.levels={config.levels} ranks the likes of a log, but {kind} rows say by themselves what is "
+            "preferred; leave it out, and write levels as 'ranked': [[best], [next, ...], ...] (docs/DATA.md)"
+        )
     if config.stream and kind != "parquet":
         raise UserError(f"data.stream=true reads Parquet shards, but {source.path} is {kind}; set data.stream=false")
     if source.articles == "first" and kind not in ("movielens", "recbole"):
@@ -102,6 +107,6 @@ def kind_of(path: Path) -> Kind:
 def _kind_of_rows(file: Path) -> Kind | None:
     """The kind of ready rows in ``file``, by the keys of its first row; None where it holds something else."""
     keys = first_keys(file) if file.suffix in EXTENSIONS else set()
-    if {"chosen", "rejected"} <= keys:
+    if {"chosen", "rejected"} <= keys or "ranked" in keys:
         return "preferences"
     return "sdpo" if {"itemList", "trueSelection"} <= keys else None

@@ -1,13 +1,17 @@
-"""Ready preference rows, merged into groups. This module parses TRL's format; other formats pass a parser."""
+"""Ready preference rows, merged into groups. This module parses TRL's format, and rows with levels (``ranked``); other
+formats pass a parser.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dmpo_dist.data.sources.conversations import as_text, is_conversation
+from dmpo_dist.data.sources.conversations import as_text, is_conversation, prompt_text
+from dmpo_dist.data.sources.ranked import history_of, ranked_of
 from dmpo_dist.data.sources.rowfiles import read_rows, shorten, split_files
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.titles import ENTITY
@@ -20,13 +24,14 @@ HELD_OUT = 0.1  # share of a single file's prompts for validation, and again for
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """One chosen and K distinct rejected responses to a prompt or history.
+    """One chosen and K distinct rejected responses to a prompt or history, or responses in levels.
 
     Attributes:
         prompt: finished prompt; None where the template makes it from ``history``.
         history: titles, oldest first; () where only the prompt is known.
         titles: the titles that the responses stand for, chosen first; () where responses are free text.
         shown_at: (position of the chosen one, number of candidates) in each list of candidates that the source showed.
+        levels, scores: of the chosen one, then of each of ``rejected``; see ``PreferenceGroup``.
     """
 
     prompt: str | None
@@ -35,6 +40,22 @@ class PreferenceRow:
     history: tuple[str, ...] = ()
     titles: tuple[str, ...] = ()
     shown_at: tuple[tuple[int, int], ...] = ()
+    levels: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    @property
+    def _below(self) -> list[bool]:
+        return [level > 0 for level in self.levels[1:]] if self.levels else [True] * len(self.rejected)
+
+    @property
+    def beaten(self) -> tuple[str, ...]:
+        """The responses that the chosen one is preferred to."""
+        return tuple(compress(self.rejected, self._below))
+
+    def with_one_positive(self) -> "PreferenceRow":
+        """The chosen response against those it is preferred to, as validation and test rank it."""
+        titles = self.titles[:1] + tuple(compress(self.titles[1:], self._below))
+        return replace(self, rejected=self.beaten, titles=titles, levels=(), scores=())
 
 
 @dataclass(frozen=True)
@@ -93,13 +114,30 @@ def load_preferences(path: Path | None, seed: int, parse: Parser | None = None) 
         splits = _split(groups, seed)
         if not splits["test"]:
             notes.append(f"{len(groups)} groups are too few to hold any out: all are training groups.")
-        return Preferences(splits, path.stem, notes)
+        return Preferences(_evaluable(splits, notes), path.stem, notes)
     splits: dict[str, list[PreferenceRow]] = {split: [] for split in SPLITS}
     notes = []
     for split, file in split_files(path).items():
         splits[split], file_notes = read_groups(file, parse)
         notes += [f"{file.name}: {note}" for note in file_notes]
-    return Preferences(splits, path.resolve().name, notes)
+    return Preferences(_evaluable(splits, notes), path.resolve().name, notes)
+
+
+def _evaluable(splits: dict[str, list[PreferenceRow]], notes: list[str]) -> dict[str, list[PreferenceRow]]:
+    """``splits`` with one positive in every row to evaluate, as metrics are of one; notes on levels are added."""
+    lists = sum(bool(group.levels) for group in splits["train"])
+    if lists:
+        count = len(splits["train"])
+        notes.append(f"{lists} of {count} training groups have several positives or more than two levels.")
+    held_out = [group for split in SPLITS[1:] for group in splits[split] if group.levels]
+    if held_out:
+        left_out = sum(len(group.rejected) - len(group.beaten) for group in held_out)
+        notes.append(
+            f"{len(held_out)} validation and test groups with levels rank the first best response among all of lower "
+            f"levels; {left_out} other best ones are left out there."
+        )
+    evaluated = {split: [group.with_one_positive() for group in splits[split]] for split in SPLITS[1:]}
+    return {"train": splits["train"], **evaluated}
 
 
 def read_groups(file: Path, parse: Parser) -> tuple[list[PreferenceRow], list[str]]:
@@ -111,7 +149,8 @@ def read_groups(file: Path, parse: Parser) -> tuple[list[PreferenceRow], list[st
         raise UserError(f"{file}: holds no rows; is this the right file?")
     merged: dict[tuple[Any, ...], list[PreferenceRow]] = {}
     for row in rows:
-        merged.setdefault((row.prompt, row.history, row.chosen), []).append(row)
+        ranks = (row.rejected, row.levels, row.scores) if row.levels or row.scores else ()  # kept as they are
+        merged.setdefault((row.prompt, row.history, row.chosen, ranks), []).append(row)
     groups = [_merge(same) for same in merged.values()]
     notes = [f"{len(parsed) - len(rows)} rows left out whose candidates are one title."] * (len(rows) < len(parsed))
     if len(groups) < len(rows):
@@ -124,8 +163,8 @@ def read_groups(file: Path, parse: Parser) -> tuple[list[PreferenceRow], list[st
 
 def _contradictions(groups: list[PreferenceRow]) -> list[str]:
     """A note on pairs of responses that are preferred both ways after one prompt, which teach nothing."""
-    pairs = {(g.prompt, g.history, g.chosen, other) for g in groups for other in g.rejected}
-    both = [(g, other) for g in groups for other in g.rejected if (g.prompt, g.history, other, g.chosen) in pairs]
+    pairs = {(g.prompt, g.history, g.chosen, other) for g in groups for other in g.beaten}
+    both = [(g, other) for g in groups for other in g.beaten if (g.prompt, g.history, other, g.chosen) in pairs]
     if not both:
         return []
     group, other = both[0]
@@ -153,12 +192,14 @@ def _merge(same: list[PreferenceRow]) -> PreferenceRow:
     rejected = tuple(dict.fromkeys(text for row in same for text in row.rejected))
     titles = first.titles[:1] + tuple(dict.fromkeys(title for row in same for title in row.titles[1:]))
     shown_at = tuple(shown for row in same for shown in row.shown_at)
-    return PreferenceRow(first.prompt, first.chosen, rejected, first.history, titles, shown_at)
+    return replace(first, rejected=rejected, titles=titles, shown_at=shown_at)
 
 
 def _parse_trl_row(row: Any, where: str) -> PreferenceRow:
     if not isinstance(row, dict):
         raise UserError(f"{where}: {shorten(row)} is not an object with {', '.join(KEYS)}")
+    if row.get("ranked") is not None:
+        return _parse_ranked_row(row, where)
     for key in KEYS:
         if row.get(key) is None and not (key == "prompt" and is_conversation(row.get("chosen"))):
             exist = ", ".join(map(repr, row)) or "no keys"
@@ -175,6 +216,23 @@ def _parse_trl_row(row: Any, where: str) -> PreferenceRow:
     return PreferenceRow(
         row["prompt"], row["chosen"], tuple(rejected), shown_at=() if shown_at is None else (shown_at,)
     )
+
+
+def _parse_ranked_row(row: dict[str, Any], where: str) -> PreferenceRow:
+    """``prompt`` or ``history``, and ``ranked``: lists of responses, best first; ``scores`` in the same form if any."""
+    both = [key for key in ("chosen", "rejected") if row.get(key) is not None]
+    if both:
+        raise UserError(f"{where}: both 'ranked' and {both[0]!r}; keep 'ranked', or chosen and rejected responses")
+    ranked = ranked_of(row, where)
+    responses, levels = ranked.responses, ranked.levels
+    if row.get("prompt") is None:
+        history = history_of(row, where)
+        return PreferenceRow(None, responses[0], responses[1:], history, responses, (), levels, ranked.scores)
+    prompt = prompt_text(row["prompt"], where)
+    _check_text(prompt, "prompt", where)
+    shown = _position_in(prompt, list(responses))
+    shown_at = () if shown is None else (shown,)
+    return PreferenceRow(prompt, responses[0], responses[1:], (), (), shown_at, levels, ranked.scores)
 
 
 def _position_in(prompt: str, candidates: list[str]) -> tuple[int, int] | None:
