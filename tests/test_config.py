@@ -245,7 +245,7 @@ def test_what_is_shown_are_the_keys_that_differ(tmp_path):
 
 def test_a_run_on_this_machine_keeps_no_settings_of_clusters():
     saved = yaml.safe_load(dump_config(RunConfig()))
-    assert set(RunConfig.model_fields) - set(saved) == {"submit"}
+    assert set(RunConfig.model_fields) - set(saved) == {"submit", "serving"}
     nodes = RunConfig.model_validate({"submit": {"nodes": 2}})
     assert yaml.safe_load(dump_config(nodes)) == nodes.model_dump(mode="json")
 

@@ -44,7 +44,7 @@ def recommend(
     if bool(history) == (user is not None):
         raise UserError("say for whom: --history TITLE TITLE ..., oldest first, or --user NAME of the prepared data")
     source = find_model(model)
-    config = within_context([source], _with_data(config, Path(source.path)))
+    config = within_context([source], with_trained_data(config, Path(source.path)))
     template = enforce_template(source.stamp, config.template, model)
     require_given_candidates(template, model, "use dmpo rank with a column 'candidates'")
     catalogue = read_catalogue(catalogue_file or _data_path(config))
@@ -64,7 +64,7 @@ def recommend(
     console.print(terminal(Table("", ["title", "id", "rank", "score"], texts(rows), text_columns=2)))
 
 
-def _with_data(config: RunConfig, model: Path) -> RunConfig:
+def with_trained_data(config: RunConfig, model: Path) -> RunConfig:
     """``config`` with the data that ``model`` was trained on where it names none and the run's folder says so."""
     path = read_config(model.parent / CONFIG_FILE).get("data", {}).get("path")
     if config.data.path is not None or path is None or not Path(path).is_dir():

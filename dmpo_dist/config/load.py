@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from dmpo_dist.config.objective import BUILT_IN, CUSTOM, options_below
 from dmpo_dist.config.run import RunConfig
 from dmpo_dist.config.section import dotted
+from dmpo_dist.config.serving import ServingConfig
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parse_yaml, read_text, require_plain
@@ -115,12 +116,14 @@ def dump_config(config: RunConfig, extent: Extent = "saved") -> str:
     """The configuration as YAML that ``load_config`` reads back equal.
 
     Args:
-        extent: ``all`` keys, those that differ from their defaults (``changed``), or all but a ``submit`` section that
-            is wholly default (``saved``, what a run's folder keeps).
+        extent: ``all`` keys, those that differ from their defaults (``changed``), or all but ``submit`` and ``serving``
+            where these are wholly default (``saved``, what a run's folder keeps).
     """
     content = changed_values(config) if extent == "changed" else config.model_dump(mode="json")
-    if extent == "saved" and config.submit == SubmitConfig():
-        del content["submit"]
+    if extent == "saved":
+        for name, default in (("submit", SubmitConfig()), ("serving", ServingConfig())):
+            if getattr(config, name) == default:
+                del content[name]
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if any(mark in text for mark in "\x85\u2028\u2029"):  # PyYAML reads these line breaks as spaces unless escaped
         text = yaml.safe_dump(content, sort_keys=False)

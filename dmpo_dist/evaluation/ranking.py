@@ -69,17 +69,32 @@ class TitleScorer:
         Raises:
             UserError: a score that is not finite, or a title without popularity where that is corrected for.
         """
-        ranking = self._config.ranking
         log_probs = log_probs_of(self.policy, groups, whole_catalogue)
-        references: Sequence[np.ndarray | None] = [None] * len(groups)
-        if ranking.reference is not None and self.reference is not None:
-            references = log_probs_of(self.reference, groups, whole_catalogue)
+        references = log_probs_of(self.reference, groups, whole_catalogue) if self.subtracts_reference else None
+        prior = self.policy.prior(titles, user, timestamp) if self._config.ranking.prior_weight else None
+        return self.combined(groups, titles, user, log_probs, references, prior)
+
+    @property
+    def subtracts_reference(self) -> bool:
+        """Whether titles are ranked by a difference to the reference."""
+        return self._config.ranking.reference is not None and self.reference is not None
+
+    def combined(
+        self, groups: Sequence[TokenGroup], titles: Sequence[str], user: str, log_probs: Sequence[np.ndarray],
+        references: Sequence[np.ndarray] | None, prior: np.ndarray | None,
+    ) -> np.ndarray:  # fmt: skip
+        """(n, R) float64, what ``scores`` gives, from log-probs that were computed elsewhere.
+
+        Args:
+            log_probs, references: (R,) for each of ``groups``, of the model and of the reference where that counts.
+            prior: (R,) of ``titles`` after an empty history, where that counts.
+        """
+        ranking = self._config.ranking
         popularity = self._popularity(titles)
-        prior = self.policy.prior(titles, user, timestamp) if ranking.prior_weight else None
         weights = (ranking.length_normalize, ranking.popularity_weight, prior, ranking.prior_weight)
         scores = np.stack([
             adjusted(own, scored_lengths(group), other, popularity, *weights)
-            for own, other, group in zip(log_probs, references, groups, strict=True)
+            for own, other, group in zip(log_probs, references or [None] * len(groups), groups, strict=True)
         ])  # fmt: skip
         if not np.isfinite(scores).all():
             raise UserError(
@@ -87,6 +102,15 @@ class TitleScorer:
                 f"are damaged, or model.dtype={self._config.model.dtype} is too narrow: try model.dtype=float32"
             )
         return scores
+
+    def follow(self, catalogue: Catalogue) -> None:
+        """Take the popularity of ``catalogue`` from now on, where rankings are corrected by it.
+
+        Raises:
+            UserError: it does not say how often titles were taken.
+        """
+        if self._config.ranking.popularity_weight:
+            self._log_popularity = self._popularity_of(catalogue)
 
     def _popularity_of(self, catalogue: Catalogue | None) -> dict[str, float]:
         if catalogue is None or catalogue.counts is None:
