@@ -1,7 +1,7 @@
 """`dmpo serve`: a ranker that answers over HTTP."""
 
-from contextlib import AbstractContextManager, contextmanager
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from rich.console import Console

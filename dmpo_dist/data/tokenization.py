@@ -16,7 +16,6 @@ from dmpo_dist.data.store import groups_from_rows
 from dmpo_dist.data.template import Prompt, Template, special_tokens
 from dmpo_dist.errors import UserError
 
-
 MOST_REMEMBERED = 500_000
 """Titles whose ids are kept; more than catalogues usually have."""
 

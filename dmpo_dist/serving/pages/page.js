@@ -1,5 +1,6 @@
 "use strict";
 const at = id => document.getElementById(id);
+const STRONGEST = 3;
 const lines = id => at(id).value.split("\n").map(line => line.trim()).filter(Boolean);
 
 function headers() {
@@ -66,7 +67,20 @@ function bar(value, largest) {
   return whole;
 }
 
-const signed = value => (value < 0 ? "\u2212" : "+") + Math.abs(value).toFixed(Math.abs(value) < 0.1 ? 3 : 2);
+function signed(value) {
+  const text = Math.abs(value).toFixed(Math.abs(value) < 0.1 ? 3 : 2);
+  return Number(text) === 0 ? "0" : (value < 0 ? "\u2212" : "+") + text;
+}
+
+function listed(items, place, largest) {
+  const list = make("ul", "items");
+  for (const item of items) {
+    const value = item.contributions[place], part = make("li");
+    part.append(make("span", "", item.title), bar(value, largest), make("span", "value", signed(value)));
+    list.append(part);
+  }
+  return list;
+}
 
 function show(results, explained) {
   const columns = explained ? explained.history : [];
@@ -76,13 +90,14 @@ function show(results, explained) {
     line.append(make("span", "rank", place + 1), make("span", "name", result.title),
       make("span", "score", result.score.toFixed(2)));
     row.append(line);
-    const items = make("ul", "items");
-    for (const item of columns) {
-      const value = item.contributions[place], part = make("li");
-      part.append(make("span", "", item.title), bar(value, largest), make("span", "value", signed(value)));
-      items.append(part);
+    const size = item => Math.abs(item.contributions[place]);
+    const strongest = columns.toSorted((one, other) => size(other) - size(one)).slice(0, STRONGEST);
+    row.append(listed(columns.filter(item => strongest.includes(item)), place, largest));
+    if (columns.length > STRONGEST) {
+      const all = make("details");
+      all.append(make("summary", "soft", `all ${columns.length} history items`), listed(columns, place, largest));
+      row.append(all);
     }
-    row.append(items);
     return row;
   }));
   at("result").hidden = false;

@@ -1,0 +1,104 @@
+"""The engine's scores against those of each group alone, whatever shares the row, and a bounded memory of prompts."""
+
+from concurrent.futures import CancelledError
+
+import numpy as np
+import pytest
+from conftest import random_groups, tiny_model
+
+from dmpo_dist.modeling import trie_attention
+from dmpo_dist.modeling.token_scorer import TokenScorer
+from dmpo_dist.serving.engine import Engine
+from dmpo_dist.serving.prefix_cache import PrefixCache
+
+KINDS = [
+    ("llama", {}),
+    ("gpt2", {}),
+    ("gemma3", {"window": 7}),
+    ("gemma2", {"window": 7, "attn_logit_softcapping": 2.0}),
+    ("gpt_oss", {}),  # sinks: separate rows
+]
+
+
+class Scoring:
+    """A ``RankingModel`` as far as the engine knows it."""
+
+    def __init__(self, scorer):
+        self.load_weights, self.score_row, self.score_groups = lambda: scorer, scorer.score_row, scorer.score
+
+
+@pytest.fixture
+def engine(request):
+    made = []
+
+    def make(scorer, budget, cache_bytes):
+        made.append(Engine([Scoring(scorer)], budget, cache_bytes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind for kind, _ in KINDS])
+def test_scores_do_not_depend_on_what_shares_the_row(engine, kind, options, monkeypatch):
+    monkeypatch.setattr(trie_attention, "MAX_SCORES", 500)  # several slices in a part
+    scorer = TokenScorer(tiny_model(kind, **options).eval(), 4096, 256)
+    groups = random_groups(12, seed=3)  # among them prompts of one token
+    alone = [scorer.score([group])[0] for group in groups]
+    for budget, cache in ((16, 0), (64, 10**7), (4096, 10**7)):
+        served = engine(scorer, budget, cache)
+        futures = [served.submit(group) for group in [*groups, *groups[::-1]]]
+        for future, expected in zip(futures, [*alone, *alone[::-1]], strict=True):
+            np.testing.assert_allclose(future.result(60), expected, rtol=1e-6, atol=1e-5)
+        again = [served.submit(group).result(60) for group in groups]
+        for seen, expected in zip(again, alone, strict=True):
+            np.testing.assert_allclose(seen, expected, rtol=1e-6, atol=1e-5)
+        if kind == "gpt_oss":
+            continue
+        assert served.counts.shared_rows
+        assert served.caches[0].hits >= len(groups) - 2 if cache else served.caches[0].held_bytes == 0
+
+
+def test_a_failure_and_a_cancelled_group_leave_the_others_alone(engine, monkeypatch):
+    scorer = TokenScorer(tiny_model("llama").eval(), 4096, 256)
+    first, second, third = random_groups(3, seed=5)
+    expected = scorer.score([third])[0]
+    served = engine(scorer, 4096, 10**7)
+    working = scorer.score_row
+    monkeypatch.setattr(served._models[0], "score_row", lambda row: 1 / 0)
+    failing = served.submit(first)
+    with pytest.raises(ZeroDivisionError):
+        failing.result(60)
+    monkeypatch.setattr(served._models[0], "score_row", working)
+    dropped = served.submit(second)
+    dropped.cancel()
+    np.testing.assert_allclose(served.submit(third).result(60), expected, rtol=1e-6, atol=1e-5)
+    if dropped.cancelled():
+        with pytest.raises(CancelledError):
+            dropped.result()
+    assert served.waiting == 0
+
+
+def test_the_memory_of_prompts_stays_below_its_bound(engine):
+    scorer = TokenScorer(tiny_model("llama").eval(), 4096, 256)
+    served = engine(scorer, 4096, 200_000)
+    for group in random_groups(120, seed=7):
+        served.submit(group).result(60)
+        assert 0 < served.caches[0].held_bytes <= 200_000
+    kept = [size for _, size in served.caches[0]._kept.values()]
+    assert sum(kept) == served.caches[0].held_bytes
+    assert len(kept) < 120
+
+
+def test_the_prompt_used_longest_ago_goes_first():
+    import torch
+
+    cache, layer = PrefixCache(3000), torch.nn.Identity()
+    for prompt in ([1], [2], [3]):
+        cache.put(prompt, {layer: (torch.zeros(125), torch.zeros(125))})  # 1,000 bytes
+    assert cache.get([1]) is not None
+    cache.put([4], {layer: (torch.zeros(125), torch.zeros(125))})
+    assert [cache.get([n]) is not None for n in (1, 2, 3, 4)] == [True, False, True, True]
+    cache.put([5], {layer: (torch.zeros(1000), torch.zeros(0))})  # larger than all
+    assert (len(cache), cache.held_bytes) == (3, 3000)
