@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -60,14 +61,11 @@ def what_is_served(model: str, catalogue: Path | None, config: RunConfig) -> Ser
 
 def require_packages() -> None:
     """Raise UserError where the packages of the extra ``serve`` are not installed."""
-    try:
-        import fastapi_offline
-        import prometheus_client
-        import uvicorn  # noqa: F401
-    except ImportError as error:
+    missing = [name for name in ("fastapi_offline", "prometheus_client", "uvicorn") if find_spec(name) is None]
+    if missing:
         raise UserError(
-            f"dmpo serve needs the package {error.name}; install the extra: pip install 'dmpo-dist[serve]'"
-        ) from None
+            f"dmpo serve needs {', '.join(missing)}; install the extra serve: pip install 'dmpo-dist[serve]'"
+        )
 
 
 def _backend(served: Served, without_ray: bool, console: Console) -> AbstractContextManager[Backend]:

@@ -70,14 +70,15 @@ class TitleScorer:
             UserError: a score that is not finite, or a title without popularity where that is corrected for.
         """
         log_probs = log_probs_of(self.policy, groups, whole_catalogue)
-        references = log_probs_of(self.reference, groups, whole_catalogue) if self.subtracts_reference else None
+        subtracted = self.subtracted
+        references = None if subtracted is None else log_probs_of(subtracted, groups, whole_catalogue)
         prior = self.policy.prior(titles, user, timestamp) if self._config.ranking.prior_weight else None
         return self.combined(groups, titles, user, log_probs, references, prior)
 
     @property
-    def subtracts_reference(self) -> bool:
-        """Whether titles are ranked by a difference to the reference."""
-        return self._config.ranking.reference is not None and self.reference is not None
+    def subtracted(self) -> RankingModel | None:
+        """The reference, where titles are ranked by the difference to it."""
+        return None if self._config.ranking.reference is None else self.reference
 
     def combined(
         self, groups: Sequence[TokenGroup], titles: Sequence[str], user: str, log_probs: Sequence[np.ndarray],

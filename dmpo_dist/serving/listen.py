@@ -1,7 +1,6 @@
 """A socket and a server on it, until a signal ends them."""
 
 import os
-import secrets
 import socket
 
 import uvicorn
@@ -30,9 +29,8 @@ def read_token(config: ServingConfig) -> str | None:
             return None
         if not token:
             raise UserError(
-                f"serving.host={config.host} lets other machines connect, so clients need a token: set {TOKEN_VARIABLE} "
-                f"or serving.token_file, for example {TOKEN_VARIABLE}={secrets.token_urlsafe(8)[:4]}... of "
-                "`openssl rand -hex 32`"
+                f"serving.host={config.host} lets other machines connect, so clients need a token: set the variable "
+                f"{TOKEN_VARIABLE} or serving.token_file to one made by `openssl rand -hex 32`"
             )
     if len(token) < SHORTEST_TOKEN or not token.isascii() or any(map(str.isspace, token)):
         raise UserError(

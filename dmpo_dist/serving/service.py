@@ -14,7 +14,7 @@ import torch
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.matching import requests_of_data
-from dmpo_dist.data.requests import Catalogue
+from dmpo_dist.data.requests import Catalogue, read_catalogue
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup, check_titles
@@ -208,7 +208,7 @@ class RankingService:
         def submitted() -> tuple[list[TokenGroup], list[Future[np.ndarray]]]:
             groups = self._policy.token_groups(history, titles, user)
             futures = [self.engine.submit(group) for group in groups]
-            if self._scorer.subtracts_reference:
+            if self._scorer.subtracted is not None:
                 futures += [self.engine.submit(group, 1) for group in groups]
             if self._ranking.prior_weight:
                 futures += [self.engine.submit(group) for group in self._policy.token_groups((), titles, user)]
@@ -221,7 +221,7 @@ class RankingService:
             for future in futures:  # of a client that has gone
                 future.cancel()
         n = len(groups)
-        references = found[n : 2 * n] if self._scorer.subtracts_reference else None
+        references = found[n : 2 * n] if self._scorer.subtracted is not None else None
         prior = np.mean(found[-n:], axis=0) if self._ranking.prior_weight else None
         scores = self._scorer.combined(groups, titles, user, found[:n], references, prior).mean(axis=0)
         prompt = len(groups[0].prefix)
@@ -281,8 +281,6 @@ class RankingService:
 
 
 def _catalogue_for_popularity(served: Served) -> Catalogue:
-    from dmpo_dist.data.requests import read_catalogue
-
     if served.catalogue is None:
         raise UserError("ranking.popularity_weight needs --catalogue with a column popularity, or prepared data")
     return read_catalogue(served.catalogue)
