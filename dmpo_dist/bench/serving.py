@@ -1,0 +1,300 @@
+"""`dmpo bench serve`: a running server under arrivals that do not wait for it, and a plain Hugging Face loop beside it.
+
+The loop scores the same prompts and titles, a row of prompt and title at a time, by the model's own logits. Arrivals
+are a Poisson process. What the loop would do with the same arrivals follows from its seconds for a request: it takes
+one after the other.
+"""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+
+from dmpo_dist.config import ModelConfig, Simulator
+from dmpo_dist.data.sources.simulator import simulate
+from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import load_for_scoring
+from dmpo_dist.modeling.ranking_model import RankingModel
+
+READY = re.compile(r"serving .* at (http://\S+) \(")
+READY_SECONDS = 300
+LONGEST_RESPONSE = 64
+LOOP_TITLES = 8
+"""Titles of a request that the loop is timed on, where a request has more; its time is scaled up to all."""
+COMPANY = 4
+"""Requests under way at a time while the server's throughput is measured."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of the server.
+
+    Attributes:
+        model: model folder.
+        titles: the catalogue.
+        prompt: least tokens of a prompt: titles are added to a history until it has as many.
+        candidates: titles ranked in a request; 0 for the whole catalogue.
+        returning: share of requests of a user who was there shortly before.
+        requests: of each measurement without arrivals.
+        rates: requests per second of the arrivals; none for shares of the measured throughput.
+        seconds: of arrivals at each rate.
+        within: an answer is in time after at most so many seconds.
+        threads: CPU threads of server and loop.
+        seed: of histories, candidates and arrivals.
+    """
+
+    model: str
+    titles: list[str]
+    prompt: int
+    candidates: int
+    returning: float
+    requests: int
+    rates: tuple[float, ...]
+    seconds: float
+    within: float
+    threads: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, as the server takes it and as token ids."""
+
+    history: list[str]
+    documents: list[str]
+    titles: list[str]
+    group: TokenGroup
+
+    @property
+    def branch_of(self) -> dict[str, list[int]]:
+        """Title -> its token ids after the prompt."""
+        return dict(zip(self.titles, self.group.branches, strict=True))
+
+    @property
+    def path(self) -> str:
+        return "/v1/rerank" if self.documents else "/v1/recommend"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"history": self.history} | ({"documents": self.documents} if self.documents else {"k": 10})
+
+
+def bench_serving(load: Load) -> dict[str, Any]:
+    """Measure, and return the figures: ``loop``, ``server``, ``ratio`` and a list of ``rates``.
+
+    Raises:
+        UserError: a model that cannot be served, or a prompt that is longer than all titles.
+    """
+    torch.set_num_threads(load.threads)
+    config = ModelConfig(max_length=load.prompt + LONGEST_RESPONSE + 64)
+    model = RankingModel.load(load.model, config)
+    asked = _requests(load, model)
+    warm, first = next(asked), [next(asked) for _ in range(load.requests)]
+    loop = Loop(load.model, config)
+    with tempfile.TemporaryDirectory(prefix="dmpo-bench-") as folder, _server(load, config, Path(folder)) as address:
+        with httpx.Client(base_url=address, timeout=600) as client:
+            client.post(warm.path, json=warm.body).raise_for_status()
+            difference = loop.difference(first[0], client)
+            # In turns, so that other programs of the machine disturb both alike.
+            loop_seconds, alone = [], []
+            for request in first:
+                loop_seconds.append(loop.seconds(request))
+                start = time.perf_counter()
+                client.post(request.path, json=request.body).raise_for_status()
+                alone.append(time.perf_counter() - start)
+        together = [next(asked) for _ in range(load.requests)]
+        throughput = asyncio.run(_closed(address, together))
+        typical = float(np.median(loop_seconds))
+        rates = load.rates or tuple(round(share * throughput, 3) for share in (0.3, 0.6, 0.9, 1.2))
+        rows = [_at_rate(address, rate, load, asked, typical) for rate in rates if load.seconds]
+    return {
+        "prompt_tokens": len(first[0].group.prefix),
+        "titles": len(first[0].group.branches),
+        "title_tokens": sum(map(len, first[0].group.branches)),
+        "requests": load.requests,
+        "returning": load.returning,
+        "within": load.within,
+        "threads": load.threads,
+        "difference": difference,
+        "loop": {"seconds": typical, "per_second": 1 / typical, "scaled_from": loop.timed_titles(first[0])},
+        "server": {"alone": _percentiles(alone), "per_second": throughput, "company": COMPANY},
+        "ratio": throughput * typical,
+        "ratio_alone": typical / float(np.median(alone)),
+        "rates": rows,
+    }
+
+
+class Loop:
+    """A model as most scripts use it: a forward pass for every title, its own logits, a softmax."""
+
+    def __init__(self, model: str, config: ModelConfig) -> None:
+        self._model = load_for_scoring(model, config)
+
+    @staticmethod
+    def timed_titles(request: Request) -> int:
+        """How many titles of ``request`` are timed."""
+        return min(LOOP_TITLES, len(request.group.branches))
+
+    def seconds(self, request: Request) -> float:
+        """Of all titles of ``request``."""
+        count = self.timed_titles(request)
+        start = time.perf_counter()
+        for branch in request.group.branches[:count]:
+            self.score(request.group.prefix, branch)
+        return (time.perf_counter() - start) * len(request.group.branches) / count
+
+    @torch.no_grad()
+    def score(self, prefix: Sequence[int], branch: Sequence[int]) -> float:
+        """Log-prob of ``branch`` after ``prefix``; logits are asked for where they are needed alone."""
+        ids = torch.tensor([[*prefix, *branch]])
+        logits = self._model(ids, logits_to_keep=len(branch) + 1).logits[0, :-1]
+        return float(logits.float().log_softmax(-1)[torch.arange(len(branch)), torch.tensor(branch)].sum())
+
+    def difference(self, request: Request, client: httpx.Client) -> float:
+        """The largest difference between a score of the server and the loop's, in nats."""
+        results = client.post(request.path, json=request.body).raise_for_status().json()["results"]
+        if request.documents:
+            theirs = {result["index"]: result["relevance_score"] for result in results}
+            ours = {index: self.score(request.group.prefix, request.group.branches[index]) for index in theirs}
+            return max(abs(ours[index] - theirs[index]) for index in theirs)
+        theirs = {result["title"]: result["score"] for result in results[:2]}
+        ours = {title: self.score(request.group.prefix, request.branch_of[title]) for title in theirs}
+        return max(abs(ours[title] - theirs[title]) for title in theirs)
+
+
+def _requests(load: Load, model: RankingModel) -> Iterator[Request]:
+    """Histories of ``load.prompt`` tokens or a few more, without end."""
+    rng = np.random.default_rng(load.seed)
+    recent: list[tuple[list[str], list[str]]] = []
+    while True:
+        if recent and rng.random() < load.returning:
+            history, rest = recent[rng.integers(len(recent))]
+        else:
+            order = [load.titles[i] for i in rng.permutation(len(load.titles))]
+            length = _length(model, order, load.prompt)
+            history, rest = order[:length], order[length:]
+            recent = [*recent[-7:], (history, rest)]
+        if load.candidates > len(rest):
+            raise UserError(f"--candidates {load.candidates}: {len(rest)} titles are left beside a history; lower it")
+        documents = [rest[i] for i in rng.choice(len(rest), load.candidates, replace=False)] if load.candidates else []
+        titles = documents or load.titles
+        yield Request(history, documents, titles, model.token_group(history, titles))
+
+
+def _length(model: RankingModel, titles: list[str], prompt: int) -> int:
+    """How many of ``titles`` make a prompt of ``prompt`` tokens."""
+    for length in range(1, len(titles)):
+        if len(model.token_group(titles[:length], titles[:1]).prefix) >= prompt:
+            return length
+    raise UserError(f"--prompt {prompt}: all titles together are shorter; lower it")
+
+
+@contextmanager
+def _server(load: Load, config: ModelConfig, folder: Path) -> Iterator[str]:
+    """The address of ``dmpo serve`` in a process of its own, which ends here."""
+    catalogue, log = folder / "items.jsonl", folder / "server.log"
+    catalogue.write_text("".join(f'{{"title": {json.dumps(title)}}}\n' for title in load.titles), encoding="utf-8")
+    command = [
+        sys.executable, "-m", "dmpo_dist", "serve", load.model, "--catalogue", str(catalogue), "--without-ray",
+        "serving.port=0", f"model.max_length={config.max_length}", "serving.timeout_seconds=600",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": str(load.threads)}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + READY_SECONDS
+        while not (found := READY.search(log.read_text(encoding="utf-8"))):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise UserError(f"the server did not start: {log.read_text(encoding='utf-8').strip()[-500:]}")
+            time.sleep(0.1)
+        yield found[1]
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+async def _closed(address: str, requests: Sequence[Request]) -> float:
+    """Requests per second with ``COMPANY`` under way at a time."""
+    waiting = iter(requests)
+    async with httpx.AsyncClient(base_url=address, timeout=600) as client:
+
+        async def one_after_the_other() -> None:
+            for request in waiting:
+                (await client.post(request.path, json=request.body)).raise_for_status()
+
+        start = time.perf_counter()
+        await asyncio.gather(*(one_after_the_other() for _ in range(COMPANY)))
+        return len(requests) / (time.perf_counter() - start)
+
+
+def _at_rate(address: str, rate: float, load: Load, asked: Iterator[Request], loop: float) -> dict[str, Any]:
+    """Figures of arrivals at ``rate``, of the server and of a loop that takes ``loop`` seconds for a request."""
+    rng = np.random.default_rng([load.seed, round(rate * 1000)])
+    arrivals = np.cumsum(rng.exponential(1 / rate, max(1, round(rate * load.seconds))))
+    requests = [next(asked) for _ in arrivals]
+    seconds, statuses, late = asyncio.run(_open(address, requests, arrivals))
+    done = np.array([s for s, status in zip(seconds, statuses, strict=True) if status == 200])
+    span = max(float(arrivals[-1]), load.seconds)
+    of_loop = queued(arrivals, loop)
+    return {
+        "rate": rate,
+        "sent": len(requests),
+        "answered": len(done),
+        "sent_late": late,
+        "seconds": _percentiles(done),
+        "goodput": float((done <= load.within).sum()) / span,
+        "loop_seconds": _percentiles(of_loop),
+        "loop_goodput": float((of_loop <= load.within).sum()) / span,
+    }
+
+
+async def _open(
+    address: str, requests: Sequence[Request], arrivals: np.ndarray
+) -> tuple[list[float], list[int], float]:
+    """Seconds and status of each request, sent at its arrival whatever became of those before; the latest sending."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+        begin, late = time.perf_counter(), 0.0
+
+        async def send(request: Request, arrival: float) -> tuple[float, int]:
+            nonlocal late
+            await asyncio.sleep(max(0.0, begin + arrival - time.perf_counter()))
+            late = max(late, time.perf_counter() - begin - arrival)
+            answer = await client.post(request.path, json=request.body)
+            return time.perf_counter() - begin - arrival, answer.status_code
+
+        found = await asyncio.gather(*(send(r, float(a)) for r, a in zip(requests, arrivals, strict=True)))
+    return [seconds for seconds, _ in found], [status for _, status in found], late
+
+
+def queued(arrivals: np.ndarray, service: float) -> np.ndarray:
+    """(n,) seconds from ``arrivals`` (ascending) to answers where each takes ``service``, one after the other."""
+    free, out = 0.0, np.empty(len(arrivals))
+    for index, arrival in enumerate(arrivals):
+        free = max(free, float(arrival)) + service
+        out[index] = free - arrival
+    return out
+
+
+def made_up_titles(count: int) -> list[str]:
+    """``count`` different titles."""
+    return simulate(Simulator(users=2, items=count, events_per_user=2), 0).items["title"].tolist()
+
+
+def _percentiles(seconds: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+    values = np.percentile(seconds, [50, 95, 99]).tolist() if len(seconds) else [None] * 3
+    return dict(zip(("p50", "p95", "p99"), values, strict=True))
