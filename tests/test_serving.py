@@ -195,7 +195,7 @@ def test_who_may_ask(world, monkeypatch, tmp_path):
             headers = {"Authorization": f"Bearer {sent}"}
             assert httpx.post(f"{address}/v1/rerank", json=body, headers=headers).status_code == status
             assert httpx.get(f"{address}/metrics", headers=headers).status_code == status
-        assert httpx.get(f"{address}/health").status_code == 200
+        assert httpx.get(f"{address}/health").json() == {"status": "ok"}
         assert TOKEN not in httpx.get(f"{address}/openapi.json").text
     everywhere = RunConfig.model_validate({"serving": {"host": "0.0.0.0"}}).serving
     monkeypatch.delenv("DMPO_SERVE_TOKEN", raising=False)

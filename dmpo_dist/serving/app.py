@@ -117,13 +117,13 @@ class Desk:
             self._under_way -= 1
             self.metrics.under_way.set(self._under_way)
 
-    async def health(self) -> Response:
-        """The state of a copy of the model, or that there is none."""
+    async def health(self, known: bool) -> Response:
+        """The state of a copy of the model, or that there is none; details only for clients who are ``known``."""
         try:
             state = await asyncio.wait_for(self._backend.call("state", None), HEALTH_SECONDS)
         except (UnavailableError, TimeoutError) as error:
             return _later(str(error) or "no copy of the model answers", 5)
-        return JSONResponse({"status": "ok", "version": __version__, **state})
+        return JSONResponse({"status": "ok"} | ({"version": __version__, **state} if known else {}))
 
 
 def make_app(backend: Backend, config: ServingConfig, token: str | None) -> FastAPI:
@@ -142,13 +142,13 @@ def make_app(backend: Backend, config: ServingConfig, token: str | None) -> Fast
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS, www_redirect=False)
     desk = Desk(backend, config)
     _add_errors(app)
-    _add_answers(app, desk, config, _guard(token))
+    _add_answers(app, desk, config, token)
     _add_pages(app)
     return app
 
 
-def _add_answers(app: FastAPI, desk: Desk, config: ServingConfig, guard: Callable[..., None]) -> None:
-    allowed = [Depends(guard)]
+def _add_answers(app: FastAPI, desk: Desk, config: ServingConfig, token: str | None) -> None:
+    allowed = [Depends(_guard(token))]
     failures: dict[int | str, dict[str, Any]] = {
         401: {"description": "The token is missing or wrong."},
         413: {"description": "The body is too large."},
@@ -188,9 +188,9 @@ def _add_answers(app: FastAPI, desk: Desk, config: ServingConfig, guard: Callabl
             return await desk.ask("users", like, request)
 
     @app.get("/health")
-    async def health() -> Response:
-        """Whether a copy of the model answers, what it is, and whether its catalogue is the one on the disk."""
-        return await desk.health()
+    async def health(known: Annotated[bool, Depends(_knows(token))]) -> Response:
+        """Whether a copy of the model answers; with the token, what it is, and whether its catalogue is the latest."""
+        return await desk.health(known)
 
     @app.get("/metrics", dependencies=allowed)
     async def metrics() -> Response:
@@ -224,20 +224,29 @@ def _add_errors(app: FastAPI) -> None:
         return _error(422, str(error))
 
 
-def _guard(token: str | None) -> Callable[..., None]:
-    """A dependency that lets in who has the token."""
+def _knows(token: str | None) -> Callable[..., bool]:
+    """A dependency that says whether a client has the token, or needs none."""
     bearer = HTTPBearer(auto_error=False, description="The token of DMPO_SERVE_TOKEN or serving.token_file.")
 
-    def nobody_is_asked() -> None:
-        return None
+    def nobody_is_asked() -> bool:
+        return True
 
-    def guard(sent: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if sent is None or not hmac.compare_digest(sent.credentials.encode(), str(token).encode()):
+    def knows(sent: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> bool:
+        return sent is not None and hmac.compare_digest(sent.credentials.encode(), str(token).encode())
+
+    return nobody_is_asked if token is None else knows
+
+
+def _guard(token: str | None) -> Callable[..., None]:
+    """A dependency that lets in who has the token."""
+
+    def guard(known: Annotated[bool, Depends(_knows(token))]) -> None:
+        if not known:
             raise HTTPException(
                 401, "send the server's token as Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
             )
 
-    return nobody_is_asked if token is None else guard
+    return guard
 
 
 def _check(history: list[str], documents: list[str], config: ServingConfig) -> None:

@@ -132,9 +132,14 @@ async function rank(event) {
 }
 
 async function begin() {
-  const state = await (await fetch("/health")).json();
+  const state = await ask("/health").catch(error => ({ error }));
+  at("token-field").hidden = at("token-field").hidden && Boolean(state.error || state.model);
+  if (!state.model) {
+    at("about").textContent = state.error ? state.error.message : "Give the server's token.";
+    return;
+  }
   const titles = state.catalogue ? `, and ${state.catalogue.titles} titles to choose from` : "";
-  at("about").textContent = state.error ? state.error.message : `Served: ${state.model}${titles}.`;
+  at("about").textContent = `Served: ${state.model}${titles}.`;
   at("add-field").hidden = !state.catalogue;
   at("documents").required = !state.catalogue || state.lists_candidates;
   if (state.catalogue) await Promise.allSettled([suggestUsers(), suggestTitles()]);
