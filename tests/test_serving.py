@@ -23,7 +23,8 @@ pytest.importorskip("fastapi_offline", reason="extra [serve]")
 from dmpo_dist.serving.app import make_app
 from dmpo_dist.serving.backend import LocalBackend
 from dmpo_dist.serving.listen import address_of, make_server, open_socket, read_token
-from dmpo_dist.serving.service import RankingService, Served
+from dmpo_dist.serving.order import Served
+from dmpo_dist.serving.service import RankingService
 
 TOKEN = "0123456789abcdef-the-token"
 

@@ -23,7 +23,8 @@ from dmpo_dist.cluster.train import gpus_per_worker_of, ray_session, require_res
 from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.errors import UserError
 from dmpo_dist.serving.backend import Backend, UnavailableError, answer
-from dmpo_dist.serving.service import RankingService, Served
+from dmpo_dist.serving.order import Served, what_is_served
+from dmpo_dist.serving.service import RankingService
 
 APPLICATION, MODEL = "dmpo", "Model"
 MOST_ONGOING = 64
@@ -167,7 +168,7 @@ def application(arguments: dict[str, Any]) -> Any:
 
     config = load_config([], [str(setting) for setting in arguments.get("settings", [])])
     catalogue = arguments.get("catalogue")
-    served = Served(arguments["model"], config, Path(catalogue) if catalogue else None)
+    served = what_is_served(arguments["model"], Path(catalogue) if catalogue else None, config)
     front = serve.deployment(serve.ingress(partial(_front, config))(), name="Front", max_ongoing_requests=1000)
     return front.bind(copies(served, config.cluster.gpus_per_worker or 0))
 

@@ -7,14 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dmpo_dist.commands.rank import given_texts
-from dmpo_dist.commands.recommend import with_trained_data
 from dmpo_dist.config import RunConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import within_context
-from dmpo_dist.modeling.backbone import enforce_template, find_model
 from dmpo_dist.serving.backend import Backend, LocalBackend
-from dmpo_dist.serving.service import RankingService, Served
+from dmpo_dist.serving.order import Served, what_is_served
+from dmpo_dist.serving.service import RankingService
 
 
 def serve(model: str, catalogue: Path | None, config: RunConfig, without_ray: bool, console: Console) -> None:
@@ -44,19 +41,6 @@ def serve(model: str, catalogue: Path | None, config: RunConfig, without_ray: bo
             console.print("clients send the token as Authorization: Bearer TOKEN", highlight=False)
         make_server(make_app(backend, served.config.serving, token)).run(sockets=[listening])
     console.print("stopped", highlight=False)
-
-
-def what_is_served(model: str, catalogue: Path | None, config: RunConfig) -> Served:
-    """The order, checked as far as it can be without weights.
-
-    Raises:
-        UserError: no such model, or another template than its own.
-    """
-    source = find_model(model)
-    config = within_context([source], with_trained_data(config, Path(source.path)))
-    template = enforce_template(source.stamp, config.template, model)
-    catalogue = catalogue or config.data.path
-    return Served(model, config, catalogue, given_texts(template, catalogue, None))
 
 
 def require_packages() -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,14 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedCatalogue:
-    """A catalogue that was read and checked; requests keep the one that they began with."""
+    """A catalogue that was read and checked; requests keep the one that they began with.
+
+    Attributes:
+        log_popularity: title -> log(1 + count), where rankings are corrected by it.
+    """
 
     catalogue: Catalogue
+    log_popularity: Mapping[str, float] | None
 
     @cached_property
     def lookup(self) -> TitleLookup:
@@ -45,7 +50,7 @@ class CatalogueWatch:
 
     Args:
         path: file or folder, see ``read_catalogue``.
-        accept: called with each new catalogue before it is taken; raises UserError for one that cannot be served.
+        accept: makes of each new catalogue what is served; raises UserError for one that cannot be.
         seconds: between two looks at the file.
 
     Attributes:
@@ -56,7 +61,7 @@ class CatalogueWatch:
         UserError: the first one cannot be read or served.
     """
 
-    def __init__(self, path: Path, accept: Callable[[Catalogue], None], seconds: float) -> None:
+    def __init__(self, path: Path, accept: Callable[[Catalogue], ServedCatalogue], seconds: float) -> None:
         self._path, self._accept, self._seconds = path, accept, seconds
         self.problem: str | None = None
         self._seen = self._state()
@@ -88,8 +93,7 @@ class CatalogueWatch:
             self.look()
 
     def _read(self) -> ServedCatalogue:
-        served = ServedCatalogue(read_catalogue(self._path))
-        self._accept(served.catalogue)
+        served = self._accept(read_catalogue(self._path))
         _ = served.lookup.title(""), served.version, served.item_of  # computed here rather than in a request
         return served
 

@@ -35,6 +35,7 @@ class _Work:
     future: Future[np.ndarray]
     chunks: deque[np.ndarray] = field(default_factory=deque)
     memory: PromptMemory | None = None
+    alone: bool = False
     out: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @property
@@ -129,7 +130,7 @@ class Engine:
                 self._step(self._waiting[0])
 
     def _step(self, first: _Work) -> None:
-        """Run a row, or by itself a group whose model shares no prompts; a failure is that of the groups in it."""
+        """Run a row, or by itself a group whose model shares no prompts; the groups of a row that fails run alone."""
         row: list[tuple[_Work, np.ndarray]] = []
         try:
             if first.trie is None:
@@ -141,15 +142,20 @@ class Engine:
                 row = self._choose(first.model)
                 self._run_row(first.model, row)
         except Exception as error:
-            for work, _ in row:
-                self._remove(work)
-                if not work.future.done():
-                    work.future.set_exception(error)
+            works = list({id(work): work for work, _ in row}.values())
+            for work in works:
+                work.alone, work.memory = True, None
+            if len(works) <= 1:
+                self._remove(first)
+                if not first.future.done():
+                    first.future.set_exception(error)
 
     def _choose(self, model: int) -> list[tuple[_Work, np.ndarray]]:
         """Parts of the waiting groups of ``model``, the oldest first, in turns until the row is full."""
         row, room, prompts = [], self._budget, set()
-        works = [work for work in self._waiting if work.model == model and work.trie is not None]
+        first = self._waiting[0]
+        works = [work for work in self._waiting if work.model == model and work.trie is not None and not work.alone]
+        works = [first] if first.alone else works
         taken = dict.fromkeys(map(id, works), 0)
         while works:
             left = []
@@ -184,13 +190,8 @@ class Engine:
                 work.memory = found
             parts.append(trie_part(work.trie, nodes, len(work.prompt), work.memory))  # pyrefly: ignore
         prompts = [prompt for prompt in fresh.values() if prompt.tokens]
-        try:
-            packed = request_row(prompts, parts)
-            log_probs = self._models[model].score_row(packed)
-        except Exception:
-            for work, _ in row:
-                work.memory = None
-            raise
+        packed = request_row(prompts, parts)
+        log_probs = self._models[model].score_row(packed)
         for prompt in prompts:
             cache.put(prompt.tokens, prompt.memory)
         self.counts.rows += 1

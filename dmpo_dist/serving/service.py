@@ -4,27 +4,27 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import torch
 
-from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.matching import requests_of_data
 from dmpo_dist.data.requests import Catalogue, read_catalogue
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.tables import read_table
 from dmpo_dist.data.tokenization import TokenGroup, check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import GivenTexts, TitleScorer, reference_of
+from dmpo_dist.evaluation.ranking import TitleScorer, reference_of
 from dmpo_dist.explanation.contributions import title_values
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.scoring_rule import require_prior
 from dmpo_dist.serving.catalogue import CatalogueWatch, ServedCatalogue
 from dmpo_dist.serving.engine import Engine
+from dmpo_dist.serving.order import Served
 from dmpo_dist.serving.schema import ExplainBody, RecommendBody, RerankBody
 
 CPU_ROW, GPU_ROW = 512, 8192
@@ -32,23 +32,6 @@ NEAREST = 1_000_000
 """Letters of a wrong title times titles of the catalogue up to which the nearest title is looked for."""
 LISTED = 50
 """Most users or titles in an answer that lists them."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """What is served.
-
-    Attributes:
-        model: model folder or hub id.
-        config: gives template, model, evaluation, ranking and serving settings.
-        catalogue: file or folder, see ``read_catalogue``; None for none.
-        given: fields of items and users from files, see ``load_ranking_model``.
-    """
-
-    model: str
-    config: RunConfig
-    catalogue: Path | None
-    given: GivenTexts | None = None
 
 
 @dataclass(frozen=True)
@@ -75,17 +58,15 @@ class RankingService:
         config = served.config
         self.name, self._serving = served.model, config.serving
         reference = reference_of(find_model(served.model), config.ranking.reference)
-        popularity = config.ranking.popularity_weight
-        first = _catalogue_for_popularity(served) if popularity else None
+        first = _catalogue_for_popularity(served) if config.ranking.popularity_weight else None
         self._scorer = TitleScorer(served.model, config, first, reference, served.given)
         self._policy, self._ranking = self._scorer.policy, config.ranking
         if config.ranking.prior_weight:
             require_prior(self._policy.template, served.model)
         models = [self._policy, *([self._scorer.reference] if self._scorer.reference else [])]
-        self._catalogue = None
-        if served.catalogue is not None:
-            self._catalogue = CatalogueWatch(served.catalogue, self._accept, self._serving.reload_seconds)
-        self._data = served.catalogue if served.catalogue is not None and served.catalogue.is_dir() else None
+        self._path, self._catalogue = served.catalogue, None
+        if self._path is not None:
+            self._catalogue = CatalogueWatch(self._path, self._accept, self._serving.reload_seconds)
         self._histories: dict[str, tuple[str, ...]] | None = None
         budget = self._serving.token_budget or (GPU_ROW if torch.cuda.is_available() else CPU_ROW)
         for model in models:
@@ -141,14 +122,15 @@ class RankingService:
 
     async def explain(self, body: ExplainBody) -> dict[str, Any]:
         """See ``ExplainAnswer``; all shortened histories are scored together."""
+        known = self._known()
         history, titles = await self._off_thread(
-            lambda: self._looked_up(body.history, body.documents, body.keep_unknown, self._known())
+            lambda: self._looked_up(body.history, body.documents, body.keep_unknown, known)
         )
         request = PreferenceGroup(body.user, 0, tuple(history), titles[0], tuple(titles[1:]))
         fitted = await self._off_thread(lambda: self._policy.encode.fit(request))
         seen = history[fitted.dropped :]
         shorter = [seen[:i] + seen[i + 1 :] for i in range(len(seen))] if len(seen) > 1 else []
-        scores = await asyncio.gather(*(self._scores(one, titles, body.user) for one in [seen, *shorter]))
+        scores = await asyncio.gather(*(self._scores(one, titles, body.user, known) for one in [seen, *shorter]))
         table = np.stack([one.scores for one in scores])  # (1 + items, documents)
         margins = np.stack([title_values(table, i, "margin") for i in range(len(titles))], axis=1)
         contributions = margins[:1] - margins[1:]  # (items, documents), as explanation.contributions.leave_one_out
@@ -169,7 +151,7 @@ class RankingService:
     async def users(self, like: str) -> dict[str, Any]:
         """Users of the prepared data whose names begin with ``like``, and the likes of each, oldest first."""
         if self._histories is None:
-            self._histories = await self._off_thread(self._read_histories)
+            self._histories = await asyncio.to_thread(self._read_histories)
         found = [user for user in self._histories if user.startswith(like)][:LISTED]
         return {"users": [{"user": user, "history": list(self._histories[user])} for user in found]}
 
@@ -200,9 +182,11 @@ class RankingService:
         shown, titles = await self._off_thread(
             lambda: self._looked_up(history, () if whole else documents, keep_unknown, known)
         )
-        return await self._scores(shown, list(documents) if whole else titles, user)
+        return await self._scores(shown, list(documents) if whole else titles, user, known)
 
-    async def _scores(self, history: Sequence[str], titles: list[str], user: str) -> Scored:
+    async def _scores(
+        self, history: Sequence[str], titles: list[str], user: str, known: ServedCatalogue | None
+    ) -> Scored:
         """What ``titles`` are ranked by after ``history``: a mean over orders, where prompts list them."""
 
         def submitted() -> tuple[list[TokenGroup], list[Future[np.ndarray]]]:
@@ -223,7 +207,8 @@ class RankingService:
         n = len(groups)
         references = found[n : 2 * n] if self._scorer.subtracted is not None else None
         prior = np.mean(found[-n:], axis=0) if self._ranking.prior_weight else None
-        scores = self._scorer.combined(groups, titles, user, found[:n], references, prior).mean(axis=0)
+        popularity = known.log_popularity if known else None
+        scores = self._scorer.combined(groups, titles, user, found[:n], references, prior, popularity).mean(axis=0)
         prompt = len(groups[0].prefix)
         return Scored(titles, scores, prompt, prompt + sum(map(len, groups[0].branches)))
 
@@ -250,10 +235,15 @@ class RankingService:
     async def _off_thread(self, work: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 
-    def _accept(self, catalogue: Catalogue) -> None:
+    def _accept(self, catalogue: Catalogue) -> ServedCatalogue:
         """See ``CatalogueWatch``."""
         check_titles(catalogue.titles, self._policy.tokenizer)
-        self._scorer.follow(catalogue)
+        texts, path = self._policy.encode.texts, self._path
+        if texts.item_fields and path is not None:
+            texts = texts.with_items(PreparedData.load(path).items if path.is_dir() else read_table(path))
+            texts.of_items(catalogue.titles)
+            self._policy.encode.texts = texts
+        return ServedCatalogue(catalogue, self._scorer.popularity_of(catalogue))
 
     def _known(self) -> ServedCatalogue | None:
         return self._catalogue.current if self._catalogue else None
@@ -272,9 +262,9 @@ class RankingService:
         return self._policy.token_group(titles[:1], titles, user)
 
     def _read_histories(self) -> dict[str, tuple[str, ...]]:
-        if self._data is None:
+        if self._path is None or not self._path.is_dir():
             return {}
-        return {one.user: one.history for one in requests_of_data(PreparedData.load(self._data), "all")}
+        return {one.user: one.history for one in requests_of_data(PreparedData.load(self._path), "all")}
 
     def _answer(self, **content: Any) -> dict[str, Any]:
         return {"id": uuid4().hex, "model": self.name, **content}
