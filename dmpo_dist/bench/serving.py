@@ -1,8 +1,8 @@
-"""`dmpo bench serve`: a running server under arrivals that do not wait for it, and a plain Hugging Face loop beside it.
+"""`dmpo bench serve`: a running server under arrivals that do not wait for it, and a Hugging Face loop beside it.
 
-The loop scores the same prompts and titles, a row of prompt and title at a time, by the model's own logits. Arrivals
-are a Poisson process. What the loop would do with the same arrivals follows from its seconds for a request: it takes
-one after the other.
+The loop scores the same prompts and titles, a row of prompt and title at a time, by the model's own logits: *plain* as
+most scripts do, which compute them at every token, or *sparing*, for the title alone. Arrivals are a Poisson process.
+What the loop would do with the same arrivals follows from its seconds for a request: it takes one after the other.
 """
 
 import asyncio
@@ -16,13 +16,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
+import psutil
 import torch
 
+from dmpo_dist.bench.timing import Turn, timed
 from dmpo_dist.config import ModelConfig, Simulator
 from dmpo_dist.data.sources.simulator import simulate
 from dmpo_dist.data.tokenization import TokenGroup
@@ -33,7 +36,7 @@ from dmpo_dist.modeling.ranking_model import RankingModel
 READY = re.compile(r"serving .* at (http://\S+) \(")
 READY_SECONDS = 300
 LONGEST_RESPONSE = 64
-LOOP_TITLES = 8
+LOOP_TITLES = 4
 """Titles of a request that the loop is timed on, where a request has more; its time is scaled up to all."""
 COMPANY = 4
 """Requests under way at a time while the server's throughput is measured."""
@@ -54,6 +57,7 @@ class Load:
         seconds: of arrivals at each rate.
         within: an answer is in time after at most so many seconds.
         threads: CPU threads of server and loop.
+        dtype: of the weights, likewise.
         seed: of histories, candidates and arrivals.
     """
 
@@ -67,6 +71,7 @@ class Load:
     seconds: float
     within: float
     threads: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
 
@@ -94,33 +99,34 @@ class Request:
 
 
 def bench_serving(load: Load) -> dict[str, Any]:
-    """Measure, and return the figures: ``loop``, ``server``, ``ratio`` and a list of ``rates``.
+    """Measure, and return the figures: ``loops``, ``server`` and a list of ``rates``.
 
     Raises:
         UserError: a model that cannot be served, or a prompt that is longer than all titles.
     """
     torch.set_num_threads(load.threads)
-    config = ModelConfig(max_length=load.prompt + LONGEST_RESPONSE + 64)
+    config = ModelConfig(max_length=load.prompt + LONGEST_RESPONSE + 64, dtype=load.dtype)
     model = RankingModel.load(load.model, config)
     asked = _requests(load, model)
     warm, first = next(asked), [next(asked) for _ in range(load.requests)]
     loop = Loop(load.model, config)
-    with tempfile.TemporaryDirectory(prefix="dmpo-bench-") as folder, _server(load, config, Path(folder)) as address:
+    turns: dict[str, list[Turn]] = {"plain": [], "sparing": []}
+    with tempfile.TemporaryDirectory(prefix="dmpo-bench-") as folder, _server(load, config, Path(folder)) as served:
+        address, process = served
         with httpx.Client(base_url=address, timeout=600) as client:
-            client.post(warm.path, json=warm.body).raise_for_status()
-            difference = loop.difference(first[0], client)
-            # In turns, so that other programs of the machine disturb both alike.
-            loop_seconds, alone = [], []
-            for request in first:
-                loop_seconds.append(loop.seconds(request))
-                start = time.perf_counter()
-                client.post(request.path, json=request.body).raise_for_status()
-                alone.append(time.perf_counter() - start)
+            alone, answers = [], [client.post("/v1/rerank", json=_few(warm, load)).raise_for_status()]
+            for request in first:  # in turns, so that other programs of the machine disturb all alike
+                for kind, of_kind in turns.items():
+                    of_kind.append(loop.time(request, kind == "sparing"))
+                ask = partial(client.post, request.path, json=request.body)
+                alone.append(timed(lambda ask=ask: answers.append(ask().raise_for_status()), "cpu"))
         together = [next(asked) for _ in range(load.requests)]
+        before = process.cpu_times()
         throughput = asyncio.run(_closed(address, together))
-        typical = float(np.median(loop_seconds))
+        cpu = sum(process.cpu_times()[:2]) - sum(before[:2])
         rates = load.rates or tuple(round(share * throughput, 3) for share in (0.3, 0.6, 0.9, 1.2))
-        rows = [_at_rate(address, rate, load, asked, typical) for rate in rates if load.seconds]
+        loops = {kind: _loop_figures(of_kind, throughput, cpu / load.requests) for kind, of_kind in turns.items()}
+        rows = [_at_rate(address, rate, load, asked, loops["plain"]["seconds"]) for rate in rates if load.seconds]
     return {
         "prompt_tokens": len(first[0].group.prefix),
         "titles": len(first[0].group.branches),
@@ -129,13 +135,24 @@ def bench_serving(load: Load) -> dict[str, Any]:
         "returning": load.returning,
         "within": load.within,
         "threads": load.threads,
-        "difference": difference,
-        "loop": {"seconds": typical, "per_second": 1 / typical, "scaled_from": loop.timed_titles(first[0])},
-        "server": {"alone": _percentiles(alone), "per_second": throughput, "company": COMPANY},
-        "ratio": throughput * typical,
-        "ratio_alone": typical / float(np.median(alone)),
+        "dtype": load.dtype,
+        "difference": loop.difference(first[0], answers[1].json()["results"]),
+        "timed_titles": loop.timed_titles(first[0]),
+        "server": {
+            "alone": _percentiles([turn.seconds for turn in alone]),
+            "per_second": throughput,
+            "cpu_seconds": cpu / load.requests,
+            "company": COMPANY,
+        },
+        "loops": loops,
         "rates": rows,
     }
+
+
+def _loop_figures(turns: Sequence[Turn], throughput: float, server_cpu: float) -> dict[str, float]:
+    """Medians for a request, and how many times as much the server does by the clock and by CPU seconds."""
+    seconds, cpu = (float(np.median([turn[kind] for turn in turns])) for kind in (0, 1))
+    return {"seconds": seconds, "cpu_seconds": cpu, "ratio": throughput * seconds, "ratio_cpu": cpu / server_cpu}
 
 
 class Loop:
@@ -149,24 +166,27 @@ class Loop:
         """How many titles of ``request`` are timed."""
         return min(LOOP_TITLES, len(request.group.branches))
 
-    def seconds(self, request: Request) -> float:
+    def time(self, request: Request, sparing: bool) -> Turn:
         """Of all titles of ``request``."""
         count = self.timed_titles(request)
-        start = time.perf_counter()
-        for branch in request.group.branches[:count]:
-            self.score(request.group.prefix, branch)
-        return (time.perf_counter() - start) * len(request.group.branches) / count
+
+        def some() -> None:
+            for branch in request.group.branches[:count]:
+                self.score(request.group.prefix, branch, sparing)
+
+        turn, scale = timed(some, "cpu"), len(request.group.branches) / count
+        return Turn(turn.seconds * scale, turn.cpu_seconds * scale)
 
     @torch.no_grad()
-    def score(self, prefix: Sequence[int], branch: Sequence[int]) -> float:
-        """Log-prob of ``branch`` after ``prefix``; logits are asked for where they are needed alone."""
+    def score(self, prefix: Sequence[int], branch: Sequence[int], sparing: bool = True) -> float:
+        """Log-prob of ``branch`` after ``prefix``."""
         ids = torch.tensor([[*prefix, *branch]])
-        logits = self._model(ids, logits_to_keep=len(branch) + 1).logits[0, :-1]
+        kept = len(branch) + 1 if sparing else 0  # 0 is for all
+        logits = self._model(ids, logits_to_keep=kept).logits[0, -len(branch) - 1 : -1]
         return float(logits.float().log_softmax(-1)[torch.arange(len(branch)), torch.tensor(branch)].sum())
 
-    def difference(self, request: Request, client: httpx.Client) -> float:
+    def difference(self, request: Request, results: Sequence[dict[str, Any]]) -> float:
         """The largest difference between a score of the server and the loop's, in nats."""
-        results = client.post(request.path, json=request.body).raise_for_status().json()["results"]
         if request.documents:
             theirs = {result["index"]: result["relevance_score"] for result in results}
             ours = {index: self.score(request.group.prefix, request.group.branches[index]) for index in theirs}
@@ -203,14 +223,20 @@ def _length(model: RankingModel, titles: list[str], prompt: int) -> int:
     raise UserError(f"--prompt {prompt}: all titles together are shorter; lower it")
 
 
+def _few(request: Request, load: Load) -> dict[str, Any]:
+    """A short request, to warm up by."""
+    return {"history": request.history, "documents": load.titles[:2]}
+
+
 @contextmanager
-def _server(load: Load, config: ModelConfig, folder: Path) -> Iterator[str]:
-    """The address of ``dmpo serve`` in a process of its own, which ends here."""
+def _server(load: Load, config: ModelConfig, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of ``dmpo serve`` in a process of its own, which ends here, and that process."""
     catalogue, log = folder / "items.jsonl", folder / "server.log"
     catalogue.write_text("".join(f'{{"title": {json.dumps(title)}}}\n' for title in load.titles), encoding="utf-8")
     command = [
         sys.executable, "-m", "dmpo_dist", "serve", load.model, "--catalogue", str(catalogue), "--without-ray",
-        "serving.port=0", f"model.max_length={config.max_length}", "serving.timeout_seconds=600",
+        "serving.port=0", f"model.max_length={config.max_length}", f"model.dtype={load.dtype}",
+        "serving.timeout_seconds=600",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(load.threads)}
     with log.open("w") as file:
@@ -221,7 +247,7 @@ def _server(load: Load, config: ModelConfig, folder: Path) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise UserError(f"the server did not start: {log.read_text(encoding='utf-8').strip()[-500:]}")
             time.sleep(0.1)
-        yield found[1]
+        yield found[1], psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(timeout=60)

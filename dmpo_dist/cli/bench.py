@@ -170,9 +170,10 @@ def bench_serve(
     seconds: Annotated[float, typer.Option(min=0, help="Of arrivals at each rate; 0 leaves them out.")] = 30,
     within: Annotated[float, typer.Option(help="An answer is in time after so many seconds.")] = 1.0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    half: Annotated[bool, typer.Option("--half", help="Both in bfloat16.")] = False,
     output: Annotated[Path | None, typer.Option(help="Result file.  [runs/bench-serve/serve.json]")] = None,
 ) -> None:
-    """Ask a running server at rates that do not wait for it, and a plain Hugging Face loop in the same run.
+    """Ask a running server at rates that do not wait for it, and a Hugging Face loop in the same run.
 
     Examples:
 
@@ -192,9 +193,9 @@ def bench_serve(
     output = output or free_folder(Path("runs/bench-serve")) / "serve.json"
     png = output.with_suffix(".png")
     settings.check_outputs(output, png)
-    load = Load(
-        model, titles, prompt, candidates, returning, requests, tuple(rate or ()), seconds, within, threads
-    )  # fmt: skip
+    dtype = "bfloat16" if half else "float32"
+    rates = tuple(rate or ())
+    load = Load(model, titles, prompt, candidates, returning, requests, rates, seconds, within, threads, dtype)
     result = bench_serving(load) | {"model": model, "environment": describe_environment().content()}
     report.write_json(result, output)
     serving_report.show(result, make_console())
