@@ -29,7 +29,7 @@ def serve(model: str, catalogue: Path | None, config: RunConfig, without_ray: bo
     """
     require_packages()
     from dmpo_dist.serving.app import make_app
-    from dmpo_dist.serving.listen import address_of, make_server, open_socket, read_token
+    from dmpo_dist.serving.listen import address_of, open_socket, read_token, run_server
 
     token = read_token(config.serving)
     served = what_is_served(model, catalogue, config)
@@ -39,7 +39,7 @@ def serve(model: str, catalogue: Path | None, config: RunConfig, without_ray: bo
         console.print(f"serving {model}{names} at {address} (try it: {address}/docs)", highlight=False, soft_wrap=True)
         if token is not None:
             console.print("clients send the token as Authorization: Bearer TOKEN", highlight=False)
-        make_server(make_app(backend, served.config.serving, token)).run(sockets=[listening])
+        run_server(make_app(backend, served.config.serving, token), listening)
     console.print("stopped", highlight=False)
 
 

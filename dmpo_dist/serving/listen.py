@@ -1,7 +1,9 @@
 """A socket and a server on it, until a signal ends them."""
 
 import os
+import signal
 import socket
+from contextlib import suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -64,6 +66,13 @@ def address_of(listening: socket.socket) -> str:
     """http://host:port."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(app: FastAPI, listening: socket.socket) -> None:
+    """Answer at ``listening`` until Ctrl-C or SIGTERM, and what is under way then; returns like any function."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has ended
+        make_server(app).run(sockets=[listening])
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:
