@@ -26,6 +26,7 @@ from dmpo_dist.serving.backend import Backend, UnavailableError, answer
 from dmpo_dist.serving.order import Served, what_is_served
 from dmpo_dist.serving.service import RankingService
 
+LOG = logging.getLogger(__name__)
 APPLICATION, MODEL = "dmpo", "Model"
 MOST_ONGOING = 64
 """Requests that a copy takes at a time; more wait before it, where another copy can still take them."""
@@ -89,6 +90,7 @@ class CopiesBackend:
                 response.cancel()
                 raise
             except (RayActorError, ReplicaUnavailableError):
+                LOG.warning("a copy of the model is lost; what it had been asked is asked of another one")
                 await asyncio.sleep(PAUSE)
             except (BackPressureError, DeploymentUnavailableError):
                 break
@@ -113,12 +115,14 @@ def ray_backend(served: Served, console: Console) -> Iterator[Backend]:
     Raises:
         UserError: no cluster, too few resources, or a model that cannot be loaded there.
     """
-    from ray import serve
-
     serving = served.config.serving
     cluster = served.config.cluster.model_copy(update={"workers": serving.replicas})
+    # Ray prints a paragraph for a copy that died, of which we log a line, and complains when Serve is shut down.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Raylet is terminated|A worker died or was|ServeController")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with ray_session(cluster):
+        from ray import serve
+
         gpus = gpus_per_worker_of(cluster)
         require_resources(cluster, gpus)
         serve.start(proxy_location="Disabled")
