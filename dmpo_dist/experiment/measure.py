@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from rich.console import Console
-from rich.text import Text
 
 from dmpo_dist.artifacts.evaluation import SCORES_FILE
+from dmpo_dist.commands.scoring import score_with_progress
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -25,6 +26,7 @@ from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
 from dmpo_dist.experiment.baselines import BaselineFit
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, model_settings, to_evaluate
+from dmpo_dist.modeling.ranking_model import RankingModel
 
 
 def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
@@ -37,12 +39,16 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
         scores: dict[str, list[np.ndarray]] = {}
         ruled: dict[str, RuledScores] = {}
         for name, path in part.measured.items():
-            with console.status(Text(f"scoring {part.title} on {dataset}")):
-                model = load_ranking_model(str(path), part.config)
-                scores[name] = model.score_rows(data[dataset].test)
-                if asks_for_rules(part.config.evaluation):
-                    ruled[name] = ruled_scores(model, scores[name], data[dataset], part.config)
-                    scores[name] = ruled[name].scores
+            model = load_ranking_model(str(path), part.config)
+            title = f"{part.called(name)} of {part.title} on {dataset}"
+            scores[name] = score_with_progress(model, data[dataset].test, title, console)
+            if asks_for_rules(part.config.evaluation):
+
+                def score(scorer: RankingModel, rows: Dataset, title: str = f"rules of {title}") -> list[np.ndarray]:
+                    return score_with_progress(scorer, rows, title, console)
+
+                ruled[name] = ruled_scores(model, scores[name], data[dataset], part.config, score)
+                scores[name] = ruled[name].scores
             if not all(np.isfinite(candidates).all() for candidates in scores[name]):
                 raise UserError(f"{path}: scores on {dataset} are not finite; its training diverged")
         about: dict[str, Any] = {

@@ -49,11 +49,12 @@ def kill_after_a_checkpoint(process: subprocess.Popen, checkpoints: Path) -> Non
 
 
 def files_of(*folders: Path) -> dict[str, tuple[int, bytes]]:
+    """All but the lock, which holds the number of the process that has the folder."""
     return {
         str(file): (file.stat().st_mtime_ns, file.read_bytes())
         for folder in folders
         for file in folder.rglob("*")
-        if file.is_file()
+        if file.is_file() and file.name != ".lock"
     }
 
 
