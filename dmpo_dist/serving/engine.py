@@ -25,9 +25,9 @@ REMEMBERED_TRIE = 200
 """Responses from which on a group's trie is kept for the next group that has the same: a catalogue's."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Work:
-    """A group on its way: what is left of its trie, and what is known of its nodes."""
+    """A group on its way: what is left of its trie, and what is known of its nodes; another one's may be equal."""
 
     model: int
     group: TokenGroup
@@ -135,7 +135,7 @@ class Engine:
         try:
             if first.trie is None:
                 row = [(first, np.empty(0))]
-                [scores] = self._models[first.model].score_groups([first.group])
+                scores = self._models[first.model].score_catalogue(first.group)
                 self.counts.rows += 1
                 self._finish(first, scores)
             else:
@@ -153,9 +153,10 @@ class Engine:
     def _choose(self, model: int) -> list[tuple[_Work, np.ndarray]]:
         """Parts of the waiting groups of ``model``, the oldest first, in turns until the row is full."""
         row, room, prompts = [], self._budget, set()
-        first = self._waiting[0]
-        works = [work for work in self._waiting if work.model == model and work.trie is not None and not work.alone]
-        works = [first] if first.alone else works
+        with self._changed:
+            waiting = list(self._waiting)
+        works = [work for work in waiting if work.model == model and work.trie is not None and not work.alone]
+        works = waiting[:1] if waiting[0].alone else works
         taken = dict.fromkeys(map(id, works), 0)
         while works:
             left = []
