@@ -15,7 +15,7 @@ fi
 # shellcheck source=launch/setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 
-dmpo_setup dev,quant,bench,track
+dmpo_setup dev,quant,bench,track,serve
 dmpo_runtime
 export HF_HUB_OFFLINE=1 # tests make their own tiny models: one that reaches for the network is wrong
 cd "$DMPO_ROOT"

@@ -245,9 +245,9 @@ def test_what_is_shown_are_the_keys_that_differ(tmp_path):
 
 def test_a_run_on_this_machine_keeps_no_settings_of_clusters():
     saved = yaml.safe_load(dump_config(RunConfig()))
-    assert set(RunConfig.model_fields) - set(saved) == {"submit", "tune"}
+    assert set(RunConfig.model_fields) - set(saved) == {"submit", "serving", "tune"}
     nodes = RunConfig.model_validate({"submit": {"nodes": 2}})
-    assert yaml.safe_load(dump_config(nodes)) == nodes.model_dump(mode="json", exclude={"tune"})
+    assert yaml.safe_load(dump_config(nodes)) == nodes.model_dump(mode="json", exclude={"serving", "tune"})
 
 
 @pytest.mark.parametrize(

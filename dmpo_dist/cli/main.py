@@ -21,6 +21,7 @@ from dmpo_dist.cli.explain import explain_app
 from dmpo_dist.cli.models import models_app
 from dmpo_dist.cli.report import report_app
 from dmpo_dist.cli.runs import runs_app
+from dmpo_dist.cli.serve import serve_app
 from dmpo_dist.cli.stages import stages_app
 from dmpo_dist.cli.submit import submit_app
 from dmpo_dist.cli.tune import tune_app
@@ -49,6 +50,7 @@ app.add_typer(experiment_app)
 app.add_typer(tune_app)
 app.add_typer(models_app)
 app.add_typer(explain_app)
+app.add_typer(serve_app)
 app.add_typer(runs_app, name="runs")
 app.add_typer(report_app)
 app.add_typer(config_app, name="config")

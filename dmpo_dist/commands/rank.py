@@ -21,16 +21,16 @@ from dmpo_dist.artifacts.files import whole_file
 from dmpo_dist.artifacts.parts import PartFolder
 from dmpo_dist.commands.ranked_files import SCHEMA, WRITERS, with_ids
 from dmpo_dist.commands.scored_parts import on_actors
-from dmpo_dist.config import RunConfig, TemplateConfig
+from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.matching import matched, requests_of_data
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.data.tables import read_table
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.inputs import given_texts
 from dmpo_dist.evaluation.ranking import GivenTexts, Ranker, load_ranking_model, reference_of, within_context
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
 from dmpo_dist.modeling.model_files import start_digests
@@ -184,14 +184,6 @@ def _requests(asked: Asked, config: RunConfig) -> tuple[list[RankingRequest], Pa
         return read_requests(asked.requests), asked.requests
     path = require_prepared(config.data.path)
     return requests_of_data(PreparedData.load(path), asked.users or ""), path
-
-
-def given_texts(template: TemplateConfig, catalogue: Path | None, requests: Path | None) -> GivenTexts | None:
-    """Fields of items and users in the files of an order; None where ``template`` shows none."""
-    if not template.item_fields and not template.user_fields:
-        return None
-    from_file = catalogue is not None and catalogue.is_file()
-    return GivenTexts(read_table(catalogue) if from_file else None, read_table(requests) if requests else None)
 
 
 def _catalogue(

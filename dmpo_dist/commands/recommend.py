@@ -5,9 +5,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dmpo_dist.artifacts.base import read_config
-from dmpo_dist.artifacts.run_folder import CONFIG_FILE
-from dmpo_dist.commands.rank import given_texts
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.matching import matched, requests_of_data
@@ -16,6 +13,7 @@ from dmpo_dist.data.requests import RankingRequest, check_against, read_catalogu
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.inputs import given_texts, with_trained_data
 from dmpo_dist.evaluation.ranking import Ranker, within_context
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.tables import Table, terminal, texts
@@ -44,7 +42,7 @@ def recommend(
     if bool(history) == (user is not None):
         raise UserError("say for whom: --history TITLE TITLE ..., oldest first, or --user NAME of the prepared data")
     source = find_model(model)
-    config = within_context([source], _with_data(config, Path(source.path)))
+    config = within_context([source], with_trained_data(config, Path(source.path)))
     template = enforce_template(source.stamp, config.template, model)
     require_given_candidates(template, model, "use dmpo rank with a column 'candidates'")
     catalogue = read_catalogue(catalogue_file or _data_path(config))
@@ -62,14 +60,6 @@ def recommend(
     rows = [[title, ids[title], place, f"{score:.3f}"] for place, (title, score) in enumerate(pairs, start=1)]
     console.print(f"after {', '.join(request.history)}:", highlight=False, markup=False, soft_wrap=True)
     console.print(terminal(Table("", ["title", "id", "rank", "score"], texts(rows), text_columns=2)))
-
-
-def _with_data(config: RunConfig, model: Path) -> RunConfig:
-    """``config`` with the data that ``model`` was trained on where it names none and the run's folder says so."""
-    path = read_config(model.parent / CONFIG_FILE).get("data", {}).get("path")
-    if config.data.path is not None or path is None or not Path(path).is_dir():
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": Path(path)})})
 
 
 def _data_path(config: RunConfig) -> Path:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from dmpo_dist.config.objective import BUILT_IN, CUSTOM, options_below
 from dmpo_dist.config.run import RunConfig
 from dmpo_dist.config.section import dotted
+from dmpo_dist.config.serving import ServingConfig
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.config.tune import TuneConfig
 from dmpo_dist.errors import UserError
@@ -124,11 +125,11 @@ def dump_config(config: RunConfig, extent: Extent = "saved") -> str:
     """The configuration as YAML that ``load_config`` reads back equal.
 
     Args:
-        extent: ``all`` keys, those that differ from their defaults (``changed``), or all but a ``submit`` or ``tune``
-            section that is wholly default (``saved``, what a run's folder keeps).
+        extent: ``all`` keys, those that differ from their defaults (``changed``), or all but a ``submit``, ``serving`` or
+            ``tune`` section that is wholly default (``saved``, what a run's folder keeps).
     """
     content = changed_values(config) if extent == "changed" else config.model_dump(mode="json")
-    for name, default in (("submit", SubmitConfig()), ("tune", TuneConfig())):
+    for name, default in (("submit", SubmitConfig()), ("serving", ServingConfig()), ("tune", TuneConfig())):
         if extent == "saved" and getattr(config, name) == default:
             del content[name]
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

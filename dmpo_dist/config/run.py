@@ -12,6 +12,7 @@ from dmpo_dist.config.evaluation import EvaluationConfig, RankingConfig
 from dmpo_dist.config.model import ModelConfig, TemplateConfig
 from dmpo_dist.config.objective import DmpoConfig, ObjectiveConfig
 from dmpo_dist.config.section import Section
+from dmpo_dist.config.serving import ServingConfig
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.config.tracking import TrackingConfig
 from dmpo_dist.config.training import ClusterConfig, ReferenceConfig, SFTConfig, TrainConfig
@@ -41,6 +42,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     ranking: RankingConfig = Field(default_factory=RankingConfig)
+    serving: ServingConfig = Field(default_factory=ServingConfig)
     submit: SubmitConfig = Field(default_factory=SubmitConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     tune: TuneConfig = Field(default_factory=TuneConfig)

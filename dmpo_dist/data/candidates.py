@@ -60,7 +60,7 @@ def require_no_finished_prompts(template: TemplateConfig | Template, prompts: It
         )
 
 
-def require_given_candidates(template: TemplateConfig, model: str, how: str) -> None:
+def require_given_candidates(template: TemplateConfig | Template, model: str, how: str) -> None:
     """Raise UserError where ``template`` lists candidates and a whole catalogue is to be ranked, which no prompt holds.
 
     Args:

@@ -16,6 +16,9 @@ from dmpo_dist.data.store import groups_from_rows
 from dmpo_dist.data.template import Prompt, Template, special_tokens
 from dmpo_dist.errors import UserError
 
+MOST_REMEMBERED = 500_000
+"""Titles whose ids are kept; more than catalogues usually have."""
+
 
 @dataclass(frozen=True)
 class TokenGroup:
@@ -214,6 +217,8 @@ class GroupTokenizer:
         same id; where it merges with the response, the response is tokenized apart, whatever stands before it.
         """
         if response not in self._after_tail:
+            if len(self._after_tail) >= MOST_REMEMBERED:  # a server sees new titles for as long as it runs
+                self._after_tail.clear()
             self._after_tail[response] = continuation(self.tokenizer, self._tail, self._tail_ids, response).ids
         return self._after_tail[response]
 

@@ -1,6 +1,6 @@
 """What titles are ranked by, and one user's titles in that order: what a worker of `dmpo rank` does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ class TitleScorer:
         self._path, self._config = model, config
         self.policy = load_ranking_model(model, config, given)
         self.reference = None if reference is None else self.policy.reference(reference)
-        self._log_popularity = self._popularity_of(catalogue) if config.ranking.popularity_weight else None
+        self._log_popularity = self.popularity_of(catalogue)
 
     def scores(
         self, groups: Sequence[TokenGroup], titles: Sequence[str], user: str, whole_catalogue: bool, timestamp: int = 0
@@ -69,17 +69,35 @@ class TitleScorer:
         Raises:
             UserError: a score that is not finite, or a title without popularity where that is corrected for.
         """
-        ranking = self._config.ranking
         log_probs = log_probs_of(self.policy, groups, whole_catalogue)
-        references: Sequence[np.ndarray | None] = [None] * len(groups)
-        if ranking.reference is not None and self.reference is not None:
-            references = log_probs_of(self.reference, groups, whole_catalogue)
-        popularity = self._popularity(titles)
-        prior = self.policy.prior(titles, user, timestamp) if ranking.prior_weight else None
+        subtracted = self.subtracted
+        references = None if subtracted is None else log_probs_of(subtracted, groups, whole_catalogue)
+        prior = self.policy.prior(titles, user, timestamp) if self._config.ranking.prior_weight else None
+        return self.combined(groups, titles, user, log_probs, references, prior)
+
+    @property
+    def subtracted(self) -> RankingModel | None:
+        """The reference, where titles are ranked by the difference to it."""
+        return None if self._config.ranking.reference is None else self.reference
+
+    def combined(
+        self, groups: Sequence[TokenGroup], titles: Sequence[str], user: str, log_probs: Sequence[np.ndarray],
+        references: Sequence[np.ndarray] | None, prior: np.ndarray | None,
+        log_popularity: Mapping[str, float] | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """(n, R) float64, what ``scores`` gives, from log-probs that were computed elsewhere.
+
+        Args:
+            log_probs, references: (R,) for each of ``groups``, of the model and of the reference where that counts.
+            prior: (R,) of ``titles`` after an empty history, where that counts.
+            log_popularity: see ``popularity_of``; None for that of the catalogue that was given at first.
+        """
+        ranking = self._config.ranking
+        popularity = self._popularity(titles, self._log_popularity if log_popularity is None else log_popularity)
         weights = (ranking.length_normalize, ranking.popularity_weight, prior, ranking.prior_weight)
         scores = np.stack([
             adjusted(own, scored_lengths(group), other, popularity, *weights)
-            for own, other, group in zip(log_probs, references, groups, strict=True)
+            for own, other, group in zip(log_probs, references or [None] * len(groups), groups, strict=True)
         ])  # fmt: skip
         if not np.isfinite(scores).all():
             raise UserError(
@@ -88,7 +106,14 @@ class TitleScorer:
             )
         return scores
 
-    def _popularity_of(self, catalogue: Catalogue | None) -> dict[str, float]:
+    def popularity_of(self, catalogue: Catalogue | None) -> dict[str, float] | None:
+        """Title -> log(1 + count), None where rankings are not corrected by it.
+
+        Raises:
+            UserError: ``catalogue`` does not say how often titles were taken, where that counts.
+        """
+        if not self._config.ranking.popularity_weight:
+            return None
         if catalogue is None or catalogue.counts is None:
             raise UserError(
                 f"ranking.popularity_weight={self._config.ranking.popularity_weight:g} needs --catalogue with a column "
@@ -96,9 +121,8 @@ class TitleScorer:
             )
         return dict(zip(catalogue.titles, np.log1p(catalogue.counts).tolist(), strict=True))
 
-    def _popularity(self, titles: Sequence[str]) -> np.ndarray | None:
+    def _popularity(self, titles: Sequence[str], known: Mapping[str, float] | None) -> np.ndarray | None:
         """(R,) log(1 + count) of the titles where rankings are corrected by it."""
-        known = self._log_popularity
         if known is None:
             return None
         missing = next((title for title in titles if title not in known), None)

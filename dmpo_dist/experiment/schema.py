@@ -16,7 +16,7 @@ from dmpo_dist.errors import UserError
 
 AXES = ("dataset", "shots", "seed", "k", "objective")
 KEY_OF_AXIS = {"shots": "data.shots", "seed": "seed", "k": "train.negatives", "objective": "objective.name"}
-NOT_TRAINING = ("output_dir", "version", "cluster", "submit", "tracking", "tune", "ranking", "evaluation")
+NOT_TRAINING = ("output_dir", "version", "cluster", "submit", "serving", "tracking", "tune", "ranking", "evaluation")
 ALL_SHOTS = "all"
 START, STARTS = "start", ("sft", "zero_shot")
 """The axis that says what cells are trained from, and its values."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmpo_dist.batching.layout import Layout, RowsLayout
+from dmpo_dist.batching.request_row import RequestRow
 from dmpo_dist.batching.targets import Targets
 from dmpo_dist.batching.trie import PromptPart, TriePart
 from dmpo_dist.modeling.attention import no_mask
@@ -14,7 +15,7 @@ from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, ou
 from dmpo_dist.modeling.rotary import own_frequencies, rotary_limit, rotary_modules
 from dmpo_dist.modeling.vocabulary_blocks import BlockedLogProbs, product_gradient, within
 
-AnyLayout = Layout | PromptPart | TriePart
+AnyLayout = Layout | PromptPart | TriePart | RequestRow
 Which = Literal["policy", "reference"]
 
 MAX_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from dmpo_dist.batching.request_row import RequestRow
 from dmpo_dist.config import ModelConfig, TemplateConfig
 from dmpo_dist.data.prompt_texts import PromptTexts, texts_of_model
 from dmpo_dist.data.schema import PreferenceGroup
@@ -275,6 +276,10 @@ class RankingModel:
     def score_catalogue(self, group: TokenGroup) -> np.ndarray:
         """(R,) float64 of one group with any number of responses, which follow the prompt as a trie."""
         return self._scorer().score_many(group, self._which)
+
+    def score_row(self, row: RequestRow) -> np.ndarray:
+        """(N,) float64 of the targets of a row of several requests; see ``TokenScorer.score_row``."""
+        return self._scorer().score_row(row, self._which)
 
     def token_scores(self, groups: Sequence[TokenGroup]) -> list[np.ndarray]:
         """For each group of one response (N,) float64 of its scored tokens, in order."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dmpo_dist.batching.layout import lay_out, prefix_layout
+from dmpo_dist.batching.request_row import RequestRow
 from dmpo_dist.batching.trie import TitleTrie
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
@@ -96,6 +97,12 @@ class TokenScorer:
         trie = self.trie(group)
         nodes = node_log_probs(self._forward(which), group.prefix, trie, self._token_budget, self._device)
         return trie.log_probs(nodes)
+
+    @torch.no_grad()
+    def score_row(self, row: RequestRow, which: Which = "policy") -> np.ndarray:
+        """(N,) float64 log-probs of the targets of ``row``; for models without ``trie_obstacle`` once that is known."""
+        use_trie_attention(self._language_model)
+        return self._forward(which)(row.to(self._device)).double().cpu().numpy()
 
     @torch.no_grad()
     def token_scores(self, groups: Sequence[TokenGroup], which: Which = "policy") -> list[np.ndarray]:

@@ -1,5 +1,7 @@
 """Attention of the parts of a title trie: each token sees the prompt, whose keys are kept, and its ancestors.
 
+A ``RequestRow`` holds several prompts and parts: each part is computed by itself, with the keys of its own prompt.
+
 One softmax over both kinds of keys in plain arithmetic, so windows (by position) and soft-capping are a mask and a
 tanh, and one function serves every device and type. For scoring only: the prompt's keys carry no gradient.
 """
@@ -13,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dmpo_dist.batching.request_row import RequestRow
 from dmpo_dist.batching.trie import PromptPart, TriePart
 from dmpo_dist.modeling.attention import refuse_unknown, repeated
 from dmpo_dist.modeling.routing import attention_of
@@ -29,7 +32,7 @@ def trie_obstacle(model: Any, max_length: int) -> str | None:
 
 
 def use_trie_attention(model: Any) -> None:
-    """Make ``model`` (a transformers causal LM) compute ``PromptPart`` and ``TriePart`` rows."""
+    """Make ``model`` (a transformers causal LM) compute ``PromptPart``, ``TriePart`` and ``RequestRow`` rows."""
     AttentionInterface.register(TRIE, trie_attention)
     AttentionMaskInterface.register(TRIE, sdpa_mask)
     model.set_attn_implementation(TRIE)
@@ -43,7 +46,7 @@ def trie_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    layout: PromptPart | TriePart | None = None,
+    layout: PromptPart | TriePart | RequestRow | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -59,9 +62,28 @@ def trie_attention(
     if isinstance(layout, PromptPart):
         layout.memory[module] = key, value
         out = _causal(query, key, value, scale, sliding_window, softcap)
+    elif isinstance(layout, RequestRow):
+        out = _requests(module, query, key, value, layout, scale, sliding_window, softcap)
     else:
         out = _behind_prompt(query, key, value, layout, layout.memory[module], scale, sliding_window, softcap)
     return out, None
+
+
+def _requests(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, row: RequestRow, scale: float,
+    window: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """(1, H, T, D) -> (1, T, H, D): new prompts fill their memories, which the parts behind them read at once."""
+    out = []
+    for at, memory in row.prompts:
+        q, k, v = query[:, :, at], key[:, :, at], value[:, :, at]
+        memory[module] = k.clone(), v.clone()  # a view would keep the whole row's keys for as long as the prompt's
+        out.append(_causal(q, k, v, scale, window, softcap))
+    for at, part in row.tries:
+        q, k, v = query[:, :, at], key[:, :, at], value[:, :, at]
+        prompt = part.memory.get(module, (k[:, :, :0], v[:, :, :0]))  # a prompt of one token is all in the trie
+        out.append(_behind_prompt(q, k, v, part, prompt, scale, window, softcap))
+    return torch.cat(out, dim=1)
 
 
 def _causal(

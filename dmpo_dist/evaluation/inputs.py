@@ -1,0 +1,25 @@
+"""What a model is used with where an order does not say it all: its training data, and fields from an order's files."""
+
+from pathlib import Path
+
+from dmpo_dist.artifacts.base import read_config
+from dmpo_dist.artifacts.run_folder import CONFIG_FILE
+from dmpo_dist.config import RunConfig, TemplateConfig
+from dmpo_dist.data.tables import read_table
+from dmpo_dist.evaluation.ranking import GivenTexts
+
+
+def given_texts(template: TemplateConfig, catalogue: Path | None, requests: Path | None) -> GivenTexts | None:
+    """Fields of items and users in the files of an order; None where ``template`` shows none."""
+    if not template.item_fields and not template.user_fields:
+        return None
+    from_file = catalogue is not None and catalogue.is_file()
+    return GivenTexts(read_table(catalogue) if from_file else None, read_table(requests) if requests else None)
+
+
+def with_trained_data(config: RunConfig, model: Path) -> RunConfig:
+    """``config`` with the data that ``model`` was trained on where it names none and the run's folder says so."""
+    path = read_config(model.parent / CONFIG_FILE).get("data", {}).get("path")
+    if config.data.path is not None or path is None or not Path(path).is_dir():
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": Path(path)})})

@@ -1,0 +1,128 @@
+"""The engine's scores against those of each group alone, whatever shares the row, and a bounded memory of prompts."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import random_groups, tiny_model
+
+from dmpo_dist.modeling import trie_attention
+from dmpo_dist.modeling.token_scorer import TokenScorer
+from dmpo_dist.serving.engine import Engine
+from dmpo_dist.serving.prefix_cache import PrefixCache
+
+KINDS = [
+    ("llama", {}),
+    ("gpt2", {}),
+    ("gemma3", {"window": 7}),
+    ("gemma2", {"window": 7, "attn_logit_softcapping": 2.0}),
+    ("gpt_oss", {}),  # sinks: separate rows
+]
+
+
+class Scoring:
+    """A ``RankingModel`` as far as the engine knows it."""
+
+    def __init__(self, scorer):
+        self.load_weights, self.score_row, self.score_catalogue = lambda: scorer, scorer.score_row, scorer.score_many
+
+
+@pytest.fixture
+def engine(request):
+    made = []
+
+    def make(scorer, budget, cache_bytes):
+        made.append(Engine([Scoring(scorer)], budget, cache_bytes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind for kind, _ in KINDS])
+def test_scores_do_not_depend_on_what_shares_the_row(engine, kind, options, monkeypatch):
+    monkeypatch.setattr(trie_attention, "MAX_SCORES", 500)  # several slices in a part
+    scorer = TokenScorer(tiny_model(kind, **options).eval(), 4096, 256)
+    groups = random_groups(8, seed=3)  # among them prompts of one token
+    alone = [scorer.score([group])[0] for group in groups]
+    for budget, cache in ((32, 0), (4096, 10**7)):
+        served = engine(scorer, budget, cache)
+        futures = [served.submit(group) for group in [*groups, *groups[::-1]]]
+        for future, expected in zip(futures, [*alone, *alone[::-1]], strict=True):
+            np.testing.assert_allclose(future.result(60), expected, rtol=1e-6, atol=1e-5)
+        again = [served.submit(group).result(60) for group in groups]
+        for seen, expected in zip(again, alone, strict=True):
+            np.testing.assert_allclose(seen, expected, rtol=1e-6, atol=1e-5)
+        if kind == "gpt_oss":
+            continue
+        assert served.counts.shared_rows
+        assert served.caches[0].hits >= len(groups) - 2 if cache else served.caches[0].held_bytes == 0
+
+
+def test_equal_groups_from_many_threads(engine):
+    scorer = TokenScorer(tiny_model("llama").eval(), 4096, 256)
+    groups = random_groups(3, seed=9)
+    expected = [scorer.score([group])[0] for group in groups]
+    served = engine(scorer, 40, 10**7)
+
+    def ask(thread):
+        for turn in range(12):
+            index = (thread + turn) % 3
+            np.testing.assert_allclose(served.submit(groups[index]).result(60), expected[index], rtol=1e-6, atol=1e-5)
+        return thread
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == list(range(8))
+    assert served.counts.groups == 96
+
+
+def test_a_failure_and_a_cancelled_group_leave_the_others_alone(engine):
+    scorer = TokenScorer(tiny_model("llama").eval(), 4096, 256)
+    groups = random_groups(5, seed=5)
+    expected = [scorer.score([group])[0] for group in groups]
+    served, free = engine(scorer, 4096, 10**7), threading.Event()
+    score_row, poison = served._models[0].score_row, groups[2].prefix[:-1]
+
+    def row_with_poison(row):
+        free.wait(60)
+        if row.input_ids[0, : len(poison)].tolist() == poison or (row.prompts[2:3] and len(row.tries) > 2):
+            raise ZeroDivisionError("a row that does not fit into memory, say")
+        return score_row(row)
+
+    served._models[0].score_row = row_with_poison
+    futures = [served.submit(group) for group in groups]  # the first runs alone, the others share the next row
+    futures[4].cancel()
+    free.set()
+    with pytest.raises(ZeroDivisionError):
+        futures[2].result(60)
+    for index in (0, 1, 3):
+        np.testing.assert_allclose(futures[index].result(60), expected[index], rtol=1e-6, atol=1e-5)
+    assert futures[4].cancelled()
+    np.testing.assert_allclose(served.submit(groups[4]).result(60), expected[4], rtol=1e-6, atol=1e-5)
+    assert served.waiting == 0
+
+
+def test_the_memory_of_prompts_stays_below_its_bound(engine):
+    scorer = TokenScorer(tiny_model("llama").eval(), 4096, 256)
+    served = engine(scorer, 4096, 100_000)
+    for group in random_groups(60, seed=7):
+        served.submit(group).result(60)
+        assert 0 < served.caches[0].held_bytes <= 100_000
+    kept = [size for _, size in served.caches[0]._kept.values()]
+    assert sum(kept) == served.caches[0].held_bytes
+    assert len(kept) < 60
+
+
+def test_the_prompt_used_longest_ago_goes_first():
+    import torch
+
+    cache, layer = PrefixCache(3000), torch.nn.Identity()
+    for prompt in ([1], [2], [3]):
+        cache.put(prompt, {layer: (torch.zeros(125), torch.zeros(125))})  # 1,000 bytes
+    assert cache.get([1]) is not None
+    cache.put([4], {layer: (torch.zeros(125), torch.zeros(125))})
+    assert [cache.get([n]) is not None for n in (1, 2, 3, 4)] == [True, False, True, True]
+    cache.put([5], {layer: (torch.zeros(1000), torch.zeros(0))})  # larger than all
+    assert (len(cache), cache.held_bytes) == (3, 3000)
