@@ -125,8 +125,8 @@ def dump_config(config: RunConfig, extent: Extent = "saved") -> str:
     """The configuration as YAML that ``load_config`` reads back equal.
 
     Args:
-        extent: ``all`` keys, those that differ from their defaults (``changed``), or all but a ``submit``, ``serving`` or
-            ``tune`` section that is wholly default (``saved``, what a run's folder keeps).
+        extent: ``all`` keys, those that differ from their defaults (``changed``), or all but a ``submit``,
+            ``serving`` or ``tune`` section that is wholly default (``saved``, what a run's folder keeps).
     """
     content = changed_values(config) if extent == "changed" else config.model_dump(mode="json")
     for name, default in (("submit", SubmitConfig()), ("serving", ServingConfig()), ("tune", TuneConfig())):
