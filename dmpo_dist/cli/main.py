@@ -32,8 +32,8 @@ from dmpo_dist.secrets import redact
 
 PATH_ERRORS = ("Symlink loop", "embedded null byte", "embedded null character")
 """How Python's messages begin on paths that no system could have, which it raises as other errors than OSError."""
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
-"""What gloo says, as a RuntimeError, where the process of another rank is gone."""
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo and PyTorch's store say, as a RuntimeError, where the process of another rank is gone."""
 SECONDS_FOR_RANK_0 = 3
 
 app = typer.Typer(
