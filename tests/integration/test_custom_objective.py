@@ -15,7 +15,7 @@ CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 def recipe() -> str:
-    """The class that CONTRIBUTING shows, IPO."""
+    """The class that CONTRIBUTING shows, a hinge."""
     paragraph = CONTRIBUTING.read_text(encoding="utf-8").partition("**An objective.**")[2]
     return paragraph.partition("```python\n")[2].partition("```")[0]
 
@@ -30,8 +30,8 @@ def project(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ipo_trains_and_its_first_loss_is_the_one_it_must_have(project, workers):
-    """At the start every pair's z is 0, so the loss is (1 / (2 beta))^2 = 4."""
+def test_a_hinge_trains_and_its_first_loss_is_the_one_it_must_have(project, workers):
+    """At the start no positive is ahead of a negative, so the loss is 1."""
     output = f"run-{workers}"
     settings = [
         "data.path=data", f"output_dir={output}", f"cluster.workers={workers}", "seed=0",
@@ -39,7 +39,7 @@ def test_ipo_trains_and_its_first_loss_is_the_one_it_must_have(project, workers)
         "model.scratch.intermediate_size=48", "model.scratch.vocab_size=400",
         "train.steps=20", "train.negatives=3", "train.global_batch_size=40", "train.learning_rate=3e-3",
         "train.log_every=1",
-        "objective.import_path=my_losses:Ipo", "objective.kwargs.beta=0.25",
+        "objective.import_path=my_losses:Hinge", "objective.kwargs.beta=1.0",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     if workers == 1:
@@ -49,7 +49,7 @@ def test_ipo_trains_and_its_first_loss_is_the_one_it_must_have(project, workers)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     records = [json.loads(line) for line in (project / output / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "step"]
-    assert losses[0] == pytest.approx(4.0, abs=1e-4)
-    assert sum(losses[-5:]) / 5 < 3
-    assert any(re.match("first preference loss 4.0000.., as it must be .4.000000", r.get("text", "")) for r in records)
+    assert losses[0] == pytest.approx(1.0, abs=1e-4)
+    assert sum(losses[-5:]) / 5 < 0.8
+    assert any(re.match("first preference loss 1.0000.., as it must be .1.000000", r.get("text", "")) for r in records)
     assert (project / output / "model" / "config.json").exists()
