@@ -61,7 +61,7 @@ def test_a_run_is_resumed_with_its_own_settings_and_a_key_newer_than_it_at_its_d
 
 
 def test_new_orders_of_histories_are_refused_before_a_run_folder_is_made():
-    data = SimpleNamespace(train={"prompt": [None]}, card=SimpleNamespace(config={}))
+    data = SimpleNamespace(train={"prompt": [None]}, card=SimpleNamespace(config={}), lists=lambda: [])
     config = RunConfig(sft=SFTConfig(history_order="shuffled", token_budget=256))
     with pytest.raises(UserError, match=r"sft\.token_budget=256, .* model\.max_length=512 tokens; raise"):
         require_reorderable(config, data)
