@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dmpo_dist.cluster.runtime import COMPLETE_FILE
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]  # minutes: nightly
 
 SETTINGS = [
     "data.source.simulator.users=150", "data.source.simulator.items=40", "data.source.simulator.events_per_user=12",

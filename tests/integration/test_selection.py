@@ -31,7 +31,9 @@ def start_ranks(jobs: Path, port: int) -> None:
 
 def test_a_harmful_stage_gives_back_its_start(tmp_path):
     source = {"simulator": {"users": 60, "items": 30, "events_per_user": 12}}
-    settings = DataConfig.model_validate({"source": source, "negatives_per_group": 3, "evaluation_negatives": 5})
+    settings = DataConfig.model_validate(
+        {"source": source, "train_requests_per_user": 1, "negatives_per_group": 3, "evaluation_negatives": 5}
+    )
     data = prepare(settings, 0, tmp_path / "data", echo=lambda line: None)
     sizes = ScratchModel(hidden_size=32, layers=2, intermediate_size=48, vocab_size=300)
     make_scratch_model(tmp_path / "model", sizes, data.items["title"].tolist(), 128, seed=0)
