@@ -35,11 +35,11 @@ def test_the_papers_figure_stands_beside_ours_with_all_that_differs():
             "generation": {"requests": 40, "models": {"dynamicpo": written}},
         }
     )  # fmt: skip
-    lines = comparison("dynamicpo", found, ["model.path=small (protocol: large)"])
+    lines = comparison("dynamicpo", found, "d", ["model.path=small (protocol: large)"])
     assert lines[:4] == [
         "DynamicPO on DMPO (arXiv 2605.00327): HR@1",
         "paper: 0.666 (README of the authors' repository, Llama-2-7B; DMPO alone has 0.5848 there)",
-        "here: 0.250 [0.125, 0.375] by log-prob on 40 requests",
+        "here: 0.250 [0.125, 0.375] by log-prob on 40 requests of d",
         "here, by what the model writes: 0.200; valid ratio 0.900, on 40 requests",
     ]
     assert lines[4:] == [
