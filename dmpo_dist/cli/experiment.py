@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dmpo_dist.cli.options import Overrides
+from dmpo_dist.cli.options import DryRun, Overrides, Resume, read_settings
 
 experiment_app = typer.Typer()
 
@@ -50,3 +50,29 @@ def experiment(
         print(f"{len(failures)} failed; run the command again to try them once more:")
         print("\n".join(f"  {line}" for line in failures))
         raise typer.Exit(1)
+
+
+@experiment_app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="sdpo, dynamicpo or dmpo.")],
+    overrides: Overrides = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a paper's protocol and show its figure beside the one found here, with all that differs.
+
+    The recipe pins data, prompt, candidates, batch size, epochs and metric; whatever you change is listed. See
+    docs/EXPERIMENTS.md for the data that each needs.
+
+    Examples:
+
+        dmpo reproduce sdpo data.source.path=datasets/lastfm-sft-cans20
+
+        dmpo reproduce dmpo data.source.path=dmpo-released-games model.path=Qwen/Qwen3-0.6B output_dir=runs/dmpo-small
+    """
+    from dmpo_dist.commands.reproduce import recipe_of
+    from dmpo_dist.commands.reproduce import reproduce as run
+    from dmpo_dist.records.log import make_console
+
+    settings = read_settings([recipe_of(name)], overrides, dry_run)
+    run(name, settings, read_settings([recipe_of(name)], None, dry_run=False), make_console(), resume)

@@ -53,25 +53,25 @@ def _run(config: RunConfig, output: Path, console: Console) -> None:
         **{row: output / row / "model" for row in preferences},
     }
     start = str(models["sft"])
-    _train(
+    train_missing(
         [
             (
                 f"2/{stages} SFT: a small language model learns the catalogue from the users' histories",
                 "sft",
-                _into(config, output / "sft", "scratch"),
+                into(config, output / "sft", "scratch"),
             ),
             *(
                 (
                     f"{number}/{stages} {row}: one positive against K negatives per user",
                     "preference",
-                    _into(config.model_copy(update={"objective": objective}), output / row, start),
+                    into(config.model_copy(update={"objective": objective}), output / row, start),
                 )
                 for number, (row, objective) in enumerate(preferences.items(), start=3)
             ),
             (
                 f"{stages - 1}/{stages} SFT continued on the same groups for as many steps, for a fair comparison",
                 "sft",
-                continued_config(_into(config, output / "sft_continued", start)),
+                continued_config(into(config, output / "sft_continued", start)),
             ),
         ],
         console,
@@ -93,7 +93,7 @@ def preference_rows(config: RunConfig) -> dict[str, ObjectiveConfig]:
     return {objective.name: alone, f"{objective.name}_likelihood": objective}
 
 
-def _train(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> None:
+def train_missing(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> None:
     """Train the stages that have no model yet: the one that had begun goes on, the others on one set of workers."""
     for heading, kind, config in stages:
         folder = config.output_dir
@@ -124,5 +124,6 @@ def continued_config(config: RunConfig) -> RunConfig:
     )
 
 
-def _into(config: RunConfig, folder: Path, start: str) -> RunConfig:
+def into(config: RunConfig, folder: Path, start: str) -> RunConfig:
+    """``config`` for a stage that starts from the model ``start`` and writes to ``folder``."""
     return config.model_copy(update={"output_dir": folder, "model": config.model.model_copy(update={"path": start})})

@@ -1,0 +1,52 @@
+"""What `dmpo reproduce` pins and prints; the stages themselves are those of the other commands."""
+
+import pytest
+
+from dmpo_dist.artifacts.evaluation import Evaluation
+from dmpo_dist.commands.reproduce import PAPERS, changed_keys, comparison, recipe_of
+from dmpo_dist.config import load_config
+from dmpo_dist.config.load import find_recipe
+from dmpo_dist.errors import UserError
+
+
+def settings(name, *overrides):
+    return load_config([find_recipe(str(recipe_of(name)), "--config")], list(overrides))
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_protocol_is_a_recipe_whose_changes_are_listed(name):
+    recipe = settings(name)
+    assert recipe.objective.name in ("sdpo", "dmpo", "dmpo_released")
+    assert changed_keys(recipe, recipe) == []
+    changed = settings(
+        name, "model.path=small", "train.epochs=1", "output_dir=x", "cluster.workers=9", "data.source.path=d"
+    )
+    assert changed_keys(changed, recipe) == [
+        f"model.path=small (protocol: {recipe.model.path})", "train.epochs=1.0 (protocol: 3.0)",
+    ]  # fmt: skip
+
+
+def test_the_papers_figure_stands_beside_ours_with_all_that_differs():
+    figure = {"hr@1": {"value": 0.25, "low": 0.125, "high": 0.375}}
+    written = {"hr@1": 0.2, "valid": 0.9, "hr@1 by log-prob": 0.25}
+    found = Evaluation.model_validate(
+        {
+            "requests": 40, "negatives": {"fewest": 19, "most": 19}, "models": {"sft": figure, "dynamicpo": figure},
+            "generation": {"requests": 40, "models": {"dynamicpo": written}},
+        }
+    )  # fmt: skip
+    lines = comparison("dynamicpo", found, "d", ["model.path=small (protocol: large)"])
+    assert lines[:4] == [
+        "DynamicPO on DMPO (arXiv 2605.00327): HR@1",
+        "paper: 0.666 (README of the authors' repository, Llama-2-7B; DMPO alone has 0.5848 there)",
+        "here: 0.250 [0.125, 0.375] by log-prob on 40 requests of d",
+        "here, by what the model writes: 0.200; valid ratio 0.900, on 40 requests",
+    ]
+    assert lines[4:] == [
+        "differs: model.path=small (protocol: large)", *(f"differs: {text}" for text in PAPERS["dynamicpo"].differs),
+    ]  # fmt: skip
+
+
+def test_an_unknown_paper_is_refused():
+    with pytest.raises(UserError, match="foo: no paper of that name; `dmpo reproduce` knows sdpo, dynamicpo, dmpo"):
+        recipe_of("foo")
