@@ -20,7 +20,7 @@ def submit_job(
 ) -> tuple[Record | None, Path]:
     """Render a job's files into a new folder and, unless ``render_only``, hand them to the cluster.
 
-    Until it has said what was submitted, Ctrl-C, SIGTERM and SIGHUP take everything back.
+    Until the cluster has answered, Ctrl-C, SIGTERM and SIGHUP take everything back; afterwards the job goes on.
 
     Returns:
         What was submitted (None if only rendered), and the folder. It is removed again when nothing was.
@@ -58,8 +58,8 @@ def _hand_over(
     except (UserError, KeyboardInterrupt) as error:
         if not (job.folder / RECORD_FILE).exists():
             shutil.rmtree(job.folder, ignore_errors=True)  # it may not be there
-        elif isinstance(error, KeyboardInterrupt):  # it came just after the announcement
-            raise KeyboardInterrupt(f"the job goes on; dmpo submit stop {job.folder} ends it") from None
+        elif isinstance(error, KeyboardInterrupt):  # it came with the announcement
+            raise KeyboardInterrupt(_goes_on(job.folder)) from None
         raise
 
 
@@ -74,11 +74,14 @@ def _submit(job: SubmitJob, target: Target, echo: Callable[[str], None]) -> Reco
                 raise
             raise Unanswered("interrupted before the cluster answered") from None
         record.save(job.folder)
-        if not interrupted:
-            echo(module.announce(record, job.folder))
     if interrupted:
         _take_back(record, job.folder)
+    echo(module.announce(record, job.folder))  # from here on Ctrl-C lets the job go on
     return record
+
+
+def _goes_on(folder: Path) -> str:
+    return f"the job goes on; dmpo submit logs {folder} shows more, dmpo submit stop {folder} ends it"
 
 
 def _take_back(record: Record, folder: Path) -> NoReturn:
@@ -111,7 +114,7 @@ def follow_job(record: Record, folder: Path, echo: Callable[[str], None]) -> Non
         with interruptible():
             TARGETS[record.target].follow(record, folder, echo)
     except KeyboardInterrupt:
-        say(f"the job goes on; dmpo submit logs {folder} shows more, dmpo submit stop {folder} ends it")
+        say(_goes_on(folder))
         raise
 
 
