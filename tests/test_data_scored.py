@@ -191,3 +191,11 @@ def test_spaces_that_a_prompt_ends_in_are_scored_alike():
     assert tokenizer.decode(tokens.prefix) + " " == encode.template.render(("Heat",)).text
     assert [tokenizer.decode(ids) for ids in tokens.branches] == [" The Thing</s>", " 12 Monkeys</s>"]
     assert tokens.branches[0][0] == tokenizer.convert_tokens_to_ids("ĠThe")
+
+
+def test_candidates_that_a_tokenizer_cannot_tell_apart_are_seen():
+    for kind, alike in {"wordpiece": True, "llama 3": False}.items():
+        tokenizer = tokenizer_of(kind)
+        encode = GroupTokenizer(tokenizer, make_template(TemplateConfig(chat="never"), tokenizer), 999)
+        assert encode(group(["Alien"], "HEAT", "Ran", "Heat")).ambiguous is alike
+        assert not encode(group(["Alien"], "HEAT", "Ran")).ambiguous

@@ -40,6 +40,11 @@ class TokenGroup:
     levels: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
 
+    @property
+    def ambiguous(self) -> bool:
+        """Whether a negative has the positive's ids, as "HEAT" and "Heat" do where a tokenizer lower-cases."""
+        return self.branches[0] in self.branches[1:]
+
     def taking(self, columns: Sequence[int]) -> "TokenGroup":
         """The group with these of its candidates alone, in this order."""
         chosen = (self.branches, self.scored_from, self.levels, self.scores)

@@ -121,6 +121,15 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
         runtime.log({"kind": "note", "text": text})
     if data.balance:
         runtime.log({"kind": "note", "text": data.balance})
+    ambiguous = sum(group.ambiguous for group in (*data.groups, *data.validation))
+    if ambiguous:
+        runtime.log(
+            {
+                "kind": "note",
+                "text": f"{ambiguous} of {len(data.groups) + len(data.validation)} rows have a negative that the "
+                "tokenizer reads as their positive (another case, say): it teaches nothing, and such candidates tie",
+            }
+        )
     return trainer
 
 
