@@ -167,3 +167,22 @@ def test_curves_of_several_runs_and_user_mistakes(three_runs, capsys, monkeypatc
     code, error = dmpo("list", root)
     assert code == 2
     assert "a/config.yaml: damaged, cannot be read" in error
+
+
+@pytest.mark.parametrize("damage", ["cut", "a folder"])
+def test_a_damaged_configuration_is_named(tmp_path, capsys, monkeypatch, damage):
+    """A cut one may still be YAML; a folder in its stead is no missing file."""
+    file = write_run(tmp_path / "runs/one", "train") / "config.yaml"
+    text = file.read_text()
+    file.unlink()
+    file.mkdir() if damage == "a folder" else file.write_text(text[: text.index("model:")])
+    monkeypatch.setattr("sys.argv", ["dmpo", "runs", "list", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "config.yaml" in capsys.readouterr().err
+
+
+def test_defaults_have_the_types_that_they_have_when_read_back():
+    settings = RunConfig(model={"lora": {"r": 4}})
+    again = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(settings.model_dump(mode="json"))))
+    assert json.dumps(again.model_dump(mode="json")) == json.dumps(settings.model_dump(mode="json"))

@@ -22,11 +22,13 @@ def rank_of_two(rank: int, folder: str) -> None:
 
 
 def test_all_ranks_go_on_from_the_checkpoint_that_rank_zero_finds(tmp_path):
-    for name in ("seen-by-0/step-00000010", "seen-by-0/step-00000020", "seen-by-1/step-00000010"):
+    left_over = "seen-by-0/step-00000005"  # the run was killed before it removed the third latest one
+    for name in (left_over, "seen-by-0/step-00000010", "seen-by-0/step-00000020", "seen-by-1/step-00000010"):
         (tmp_path / name).mkdir(parents=True)
     mp.spawn(rank_of_two, args=(str(tmp_path),), nprocs=2)
     latest = str(tmp_path / "seen-by-0" / "step-00000020")
     assert [(tmp_path / f"found-{rank}").read_text() for rank in (0, 1)] == [latest, latest]
+    assert sorted(path.name for path in (tmp_path / "seen-by-0").iterdir()) == ["step-00000010", "step-00000020"]
 
 
 def test_a_checkpoint_that_a_host_sees_late_is_waited_for(tmp_path, monkeypatch):

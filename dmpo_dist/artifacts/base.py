@@ -73,7 +73,7 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
-    if not file.is_file():
+    if not file.exists():
         return {}
     text = read_text(file, "restore or remove it")
     try:

@@ -7,9 +7,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A configuration section: unknown keys and infinite numbers are errors, field docstrings are help texts."""
+    """A configuration section: unknown keys and infinite numbers are errors, field docstrings are help texts.
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    Defaults are validated like given values, so that a setting left out and the same one read back are equal in type
+    too: files that hold it (``adapter_config.json``) are then the same byte for byte.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True)
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -133,10 +133,23 @@ def read_run(folder: Path) -> Run:
     if not (folder / CONFIG_FILE).exists() or not (folder / METRICS_FILE).exists():
         raise UserError(f"{folder} holds no training run (no {CONFIG_FILE} with {METRICS_FILE}); see `dmpo runs list`")
     config = read_config(folder / CONFIG_FILE)
+    _require_sections(config, folder / CONFIG_FILE)
     if config.get("submit") == SubmitConfig().model_dump(mode="json"):
         del config["submit"]  # earlier versions wrote it even where it was wholly default
     environment = Environment.read_if_there(folder) or Environment()
     return Run(folder, config, environment, read_log(folder / METRICS_FILE))
+
+
+def _require_sections(config: dict[str, Any], file: Path) -> None:
+    """Whether ``config`` has what tables and reports take from it.
+
+    Raises:
+        UserError: a part of it is missing, as where the file was cut.
+    """
+    for section, key in (("model", "path"), ("objective", "name")):
+        found = config.get(section)
+        if not isinstance(found, dict) or not isinstance(found.get(key), str):
+            raise UserError(f"{file}: damaged, it has no {section}.{key}; restore it, or remove the run's folder")
 
 
 def has_begun(folder: Path) -> bool:

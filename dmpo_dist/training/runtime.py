@@ -87,9 +87,7 @@ class ProcessRuntime:
             part.rename(whole)
             sync_folder(self._folder, below=False)
             self._refused.discard(whole.name)
-            good = [name for name in self._names() if name not in self._refused]
-            for old in good[self._keep :]:
-                shutil.rmtree(self._folder / old)
+            self._remove_old()
         dist.barrier()
 
     @contextmanager
@@ -98,12 +96,20 @@ class ProcessRuntime:
         for folder in map(await_folder, folders):
             why = problem(folder, step_of(folder.name, self._run) or 0)
             if not why:
+                if self.rank == 0:
+                    self._remove_old()  # a run killed while it did so has left some
                 yield folder
                 return
             self._refused.add(folder.name)
             self.log({"kind": "note", "text": passed_over(folder, why)})
         require_none(folders, self._folder)
         yield None
+
+    def _remove_old(self) -> None:
+        """Keep the latest checkpoints that can be used, as many as asked for."""
+        good = [name for name in self._names() if name not in self._refused]
+        for old in good[self._keep :]:
+            shutil.rmtree(self._folder / old)
 
     def _names(self) -> list[str]:
         """Names of this run's checkpoints, the latest first."""
