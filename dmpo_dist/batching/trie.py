@@ -87,6 +87,35 @@ class TitleTrie:
         """(R,) int64, scored tokens of each sequence."""
         return self._along_paths(self.scored.astype(np.int64))[self.ends]
 
+    @cached_property
+    def titles_at(self) -> dict[int, list[int]]:
+        """Node -> the sequences that end there."""
+        found: dict[int, list[int]] = {}
+        for title, node in enumerate(self.ends.tolist()):
+            found.setdefault(node, []).append(title)
+        return found
+
+    def rooted(self, token: int) -> "TitleTrie":
+        """The same behind one more token, node 0, which is not scored: the last one of a prompt."""
+        return TitleTrie(
+            token=np.concatenate([[token], self.token]),
+            parent=np.concatenate([[-1], self.parent + 1]),
+            depth=np.concatenate([[0], self.depth + 1]),
+            scored=np.concatenate([[False], self.scored]),
+            ends=self.ends + 1,
+        )
+
+    def leading_to(self, sequences: np.ndarray) -> np.ndarray:
+        """(N,) bool: the nodes that lie on the path to any of ``sequences`` (R,) bool."""
+        nodes = np.zeros(len(self.token), dtype=bool)
+        level = np.unique(self.ends[sequences])
+        while len(level):
+            nodes[level] = True
+            level = np.unique(self.parent[level])
+            level = level[level >= 0]
+            level = level[~nodes[level]]  # from a node that was met before its ancestors were, too
+        return nodes
+
     def children(self, nodes: np.ndarray) -> np.ndarray:
         """All children of ``nodes``, in preorder; the children of -1 are the first tokens of the sequences."""
         return np.flatnonzero(np.isin(self.parent, nodes))
@@ -159,6 +188,27 @@ class TriePart(Movable):
     reference_targets: ClassVar[None] = None
 
 
+@dataclass(frozen=True)
+class BeamPart(TriePart):
+    """Some nodes of a trie whose ancestors ran in earlier parts, T tokens in one row.
+
+    Attributes:
+        ancestors: (T, D) int64, as in ``TriePart``, but counted over the nodes that ran so far, those of this part last.
+        before: keys and values of these nodes, grown by each part that runs.
+    """
+
+    before: PromptMemory
+
+    def grown(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, H_kv, all nodes so far, D), given those of the nodes of this part."""
+        if module in self.before:
+            key, value = (
+                torch.cat([old, new], dim=2) for old, new in zip(self.before[module], (key, value), strict=True)
+            )
+        self.before[module] = key.clone(), value.clone()  # a view would keep the whole row's
+        return self.before[module]
+
+
 def prompt_part(prefix: Sequence[int], trie: TitleTrie, memory: PromptMemory) -> PromptPart:
     """``prefix`` as a part that predicts the children of the root, ``trie.children(-1)``."""
     children = trie.children(np.array([-1]))
@@ -184,6 +234,34 @@ def trie_part(trie: TitleTrie, nodes: np.ndarray, prefix_length: int, memory: Pr
         ancestors=torch.from_numpy(np.stack(columns, axis=1)),
         targets=_targets(np.searchsorted(row, trie.parent[children]), trie.token[children]),
         memory=memory,
+    )
+
+
+def beam_part(
+    trie: TitleTrie, nodes: np.ndarray, ran: np.ndarray, prefix_length: int, memory: PromptMemory, before: PromptMemory
+) -> BeamPart:
+    """Inner ``nodes`` of the trie, whose ancestors are among ``ran``, as a part that predicts their children.
+
+    Args:
+        nodes: ascending.
+        ran: the nodes that ran in earlier parts, in the order in which they did.
+        prefix_length: tokens before the trie.
+    """
+    order = np.concatenate([ran, nodes])
+    by_node = np.argsort(order)
+    columns, level = [], nodes
+    while level.max() >= 0:
+        at = by_node[np.searchsorted(order, level, sorter=by_node).clip(max=len(order) - 1)]
+        columns.append(np.where(level >= 0, at, -1))
+        level = np.where(level >= 0, trie.parent[level], -1)
+    children = trie.children(nodes)
+    return BeamPart(
+        input_ids=torch.from_numpy(trie.token[nodes])[None],
+        position_ids=torch.from_numpy(trie.depth[nodes] + prefix_length)[None],
+        ancestors=torch.from_numpy(np.stack(columns, axis=1)),
+        targets=_targets(np.searchsorted(nodes, trie.parent[children]), trie.token[children]),
+        memory=memory,
+        before=before,
     )
 
 
