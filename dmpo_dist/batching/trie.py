@@ -105,6 +105,15 @@ class TitleTrie:
             ends=self.ends + 1,
         )
 
+    def sequence(self, index: int) -> tuple[list[int], int]:
+        """The ids of a sequence, and the index of the first one that is scored."""
+        node, path = int(self.ends[index]), []
+        while node >= 0:
+            path.append(node)
+            node = int(self.parent[node])
+        nodes = np.array(path[::-1])
+        return self.token[nodes].tolist(), int(np.argmax(self.scored[nodes]))
+
     def leading_to(self, sequences: np.ndarray) -> np.ndarray:
         """(N,) bool: the nodes that lie on the path to any of ``sequences`` (R,) bool."""
         nodes = np.zeros(len(self.token), dtype=bool)
@@ -193,7 +202,7 @@ class BeamPart(TriePart):
     """Some nodes of a trie whose ancestors ran in earlier parts, T tokens in one row.
 
     Attributes:
-        ancestors: (T, D) int64, as in ``TriePart``, but counted over the nodes that ran so far, those of this part last.
+        ancestors: (T, D) int64, as in ``TriePart``, but counted over all nodes that ran, those of this part last.
         before: keys and values of these nodes, grown by each part that runs.
     """
 

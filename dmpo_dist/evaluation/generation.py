@@ -91,6 +91,7 @@ class _Search:
         everything = np.ones(len(request.trie.ends), dtype=bool)
         self._allowed = everything if request.allowed is None else request.allowed
         self._open = self._trie.leading_to(self._allowed)
+        self._inner = np.unique(self._trie.parent[self._open])  # a child leads on, so that no beam is kept in vain
         self._totals = np.zeros(len(self._trie.token))
         self.memory: PromptMemory = {}
         self._before: PromptMemory = {}
@@ -113,7 +114,7 @@ class _Search:
         ended = [(title, n) for n in level.tolist() for title in trie.titles_at.get(n, ()) if self._allowed[title]]
         self.finished += [Beam(title, float(totals[n])) for title, n in ended]
         self.finished = sorted(self.finished, key=lambda beam: (-beam.log_prob, beam.title))[: self._beams]
-        live = level[np.isin(level, trie.inner)]
+        live = level[np.isin(level, self._inner)]
         # a longer title has not more than its beginning, so what is below the last finished beam will not enter
         if len(self.finished) == self._beams:
             live = live[totals[live] >= self.finished[-1].log_prob]
