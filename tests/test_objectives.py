@@ -18,6 +18,7 @@ NAMES = list(OBJECTIVES)
 FORMS = NAMES[:3]
 NO_MARGIN = "rank_reward"  # a policy gradient: neither a function of reward margins nor of log-probs alone
 WITH_REFERENCE = [name for name in NAMES if name not in ("dmpo_released", "simpo")]
+BY_MARGIN = [name for name in WITH_REFERENCE if name != NO_MARGIN]
 WITH_BOUNDARY = [name for name in NAMES if "negative_selection" not in OBJECTIVES[name].REFUSED]
 SOFTMAX = ("sdpo", "recpo", "mult_dpo", "plackett_luce")  # of one positive, the last two are sdpo
 F64 = torch.float64
@@ -177,7 +178,7 @@ def test_loss_and_statistics_match_a_loop_over_groups(objective, batch, seed):
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"length_normalize": True, "sft_weight": 0.5}])
 @pytest.mark.parametrize(
     ("name", "selection"),
-    [*((name, "all") for name in NAMES if name != NO_MARGIN), *((name, "boundary") for name in WITH_BOUNDARY)]
+    [*((name, "all") for name in NAMES if name != NO_MARGIN), *((name, "boundary") for name in WITH_BOUNDARY)],
 )
 def test_gradients_match_finite_differences(name, options, selection):
     rng = random.Random(name)
@@ -266,7 +267,7 @@ def test_order_of_responses_changes_nothing(batch, rng, name, selection):
     torch.testing.assert_close(torch.tensor(gradients[1]), torch.tensor(gradients[0]), rtol=1e-11, atol=1e-13)
 
 
-@given(batches, st.lists(st.floats(-20, 20), min_size=4, max_size=4), st.sampled_from([n for n in WITH_REFERENCE if n != NO_MARGIN]), st.booleans())
+@given(batches, st.lists(st.floats(-20, 20), min_size=4, max_size=4), st.sampled_from(BY_MARGIN), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_a_constant_on_a_groups_reference_cancels(batch, shifts, name, boundary):
     objective = make(name, negative_selection="boundary" if boundary else "all")

@@ -3,24 +3,25 @@
 import math
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from worlds import CONTEXT, SHAPE, World, prepared
+from worlds import SHAPE, World, prepared
 
 from dmpo_dist.batching.plan import Schedule
 from dmpo_dist.batching.trie import TitleTrie
-from dmpo_dist.config import DataConfig, OnPolicyConfig, RunConfig, TemplateConfig
+from dmpo_dist.config import OnPolicyConfig, TemplateConfig
 from dmpo_dist.config.load import config_of
-from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.generation import Beam, BeamRequest, beam_searches
 from dmpo_dist.modeling.backbone import find_model, load_tokenizer
 from dmpo_dist.modeling.logprobs import LogProbModel
+from dmpo_dist.modeling.scoring import node_log_probs
 from dmpo_dist.modeling.trie_attention import use_trie_attention
 from dmpo_dist.training.catalogue import CatalogueGroups
 from dmpo_dist.training.job import Job
@@ -72,7 +73,7 @@ def test_every_negative_is_a_title_that_the_user_had_not_taken(world, encode, fo
     made.begin(0, 4)
     first_taken = data.interactions.merge(data.items, on="item").groupby("title")["timestamp"].min()
     of_user = data.interactions.merge(data.items, on="item").groupby("user")["title"].agg(set)
-    for (epoch, index), drawn in made._drawn.items():
+    for (epoch, index), drawn in made.drawn.items():
         row = catalogue.rows[index]
         titles = {catalogue.titles[column] for column in drawn.titles}
         assert len(titles) == len(drawn.titles) == K
@@ -92,7 +93,7 @@ def test_negatives_are_drawn_among_the_titles_that_the_model_ranks_first(catalog
     settings = OnPolicyConfig(every=2, beams=len(catalogue.titles), top=5, skip=2)
     made = on_policy(catalogue, forward, settings)
     made.begin(0, 2)
-    for (_, index), drawn in made._drawn.items():
+    for (_, index), drawn in made.drawn.items():
         whole = catalogue.whole(index)
         scores = _scores(forward, whole.prefix, catalogue.trie(whole))
         allowed = catalogue.eligible(index)
@@ -105,8 +106,6 @@ def test_negatives_are_drawn_among_the_titles_that_the_model_ranks_first(catalog
 
 
 def _scores(forward, prefix, trie: TitleTrie) -> np.ndarray:
-    from dmpo_dist.modeling.scoring import node_log_probs
-
     return trie.log_probs(node_log_probs(forward, prefix, trie, 4096, CPU))
 
 
@@ -138,14 +137,14 @@ def test_a_draw_depends_on_seed_request_and_step_alone(catalogue, forward):
     first, again, other, later = (on_policy(catalogue, forward, settings, seed) for seed in (0, 0, 1, 0))
     for made, start in ((first, 0), (again, 0), (other, 0), (later, 2)):
         made.begin(start, start + 2)
-    assert first._drawn == again._drawn
-    assert first._drawn != other._drawn
+    assert first.drawn == again.drawn
+    assert first.drawn != other.drawn
     later.begin(0, 2)
-    assert later._drawn == first._drawn, "nothing is left over from the steps before"
-    steps = len(first._drawn) // BATCH
+    assert later.drawn == first.drawn, "nothing is left over from the steps before"
+    steps = len(first.drawn) // BATCH
     everything = on_policy(catalogue, forward, OnPolicyConfig(every=steps * 2, beams=20, top=12))
     everything.begin(0, 2)
-    assert everything._drawn == first._drawn
+    assert everything.drawn == first.drawn
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -160,10 +159,10 @@ def test_a_stretch_that_was_cut_goes_on_with_what_was_drawn(catalogue, forward):
     resumed.say = said.append
     resumed.restore([list(entry) for entry in made.state(3)])
     resumed.begin(3, 4)
-    for pair in resumed._drawn:
-        assert resumed._drawn[pair] == made._drawn[pair]
+    for pair in resumed.drawn:
+        assert resumed.drawn[pair] == made.drawn[pair]
         assert resumed.group(pair[1], pair[0]) == made.group(pair[1], pair[0])
-    assert len(resumed._drawn) == len(made.schedule.groups(3))
+    assert len(resumed.drawn) == len(made.schedule.groups(3))
     assert not said
 
 
@@ -171,7 +170,7 @@ def test_a_stretch_that_was_cut_goes_on_with_what_was_drawn(catalogue, forward):
 def test_stored_negatives_fill_up(catalogue, forward):
     made = on_policy(catalogue, forward, OnPolicyConfig(every=1, beams=4, top=1))
     made.begin(0, 1)
-    for (epoch, index), drawn in made._drawn.items():
+    for (epoch, index), drawn in made.drawn.items():
         assert len(drawn.titles) == 1
         branches = made.group(index, epoch).branches
         whole = catalogue.whole(index)
@@ -223,15 +222,11 @@ def test_what_does_not_go_together_is_one_line(world, keys, words):
 
 
 def test_ready_preferences_have_no_catalogue(world):
-    from dataclasses import replace
-
     with pytest.raises(UserError, match="was made from ready preferences and has none"):
         require_on_policy(job(world.data), replace(world.data, items=None))
 
 
 def test_a_title_that_does_not_fit_is_named_at_the_start(world, encode):
-    from dataclasses import replace
-
     with pytest.raises(UserError, match="all 40 titles of the catalogue .* longest title does not fit"):
         CatalogueGroups(world.data, replace(encode, max_length=3)).stored()
 

@@ -143,6 +143,7 @@ class OnPolicy:
         rewards: (what was drawn, K) -> the rewards of the positive and its negatives, for an objective that takes them.
         say: prints a line on rank 0.
         figures: of the latest draw.
+        drawn: what was drawn for the groups of the steps to come.
     """
 
     settings: OnPolicyConfig
@@ -156,7 +157,7 @@ class OnPolicy:
     figures: dict[str, float | None] = field(default_factory=dict)
     _seconds: float = 0.0
     _end: int = 0  # of the stretch that was begun last
-    _drawn: dict[Pair, Drawn] = field(default_factory=dict)
+    drawn: dict[Pair, Drawn] = field(default_factory=dict)
     _groups: dict[Pair, TokenGroup] = field(default_factory=dict)
 
     def group(self, index: int, epoch: int) -> TokenGroup:
@@ -180,8 +181,8 @@ class OnPolicy:
         began = time.monotonic()
         pairs = self._pairs(start, end)
         own = pairs[dist.get_rank() :: dist.get_world_size()]
-        if start % self.settings.every and all(pair in self._drawn for pair in pairs):
-            found = [(pair, self._drawn[pair], self.catalogue.whole(pair[1]), []) for pair in own]
+        if start % self.settings.every and all(pair in self.drawn for pair in pairs):
+            found = [(pair, self.drawn[pair], self.catalogue.whole(pair[1]), []) for pair in own]
         else:
             if start % self.settings.every:
                 self.say(f"the titles of steps {start + 1} to {end} are drawn anew: the checkpoint holds others")
@@ -198,11 +199,11 @@ class OnPolicy:
 
     def state(self, done: int) -> list[list[Any]]:
         """What was drawn for steps after ``done`` that come before the next draw, JSON; goes into a checkpoint."""
-        return [[*pair, *self._drawn[pair]] for pair in self._pairs(done, max(done, self._end))]
+        return [[*pair, *self.drawn[pair]] for pair in self._pairs(done, max(done, self._end))]
 
     def restore(self, state: Sequence[Sequence[Any]]) -> None:
         """Take up the ``state`` of a checkpoint."""
-        self._drawn = {(epoch, index): Drawn(*drawn) for epoch, index, *drawn in state}
+        self.drawn = {(epoch, index): Drawn(*drawn) for epoch, index, *drawn in state}
 
     def _pairs(self, start: int, end: int) -> list[Pair]:
         """The groups of steps ``start`` to ``end``."""
@@ -250,11 +251,11 @@ class OnPolicy:
                 "train.on_policy: a log-probability of the titles found is not finite: training diverged, or the "
                 "starting model is broken; lower train.learning_rate or train.max_grad_norm, or train in float32"
             )
-        self._drawn = {pair: drawn for pair, drawn, *_ in found}
+        self.drawn = {pair: drawn for pair, drawn, *_ in found}
         self._groups = {pair: group for pair, _, group, _ in found}
-        ranks = [drawn.target for drawn in self._drawn.values() if drawn.target]
+        ranks = [drawn.target for drawn in self.drawn.values() if drawn.target]
         self.figures = {
-            "drawn_titles": len({title for drawn in self._drawn.values() for title in drawn.titles}),
+            "drawn_titles": len({title for drawn in self.drawn.values() for title in drawn.titles}),
             "target_found": len(ranks) / len(found),
             "target_rank": float(np.mean(ranks)) if ranks else None,
         }
