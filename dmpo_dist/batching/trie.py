@@ -97,13 +97,33 @@ class TitleTrie:
 
     def rooted(self, token: int) -> "TitleTrie":
         """The same behind one more token, node 0, which is not scored: the last one of a prompt."""
-        return TitleTrie(
-            token=np.concatenate([[token], self.token]),
-            parent=np.concatenate([[-1], self.parent + 1]),
-            depth=np.concatenate([[0], self.depth + 1]),
-            scored=np.concatenate([[False], self.scored]),
-            ends=self.ends + 1,
-        )
+        if token not in self._rooted:
+            self._rooted[token] = TitleTrie(
+                token=np.concatenate([[token], self.token]),
+                parent=np.concatenate([[-1], self.parent + 1]),
+                depth=np.concatenate([[0], self.depth + 1]),
+                scored=np.concatenate([[False], self.scored]),
+                ends=self.ends + 1,
+            )
+        return self._rooted[token]
+
+    @cached_property
+    def _rooted(self) -> dict[int, "TitleTrie"]:
+        return {}
+
+    @cached_property
+    def after(self) -> np.ndarray:
+        """(N,) int64, for each node the first one behind its subtree: in preorder a subtree is a range of nodes."""
+        sizes = np.ones(len(self.token), dtype=np.int64)
+        for depth in range(int(self.depth.max()), 0, -1):
+            level = np.flatnonzero(self.depth == depth)
+            np.add.at(sizes, self.parent[level], sizes[level])
+        return np.arange(len(self.token)) + sizes
+
+    def count_below(self, at: np.ndarray) -> np.ndarray:
+        """(N,) numbers at the nodes -> (N,) their sums over each node's subtree."""
+        total = np.concatenate([[0], np.cumsum(at)])
+        return total[self.after] - total[:-1]
 
     def sequence(self, index: int) -> tuple[list[int], int]:
         """The ids of a sequence, and the index of the first one that is scored."""
@@ -114,20 +134,19 @@ class TitleTrie:
         nodes = np.array(path[::-1])
         return self.token[nodes].tolist(), int(np.argmax(self.scored[nodes]))
 
-    def leading_to(self, sequences: np.ndarray) -> np.ndarray:
-        """(N,) bool: the nodes that lie on the path to any of ``sequences`` (R,) bool."""
-        nodes = np.zeros(len(self.token), dtype=bool)
-        level = np.unique(self.ends[sequences])
-        while len(level):
-            nodes[level] = True
-            level = np.unique(self.parent[level])
-            level = level[level >= 0]
-            level = level[~nodes[level]]  # from a node that was met before its ancestors were, too
-        return nodes
+    @cached_property
+    def _by_parent(self) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes in the order of their parents, and these parents."""
+        order = np.argsort(self.parent, kind="stable")
+        return order, self.parent[order]
 
     def children(self, nodes: np.ndarray) -> np.ndarray:
         """All children of ``nodes``, in preorder; the children of -1 are the first tokens of the sequences."""
-        return np.flatnonzero(np.isin(self.parent, nodes))
+        order, parents = self._by_parent
+        first = np.searchsorted(parents, nodes, side="left")
+        counts = np.searchsorted(parents, nodes, side="right") - first
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.sort(order[np.repeat(first, counts) + within])
 
     def path_log_probs(self, node_log_probs: np.ndarray) -> np.ndarray:
         """(N,) log-probs of the nodes' tokens -> (N,) float64, summed over the scored tokens from the root to each."""
@@ -247,27 +266,20 @@ def trie_part(trie: TitleTrie, nodes: np.ndarray, prefix_length: int, memory: Pr
 
 
 def beam_part(
-    trie: TitleTrie, nodes: np.ndarray, ran: np.ndarray, prefix_length: int, memory: PromptMemory, before: PromptMemory
-) -> BeamPart:
-    """Inner ``nodes`` of the trie, whose ancestors are among ``ran``, as a part that predicts their children.
+    trie: TitleTrie, nodes: np.ndarray, ancestors: np.ndarray, prefix_length: int, memory: PromptMemory,
+    before: PromptMemory,
+) -> BeamPart:  # fmt: skip
+    """Inner ``nodes`` of the trie (ascending), whose ancestors have run, as a part that predicts their children.
 
     Args:
-        nodes: ascending.
-        ran: the nodes that ran in earlier parts, in the order in which they did.
+        ancestors: see ``BeamPart``.
         prefix_length: tokens before the trie.
     """
-    order = np.concatenate([ran, nodes])
-    by_node = np.argsort(order)
-    columns, level = [], nodes
-    while level.max() >= 0:
-        at = by_node[np.searchsorted(order, level, sorter=by_node).clip(max=len(order) - 1)]
-        columns.append(np.where(level >= 0, at, -1))
-        level = np.where(level >= 0, trie.parent[level], -1)
     children = trie.children(nodes)
     return BeamPart(
         input_ids=torch.from_numpy(trie.token[nodes])[None],
         position_ids=torch.from_numpy(trie.depth[nodes] + prefix_length)[None],
-        ancestors=torch.from_numpy(np.stack(columns, axis=1)),
+        ancestors=torch.from_numpy(ancestors),
         targets=_targets(np.searchsorted(nodes, trie.parent[children]), trie.token[children]),
         memory=memory,
         before=before,

@@ -81,44 +81,51 @@ class _Search:
     Attributes:
         prefix: the prompt but for its last token, which is the root of the trie, node 0.
         memory: the prompt's keys and values.
-        live: the nodes kept, which run next; level: their children that lead to an allowed title.
+        live: the nodes kept, which run next; level: the children of those that ran last.
         finished: the best titles so far, best first.
     """
 
     def __init__(self, request: BeamRequest, beams: int) -> None:
         *self.prefix, root = request.prefix
         self._trie, self._beams = request.trie.rooted(root), beams
-        everything = np.ones(len(request.trie.ends), dtype=bool)
-        self._allowed = everything if request.allowed is None else request.allowed
-        self._open = self._trie.leading_to(self._allowed)
-        self._inner = np.unique(self._trie.parent[self._open])  # a child leads on, so that no beam is kept in vain
-        self._totals = np.zeros(len(self._trie.token))
+        titles = len(request.trie.ends)
+        self._allowed = np.ones(titles, dtype=bool) if request.allowed is None else request.allowed
+        ending = np.bincount(self._trie.ends[self._allowed], minlength=len(self._trie.token))
+        self._count = self._trie.count_below(ending)  # (N,) allowed titles at and below a node
+        self._leads = self._count > ending  # (N,) to a longer allowed title
+        self._totals = {0: 0.0}
         self.memory: PromptMemory = {}
         self._before: PromptMemory = {}
-        self._ran = np.empty(0, dtype=np.int64)
-        self.live = np.zeros(int(self._open.any()), dtype=np.int64)
+        self._ways: dict[int, list[int]] = {}  # for each node that ran, the numbers by which it and its ancestors did
+        self.live = np.zeros(int(self._leads[0]), dtype=np.int64)
         self.level = self.live
         self.finished: list[Beam] = []
 
     def part(self) -> BeamPart:
-        part = beam_part(self._trie, self.live, self._ran, len(self.prefix), self.memory, self._before)
-        self._ran = np.concatenate([self._ran, self.live])
+        live, parents = self.live.tolist(), self._trie.parent[self.live].tolist()
+        for node, parent in zip(live, parents, strict=True):
+            self._ways[node] = [len(self._ways), *self._ways.get(parent, ())]
+        ancestors = np.array([self._ways[node] for node in live])  # (T, D): all live nodes are equally deep
         self.level = self._trie.children(self.live)
-        return part
+        return beam_part(self._trie, self.live, ancestors, len(self.prefix), self.memory, self._before)
 
     def take(self, log_probs: np.ndarray) -> None:
         """Go on from the log-probs (n,) of the nodes of ``level``."""
-        trie, level, totals = self._trie, self.level, self._totals
-        totals[level] = totals[trie.parent[level]] + np.where(trie.scored[level], log_probs, 0.0)
-        level = level[self._open[level]]
-        ended = [(title, n) for n in level.tolist() for title in trie.titles_at.get(n, ()) if self._allowed[title]]
-        self.finished += [Beam(title, float(totals[n])) for title, n in ended]
+        trie, totals = self._trie, self._totals
+        steps = np.where(trie.scored[self.level], log_probs, 0.0).tolist()
+        live: list[int] = []
+        for node, parent, step in zip(self.level.tolist(), trie.parent[self.level].tolist(), steps, strict=True):
+            if not self._count[node]:
+                continue
+            totals[node] = totals[parent] + step
+            self.finished += [Beam(t, totals[node]) for t in trie.titles_at.get(node, ()) if self._allowed[t]]
+            if self._leads[node]:
+                live.append(node)
         self.finished = sorted(self.finished, key=lambda beam: (-beam.log_prob, beam.title))[: self._beams]
-        live = level[np.isin(level, self._inner)]
         # a longer title has not more than its beginning, so what is below the last finished beam will not enter
-        if len(self.finished) == self._beams:
-            live = live[totals[live] >= self.finished[-1].log_prob]
-        self.live = np.sort(live[np.argsort(-totals[live], kind="stable")[: self._beams]])
+        least = self.finished[-1].log_prob if len(self.finished) == self._beams else -np.inf
+        best = sorted((node for node in live if totals[node] >= least), key=lambda node: (-totals[node], node))
+        self.live = np.array(sorted(best[: self._beams]), dtype=np.int64)
 
 
 def greedy_config(tokenizer: Any, template: Template) -> Any:

@@ -124,5 +124,4 @@ class TitleSearch:
 
 def _filler() -> AnyLayout:
     """A row of one token."""
-    none = np.empty(0, dtype=np.int64)
-    return request_row([], [beam_part(TitleTrie.of([[0, 0]], [0]), np.array([0]), none, 0, {}, {})])
+    return request_row([], [beam_part(TitleTrie.of([[0, 0]], [0]), np.array([0]), np.array([[0]]), 0, {}, {})])
