@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dmpo_dist.objectives.ipo import Ipo
     from dmpo_dist.objectives.mult_dpo import MultDpo
     from dmpo_dist.objectives.plackett_luce import PlackettLuce
+    from dmpo_dist.objectives.rank_reward import RankReward
     from dmpo_dist.objectives.recpo import Recpo
     from dmpo_dist.objectives.sdpo import Sdpo
     from dmpo_dist.objectives.simpo import Simpo
@@ -36,6 +37,7 @@ __all__ = [
     "Ipo",
     "MultDpo",
     "PlackettLuce",
+    "RankReward",
     "RankingModel",
     "Recpo",
     "Sdpo",
@@ -55,6 +57,7 @@ _HOMES = {
     "Ipo": "objectives.ipo",
     "MultDpo": "objectives.mult_dpo",
     "PlackettLuce": "objectives.plackett_luce",
+    "RankReward": "objectives.rank_reward",
     "RankingModel": "modeling.ranking_model",
     "Recpo": "objectives.recpo",
     "Sdpo": "objectives.sdpo",

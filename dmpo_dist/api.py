@@ -95,8 +95,8 @@ def train(
         data: what ``prepare`` returned.
         model: a hub id, a model folder, what an earlier ``train`` returned, or "scratch" (a small random model).
         stage: "sft" for the likelihood of the positive, "preference" for ``objective``.
-        objective: dmpo, sdpo, dpo_pairs, dmpo_released, ipo, simpo, recpo, mult_dpo or plackett_luce; options go into
-            ``settings``, as ``{"objective.beta": 0.1}``.
+        objective: dmpo, sdpo, dpo_pairs, dmpo_released, ipo, simpo, recpo, mult_dpo, plackett_luce or rank_reward
+            (which needs ``train.on_policy``); options go into ``settings``, as ``{"objective.beta": 0.1}``.
         negatives: K of a group in each step (preference stage).
         shots: train on this many groups; None takes all.
         workers: ranks of the run.

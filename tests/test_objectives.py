@@ -16,7 +16,9 @@ from dmpo_dist.objectives.registry import OBJECTIVES
 
 NAMES = list(OBJECTIVES)
 FORMS = NAMES[:3]
+NO_MARGIN = "rank_reward"  # a policy gradient: neither a function of reward margins nor of log-probs alone
 WITH_REFERENCE = [name for name in NAMES if name not in ("dmpo_released", "simpo")]
+BY_MARGIN = [name for name in WITH_REFERENCE if name != NO_MARGIN]
 WITH_BOUNDARY = [name for name in NAMES if "negative_selection" not in OBJECTIVES[name].REFUSED]
 SOFTMAX = ("sdpo", "recpo", "mult_dpo", "plackett_luce")  # of one positive, the last two are sdpo
 F64 = torch.float64
@@ -93,13 +95,33 @@ def _group(objective, positive, *negatives):
             return smoothed(math.log(sum(math.exp(margin) for margin in margins)))
         return fmean(smoothed(margin) for margin in margins)
 
+    def policy_gradient(ratios):
+        """arXiv 2510.12211, the lengths taken for rewards as ``flatten`` does; a score function is 1 in value."""
+        responses = [positive, *negatives]
+        given = [response[2] for response in responses]
+        if len(set(given)) == 1:
+            return 0.0
+        spread = math.sqrt(fmean((reward - fmean(given)) ** 2 for reward in given))
+        advantages = [(reward - fmean(given)) / spread for reward in given]
+        terms = [-a + objective.kl * ratio**2 / 2 for a, ratio in zip(advantages, ratios, strict=True)]
+        lengths = [response[2] if objective.length_normalize else 1 for response in responses]
+        return fmean(term / length for term, length in zip(terms, lengths, strict=True))
+
     kept = kept_negatives(positive, negatives) if objective.negative_selection == "boundary" else negatives
-    preference = form([beta_factor(negative) * (reward(negative) - reward(positive)) for negative in kept])
+    ratios = [response[0] - response[1] for response in (positive, *negatives)]
+    more = {}
+    if objective.name == NO_MARGIN:
+        more["constant_reward"] = len({response[2] for response in (positive, *negatives)}) == 1
+        more["kl"] = fmean(ratio**2 / 2 for ratio in ratios)
+        preference, initial = policy_gradient(ratios), policy_gradient([0.0] * len(ratios))
+    else:
+        preference = form([beta_factor(negative) * (reward(negative) - reward(positive)) for negative in kept])
+        initial = form([0.0] * len(kept))
     sft_weight = objective.sft_weight + (objective.name == "dmpo_released")
     return {
         "loss": preference - sft_weight * positive[0] / positive[2],
         "preference_loss": preference,
-        "initial_loss": form([0.0] * len(kept)),
+        "initial_loss": initial,
         "negatives": len(kept),
         "margin": reward(positive) - fmean(reward(negative) for negative in negatives),
         "accuracy": fmean(negative[0] < positive[0] for negative in negatives),
@@ -108,6 +130,7 @@ def _group(objective, positive, *negatives):
         "reward_negative": fmean(reward(negative) for negative in negatives),
         "logp_positive": positive[0],
         "logp_negative": fmean(negative[0] for negative in negatives),
+        **more,
     }
 
 
@@ -154,7 +177,8 @@ def test_loss_and_statistics_match_a_loop_over_groups(objective, batch, seed):
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"length_normalize": True, "sft_weight": 0.5}])
 @pytest.mark.parametrize(
-    ("name", "selection"), [*((name, "all") for name in NAMES), *((name, "boundary") for name in WITH_BOUNDARY)]
+    ("name", "selection"),
+    [*((name, "all") for name in NAMES if name != NO_MARGIN), *((name, "boundary") for name in WITH_BOUNDARY)],
 )
 def test_gradients_match_finite_differences(name, options, selection):
     rng = random.Random(name)
@@ -202,7 +226,7 @@ def test_a_policy_equal_to_its_reference_starts_at_the_initial_loss(objective, b
         assert known is None
         return
     assert close(sums["preference_loss"].item(), known.sum().item())
-    if objective.name in ("ipo", "recpo"):
+    if objective.name in ("ipo", "recpo", NO_MARGIN):
         return  # 1 / (2 beta)^2, and what the margins add: see the oracle
     if objective.name not in SOFTMAX:
         assert close(known.sum().item(), len(batch) * math.log(2))
@@ -215,6 +239,8 @@ def test_a_policy_equal_to_its_reference_starts_at_the_initial_loss(objective, b
 def test_listing_every_negative_twice(batch, objective):
     """Changes nothing for means over negatives; adds log 2 inside a softmax, as if each were that much likelier."""
     twice = [[group[0], *group[1:], *group[1:]] for group in batch]
+    if objective.name == NO_MARGIN:
+        return  # another group has another mean reward
     if objective.name not in SOFTMAX:
         assert close(value(objective, twice), value(objective, batch))
     else:
@@ -241,7 +267,7 @@ def test_order_of_responses_changes_nothing(batch, rng, name, selection):
     torch.testing.assert_close(torch.tensor(gradients[1]), torch.tensor(gradients[0]), rtol=1e-11, atol=1e-13)
 
 
-@given(batches, st.lists(st.floats(-20, 20), min_size=4, max_size=4), st.sampled_from(WITH_REFERENCE), st.booleans())
+@given(batches, st.lists(st.floats(-20, 20), min_size=4, max_size=4), st.sampled_from(BY_MARGIN), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_a_constant_on_a_groups_reference_cancels(batch, shifts, name, boundary):
     objective = make(name, negative_selection="boundary" if boundary else "all")

@@ -55,7 +55,7 @@ def resumed(folder, job=JOB, lost=lambda step, best: ""):
     engine = engine_of(seed=1)
     engine.module[0].bias.data.copy_(engine_of().module[0].bias.data)
     runtime = ProcessRuntime(folder, keep=9, sink=lambda record: notes.append(record["text"]))
-    done, best = resume(runtime, engine, job, lost)
+    done, best, _ = resume(runtime, engine, job, lost)
     return done, best, engine, notes
 
 

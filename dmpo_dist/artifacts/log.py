@@ -72,6 +72,18 @@ class StepRecord(LogLine):
     slowest_share: float | None = None
     """Busy time of the slowest rank over the mean."""
     memory_gib: float | None = None
+    refresh_seconds: float | None = None
+    """What the search of titles by ``train.on_policy`` took since the record before."""
+    refresh_share: float | None = None
+    """Of the time since then."""
+    drawn_titles: int | None = None
+    """Distinct titles among all negatives of the latest draw."""
+    top10_titles: int | None = None
+    """Distinct titles among the ten best of all its prompts."""
+    target_found: float | None = None
+    """Share of its groups in which the search found the positive."""
+    target_rank: float | None = None
+    """Mean rank of the positive in these."""
 
     def figures(self) -> dict[str, Any]:
         """All numbers of the record by name."""

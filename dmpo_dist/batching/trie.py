@@ -87,9 +87,66 @@ class TitleTrie:
         """(R,) int64, scored tokens of each sequence."""
         return self._along_paths(self.scored.astype(np.int64))[self.ends]
 
+    @cached_property
+    def titles_at(self) -> dict[int, list[int]]:
+        """Node -> the sequences that end there."""
+        found: dict[int, list[int]] = {}
+        for title, node in enumerate(self.ends.tolist()):
+            found.setdefault(node, []).append(title)
+        return found
+
+    def rooted(self, token: int) -> "TitleTrie":
+        """The same behind one more token, node 0, which is not scored: the last one of a prompt."""
+        if token not in self._rooted:
+            self._rooted[token] = TitleTrie(
+                token=np.concatenate([[token], self.token]),
+                parent=np.concatenate([[-1], self.parent + 1]),
+                depth=np.concatenate([[0], self.depth + 1]),
+                scored=np.concatenate([[False], self.scored]),
+                ends=self.ends + 1,
+            )
+        return self._rooted[token]
+
+    @cached_property
+    def _rooted(self) -> dict[int, "TitleTrie"]:
+        return {}
+
+    @cached_property
+    def after(self) -> np.ndarray:
+        """(N,) int64, for each node the first one behind its subtree: in preorder a subtree is a range of nodes."""
+        sizes = np.ones(len(self.token), dtype=np.int64)
+        for depth in range(int(self.depth.max()), 0, -1):
+            level = np.flatnonzero(self.depth == depth)
+            np.add.at(sizes, self.parent[level], sizes[level])
+        return np.arange(len(self.token)) + sizes
+
+    def count_below(self, at: np.ndarray) -> np.ndarray:
+        """(N,) numbers at the nodes -> (N,) their sums over each node's subtree."""
+        total = np.concatenate([[0], np.cumsum(at)])
+        return total[self.after] - total[:-1]
+
+    def sequence(self, index: int) -> tuple[list[int], int]:
+        """The ids of a sequence, and the index of the first one that is scored."""
+        node, path = int(self.ends[index]), []
+        while node >= 0:
+            path.append(node)
+            node = int(self.parent[node])
+        nodes = np.array(path[::-1])
+        return self.token[nodes].tolist(), int(np.argmax(self.scored[nodes]))
+
+    @cached_property
+    def _by_parent(self) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes in the order of their parents, and these parents."""
+        order = np.argsort(self.parent, kind="stable")
+        return order, self.parent[order]
+
     def children(self, nodes: np.ndarray) -> np.ndarray:
         """All children of ``nodes``, in preorder; the children of -1 are the first tokens of the sequences."""
-        return np.flatnonzero(np.isin(self.parent, nodes))
+        order, parents = self._by_parent
+        first = np.searchsorted(parents, nodes, side="left")
+        counts = np.searchsorted(parents, nodes, side="right") - first
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.sort(order[np.repeat(first, counts) + within])
 
     def path_log_probs(self, node_log_probs: np.ndarray) -> np.ndarray:
         """(N,) log-probs of the nodes' tokens -> (N,) float64, summed over the scored tokens from the root to each."""
@@ -159,6 +216,27 @@ class TriePart(Movable):
     reference_targets: ClassVar[None] = None
 
 
+@dataclass(frozen=True)
+class BeamPart(TriePart):
+    """Some nodes of a trie whose ancestors ran in earlier parts, T tokens in one row.
+
+    Attributes:
+        ancestors: (T, D) int64, as in ``TriePart``, but counted over all nodes that ran, those of this part last.
+        before: keys and values of these nodes, grown by each part that runs.
+    """
+
+    before: PromptMemory
+
+    def grown(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, H_kv, all nodes so far, D), given those of the nodes of this part."""
+        if module in self.before:
+            key, value = (
+                torch.cat([old, new], dim=2) for old, new in zip(self.before[module], (key, value), strict=True)
+            )
+        self.before[module] = key.clone(), value.clone()  # a view would keep the whole row's
+        return self.before[module]
+
+
 def prompt_part(prefix: Sequence[int], trie: TitleTrie, memory: PromptMemory) -> PromptPart:
     """``prefix`` as a part that predicts the children of the root, ``trie.children(-1)``."""
     children = trie.children(np.array([-1]))
@@ -184,6 +262,27 @@ def trie_part(trie: TitleTrie, nodes: np.ndarray, prefix_length: int, memory: Pr
         ancestors=torch.from_numpy(np.stack(columns, axis=1)),
         targets=_targets(np.searchsorted(row, trie.parent[children]), trie.token[children]),
         memory=memory,
+    )
+
+
+def beam_part(
+    trie: TitleTrie, nodes: np.ndarray, ancestors: np.ndarray, prefix_length: int, memory: PromptMemory,
+    before: PromptMemory,
+) -> BeamPart:  # fmt: skip
+    """Inner ``nodes`` of the trie (ascending), whose ancestors have run, as a part that predicts their children.
+
+    Args:
+        ancestors: see ``BeamPart``.
+        prefix_length: tokens before the trie.
+    """
+    children = trie.children(nodes)
+    return BeamPart(
+        input_ids=torch.from_numpy(trie.token[nodes])[None],
+        position_ids=torch.from_numpy(trie.depth[nodes] + prefix_length)[None],
+        ancestors=torch.from_numpy(ancestors),
+        targets=_targets(np.searchsorted(nodes, trie.parent[children]), trie.token[children]),
+        memory=memory,
+        before=before,
     )
 
 

@@ -40,6 +40,7 @@ from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.groups import make_schedule, require_levels, require_negatives
 from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.listed import require_lists
+from dmpo_dist.training.on_policy import require_on_policy
 from dmpo_dist.training.runtime import Runtime
 from dmpo_dist.training.schedule import total_steps
 
@@ -256,6 +257,7 @@ def _check_plan(job: Job, data: PreparedData) -> None:
     if job.kind == "preference":
         require_levels(job.loss, config.objective.name, data)  # the loss: refuses a class that cannot be loaded
         require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.ragged)
+        require_on_policy(job, data)
     elif config.sft.history_order == "shuffled":
         require_reorderable(config, data)
     resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)

@@ -6,7 +6,14 @@ from dmpo_dist.config.load import config_of, dump_config, load_config
 from dmpo_dist.config.model import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.config.objective import ObjectiveConfig
 from dmpo_dist.config.run import CONFIG_VERSION, RunConfig
-from dmpo_dist.config.training import ClusterConfig, ReferenceConfig, SFTConfig, StageConfig, TrainConfig
+from dmpo_dist.config.training import (
+    ClusterConfig,
+    OnPolicyConfig,
+    ReferenceConfig,
+    SFTConfig,
+    StageConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "CONFIG_VERSION",
@@ -16,6 +23,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "OnPolicyConfig",
     "RankingConfig",
     "ReferenceConfig",
     "RunConfig",

@@ -63,9 +63,9 @@ class PreferenceOptions(Section, frozen=True):
 
 class DmpoConfig(PreferenceOptions):
     name: Literal["dmpo"] = "dmpo"
-    """One positive against negatives: dmpo | sdpo | dpo_pairs | dmpo_released | ipo | simpo | recpo. Also several
-    positives and ordered lists: mult_dpo | plackett_luce. Each takes options of its own; left out beside
-    ``import_path``."""
+    """One positive against negatives: dmpo | sdpo | dpo_pairs | dmpo_released | ipo | simpo | recpo |
+    rank_reward (of ``train.on_policy``). Also several positives and ordered lists: mult_dpo | plackett_luce. Each takes
+    options of its own; left out beside ``import_path``."""
 
 
 class SdpoConfig(PreferenceOptions):
@@ -126,6 +126,24 @@ class PlackettLuceConfig(PreferenceOptions):
     REFUSED: ClassVar[Mapping[str, str]] = NO_BOUNDARY
 
 
+class RankRewardConfig(PreferenceOptions):
+    name: Literal["rank_reward"] = "rank_reward"
+    kl: float = Field(0.001, ge=0)
+    """Weight of the penalty on the distance from the reference; 0 needs no reference."""
+    target: Literal["generated", "always"] = "generated"
+    """generated: a group whose positive the search did not find has no gradient, as in the sources; always: the
+    positive counts with its reward of 1 even so."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = (
+        NO_BOUNDARY
+        | NO_SIGMOID
+        | {
+            "beta": "which scales nothing but its penalty, by objective.kl",
+            "reference_free": "which is so with objective.kl=0",
+        }
+    )
+
+
 class CustomObjective(Section):
     """A class that implements ``dmpo_dist.objectives.loss.Loss``, made as ``Class(**kwargs)``."""
 
@@ -153,7 +171,7 @@ class CustomObjective(Section):
 
 OURS: tuple[type[PreferenceOptions], ...] = (
     DmpoConfig, SdpoConfig, DpoPairsConfig, DmpoReleasedConfig,
-    IpoConfig, SimpoConfig, RecpoConfig, MultDpoConfig, PlackettLuceConfig,
+    IpoConfig, SimpoConfig, RecpoConfig, MultDpoConfig, PlackettLuceConfig, RankRewardConfig,
 )  # fmt: skip
 BUILT_IN: tuple[str, ...] = tuple(ours.model_fields["name"].default for ours in OURS)
 
@@ -175,6 +193,7 @@ ObjectiveConfig = Annotated[
     | Annotated[RecpoConfig, Tag("recpo")]
     | Annotated[MultDpoConfig, Tag("mult_dpo")]
     | Annotated[PlackettLuceConfig, Tag("plackett_luce")]
+    | Annotated[RankRewardConfig, Tag("rank_reward")]
     | Annotated[CustomObjective, Tag(CUSTOM)],
     Discriminator(_kind),
 ]

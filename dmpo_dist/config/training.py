@@ -73,10 +73,34 @@ class SFTConfig(StageConfig):
     """Negatives that a template with {candidates} lists beside the positive in each step; no effect without one."""
 
 
+class OnPolicyConfig(Section):
+    every: int = Field(20, ge=1)
+    """Steps between two draws: each searches titles by the weights of that time for the groups of as many steps."""
+    beams: int = Field(20, ge=1)
+    """Width of the search, which is the number of titles that it finds for a group."""
+    top: int = Field(16, ge=1)
+    """The negatives of a group are drawn among so many of the best titles found, after ``skip``; where there are fewer
+    than ``train.negatives``, stored ones fill up."""
+    skip: int = Field(0, ge=0)
+    """The very best titles, which are left out: the user may like them without the log showing it."""
+
+    @model_validator(mode="after")
+    def _within_the_beams(self) -> "OnPolicyConfig":
+        if self.top + self.skip > self.beams:
+            raise ValueError(
+                f"top={self.top} and skip={self.skip} need {self.top + self.skip} titles, but beams={self.beams} finds "
+                "fewer; raise train.on_policy.beams, or lower the others"
+            )
+        return self
+
+
 class TrainConfig(StageConfig):
     negatives: int = Field(7, ge=1)
     """K: negatives per preference group in each step; among levels (``data.levels``) responses of the last one, beside
     all of the others."""
+    on_policy: OnPolicyConfig | None = None
+    """Negatives from the model itself: the titles of the catalogue that it ranks first for each prompt, found by a beam
+    search now and then. None takes the negatives that the data holds."""
     self_check: bool = True
     """Compare one group's fused log-probs with separate rows before the first step, and the first loss with its known
     value."""

@@ -18,9 +18,13 @@ Kind = Literal["uniform", "dislikes", "popularity", "in_batch"]
 MAX_ROUNDS = 8  # draws from the log before ``_by_popularity`` computes the weights of the rest exactly
 
 
-def request_stream(seed: int, user: str, timestamp: int) -> np.random.Generator:
-    """The random stream of a request: the same on every machine, and independent of the positive."""
-    digest = hashlib.blake2b(f"{seed}\0{user}\0{timestamp}".encode(), digest_size=16).digest()
+def request_stream(seed: int, user: str, timestamp: int, *draw: int) -> np.random.Generator:
+    """The random stream of a request: the same on every machine, and independent of the positive.
+
+    ``draw`` tells apart what is drawn for one request at several times.
+    """
+    key = "\0".join(map(str, (seed, user, timestamp, *draw)))
+    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
@@ -128,6 +132,10 @@ class NegativeSampler:
         self._require(count, taken, user, until, "data.evaluation_negatives")
         drawn = self._uniform(until, count, taken, request_stream(self._seed, user, timestamp))
         return self._names[drawn].tolist()
+
+    def drawable(self, user: str, timestamp: int) -> np.ndarray:
+        """All items that may be training negatives of a request, whatever their kind but ``dislikes``."""
+        return self._names[np.setdiff1d(np.arange(self._n_known(timestamp)), self._barred(user, timestamp))]
 
     def available_for_training(self, kind: Kind, user: str, timestamp: int) -> int:
         """How many negatives ``training`` can give this request at most."""

@@ -30,7 +30,7 @@ class TokenGroup:
         scored_from: for each branch, the index of its first scored id; those before it are prompt that differs
             from candidate to candidate (a merge over the boundary, say).
         prefix_scored: indices into ``prefix`` of the ids of history titles, where those are scored too.
-        levels, scores: of the candidates, as in ``PreferenceGroup``.
+        levels, scores: of the candidates, as in ``PreferenceGroup``, or rewards (see ``training/on_policy.py``).
     """
 
     prefix: list[int]

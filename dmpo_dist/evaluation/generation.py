@@ -1,12 +1,13 @@
 """Titles as a model would generate them: beam search inside a catalogue's trie, and free text that may be no title."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dmpo_dist.batching.trie import PromptMemory, TitleTrie, prompt_part, trie_part
+from dmpo_dist.batching.request_row import NewPrompt, request_row
+from dmpo_dist.batching.trie import BeamPart, PromptMemory, TitleTrie, beam_part
 from dmpo_dist.data.template import Template
 from dmpo_dist.modeling.scoring import Forward
 
@@ -18,38 +19,113 @@ class Beam(NamedTuple):
     log_prob: float
 
 
-@torch.no_grad()
+class BeamRequest(NamedTuple):
+    """A search: ``prefix``, the ids of the prompt; ``trie`` of all titles; which of these (R,) may be found, or all."""
+
+    prefix: list[int]
+    trie: TitleTrie
+    allowed: np.ndarray | None = None
+
+
 def beam_search(forward: Forward, prefix: list[int], trie: TitleTrie, beams: int, device: torch.device) -> list[Beam]:
-    """At most ``beams`` titles, best first, each a title of the trie.
+    """At most ``beams`` titles, best first, each a title of the trie; see ``beam_searches``."""
+    return beam_searches(forward, [BeamRequest(prefix, trie)], beams, device)[0]
+
+
+@torch.no_grad()
+def beam_searches(
+    forward: Forward, requests: Sequence[BeamRequest], beams: int, device: torch.device, token_budget: int = 4096
+) -> list[list[Beam]]:
+    """For each request at most ``beams`` titles, best first.
 
     Level by level the ``beams`` best unfinished beginnings are kept, so with as many beams as titles nothing is lost
-    and the result is the full ranking.
+    and the result is the full ranking. A prompt runs once, and each beginning's last token once: all later ones read
+    their keys and values. Several requests run together, a level of each in a row.
 
     Args:
         forward: of a model whose attention is ``trie_attention``.
-        prefix: ids of the prompt.
-        trie: of all titles.
         beams: kept beginnings; at least one.
         device: of the model.
+        token_budget: most tokens of the prompts that run together, or one prompt.
     """
-    memory: PromptMemory = {}
-    titles_at: dict[int, list[int]] = {}
-    for title, node in enumerate(trie.ends.tolist()):
-        titles_at.setdefault(node, []).append(title)
-    totals = np.zeros(len(trie.token))
-    finished: list[Beam] = []
-    level, part = trie.children(np.array([-1])), prompt_part(prefix, trie, memory)
-    while True:
-        values = forward(part.to(device)).double().cpu().numpy()
-        before = np.where(trie.parent[level] >= 0, totals[trie.parent[level]], 0.0)
-        totals[level] = before + np.where(trie.scored[level], values, 0.0)
-        finished += [Beam(title, totals[n]) for n in level.tolist() for title in titles_at.get(n, ())]
-        finished = sorted(finished, key=lambda beam: (-beam.log_prob, beam.title))[:beams]
-        live = level[np.isin(level, trie.inner)]
-        if not len(live):
-            return finished
-        live = np.sort(live[np.argsort(-totals[live], kind="stable")[:beams]])
-        level, part = trie.children(live), trie_part(trie, live, len(prefix), memory)
+    found: list[list[Beam]] = []
+    for some in _in_rows(requests, token_budget):
+        searches = [_Search(request, beams) for request in some]
+        prompts = [NewPrompt(s.prefix, s.memory) for s in searches if s.prefix]
+        while running := [search for search in searches if len(search.live)]:
+            row = request_row(prompts, [search.part() for search in running])
+            values = forward(row.to(device)).double().cpu().numpy()
+            ends = np.cumsum([len(search.level) for search in running])[:-1]
+            for search, own in zip(running, np.split(values, ends), strict=True):
+                search.take(own)
+            prompts = []
+        found += [search.finished for search in searches]
+    return found
+
+
+def _in_rows(requests: Sequence[BeamRequest], token_budget: int) -> Iterator[list[BeamRequest]]:
+    """Consecutive requests whose prompts have at most ``token_budget`` tokens together, or one by itself."""
+    row: list[BeamRequest] = []
+    for request in requests:
+        if row and sum(len(one.prefix) for one in (*row, request)) > token_budget:
+            yield row
+            row = []
+        row.append(request)
+    if row:
+        yield row
+
+
+class _Search:
+    """One beam search, level by level: ``part`` is what runs next, ``take`` gets its log-probs.
+
+    Attributes:
+        prefix: the prompt but for its last token, which is the root of the trie, node 0.
+        memory: the prompt's keys and values.
+        live: the nodes kept, which run next; level: the children of those that ran last.
+        finished: the best titles so far, best first.
+    """
+
+    def __init__(self, request: BeamRequest, beams: int) -> None:
+        *self.prefix, root = request.prefix
+        self._trie, self._beams = request.trie.rooted(root), beams
+        titles = len(request.trie.ends)
+        self._allowed = np.ones(titles, dtype=bool) if request.allowed is None else request.allowed
+        ending = np.bincount(self._trie.ends[self._allowed], minlength=len(self._trie.token))
+        self._count = self._trie.count_below(ending)  # (N,) allowed titles at and below a node
+        self._leads = self._count > ending  # (N,) to a longer allowed title
+        self._totals = {0: 0.0}
+        self.memory: PromptMemory = {}
+        self._before: PromptMemory = {}
+        self._ways: dict[int, list[int]] = {}  # for each node that ran, the numbers by which it and its ancestors did
+        self.live = np.zeros(int(self._leads[0]), dtype=np.int64)
+        self.level = self.live
+        self.finished: list[Beam] = []
+
+    def part(self) -> BeamPart:
+        live, parents = self.live.tolist(), self._trie.parent[self.live].tolist()
+        for node, parent in zip(live, parents, strict=True):
+            self._ways[node] = [len(self._ways), *self._ways.get(parent, ())]
+        ancestors = np.array([self._ways[node] for node in live])  # (T, D): all live nodes are equally deep
+        self.level = self._trie.children(self.live)
+        return beam_part(self._trie, self.live, ancestors, len(self.prefix), self.memory, self._before)
+
+    def take(self, log_probs: np.ndarray) -> None:
+        """Go on from the log-probs (n,) of the nodes of ``level``."""
+        trie, totals = self._trie, self._totals
+        steps = np.where(trie.scored[self.level], log_probs, 0.0).tolist()
+        live: list[int] = []
+        for node, parent, step in zip(self.level.tolist(), trie.parent[self.level].tolist(), steps, strict=True):
+            if not self._count[node]:
+                continue
+            totals[node] = totals[parent] + step
+            self.finished += [Beam(t, totals[node]) for t in trie.titles_at.get(node, ()) if self._allowed[t]]
+            if self._leads[node]:
+                live.append(node)
+        self.finished = sorted(self.finished, key=lambda beam: (-beam.log_prob, beam.title))[: self._beams]
+        # a longer title has not more than its beginning, so what is below the last finished beam will not enter
+        least = self.finished[-1].log_prob if len(self.finished) == self._beams else -np.inf
+        best = sorted((node for node in live if totals[node] >= least), key=lambda node: (-totals[node], node))
+        self.live = np.array(sorted(best[: self._beams]), dtype=np.int64)
 
 
 def greedy_config(tokenizer: Any, template: Template) -> Any:

@@ -18,7 +18,7 @@ from dmpo_dist.verdicts import rule
 MODEL_ORDER = (
     "random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec", "untuned", "zero_shot",
     "sft", "sft_continued", "sft_continued_compute", "dpo", "dpo_pairs", "ipo", "simpo", "sdpo", "recpo", "mult_dpo",
-    "plackett_luce", "dmpo", "dmpo_likelihood", "oracle",
+    "plackett_luce", "rank_reward", "dmpo", "dmpo_likelihood", "oracle",
 )  # fmt: skip
 ORACLE = "oracle"
 TABLE_METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@10", "mrr", "auc")

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dmpo_dist.batching.request_row import RequestRow
-from dmpo_dist.batching.trie import PromptPart, TriePart
+from dmpo_dist.batching.trie import BeamPart, PromptPart, TriePart
 from dmpo_dist.modeling.attention import refuse_unknown, repeated
 from dmpo_dist.modeling.routing import attention_of
 
@@ -82,6 +82,8 @@ def _requests(
     for at, part in row.tries:
         q, k, v = query[:, :, at], key[:, :, at], value[:, :, at]
         prompt = part.memory.get(module, (k[:, :, :0], v[:, :, :0]))  # a prompt of one token is all in the trie
+        if isinstance(part, BeamPart):
+            k, v = part.grown(module, k, v)
         out.append(_behind_prompt(q, k, v, part, prompt, scale, window, softcap))
     return torch.cat(out, dim=1)
 

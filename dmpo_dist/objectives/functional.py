@@ -28,7 +28,8 @@ def preference_loss(
         lengths: for each group (1 + K,) scored tokens; needed by ``length_normalize`` and ``sft_weight``.
         levels: for each group (1 + K,) integers, 0 for its best responses, larger for less preferred ones; responses
             may then come in any order. None for one positive, first, and its negatives.
-        scores: for each group (1 + K,) how much a response is preferred, above 0; needed by ``Recpo``.
+        scores: for each group (1 + K,) how much a response is preferred, above 0; needed by ``Recpo``. For
+            ``RankReward`` the rewards; None takes those of the ranks by ``policy``.
 
     Returns:
         A scalar, differentiable in ``policy``.

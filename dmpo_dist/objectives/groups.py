@@ -20,7 +20,8 @@ class Groups:
         history_lengths: (G,) int64, scored tokens of each history; None or (0,) where none are scored.
         level: (N,) int64, 0 for the best responses of a group, larger for less preferred ones; None where each group
             has one positive, at level 0, and all others are at level 1.
-        scores: (N,) how much each response is preferred, positive numbers (ratings, say); None where that is not known.
+        scores: (N,) how much each response is preferred, positive numbers (ratings, say), or for ``RankReward`` its
+            reward; None where that is not known.
         n_levels: 1 + the largest level.
     """
 

@@ -79,6 +79,10 @@ class Preference(PreferenceOptions):
         policy = widen(policy)
         return self.preference_loss(torch.zeros_like(policy), self._selected(policy, groups), groups)
 
+    def group_losses(self, rewards: Tensor, policy: Tensor, negatives: Tensor, groups: Groups) -> Tensor:
+        """(G,) ``preference_loss`` of the rewards as ``dynamic_beta`` scales them, by the log-probs ``policy`` (N,)."""
+        return self.preference_loss(self._scaled(rewards, policy, negatives, groups), negatives, groups)
+
     def __call__(
         self, policy: Tensor, reference: Tensor | None, groups: Groups, history: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,7 +104,7 @@ class Preference(PreferenceOptions):
             ratio = policy - widen(reference.detach())
         rewards = self.beta * (ratio / groups.lengths if self.length_normalize else ratio)  # (N,)
         negatives = self._selected(policy, groups)  # (N,) bool
-        preference = self.preference_loss(self._scaled(rewards, policy, negatives, groups), negatives, groups)  # (G,)
+        preference = self.group_losses(rewards, policy, negatives, groups)  # (G,)
         total, weight = preference, self.likelihood_weight
         if weight:
             total = preference + weight * mean_token_nll(policy, groups, history)

@@ -19,6 +19,7 @@ from dmpo_dist.objectives.loss import Loss
 from dmpo_dist.objectives.mult_dpo import MultDpo
 from dmpo_dist.objectives.plackett_luce import PlackettLuce
 from dmpo_dist.objectives.preference import Preference
+from dmpo_dist.objectives.rank_reward import RankReward
 from dmpo_dist.objectives.recpo import Recpo
 from dmpo_dist.objectives.sdpo import Sdpo
 from dmpo_dist.objectives.simpo import Simpo
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, type[Preference]] = {
     "recpo": Recpo,
     "mult_dpo": MultDpo,
     "plackett_luce": PlackettLuce,
+    "rank_reward": RankReward,
 }
 MEMBERS = ("sums", "needs_reference", "scores_history", "initial", "__call__")
 

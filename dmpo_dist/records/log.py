@@ -154,6 +154,8 @@ def _figures(record: StepRecord) -> str:
     ]
     if record.slowest_share is not None and record.slowest_share >= NOTABLY_SLOW:
         parts.append(f"rank {record.slowest_rank} busiest, {record.slowest_share:.2f} x the mean")
+    if record.refresh_seconds:
+        parts.append(f"titles searched in {record.refresh_seconds:.1f} s ({record.refresh_share or 0.0:.0%})")
     return " ".join(parts)
 
 

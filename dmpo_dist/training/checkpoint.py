@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,16 +26,29 @@ Best = dict[str, float]
 """The best validation so far, see ``selection.Selection``."""
 
 
-def save_checkpoint(runtime: Runtime, engine: Any, job: Job, step: int, best: Best) -> None:
-    """Keep what training needs to go on after ``step`` steps: trained weights, optimizer and the best validation so
-    far; all ranks call it."""
-    about = {"step": step, "best": best, "run_id": job.run_id, "inputs": job.inputs}
+def save_checkpoint(
+    runtime: Runtime, engine: Any, job: Job, step: int, best: Best, drawn: list[list[Any]] | None = None
+) -> None:
+    """Keep what training needs to go on after ``step`` steps: trained weights, optimizer, the best validation so far
+    and the titles that were ``drawn`` for the next steps; all ranks call it."""
+    about: dict[str, Any] = {"step": step, "best": best, "run_id": job.run_id, "inputs": job.inputs}
+    if drawn:
+        about["drawn"] = drawn
     runtime.save(step, lambda folder: write_state(folder, engine, about))
     runtime.log({"kind": "checkpoint", "step": step})
 
 
-def resume(runtime: Runtime, engine: Any, job: Job, lost: Callable[[int, Best], str]) -> tuple[int, Best]:
-    """Go on from the latest checkpoint that can be used: its step and the best validation so far; 0 and {} without one.
+class Resumed(NamedTuple):
+    """Where a run goes on: ``step`` steps are done, 0 without a checkpoint; the best validation so far; and the titles
+    that were drawn for the next steps (``OnPolicy.state``)."""
+
+    step: int
+    best: Best
+    drawn: list[list[Any]]
+
+
+def resume(runtime: Runtime, engine: Any, job: Job, lost: Callable[[int, Best], str]) -> Resumed:
+    """Go on from the latest checkpoint that can be used.
 
     Args:
         lost: (step, best) of a checkpoint -> why the weights that were the best then are gone, "" where they are not.
@@ -57,14 +70,14 @@ def resume(runtime: Runtime, engine: Any, job: Job, lost: Callable[[int, Best], 
     with runtime.restore(problem) as folder:
         if folder is None:
             _require_no_record(job)
-            return 0, {}
+            return Resumed(0, {}, [])
         if trained_shapes(engine) != found["shapes"]:
             raise UserError(f"{folder}: the checkpoint is of other weights than the model; resume with its settings")
         read_state(folder, engine, found)
     step = found["step"]
     engine.global_steps = step
     runtime.log({"kind": "note", "text": f"resumed from step {step}"})
-    return step, found["best"]
+    return Resumed(step, found["best"], found.get("drawn", []))
 
 
 def _require_no_record(job: Job) -> None:

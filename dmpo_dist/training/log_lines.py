@@ -1,6 +1,6 @@
 """What a run logs of its steps: sums on the device, reduced over ranks only when a line is due."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -68,9 +68,15 @@ class LogLines:
             )
         self._meter.update(sums, (layout.targets.n_groups, layout.physical_tokens, layout.logical_tokens))
 
-    def reduce(self, index: int, step: Step) -> dict[str, Any]:
+    def reduce(
+        self, index: int, step: Step, more: Callable[[float], Mapping[str, Any]] = lambda elapsed: {}
+    ) -> dict[str, Any]:
         """The record of all steps since the line before, up to step ``index``; every rank calls it and gets the same
-        but for speed and memory, which are its own."""
+        but for speed and memory, which are its own.
+
+        Args:
+            more: (seconds since the line before) -> what else the line says.
+        """
         elapsed, busy = self._watch.lap()
         sums, busy_of_ranks = self._meter.reduce(busy)
         slowest = max(busy_of_ranks)
@@ -90,6 +96,7 @@ class LogLines:
             "slowest_rank": busy_of_ranks.index(slowest),
             "slowest_share": slowest * len(busy_of_ranks) / sum(busy_of_ranks),
             "memory_gib": memory_gib(self._device),
+            **more(elapsed),
         }
 
 

@@ -1,6 +1,6 @@
 """The training loop: reference and policy log-probs, loss, exact mean over the global batch, optimizer step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from dmpo_dist.training.engine import set_learning_rate
 from dmpo_dist.training.groups import Batches, ahead, groups_of
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.log_lines import LogLines
+from dmpo_dist.training.on_policy import OnPolicy
 from dmpo_dist.training.reference import Reference
 from dmpo_dist.training.runtime import Runtime
 from dmpo_dist.training.schedule import learning_rate, total_steps
@@ -35,6 +36,7 @@ class Trainer:
         loss: what is minimised; SFT's likelihood or a preference objective.
         reference: log-probs of the frozen reference; None where the loss needs none.
         validation: token groups of the validation requests, positive first.
+        on_policy: makes the groups of ``batches`` where negatives come from the model itself.
         phases: entered around the reference, policy, backward and optimizer part of a step; a benchmark puts its own.
     """
 
@@ -47,6 +49,7 @@ class Trainer:
     reference: Reference | None
     batches: Batches
     validation: list[TokenGroup]
+    on_policy: OnPolicy | None = None
     phases: Callable[[str], AbstractContextManager[None]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,18 +65,20 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step and leave the selected weights in ``output/model``."""
-        first, best = resume(self.runtime, self.engine, self.job, self.selection.lost)
+        first, best, drawn = resume(self.runtime, self.engine, self.job, self.selection.lost)
+        if self.on_policy:
+            self.on_policy.restore(drawn)
         if first:
             self.selection.resume(first, best)
         else:
             check_shared_prompts(self.job, self.runtime, self.engine, self.batches, self.device)
             self.selection.validate(0)
         self.watch.lap()  # what came before is not training
-        for index, (step, work) in enumerate(ahead(self.prepare, first, self.total_steps), start=first):
+        for index, (step, work) in enumerate(self.steps(first), start=first):
             self.train_step(index, step, work)
             done, last = index + 1, index + 1 == self.total_steps
             if index == 0 or last or done % self.stage.log_every == 0:
-                line = self.log_lines.reduce(index, step)
+                line = self.log_lines.reduce(index, step, *([self.on_policy.spent] if self.on_policy else []))
                 require_finite(line, self.job)
                 if index == 0:
                     self.first_loss.check(line, len(step.groups), self.runtime)
@@ -83,8 +88,18 @@ class Trainer:
                     self.selection.validate(done)
             if not last and done % self.stage.checkpoint_every == 0:
                 with self.watch.paused():
-                    save_checkpoint(self.runtime, self.engine, self.job, done, self.selection.best)
+                    drawn = self.on_policy.state(done) if self.on_policy else None
+                    save_checkpoint(self.runtime, self.engine, self.job, done, self.selection.best, drawn)
         self.selection.finish(self.total_steps)
+
+    def steps(self, first: int) -> Iterator[tuple[Step, Work]]:
+        """The steps from ``first`` to the last, each prepared while the one before is trained on."""
+        if self.on_policy is None:
+            yield from ahead(self.prepare, first, self.total_steps)
+            return
+        for start, end in self.on_policy.stretches(first, self.total_steps):
+            self.on_policy.begin(start, end)  # by the weights as they are now
+            yield from ahead(self.prepare, start, end)
 
     def prepare(self, index: int) -> tuple[Step, Work]:
         """Step ``index`` and this rank's micro-batches of it, laid out; runs in a thread of its own."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from dmpo_dist.modeling.quantize import require_partitioned
 from dmpo_dist.modeling.routing import Route, take_route, use_backend
 from dmpo_dist.modeling.suitability import noise_note, require_known_ids
 from dmpo_dist.training.budget import Probe
+from dmpo_dist.training.catalogue import CatalogueGroups
 from dmpo_dist.training.engine import (
     is_stage3,
     partitioned_loading,
@@ -47,10 +48,12 @@ from dmpo_dist.training.groups import Batches, make_schedule, with_negatives
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.listed import listed_groups
 from dmpo_dist.training.loop import Trainer
+from dmpo_dist.training.on_policy import OnPolicy, rewards_of, takes_rewards
 from dmpo_dist.training.reference import Reference, ReferencePass
 from dmpo_dist.training.reference_cache import cache_key
 from dmpo_dist.training.runtime import Runtime
 from dmpo_dist.training.schedule import epochs_begun
+from dmpo_dist.training.title_search import TitleSearch, require_searchable
 
 
 def run(job: Job, runtime: Runtime) -> None:
@@ -85,6 +88,9 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
     if stage3 and runtime.world_size > 1:
         require_partitioned(policy.module, runtime.world_size)
     batches = _batches(job, policy, data, engine, runtime.world_size, device)
+    on_policy = _on_policy(job, policy, engine, data, batches, runtime, device, stage3)
+    if on_policy is not None:
+        batches = replace(batches, of_epoch=on_policy.group)
     keep_freed_memory()
     trainer = Trainer(
         job=job,
@@ -96,6 +102,7 @@ def set_up(job: Job, runtime: Runtime) -> Trainer:
         reference=_reference(job, policy, engine, data, batches, runtime, device, deepspeed),
         batches=batches,
         validation=data.validation,
+        on_policy=on_policy,
     )
     runtime.log(
         {
@@ -246,6 +253,7 @@ class _Data:
         groups: as they are in the first epoch, with every stored negative where prompts are the same in all epochs.
         of_epoch: see ``Batches``; longest: most tokens of a group that it makes.
         balance: where positives stand in lists of candidates, a sentence; "" where prompts list none.
+        catalogue: the groups with all titles, where negatives come from the model itself.
     """
 
     groups: list[TokenGroup]
@@ -255,6 +263,7 @@ class _Data:
     of_epoch: Callable[[int, int], TokenGroup] | None = None
     longest: int = 0
     balance: str = ""
+    catalogue: CatalogueGroups | None = None
 
 
 def _load_data(job: Job, policy: Policy, world_size: int) -> _Data:
@@ -277,6 +286,11 @@ def _load_data(job: Job, policy: Policy, world_size: int) -> _Data:
         longest = listed.largest(epochs, policy.route.backend != "unshared")  # raises now, rather than in a later epoch
         of_epoch = _remembered(job, listed)
         return _Data(groups, validation, truncated, prepared.fingerprint, of_epoch, longest, listed.balance(epochs))
+    if job.kind == "preference" and config.train.on_policy is not None:
+        catalogue = CatalogueGroups(prepared, encode)
+        groups = catalogue.stored()
+        longest = catalogue.largest(groups, config.train.negatives, policy.route.backend != "unshared")
+        return _Data(groups, validation, encode.truncated, prepared.fingerprint, longest=longest, catalogue=catalogue)
     if job.kind == "sft" and config.sft.history_order == "shuffled":
         of_epoch = _reordered(job, prepared, encode)
         groups = [of_epoch(index, 0) for index in range(len(prepared.train))]
@@ -301,6 +315,39 @@ def _remembered(job: Job, of_epoch: Callable[[int, int], TokenGroup]) -> Callabl
     return lru_cache(maxsize=2 * job.stage.global_batch_size)(of_epoch)
 
 
+def _on_policy(
+    job: Job, policy: Policy, engine: Any, data: _Data, batches: Batches, runtime: Runtime, device: torch.device,
+    stage3: bool,
+) -> OnPolicy | None:  # fmt: skip
+    """What draws negatives from the model, where the run asks for that."""
+    settings = job.config.train.on_policy if job.kind == "preference" else None
+    if settings is None:
+        return None
+    assert data.catalogue is not None, "loaded with the same setting"
+    require_searchable(unwrap_peft(policy.module.causal_lm), job.config.model.max_length)
+    search = TitleSearch(
+        engine=engine,
+        backend=policy.route.backend,
+        beams=settings.beams,
+        token_budget=batches.token_budget,
+        device=device,
+        in_step=stage3 and runtime.world_size > 1,
+        check=job.config.train.self_check,
+        can_widen=not stage3 and job.config.model.quantization == "none",
+    )
+    always = getattr(job.loss, "target", "") == "always"
+    return OnPolicy(
+        settings=settings,
+        catalogue=data.catalogue,
+        schedule=batches.schedule,
+        negatives=batches.negatives,
+        seed=job.config.seed,
+        searching=search,
+        rewards=partial(rewards_of, beams=settings.beams, always=always) if takes_rewards(job.loss) else None,
+        say=lambda text: runtime.log({"kind": "note", "text": text}),
+    )
+
+
 def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int, device: torch.device) -> Batches:
     schedule = make_schedule(job, len(data.groups), world_size)
     negatives = job.config.train.negatives if job.kind == "preference" else 0
@@ -312,8 +359,9 @@ def _batches(job: Job, policy: Policy, data: _Data, engine: Any, world_size: int
         budget = Probe(engine, groups, shared, in_module, device).largest_budget()
         budget = max(budget, data.longest)
     if budget < data.longest:
+        what = "its list of candidates" if data.catalogue is None else "the longest titles of the catalogue"
         raise UserError(
-            f"{job.section}.token_budget={budget}, but a preference group with its list of candidates takes "
+            f"{job.section}.token_budget={budget}, but a preference group with {what} takes "
             f"{data.longest} tokens; raise {job.section}.token_budget, or lower the number of negatives or "
             "model.max_length"
         )

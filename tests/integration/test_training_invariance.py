@@ -42,6 +42,8 @@ OTHER = [
 ]
 QLORA = {"lora": LoraConfig(r=4, alpha=8).model_dump(), "quantization": "nf4"}
 LEVELED_STEPS = 3
+ON_POLICY = {"on_policy": {"every": 3, "beams": 12, "top": 8}, "steps": 6, "checkpoint_every": 4, "log_every": 1}
+RANK_REWARD = {"objective": {"name": "rank_reward", "beta": 1.0, "target": "always"}}
 LIKELIHOOD = {"objective": {"beta": 0.5, "sft_weight": 2.0, "sft_loss_on": "all_titles"}}
 
 
@@ -156,6 +158,10 @@ def results(project):
         leveled_job(project, "one-leveled", "zero0"),
         sft_job(project, "one-given", "zero0", loss_on="all_titles"),
         sft_job(project, "one-shuffled", "zero0", loss_on="all_titles", history_order="shuffled"),
+        job(project, "one-searched", "zero0", train=ON_POLICY),
+        job(project, "one-reward", "zero0", train=ON_POLICY, **RANK_REWARD),
+        job(project, "one-resumed", "zero0", train=ON_POLICY) | {"stop": 4},
+        job(project, "one-resumed", "zero0", train=ON_POLICY),
     ]
     two = [job(project, f"two-{i}-{name}", name, **more) for i, (name, more) in enumerate(FULL + OTHER)]
     two += [job(project, f"two-gradient-{stage}", str(project / f"{SGD}{stage}.json")) for stage in (0, 2, 3)]
@@ -177,6 +183,8 @@ def results(project):
     two += [leveled_job(project, "two-leveled-zero2", "zero2", train={"token_budget": 250})]
     two += [leveled_job(project, "two-leveled-cached", "zero3", reference={"cache": "memory"})]
     two += [sft_job(project, "two-shuffled", "zero2", loss_on="all_titles", history_order="shuffled", token_budget=130)]
+    two += [job(project, "two-searched", "zero3", train=ON_POLICY)]
+    two += [job(project, "two-reward", "zero2", train=ON_POLICY, **RANK_REWARD)]
     run_ranks(project, one, 1)
     run_ranks(project, two, 2)
     return {Path(entry["output"]).name: weights(Path(entry["output"]) / "model") for entry in one + two}
@@ -319,6 +327,35 @@ def test_levels(project, results):
     assert largest_difference(one, weights(project / "model")) > 1e-3
     for name in ("two-leveled-zero2", "two-leveled-cached"):
         assert largest_difference(one, results[name]) < 1e-5
+
+
+def drawn(project: Path, name: str) -> list:
+    """What the checkpoint of step 4, inside of the stretch of steps 4 to 6, holds for steps 5 and 6."""
+    index = project / "runs" / name / "checkpoints" / "step-00000004" / "checkpoint.json"
+    return json.loads(index.read_text())["drawn"]
+
+
+@pytest.mark.parametrize("name", ["searched", "reward"])
+def test_titles_that_the_model_finds(project, results, name):
+    """Ranks share the search, under ZeRO-3 in step, and draw and learn what one does."""
+    assert drawn(project, f"one-{name}") == drawn(project, f"two-{name}")
+    assert len(drawn(project, f"one-{name}")) >= 2 * (BATCH - 1)
+    assert largest_difference(results[f"one-{name}"], results[f"two-{name}"]) < 1e-5
+    assert largest_difference(results["one-searched"], results["one-reward"]) > 1e-4
+
+
+def test_a_search_is_resumed_to_the_last_bit(project, results):
+    assert largest_difference(results["one-searched"], results["one-resumed"]) == 0
+
+
+def test_log_lines_tell_of_the_search(project, results):
+    records = json.loads((project / "runs/one-searched/records.json").read_text())
+    lines = [record for record in records if record["kind"] == "step"]
+    assert [line["refresh_seconds"] > 0 for line in lines] == [True, False, False, True, False, False]
+    assert all(line["refresh_share"] <= 1 for line in lines)
+    assert all(K <= line["drawn_titles"] <= 40 and 10 <= line["top10_titles"] <= 40 for line in lines)
+    assert all(0 < line["target_found"] <= 1 <= line["target_rank"] <= 12 for line in lines)
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_records(project, results):
