@@ -16,13 +16,14 @@ def settings(name, *overrides):
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_protocol_is_a_recipe_whose_changes_are_listed(name):
     recipe = settings(name)
-    assert recipe.objective.name in ("sdpo", "dmpo", "dmpo_released")
+    assert recipe.objective.name in ("sdpo", "dmpo", "dmpo_released", "rank_reward")
     assert changed_keys(recipe, recipe) == []
     changed = settings(
         name, "model.path=small", "train.epochs=1", "output_dir=x", "cluster.workers=9", "data.source.path=d"
     )
     assert changed_keys(changed, recipe) == [
-        f"model.path=small (protocol: {recipe.model.path})", "train.epochs=1.0 (protocol: 3.0)",
+        f"model.path=small (protocol: {recipe.model.path})",
+        f"train.epochs=1.0 (protocol: {recipe.train.epochs})",
     ]  # fmt: skip
 
 
@@ -47,6 +48,21 @@ def test_the_papers_figure_stands_beside_ours_with_all_that_differs():
     ]  # fmt: skip
 
 
+def test_a_figure_among_all_titles_says_so():
+    asked = {"ndcg@10": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    among_all = {"ndcg@10": {"value": 0.0625, "low": 0.03125, "high": 0.125}}
+    found = Evaluation.model_validate(
+        {
+            "requests": 40, "negatives": {"fewest": 19, "most": 19}, "models": {"sft": asked, "minionerec": asked},
+            "catalogue": {"items": 3317, "models": {"minionerec": among_all}},
+        }
+    )  # fmt: skip
+    lines = comparison("minionerec", found, "d", [])
+    assert lines[2] == "here: 0.062 [0.031, 0.125] by log-prob among all 3317 titles on 40 requests of d"
+
+
 def test_an_unknown_paper_is_refused():
-    with pytest.raises(UserError, match="foo: no paper of that name; `dmpo reproduce` knows sdpo, dynamicpo, dmpo"):
+    with pytest.raises(
+        UserError, match="foo: no paper of that name; `dmpo reproduce` knows sdpo, dynamicpo, dmpo, minionerec"
+    ):
         recipe_of("foo")

@@ -54,7 +54,7 @@ def experiment(
 
 @experiment_app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="sdpo, dynamicpo or dmpo.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="sdpo, dynamicpo, dmpo or minionerec.")],
     overrides: Overrides = None,
     resume: Resume = False,
     dry_run: DryRun = False,

@@ -67,7 +67,8 @@ def complaint(shop: Shop, out: str, statuses: list[int]) -> str:
     """What is wrong with how a command told of the full disk; "" where nothing is."""
     told = shop.log(out).read_text()
     last = [line for line in told.splitlines() if line.startswith(("error: ", "rank "))]
-    ended = 2 in statuses and set(statuses) <= {2, -signal.SIGKILL}  # one rank that waits for another is ended
+    # A rank that waits for another is ended; one with nothing left to do while the other writes its last file is done.
+    ended = 2 in statuses and set(statuses) <= {0, 2, -signal.SIGKILL}
     if not ended or "Traceback" in told or not last:
         return f"statuses {statuses}: {told[-1500:]}"
     named = any(out in line and "space" in line.lower() for line in last)
