@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import dmpo_dist
-from dmpo_dist.cluster.train import keep_package_first
+from dmpo_dist.cluster.train import keep_package_first, ray_session
+from dmpo_dist.config import ClusterConfig
 from dmpo_dist.errors import UserError
 
 
@@ -30,3 +31,10 @@ def test_a_clone_in_the_working_directory_does_not_hide_the_package(tmp_path, mo
     monkeypatch.chdir(Path(dmpo_dist.__file__).parents[1])  # in the clone itself lies the real one
     keep_package_first("10.0.0.1:6379")
     assert os.environ["PYTHONPATH"] == "/elsewhere"
+
+
+def test_under_torchrun_no_workers_are_started_by_ray(monkeypatch):
+    """They would inherit its RANK and wait for each other in vain."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match="start it without torchrun"), ray_session(ClusterConfig(workers=1)):
+        pass

@@ -31,8 +31,11 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     """A Ray cluster for the stages within: the one already joined, the one at the address, or a local one.
 
     Raises:
-        UserError: the address cannot be reached.
+        UserError: the address cannot be reached, or torchrun started this process: its Ray workers would inherit that
+            RANK and wait for each other in vain.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError("this command starts its workers by Ray (cluster.workers of them): start it without torchrun")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Ray prints pages for a lost node; they say nothing that we have not logged.

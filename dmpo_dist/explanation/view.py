@@ -15,6 +15,8 @@ from dmpo_dist.figures.explanations import area_verdicts, area_words
 
 BAR = 16
 """Characters of the longest bar."""
+SHOWN = 0.005
+"""The smallest number that does not print as 0.00."""
 FOR, AGAINST = "green", "red"
 
 
@@ -111,8 +113,10 @@ def _history_table(entry: dict[str, Any], method: str) -> Table:
 
 def _words(entry: dict[str, Any], reference: str | None) -> Text:
     """What training did to the title against the other candidates, then to each of its words."""
-    total = sum(token["log_ratio"] for token in entry["tokens"])
-    others = entry["others_log_ratio"]
+    ratios, others = [token["log_ratio"] for token in entry["tokens"]], entry["others_log_ratio"]
+    total = sum(ratios)
+    if max(map(abs, [*ratios, others])) < SHOWN:
+        return Text(f"Its log-probability is that of the reference ({reference}), as is that of the other candidates.")
     gained = "gained on" if total > others else "lost against"
     text = Text(
         f"Since the reference ({reference}) its log-probability changed by {total:+.2f}, that of the other candidates "
