@@ -156,6 +156,9 @@ def _figures(record: StepRecord) -> str:
         parts.append(f"rank {record.slowest_rank} busiest, {record.slowest_share:.2f} x the mean")
     if record.refresh_seconds:
         parts.append(f"titles searched in {record.refresh_seconds:.1f} s ({record.refresh_share or 0.0:.0%})")
+    constant = (record.model_extra or {}).get("constant_reward")
+    if constant:
+        parts.append(f"no gradient from {constant:.0%} of the groups, whose rewards are equal")
     return " ".join(parts)
 
 
