@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from dmpo_dist.figures.style import BLUE, GREY, ORANGE, Drawing, save_grid
+from dmpo_dist.figures.style import BLUE, GREY, ORANGE, Drawing, log_scale, save_grid
 from dmpo_dist.tables import Table, terminal, texts
 
 
@@ -41,13 +41,13 @@ def draw(result: dict[str, Any], file: Path) -> None:
     rates = [row["rate"] for row in result["rates"]]
 
     def latency(axes: Axes) -> None:
-        for name, dash in (("p50", "-"), ("p95", "--"), ("p99", ":")):
-            axes.plot(rates, [row["seconds"][name] for row in result["rates"]], dash, color=BLUE, marker="o",
+        for name, dash, marker in (("p50", "-", "o"), ("p95", "--", "^"), ("p99", ":", "v")):
+            axes.plot(rates, [row["seconds"][name] for row in result["rates"]], dash, color=BLUE, marker=marker,
                       markersize=4, label=f"server, {name}")  # fmt: skip
         loop = [row["loop_seconds"]["p50"] for row in result["rates"]]
         axes.plot(rates, loop, "-", color=ORANGE, marker="s", markersize=4, label="plain loop, p50")
         axes.axhline(result["within"], color=GREY, linewidth=0.8, linestyle=":")
-        axes.set_yscale("log")
+        log_scale(axes)
         axes.set_xlabel("requests per second that arrive")
         axes.set_ylabel("seconds to the answer")
 

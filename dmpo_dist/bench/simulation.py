@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.bench.scaling import CELLS
 from dmpo_dist.errors import UserError
-from dmpo_dist.figures.style import GREY, PALETTE
+from dmpo_dist.figures.style import GREY, PALETTE, log_scale
 from dmpo_dist.planning.flops import shape_of, shared_work, step_flops
 from dmpo_dist.planning.gpus import GPUS, Gpu, find_gpu
 from dmpo_dist.planning.simulate import Machine, Workload, calibrate, daly_interval, simulate, young_interval
@@ -193,7 +193,7 @@ def _finish(axes: Axes, title: str, logarithmic: bool) -> None:
     axes.set_xticks(COUNTS[::2], [f"{count:,}" for count in COUNTS[::2]])
     axes.set_xlabel("GPUs", fontsize=9)
     if logarithmic:
-        axes.set_yscale("log")
+        log_scale(axes)
     else:
         axes.set_ylim(0, 1.02)
     axes.tick_params(labelsize=8)

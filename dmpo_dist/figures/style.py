@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from dmpo_dist.artifacts.files import whole_file
 from dmpo_dist.figures.svg import TOOLTIP, inline_svg, printable
@@ -154,6 +155,14 @@ def log_ticks(axes: Axes, values: Iterable[float]) -> None:
     axes.set_xticks(ticks, [f"{tick:d}" for tick in ticks], minor=False)
     axes.minorticks_off()
     axes.margins(y=0.1)
+
+
+def log_scale(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with plain numbers: matplotlib's own labels are formulas, which are off."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def hover(artist: Artist, texts: Sequence[str]) -> None:
