@@ -16,11 +16,12 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.generated import generated_figures
-from dmpo_dist.evaluation.order import order_spread
+from dmpo_dist.evaluation.order import ORDERS, order_spread
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.ranking_model import RankingModel
+from dmpo_dist.records.progress import UserProgress
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ def model_scores(
     again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
     model = load_ranking_model(path, config)
     scores = score_in_parts(name, path, model, data, config, folder, console)
-    with console.status(Text(f"checking and writing with {name}")):
-        spread = order_spread(model.score_rows, data.test, scores, again, seed) if again else {}
+    spread = _order_spread(name, model, data.test, scores, again, seed, console) if again else {}
+    if write and not console.is_terminal:
+        console.print(f"[{name}] writes titles for up to {write} requests", markup=False, highlight=False)
+    with console.status(Text(f"{name} writes titles")):
         generated = generated_figures(model, data.test, scores, write, seed) if write else None
     if not asks_for_rules(config.evaluation):
         return ModelScores(scores, spread, generated, None)
@@ -66,6 +69,22 @@ def model_scores(
     for rule, by_rule in ruled.by_rule.items():
         _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
     return ModelScores(ruled.scores, spread, generated, ruled)
+
+
+def _order_spread(
+    name: str, model: RankingModel, rows: Dataset, scores: list[np.ndarray], again: int, seed: int, console: Console
+) -> dict[str, Any]:
+    """``order_spread`` of the model, which may score more than the evaluation itself, with its progress."""
+    total = (ORDERS + 1) * min(again, len(rows))  # other orders of the candidates, then other neighbours
+    title = f"{name} in other orders"
+    with UserProgress(title, total, 0, console, "scoring some requests again", "requests") as progress:
+
+        def score(part: Dataset) -> list[np.ndarray]:
+            of_part = model.score_rows(part)
+            progress.advance(len(part))
+            return of_part
+
+        return order_spread(score, rows, scores, again, seed)
 
 
 def _note_quantization(name: str, path: str, config: RunConfig, console: Console) -> None:

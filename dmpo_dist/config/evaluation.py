@@ -63,7 +63,7 @@ class EvaluationConfig(Section):
     """Folder of that environment; None is one in the user's cache. Make it first where nodes have no network."""
     knn_neighbours: int = Field(50, ge=1)
     """Neighbours kept per item by the item-kNN baseline."""
-    ease_regularization: list[Annotated[float, Field(gt=0)]] = Field([1000, 300, 3000, 10_000], min_length=1)
+    ease_regularization: list[Annotated[float, Field(gt=0)]] = Field([1000.0, 300.0, 3000.0, 10_000.0], min_length=1)
     """L2 weights of EASE to choose from by NDCG@10 on the validation requests; without those the first counts."""
     transformer: TransformerBaseline = Field(default_factory=TransformerBaseline)
     """Of sasrec and bert4rec."""
@@ -82,7 +82,7 @@ class EvaluationConfig(Section):
     model the best of ``rules`` (or of all) on the validation requests."""
     rules: list[Rule] = Field([])
     """Rules to show beside each other in a table of their own."""
-    prior_weights: list[Annotated[float, Field(ge=0)]] = Field([0, 0.25, 0.5, 0.75, 1], min_length=1)
+    prior_weights: list[Annotated[float, Field(ge=0)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
     """Weights of the prior to choose from by NDCG@10 on the validation requests; a single one needs none."""
 
     @field_validator("baselines", "fit_on", "rules", "prior_weights")

@@ -116,7 +116,7 @@ class LoraConfig(Section):
 
     r: int = Field(16, ge=1)
     """Rank of the adapters."""
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(32.0, gt=0)
     """Scale of the adapters: their output is multiplied by alpha / r."""
     target_modules: str | list[str] = "all-linear"
     """Layers that get an adapter, by the ends of their names; all-linear takes every linear layer but the head."""

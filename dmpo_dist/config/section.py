@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A configuration section: unknown keys and infinite numbers are errors, field docstrings are help texts.
 
-    Defaults are validated like given values, so that a setting left out and the same one read back are equal in type
-    too: files that hold it (``adapter_config.json``) are then the same byte for byte.
+    A default has the type of its field (32.0 and not 32 for a float), as defaults are not converted: files that hold it
+    (``adapter_config.json``) are then the same byte for byte whether it was left out or read back.
     """
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ class ServingConfig(Section):
     """Copies of the model, each a Ray actor with cluster.cpus_per_worker and cluster.gpus_per_worker."""
     most_replicas: int | None = Field(None, ge=1)
     """Let Ray Serve add copies up to this number while requests wait; None keeps the number of replicas."""
-    requests_per_replica: float = Field(4, gt=0)
+    requests_per_replica: float = Field(4.0, gt=0)
     """Requests under way on a copy above which Ray Serve adds another one."""
     token_budget: int | None = Field(None, ge=16)
     """Most tokens in a row that requests share; None is 512 on a CPU, where longer rows only delay others, and 8192 on
@@ -33,7 +33,7 @@ class ServingConfig(Section):
     """Memory of each copy for the keys and values of prompts that have run; 0 runs each prompt again."""
     most_waiting: int = Field(256, ge=1)
     """Requests under way at once; one more is answered with status 503 and Retry-After."""
-    timeout_seconds: float = Field(60, gt=0)
+    timeout_seconds: float = Field(60.0, gt=0)
     """A request without an answer after this time is given up with status 503."""
     most_documents: int = Field(1000, ge=1)
     """Documents of a request to /v1/rerank."""
@@ -43,7 +43,7 @@ class ServingConfig(Section):
     """Characters of a title."""
     most_body_kib: int = Field(1024, ge=1)
     """Size of a request's body."""
-    reload_seconds: float = Field(2, gt=0)
+    reload_seconds: float = Field(2.0, gt=0)
     """How often the catalogue's file is looked at for a new version."""
     show_users: bool | None = None
     """Let clients list the users of prepared data and their histories, as the page at / does; None does so on a

@@ -63,7 +63,7 @@ class RayJobsConfig(Section):
         default_factory=lambda: [".*", "__pycache__", "runs", "build", "dist", "*.egg-info", "*.safetensors", "*.arrow"]
     )
     """Names and patterns left out of the upload, at any depth."""
-    max_upload_mib: float = Field(100, gt=0)
+    max_upload_mib: float = Field(100.0, gt=0)
     """Refuse a larger working directory."""
     check_versions: bool = True
     """Refuse a cluster whose Ray is of another version than the submitter's."""

@@ -112,7 +112,7 @@ class ClusterConfig(Section):
     fewest_workers: int | None = Field(None, ge=1)
     """Fewest workers that training goes on with when nodes are lost; as nodes join, Ray adds workers, up to
     ``workers``. None: training waits for all ``workers``."""
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs per worker; None takes 1 where the cluster has GPUs, else 0."""

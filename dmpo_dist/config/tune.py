@@ -39,7 +39,7 @@ class TuneConfig(Section):
     earliest_stop: float = Field(0.1, gt=0, le=1)
     """Share of its steps after which a trial may be stopped (ASHA) because others were better at that point; 1 lets
     all trials finish."""
-    reduction_factor: float = Field(3, gt=1)
+    reduction_factor: float = Field(3.0, gt=1)
     """Of the trials that reach a point of comparison, about one in so many goes on; the next point is so many times
     later."""
     baselines: dict[Tunable, Space] | None = None
