@@ -29,7 +29,7 @@ def project(world, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.faults)])  # a minute: nightly
 def test_a_hinge_trains_and_its_first_loss_is_the_one_it_must_have(project, workers):
     """At the start no positive is ahead of a negative, so the loss is 1."""
     output = f"run-{workers}"
