@@ -60,8 +60,8 @@ PAPERS = {
         "2406.09215",
         "hr@1",
         0.645,
-        "with 3 negatives, not read in the paper: a user quotes it in issue 8 of the authors' repository, without metric "
-        "and data, and finds 0.53 himself; DynamicPO's authors report 0.6617 on LastFM with 15 negatives",
+        "with 3 negatives, not read in the paper: a user quotes it in issue 8 of the authors' repository, without "
+        "naming metric or data, and finds 0.53 himself; DynamicPO's authors report 0.6617 on LastFM with 15 negatives",
         LASTFM,
         (
             ONE_WORDING,
