@@ -61,6 +61,17 @@ def test_a_figure_among_all_titles_says_so():
     assert lines[2] == "here: 0.062 [0.031, 0.125] by log-prob among all 3317 titles on 40 requests of d"
 
 
+def test_a_paper_without_a_figure_says_so():
+    figure = {"pooled_auc": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    found = Evaluation.model_validate(
+        {"requests": 40, "negatives": {"fewest": 1, "most": 1}, "models": {"sft": figure, "dmpo": figure}}
+    )
+    lines = comparison("dmpo", found, "d", [])
+    assert lines[0] == "DMPO (arXiv 2405.16127): pooled AUC"
+    assert lines[1] == f"paper: no figure found ({PAPERS['dmpo'].source})"
+    assert lines[2] == "here: 0.500 [0.400, 0.600] by log-prob on 40 requests of d"
+
+
 def test_an_unknown_paper_is_refused():
     with pytest.raises(
         UserError, match="foo: no paper of that name; `dmpo reproduce` knows sdpo, dynamicpo, dmpo, minionerec"
