@@ -45,8 +45,10 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
     monkeypatch.setattr(model_scores, "load_ranking_model", Scorer)
     monkeypatch.setattr(
         model_scores,
-        "score_in_parts",
-        lambda name, path, model, data, *given: score_with_progress(model, data.test, f"scoring {name}", given[-1]),
+        "PartScorer",
+        lambda title, _, path, model, data, *given: (
+            lambda split: score_with_progress(model, data.test, title, given[-1])
+        ),
     )
     monkeypatch.setattr(evaluation, "template_of", lambda *_: TemplateConfig())
     for module in (evaluation, model_scores, starts_module):

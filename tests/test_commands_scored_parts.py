@@ -1,17 +1,21 @@
 """Scores in parts are those of one go, an interruption costs a part, and what differs is told."""
 
 import io
+import shutil
+from collections import Counter
 from contextlib import nullcontext
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from worlds import save_adapter
 
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands import scored_parts
 from dmpo_dist.commands.evaluate import evaluate
-from dmpo_dist.commands.scored_parts import PARTS, on_actors, score_in_parts
-from dmpo_dist.config import RunConfig
+from dmpo_dist.commands.scored_parts import PARTS, PartScorer, on_actors
+from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
 
@@ -26,9 +30,14 @@ def settings(world, **model) -> RunConfig:
     return RunConfig.model_validate(content)
 
 
+def scorer(world, folder, config, path=None, console=CONSOLE) -> PartScorer:
+    path = str(path or world.model)
+    model = load_ranking_model(path, config)
+    return PartScorer("scoring m", f"--model m={path}", path, model, world.data, config, folder, console)
+
+
 def scored(world, folder, config) -> list[np.ndarray]:
-    model = load_ranking_model(str(world.model), config)
-    return score_in_parts("m", str(world.model), model, world.data, config, folder, CONSOLE)
+    return scorer(world, folder, config)()
 
 
 def test_parts_hold_the_scores_of_one_go_to_the_last_bit_and_an_interruption_costs_one(world, tmp_path, monkeypatch):
@@ -60,10 +69,41 @@ def test_parts_hold_the_scores_of_one_go_to_the_last_bit_and_an_interruption_cos
     assert all(a.tolist() == b.tolist() for a, b in zip(again, whole, strict=True))
 
 
-def test_parts_of_another_model_setting_are_refused(world, tmp_path):
+def test_weights_that_several_models_ask_for_run_once(world, tmp_path, monkeypatch):
+    """A base is evaluated itself, and is the reference of two adapters."""
+    other = tmp_path / "other"
+    save_adapter(world.model, other, scale=0.2)
+    models, base = (world.model, world.adapter, other), str(world.model)
+    ran: list[str] = []
+    one_share = scored_parts._share_rows
+    monkeypatch.setattr(
+        scored_parts,
+        "_share_rows",
+        lambda model, groups, *share: ran.append(model.scored_source.path) or one_share(model, groups, *share),
+    )
+    out, config = tmp_path / "out", settings(world)
+    alone, *adapted = [scorer(world, out, config, path)() for path in models]
+    references = [scorer(world, out, config, path)("test", base) for path in models[1:]]
+    assert Counter(ran) == dict.fromkeys(map(str, models), -(-len(world.data.test) // 5))
+    assert all(a.tolist() == b.tolist() == c.tolist() for a, b, c in zip(alone, *references, strict=True))
+    assert all(abs(a - b).max() > 0.01 for own in adapted for a, b in zip(own, alone, strict=True))
+    # the other way about: an adapter that is switched off gives what its base does
+    switched_off = scorer(world, tmp_path / "again", config, world.adapter)("test", base)
+    np.testing.assert_allclose(np.concatenate(switched_off), np.concatenate(alone), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"model": {"attention": "unshared"}}, {"template": {"preamble": "Seen: "}}, {"split": "validation"}]
+)
+def test_parts_of_other_settings_prompts_or_splits_are_not_taken(world, tmp_path, changed):
     scored(world, tmp_path, settings(world))
-    with pytest.raises(UserError, match="another model.attention"):
-        scored(world, tmp_path, settings(world, attention="unshared"))
+    kept = sum(1 for _ in (tmp_path / PARTS).iterdir())
+    config = settings(world, **changed.get("model", {}))
+    config.template = TemplateConfig.model_validate(changed.get("template", {}))
+    bare = tmp_path / "bare"  # a model without a template of its own, so that it takes any
+    shutil.copytree(world.model, bare, ignore=shutil.ignore_patterns(ModelStamp.FILE))
+    scorer(world, tmp_path, config, bare)(changed.get("split", "test"))
+    assert sum(1 for _ in (tmp_path / PARTS).iterdir()) == kept + 1
 
 
 def test_a_part_that_holds_a_request_twice_is_told(world, tmp_path):

@@ -70,33 +70,35 @@ def test_baselines_are_measured_again_when_their_settings_change_and_only_then(t
     assert measured(**changed)[0] == after
 
 
-def test_models_are_scored_again_when_their_settings_change_and_the_gpu_is_free_after(data, parts_of, monkeypatch):
+def test_models_are_scored_again_when_their_settings_change_and_the_gpu_is_free_after(
+    tmp_path, data, parts_of, monkeypatch
+):
     events = []
 
-    class Model:
-        orders = 1
+    class Scorer:
+        def __init__(self, title, called, path, model, data, config, *given, here):
+            assert here, "a study scores in its own process"
+            self.token_budget, self.requests = config.evaluation.token_budget, len(data.test)
 
-        def __init__(self, path, config):
-            self.token_budget = config.evaluation.token_budget
-
-        def score_rows(self, rows, advance=None):
+        def __call__(self, split):
             events.append("scored")
             if self.token_budget == 32:
                 raise RuntimeError("CUDA out of memory")
-            return [np.arange(6.0)] * len(rows)
+            return [np.arange(6.0)] * self.requests
 
-    monkeypatch.setattr(measure, "load_ranking_model", Model)
+    monkeypatch.setattr(measure, "load_ranking_model", lambda path, config: None)
+    monkeypatch.setattr(measure, "PartScorer", Scorer)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("freed"))
 
     def state(**evaluation):
         return progress(parts_of(**evaluation)[1][-1], data).state
 
-    _measure(parts_of()[1][-1], data, CONSOLE)
+    _measure(parts_of()[1][-1], data, tmp_path, CONSOLE)
     assert events == ["scored", "freed"]
     assert state() == state(baselines=["random"], knn_neighbours=3) == "done"
     assert state(bootstrap_samples=120) == state(token_budget=32) == "to evaluate"
-    _measure(parts_of(token_budget=32)[1][-1], data, CONSOLE)
+    _measure(parts_of(token_budget=32)[1][-1], data, tmp_path, CONSOLE)
     assert events == ["scored", "freed"] * 2
     assert state() == "failed"
 

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dmpo_dist.artifacts.evaluation import GeneratedFigures
-from dmpo_dist.commands.scored_parts import score_in_parts
-from dmpo_dist.commands.scoring import score_with_progress
+from dmpo_dist.commands.scored_parts import PartScorer
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -53,7 +52,8 @@ def model_scores(
     _note_quantization(name, path, config, console)
     again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
     model = load_ranking_model(path, config)
-    scores = score_in_parts(name, path, model, data, config, folder, console)
+    in_parts = PartScorer(f"scoring {name}", f"--model {name}={path}", path, model, data, config, folder, console)
+    scores = in_parts("test")
     spread = _order_spread(name, model, data.test, scores, again, seed, console) if again else {}
     if write and not console.is_terminal:
         console.print(f"[{name}] writes titles for up to {write} requests", markup=False, highlight=False)
@@ -62,10 +62,7 @@ def model_scores(
     if not asks_for_rules(config.evaluation):
         return ModelScores(scores, spread, generated, None)
 
-    def score(scorer: RankingModel, rows: Dataset) -> list[np.ndarray]:
-        return score_with_progress(scorer, rows, f"rules of {name}", console)
-
-    ruled = ruled_scores(model, scores, data, config, score)
+    ruled = ruled_scores(model, scores, data, config, in_parts)
     for rule, by_rule in ruled.by_rule.items():
         _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
     return ModelScores(ruled.scores, spread, generated, ruled)

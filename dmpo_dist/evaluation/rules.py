@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -26,6 +26,9 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 CHOSEN_BY = "ndcg@10"
 Scores = list[np.ndarray]
 """Per request a float64 array (1 + K,), the positive first."""
+Split = Literal["test", "validation"]
+Score = Callable[[Split, str | None], Scores]
+"""Scores a split by the model, or by its reference of this path."""
 
 
 @dataclass(frozen=True)
@@ -119,20 +122,20 @@ def ruled_scores(
     log_probs: Scores,
     data: PreparedData,
     config: RunConfig,
-    score: Callable[[RankingModel, Dataset], Scores] = RankingModel.score_rows,
+    score: Score | None = None,
 ) -> RuledScores:
     """The test requests by each rule of ``model``, whose summed log-probs are ``log_probs``.
 
     Args:
-        score: scores a split by a model, as ``score_rows`` does; it may show progress.
+        score: scores a split of ``data`` by ``model`` or its reference, as ``score_rows`` does; it may show progress.
 
     Raises:
         UserError: a reference that cannot be used.
     """
+    score = score or (lambda split, path: _scorer(model, path).score_rows(rows_of(data, split)))
     settings = config.evaluation
     rules = rules_of(model.source, config, data)
-    asked = reference_of(model.source, _reference(config)) if "reference" in rules else None
-    reference = None if asked is None else model.reference(asked)
+    reference = reference_of(model.source, _reference(config)) if "reference" in rules else None
     tuned = _is_tuned(rules, settings)
     if "prior" in rules:
         splits = (data.test, data.validation) if tuned else (data.test,)
@@ -142,13 +145,13 @@ def ruled_scores(
     rule = rules[0] if settings.rule == "auto" else settings.rule
     by_label: dict[str, float] = {}
     if tuned:
-        found = _parts(model, reference, rules, data.validation, score)
+        found = _parts(model, reference, rules, data, "validation", score)
         values = {(r, w): _mean(found.scores(r, w)) for r in rules for w in _weights(r, settings)}
         weight = max(settings.prior_weights, key=lambda w: values["prior", w]) if "prior" in rules else None
         if settings.rule == "auto":
             rule = max(rules, key=lambda r: values[r, (weight or 0.0) if r == "prior" else 0.0])
         by_label = {f"prior {w:g}" if r == "prior" else r: value for (r, w), value in values.items()}
-    parts = _parts(model, reference, rules, data.test, score, log_probs)
+    parts = _parts(model, reference, rules, data, "test", score, log_probs)
     return RuledScores(
         {r: parts.scores(r, weight or 0.0) for r in rules},
         RuleChoice(rule=rule, prior_weight=weight, validation=by_label),
@@ -186,20 +189,31 @@ def rules_figures(ruled: Mapping[str, RuledScores], samples: int, seed: int) -> 
     return ScoringRules(models=models, chosen={name: of_model.choice for name, of_model in ruled.items()})
 
 
+def rows_of(data: PreparedData, split: Split) -> Dataset:
+    """The requests of a split."""
+    return data.test if split == "test" else data.validation
+
+
+def _scorer(model: RankingModel, reference: str | None) -> RankingModel:
+    return model if reference is None else model.reference(reference)
+
+
 def _parts(
     model: RankingModel,
-    reference: RankingModel | None,
+    reference: str | None,
     rules: Sequence[Rule],
-    rows: Dataset,
-    score: Callable[[RankingModel, Dataset], Scores],
+    data: PreparedData,
+    split: Split,
+    score: Score,
     log_probs: Scores | None = None,
 ) -> _Parts:
+    rows = rows_of(data, split)
     requests = zip(_titles(rows), rows["user"][:], rows["timestamp"][:], strict=True)
     return _Parts(
-        log_probs=score(model, rows) if log_probs is None else log_probs,
+        log_probs=score(split, None) if log_probs is None else log_probs,
         lengths=[scored_lengths(group) for group in tokenize_rows(rows, model.encode)],
         prior=[model.prior(*request) for request in requests] if "prior" in rules else None,
-        reference=None if reference is None else score(reference, rows),
+        reference=None if reference is None else score(split, reference),
     )
 
 

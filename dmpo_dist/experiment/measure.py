@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import SCORES_FILE
-from dmpo_dist.commands.scoring import score_with_progress
+from dmpo_dist.commands.scored_parts import PartScorer
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baseline_scores import baseline_scores, notes_of
 from dmpo_dist.evaluation.baselines import oracle_scores
 from dmpo_dist.evaluation.metrics import METRICS, ranking_metrics
@@ -26,11 +24,13 @@ from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
 from dmpo_dist.experiment.baselines import BaselineFit
 from dmpo_dist.experiment.parts import Part
 from dmpo_dist.experiment.stamps import baseline_settings, evaluated, evaluation_folder, model_settings, to_evaluate
-from dmpo_dist.modeling.ranking_model import RankingModel
 
 
-def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
+def measure_part(part: Part, data: Mapping[str, PreparedData], study: Path, console: Console) -> None:
     """Evaluate a trained part on each of its datasets, unless it has an evaluation there by the same settings.
+
+    Args:
+        study: its folder keeps parts of the scores, which other parts of the study may ask for, too.
 
     Raises:
         UserError: the model cannot be loaded, or its scores are not finite.
@@ -41,16 +41,13 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], console: Console)
         for name, path in part.measured.items():
             model = load_ranking_model(str(path), part.config)
             title = f"{part.called(name)} of {part.title} on {dataset}"
-            scores[name] = score_with_progress(model, data[dataset].test, title, console)
+            score = PartScorer(
+                title, str(path), str(path), model, data[dataset], part.config, study, console, here=True
+            )
+            scores[name] = score("test")
             if asks_for_rules(part.config.evaluation):
-
-                def score(scorer: RankingModel, rows: Dataset, title: str = f"rules of {title}") -> list[np.ndarray]:
-                    return score_with_progress(scorer, rows, title, console)
-
                 ruled[name] = ruled_scores(model, scores[name], data[dataset], part.config, score)
                 scores[name] = ruled[name].scores
-            if not all(np.isfinite(candidates).all() for candidates in scores[name]):
-                raise UserError(f"{path}: scores on {dataset} are not finite; its training diverged")
         about: dict[str, Any] = {
             "folders": {name: str(path) for name, path in part.measured.items()},
             "settings": model_settings(part.config),

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 
 from dmpo_dist.artifacts.locks import only_one
+from dmpo_dist.commands.scored_parts import remove_parts
 from dmpo_dist.commands.train import say
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -56,9 +58,11 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
             if grid.memorization:
                 probe_models(parts, data, grid.output_dir, grid.memorization, console)
                 free_accelerator()
-            _train_and_measure(parts, data, alone, console)
+            _train_and_measure(parts, data, grid.output_dir, alone, console)
         failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
         write_report(grid, parts, data, failures)
+        if not any(trained(part) and failure(part) for part in parts):  # else the next try goes on from its parts
+            remove_parts(grid.output_dir)
     say(console, f"written to {grid.output_dir}: experiment.md, experiment.parquet, curves.parquet and pictures")
     return failures
 
@@ -81,7 +85,9 @@ def show_plan(grid: GridConfig, console: Console) -> None:
     console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
 
 
-def _train_and_measure(parts: Sequence[Part], data: Mapping[str, PreparedData], alone: bool, console: Console) -> None:
+def _train_and_measure(
+    parts: Sequence[Part], data: Mapping[str, PreparedData], study: Path, alone: bool, console: Console
+) -> None:
     number = {part.title: i for i, part in enumerate(parts, start=1)}
 
     def heading(part: Part) -> str:
@@ -94,12 +100,12 @@ def _train_and_measure(parts: Sequence[Part], data: Mapping[str, PreparedData], 
             train_parts([part for part in batch if not trained(part)], alone, heading, console)
             for part in batch:
                 if trained(part) and progress(part, data).state != "done":
-                    _measure(part, data, console)
+                    _measure(part, data, study, console)
 
 
-def _measure(part: Part, data: Mapping[str, PreparedData], console: Console) -> None:
+def _measure(part: Part, data: Mapping[str, PreparedData], study: Path, console: Console) -> None:
     try:
-        measure_part(part, data, console)
+        measure_part(part, data, study, console)
     except (UserError, RuntimeError) as error:  # concerns this part alone: the others go on, as in training
         record_failure(part, error, console)
         return

@@ -69,6 +69,7 @@ class RankingModel:
         )  # shared with the view of an adapter's base
         self._which: Which = "policy"
         self._prior: dict[str, float] = {}
+        self._references: dict[str, Self] = {}
 
     @classmethod
     def load(
@@ -117,15 +118,27 @@ class RankingModel:
         """How a history becomes a prompt and a title a response."""
         return self.encode.template
 
+    @property
+    def scored_source(self) -> ModelSource:
+        """The model whose log-probs these are: for the view of an adapter's base that base, else ``source``."""
+        return find_model(self.source.base) if self._which == "reference" else self.source
+
     def reference(self, path: str) -> Self:
         """The model at ``path``, which scores this one's token ids; an adapter's base shares its weights.
+
+        It is kept, so that its weights are read once.
 
         Raises:
             UserError: no such model, or one with another tokenizer.
         """
+        if path not in self._references:
+            self._references[path] = self._make_reference(path)
+        return self._references[path]
+
+    def _make_reference(self, path: str) -> Self:
         if self.source.is_adapter and path == self.source.base:
             base = copy(self)
-            base._which, base._prior = "reference", {}
+            base._which, base._prior, base._references = "reference", {}, {}
             return base
         source = find_model(path)
         if load_tokenizer(source).get_vocab() != self.tokenizer.get_vocab():

@@ -14,6 +14,7 @@ import yaml
 from matplotlib.image import imread
 
 from dmpo_dist.cli import main
+from dmpo_dist.commands.scored_parts import PARTS
 
 pytestmark = pytest.mark.integration
 
@@ -121,6 +122,7 @@ def test_killed_resumed_grown_and_one_cell_diverges(tmp_path, monkeypatch, capsy
     assert steps.tolist() == [1, *range(5, 41, 5)]  # the killed and the resumed part, each step once
     assert imread(output / "k_sweep.png").std() > 0.05
     assert failed.strip() in (output / "experiment.md").read_text()
+    assert not (output / PARTS).exists()
 
     code, plan, _ = dmpo("runs/tiny", "--dry-run")
     assert code == 0
