@@ -11,7 +11,7 @@ from conftest import tiny_model
 from typer.testing import CliRunner
 
 from dmpo_dist.cli import app
-from dmpo_dist.config import LoraConfig, ModelConfig, RunConfig
+from dmpo_dist.config import LoraConfig, ModelConfig, OnPolicyConfig, RunConfig
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, tokenize_rows
 from dmpo_dist.errors import UserError
@@ -237,6 +237,19 @@ def test_every_gpu_has_a_data_sheet_peak():
         assert gpu.peak("bfloat16") > gpu.peak("float32") > 1e13
         assert gpu.memory > 20 * 2**30
         assert gpu.intra > gpu.inter
+
+
+def test_a_search_as_wide_as_a_group_is_one_more_forward_pass(middle):
+    """So is counted what comes before the step, and nothing for SFT, which searches nothing."""
+    config = run_config(middle)
+    wide = config.train.negatives + 1
+    searching = changed(config, train__on_policy=OnPolicyConfig(beams=wide, top=wide - 1))
+    plain, searched = (make_plan(one, cluster(), LENGTHS).step for one in (config, searching))
+    assert plain.flops()["search"] == 0
+    assert searched.flops() == plain.flops() | {"search": plain.flops()["forward"]}
+    wider = changed(config, train__on_policy=OnPolicyConfig(beams=4 * wide, top=wide - 1))
+    assert make_plan(wider, cluster(), LENGTHS).seconds > make_plan(searching, cluster(), LENGTHS).seconds
+    assert make_plan(searching, cluster(), LENGTHS, "sft").step.flops()["search"] == 0
 
 
 def test_sft_is_planned_by_the_lengths_of_the_data_and_costs_what_equal_compute_says(world):

@@ -228,6 +228,7 @@ def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int, ki
         recompute=config.model.gradient_checkpointing,
         nf4=config.model.quantization == "nf4",
         dtype=config.model.dtype,
+        beams=config.train.on_policy.beams if kind == "preference" and config.train.on_policy else 0,
     )
     resolved = changed(config, **{f"{job.section}__token_budget": budget})
     return Plan(resolved, cluster, model, route, zero, step, _steps(job, lengths.groups), kind)

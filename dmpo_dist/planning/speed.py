@@ -34,6 +34,7 @@ class OptimizerStep:
         full: whether all weights are trained.
         reference: whether the frozen reference runs in the step.
         recompute: whether layers run again in the backward pass.
+        beams: width of the search for negatives that each group goes through; 0 where there is none.
     """
 
     shape: Shape
@@ -47,6 +48,7 @@ class OptimizerStep:
     recompute: bool
     nf4: bool
     dtype: str
+    beams: int = 0
 
     @property
     def passes(self) -> int:
@@ -62,11 +64,19 @@ class OptimizerStep:
         adapters = 0 if self.full else f.adapters
         times = 2 if self.full else 1  # frozen weights need the gradient of their input alone
         return {
+            "search": self._search_flops(),
             "reference": plain if self.reference else 0,
             "forward": plain + adapters,
             "backward": times * (f.linear + f.head) + 2 * (adapters + f.attention) + f.head,
             "recomputation": f.linear + f.attention + adapters if self.recompute else 0,
         }
+
+    def _search_flops(self) -> int:
+        """FLOPs of a group's beam search: its prompt, and as many responses as there are beams, each token once."""
+        if not self.beams:
+            return 0
+        f = forward_flops(self.shape, shared_work(self.row.prompt, self.row.response, self.beams - 1))
+        return f.linear + f.attention + f.head + (0 if self.full else f.adapters)
 
     def durations(self, gpu: Gpu, nodes: int, per_node: int) -> list[Duration]:
         """The parts of a step's time on ``nodes`` nodes of ``per_node`` devices; they run one after the other."""
