@@ -1,5 +1,6 @@
 """What goes to the classical baselines and comes back, with a stand-in for RecTools; and RecTools, if installed."""
 
+import ast
 import json
 import os
 import signal
@@ -15,8 +16,8 @@ from worlds import prepared
 
 from dmpo_dist.config.evaluation import EvaluationConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.classical import RUNNER, classical_scores, with_unknown
-from dmpo_dist.evaluation.classical_environment import baseline_python, default_environment, run_environment
+from dmpo_dist.evaluation.classical import RUNNER, _run, classical_scores, with_unknown
+from dmpo_dist.evaluation.classical_environment import baseline_python, default_environment
 from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue
 
 # A runner that remembers what it was given and scores an item by its number; odd items are unknown to it.
@@ -146,6 +147,22 @@ def test_training_ends_with_the_command_that_asked_for_it(world, tmp_path):
     assert until(lambda: not alive(int(started.read_text()))), "the training goes on without the command"
 
 
+def test_a_runner_that_is_done_ends_well_though_its_input_is_open():
+    source = RUNNER.read_text()
+    watch = next(part for part in ast.parse(source).body if getattr(part, "name", "") == "_end_with_stdin")
+    script = f"""
+import os, sys, threading, time
+{ast.get_source_segment(source, watch)}
+threading.Thread(target=_end_with_stdin, daemon=True).start()
+time.sleep(0.1)
+"""
+    with subprocess.Popen([sys.executable, "-I", "-c", script], stdin=subprocess.PIPE) as process:
+        assert process.wait(60) == 0
+    with subprocess.Popen([sys.executable, "-I", "-c", script + "time.sleep(60)"], stdin=subprocess.PIPE) as process:
+        process.stdin.close()
+        assert process.wait(60) == 1
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -195,7 +212,7 @@ def test_rectools_itself(tmp_path):
     job = {"seed": 0, "threads": 1, "models": {"ease": {"regularization": [50.0]}, "sasrec": settings}}
     (tmp_path / "job.json").write_text(json.dumps(job))
     python = baseline_python(None, print)
-    subprocess.run([python, "-I", RUNNER, tmp_path], check=True, capture_output=True, env=run_environment())
+    _run(python, tmp_path, print)  # as the product runs it
 
     taken = pd.crosstab(log["user"], log["item"]).reindex(columns=items[:12]).to_numpy(float)
     inverse = np.linalg.inv(taken.T @ taken + 50 * np.eye(12))

@@ -78,7 +78,8 @@ def main(folder: Path) -> None:
 
 def _end_with_stdin() -> None:
     """End this process once standard input does: a caller that holds its other end does not leave this one behind."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin: its lock, held by a thread, is a fatal error when the interpreter ends
+        pass
     os._exit(1)
 
 
