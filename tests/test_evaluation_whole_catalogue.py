@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from dmpo_dist.config import RunConfig
-from dmpo_dist.evaluation.metrics import top_metrics
+from dmpo_dist.evaluation.metrics import catalogue_metrics
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.tables import catalogue_table
 from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
@@ -35,9 +35,11 @@ def test_a_model(world):
     data, model = world.data, str(world.model)
     loaded = load_ranking_model(model, CONFIG)
     groups = [loaded.token_group(row["history"], candidates(data, row)[1], row["user"]) for row in data.test]
-    expected = top_metrics(loaded.score_groups(groups))
+    expected = catalogue_metrics(loaded.score_groups(groups))
     told = []
-    assert_equal(WholeCatalogue(data).model(model, CONFIG, told.append).metrics, expected)
+    ranked = WholeCatalogue(data).model(model, CONFIG, told.append)
+    assert ranked.keys() == {None}
+    assert_equal(ranked[None].metrics, expected)
     assert told == [1] * len(data.test)
 
 
@@ -49,7 +51,7 @@ def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
         log = log[log["rating"] >= data.card.config["rating_threshold"]]
         counts = log["item"].value_counts()
         scores.append(np.array([float(counts.get(item, 0)) for item in candidates(data, row)[0]]))
-    expected = top_metrics(scores)
+    expected = catalogue_metrics(scores)
     seen = WholeCatalogue(data).baselines(NAMES, CONFIG)
     assert_equal(seen["popularity"].metrics, expected)
     assert set(seen) == set(NAMES)
