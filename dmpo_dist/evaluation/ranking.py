@@ -202,8 +202,7 @@ class Ranker:
         """
         if request.candidates is not None:
             titles = request.candidates
-            groups = self._scorer.policy.token_groups(request.history, titles, request.user)
-            found = best_of(self._scorer.scores(groups, titles, request.user, True).mean(axis=0), self._top)
+            found = best_of(self.scores(request, np.array(titles, dtype=object)), self._top)
         else:
             titles = self._titles
             taken = {*request.history} if self._exclude_history else set()
@@ -214,6 +213,12 @@ class Ranker:
     def best(self, request: RankingRequest, allowed: np.ndarray, top: int, beams: int | None = None) -> list[Beam]:
         """What ``TitleScorer.best`` finds in the catalogue for ``request``; raises as a call does."""
         return self._scorer.best(request.history, self._titles, request.user, allowed, top, beams)
+
+    def scores(self, request: RankingRequest, candidates: np.ndarray) -> np.ndarray:
+        """(R,) float64, what ``candidates`` (R titles) are ranked by; raises as a call does."""
+        titles = candidates.tolist()
+        groups = self._scorer.policy.token_groups(request.history, titles, request.user)
+        return self._scorer.scores(groups, titles, request.user, whole_catalogue=True).mean(axis=0)
 
     @property
     def fallback(self) -> str | None:
