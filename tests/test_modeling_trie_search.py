@@ -12,6 +12,7 @@ from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling import trie_search
 from dmpo_dist.modeling.logprobs import LogProbModel
+from dmpo_dist.modeling.scoring import node_log_probs
 from dmpo_dist.modeling.token_scorer import TokenScorer
 from dmpo_dist.modeling.trie_search import BeamRequest, beam_search, best_of, best_titles
 
@@ -83,6 +84,9 @@ def test_the_best_titles_are_those_of_the_whole_trie(data, titles, top, token_bu
     assert [b.title for b in found] == [b.title for b in expected]
     if token_budget == 4096:
         assert forward.tokens <= len(prompt) + len(trie.inner), "no token runs twice"
+    else:
+        node_log_probs(whole := Counting(LogProbModel(MODEL)), prompt, trie, token_budget, CPU)
+        assert forward.tokens <= 2 * whole.tokens + 2 * token_budget + 6, "a search that pays no more gives up"
 
 
 def test_a_title_that_ties_with_the_last_is_among_the_best():
@@ -107,6 +111,17 @@ def test_beginnings_that_lead_to_none_of_the_best_never_run():
     found = best_titles(forward, BeamRequest(group.prefix, trie), 10, CPU, 4096)
     assert [beam.title for beam in found] == [beam.title for beam in expected]
     assert forward.tokens < len(trie.inner) / 2
+
+
+def test_a_search_that_keeps_too_little_gives_way_to_the_whole_trie(monkeypatch):
+    asked = []
+    whole_trie = trie_search.node_log_probs
+    monkeypatch.setattr(trie_search, "node_log_probs", lambda *given: asked.append(given) or whole_trie(*given))
+    for token_budget, expected in ((4096, 0), (2, 1)):
+        scorer = TokenScorer(MODEL, token_budget, 256)
+        found = scorer.best_titles(GROUP, len(GROUP.branches))
+        assert len(asked) == expected
+        assert [b.title for b in found] == np.argsort(-scorer.score_many(GROUP), kind="stable").tolist()
 
 
 def test_what_is_no_number_comes_to_light():

@@ -16,9 +16,9 @@ import torch
 
 from dmpo_dist.batching.request_row import NewPrompt, request_row
 from dmpo_dist.batching.trie import BeamPart, PromptMemory, TitleTrie, beam_part
-from dmpo_dist.modeling.scoring import Forward
+from dmpo_dist.modeling.scoring import Forward, node_log_probs
 
-FIRST_ROUND = 64
+FIRST_ROUND = 32
 """Beginnings that ``best_titles`` runs together at first."""
 GROWTH = 1.1
 """And from each round to the next so many times more. Larger rounds are fewer, but run more beginnings for nothing."""
@@ -74,7 +74,8 @@ def best_titles(
     """The ``top`` best titles, and all that tie with the last of them, best first; equal ones in catalogue order.
 
     No beginning runs twice, so that a search never runs more tokens than the whole trie has, unless more than
-    ``token_budget`` of them run: then keys and values are let go of, and ancestors that are still needed run again.
+    ``token_budget`` of them run: then keys and values are let go of, and ancestors that are still needed run again. A
+    search that has then run as many tokens as half of the trie has gives up, and the whole trie runs.
 
     Args:
         forward: of a model whose attention is ``trie_attention``.
@@ -84,16 +85,25 @@ def best_titles(
     """
     search = _BestFirst(request, top, token_budget)
     _run(forward, [search], device)
-    return search.finished
+    if not search.gave_up:
+        return search.finished
+    nodes = node_log_probs(forward, request.prefix, request.trie, token_budget, device)
+    return best_of(request.trie.log_probs(nodes), top, request.allowed)
 
 
 def best_of(scores: np.ndarray, top: int, allowed: np.ndarray | None = None) -> list[Beam]:
     """What ``best_titles`` gives, from scores (R,) of all titles."""
+    scores = _broken_first(scores)
     titles = np.arange(len(scores)) if allowed is None else np.flatnonzero(allowed)
     order = titles[np.argsort(-scores[titles], kind="stable")]
     least = scores[order[:top][-1:]]  # of the last that counts; (1,), or (0,) where no title is allowed
     return [Beam(title, score) for title, score in zip(order.tolist(), scores[order].tolist(), strict=True)
             if (score >= least).all()]  # fmt: skip
+
+
+def _broken_first(scores: np.ndarray) -> np.ndarray:
+    """Ranks what is no number first, so that it comes to light instead of hiding below all titles."""
+    return np.where(np.isnan(scores), np.inf, scores)
 
 
 def _run(forward: Forward, searches: Sequence["_Search"], device: torch.device) -> None:
@@ -128,6 +138,7 @@ class _Search(ABC):
         memory: the prompt's keys and values.
         live: the nodes that run next; level: the children of those that ran last.
         finished: the best titles so far, best first, and equal ones in the order of the catalogue.
+        ran: how many tokens behind the prompt have run.
     """
 
     def __init__(self, request: BeamRequest, wanted: int, most_kept: int | None = None) -> None:
@@ -145,6 +156,7 @@ class _Search(ABC):
         self.live = np.zeros(int(self._leads[0]), dtype=np.int64)
         self.level = self.live
         self.finished: list[Beam] = []
+        self.ran = 0
 
     def part(self) -> BeamPart:
         trie = self._trie
@@ -158,6 +170,7 @@ class _Search(ABC):
         deepest = max(map(len, ways))
         ancestors = np.array([way + [-1] * (deepest - len(way)) for way in ways])  # (T, D)
         self.level = trie.children(running)
+        self.ran += len(running)
         return beam_part(trie, running, ancestors, len(self.prefix), self.memory, self._before)
 
     def take(self, log_probs: np.ndarray) -> None:
@@ -166,8 +179,7 @@ class _Search(ABC):
         own = (self._count[level] > 0) & np.isin(trie.parent[level], self.live)  # not those of ancestors that ran again
         level, log_probs = level[own], log_probs[own]
         totals = self._totals[trie.parent[level]] + np.where(trie.scored[level], log_probs, 0.0)
-        # What is no number ranks first, so that it comes to light instead of hiding below all titles.
-        self._totals[level] = np.where(np.isnan(totals), np.inf, totals)
+        self._totals[level] = _broken_first(totals)
         for node in level.tolist():
             total = float(self._totals[node])
             self.finished += [Beam(t, total) for t in trie.titles_at.get(node, ()) if self._allowed[t]]
@@ -196,17 +208,25 @@ class _BeamSearch(_Search):
 
 
 class _BestFirst(_Search):
-    """Keeps all unfinished nodes of any depth, and runs the best of them."""
+    """Keeps all unfinished nodes of any depth, and runs the best of them.
+
+    Attributes:
+        gave_up: the whole trie costs little more than what is left; the titles found are not the best.
+    """
 
     def __init__(self, request: BeamRequest, top: int, token_budget: int) -> None:
         super().__init__(request, top, token_budget)
         # Where keys and values were let go of, all ancestors of these nodes may have to run in the same row.
         self._size, self._most = float(FIRST_ROUND), max(1, token_budget // (1 + int(self._trie.depth.max())))
         self._waiting = np.empty(0, dtype=np.int64)
+        self._most_run, self.gave_up = max(len(self._trie.inner) // 2, token_budget), False
 
     def _choose(self, new: np.ndarray, least: float) -> np.ndarray:
         self.finished = [beam for beam in self.finished if beam.log_prob >= least]
         self._waiting = self._best_first(np.concatenate([self._waiting, new]), least)
+        self.gave_up = self.ran > self._most_run and len(self._waiting) > 0
+        if self.gave_up:
+            return self._waiting[:0]
         size = min(int(self._size), self._most)
         self._size *= GROWTH
         chosen, self._waiting = self._waiting[:size], self._waiting[size:]
