@@ -37,10 +37,11 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
             advance(len(rows))
             return [np.arange(1.0 + len(negatives)) for negatives in rows["negatives"][:]]
 
-    def catalogue_model(whole, path, config, advance):
+    def catalogue_model(whole, path, config, advance, beams):
         assert not held, "two models in memory"
         advance(whole.requests)
-        return whole.scored([np.zeros((len(world.data.test), 40))])
+        ranked = whole.scored([np.zeros((len(world.data.test), 40))])
+        return dict.fromkeys((None, *beams), ranked)
 
     monkeypatch.setattr(model_scores, "load_ranking_model", Scorer)
     monkeypatch.setattr(
@@ -54,10 +55,11 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
     for module in (evaluation, model_scores, starts_module):
         monkeypatch.setattr(module, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))
     monkeypatch.setattr(WholeCatalogue, "model", catalogue_model)
-    settings = {"bootstrap_samples": 100, "order_requests": 2, "baselines": ["random"]}
+    settings = {"bootstrap_samples": 100, "order_requests": 2, "baselines": ["random"], "catalogue_beams": [1, 8]}
     config = RunConfig.model_validate({"data": {"path": world.data.path}, "evaluation": settings})
     found = evaluation.evaluate({"sft": "a", "dmpo": "b"}, config, tmp_path / "out", CONSOLE, catalogue=True)
-    assert set(found.catalogue.models) == {"random", "sft", "dmpo"}
+    by_beams = {f"{name}, {beams}" for name in ("sft", "dmpo") for beams in ("1 beam", "8 beams")}
+    assert set(found.catalogue.models) == {"random", "sft", "dmpo"} | by_beams
     assert set(found.order.models) == {"sft", "dmpo"}
     for job in ("scoring sft", "whole catalogue by dmpo"):
         assert f"[{job}     0s] {len(world.data.test)}/{len(world.data.test)} users" in CONSOLE.file.getvalue()

@@ -1,50 +1,14 @@
-"""Beam search against the full ranking, and free generation against a plain loop over arg-maxima."""
+"""Free generation against a plain loop over arg-maxima."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_modeling_token_scorer import GROUP, MODEL, titles
 
 from dmpo_dist.config import ModelConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.template import make_template
-from dmpo_dist.data.tokenization import TokenGroup
-from dmpo_dist.evaluation.generation import beam_search, generate_freely, valid_ratio
+from dmpo_dist.evaluation.generation import generate_freely, valid_ratio
 from dmpo_dist.modeling.backbone import find_model, load_for_scoring, load_tokenizer, make_scratch_model
-from dmpo_dist.modeling.logprobs import LogProbModel
-from dmpo_dist.modeling.token_scorer import TokenScorer
-
-CPU = torch.device("cpu")
-
-
-def searched(model, group, beams):
-    """What beam search finds, and the full ranking's scores."""
-    scorer = TokenScorer(model, 64, 256)
-    scores, trie = scorer.score_many(group), scorer.trie(group)
-    return beam_search(LogProbModel(model), group.prefix, trie, beams, CPU), scores
-
-
-@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("gpt2", {}), ("gemma3", {"window": 7})])
-def test_as_many_beams_as_titles_are_the_full_ranking(kind, options):
-    found, scores = searched(tiny_model(kind, **options).eval(), GROUP, len(GROUP.branches))
-    assert sorted(beam.title for beam in found) == list(range(len(scores)))
-    np.testing.assert_allclose([beam.log_prob for beam in found], np.sort(scores)[::-1], rtol=1e-5)
-
-
-@given(titles=titles, beams=st.integers(1, 14))
-@settings(max_examples=40, deadline=None)
-def test_any_beams_find_titles_by_their_own_scores(titles, beams):
-    group = TokenGroup([5, 9, 3], tuple(titles), (0,) * len(titles))
-    found, scores = searched(MODEL, group, beams)
-    assert len({beam.title for beam in found}) == len(found) <= beams
-    np.testing.assert_allclose([beam.log_prob for beam in found], scores[[beam.title for beam in found]], rtol=1e-10)
-    assert [b.log_prob for b in found] == sorted((b.log_prob for b in found), reverse=True)
-    if beams >= len(titles):
-        assert len(found) == len(titles)
 
 
 @pytest.mark.parametrize("terminator", ["{eos}", "\n"])

@@ -4,12 +4,13 @@ from functools import cache
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from worlds import make_three_models
 
-from dmpo_dist.config import RunConfig, ScratchModel
+from dmpo_dist.config import RankingConfig, RunConfig, ScratchModel
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import Ranker, load_ranking_model, reference_of
+from dmpo_dist.evaluation.ranking import Ranker, check_beams, load_ranking_model, reference_of, require_no_beams
 from dmpo_dist.modeling.backbone import find_model, make_scratch_model
 from dmpo_dist.modeling.scoring_rule import scored_lengths
 
@@ -60,6 +61,26 @@ def test_the_whole_catalogue_without_the_history(folder):
     assert with_history == pytest.approx(dict(zip(TITLES, scores, strict=True)), rel=1e-5)
     best = ranked(folder / "adapter", WHOLE, top=2)
     assert list(best) == sorted(expected, key=expected.__getitem__, reverse=True)[:2]
+
+
+def test_beams_are_as_good_as_they_are_many(folder):
+    exact = ranked(folder / "adapter", WHOLE)
+    assert ranked(folder / "adapter", WHOLE, beams=len(TITLES)) == pytest.approx(exact, rel=1e-5)
+    (narrow,) = ranked(folder / "adapter", WHOLE, beams=1)
+    assert narrow in exact
+
+
+def test_beams_that_cannot_be():
+    check_beams(RankingConfig(), 8, 20)
+    check_beams(RankingConfig(beams=8), 8, 20)
+    with pytest.raises(UserError, match="ranking.beams=9: the catalogue has 8 titles; lower it"):
+        check_beams(RankingConfig(beams=9), 8, 3)
+    with pytest.raises(UserError, match="finds 4 titles at most, and --top asks for 5"):
+        check_beams(RankingConfig(beams=4), 8, 5)
+    with pytest.raises(UserError, match="ranking.beams=4: dmpo serve ranks exactly; leave it out"):
+        require_no_beams(RankingConfig(beams=4), "dmpo serve")
+    with pytest.raises(ValidationError, match="without length_normalize, popularity_weight; leave out one of the two"):
+        RankingConfig(beams=4, length_normalize=True, popularity_weight=0.1)
 
 
 def test_given_candidates_are_ranked_as_they_are(folder):

@@ -17,9 +17,9 @@ from dmpo_dist.evaluation.comparisons import (
     comparison_lines,
     show_comparisons,
 )
-from dmpo_dist.evaluation.metrics import METRICS, TOP_METRICS, sure_hits
+from dmpo_dist.evaluation.metrics import CATALOGUE_METRICS, METRICS, sure_hits
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
-from dmpo_dist.evaluation.tables import CATALOGUE_METRICS, TABLE_METRICS, evaluation_table, markdown
+from dmpo_dist.evaluation.tables import CATALOGUE_MARKDOWN, TABLE_METRICS, evaluation_table, markdown
 
 N = 120
 
@@ -216,13 +216,13 @@ def test_the_markdown_has_the_catalogue_as_the_terminal_has_it(evaluation):
     figure = {"value": 0.1, "low": 0.05, "high": 0.25}
     result = {
         "items": 400,
-        "models": {"other": dict.fromkeys(TOP_METRICS, figure)},
+        "models": {"other": dict.fromkeys(CATALOGUE_METRICS, figure)},
         "coverage@10": {"other": 0.5},
         "gini@10": {"other": 0.75},
     }
     text = markdown(evaluation | {"catalogue": result})
     assert f"{N} requests among all 400 items" in text
-    assert "| other |" + " **0.100** (0.050\u20130.250) |" * len(CATALOGUE_METRICS) + " 0.500 | 0.750 |" in text
+    assert "| other |" + " **0.100** (0.050\u20130.250) |" * len(CATALOGUE_MARKDOWN) + " 0.500 | 0.750 |" in text
     assert "among all" not in markdown(evaluation)
 
 

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dmpo_dist.config import RunConfig
-from dmpo_dist.evaluation.metrics import top_metrics
+from dmpo_dist.commands.evaluate import evaluate, preflight
+from dmpo_dist.config import RunConfig, config_of
+from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.metrics import CATALOGUE_METRICS, catalogue_metrics
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.tables import catalogue_table
 from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
+from dmpo_dist.modeling.token_scorer import TokenScorer
+from dmpo_dist.modeling.trie_search import best_of
 
+CONSOLE = Console(file=io.StringIO(), width=100)
 NAMES = ("random", "popularity", "item_knn")
 CONFIG = RunConfig.model_validate({"model": {"max_length": 256}, "evaluation": {"bootstrap_samples": 100}})
 
@@ -35,10 +40,56 @@ def test_a_model(world):
     data, model = world.data, str(world.model)
     loaded = load_ranking_model(model, CONFIG)
     groups = [loaded.token_group(row["history"], candidates(data, row)[1], row["user"]) for row in data.test]
-    expected = top_metrics(loaded.score_groups(groups))
+    expected = catalogue_metrics(loaded.score_groups(groups))
     told = []
-    assert_equal(WholeCatalogue(data).model(model, CONFIG, told.append).metrics, expected)
+    ranked = WholeCatalogue(data).model(model, CONFIG, told.append)
+    assert ranked.keys() == {None}
+    assert_equal(ranked[None].metrics, expected)
     assert told == [1] * len(data.test)
+
+
+def test_the_search_gives_the_figures_of_the_whole_trie(world, tmp_path, monkeypatch):
+    """As `dmpo evaluate --catalogue` writes them; beams as many as titles lose nothing, and few may."""
+
+    def evaluated(folder, beams):
+        of_evaluation = {"baselines": [], "order_requests": 0, "bootstrap_samples": 100, "catalogue_beams": beams}
+        config = config_of({"data.path": world.data.path, "model.max_length": 256, "evaluation": of_evaluation})
+        return evaluate({"sft@0": str(world.model)}, config, folder, CONSOLE, catalogue=True).catalogue
+
+    found = evaluated(tmp_path / "search", [1, 40])
+    text = (tmp_path / "search/evaluation.md").read_text()
+    monkeypatch.setattr(
+        TokenScorer,
+        "best_titles",
+        lambda self, group, top, allowed, which: best_of(self.score_many(group, which), top, allowed),
+    )
+    by_whole_trie = evaluated(tmp_path / "whole", [])
+    exact, one, forty = (found.models[name] for name in ("sft", "sft, 1 beam", "sft, 40 beams"))
+    assert exact == forty == by_whole_trie.models["sft"]
+    assert set(exact) == set(CATALOGUE_METRICS) >= {"hr@3", "ndcg@3", "hr@5", "ndcg@5"}
+    assert found.coverage["sft"] == found.coverage["sft, 40 beams"] == by_whole_trie.coverage["sft"]
+    assert found.gini["sft"] == by_whole_trie.gini["sft"]
+    assert one["hr@20"].value == one["hr@1"].value <= exact["hr@20"].value, "it finds one title"
+    assert found.coverage["sft, 1 beam"] < found.coverage["sft"]
+    rows = [line.split("|")[1].strip() for line in text.partition("## The whole")[2].splitlines() if "| sft" in line]
+    assert rows[:3] == ["sft", "sft, 1 beam", "sft, 40 beams"], "beside each other"
+
+
+def test_beams_that_cannot_be(world):
+    def refused(message, catalogue=True, **settings):
+        given = {"data": {"path": world.data.path}, "model": {"max_length": 256}} | settings
+        with pytest.raises(UserError, match=message):
+            preflight({"sft": str(world.model)}, config_of(given), CONSOLE, catalogue=catalogue)
+
+    refused("catalogue_beams=.8, 41.: the catalogue has 40 titles; lower it", evaluation={"catalogue_beams": [8, 41]})
+    refused("add --catalogue, or leave it out", catalogue=False, evaluation={"catalogue_beams": [8]})
+    refused("ranks exactly; leave it out; evaluation.catalogue_beams adds rows", ranking={"beams": 8})
+    refused(
+        "leave out it or ranking.prior_weight",
+        evaluation={"catalogue_beams": [8]},
+        ranking={"prior_weight": 0.5},
+    )
+    refused("not by rule=mean; leave out one of the two", evaluation={"catalogue_beams": [8], "rule": "mean"})
 
 
 def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
@@ -49,7 +100,7 @@ def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
         log = log[log["rating"] >= data.card.config["rating_threshold"]]
         counts = log["item"].value_counts()
         scores.append(np.array([float(counts.get(item, 0)) for item in candidates(data, row)[0]]))
-    expected = top_metrics(scores)
+    expected = catalogue_metrics(scores)
     seen = WholeCatalogue(data).baselines(NAMES, CONFIG)
     assert_equal(seen["popularity"].metrics, expected)
     assert set(seen) == set(NAMES)

@@ -18,11 +18,11 @@ from dmpo_dist.config.load import config_of
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.generation import Beam, BeamRequest, beam_searches
 from dmpo_dist.modeling.backbone import find_model, load_tokenizer
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.scoring import node_log_probs
 from dmpo_dist.modeling.trie_attention import use_trie_attention
+from dmpo_dist.modeling.trie_search import Beam, BeamRequest, beam_searches
 from dmpo_dist.training.catalogue import CatalogueGroups
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.on_policy import OnPolicy, draw, require_on_policy, rewards_of

@@ -218,7 +218,7 @@ class TriePart(Movable):
 
 @dataclass(frozen=True)
 class BeamPart(TriePart):
-    """Some nodes of a trie whose ancestors ran in earlier parts, T tokens in one row.
+    """Some nodes of a trie whose ancestors ran in earlier parts or run in this one, T tokens in one row.
 
     Attributes:
         ancestors: (T, D) int64, as in ``TriePart``, but counted over all nodes that ran, those of this part last.
@@ -230,10 +230,10 @@ class BeamPart(TriePart):
     def grown(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (1, H_kv, all nodes so far, D), given those of the nodes of this part."""
         if module in self.before:
-            key, value = (
-                torch.cat([old, new], dim=2) for old, new in zip(self.before[module], (key, value), strict=True)
-            )
-        self.before[module] = key.clone(), value.clone()  # a view would keep the whole row's
+            old_key, old_value = self.before[module]
+            self.before[module] = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+        else:
+            self.before[module] = key.clone(), value.clone()  # a view would keep the whole row's
         return self.before[module]
 
 
@@ -269,7 +269,7 @@ def beam_part(
     trie: TitleTrie, nodes: np.ndarray, ancestors: np.ndarray, prefix_length: int, memory: PromptMemory,
     before: PromptMemory,
 ) -> BeamPart:  # fmt: skip
-    """Inner ``nodes`` of the trie (ascending), whose ancestors have run, as a part that predicts their children.
+    """Inner ``nodes`` of the trie (ascending) as a part that predicts their children; ancestors ran, or are of them.
 
     Args:
         ancestors: see ``BeamPart``.

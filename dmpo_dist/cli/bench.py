@@ -135,11 +135,12 @@ def bench_catalogue(
     catalogue: Annotated[Path | None, typer.Option(help="As for dmpo rank.  [made-up titles]")] = None,
     titles: Annotated[int, typer.Option(min=1, help="Titles scored.")] = 1700,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens, at least.")] = 256,
+    top: Annotated[int, typer.Option(min=1, help="Best titles that are also searched for alone.")] = 10,
     token_budget: Annotated[int, typer.Option(min=1, help="Most tokens in a row.")] = 1024,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's default.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each way; medians are shown.")] = 3,
 ) -> None:
-    """Score a catalogue behind one shared prompt and in separate rows, and compare time and scores.
+    """Score a catalogue behind one shared prompt and in separate rows, search its best titles, and compare.
 
     Examples:
 
@@ -153,7 +154,7 @@ def bench_catalogue(
     from dmpo_dist.records.log import make_console
 
     names = list(read_catalogue(catalogue).titles) if catalogue else None
-    show(run(model, names, titles, prompt, token_budget, threads, rounds), make_console())
+    show(run(model, names, titles, prompt, top, token_budget, threads, rounds), make_console())
 
 
 @bench_app.command("scaling")

@@ -38,7 +38,7 @@ from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.comparisons import below_start_lines, show_comparisons
 from dmpo_dist.evaluation.fitting_log import fitting_log
 from dmpo_dist.evaluation.order import ORDERS, lists_note
-from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.evaluation.ranking import load_ranking_model, require_no_beams
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.rules import (
     asks_for_rules,
@@ -51,7 +51,7 @@ from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.evaluation.starts import starts_of
 from dmpo_dist.evaluation.strata import strata_of
 from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, rules_table
-from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, require_catalogue, summary
+from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, beams_row, require_catalogue, summary
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.modeling.model_files import require_as_written
 from dmpo_dist.records.progress import UserProgress
@@ -83,6 +83,7 @@ def preflight(
     for name in against:
         if name not in known:
             raise UserError(f"--against {name}: is not evaluated here; choose from {', '.join(known)}")
+    _check_beams(config, data, catalogue)
     templates = {path: template_of(path, config) for path in models.values()}
     for path in templates:
         require_as_written(find_model(path))
@@ -98,6 +99,25 @@ def preflight(
         check_rules({name: (sources[name], made[name]) for name in models}, config, data)
     check_classical(names_of(data, config), config, console)
     return data
+
+
+def _check_beams(config: RunConfig, data: PreparedData, catalogue: bool) -> None:
+    """Raise UserError for beams that could not search the catalogue of ``data``, or are asked for without one."""
+    widths = config.evaluation.catalogue_beams
+    key = f"evaluation.catalogue_beams={widths}"
+    if catalogue:
+        instead = "; evaluation.catalogue_beams adds rows of beam searches"
+        require_no_beams(config.ranking, "evaluate --catalogue", instead)
+    if not widths:
+        return
+    if not catalogue:
+        raise UserError(f"{key}: searches the whole catalogue; add --catalogue, or leave it out")
+    corrections = [f"ranking.{name}" for name in config.ranking.corrections]
+    if corrections:
+        raise UserError(f"{key}: search by the summed log-prob; leave out it or {', '.join(corrections)}")
+    titles = len(require_catalogue(data)[0])
+    if max(widths) > titles:
+        raise UserError(f"{key}: the catalogue has {titles} titles; lower it, as the exact ranking needs no beams")
 
 
 def check_classical(names: Sequence[str], config: RunConfig, console: Console) -> None:
@@ -192,7 +212,9 @@ def _rank_catalogue(
     ranked = {**whole.baselines(config.evaluation.baselines, config), **baselines.catalogue}
     for name, path in models.items():
         with UserProgress(f"whole catalogue by {name}", whole.requests, 0, console, "loading the model") as progress:
-            ranked[name] = whole.model(path, configs[name], progress.advance)
+            widths = config.evaluation.catalogue_beams
+            for beams, found in whole.model(path, configs[name], progress.advance, widths).items():
+                ranked[name if beams is None else beams_row(name, beams)] = found
     return ranked
 
 

@@ -17,7 +17,7 @@ from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, re
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import within_context
+from dmpo_dist.evaluation.ranking import require_no_beams, within_context
 from dmpo_dist.evaluation.whole_catalogue import catalogue_at_test
 from dmpo_dist.explanation.contributions import Method, leave_one_out
 from dmpo_dist.explanation.explainer import Explainer, Subject
@@ -83,6 +83,7 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
         UserError: a contradiction in the order, unknown users or items, a model or reference that cannot be used.
     """
     _check(order)
+    require_no_beams(config.ranking, "dmpo explain")
     source = find_model(order.model)
     config = within_context([source], config)
     if order.catalogue is not None:

@@ -31,7 +31,15 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.inputs import given_texts
-from dmpo_dist.evaluation.ranking import GivenTexts, Ranker, load_ranking_model, reference_of, within_context
+from dmpo_dist.evaluation.ranking import (
+    GivenTexts,
+    Ranker,
+    check_beams,
+    load_ranking_model,
+    reference_of,
+    require_no_beams,
+    within_context,
+)
 from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
 from dmpo_dist.modeling.model_files import start_digests
 from dmpo_dist.modeling.scoring_rule import require_prior
@@ -140,8 +148,11 @@ def preflight(model: str, asked: Asked, top: int, output: Path, config: RunConfi
     requests, where = _requests(asked, config)
     if requests[0].candidates is None:
         require_given_candidates(template, model, f"give each user of {where} a column 'candidates'")
+    else:
+        require_no_beams(config.ranking, f"{where} gives candidates, which dmpo rank")
     catalogue = _catalogue(requests, where, asked.catalogue, config)
     if catalogue is not None:
+        check_beams(config.ranking, len(catalogue.titles), top)
         requests = matched(requests, catalogue, str(where), asked.keep_unknown)
         check_against(requests, catalogue, where, config.ranking.exclude_history)
     given = given_texts(template, asked.catalogue, asked.requests)

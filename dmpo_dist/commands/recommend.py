@@ -14,7 +14,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.inputs import given_texts, with_trained_data
-from dmpo_dist.evaluation.ranking import Ranker, within_context
+from dmpo_dist.evaluation.ranking import Ranker, check_beams, within_context
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.tables import Table, terminal, texts
 
@@ -46,6 +46,7 @@ def recommend(
     template = enforce_template(source.stamp, config.template, model)
     require_given_candidates(template, model, "use dmpo rank with a column 'candidates'")
     catalogue = read_catalogue(catalogue_file or _data_path(config))
+    check_beams(config.ranking, len(catalogue.titles), top)
     requests = [RankingRequest("you", tuple(history), None)]
     if user is not None:
         requests = requests_of_data(PreparedData.load(_data_path(config)), user)[:1]

@@ -85,7 +85,20 @@ class EvaluationConfig(Section):
     prior_weights: list[Annotated[float, Field(ge=0)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
     """Weights of the prior to choose from by NDCG@10 on the validation requests; a single one needs none."""
 
-    @field_validator("baselines", "fit_on", "rules", "prior_weights")
+    catalogue_beams: list[Annotated[int, Field(ge=1)]] = Field([])
+    """Widths of beam searches in the catalogue's trie, each a row beside the exact one in evaluate --catalogue: what
+    models reach that are evaluated by the titles they generate."""
+
+    @model_validator(mode="after")
+    def _beams_search_by_sums(self) -> "EvaluationConfig":
+        if self.catalogue_beams and self.rule != "sum":
+            raise ValueError(
+                f"catalogue_beams={self.catalogue_beams} search by the summed log-prob, not by rule={self.rule}; leave "
+                "out one of the two"
+            )
+        return self
+
+    @field_validator("baselines", "fit_on", "rules", "prior_weights", "catalogue_beams")
     @classmethod
     def _each_once(cls, value: list[Any], info: ValidationInfo) -> list[Any]:
         if len(set(value)) < len(value):
@@ -107,5 +120,23 @@ class RankingConfig(Section):
     """Subtract this times log(1 + a title's interactions)."""
     exclude_history: bool = True
     """Leave titles of the history out of a ranking of the whole catalogue."""
+    beams: int | None = Field(None, ge=1)
+    """Find titles of a whole catalogue by a beam search of this width in their trie, as a model would generate them,
+    which may lose some of the best. None ranks exactly."""
     users_per_part: int = Field(64, ge=1)
     """Users a worker ranks before they are kept; what a lost worker or driver loses at most for each worker."""
+
+    @property
+    def corrections(self) -> list[str]:
+        """The settings by which titles are ranked by anything but their summed log-prob."""
+        of_sums = {"reference": None, "length_normalize": False, "prior_weight": 0, "popularity_weight": 0}
+        return [name for name, neutral in of_sums.items() if getattr(self, name) != neutral]
+
+    @model_validator(mode="after")
+    def _beams_search_by_sums(self) -> "RankingConfig":
+        if self.beams is not None and self.corrections:
+            raise ValueError(
+                f"beams={self.beams} search by the summed log-prob, without {', '.join(self.corrections)}; leave out "
+                "one of the two"
+            )
+        return self

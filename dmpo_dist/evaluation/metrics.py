@@ -8,9 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 
 CUTOFFS = (1, 5, 10, 20)
-"""Cutoffs k of HR@k, NDCG@k, recall@k and MRR@k."""
+"""Cutoffs k of HR@k, NDCG@k, recall@k and MRR@k among some candidates."""
+CATALOGUE_CUTOFFS = (1, 3, 5, 10, 20)
+"""And among a whole catalogue: papers on it also report 3."""
 
-TOP_METRICS = tuple(f"{name}@{k}" for name in ("hr", "ndcg", "recall", "mrr") for k in CUTOFFS)
+
+def _metrics_at(cutoffs: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"{name}@{k}" for name in ("hr", "ndcg", "recall", "mrr") for k in cutoffs)
+
+
+TOP_METRICS = _metrics_at(CUTOFFS)
+CATALOGUE_METRICS = _metrics_at(CATALOGUE_CUTOFFS)
 METRICS = (*TOP_METRICS, "mrr", "auc", "pair_accuracy", "pooled_auc")
 
 
@@ -49,9 +57,9 @@ def ranking_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def top_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """The ``TOP_METRICS`` alone: arguments, ties and errors as in ``ranking_metrics``."""
-    return _top(*_counts(scores))
+def catalogue_metrics(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """The ``CATALOGUE_METRICS``: arguments, ties and errors as in ``ranking_metrics``."""
+    return _top(*_counts(scores), CATALOGUE_CUTOFFS)
 
 
 def sure_hits(negatives: int) -> tuple[str, ...]:
@@ -189,13 +197,15 @@ def _expected_gain(gain: np.ndarray, above: np.ndarray, tied: np.ndarray) -> np.
     return (total[above + tied + 1] - total[above]) / (tied + 1)
 
 
-def _top(sizes: np.ndarray, above: np.ndarray, tied: np.ndarray) -> dict[str, np.ndarray]:
+def _top(
+    sizes: np.ndarray, above: np.ndarray, tied: np.ndarray, cutoffs: Sequence[int] = CUTOFFS
+) -> dict[str, np.ndarray]:
     rank = np.arange(1, sizes.max() + 1)
     gains = {"hr": np.ones(len(rank)), "ndcg": 1 / np.log2(1 + rank), "recall": np.ones(len(rank)), "mrr": 1 / rank}
     return {
         f"{name}@{k}": _expected_gain(np.where(rank <= k, gain, 0), above, tied)
         for name, gain in gains.items()
-        for k in CUTOFFS
+        for k in cutoffs
     }
 
 

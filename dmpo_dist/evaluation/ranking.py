@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dmpo_dist.config import RunConfig
+from dmpo_dist.config import RankingConfig, RunConfig
 from dmpo_dist.data.prompt_texts import PromptTexts
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.data.store import PreparedData
@@ -15,6 +15,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import ModelSource, find_model, read_model_config
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.scoring_rule import adjusted, scored_lengths
+from dmpo_dist.modeling.trie_search import Beam, best_of
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,41 @@ class TitleScorer:
             adjusted(own, scored_lengths(group), other, popularity, *weights)
             for own, other, group in zip(log_probs, references or [None] * len(groups), groups, strict=True)
         ])  # fmt: skip
+        self._require_finite(scores, user)
+        return scores
+
+    def best(
+        self, history: Sequence[str], titles: Sequence[str], user: str, allowed: np.ndarray, top: int,
+        beams: int | None = None,
+    ) -> list[Beam]:  # fmt: skip
+        """The ``top`` best of a whole catalogue, and all that tie with the last of them, best first.
+
+        Only where titles are ranked by anything but their summed log-prob is every one of them scored.
+
+        Args:
+            titles: R titles, in whose order equal ones are listed.
+            allowed: (R,) bool, which of them may be among the best.
+            beams: of a beam search, which may miss some, and finds so many at most; None for the exact best.
+
+        Raises:
+            UserError: see ``scores``, or beams for a model that cannot share a prompt.
+        """
+        groups = self.policy.token_groups(history, titles, user)
+        if self._config.ranking.corrections or len(groups) > 1:
+            assert beams is None, "settings that beams cannot search by are refused before"
+            return best_of(self.scores(groups, titles, user, True).mean(axis=0), top, allowed)
+        (group,) = groups
+        find, number = (self.policy.best_titles, top) if beams is None else (self.policy.beam_search, beams)
+        found = find(group, number, allowed)
+        self._require_finite(np.array([beam.log_prob for beam in found]), user)
+        return found
+
+    def _require_finite(self, scores: np.ndarray, user: str) -> None:
         if not np.isfinite(scores).all():
             raise UserError(
                 f"--model {self._path}: a score of user {user!r} is not finite; its training diverged or its weights "
                 f"are damaged, or model.dtype={self._config.model.dtype} is too narrow: try model.dtype=float32"
             )
-        return scores
 
     def popularity_of(self, catalogue: Catalogue | None) -> dict[str, float] | None:
         """Title -> log(1 + count), None where rankings are not corrected by it.
@@ -162,7 +192,7 @@ class Ranker:
         reference = reference_of(find_model(model), config.ranking.reference)
         self._scorer = TitleScorer(model, config, catalogue, reference, given)
         self._titles = catalogue.titles if catalogue else ()
-        self._exclude_history, self._top = config.ranking.exclude_history, top
+        self._exclude_history, self._beams, self._top = config.ranking.exclude_history, config.ranking.beams, top
 
     def __call__(self, request: RankingRequest) -> RankedTitles:
         """Rank ``request``.
@@ -170,13 +200,19 @@ class Ranker:
         Raises:
             UserError: a prompt that does not fit into ``model.max_length``, or scores that are not finite.
         """
-        candidates = np.array(request.candidates or self._titles, dtype=object)
-        scores = self.scores(request, candidates)
-        if request.candidates is None and self._exclude_history:
-            new = ~np.isin(candidates, request.history)
-            candidates, scores = candidates[new], scores[new]
-        order = np.argsort(-scores, kind="stable")[: self._top]
-        return RankedTitles(request.user, candidates[order].tolist(), scores[order].tolist())
+        if request.candidates is not None:
+            titles = request.candidates
+            found = best_of(self.scores(request, np.array(titles, dtype=object)), self._top)
+        else:
+            titles = self._titles
+            taken = {*request.history} if self._exclude_history else set()
+            found = self.best(request, np.array([title not in taken for title in titles]), self._top, self._beams)
+        best = found[: self._top]
+        return RankedTitles(request.user, [titles[b.title] for b in best], [b.log_prob for b in best])
+
+    def best(self, request: RankingRequest, allowed: np.ndarray, top: int, beams: int | None = None) -> list[Beam]:
+        """What ``TitleScorer.best`` finds in the catalogue for ``request``; raises as a call does."""
+        return self._scorer.best(request.history, self._titles, request.user, allowed, top, beams)
 
     def scores(self, request: RankingRequest, candidates: np.ndarray) -> np.ndarray:
         """(R,) float64, what ``candidates`` (R titles) are ranked by; raises as a call does."""
@@ -236,6 +272,25 @@ def reference_of(source: ModelSource, asked: str | None, option: str = "ranking.
         if not asked:
             raise UserError(f"{option}start: {source.path} does not say what it was started from; name that model")
     return find_model(asked).path if asked else None
+
+
+def check_beams(ranking: RankingConfig, titles: int, top: int) -> None:
+    """Raise UserError where ``ranking.beams`` cannot find the ``top`` best of a catalogue of ``titles`` titles."""
+    beams = ranking.beams
+    if beams is not None and beams > titles:
+        raise UserError(f"ranking.beams={beams}: the catalogue has {titles} titles; lower it, or leave it out for all")
+    if beams is not None and beams < min(top, titles):
+        raise UserError(f"ranking.beams={beams}: finds {beams} titles at most, and --top asks for {top}; lower --top")
+
+
+def require_no_beams(ranking: RankingConfig, command: str, instead: str = "") -> None:
+    """Raise UserError where ``ranking.beams`` is set for a ``command`` that ranks exactly.
+
+    Args:
+        instead: what else to do, after "leave it out".
+    """
+    if ranking.beams is not None:
+        raise UserError(f"ranking.beams={ranking.beams}: {command} ranks exactly; leave it out{instead}")
 
 
 def within_context(sources: Sequence[ModelSource], config: RunConfig) -> RunConfig:

@@ -1,5 +1,6 @@
 """An evaluation for people: its tables and sentences, for the terminal, Markdown and the report's page."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +27,12 @@ TABLE_METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@10", "mrr", "auc")
 MARKDOWN_METRICS = (
     "hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "auc", "pair_accuracy", "pooled_auc",
 )  # fmt: skip
-CATALOGUE_METRICS = ("hr@1", "hr@10", "hr@20", "ndcg@10", "mrr@20")
+CATALOGUE_TERMINAL = ("hr@1", "hr@10", "hr@20", "ndcg@10", "mrr@20")
+CATALOGUE_MARKDOWN = ("hr@1", "hr@3", "hr@5", "hr@10", "hr@20", "ndcg@3", "ndcg@5", "ndcg@10", "mrr@20")
 CATALOGUE_LISTS = ("coverage@10", "gini@10")
 """Measures of the ranked lists together; more of them is neither better nor worse."""
+BEAMS_ROW = re.compile(r"(.+), \d+ beams?")
+"""The names that ``beams_row`` gives."""
 STRATA_TITLES = {
     "popularity": "By popularity of the positive (head, mid, tail: items that hold a third of the interactions each)",
     "history": "By likes in the history",
@@ -42,10 +46,16 @@ BySeed = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names in the order of ``MODEL_ORDER``, a baseline on the same users after its own; others follow as they come."""
+    """Names in the order of ``MODEL_ORDER``, a baseline on the same users after its own; others follow as they come.
+
+    A model by beam search follows the same model by its exact ranking.
+    """
     names = list(names)
-    known = [name for model in MODEL_ORDER for name in (model, model + SAME_USERS) if name in names]
-    return known + [name for name in names if name not in known]
+    exact_of = {name: match[1] for name in names if (match := BEAMS_ROW.fullmatch(name)) and match[1] in names}
+    exact = [name for name in names if name not in exact_of]
+    known = [name for model in MODEL_ORDER for name in (model, model + SAME_USERS) if name in exact]
+    ordered = known + [name for name in exact if name not in known]
+    return [one for name in ordered for one in (name, *(row for row, of in exact_of.items() if of == name))]
 
 
 def metrics_table(
@@ -104,7 +114,7 @@ def left_out_line(metrics: Sequence[str], negatives: int) -> str | None:
 
 def catalogue_table(result: dict[str, Any], requests: int) -> TerminalTable:
     """The main metrics among the whole catalogue, for the terminal."""
-    return tables.terminal(_catalogue(result, requests, leading_zero=False))
+    return tables.terminal(_catalogue(result, requests, CATALOGUE_TERMINAL, leading_zero=False))
 
 
 def rules_table(evaluation: dict[str, Any], metrics: Sequence[str] = TABLE_METRICS) -> Table:
@@ -149,7 +159,7 @@ def markdown(evaluation: dict[str, Any]) -> str:
         rules = rules_table(evaluation, MARKDOWN_METRICS)
         blocks += ["## Scoring rules", tables.markdown(rules), f"{rules.note}."]
     if "catalogue" in evaluation:
-        catalogue = _catalogue(evaluation["catalogue"], evaluation["requests"])
+        catalogue = _catalogue(evaluation["catalogue"], evaluation["requests"], CATALOGUE_MARKDOWN)
         blocks += ["## The whole catalogue", catalogue.caption + ".", tables.markdown(catalogue), catalogue.note]
     for kind, strata in evaluation.get("strata", {}).items():
         blocks += [f"## {STRATA_TITLES[kind]}", tables.markdown(_strata(evaluation, strata))]
@@ -173,7 +183,7 @@ def _models(evaluation: dict[str, Any], metrics: Sequence[str], note: str = "") 
     return metrics_table(caption, models, shown, evaluation.get("seeds", {}), note=note)
 
 
-def _catalogue(result: dict[str, Any], requests: int, leading_zero: bool = True) -> Table:
+def _catalogue(result: dict[str, Any], requests: int, metrics: Sequence[str], leading_zero: bool = True) -> Table:
     """The models among all items; measures of the lists as a whole have no interval."""
     lists = {measure: result[measure] for measure in CATALOGUE_LISTS}
     models = {
@@ -182,9 +192,7 @@ def _catalogue(result: dict[str, Any], requests: int, leading_zero: bool = True)
     }
     caption = f"{requests} requests among all {result['items']} items, those taken before left out; 95 % intervals"
     note = "coverage@10: the share of the items in any first ten; gini@10: 0 all alike, 1 one only."
-    return metrics_table(
-        caption, models, [*CATALOGUE_METRICS, *CATALOGUE_LISTS], {}, note=note, leading_zero=leading_zero
-    )
+    return metrics_table(caption, models, [*metrics, *CATALOGUE_LISTS], {}, note=note, leading_zero=leading_zero)
 
 
 def _strata(evaluation: dict[str, Any], strata: dict[str, Any]) -> Table:

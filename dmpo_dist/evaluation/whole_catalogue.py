@@ -19,15 +19,18 @@ from dmpo_dist.evaluation.baselines import (
     random_scores,
 )
 from dmpo_dist.evaluation.fitting_log import fitting_log, known_likes
-from dmpo_dist.evaluation.metrics import TOP_METRICS, coverage, gini, top_metrics
+from dmpo_dist.evaluation.metrics import CATALOGUE_CUTOFFS, CATALOGUE_METRICS, catalogue_metrics, coverage, gini
 from dmpo_dist.evaluation.ranking import Ranker
-from dmpo_dist.evaluation.seeds import by_name, stacked
+from dmpo_dist.evaluation.seeds import SEPARATOR, by_name, split_name, stacked
 from dmpo_dist.evaluation.strata import cells
+from dmpo_dist.modeling.trie_search import Beam
 
 CANDIDATES_AT_ONCE = 1_000_000
 """Requests times items whose titles are held at once for the baselines."""
 LIST_LENGTH = 10
 """Of the lists whose coverage and Gini index are measured."""
+BEST = max(LIST_LENGTH, *CATALOGUE_CUTOFFS)
+"""Titles of a request, and those that tie with the last of them, that all figures depend on."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Ranked:
     """What one model makes of the requests.
 
     Attributes:
-        metrics: ``TOP_METRICS``, (n_requests,) each.
+        metrics: ``CATALOGUE_METRICS``, (n_requests,) each.
         shown: item numbers of the first ``LIST_LENGTH`` of every list, one after the other.
     """
 
@@ -116,20 +119,29 @@ class WholeCatalogue:
         assert start == len(self._candidates), "every request is scored"
         return _joined(parts)
 
-    def model(self, path: str, config: RunConfig, advance: Callable[[int], None]) -> Ranked:
+    def model(
+        self, path: str, config: RunConfig, advance: Callable[[int], None], beams: Sequence[int] = ()
+    ) -> dict[int | None, Ranked]:
         """The model in ``path`` under ``config.ranking``; popularity is that of ``catalogue_at_test``.
 
         Args:
             advance: told how many more requests are ranked.
+            beams: widths of beam searches, each of which is another ranking.
+
+        Returns:
+            The exact ranking under None, and that of each of ``beams``.
         """
         ranker = Ranker(path, config, catalogue_at_test(self._data), top=1)
         rows = zip(self._users, self._data.test["history"][:], self._candidates, strict=True)
-        parts = []
+        parts: dict[int | None, list[Ranked]] = {width: [] for width in (None, *beams)}
         for user, history, candidates in rows:
-            scores = ranker.scores(RankingRequest(user, tuple(history), None), self.titles)
-            parts.append(_ranked([scores[candidates]], [candidates]))
+            request = RankingRequest(user, tuple(history), None)
+            allowed = np.zeros(len(self.items), dtype=bool)
+            allowed[candidates] = True
+            for width, ranked in parts.items():
+                ranked.append(_ranked_among_best(ranker.best(request, allowed, BEST, width), candidates))
             advance(1)
-        return _joined(parts)
+        return {width: _joined(ranked) for width, ranked in parts.items()}
 
     def _rows(self) -> Iterator[tuple[int, Dataset]]:
         """The first request and the requests with all candidates written out, some at a time."""
@@ -147,7 +159,7 @@ def summary(ranked: dict[str, Ranked], items: int, samples: int, seed: int) -> C
 
     These two belong to the users' lists as a whole, so resampled users would only bias them.
     """
-    values = {entry: np.stack([r.metrics[m] for m in TOP_METRICS], axis=1) for entry, r in ranked.items()}
+    values = {entry: np.stack([r.metrics[m] for m in CATALOGUE_METRICS], axis=1) for entry, r in ranked.items()}
     coverages, ginis = (
         {
             model: float(np.mean([measure(ranked[entry].shown, items) for entry in entries.values()]))
@@ -155,16 +167,37 @@ def summary(ranked: dict[str, Ranked], items: int, samples: int, seed: int) -> C
         }
         for measure in (coverage, gini)
     )
-    models = {name: cells(TOP_METRICS, of_model.interval(samples, seed)) for name, of_model in stacked(values).items()}
+    models = {n: cells(CATALOGUE_METRICS, of_model.interval(samples, seed)) for n, of_model in stacked(values).items()}
     return CatalogueRanking(items=items, models=models, coverage=coverages, gini=ginis)
+
+
+def beams_row(entry: str, beams: int) -> str:
+    """What the model ``entry``, name or name@seed, is called where its titles come from ``beams`` beams."""
+    name, seed = split_name(entry)
+    return f"{name}, {beams} beam{'s' * (beams > 1)}" + (SEPARATOR + seed if seed else "")
 
 
 def _ranked(scores: list[np.ndarray], candidates: Sequence[np.ndarray]) -> Ranked:
     """Metrics and lists; equal scores are listed in the order of the catalogue, whichever the positive is."""
     shown = [c[np.lexsort((c, -s))[:LIST_LENGTH]] for s, c in zip(scores, candidates, strict=True)]
-    return Ranked(top_metrics(scores), np.concatenate(shown))
+    return Ranked(catalogue_metrics(scores), np.concatenate(shown))
+
+
+def _ranked_among_best(best: Sequence[Beam], candidates: np.ndarray) -> Ranked:
+    """Of one request whose best titles alone are known; a positive that is not among them counts as not ranked.
+
+    Args:
+        best: those that ``Ranker.best`` found among ``candidates``.
+        candidates: item numbers, the positive first.
+    """
+    titles, log_probs = np.array([b.title for b in best]), np.array([b.log_prob for b in best])
+    scores = np.full(candidates.max() + 1, log_probs.min() - 1)  # all others: below the best
+    scores[titles] = log_probs
+    metrics = catalogue_metrics([scores[candidates]])
+    found = candidates[0] in titles
+    return Ranked({metric: values * found for metric, values in metrics.items()}, titles[:LIST_LENGTH])
 
 
 def _joined(parts: Sequence[Ranked]) -> Ranked:
-    metrics = {metric: np.concatenate([part.metrics[metric] for part in parts]) for metric in TOP_METRICS}
+    metrics = {metric: np.concatenate([part.metrics[metric] for part in parts]) for metric in CATALOGUE_METRICS}
     return Ranked(metrics, np.concatenate([part.shown for part in parts]))

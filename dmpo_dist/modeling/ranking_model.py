@@ -29,6 +29,7 @@ from dmpo_dist.modeling.logprobs import Which
 from dmpo_dist.modeling.model_files import require_as_written
 from dmpo_dist.modeling.scoring_rule import adjusted, require_prior, scored_lengths
 from dmpo_dist.modeling.token_scorer import TokenScorer
+from dmpo_dist.modeling.trie_search import Beam
 
 
 class RankedTitle(NamedTuple):
@@ -289,6 +290,14 @@ class RankingModel:
     def score_catalogue(self, group: TokenGroup) -> np.ndarray:
         """(R,) float64 of one group with any number of responses, which follow the prompt as a trie."""
         return self._scorer().score_many(group, self._which)
+
+    def best_titles(self, group: TokenGroup, top: int, allowed: np.ndarray | None = None) -> list[Beam]:
+        """The ``top`` best by ``score_catalogue``, and what ties with the last; see ``TokenScorer.best_titles``."""
+        return self._scorer().best_titles(group, top, allowed, self._which)
+
+    def beam_search(self, group: TokenGroup, beams: int, allowed: np.ndarray | None = None) -> list[Beam]:
+        """At most ``beams`` responses of one group, found by beam search; see ``TokenScorer.beam_search``."""
+        return self._scorer().beam_search(group, beams, allowed, self._which)
 
     def score_row(self, row: RequestRow) -> np.ndarray:
         """(N,) float64 of the targets of a row of several requests; see ``TokenScorer.score_row``."""

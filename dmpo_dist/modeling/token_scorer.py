@@ -20,6 +20,7 @@ from dmpo_dist.modeling.scoring import deal_for_scoring, node_log_probs, per_tok
 from dmpo_dist.modeling.self_check import confirmed, disagreement, probe
 from dmpo_dist.modeling.suitability import require_known_ids
 from dmpo_dist.modeling.trie_attention import trie_obstacle, use_trie_attention
+from dmpo_dist.modeling.trie_search import Beam, BeamRequest, beam_searches, best_of, best_titles
 
 Sharing = Literal["packed", "trie"]
 
@@ -97,6 +98,39 @@ class TokenScorer:
         trie = self.trie(group)
         nodes = node_log_probs(self._forward(which), group.prefix, trie, self._token_budget, self._device)
         return trie.log_probs(nodes)
+
+    def best_titles(
+        self, group: TokenGroup, top: int, allowed: np.ndarray | None = None, which: Which = "policy"
+    ) -> list[Beam]:
+        """The ``top`` best responses by ``score_many``, and all that tie with the last; most of the others never run.
+
+        Args:
+            allowed: (R,) bool, which responses may be among them; None for all.
+        """
+        self._require_exact("trie", [group])
+        if self.trie_obstacle:
+            return best_of(self._score_rows(group, which), top, allowed)
+        request = BeamRequest(group.prefix, self.trie(group), allowed)
+        use_trie_attention(self._language_model)
+        return best_titles(self._forward(which), request, top, self._device, self._token_budget)
+
+    def beam_search(
+        self, group: TokenGroup, beams: int, allowed: np.ndarray | None = None, which: Which = "policy"
+    ) -> list[Beam]:
+        """At most ``beams`` responses, as the model would generate them; see ``beam_searches``.
+
+        Raises:
+            UserError: the model cannot share a prompt.
+        """
+        self._require_exact("trie", [group])
+        if self.trie_obstacle:
+            raise UserError(
+                f"{beams} beams need a prompt that titles share, which is not possible here: {self.trie_obstacle}; "
+                "leave ranking.beams or evaluation.catalogue_beams out, as the exact ranking needs no beams"
+            )
+        request = BeamRequest(group.prefix, self.trie(group), allowed)
+        use_trie_attention(self._language_model)
+        return beam_searches(self._forward(which), [request], beams, self._device)[0]
 
     @torch.no_grad()
     def score_row(self, row: RequestRow, which: Which = "policy") -> np.ndarray:

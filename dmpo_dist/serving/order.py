@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.evaluation.inputs import given_texts, with_trained_data
-from dmpo_dist.evaluation.ranking import GivenTexts, within_context
+from dmpo_dist.evaluation.ranking import GivenTexts, require_no_beams, within_context
 from dmpo_dist.modeling.backbone import enforce_template, find_model
 
 
@@ -30,8 +30,9 @@ def what_is_served(model: str, catalogue: Path | None, config: RunConfig) -> Ser
     """The order, checked as far as it can be without weights.
 
     Raises:
-        UserError: no such model, or another template than its own.
+        UserError: no such model, another template than its own, or ``ranking.beams``.
     """
+    require_no_beams(config.ranking, "dmpo serve")
     source = find_model(model)
     config = within_context([source], with_trained_data(config, Path(source.path)))
     template = enforce_template(source.stamp, config.template, model)

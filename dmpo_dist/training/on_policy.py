@@ -21,7 +21,7 @@ from dmpo_dist.data.negatives import request_stream
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.generation import Beam, BeamRequest
+from dmpo_dist.modeling.trie_search import Beam, BeamRequest
 from dmpo_dist.objectives.loss import Loss
 from dmpo_dist.training.catalogue import CatalogueGroups
 from dmpo_dist.training.groups import candidate_columns

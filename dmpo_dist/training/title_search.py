@@ -15,11 +15,11 @@ from dmpo_dist.batching.request_row import request_row
 from dmpo_dist.batching.trie import TitleTrie, beam_part
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.generation import Beam, BeamRequest, beam_searches
 from dmpo_dist.modeling.logprobs import AnyLayout, unwrap_peft
 from dmpo_dist.modeling.routing import Backend, use_backend
 from dmpo_dist.modeling.self_check import COMPARED, confirmed, disagreement
 from dmpo_dist.modeling.trie_attention import trie_obstacle, use_trie_attention
+from dmpo_dist.modeling.trie_search import Beam, BeamRequest, beam_searches
 
 
 def require_searchable(model: Any, max_length: int) -> None:
