@@ -37,11 +37,11 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
             advance(len(rows))
             return [np.arange(1.0 + len(negatives)) for negatives in rows["negatives"][:]]
 
-    def catalogue_model(whole, path, config, advance, beams):
+    def catalogue_model(whole, path, config, advance, widths):
         assert not held, "two models in memory"
         advance(whole.requests)
         ranked = whole.scored([np.zeros((len(world.data.test), 40))])
-        return dict.fromkeys((None, *beams), ranked)
+        return dict.fromkeys(widths, ranked)
 
     monkeypatch.setattr(model_scores, "load_ranking_model", Scorer)
     monkeypatch.setattr(

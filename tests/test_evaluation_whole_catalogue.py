@@ -51,8 +51,9 @@ def test_a_model(world):
 def test_the_search_gives_the_figures_of_the_whole_trie(world, tmp_path, monkeypatch):
     """As `dmpo evaluate --catalogue` writes them; beams as many as titles lose nothing, and few may."""
 
-    def evaluated(folder, beams):
+    def evaluated(folder, beams, exact=True):
         of_evaluation = {"baselines": [], "order_requests": 0, "bootstrap_samples": 100, "catalogue_beams": beams}
+        of_evaluation |= {"catalogue_exact": exact}
         config = config_of({"data.path": world.data.path, "model.max_length": 256, "evaluation": of_evaluation})
         return evaluate({"sft@0": str(world.model)}, config, folder, CONSOLE, catalogue=True).catalogue
 
@@ -63,6 +64,8 @@ def test_the_search_gives_the_figures_of_the_whole_trie(world, tmp_path, monkeyp
         "best_titles",
         lambda self, group, top, allowed, which: best_of(self.score_many(group, which), top, allowed),
     )
+    beams_alone = evaluated(tmp_path / "alone", [1], exact=False)
+    assert beams_alone.models == {"sft, 1 beam": found.models["sft, 1 beam"]}
     by_whole_trie = evaluated(tmp_path / "whole", [])
     exact, one, forty = (found.models[name] for name in ("sft", "sft, 1 beam", "sft, 40 beams"))
     assert exact == forty == by_whole_trie.models["sft"]
@@ -89,6 +92,7 @@ def test_beams_that_cannot_be(world):
         evaluation={"catalogue_beams": [8]},
         ranking={"prior_weight": 0.5},
     )
+    refused("leaves nothing to rank the catalogue by; set catalogue_beams", evaluation={"catalogue_exact": False})
     refused("not by rule=mean; leave out one of the two", evaluation={"catalogue_beams": [8], "rule": "mean"})
 
 

@@ -212,7 +212,7 @@ def _rank_catalogue(
     ranked = {**whole.baselines(config.evaluation.baselines, config), **baselines.catalogue}
     for name, path in models.items():
         with UserProgress(f"whole catalogue by {name}", whole.requests, 0, console, "loading the model") as progress:
-            widths = config.evaluation.catalogue_beams
+            widths = [*([None] if config.evaluation.catalogue_exact else []), *config.evaluation.catalogue_beams]
             for beams, found in whole.model(path, configs[name], progress.advance, widths).items():
                 ranked[name if beams is None else beams_row(name, beams)] = found
     return ranked

@@ -173,14 +173,15 @@ def comparison(name: str, evaluation: Evaluation, data: str, changed: list[str])
     paper = PAPERS[name]
     among = evaluation.catalogue if paper.catalogue else evaluation
     assert among is not None  # the recipe asks for it
-    found = among.models[name][paper.metric]
+    entry = next(row for row in among.models if row == name or row.startswith(f"{name}, "))  # exact, or by beams alone
+    found = among.models[entry][paper.metric]
     of_all = f" among all {evaluation.catalogue.items} titles" if paper.catalogue and evaluation.catalogue else ""
     paper_says = "no figure found" if paper.figure is None else number(paper.figure)
     lines = [
         f"{paper.title} (arXiv {paper.arxiv}): {metric_name(paper.metric)}",
         f"paper: {paper_says} ({paper.source})",
-        f"here: {number(found.value)} {interval(found.low, found.high)} by log-prob{of_all} on {evaluation.requests} "
-        f"requests of {data}",
+        f"here: {number(found.value)} {interval(found.low, found.high)} by log-prob{entry.removeprefix(name)}{of_all} "
+        f"on {evaluation.requests} requests of {data}",
     ]
     if evaluation.generation is not None:
         written = evaluation.generation.models[name]

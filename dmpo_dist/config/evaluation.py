@@ -88,9 +88,14 @@ class EvaluationConfig(Section):
     catalogue_beams: list[Annotated[int, Field(ge=1)]] = Field([])
     """Widths of beam searches in the catalogue's trie, each a row beside the exact one in evaluate --catalogue: what
     models reach that are evaluated by the titles they generate."""
+    catalogue_exact: bool = True
+    """Rank the catalogue exactly as well; false leaves the rows of ``catalogue_beams`` alone, where the exact ranking
+    takes too long."""
 
     @model_validator(mode="after")
     def _beams_search_by_sums(self) -> "EvaluationConfig":
+        if not (self.catalogue_exact or self.catalogue_beams):
+            raise ValueError("catalogue_exact=false leaves nothing to rank the catalogue by; set catalogue_beams")
         if self.catalogue_beams and self.rule != "sum":
             raise ValueError(
                 f"catalogue_beams={self.catalogue_beams} search by the summed log-prob, not by rule={self.rule}; leave "

@@ -120,20 +120,20 @@ class WholeCatalogue:
         return _joined(parts)
 
     def model(
-        self, path: str, config: RunConfig, advance: Callable[[int], None], beams: Sequence[int] = ()
+        self, path: str, config: RunConfig, advance: Callable[[int], None], widths: Sequence[int | None] = (None,)
     ) -> dict[int | None, Ranked]:
         """The model in ``path`` under ``config.ranking``; popularity is that of ``catalogue_at_test``.
 
         Args:
             advance: told how many more requests are ranked.
-            beams: widths of beam searches, each of which is another ranking.
+            widths: of beam searches, each of which is a ranking; None for the exact one.
 
         Returns:
-            The exact ranking under None, and that of each of ``beams``.
+            The ranking of each of ``widths``.
         """
         ranker = Ranker(path, config, catalogue_at_test(self._data), top=1)
         rows = zip(self._users, self._data.test["history"][:], self._candidates, strict=True)
-        parts: dict[int | None, list[Ranked]] = {width: [] for width in (None, *beams)}
+        parts: dict[int | None, list[Ranked]] = {width: [] for width in widths}
         for user, history, candidates in rows:
             request = RankingRequest(user, tuple(history), None)
             allowed = np.zeros(len(self.items), dtype=bool)
