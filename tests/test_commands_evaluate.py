@@ -16,7 +16,6 @@ from dmpo_dist.commands.scoring import score_with_progress
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation import starts as starts_module
-from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue
 from dmpo_dist.modeling.backbone import ModelSource
 
 CONSOLE = Console(file=io.StringIO(), width=100)
@@ -25,6 +24,7 @@ CONSOLE = Console(file=io.StringIO(), width=100)
 def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypatch):
     """Models that are scored, and those that rank the whole catalogue after them."""
     held: weakref.WeakSet = weakref.WeakSet()
+    ranked: list[str] = []
 
     class Scorer:
         orders = 1
@@ -37,11 +37,10 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
             advance(len(rows))
             return [np.arange(1.0 + len(negatives)) for negatives in rows["negatives"][:]]
 
-    def catalogue_model(whole, path, config, advance, widths):
+    def rank_catalogue(name, path, whole, data, config, widths, *_):
         assert not held, "two models in memory"
-        advance(whole.requests)
-        ranked = whole.scored([np.zeros((len(world.data.test), 40))])
-        return dict.fromkeys(widths, ranked)
+        ranked.append(name)
+        return dict.fromkeys(widths, whole.scored([np.zeros((len(world.data.test), 40))]))
 
     monkeypatch.setattr(model_scores, "load_ranking_model", Scorer)
     monkeypatch.setattr(
@@ -54,15 +53,15 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
     monkeypatch.setattr(evaluation, "template_of", lambda *_: TemplateConfig())
     for module in (evaluation, model_scores, starts_module):
         monkeypatch.setattr(module, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))
-    monkeypatch.setattr(WholeCatalogue, "model", catalogue_model)
+    monkeypatch.setattr(evaluation, "rank_catalogue", rank_catalogue)
     settings = {"bootstrap_samples": 100, "order_requests": 2, "baselines": ["random"], "catalogue_beams": [1, 8]}
     config = RunConfig.model_validate({"data": {"path": world.data.path}, "evaluation": settings})
     found = evaluation.evaluate({"sft": "a", "dmpo": "b"}, config, tmp_path / "out", CONSOLE, catalogue=True)
     by_beams = {f"{name}, {beams}" for name in ("sft", "dmpo") for beams in ("1 beam", "8 beams")}
     assert set(found.catalogue.models) == {"random", "sft", "dmpo"} | by_beams
     assert set(found.order.models) == {"sft", "dmpo"}
-    for job in ("scoring sft", "whole catalogue by dmpo"):
-        assert f"[{job}     0s] {len(world.data.test)}/{len(world.data.test)} users" in CONSOLE.file.getvalue()
+    assert f"[scoring sft     0s] {len(world.data.test)}/{len(world.data.test)} users" in CONSOLE.file.getvalue()
+    assert ranked == ["sft", "dmpo"]
 
 
 def test_what_a_stage_started_from_is_found_by_folder(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Ranks among the whole catalogue by hand: candidates from the log, scores from one response at a time."""
 
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from dmpo_dist.commands.catalogue_parts import PER_PART, CatalogueRanker, rank_catalogue
 from dmpo_dist.commands.evaluate import evaluate, preflight
 from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.errors import UserError
@@ -36,16 +38,52 @@ def assert_equal(seen, expected):
         np.testing.assert_allclose(seen[metric], values, atol=1e-12, err_msg=metric)
 
 
-def test_a_model(world):
+def test_a_model(world, tmp_path):
     data, model = world.data, str(world.model)
     loaded = load_ranking_model(model, CONFIG)
     groups = [loaded.token_group(row["history"], candidates(data, row)[1], row["user"]) for row in data.test]
     expected = catalogue_metrics(loaded.score_groups(groups))
-    told = []
-    ranked = WholeCatalogue(data).model(model, CONFIG, told.append)
+    ranked = rank_catalogue("m", model, WholeCatalogue(data), data, CONFIG, [None], tmp_path, CONSOLE)
     assert ranked.keys() == {None}
     assert_equal(ranked[None].metrics, expected)
-    assert told == [1] * len(data.test)
+
+
+def test_an_interruption_costs_a_part(world, tmp_path, monkeypatch):
+    """And actors, whose tasks may finish in any order, find the same."""
+    whole, asked, one = WholeCatalogue(world.data), [], CatalogueRanker.rows
+    arguments = ("m", str(world.model), whole, world.data, CONFIG, [None, 3])
+    expected = rank_catalogue(*arguments, tmp_path / "whole", CONSOLE)
+    parts = -(-len(world.data.test) // PER_PART)
+
+    def dies_at_the_second(self, task):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(task)
+        return one(self, task)
+
+    monkeypatch.setattr(CatalogueRanker, "rows", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        rank_catalogue(*arguments, tmp_path / "killed", CONSOLE)
+    asked.clear()
+    monkeypatch.setattr(CatalogueRanker, "rows", lambda self, task: asked.append(task) or one(self, task))
+    assert_same(rank_catalogue(*arguments, tmp_path / "killed", CONSOLE), expected)
+    assert len(asked) == 2 * parts - 1
+
+    monkeypatch.setattr("dmpo_dist.cluster.train.ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(
+        "dmpo_dist.cluster.actors.map_over_actors",
+        lambda _, make_worker, arguments, tasks: map(make_worker(*arguments), tasks[::-1]),
+    )
+    two = CONFIG.model_copy(deep=True)
+    two.cluster.workers = 2
+    assert_same(rank_catalogue(*arguments[:4], two, [None, 3], tmp_path / "two", CONSOLE), expected)
+
+
+def assert_same(seen, expected):
+    assert seen.keys() == expected.keys()
+    for width, ranked in expected.items():
+        assert_equal(seen[width].metrics, ranked.metrics)
+        assert seen[width].shown.tolist() == ranked.shown.tolist()
 
 
 def test_the_search_gives_the_figures_of_the_whole_trie(world, tmp_path, monkeypatch):

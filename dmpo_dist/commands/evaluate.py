@@ -14,6 +14,7 @@ from dmpo_dist.artifacts.evaluation import (
     Generation,
     OrderCheck,
 )
+from dmpo_dist.commands.catalogue_parts import rank_catalogue
 from dmpo_dist.commands.model_scores import model_scores
 from dmpo_dist.commands.scored_parts import remove_parts
 from dmpo_dist.commands.train import template_of
@@ -26,7 +27,6 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baseline_scores import (
-    BaselineScores,
     baseline_scores,
     names_of,
     notes_of,
@@ -51,10 +51,9 @@ from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.evaluation.starts import starts_of
 from dmpo_dist.evaluation.strata import strata_of
 from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, rules_table
-from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, beams_row, require_catalogue, summary
+from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue, beams_row, require_catalogue, summary
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.modeling.model_files import require_as_written
-from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.tables import terminal
 
 
@@ -184,7 +183,11 @@ def evaluate(
     if catalogue:
         whole = WholeCatalogue(data)
         configs = {name: with_rule(config, ruled[name].choice if name in ruled else None) for name in models}
-        ranked = _rank_catalogue(whole, models, baselines, config, configs, console)
+        ranked = {**whole.baselines(settings.baselines, config), **baselines.catalogue}
+        widths = [*([None] if settings.catalogue_exact else []), *settings.catalogue_beams]
+        for name, path in models.items():
+            by_width = rank_catalogue(name, path, whole, data, configs[name], widths, folder, console)
+            ranked |= {name if beams is None else beams_row(name, beams): by_width[beams] for beams in widths}
         evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
     write_evaluation(folder, evaluation, scores, data.test)
     remove_parts(folder)
@@ -199,23 +202,6 @@ def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfi
     templates = {name: enforce_template(find_model(path).stamp, config.template, path) for name, path in models.items()}
     listing = [name for name, template in templates.items() if template.lists_candidates]
     return [lists_note(listing, data.test, config.seed, config.evaluation.candidate_orders)] if listing else []
-
-
-def _rank_catalogue(
-    whole: WholeCatalogue,
-    models: dict[str, str],
-    baselines: BaselineScores,
-    config: RunConfig,
-    configs: dict[str, RunConfig],
-    console: Console,
-) -> dict[str, Ranked]:
-    ranked = {**whole.baselines(config.evaluation.baselines, config), **baselines.catalogue}
-    for name, path in models.items():
-        with UserProgress(f"whole catalogue by {name}", whole.requests, 0, console, "loading the model") as progress:
-            widths = [*([None] if config.evaluation.catalogue_exact else []), *config.evaluation.catalogue_beams]
-            for beams, found in whole.model(path, configs[name], progress.advance, widths).items():
-                ranked[name if beams is None else beams_row(name, beams)] = found
-    return ranked
 
 
 def _show(evaluation: Evaluation, folder: Path, console: Console) -> None:

@@ -20,7 +20,6 @@ from dmpo_dist.evaluation.baselines import (
 )
 from dmpo_dist.evaluation.fitting_log import fitting_log, known_likes
 from dmpo_dist.evaluation.metrics import CATALOGUE_CUTOFFS, CATALOGUE_METRICS, catalogue_metrics, coverage, gini
-from dmpo_dist.evaluation.ranking import Ranker
 from dmpo_dist.evaluation.seeds import SEPARATOR, by_name, split_name, stacked
 from dmpo_dist.evaluation.strata import cells
 from dmpo_dist.modeling.trie_search import Beam
@@ -119,29 +118,16 @@ class WholeCatalogue:
         assert start == len(self._candidates), "every request is scored"
         return _joined(parts)
 
-    def model(
-        self, path: str, config: RunConfig, advance: Callable[[int], None], widths: Sequence[int | None] = (None,)
-    ) -> dict[int | None, Ranked]:
-        """The model in ``path`` under ``config.ranking``; popularity is that of ``catalogue_at_test``.
+    def request(self, index: int) -> tuple[RankingRequest, np.ndarray]:
+        """A request, and (n_items,) bool, which items are its candidates: what ``Ranker.best`` asks for."""
+        allowed = np.zeros(len(self.items), dtype=bool)
+        allowed[self._candidates[index]] = True
+        row = self._data.test[index]
+        return RankingRequest(row["user"], tuple(row["history"]), None), allowed
 
-        Args:
-            advance: told how many more requests are ranked.
-            widths: of beam searches, each of which is a ranking; None for the exact one.
-
-        Returns:
-            The ranking of each of ``widths``.
-        """
-        ranker = Ranker(path, config, catalogue_at_test(self._data), top=1)
-        rows = zip(self._users, self._data.test["history"][:], self._candidates, strict=True)
-        parts: dict[int | None, list[Ranked]] = {width: [] for width in widths}
-        for user, history, candidates in rows:
-            request = RankingRequest(user, tuple(history), None)
-            allowed = np.zeros(len(self.items), dtype=bool)
-            allowed[candidates] = True
-            for width, ranked in parts.items():
-                ranked.append(_ranked_among_best(ranker.best(request, allowed, BEST, width), candidates))
-            advance(1)
-        return {width: _joined(ranked) for width, ranked in parts.items()}
+    def ranked(self, best: Sequence[Sequence[Beam]]) -> Ranked:
+        """A model that found the ``BEST`` titles of each request, see ``Ranker.best``, or some of them by beams."""
+        return _joined([_ranked_among_best(*of_request) for of_request in zip(best, self._candidates, strict=True)])
 
     def _rows(self) -> Iterator[tuple[int, Dataset]]:
         """The first request and the requests with all candidates written out, some at a time."""

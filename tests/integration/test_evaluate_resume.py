@@ -25,7 +25,8 @@ def start(world, folder: Path, out: str, *more: str) -> subprocess.Popen:
         sys.executable, "-m", "dmpo_dist", "evaluate", "-m", f"a={world.model}", "-m", f"b={world.adapter}",
         f"data.path={world.folder}/data", f"output_dir={folder}/{out}", "model.max_length=128",
         "ranking.users_per_part=1", "evaluation.bootstrap_samples=100", "evaluation.token_budget=256",
-        "evaluation.order_requests=0", "evaluation.baselines=[random]", *more,
+        "evaluation.order_requests=0", "evaluation.baselines=[random]",
+        "--catalogue", "evaluation.catalogue_beams=[2]", *more,
     ]  # fmt: skip
     log = (folder / f"{out}.log").open("a")
     return subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
@@ -70,8 +71,10 @@ def test_killed_driver(world, tmp_path):
     assert not (out / PARTS).exists()
     assert start(world, tmp_path, "alone").wait(timeout=300) == 0, (tmp_path / "alone.log").read_text()[-3000:]
     np.testing.assert_allclose(scores(out)["score"], scores(tmp_path / "alone")["score"], rtol=0, atol=1e-5)
-    models = [json.loads((folder / "evaluation.json").read_text())["models"] for folder in (out, tmp_path / "alone")]
-    assert models[0] == models[1]
+    found = [json.loads((folder / "evaluation.json").read_text()) for folder in (out, tmp_path / "alone")]
+    assert found[0]["models"] == found[1]["models"]
+    assert found[0]["catalogue"] == found[1]["catalogue"]
+    assert {"a", "a, 2 beams"} <= set(found[0]["catalogue"]["models"])
     told = (tmp_path / "actors.log").read_text()
     done = len(world.data.test)
     assert f"{done}/{done} users" in told
