@@ -26,8 +26,12 @@ def test_rank_and_score(folder):  # noqa: F811
     ranked = model.rank(HISTORY, TITLES)
     assert [one.title for one in ranked] == [TITLES[i] for i in order]
     np.testing.assert_allclose([one.score for one in ranked], expected[order], rtol=1e-5)
-    assert model.rank(HISTORY, TITLES, top=2) == ranked[:2]
-    assert model.rank(HISTORY, []) == []
+    best = model.rank(HISTORY, TITLES, top=2)  # found by a search
+    assert [one.title for one in best] == [one.title for one in ranked[:2]]
+    np.testing.assert_allclose([one.score for one in best], expected[order][:2], rtol=1e-5)
+    by_mean = model.rank(HISTORY, TITLES, length_normalize=True)
+    assert model.rank(HISTORY, TITLES, top=2, length_normalize=True) == by_mean[:2]
+    assert model.rank(HISTORY, []) == model.rank(HISTORY, [], top=2) == []
 
 
 def test_the_base_of_an_adapter_shares_its_weights(folder):  # noqa: F811

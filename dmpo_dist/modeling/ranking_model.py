@@ -170,12 +170,18 @@ class RankingModel:
     ) -> list[RankedTitle]:
         """``candidates`` from best to worst, at most ``top`` of them; equal scores keep their order.
 
+        With ``top``, and by the log-probability alone, most of many candidates never run (see ``best_titles``).
+
         Args:
             length_normalize, prior_weight, reference, user: see ``score``.
 
         Raises:
             UserError: see ``score``.
         """
+        plain = not (length_normalize or prior_weight or reference)
+        if top and plain and candidates and self.orders == 1:
+            (group,) = self._checked_groups(history, candidates, user)
+            return [RankedTitle(candidates[i], score) for i, score in self.best_titles(group, top)[:top]]
         scores = self.score(
             history,
             candidates,
@@ -210,9 +216,7 @@ class RankingModel:
         """
         if not candidates:
             return np.empty(0)
-        check_titles([*history, *candidates], self.tokenizer)
-        if user is not None:
-            self.encode.texts = self.encode.texts.with_users(pd.DataFrame([{**user, "user": ""}]))
+        groups = self._checked_groups(history, candidates, user)
         prior = self.prior(candidates) if prior_weight else None
         scores = [
             adjusted(
@@ -223,9 +227,18 @@ class RankingModel:
                 prior=prior,
                 prior_weight=prior_weight,
             )
-            for group in self.token_groups(history, candidates)
+            for group in groups
         ]
         return np.mean(scores, axis=0)
+
+    def _checked_groups(
+        self, history: Sequence[str], candidates: Sequence[str], user: Mapping[str, str] | None
+    ) -> list[TokenGroup]:
+        """``token_groups`` of titles that somebody typed; raises UserError for those that the tokenizer cannot take."""
+        check_titles([*history, *candidates], self.tokenizer)
+        if user is not None:
+            self.encode.texts = self.encode.texts.with_users(pd.DataFrame([{**user, "user": ""}]))
+        return self.token_groups(history, candidates)
 
     def prior(self, titles: Sequence[str], user: str = "", timestamp: int = 0) -> np.ndarray:
         """(R,) float64 log-probabilities of ``titles`` after an empty history: how common the strings are.
