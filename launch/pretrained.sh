@@ -57,6 +57,6 @@ if [[ ! -e "$folder/evaluation" ]]; then
 fi
 if [[ ! -e "$folder/explanation" ]]; then
     run explain -c pretrained_few_shot -m "$folder/dmpo/model" data.path="$folder/data" \
-        --users 6 --faithfulness --output "$folder/explanation"
+        --users 3 --faithfulness --output "$folder/explanation"
 fi
 run report "$folder"
