@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import ModelConfig, TemplateConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import ADAPTER, find_model, write_stamp
-from dmpo_dist.modeling.model_files import start_digests, written_digests
+from dmpo_dist.modeling.backbone import ADAPTER, ModelSource, find_model, write_stamp
+from dmpo_dist.modeling.model_files import start_digests, weights_key, written_digests
 from dmpo_dist.modeling.ranking_model import RankingModel
 
 FILES = [
@@ -68,3 +69,12 @@ def test_a_lost_file_is_named(folders, world):
     (folders / "adapter" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json cannot be read: No such file"):
         start_digests(find_model(str(folders / "adapter")))
+
+
+def test_models_that_are_not_downloaded_have_keys_of_their_own(world):
+    """Else the scores of one would be taken for those of another, as their digests are equally empty."""
+    one, other = (ModelSource(name, name, False, ModelStamp()) for name in ("nobody/one", "nobody/other"))
+    assert start_digests(one) == start_digests(other) == {}
+    assert weights_key(one) == {"base": "nobody/one"} != weights_key(other)
+    here = find_model(str(world.model))
+    assert weights_key(here) == start_digests(here)

@@ -21,7 +21,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import Ranker, reference_of
 from dmpo_dist.evaluation.whole_catalogue import BEST, Ranked, WholeCatalogue, catalogue_at_test
 from dmpo_dist.modeling.backbone import find_model
-from dmpo_dist.modeling.model_files import start_digests
+from dmpo_dist.modeling.model_files import weights_key
 from dmpo_dist.modeling.trie_search import Beam
 from dmpo_dist.records.progress import UserProgress
 
@@ -128,8 +128,8 @@ def _store(path: str, data: PreparedData, config: RunConfig, width: Width, folde
     model = {"dtype", "quantization", "double_quantization", "attention", "max_length"}
     key = {
         "dmpo": __version__,
-        "weights": start_digests(source),
-        "reference": start_digests(find_model(reference)) if reference else None,
+        "weights": weights_key(source),
+        "reference": weights_key(find_model(reference)) if reference else None,
         "data": data.fingerprint,
         "width": width,
         "template": config.template.model_dump(mode="json"),

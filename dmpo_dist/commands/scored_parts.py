@@ -24,7 +24,7 @@ from dmpo_dist.data.tokenization import TokenGroup, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.rules import Split, rows_of
-from dmpo_dist.modeling.model_files import start_digests
+from dmpo_dist.modeling.model_files import weights_key
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.records.progress import UserProgress
 
@@ -194,7 +194,7 @@ def _key(scorer: RankingModel, groups: Sequence[Sequence[TokenGroup]], config: R
     )
     return {
         "dmpo": __version__,
-        "weights": start_digests(scorer.scored_source),
+        "weights": weights_key(scorer.scored_source),
         "tokens": _tokens_digest(groups),
         **{f"model.{name}": value for name, value in model.items()},
         "evaluation.token_budget": config.evaluation.token_budget,

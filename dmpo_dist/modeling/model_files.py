@@ -43,6 +43,17 @@ def start_digests(source: ModelSource) -> dict[str, str]:
     return {f"{part}/{name}": digest for part, digests in found.items() for name, digest in digests.items()}
 
 
+def weights_key(source: ModelSource) -> dict[str, str]:
+    """``start_digests`` for a key of what the weights gave: a hub id that is not downloaded yet stands for itself.
+
+    Raises:
+        UserError: a file is not what training wrote.
+    """
+    digests = start_digests(source)
+    named = {"base": source.base} | ({"adapter": source.path} if source.is_adapter else {})
+    return digests | {part: name for part, name in named.items() if not any(d.startswith(f"{part}/") for d in digests)}
+
+
 def require_as_written(source: ModelSource) -> None:
     """Raise UserError where a file of the model or of its base is not what training or export wrote.
 
