@@ -3,6 +3,7 @@
 import io
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,16 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands import evaluate as evaluation
-from dmpo_dist.commands import model_scores
+from dmpo_dist.commands import kept_baselines, model_scores
+from dmpo_dist.commands.kept_baselines import kept_baseline_scores
 from dmpo_dist.commands.quickstart import quickstart
+from dmpo_dist.commands.scored_parts import PARTS
 from dmpo_dist.commands.scoring import score_with_progress
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation import starts as starts_module
+from dmpo_dist.evaluation.baseline_scores import BaselineScores
+from dmpo_dist.evaluation.whole_catalogue import Ranked
 from dmpo_dist.modeling.backbone import ModelSource
 
 CONSOLE = Console(file=io.StringIO(), width=100)
@@ -62,6 +67,47 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
     assert set(found.order.models) == {"sft", "dmpo"}
     assert f"[scoring sft     0s] {len(world.data.test)}/{len(world.data.test)} users" in CONSOLE.file.getvalue()
     assert ranked == ["sft", "dmpo"]
+
+
+def test_baselines_are_fitted_once_in_an_evaluation_that_is_interrupted(tmp_path, monkeypatch):
+    fitted: list[str] = []
+    rng = np.random.default_rng(0)
+
+    def fit(data, config, catalogue, echo):
+        fitted.append(data.fingerprint)
+        ranked = Ranked({"hr@1": rng.random(3), "ndcg@10": np.array([0.1 + 0.2, 0.0, 1e-300])}, np.array([4, 0, 2]))
+        return BaselineScores(
+            {"ease": [rng.normal(size=4), rng.normal(size=2), np.array([np.pi, -0.0])]},
+            {"ease": ranked} if catalogue else {},
+            {"ease": {"settings": {"regularization": 500}, "seconds": 0.1}},
+        )
+
+    monkeypatch.setattr(kept_baselines, "baseline_scores", fit)
+    data, other = (SimpleNamespace(fingerprint=name) for name in ("data", "other"))
+    config = RunConfig()
+
+    def kept(data=data, config=config, catalogue=True):
+        return kept_baseline_scores(data, config, catalogue, tmp_path, lambda _: None)
+
+    first, again = kept(), kept()
+    assert len(fitted) == 1
+    for of, expected in zip(again.scores["ease"], first.scores["ease"], strict=True):
+        assert of.tobytes() == expected.tobytes()
+    for name, values in first.catalogue["ease"].metrics.items():
+        assert again.catalogue["ease"].metrics[name].tobytes() == values.tobytes()
+    assert again.catalogue["ease"].shown.tolist() == [4, 0, 2]
+    assert again.details == first.details
+    seed = config.model_copy(update={"seed": 5})
+    for changed in ({"data": other}, {"config": seed}, {"catalogue": False}):
+        before = len(fitted)
+        kept(**changed)
+        assert len(fitted) == before + 1
+    kept()
+    assert len(fitted) == 4
+    for file in (tmp_path / PARTS).iterdir():
+        file.write_text(file.read_text().replace("500", "501"))
+    kept()
+    assert len(fitted) == 5, "a damaged file is no file"
 
 
 def test_what_a_stage_started_from_is_found_by_folder(tmp_path, monkeypatch):

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from conftest import random_groups, tiny_model
 
-from dmpo_dist.modeling import trie_attention
+from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.modeling import trie_attention, trie_search
 from dmpo_dist.modeling.token_scorer import TokenScorer
+from dmpo_dist.modeling.trie_search import best_of
+from dmpo_dist.serving import engine as serving_engine
 from dmpo_dist.serving.engine import Engine
 from dmpo_dist.serving.prefix_cache import PrefixCache
 
@@ -59,6 +62,69 @@ def test_scores_do_not_depend_on_what_shares_the_row(engine, kind, options, monk
             continue
         assert served.counts.shared_rows
         assert served.caches[0].hits >= len(groups) - 2 if cache else served.caches[0].held_bytes == 0
+
+
+def catalogue(count, seed):
+    """Prompts of 1 to 20 tokens before the same forty titles, some of them equal or beginnings of others."""
+    rng = np.random.default_rng(seed)
+    titles = [rng.integers(3, 20, rng.integers(1, 6)).tolist() for _ in range(36)]
+    titles += [titles[3], titles[5], [*titles[3], 7], [*titles[8], 9, 4]]
+    prompts = [rng.integers(3, 97, rng.integers(1, 21)).tolist() for _ in range(count)]
+    return [TokenGroup(prompt, tuple(titles), (0,) * len(titles)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("kept", [4096, 1], ids=["patient", "impatient"])
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind for kind, _ in KINDS])
+def test_searches_share_rows_and_find_what_the_whole_trie_ranks_best(engine, kind, options, kept, monkeypatch):
+    made = []
+
+    class Recorded(trie_search.BestFirst):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(serving_engine, "BestFirst", Recorded)
+    monkeypatch.setattr(serving_engine, "SEARCH_TOKENS", kept)
+    monkeypatch.setattr(trie_search, "FIRST_ROUND", 3)
+    scorer = TokenScorer(tiny_model(kind, **options).eval(), 4096, 256)
+    groups, others = catalogue(7, seed=1), random_groups(4, seed=2)
+    scores, expected = [scorer.score_many(group) for group in groups], [scorer.score([group])[0] for group in others]
+    allowed = [np.random.default_rng(index).random(len(scores[index])) < 0.7 for index in range(len(groups))]
+    for budget, cache in ((32, 0), (4096, 10**7)):
+        served = engine(scorer, budget, cache)
+        searches = [served.best(group, 1 + 6 * index, allowed[index]) for index, group in enumerate(groups)]
+        whole = [served.submit(group) for group in others]
+        for index, future in enumerate(searches):
+            found, best = future.result(60), best_of(scores[index], 1 + 6 * index, allowed[index])
+            assert [beam.title for beam in found] == [beam.title for beam in best]
+            np.testing.assert_allclose([b.log_prob for b in found], [b.log_prob for b in best], rtol=1e-6, atol=1e-5)
+        for future, one in zip(whole, expected, strict=True):
+            np.testing.assert_allclose(future.result(60), one, rtol=1e-6, atol=1e-5)
+        assert served.counts.shared_rows or kind == "gpt_oss"
+    assert {search.gave_up for search in made} == ({False} if kept > 1 else {False, True}) or kind == "gpt_oss"
+
+
+def test_a_row_that_fails_under_a_search_begins_it_again(engine):
+    scorer = TokenScorer(tiny_model("llama").eval(), 4096, 256)
+    groups = catalogue(3, seed=4)
+    served, score_row, failures = engine(scorer, 4096, 10**7), scorer.score_row, iter([3, 5, 8])
+    fails, rows = next(failures), 0
+
+    def now_and_then(row):
+        nonlocal fails, rows
+        rows += 1
+        log_probs = score_row(row)
+        if rows == fails and len(row.tries) > 1:
+            fails = next(failures)
+            raise ZeroDivisionError("a row that does not fit into memory, say")
+        return log_probs
+
+    served._models[0].score_row = now_and_then
+    everything = np.ones(len(groups[0].branches), dtype=bool)
+    for group, future in [(group, served.best(group, 4, everything)) for group in groups]:
+        best = best_of(scorer.score_many(group), 4)
+        np.testing.assert_allclose([b.log_prob for b in future.result(60)], [b.log_prob for b in best], atol=1e-5)
+    assert fails > 3
 
 
 def test_equal_groups_from_many_threads(engine):

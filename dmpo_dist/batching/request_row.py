@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dmpo_dist.batching.targets import Movable, Targets, single_targets
-from dmpo_dist.batching.trie import PromptMemory, TitleTrie, TriePart
-from dmpo_dist.data.tokenization import TokenGroup
+from dmpo_dist.batching.trie import PromptMemory, TriePart
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,3 @@ def request_row(prompts: Sequence[NewPrompt], parts: Sequence[TriePart]) -> Requ
         tries=tuple(zip(of_parts, parts, strict=True)),
         targets=targets,
     )
-
-
-def rooted_trie(group: TokenGroup) -> TitleTrie:
-    """The trie of the responses of ``group`` below the last token of its prompt, which is node 0 and not scored."""
-    root = group.prefix[-1]
-    return TitleTrie.of([[root, *row] for row in group.branches], [start + 1 for start in group.scored_from])

@@ -15,6 +15,7 @@ from dmpo_dist.artifacts.evaluation import (
     OrderCheck,
 )
 from dmpo_dist.commands.catalogue_parts import rank_catalogue
+from dmpo_dist.commands.kept_baselines import kept_baseline_scores
 from dmpo_dist.commands.model_scores import model_scores
 from dmpo_dist.commands.scored_parts import remove_parts
 from dmpo_dist.commands.train import template_of
@@ -27,7 +28,6 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baseline_scores import (
-    baseline_scores,
     names_of,
     notes_of,
     rows_of_baselines,
@@ -151,7 +151,7 @@ def evaluate(
     if catalogue:
         require_catalogue(data)
     settings, seed = config.evaluation, config.seed
-    baselines = baseline_scores(data, config, catalogue, lambda line: console.print(line, highlight=False))
+    baselines = kept_baseline_scores(data, config, catalogue, folder, lambda line: console.print(line, highlight=False))
     scores = dict(baselines.scores)
     torch.set_num_threads(os.cpu_count() or 1)
     spreads, ruled, generated = {}, {}, {}

@@ -100,7 +100,7 @@ class TitleScorer:
             adjusted(own, scored_lengths(group), other, popularity, *weights)
             for own, other, group in zip(log_probs, references or [None] * len(groups), groups, strict=True)
         ])  # fmt: skip
-        self._require_finite(scores, user)
+        self.require_finite(scores, user)
         return scores
 
     def best(
@@ -126,10 +126,11 @@ class TitleScorer:
         (group,) = groups
         find, number = (self.policy.best_titles, top) if beams is None else (self.policy.beam_search, beams)
         found = find(group, number, allowed)
-        self._require_finite(np.array([beam.log_prob for beam in found]), user)
+        self.require_finite(np.array([beam.log_prob for beam in found]), user)
         return found
 
-    def _require_finite(self, scores: np.ndarray, user: str) -> None:
+    def require_finite(self, scores: np.ndarray, user: str) -> None:
+        """Raise a UserError where one of ``scores`` is no number."""
         if not np.isfinite(scores).all():
             raise UserError(
                 f"--model {self._path}: a score of user {user!r} is not finite; its training diverged or its weights "

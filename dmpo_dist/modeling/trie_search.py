@@ -83,7 +83,7 @@ def best_titles(
         device: of the model.
         token_budget: most tokens in a row behind the prompt, and most whose keys and values are kept for the next row.
     """
-    search = _BestFirst(request, top, token_budget)
+    search = BestFirst(request, top, token_budget)
     _run(forward, [search], device)
     if not search.gave_up:
         return search.finished
@@ -207,8 +207,10 @@ class _BeamSearch(_Search):
         return self._best_first(new, least)[: self._wanted]
 
 
-class _BestFirst(_Search):
-    """Keeps all unfinished nodes of any depth, and runs the best of them.
+class BestFirst(_Search):
+    """Keeps all unfinished nodes of any depth, and runs the best of them; see ``best_titles``.
+
+    While ``live`` is not empty, ``part`` is to run and ``take`` to be told its log-probs.
 
     Attributes:
         gave_up: the whole trie costs little more than what is left; the titles found are not the best.

@@ -22,6 +22,7 @@ from dmpo_dist.evaluation.ranking import TitleScorer, reference_of
 from dmpo_dist.explanation.contributions import title_values
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.scoring_rule import require_prior
+from dmpo_dist.modeling.trie_search import Beam, best_of
 from dmpo_dist.serving.catalogue import CatalogueWatch, ServedCatalogue
 from dmpo_dist.serving.engine import Engine
 from dmpo_dist.serving.order import Served
@@ -36,12 +37,10 @@ LISTED = 50
 
 @dataclass(frozen=True)
 class Scored:
-    """A request's titles, what they are ranked by (R,), and the tokens of prompt and titles."""
+    """What the titles of a request are ranked by (R,), and its prompts with the titles as responses."""
 
-    titles: list[str]
     scores: np.ndarray
-    prompt_tokens: int
-    total_tokens: int
+    groups: list[TokenGroup]
 
 
 class RankingService:
@@ -84,14 +83,18 @@ class RankingService:
 
     async def rerank(self, body: RerankBody) -> dict[str, Any]:
         """See ``RerankAnswer``."""
-        scored = await self._scored(body.titles, body.documents, body.user, body.keep_unknown, None)
+        known = self._known()
+        history, titles = await self._off_thread(
+            lambda: self._looked_up(body.titles, body.documents, body.keep_unknown, known)
+        )
+        scored = await self._scores(history, titles, body.user, known)
         order = np.argsort(-scored.scores, kind="stable")[: body.top_n or None]
         results = [
             {"index": int(i), "relevance_score": float(scored.scores[i])}
             | ({"document": {"text": body.documents[i]}} if body.return_documents else {})
             for i in order
         ]
-        return self._answer(results=results, usage=_usage(scored))
+        return self._answer(results=results, usage=_usage(scored.groups))
 
     async def recommend(self, body: RecommendBody) -> dict[str, Any]:
         """See ``RecommendAnswer``.
@@ -101,24 +104,24 @@ class RankingService:
         """
         served = self._served()
         require_given_candidates(self._policy.template, self.name, "send the titles to choose from to /v1/rerank")
-        scored = await self._scored(body.history, served.catalogue.titles, body.user, body.keep_unknown, served)
+        history, _ = await self._off_thread(lambda: self._looked_up(body.history, (), body.keep_unknown, served))
+        titles = list(served.catalogue.titles)
         excluded = {served.lookup.title(named) or named for named in body.exclude}
         if self._ranking.exclude_history:
-            excluded |= {served.lookup.title(named) or named for named in body.history}
-        order = np.argsort(-scored.scores, kind="stable")
-        best = [int(i) for i in order if scored.titles[i] not in excluded][: body.k]
-        if not best:
+            excluded |= set(history)
+        allowed = np.array([title not in excluded for title in titles])
+        if not allowed.any():
             raise UserError("exclude: nothing of the catalogue is left; leave some titles in")
+        if self._ranking.corrections:
+            scored = await self._scores(history, titles, body.user, served)
+            best, usage = best_of(scored.scores, body.k, allowed), _usage(scored.groups)
+        else:
+            best, usage = await self._searched(history, titles, body.user, body.k, allowed)
         results = [
-            {
-                "rank": rank,
-                "title": scored.titles[i],
-                "item": served.item_of.get(scored.titles[i]),
-                "score": float(scored.scores[i]),
-            }
-            for rank, i in enumerate(best, start=1)
+            {"rank": rank, "title": titles[i], "item": served.item_of.get(titles[i]), "score": score}
+            for rank, (i, score) in enumerate(best[: body.k], start=1)
         ]
-        return self._answer(catalogue=served.version, results=results, usage=_usage(scored))
+        return self._answer(catalogue=served.version, results=results, usage=usage)
 
     async def explain(self, body: ExplainBody) -> dict[str, Any]:
         """See ``ExplainAnswer``; all shortened histories are scored together."""
@@ -173,16 +176,22 @@ class RankingService:
             },
         }
 
-    async def _scored(
-        self, history: Sequence[str], documents: Sequence[str], user: str, keep_unknown: bool,
-        whole: ServedCatalogue | None,
-    ) -> Scored:  # fmt: skip
-        """Documents as they are ranked; ``whole`` where they are all of its titles, which are known to be good."""
-        known = whole or self._known()
-        shown, titles = await self._off_thread(
-            lambda: self._looked_up(history, () if whole else documents, keep_unknown, known)
-        )
-        return await self._scores(shown, list(documents) if whole else titles, user, known)
+    async def _searched(
+        self, history: Sequence[str], titles: list[str], user: str, top: int, allowed: np.ndarray
+    ) -> tuple[list[Beam], dict[str, int]]:
+        """The ``top`` best of the allowed ``titles`` by the log-probability alone; most of the others never run."""
+
+        def submitted() -> tuple[list[TokenGroup], Future[list[Beam]]]:
+            (group,) = self._policy.token_groups(history, titles, user)
+            return [group], self.engine.best(group, top, allowed)
+
+        groups, future = await self._off_thread(submitted)
+        try:
+            best = await asyncio.wrap_future(future)
+        finally:
+            future.cancel()  # of a client that has gone
+        self._scorer.require_finite(np.array([beam.log_prob for beam in best]), user)
+        return best, _usage(groups)
 
     async def _scores(
         self, history: Sequence[str], titles: list[str], user: str, known: ServedCatalogue | None
@@ -209,8 +218,7 @@ class RankingService:
         prior = np.mean(found[-n:], axis=0) if self._ranking.prior_weight else None
         popularity = known.log_popularity if known else None
         scores = self._scorer.combined(groups, titles, user, found[:n], references, prior, popularity).mean(axis=0)
-        prompt = len(groups[0].prefix)
-        return Scored(titles, scores, prompt, prompt + sum(map(len, groups[0].branches)))
+        return Scored(scores, groups)
 
     def _looked_up(
         self, history: Sequence[str], documents: Sequence[str], keep_unknown: bool, known: ServedCatalogue | None
@@ -276,8 +284,10 @@ def _catalogue_for_popularity(served: Served) -> Catalogue:
     return read_catalogue(served.catalogue)
 
 
-def _usage(scored: Scored) -> dict[str, int]:
-    return {"prompt_tokens": scored.prompt_tokens, "total_tokens": scored.total_tokens}
+def _usage(groups: Sequence[TokenGroup]) -> dict[str, int]:
+    """The tokens of a request: of its prompt, and with those of the titles that it chooses from."""
+    prompt = len(groups[0].prefix)
+    return {"prompt_tokens": prompt, "total_tokens": prompt + sum(map(len, groups[0].branches))}
 
 
 def _nearest(known: ServedCatalogue, named: str) -> str:
