@@ -118,6 +118,18 @@ def test_sft_continued_at_equal_compute_has_as_many_steps_as_a_cells_flops_pay_f
     assert many.config.sft.steps < 10 * group_tokens * 4 / 3  # the reference adds a third of forward and backward
 
 
+def test_sft_continued_is_shared_by_cells_that_differ_in_what_it_knows_nothing_of():
+    search = {"every": 5, "beams": 4, "top": 4}
+    axes = {"dataset": ["a"], "train.on_policy": [None, search], "train.learning_rate": [1e-4, 1e-3]}
+    grid = grid_of(axes, arms=["sft_continued"], settings={"train": {"steps": 10}})
+    parts = make_parts(grid, expand(grid), {})
+    continued = [part for part in parts if part.role == "continued"]
+    assert [part.config.sft.learning_rate for part in continued] == [1e-4, 1e-3]
+    assert [dict(part.free) for part in continued] == [{"train.learning_rate": rate} for rate in (1e-4, 1e-3)]
+    of_cell = {(dict(p.free)["train.learning_rate"], p.continued["sft_continued"]) for p in parts if p.role == "cell"}
+    assert of_cell == {(part.config.sft.learning_rate, part.title) for part in continued}
+
+
 def test_a_model_before_training_is_zero_shot_if_it_is_pretrained_and_untuned_if_it_is_random(world):
     for path, called in (("scratch", "untuned"), (str(world.model), "zero_shot")):
         for arm in ("untuned", "zero_shot"):

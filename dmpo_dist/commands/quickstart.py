@@ -115,12 +115,15 @@ def _with_its_checkpoints(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"cluster": cluster})
 
 
+PASSED_ON = ("steps", "epochs", "global_batch_size", "token_budget", "learning_rate", "schedule", "warmup_ratio",
+             "weight_decay", "validate_every", "checkpoint_every")  # fmt: skip
+"""Settings of the preference stage that SFT continued shares."""
+
+
 def continued_config(config: RunConfig) -> RunConfig:
-    """The SFT settings with the number of steps, batch size and learning rate of the preference stage."""
-    same = ("steps", "epochs", "global_batch_size", "token_budget", "learning_rate", "schedule", "warmup_ratio",
-            "weight_decay", "validate_every", "checkpoint_every")  # fmt: skip
+    """The SFT settings with those of the preference stage that ``PASSED_ON`` names."""
     return config.model_copy(
-        update={"sft": config.sft.model_copy(update={name: getattr(config.train, name) for name in same})}
+        update={"sft": config.sft.model_copy(update={name: getattr(config.train, name) for name in PASSED_ON})}
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dmpo_dist.commands.quickstart import continued_config
+from dmpo_dist.commands.quickstart import PASSED_ON, continued_config
 from dmpo_dist.commands.train import SCRATCH, require_reorderable
 from dmpo_dist.config import ReferenceConfig, RunConfig, TrainConfig
 from dmpo_dist.config.section import dotted
@@ -33,6 +33,8 @@ WITHOUT = {
     "cell": (),
 }
 """Role -> sections of the configuration, and axes, that its parts do not depend on."""
+ALSO_PASSED_ON = ("select", "select_metric", "max_grad_norm", "log_every")
+"""Settings of the preference stage that SFT continued shares in a study, beside those that it shares everywhere."""
 UNTUNED, ZERO_SHOT = "untuned", "zero_shot"
 """The model before training, as evaluations and arms call it; a pretrained one is called zero-shot in tables."""
 NO_INFLUENCE = ("token_budget", "checkpoint_every", "keep_checkpoints", "log_every")
@@ -144,7 +146,7 @@ def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, P
 
 def _continued(config: RunConfig, arm: str, there: bool) -> RunConfig:
     """SFT for as many steps as the preference stage of ``config``, or at equal compute once its data is there."""
-    same = {key: getattr(config.train, key) for key in ("select", "select_metric", "max_grad_norm", "log_every")}
+    same = {key: getattr(config.train, key) for key in ALSO_PASSED_ON}
     longer = continued_config(config)
     longer = longer.model_copy(update={"sft": longer.sft.model_copy(update=same)})
     return equal_compute(longer, config) if CONTINUED[arm] == "compute" and there else longer
@@ -166,7 +168,7 @@ def _part(
     if role == "start":
         shots = grid.sft_shots if isinstance(grid.sft_shots, int) else cell.shots if grid.sft_shots == "cell" else None
         config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
-    free = tuple(axis for axis in cell.free if axis[0].split(".")[0] not in WITHOUT[role])
+    free = tuple(axis for axis in cell.free if _counts(role, axis[0]))
     name = f"{cell.dataset}_shots-{shots or ALL_SHOTS}{_length(role, config)}_seed-{cell.seed}{free_part(free)}"
     name = cell.name if role == "cell" else name
     folder = grid.output_dir.absolute() / FOLDERS[role] / name
@@ -197,6 +199,14 @@ def _part(
         evaluate_on=datasets if measured else (),
         settings=_settings(config, stage, fingerprint, trained_from.settings_hash if trained_from else None),
     )
+
+
+def _counts(role: Role, axis: str) -> bool:
+    """Whether a part of this role depends on ``axis``, a key of the configuration or ``START``."""
+    section, *key = axis.split(".")
+    if section in WITHOUT[role]:
+        return False
+    return role == "cell" or section != "train" or key[0] in (*PASSED_ON, *ALSO_PASSED_ON)
 
 
 def _length(role: Role, config: RunConfig) -> str:
