@@ -17,8 +17,8 @@ from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.data.prepare import prepare as prepare_groups
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.evaluation.ranking import load_ranking_model, within_context
-from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.modeling.backbone import find_model, with_length_of
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.quiet import silence_libraries
 
@@ -124,7 +124,7 @@ def train(
         given |= {"objective.name": objective, "train.negatives": negatives}
     config = _run_config(data, folder, "sft" if stage == "sft" else objective, given | dict(settings or {}))
     if start != "scratch":
-        config = within_context([find_model(start)], config)
+        config = with_length_of([find_model(start)], config)
     with nullcontext() if _needs_ray(config) else single_rank():
         folder_of_model = run_stage(stage, config, _console())
     return load(folder_of_model, settings=settings)
@@ -143,7 +143,7 @@ def load(path: str | Path, *, settings: Settings | None = None) -> RankingModel:
     Example:
         >>> dmpo.load("runs/dmpo/model").rank(history=["Heat", "Alien"], candidates=["Up", "Aliens"])
     """
-    config = within_context([find_model(str(path))], config_of(dict(settings or {})))
+    config = with_length_of([find_model(str(path))], config_of(dict(settings or {})))
     return load_ranking_model(str(path), config)
 
 
@@ -185,7 +185,7 @@ def evaluate(
     paths = {name: m.source.path if isinstance(m, RankingModel) else str(m) for name, m in models.items()}
     given = {"seed": seed, "evaluation.baselines": list(baselines)} | dict(settings or {})
     config = _run_config(data, folder, "evaluation", given)
-    config = within_context([find_model(path) for path in paths.values()], config)
+    config = with_length_of([find_model(path) for path in paths.values()], config)
     open_run_folder(config, resume=False)
     return run(paths, config, config.output_dir, _console(), against=list(against))
 

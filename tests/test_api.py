@@ -38,7 +38,7 @@ def data(tmp_path, monkeypatch):
 def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     before = dict(os.environ)
     sft = dmpo.train(data, stage="sft", settings=SMALL | {"sft.steps": 2})
-    model = dmpo.train(data, sft, objective="sdpo", negatives=3, shots=10, settings=SMALL | {"train.steps": 2})
+    model = dmpo.train(data, sft, objective="sdpo", negatives=3, shots=10, settings={"train.steps": 2})
     assert not dist.is_initialized()
     assert {k: v for k, v in os.environ.items() if k in ("RANK", "WORLD_SIZE")} == {
         k: v for k, v in before.items() if k in ("RANK", "WORLD_SIZE")
@@ -58,7 +58,11 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     compared = next(c for c in result.comparisons if {c.a, c.b} == {"sft", "sdpo"} and c.metric == "hr@1")
     difference = result.models[compared.a]["hr@1"].value - result.models[compared.b]["hr@1"].value
     assert compared.difference == pytest.approx(difference)
-    assert dmpo.load(model.source.path).score(row["history"], candidates) == pytest.approx(scores, abs=1e-6)
+    loaded = dmpo.load(model.source.path)
+    assert loaded.score(row["history"], candidates) == pytest.approx(scores, abs=1e-6)
+    assert loaded.encode.max_length == sft.encode.max_length == 96, "that of the training"
+    shorter = dmpo.load(model.source.path, settings={"model.max_length": 64})
+    assert shorter.encode.max_length == 64
 
 
 def test_mistakes_name_what_to_change(data, tmp_path):

@@ -1,17 +1,19 @@
 """A user's ranking against plain arithmetic on separately scored titles, and what decides it besides the model."""
 
+import shutil
 from functools import cache
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from worlds import make_three_models
+from worlds import CONTEXT, make_three_models
 
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import RankingConfig, RunConfig, ScratchModel
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import Ranker, check_beams, load_ranking_model, reference_of, require_no_beams
-from dmpo_dist.modeling.backbone import find_model, make_scratch_model
+from dmpo_dist.modeling.backbone import find_model, make_scratch_model, with_length_of
 from dmpo_dist.modeling.scoring_rule import scored_lengths
 
 TITLES = ("Heat", "Alien", "Alien 3", "Aliens", "The Thing", "The Fly", "The Fly (1958)", "Up")
@@ -111,3 +113,21 @@ def test_references_that_cannot_be(folder, tmp_path):
     make_scratch_model(tmp_path / "tokens", scratch, ["quite other words"], 128, 0)
     with pytest.raises(UserError, match="has another tokenizer"):
         Ranker(str(folder / "base"), config(reference=str(tmp_path / "tokens")), CATALOGUE, 1)
+
+
+def test_a_model_keeps_the_length_it_was_trained_with(world, tmp_path):
+    def trained(name, max_length):
+        folder = shutil.copytree(world.adapter, tmp_path / name)
+        ModelStamp(max_length=max_length).write(folder)
+        return find_model(str(folder))
+
+    short, long, beyond, unknown = trained("s", 100), trained("l", 200), trained("b", 9999), trained("u", None)
+
+    def length(sources, **model):
+        return with_length_of(sources, RunConfig.model_validate({"model": model})).model.max_length
+
+    assert [length([one]) for one in (short, long, unknown)] == [100, 200, CONTEXT]
+    assert length([short, unknown, long]) == 200
+    assert length([beyond]) == CONTEXT, "of a base with a shorter context"
+    assert length([short], max_length=32) == 32
+    assert length([]) == 512

@@ -35,6 +35,9 @@ class ModelStamp(Artifact):
     """How many stages it went through."""
     quantization: str = "none"
     """Of the base it was trained on."""
+    max_length: int | None = None
+    """``model.max_length`` in training, which every use keeps to unless it is told otherwise; None in stamps of earlier
+    versions."""
     step: int | None = None
     digests: dict[str, str] | None = None
     """Path -> digest of the files beside this one, see ``modeling.model_files``; None in stamps of earlier versions."""

@@ -131,6 +131,7 @@ data.path=runs/ml/data output_dir=runs/seeds
     from dmpo_dist.commands.evaluate import evaluate as run
     from dmpo_dist.commands.evaluate import preflight
     from dmpo_dist.commands.train import open_run_folder
+    from dmpo_dist.modeling.backbone import find_model, with_length_of
     from dmpo_dist.records.log import make_console
 
     console = make_console()
@@ -139,6 +140,7 @@ data.path=runs/ml/data output_dir=runs/seeds
     began_with = EvaluationOrder.read_if_there(settings.output_dir) if resume else None
     if began_with is not None and not model:
         order = began_with
+    settings = with_length_of([find_model(path) for path in order.models.values()], settings)
     preflight(order.models, settings, console, order.against, order.catalogue)  # before there is a folder
     open_run_folder(settings, resume, overwrite=asked_to_overwrite(settings.output_dir, overwrite))
     order.write(settings.output_dir)

@@ -17,7 +17,7 @@ from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, re
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import require_no_beams, within_context
+from dmpo_dist.evaluation.ranking import require_no_beams
 from dmpo_dist.evaluation.whole_catalogue import catalogue_at_test
 from dmpo_dist.explanation.contributions import Method, leave_one_out
 from dmpo_dist.explanation.explainer import Explainer, Subject
@@ -32,7 +32,7 @@ from dmpo_dist.explanation.questions import (
 )
 from dmpo_dist.explanation.references import choose_reference
 from dmpo_dist.explanation.view import show, show_faithfulness, to_json
-from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer
+from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, with_length_of
 from dmpo_dist.records.progress import UserProgress
 
 FAITHFULNESS_FILE = "explain_faithfulness.json"
@@ -85,7 +85,7 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     _check(order)
     require_no_beams(config.ranking, "dmpo explain")
     source = find_model(order.model)
-    config = within_context([source], config)
+    config = with_length_of([source], config)
     if order.catalogue is not None:
         template = enforce_template(source.stamp, config.template, order.model)
         require_given_candidates(template, order.model, "leave --catalogue out")

@@ -16,6 +16,7 @@ from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.modeling.backbone import find_model, with_length_of
 from dmpo_dist.records.log import make_console
 
 
@@ -52,6 +53,7 @@ def mine_hard_negatives(
         )
     fewest = min(data.stored_negatives(), default=0)
     _check_numbers(keep, skip_top, draw_from, fewest, config.data.path)
+    config = with_length_of([find_model(model)], config)
     template_of(model, config)
     rows = data.train.to_list()
     pool = keep if draw_from is None else draw_from

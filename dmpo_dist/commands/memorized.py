@@ -10,6 +10,7 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.evaluation.memorization import memorization_probes, memorization_table, number_of_texts
 from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.modeling.backbone import find_model, with_length_of
 from dmpo_dist.records.progress import UserProgress
 from dmpo_dist.tables import markdown, terminal
 
@@ -30,6 +31,7 @@ def probe(
     Raises:
         UserError: the model cannot be loaded, or see ``memorization_probes``.
     """
+    config = with_length_of([find_model(path)], config)
     model = load_ranking_model(path, config)
     settings = probe_settings(config, titles, users)
     samples, total = config.evaluation.bootstrap_samples, number_of_texts(data, titles, users)

@@ -38,9 +38,15 @@ from dmpo_dist.evaluation.ranking import (
     load_ranking_model,
     reference_of,
     require_no_beams,
-    within_context,
 )
-from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, read_model_config
+from dmpo_dist.modeling.backbone import (
+    ModelSource,
+    enforce_template,
+    find_model,
+    load_tokenizer,
+    read_model_config,
+    with_length_of,
+)
 from dmpo_dist.modeling.model_files import start_digests
 from dmpo_dist.modeling.scoring_rule import require_prior
 from dmpo_dist.records.progress import UserProgress
@@ -96,7 +102,7 @@ def rank(model: str, asked: Asked, top: int, output: Path, config: RunConfig, co
     Raises:
         UserError: anything about files, model or options, or workers that keep failing; finished parts stay.
     """
-    job = preflight(model, asked, top, output, within_context([find_model(model)], config))
+    job = preflight(model, asked, top, output, with_length_of([find_model(model)], config))
     store = PartFolder(output.with_name(output.name + ".parts"), job.key, SCHEMA, "choose another --output")
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):

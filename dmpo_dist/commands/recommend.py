@@ -14,8 +14,8 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.inputs import given_texts, with_trained_data
-from dmpo_dist.evaluation.ranking import Ranker, check_beams, within_context
-from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
+from dmpo_dist.evaluation.ranking import Ranker, check_beams
+from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer, with_length_of
 from dmpo_dist.tables import Table, terminal, texts
 
 
@@ -42,7 +42,7 @@ def recommend(
     if bool(history) == (user is not None):
         raise UserError("say for whom: --history TITLE TITLE ..., oldest first, or --user NAME of the prepared data")
     source = find_model(model)
-    config = within_context([source], with_trained_data(config, Path(source.path)))
+    config = with_length_of([source], with_trained_data(config, Path(source.path)))
     template = enforce_template(source.stamp, config.template, model)
     require_given_candidates(template, model, "use dmpo rank with a column 'candidates'")
     catalogue = read_catalogue(catalogue_file or _data_path(config))

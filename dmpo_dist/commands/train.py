@@ -30,6 +30,7 @@ from dmpo_dist.modeling.backbone import (
     make_scratch_model,
     read_model_config,
     require_same_rendering,
+    with_length_of,
     write_stamp,
 )
 from dmpo_dist.modeling.model_files import start_digests, written_digests
@@ -199,6 +200,7 @@ def checked_job(kind: Kind, config: RunConfig, earlier: Sequence[Job] = ()) -> t
         folder = Path(config.model.path).absolute()
         maker = next((job for job in earlier if job.output / "model" == folder), None)
         start = str(folder) if folder.exists() or maker else config.model.path
+        config = config if maker else with_length_of([find_model(start)], config)
         template = maker.config.template if maker else template_of(start, config)
         config = config.model_copy(update={"template": template})
     job = Job(kind, config, start, config.output_dir)
@@ -303,7 +305,8 @@ def make_start(folder: Path, config: RunConfig, data: PreparedData) -> None:
     texts += texts_of_data(template, data).texts()
     with whole_folder(folder) as part:
         make_scratch_model(part, config.model.scratch, texts, config.model.max_length, config.seed)
-        write_stamp(part, config.template, stage="untuned", digests=written_digests(part))
+        length = config.model.max_length
+        write_stamp(part, config.template, stage="untuned", max_length=length, digests=written_digests(part))
 
 
 def as_rank(

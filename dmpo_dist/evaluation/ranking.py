@@ -12,7 +12,7 @@ from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import ModelSource, find_model, read_model_config
+from dmpo_dist.modeling.backbone import ModelSource, find_model
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.scoring_rule import adjusted, scored_lengths
 from dmpo_dist.modeling.trie_search import Beam, best_of
@@ -292,12 +292,3 @@ def require_no_beams(ranking: RankingConfig, command: str, instead: str = "") ->
     """
     if ranking.beams is not None:
         raise UserError(f"ranking.beams={ranking.beams}: {command} ranks exactly; leave it out{instead}")
-
-
-def within_context(sources: Sequence[ModelSource], config: RunConfig) -> RunConfig:
-    """``config`` with its ``model.max_length`` lowered to the shortest context of ``sources``, unless it was set."""
-    if "max_length" in config.model.model_fields_set:
-        return config
-    contexts = [getattr(read_model_config(source.base, 0), "max_position_embeddings", None) for source in sources]
-    length = min([config.model.max_length, *(context for context in contexts if context)])
-    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": length})})

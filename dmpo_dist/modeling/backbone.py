@@ -14,7 +14,7 @@ from torch import nn
 
 from dmpo_dist import __version__
 from dmpo_dist.artifacts.stamp import ModelStamp
-from dmpo_dist.config import LoraConfig, ModelConfig, ScratchModel, TemplateConfig
+from dmpo_dist.config import LoraConfig, ModelConfig, RunConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.template import Template
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.gguf import local_model, moved_base
@@ -319,6 +319,19 @@ def make_scratch_model(folder: Path, scratch: ScratchModel, texts: Sequence[str]
     model = LlamaForCausalLM(scratch_config(scratch, backend.get_vocab_size(), max_length, **special))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def with_length_of(sources: Sequence[ModelSource], config: RunConfig) -> RunConfig:
+    """``config`` with the ``model.max_length`` that ``sources`` were trained with, unless it was set.
+
+    Of several it is the largest, where none says so the default, and at most the shortest context.
+    """
+    if "max_length" in config.model.model_fields_set:
+        return config
+    trained = max((source.stamp.max_length or 0 for source in sources), default=0)
+    contexts = [getattr(read_model_config(source.base, 0), "max_position_embeddings", None) for source in sources]
+    length = min([trained or config.model.max_length, *(context for context in contexts if context)])
+    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": length})})
 
 
 def enforce_template(stamp: ModelStamp, asked: TemplateConfig, where: str) -> TemplateConfig:

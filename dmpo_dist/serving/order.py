@@ -5,8 +5,8 @@ from pathlib import Path
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.evaluation.inputs import given_texts, with_trained_data
-from dmpo_dist.evaluation.ranking import GivenTexts, require_no_beams, within_context
-from dmpo_dist.modeling.backbone import enforce_template, find_model
+from dmpo_dist.evaluation.ranking import GivenTexts, require_no_beams
+from dmpo_dist.modeling.backbone import enforce_template, find_model, with_length_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def what_is_served(model: str, catalogue: Path | None, config: RunConfig) -> Ser
     """
     require_no_beams(config.ranking, "dmpo serve")
     source = find_model(model)
-    config = within_context([source], with_trained_data(config, Path(source.path)))
+    config = with_length_of([source], with_trained_data(config, Path(source.path)))
     template = enforce_template(source.stamp, config.template, model)
     catalogue = catalogue or config.data.path
     return Served(model, config, catalogue, given_texts(template, catalogue, None))

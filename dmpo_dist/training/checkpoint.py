@@ -100,7 +100,8 @@ def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[
     if rank == 0:
         behind = {"stages": 1 + find_model(job.start).stamp.stages}
         rendered = make_template(job.config.template, tokenizer).rendered()
-        base = {"quantization": job.config.model.quantization, "rendered": rendered}
+        model = job.config.model
+        base = {"quantization": model.quantization, "max_length": model.max_length, "rendered": rendered}
         with whole_folder(folder, replace=True) as part:
             _write_weights(causal_lm, part, state)
             tokenizer.save_pretrained(part)
