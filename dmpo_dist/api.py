@@ -118,7 +118,7 @@ def train(
     from dmpo_dist.training.engine import single_rank
 
     silence_libraries()
-    start = model.source.path if isinstance(model, RankingModel) else str(model)
+    start = model.scored_source.path if isinstance(model, RankingModel) else str(model)
     given = {"data.shots": shots, "seed": seed, "cluster.workers": workers, "model.path": start}
     if stage == "preference":
         given |= {"objective.name": objective, "train.negatives": negatives}
@@ -182,7 +182,7 @@ def evaluate(
     from dmpo_dist.commands.train import open_run_folder
 
     silence_libraries()
-    paths = {name: m.source.path if isinstance(m, RankingModel) else str(m) for name, m in models.items()}
+    paths = {name: m.scored_source.path if isinstance(m, RankingModel) else str(m) for name, m in models.items()}
     given = {"seed": seed, "evaluation.baselines": list(baselines)} | dict(settings or {})
     config = _run_config(data, folder, "evaluation", given)
     config = with_length_of([find_model(path) for path in paths.values()], config)

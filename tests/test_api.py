@@ -58,6 +58,10 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     compared = next(c for c in result.comparisons if {c.a, c.b} == {"sft", "sdpo"} and c.metric == "hr@1")
     difference = result.models[compared.a]["hr@1"].value - result.models[compared.b]["hr@1"].value
     assert compared.difference == pytest.approx(difference)
+    lora = dmpo.train(data, sft, negatives=3, shots=10, settings={"train.steps": 2, "model.lora": {"r": 2}})
+    both = dmpo.evaluate(data, {"dmpo": lora, "base": lora.reference(lora.source.base), "sft": sft}, baselines=[])
+    assert both.folders["base"] == both.folders["sft"] != both.folders["dmpo"]
+
     loaded = dmpo.load(model.source.path)
     assert loaded.score(row["history"], candidates) == pytest.approx(scores, abs=1e-6)
     assert loaded.encode.max_length == sft.encode.max_length == 96, "that of the training"

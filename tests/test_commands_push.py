@@ -14,7 +14,7 @@ from dmpo_dist.cli import main
 from dmpo_dist.commands.push import check_hub, push
 from dmpo_dist.config import TemplateConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import write_stamp
+from dmpo_dist.modeling.backbone import find_model, write_stamp
 
 TOKEN = "hf_" + "a" * 34
 
@@ -23,7 +23,21 @@ class Hub(BaseHTTPRequestHandler):
     """Git LFS for weights and a commit for the rest, as the hub's HTTP interface has them."""
 
     def do_GET(self):
-        self.answer({"name": "me", "type": "user", "auth": {}})
+        if "/resolve/" in self.path:
+            self.do_HEAD()
+            self.wfile.write(self.server.files.get(self.path, b""))
+        else:
+            self.answer({"name": "me", "type": "user", "auth": {}})
+
+    def do_HEAD(self):
+        content = self.server.files.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(len(content or b"")))
+        if content is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -69,7 +83,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
-    server.created, server.large, server.commit = [], {}, []
+    server.created, server.large, server.commit, server.files = [], {}, [], {}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -131,3 +145,16 @@ def test_what_is_refused(world, tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(world.model)}))
     with pytest.raises(UserError, match="is written, but not pushed: .* which others do not have; export with --merge"):
         push(tmp_path, "me/ranker", public=False)
+
+
+def test_a_model_on_the_hub_keeps_the_template_it_was_trained_with(world, tmp_path, hub, dmpo, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    model = shutil.copytree(world.model, tmp_path / "model")
+    write_stamp(model, TemplateConfig(preamble="Films, in order:\n"), stage="sft", max_length=200)
+    assert dmpo(model, tmp_path / "out", "--dtype=float32")[0] == 0
+    hub.files["/me/of-films/resolve/main/dmpo.json"] = (tmp_path / "out" / "dmpo.json").read_bytes()
+    stamp = find_model("me/of-films").stamp
+    assert (stamp.template.preamble, stamp.max_length) == ("Films, in order:\n", 200)
+    assert find_model("me/of-others").stamp.template is None, "a model that is not ours"

@@ -43,7 +43,11 @@ def test_users_of_prepared_data_are_asked_after_all_their_likes(world):
     (request,) = requests_of_data(data, user)
     likes = data.interactions.query("user == @user and rating >= 4").sort_values(["timestamp", "item"])["item"]
     title = dict(zip(data.items["item"], data.items["title"], strict=True))
-    assert request == RankingRequest(user, tuple(title[item] for item in likes)[-20:], None)
+    history = tuple(title[item] for item in likes)[-20:]
+    taken = data.interactions.query("user == @user")["item"]
+    rest = {title[item] for item in taken} - {*history}
+    assert request == RankingRequest(user, history, None, tuple(sorted(rest)))
+    assert rest, "older likes, and what was taken and not liked"
     assert user in {request.user for request in requests_of_data(data, "all")}
     with pytest.raises(UserError, match=r"--users nobody: 'nobody' has no like in"):
         requests_of_data(data, "nobody")

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from worlds import CONTEXT, SHAPE
 
-from dmpo_dist.artifacts.evaluation import Evaluation
+from dmpo_dist.artifacts.evaluation import Evaluation, RuleChoice
 from dmpo_dist.commands.evaluate import evaluate
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.data.requests import RankingRequest
@@ -87,6 +87,18 @@ def test_every_face_ranks_by_the_same_rule(project):
             np.testing.assert_allclose(face, scores, rtol=1e-4, atol=1e-4, err_msg=rule)
     differences = [np.abs(a - b).max() for a, b in pairwise(expected.values())]
     assert min(differences) > 0.01, "what the tests above rest on"
+
+
+def test_a_catalogue_is_ranked_by_the_rule_and_by_nothing_else(project):
+    folder, _ = project
+    every = {"length_normalize": True, "prior_weight": 0.3, "popularity_weight": 0.1, "reference": "start"}
+    corrections = {"sum": [], "mean": ["length_normalize"], "prior": ["prior_weight"], "reference": ["reference"]}
+    for rule, expected in corrections.items():
+        choice = RuleChoice(rule=rule, prior_weight=0.7)
+        ranking = rules.with_rule(config(folder, every, rules=ALL), choice).ranking
+        assert ranking.corrections == expected
+        assert ranking.prior_weight == (0.7 if rule == "prior" else 0)
+    assert {*rules.with_rule(config(folder, every), None).ranking.corrections} == {*every}
 
 
 def test_the_prior_is_scored_once_a_title(project, monkeypatch):

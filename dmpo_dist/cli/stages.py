@@ -139,6 +139,11 @@ data.path=runs/ml/data output_dir=runs/seeds
         raise UserError(f"--resume: the evaluation in {settings.output_dir} is finished; nothing is left to do")
     began_with = EvaluationOrder.read_if_there(settings.output_dir) if resume else None
     if began_with is not None and not model:
+        if (catalogue, against or []) not in ((False, []), (began_with.catalogue, began_with.against)):
+            raise UserError(
+                f"--resume: the evaluation in {settings.output_dir} was begun with other --catalogue or --against; "
+                "leave them out to go on with it, or give everything again with -m"
+            )
         order = began_with
     settings = with_length_of([find_model(path) for path in order.models.values()], settings)
     preflight(order.models, settings, console, order.against, order.catalogue)  # before there is a folder

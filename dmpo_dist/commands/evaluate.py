@@ -151,6 +151,8 @@ def evaluate(
     if catalogue:
         require_catalogue(data)
     settings, seed = config.evaluation, config.seed
+    for note in _unused_corrections(config, catalogue):
+        console.print(f"note: {note}", highlight=False)
     baselines = kept_baseline_scores(data, config, catalogue, folder, lambda line: console.print(line, highlight=False))
     scores = dict(baselines.scores)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -195,6 +197,17 @@ def evaluate(
     for note in of_lists:
         console.print(f"note: {note}", highlight=False)
     return evaluation
+
+
+def _unused_corrections(config: RunConfig, catalogue: bool) -> list[str]:
+    """What the ``ranking`` section changes elsewhere and not here, where candidates are ranked by a rule."""
+    by_rule = asks_for_rules(config.evaluation)
+    names = [f"ranking.{name}" for name in config.ranking.corrections if not (name == "reference" and by_rule)]
+    if not names:
+        return []
+    rule = f"test candidates are ranked by evaluation.rule={config.evaluation.rule}"
+    only = "for the whole catalogue alone" if catalogue and not by_rule else "by other commands, not here"
+    return [f"{', '.join(names)}: used {only}; {rule}"]
 
 
 def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfig) -> list[str]:

@@ -32,7 +32,14 @@ from dmpo_dist.explanation.questions import (
 )
 from dmpo_dist.explanation.references import choose_reference
 from dmpo_dist.explanation.view import show, show_faithfulness, to_json
-from dmpo_dist.modeling.backbone import ModelSource, enforce_template, find_model, load_tokenizer, with_length_of
+from dmpo_dist.modeling.backbone import (
+    ModelSource,
+    enforce_template,
+    find_model,
+    load_tokenizer,
+    unlike_training,
+    with_length_of,
+)
 from dmpo_dist.records.progress import UserProgress
 
 FAITHFULNESS_FILE = "explain_faithfulness.json"
@@ -95,6 +102,8 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     explainer = Explainer(order.model, config, reference, catalogue, order.method, order.rivals)
     with console.status("loading the model"):
         explainer.load([*chosen, *measured])
+    for difference in unlike_training(source, config.model):
+        console.print(f"note: {order.model} was trained with {difference}", highlight=False, soft_wrap=True)
     if note:
         console.print(note, highlight=False, markup=False)
     requests = _explained(order, explainer, chosen, console)

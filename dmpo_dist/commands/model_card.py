@@ -191,6 +191,10 @@ def _metrics(evaluation: tuple[str, Evaluation] | None) -> list[str]:
     )
     if any(figure.low is None for figure in content.models[own].values()):
         setting += f" It is one seed of several ({own}), whose figures have no intervals of their own."
+    chosen = content.rules.chosen.get(own) if content.rules else None
+    if chosen is not None and chosen.rule != "sum":
+        weight = f" with the weight {chosen.prior_weight:g}" if chosen.rule == "prior" else ""
+        setting += f" Ranked by the scoring rule {chosen.rule}{weight}, not by the sum that the code above computes."
     labels = {name: "this model" if name == own else name for name in content.models}
     figures = {
         labels[name]: {metric: figure.model_dump() for metric, figure in metrics.items()}

@@ -18,7 +18,7 @@ from dmpo_dist.evaluation.generated import generated_figures
 from dmpo_dist.evaluation.order import ORDERS, order_spread
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
-from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.backbone import find_model, unlike_training
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.records.progress import UserProgress
 
@@ -49,7 +49,8 @@ def model_scores(
     Raises:
         UserError: it cannot be loaded or used, or a score is not finite.
     """
-    _note_quantization(name, path, config, console)
+    for difference in unlike_training(find_model(path), config.model):
+        console.print(f"note: {name} was trained with {difference}", highlight=False)
     again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
     model = load_ranking_model(path, config)
     in_parts = PartScorer(f"scoring {name}", f"--model {name}={path}", path, model, data, config, folder, console)
@@ -82,15 +83,6 @@ def _order_spread(
             return of_part
 
         return order_spread(score, rows, scores, again, seed)
-
-
-def _note_quantization(name: str, path: str, config: RunConfig, console: Console) -> None:
-    """Say so where a model is ranked on another base than it was trained on."""
-    trained, now = find_model(path).stamp.quantization, config.model.quantization
-    if trained != now:
-        console.print(
-            f"note: {name} was trained with model.quantization={trained} and is scored with {now}", highlight=False
-        )
 
 
 def _require_finite(model: str, scores: list[np.ndarray], dtype: str) -> None:

@@ -45,6 +45,7 @@ from dmpo_dist.modeling.backbone import (
     find_model,
     load_tokenizer,
     read_model_config,
+    unlike_training,
     with_length_of,
 )
 from dmpo_dist.modeling.model_files import start_digests
@@ -102,7 +103,10 @@ def rank(model: str, asked: Asked, top: int, output: Path, config: RunConfig, co
     Raises:
         UserError: anything about files, model or options, or workers that keep failing; finished parts stay.
     """
-    job = preflight(model, asked, top, output, with_length_of([find_model(model)], config))
+    source = find_model(model)
+    job = preflight(model, asked, top, output, with_length_of([source], config))
+    for difference in unlike_training(source, job.config.model):
+        console.print(f"note: {model} was trained with {difference}", highlight=False, soft_wrap=True)
     store = PartFolder(output.with_name(output.name + ".parts"), job.key, SCHEMA, "choose another --output")
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):

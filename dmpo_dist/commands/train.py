@@ -30,7 +30,7 @@ from dmpo_dist.modeling.backbone import (
     make_scratch_model,
     read_model_config,
     require_same_rendering,
-    with_length_of,
+    unlike_training,
     write_stamp,
 )
 from dmpo_dist.modeling.model_files import start_digests, written_digests
@@ -70,6 +70,7 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     from dmpo_dist.cluster.train import ray_session, train_with_ray
 
     job = preflight(kind, config, resume, overwrite=overwrite)
+    _note_differences(job, console)
     with (
         one_writer(job),
         failure_noted(job.output),
@@ -78,6 +79,12 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     ):
         train_with_ray([job], lambda _, record: log(record))
     return job.output / "model"
+
+
+def _note_differences(job: Job, console: Console) -> None:
+    """Say so where the stage uses its start otherwise than that was trained."""
+    for difference in unlike_training(find_model(job.start), job.config.model):
+        console.print(f"note: {job.start} was trained with {difference}", highlight=False, soft_wrap=True)
 
 
 def run_stages(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> None:
@@ -200,7 +207,6 @@ def checked_job(kind: Kind, config: RunConfig, earlier: Sequence[Job] = ()) -> t
         folder = Path(config.model.path).absolute()
         maker = next((job for job in earlier if job.output / "model" == folder), None)
         start = str(folder) if folder.exists() or maker else config.model.path
-        config = config if maker else with_length_of([find_model(start)], config)
         template = maker.config.template if maker else template_of(start, config)
         config = config.model_copy(update={"template": template})
     job = Job(kind, config, start, config.output_dir)
@@ -331,6 +337,7 @@ def as_rank(
     own = preflight(kind, config, resume, overwrite=overwrite) if os.environ["RANK"] == "0" else None
     with ExitStack() as stack:
         if own is not None:
+            _note_differences(own, console)
             stack.enter_context(one_writer(own))
             stack.enter_context(failure_noted(own.output))
         start_process_group()

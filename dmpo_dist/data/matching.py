@@ -80,7 +80,7 @@ def matched(
 
 
 def requests_of_data(data: PreparedData, users: str) -> list[RankingRequest]:
-    """Requests for users of prepared data, after all of their latest likes.
+    """Requests for users of prepared data, after all of their latest likes; ``taken`` is all else that they took.
 
     Args:
         users: ``all``, or users separated by commas.
@@ -92,8 +92,9 @@ def requests_of_data(data: PreparedData, users: str) -> list[RankingRequest]:
         raise UserError(f"--users: {data.path} was made from ready preferences and has no users; give --requests")
     threshold, longest = data.card.config["rating_threshold"], data.card.config["max_history"]
     liked = likes(data.interactions, threshold).sort_values(["timestamp", "item"], kind="stable")
-    titles = liked["item"].map(dict(zip(data.items["item"], data.items["title"], strict=True)))
-    histories = titles.groupby(liked["user"]).agg(list)
+    title_of = dict(zip(data.items["item"], data.items["title"], strict=True))
+    histories = liked["item"].map(title_of).groupby(liked["user"]).agg(list)
+    taken = data.interactions["item"].map(title_of).groupby(data.interactions["user"]).agg(set)
     wanted = sorted(histories.index) if users == ALL_USERS else [name.strip() for name in users.split(",")]
     missing = [name for name in wanted if name not in histories.index]
     if missing:
@@ -102,4 +103,8 @@ def requests_of_data(data: PreparedData, users: str) -> list[RankingRequest]:
             f"--users {users}: {missing[0]!r} has no like in {data.path}, whose users are such as {known}; name them "
             f"with commas between, or write --users {ALL_USERS}"
         )
-    return [RankingRequest(user, tuple(histories[user][-longest:]), None) for user in dict.fromkeys(wanted)]
+    requests = []
+    for user in dict.fromkeys(wanted):
+        history = histories[user][-longest:]
+        requests.append(RankingRequest(user, tuple(history), None, tuple(sorted(taken[user].difference(history)))))
+    return requests

@@ -29,11 +29,19 @@ class RankingRequest:
         user: no other request has the same one.
         history: titles, oldest first; at least one.
         candidates: the titles to rank; None for the whole catalogue.
+        taken: titles that the user took beside those of the history, which is cut to its newest likes; they are left
+            out of the whole catalogue as the history is.
     """
 
     user: str
     history: tuple[str, ...]
     candidates: tuple[str, ...] | None
+    taken: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> set[str]:
+        """What no user is recommended again, under ``ranking.exclude_history``."""
+        return {*self.history, *self.taken}
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,8 @@ def check_against(requests: Sequence[RankingRequest], catalogue: Catalogue, path
     ]
     _refuse(path, "a candidate that is not in the catalogue", strange, "add it to --catalogue or leave --catalogue out")
     if exclude_history:
-        done = [repr(r.user) for r in requests if r.candidates is None and known.issubset(r.history)]
-        _refuse(path, "no usable candidates", done, "their history holds all titles: set ranking.exclude_history=false")
+        done = [repr(r.user) for r in requests if r.candidates is None and known.issubset(r.left_out)]
+        _refuse(path, "no usable candidates", done, "they took all titles: set ranking.exclude_history=false")
 
 
 def _prepared(folder: Path) -> Catalogue:

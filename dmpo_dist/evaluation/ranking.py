@@ -206,7 +206,7 @@ class Ranker:
             found = best_of(self.scores(request, np.array(titles, dtype=object)), self._top)
         else:
             titles = self._titles
-            taken = {*request.history} if self._exclude_history else set()
+            taken = request.left_out if self._exclude_history else set()
             found = self.best(request, np.array([title not in taken for title in titles]), self._top, self._beams)
         best = found[: self._top]
         return RankedTitles(request.user, [titles[b.title] for b in best], [b.log_prob for b in best])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -159,15 +159,16 @@ def ruled_scores(
 
 
 def with_rule(config: RunConfig, choice: RuleChoice | None) -> RunConfig:
-    """``config`` whose ``ranking`` section ranks a catalogue by ``choice``."""
-    if choice is None or choice.rule == "sum":
+    """``config`` whose ``ranking`` section ranks a catalogue by ``choice`` and nothing else."""
+    if choice is None:
         return config
-    changes: dict[Rule, dict[str, Any]] = {
-        "mean": {"length_normalize": True},
-        "prior": {"prior_weight": choice.prior_weight},
-        "reference": {"reference": _reference(config)},
+    ranking = {
+        "length_normalize": choice.rule == "mean",
+        "prior_weight": choice.prior_weight if choice.rule == "prior" else 0.0,
+        "reference": _reference(config) if choice.rule == "reference" else None,
+        "popularity_weight": 0.0,
     }
-    return config.model_copy(update={"ranking": config.ranking.model_copy(update=changes[choice.rule])})
+    return config.model_copy(update={"ranking": config.ranking.model_copy(update=ranking)})
 
 
 def rules_figures(ruled: Mapping[str, RuledScores], samples: int, seed: int) -> ScoringRules:

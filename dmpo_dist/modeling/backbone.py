@@ -5,7 +5,9 @@ tokenizer, and ``dmpo.json`` with the template that every later use of the model
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,8 @@ import torch
 from torch import nn
 
 from dmpo_dist import __version__
+from dmpo_dist.artifacts.base import read_config
+from dmpo_dist.artifacts.run_folder import CONFIG_FILE
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import LoraConfig, ModelConfig, RunConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.template import Template
@@ -63,8 +67,11 @@ def find_model(path: str) -> ModelSource:
                 f"{path}: there is no such model folder; correct model.path or --model to a model folder, a GGUF file "
                 f"or a hub id such as org/name; or fetch one of {', '.join(PUBLISHED)} by `dmpo models fetch`"
             )
-        return ModelSource(path, path, False, ModelStamp())
+        return ModelSource(path, path, False, _hub_stamp(path))
     stamp = ModelStamp.read_if_there(folder) or ModelStamp()
+    if stamp.template is not None and stamp.max_length is None:  # an earlier version's: its run's folder says it
+        with suppress(UserError):
+            stamp.max_length = (read_config(folder.parent / CONFIG_FILE).get("model") or {}).get("max_length")
     if (folder / ADAPTER).exists():
         base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
         if not base:
@@ -82,6 +89,18 @@ def find_model(path: str) -> ModelSource:
     _read_json(folder / "config.json")
     _check_weights(folder)
     return ModelSource(path, path, False, stamp)
+
+
+@cache
+def _hub_stamp(path: str) -> ModelStamp:
+    """The ``dmpo.json`` of a hub's repository, where ``dmpo export`` has put one and it can be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return ModelStamp.read(Path(hf_hub_download(path, ModelStamp.FILE)))
+    except (HfHubHTTPError, OSError, ValueError):  # no such file there; or offline, and not in the cache
+        return ModelStamp()
 
 
 def read_model_config(path: str, max_length: int) -> Any:
@@ -332,6 +351,16 @@ def with_length_of(sources: Sequence[ModelSource], config: RunConfig) -> RunConf
     contexts = [getattr(read_model_config(source.base, 0), "max_position_embeddings", None) for source in sources]
     length = min([trained or config.model.max_length, *(context for context in contexts if context)])
     return config.model_copy(update={"model": config.model.model_copy(update={"max_length": length})})
+
+
+def unlike_training(source: ModelSource, config: ModelConfig) -> list[str]:
+    """In what ``config`` would use a model otherwise than it was trained: words to follow "it was trained with"."""
+    trained = {"quantization": source.stamp.quantization, "max_length": source.stamp.max_length}
+    return [
+        f"model.{name}={value}, and is used with {getattr(config, name)} here"
+        for name, value in trained.items()
+        if source.stamp.template is not None and value not in (None, getattr(config, name))
+    ]
 
 
 def enforce_template(stamp: ModelStamp, asked: TemplateConfig, where: str) -> TemplateConfig:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -236,8 +237,10 @@ class RankingModel:
     ) -> list[TokenGroup]:
         """``token_groups`` of titles that somebody typed; raises UserError for those that the tokenizer cannot take."""
         check_titles([*history, *candidates], self.tokenizer)
-        if user is not None:
-            self.encode.texts = self.encode.texts.with_users(pd.DataFrame([{**user, "user": ""}]))
+        texts = self.encode.texts
+        if "" in texts.users:  # of the last caller
+            texts = replace(texts, users={name: fields for name, fields in texts.users.items() if name})
+        self.encode.texts = texts if user is None else texts.with_users(pd.DataFrame([{**user, "user": ""}]))
         return self.token_groups(history, candidates)
 
     def prior(self, titles: Sequence[str], user: str = "", timestamp: int = 0) -> np.ndarray:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from dmpo_dist.data.candidates import require_given_candidates
-from dmpo_dist.data.matching import requests_of_data
-from dmpo_dist.data.requests import Catalogue, read_catalogue
+from dmpo_dist.data.matching import ALL_USERS, requests_of_data
+from dmpo_dist.data.requests import Catalogue, RankingRequest, read_catalogue
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tables import read_table
@@ -66,7 +66,7 @@ class RankingService:
         self._path, self._catalogue = served.catalogue, None
         if self._path is not None:
             self._catalogue = CatalogueWatch(self._path, self._accept, self._serving.reload_seconds)
-        self._histories: dict[str, tuple[str, ...]] | None = None
+        self._users: dict[str, RankingRequest] | None = None
         budget = self._serving.token_budget or (GPU_ROW if torch.cuda.is_available() else CPU_ROW)
         for model in models:
             model.score_catalogue(self._sample())  # loads the weights, and compares shared prompts with separate rows
@@ -152,11 +152,12 @@ class RankingService:
         return {"titles": found[:LISTED], "catalogue": known.version if known else None}
 
     async def users(self, like: str) -> dict[str, Any]:
-        """Users of the prepared data whose names begin with ``like``, and the likes of each, oldest first."""
-        if self._histories is None:
-            self._histories = await asyncio.to_thread(self._read_histories)
-        found = [user for user in self._histories if user.startswith(like)][:LISTED]
-        return {"users": [{"user": user, "history": list(self._histories[user])} for user in found]}
+        """Users of the prepared data whose names begin with ``like``: the latest likes of each, oldest first, and what
+        else they took."""
+        if self._users is None:
+            self._users = await asyncio.to_thread(self._read_users)
+        found = [request for user, request in self._users.items() if user.startswith(like)][:LISTED]
+        return {"users": [{"user": r.user, "history": list(r.history), "taken": list(r.taken)} for r in found]}
 
     async def state(self) -> dict[str, Any]:
         """What /health and /metrics show of this copy of the model."""
@@ -269,10 +270,10 @@ class RankingService:
         user = next(iter(self._policy.encode.texts.users), "")  # prompts may show fields of the user
         return self._policy.token_group(titles[:1], titles, user)
 
-    def _read_histories(self) -> dict[str, tuple[str, ...]]:
+    def _read_users(self) -> dict[str, RankingRequest]:
         if self._path is None or not self._path.is_dir():
             return {}
-        return {one.user: one.history for one in requests_of_data(PreparedData.load(self._path), "all")}
+        return {request.user: request for request in requests_of_data(PreparedData.load(self._path), ALL_USERS)}
 
     def _answer(self, **content: Any) -> dict[str, Any]:
         return {"id": uuid4().hex, "model": self.name, **content}

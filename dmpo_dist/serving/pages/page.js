@@ -37,15 +37,15 @@ const later = (work, wait = 150) => {
 let known = new Map();
 async function suggestUsers() {
   const { users } = await ask(`/v1/users?like=${encodeURIComponent(at("user").value)}`);
-  known = new Map(users.map(one => [one.user, one.history]));
+  known = new Map(users.map(one => [one.user, one]));
   options("users", [...known.keys()]);
   at("user-field").hidden = at("user-field").hidden && users.length === 0;
 }
 
 async function takeUser() {
   if (!known.has(at("user").value)) await suggestUsers();
-  const history = known.get(at("user").value);
-  if (history) at("history").value = history.join("\n");
+  const user = known.get(at("user").value);
+  if (user) at("history").value = user.history.join("\n");
 }
 
 async function suggestTitles() {
@@ -108,7 +108,10 @@ function show(results, explained) {
 async function ranked() {
   const history = lines("history"), documents = lines("documents"), count = Number(at("count").value);
   const common = { history, user: at("user").value };
-  if (!documents.length) return (await ask("/v1/recommend", { ...common, k: count })).results;
+  if (!documents.length) {
+    const exclude = known.get(at("user").value)?.taken ?? [];
+    return (await ask("/v1/recommend", { ...common, k: count, exclude })).results;
+  }
   const { results } = await ask("/v1/rerank", { ...common, documents, top_n: count });
   return results.map(one => ({ title: one.document.text, score: one.relevance_score }));
 }
