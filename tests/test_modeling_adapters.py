@@ -95,7 +95,7 @@ def test_refusals(folder, monkeypatch):
     with pytest.raises(UserError, match=r"leaves the 4-bit weight .* whole.*deepspeed=zero2"):
         require_partitioned(model, 2)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r'pip install "dmpo-dist\[quant\]"'):
+    with pytest.raises(UserError, match=r'pip install -c constraints.txt -e "\.\[quant\]"'):
         load_policy(find_model(str(folder)), NF4)
 
 

@@ -26,7 +26,7 @@ def data_prepare(
 
         dmpo data prepare data.path=runs/data
 
-        dmpo data prepare -c movielens data.source.path=ml-latest-small data.path=runs/ml/data
+        dmpo data prepare -c movielens data.source.path=datasets/ml-latest-small data.path=runs/ml/data
     """
     settings = read_settings(config, overrides, dry_run)
     if settings.data.path is None:

@@ -51,7 +51,8 @@ def require_packages() -> None:
     missing = [name for name in ("fastapi_offline", "prometheus_client", "uvicorn") if find_spec(name) is None]
     if missing:
         raise UserError(
-            f"dmpo serve needs {', '.join(missing)}; install the extra serve: pip install 'dmpo-dist[serve]'"
+            f"dmpo serve needs {', '.join(missing)}; install the extra serve in your clone: "
+            "pip install -c constraints.txt -e '.[serve]'"
         )
 
 

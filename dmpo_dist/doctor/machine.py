@@ -30,7 +30,9 @@ def examine(config: RunConfig, console: Console) -> bool:
     problems = [f"{name} is not installed; run launch/setup_env.sh or pip install dmpo-dist" for name in missing]
     if environment.packages["bitsandbytes"] is None:
         console.print(
-            '  (4-bit models need bitsandbytes: pip install "dmpo-dist[quant]")', markup=False, highlight=False
+            '  (4-bit models need bitsandbytes: pip install -c constraints.txt -e ".[quant]")',
+            markup=False,
+            highlight=False,
         )
     console.print(f"accelerator: {_accelerator(torch)}", highlight=False)
     console.print(f"collectives: {'nccl' if torch.cuda.is_available() else 'gloo'}", highlight=False)

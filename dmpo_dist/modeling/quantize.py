@@ -122,5 +122,6 @@ def _require_bitsandbytes(quantization: str) -> None:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f'model.quantization={quantization} needs bitsandbytes ({error}); pip install "dmpo-dist[quant]"'
+            f"model.quantization={quantization} needs bitsandbytes ({error}); in your clone: "
+            'pip install -c constraints.txt -e ".[quant]"'
         ) from None

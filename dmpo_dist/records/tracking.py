@@ -20,7 +20,7 @@ from dmpo_dist.training.job import Job
 
 ID_FILE = "{}-run-id"
 """File in a run folder with the run's id in a tracker, so that a resumed run continues there."""
-EXTRA = 'pip install "dmpo-dist[track]"'
+EXTRA = 'pip install -c constraints.txt -e ".[track]"'
 MLFLOW_LONGEST_VALUE, MLFLOW_MOST_PARAMETERS = 6000, 100
 
 

@@ -86,7 +86,9 @@ def connect(settings: RayJobsConfig) -> tuple[Any, dict[str, str], str]:
         logging.getLogger(name).setLevel(logging.ERROR)
     address, headers = _address(settings), _headers(settings)
     if find_spec("aiohttp") is None:  # Ray's client wants it, and says so less clearly
-        raise UserError('--to ray needs Ray\'s client: pip install "dmpo-dist[submit]" (ray[default])')
+        raise UserError(
+            "--to ray needs Ray's client (ray[default]); in your clone: pip install -c constraints.txt -e '.[submit]'"
+        )
     try:
         client = JobSubmissionClient(address, headers=dict(headers))
         version = client._server_ray_version  # of the head; its get_version() is the API's version
@@ -229,7 +231,7 @@ def submit(job: SubmitJob) -> Record:
         raise UserError(
             f"{address} refuses the job: {_reason(error)}; if it has one of that name, choose another submit.name"
         ) from None
-    token_file = str(settings.token_file.absolute()) if settings.token_file else None
+    token_file = str(settings.token_file.expanduser().absolute()) if settings.token_file else None
     return Record("ray", number, address, token_file=token_file)
 
 
