@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from dmpo_dist.artifacts.evaluation import Evaluation, weights_digest
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands import evaluate as evaluation
 from dmpo_dist.commands import kept_baselines, model_scores
@@ -119,6 +120,23 @@ def test_what_a_stage_started_from_is_found_by_folder(tmp_path, monkeypatch):
     entries = {"zero": "base", "sft@0": "sft0", "sft@1": "sft1", "dmpo@0": "dmpo0", "dmpo@1": "dmpo1"}
     assert starts_module.starts_of(entries) == {"sft": "zero", "dmpo": "sft"}
     assert starts_module.starts_of(entries | {"dmpo@0": "other0"}) == {"sft": "zero"}, "another seed's start"
+
+
+def test_figures_are_of_the_weights_that_were_ranked(tmp_path):
+    ModelStamp(digests={"model.safetensors": "1"}).write(tmp_path)
+    found = Evaluation(
+        requests=1,
+        negatives={"fewest": 1, "most": 1},
+        models={"dmpo": {"hr@1": 0.5}},
+        folders={"dmpo": str(tmp_path)},
+        weights={"dmpo": weights_digest(tmp_path)},
+    )
+    assert found.name_of(tmp_path) == "dmpo"
+    ModelStamp(digests={"model.safetensors": "2"}).write(tmp_path)
+    assert found.name_of(tmp_path) is None, "trained again in place"
+    assert found.name_of(tmp_path, same_weights=False) == "dmpo"
+    earlier = found.model_copy(update={"weights": {}})
+    assert earlier.name_of(tmp_path) == "dmpo", "of a version that did not say"
 
 
 def test_the_quickstart_looks_at_the_baselines_environment_first(tmp_path):

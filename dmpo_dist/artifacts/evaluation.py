@@ -6,7 +6,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, FiniteFloat, model_validator
 
 from dmpo_dist.artifacts.base import Artifact, Typed
+from dmpo_dist.artifacts.digest import json_digest
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config.evaluation import Rule
+from dmpo_dist.errors import UserError
 
 SCORES_FILE = "scores.parquet"
 """Beside it: a row per model, request and candidate."""
@@ -127,6 +130,15 @@ class ScoringRules(Typed):
     """Model, or name@seed of one -> the rule in use in all other figures."""
 
 
+def weights_digest(model: Path) -> str | None:
+    """A digest of the files that training wrote to the folder ``model``, as its stamp has them; None for none."""
+    try:
+        stamp = ModelStamp.read_if_there(model)
+    except UserError:
+        return None
+    return json_digest(stamp.digests) if stamp and stamp.digests else None
+
+
 class EvaluationOrder(Artifact):
     """What an evaluation was asked for beside its configuration, so that its folder is enough to go on with it."""
 
@@ -162,6 +174,8 @@ class Evaluation(Artifact):
     """Path and fingerprint of the prepared data."""
     folders: dict[str, str] = Field(default_factory=dict)
     """Language model, or name@seed of one -> its model folder or hub id."""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """The same names -> ``weights_digest`` of that folder, where it has one."""
     settings: dict[str, Any] | None = None
     """Of an experiment: what the figures depend on."""
     notes: list[str] = Field(default_factory=list)
@@ -184,15 +198,20 @@ class Evaluation(Artifact):
         by_name = of_first_seed | self.folders
         return {name: by_name[name] for name in self.models if name in by_name}
 
-    def name_of(self, model: Path) -> str | None:
-        """What the model in the folder ``model`` is called, name@seed for one of several seeds; None: none."""
+    def name_of(self, model: Path, same_weights: bool = True) -> str | None:
+        """What the model in the folder ``model`` is called, name@seed for one of several seeds; None: none.
+
+        Args:
+            same_weights: a model that was trained again in that folder since is none.
+        """
         model = model.resolve()
         for name, folder in self.folders.items():
             # a relative path was relative to wherever `dmpo evaluate` ran
             if model == Path(folder).resolve() or (
                 not Path(folder).is_absolute() and str(model).endswith(f"/{folder}")
             ):
-                return name
+                now = weights_digest(model)
+                return name if not same_weights or now is None or self.weights.get(name, now) == now else None
         return None
 
     def figures_of(self, name: str) -> dict[str, Interval]:

@@ -13,6 +13,7 @@ from dmpo_dist.artifacts.evaluation import (
     Evaluation,
     Generation,
     OrderCheck,
+    weights_digest,
 )
 from dmpo_dist.commands.catalogue_parts import rank_catalogue
 from dmpo_dist.commands.kept_baselines import kept_baseline_scores
@@ -172,6 +173,7 @@ def evaluate(
     )
     evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation.folders = models
+    evaluation.weights = {n: digest for n, path in models.items() if (digest := weights_digest(Path(path)))}
     of_lists = _notes_of_lists(models, data, config)
     evaluation.notes = notes_of(data, config) + of_lists
     evaluation.baselines = {n: BaselineTraining.model_validate(known) for n, known in baselines.details.items()}

@@ -247,6 +247,10 @@ def _find_in_evaluation(file: Path, model: str) -> tuple[str, Evaluation]:
     """
     found = Evaluation.read(file)
     name = found.name_of(Path(model))
+    if name is None and found.name_of(Path(model), same_weights=False) is not None:
+        raise UserError(
+            f"--evaluation {file}: ranks what {model} held before it was trained again; run dmpo evaluate again"
+        )
     if name is None:
         ranked = ", ".join(f"{name}={path}" for name, path in found.folders.items()) or "none"
         raise UserError(

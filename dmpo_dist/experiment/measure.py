@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from dmpo_dist.artifacts.evaluation import SCORES_FILE
+from dmpo_dist.artifacts.evaluation import SCORES_FILE, weights_digest
 from dmpo_dist.commands.scored_parts import PartScorer
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
@@ -50,6 +50,7 @@ def measure_part(part: Part, data: Mapping[str, PreparedData], study: Path, cons
                 scores[name] = ruled[name].scores
         about: dict[str, Any] = {
             "folders": {name: str(path) for name, path in part.measured.items()},
+            "weights": {name: digest for name, path in part.measured.items() if (digest := weights_digest(path))},
             "settings": model_settings(part.config),
         }
         if ruled:

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dmpo_dist.cli import main
 from dmpo_dist.cluster import train as ray_train
+from dmpo_dist.commands.scored_parts import PARTS
 from dmpo_dist.config import TemplateConfig
 from dmpo_dist.modeling.backbone import write_stamp
 
@@ -313,8 +314,9 @@ def test_refused_while_scoring(dmpo, mistakes, tmp_path, arguments, words):
     status, _, errors = dmpo(f"{EVALUATE} -m {arguments}")
     check_refused(status, errors, words, {"bad": mistakes, "out": tmp_path})
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        ".lock", "config.yaml", "environment.json", "evaluate.json",
+        ".lock", "config.yaml", "environment.json", "evaluate.json", PARTS,
     }  # fmt: skip
+    assert [path.name.partition("-")[0] for path in (tmp_path / "run" / PARTS).iterdir()] == ["baselines"]
 
 
 def test_a_user_with_one_interaction_is_counted(dmpo):

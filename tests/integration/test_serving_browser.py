@@ -31,7 +31,7 @@ def test_a_user_is_picked_and_the_ranking_explained(world, browser, width):  # n
     with serving(world) as (address, service):
         show(browser, At(f"{address}/"), width, "light")
         wait_for(browser, "document.querySelectorAll('#users option').length")
-        user, history = next((u, h) for u, h in service._read_histories().items() if len(h) > 3)
+        user, request = next((u, r) for u, r in service._read_users().items() if len(r.history) > 3 and r.taken)
         take = "const u = document.getElementById('user'); u.value = arguments[0]; u.dispatchEvent(new Event('change'))"
         browser.execute_script(take, user)
         wait_for(browser, "document.getElementById('history').value")
@@ -39,10 +39,10 @@ def test_a_user_is_picked_and_the_ranking_explained(world, browser, width):  # n
         wait_for(browser, "document.querySelectorAll('#ranking details').length == 10")
         names = browser.execute_script("return [...document.querySelectorAll('#ranking .name')].map(n => n.innerText)")
         assert len(set(names)) == 10
-        assert not set(names) & set(history)
+        assert not set(names) & request.left_out
         details = "[...document.querySelectorAll('#ranking details')]"
         titles = f"return {details}.map(d => [...d.querySelectorAll('li > :first-child')].map(t => t.textContent))"
-        assert browser.execute_script(titles) == [list(history)] * 10
+        assert browser.execute_script(titles) == [list(request.history)] * 10
         assert browser.execute_script("return document.documentElement.scrollWidth") == width
         small = (
             "[...document.querySelectorAll('button, input, select')].filter(e => e.offsetParent && e.offsetHeight < 40)"
