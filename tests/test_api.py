@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import dmpo_dist as dmpo
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.model_files import weights_digests
 
 SMALL = {"model.scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 16}, "model.max_length": 96}
 COLUMNS = {"user": "customer", "item": "sku", "timestamp": "time", "title": "name"}
@@ -60,6 +61,7 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     assert compared.difference == pytest.approx(difference)
     lora = dmpo.train(data, sft, negatives=3, shots=10, settings={"train.steps": 2, "model.lora": {"r": 2}})
     both = dmpo.evaluate(data, {"dmpo": lora, "base": lora.reference(lora.source.base), "sft": sft}, baselines=[])
+    assert lora.source.stamp.base_digests == weights_digests(sft.source.path)
     assert both.folders["base"] == both.folders["sft"] != both.folders["dmpo"]
 
     loaded = dmpo.load(model.source.path)

@@ -4,12 +4,13 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import ModelConfig, TemplateConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import ADAPTER, ModelSource, find_model, write_stamp
-from dmpo_dist.modeling.model_files import start_digests, weights_key, written_digests
+from dmpo_dist.modeling.model_files import start_digests, weights_digests, weights_key, written_digests
 from dmpo_dist.modeling.ranking_model import RankingModel
 
 FILES = [
@@ -62,6 +63,22 @@ def test_a_changed_adapter_is_found_and_a_moved_base_is_none(folders, world):
         scores(folders / "adapter", world)
     (folders / "adapter" / "dmpo.json").unlink()
     assert scores(folders / "adapter", world) != before, "a foreign adapter is used as it is"
+
+
+def test_an_adapter_is_not_used_on_a_base_that_was_trained_again(folders, world):
+    base, adapter = folders / "model", folders / "adapter"
+    on = weights_digests(str(base))
+    assert on.keys() == {"model.safetensors"}
+    write_stamp(adapter, TemplateConfig(), stage="train", digests=written_digests(adapter), base_digests=on)
+    before = scores(adapter, world)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    write_stamp(base, TemplateConfig(), stage="sft", digests=written_digests(base))
+    for use in (lambda: scores(adapter, world), lambda: start_digests(find_model(str(adapter)))):
+        with pytest.raises(UserError, match=f"{base}: model.safetensors is not what the adapter {adapter}"):
+            use()
+    ModelStamp.model_validate(ModelStamp.read(adapter).content() | {"base_digests": None}).write(adapter)
+    assert scores(adapter, world) != before
 
 
 def test_a_lost_file_is_named(folders, world):

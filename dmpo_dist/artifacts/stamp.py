@@ -41,6 +41,8 @@ class ModelStamp(Artifact):
     step: int | None = None
     digests: dict[str, str] | None = None
     """Path -> digest of the files beside this one, see ``modeling.model_files``; None in stamps of earlier versions."""
+    base_digests: dict[str, str] | None = None
+    """Of an adapter: likewise of the weights in the folder of its base."""
     export: dict[str, Any] | None = None
     """How ``dmpo export`` wrote it."""
 

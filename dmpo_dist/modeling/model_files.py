@@ -16,6 +16,7 @@ from dmpo_dist.modeling.backbone import ADAPTER, ModelSource
 from dmpo_dist.parsing import parse_json
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja")
+WEIGHTS = MODEL_FILES[:2]
 FREE = ("generation_config.json", "README.md", ModelStamp.FILE)
 """Files that no score depends on, and the one that holds the digests."""
 
@@ -40,6 +41,7 @@ def start_digests(source: ModelSource) -> dict[str, str]:
     found = {part: content_digests(model) for part, model in folders.items()}
     for part, model in folders.items():
         _require(model, found[part])
+    _require_base(source, found["base"])
     return {f"{part}/{name}": digest for part, digests in found.items() for name, digest in digests.items()}
 
 
@@ -61,6 +63,15 @@ def require_as_written(source: ModelSource) -> None:
     """
     for model in {source.path, source.base}:
         _require(model, {})
+    if source.stamp.base_digests:
+        _require_base(source, weights_digests(source.base))
+
+
+def weights_digests(model: str) -> dict[str, str]:
+    """File -> digest of the weights in a model's folder; {} for a hub id."""
+    folder = Path(model)
+    files = [path for pattern in WEIGHTS for path in folder.glob(pattern)] if folder.is_dir() else []
+    return digests_of(folder, files)
 
 
 def written_digests(folder: Path) -> dict[str, str]:
@@ -96,6 +107,17 @@ def _require(model: str, known: Mapping[str, str]) -> None:
         raise UserError(
             f"{folder}: {why}; copy the model again or, if you changed it yourself, remove the key digests there"
         )
+
+
+def _require_base(source: ModelSource, now: Mapping[str, str]) -> None:
+    """Raise UserError where an adapter was trained on other weights than its base has ``now`` (file -> digest)."""
+    for name, digest in (source.stamp.base_digests or {}).items():
+        if source.is_adapter and now.get(name, digest) != digest:
+            raise UserError(
+                f"{source.base}: {name} is not what the adapter {source.path} was trained on; was that base trained "
+                "again in its folder? Bring it back, or train the adapter again; if all is well, remove the key "
+                f"base_digests from the adapter's {ModelStamp.FILE}"
+            )
 
 
 def _digest(file: Path) -> str:

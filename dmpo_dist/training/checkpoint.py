@@ -14,7 +14,7 @@ from dmpo_dist.data.store import PreparedData, texts_of_data
 from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, write_stamp
-from dmpo_dist.modeling.model_files import written_digests
+from dmpo_dist.modeling.model_files import weights_digests, written_digests
 from dmpo_dist.training.engine import gathered_state
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.optimizer_state import trained_shapes
@@ -108,6 +108,8 @@ def save_model(engine: Any, tokenizer: Any, folder: Path, job: Job, stamp: dict[
             if job.config.template.item_fields and job.config.data.path is not None:
                 texts_of_data(job.config.template, PreparedData.load(job.config.data.path)).write(part)
             base["digests"] = written_digests(part)
+            if hasattr(causal_lm, "peft_config"):
+                base["base_digests"] = weights_digests(find_model(job.start).base)
             write_stamp(part, job.config.template, stage=job.section, start=job.start, **behind, **base, **stamp)
     dist.barrier()
 
