@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from worlds import CONTEXT, make_three_models
 
 from dmpo_dist.artifacts.stamp import ModelStamp
-from dmpo_dist.config import RankingConfig, RunConfig, ScratchModel
+from dmpo_dist.config import ModelConfig, RankingConfig, RunConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import Ranker, check_beams, load_ranking_model, reference_of, require_no_beams
-from dmpo_dist.modeling.backbone import find_model, make_scratch_model, with_length_of
+from dmpo_dist.modeling.backbone import ModelSource, find_model, make_scratch_model, unlike_training, with_length_of
 from dmpo_dist.modeling.scoring_rule import scored_lengths
 
 TITLES = ("Heat", "Alien", "Alien 3", "Aliens", "The Thing", "The Fly", "The Fly (1958)", "Up")
@@ -131,3 +131,9 @@ def test_a_model_keeps_the_length_it_was_trained_with(world, tmp_path):
     assert length([beyond]) == CONTEXT, "of a base with a shorter context"
     assert length([short], max_length=32) == 32
     assert length([]) == 512
+
+    stamp = ModelStamp(template=TemplateConfig(), max_length=100, quantization="nf4")
+    [of_base, of_length] = unlike_training(ModelSource("m", "b", True, stamp), ModelConfig(max_length=32))
+    assert of_base == "model.quantization=nf4, and is used with none here; give model.quantization=nf4 to keep to it"
+    assert of_length == "model.max_length=100, and is used with 32 here; give model.max_length=100 to keep to it"
+    assert not unlike_training(ModelSource("m", "b", True, ModelStamp()), ModelConfig()), "a model that is not ours"

@@ -357,7 +357,7 @@ def unlike_training(source: ModelSource, config: ModelConfig) -> list[str]:
     """In what ``config`` would use a model otherwise than it was trained: words to follow "it was trained with"."""
     trained = {"quantization": source.stamp.quantization, "max_length": source.stamp.max_length}
     return [
-        f"model.{name}={value}, and is used with {getattr(config, name)} here"
+        f"model.{name}={value}, and is used with {getattr(config, name)} here; give model.{name}={value} to keep to it"
         for name, value in trained.items()
         if source.stamp.template is not None and value not in (None, getattr(config, name))
     ]
