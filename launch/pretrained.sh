@@ -45,7 +45,7 @@ if [[ ! -e "$folder/download/ml-100k-recbole" ]]; then
 fi
 if [[ ! -e "$folder/data" ]]; then
     run data prepare -c pretrained_few_shot data.source.path="$folder/download/ml-100k-recbole" \
-        data.path="$folder/data"
+        data.path="$folder/data" data.max_test_users=120
 fi
 
 stage sft sft "$model"
@@ -62,6 +62,6 @@ if [[ ! -e "$folder/evaluation/evaluation.json" ]]; then
 fi
 if [[ ! -e "$folder/explanation" ]]; then
     run explain -c pretrained_few_shot -m "$folder/dmpo/model" data.path="$folder/data" \
-        --users 3 --faithfulness --output "$folder/explanation"
+        --users 2 --faithfulness --output "$folder/explanation"
 fi
 run report "$folder"

@@ -1,7 +1,9 @@
 """What users and catalogues are read from, and what is refused, with user, title or row named."""
 
+import numpy as np
 import pandas as pd
 import pytest
+from worlds import prepared
 
 from dmpo_dist.data.requests import RankingRequest, check_against, read_catalogue, read_requests
 from dmpo_dist.errors import UserError
@@ -74,6 +76,21 @@ def test_catalogue(tmp_path, kind):
     ]:
         with pytest.raises(UserError, match=message):
             read_catalogue(write(tmp_path, columns, kind))
+
+
+def test_the_popularity_of_prepared_data_counts_likes_as_every_baseline_does(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"user": f"u{u}", "item": f"i{item}", "title": f"Title {item}", "rating": 3 + u % 3, "timestamp": 100 * u + place}
+        for u in range(60)
+        for place, item in enumerate(rng.permutation(20)[:12])
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "log.csv", index=False)
+    data = prepared(tmp_path / "data", source={"path": str(tmp_path / "log.csv")})
+    catalogue, log = read_catalogue(tmp_path / "data"), data.interactions
+    liked = log[log["rating"] >= 4]["item"].value_counts()
+    assert catalogue.counts.tolist() == [liked.get(item, 0) for item in catalogue.ids]
+    assert 0 < catalogue.counts.sum() < len(log)
 
 
 def test_requests_against_the_catalogue(tmp_path):

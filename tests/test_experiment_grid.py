@@ -13,7 +13,7 @@ from worlds import SETTINGS
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand, keep_grid, read_grid
-from dmpo_dist.experiment.parts import make_parts
+from dmpo_dist.experiment.parts import _weights, make_parts
 from dmpo_dist.experiment.schema import GridConfig
 
 GRIDS = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("experiment*.yaml"))
@@ -128,6 +128,28 @@ def test_sft_continued_is_shared_by_cells_that_differ_in_what_it_knows_nothing_o
     assert [dict(part.free) for part in continued] == [{"train.learning_rate": rate} for rate in (1e-4, 1e-3)]
     of_cell = {(dict(p.free)["train.learning_rate"], p.continued["sft_continued"]) for p in parts if p.role == "cell"}
     assert of_cell == {(part.config.sft.learning_rate, part.title) for part in continued}
+
+
+def test_tables_name_the_likelihood_that_the_layers_below_add_to_every_objective():
+    below = {"objective": {"sft_weight": 30, "sft_loss_on": "all_titles"}, "template": {"item": "{title}{end}"}}
+    cells = expand(grid_of({"dataset": ["a"], "objective": ["sdpo", {"name": "dmpo", "sft_weight": 1}]}, settings=below))
+    assert {cell.objective for cell in cells} == {"sdpo-sft_weight30.0-all_titles", "dmpo-all_titles-sft_weight1"}
+    assert {cell.objective for cell in expand(grid_of({"dataset": ["a"], "objective.beta": [0.5]}))} == {"dmpo"}
+
+
+def test_a_model_that_is_trained_again_in_its_folder_is_another_start(world, tmp_path):
+    model = shutil.copytree(world.model, tmp_path / "model")
+
+    def hash_of_start():
+        _weights.cache_clear()
+        grid = grid_of({"dataset": ["a"], "seed": [0]}, settings={"model": {"path": str(model)}})
+        return [part.settings_hash for part in make_parts(grid, expand(grid), {})]
+
+    before = hash_of_start()
+    assert hash_of_start() == before
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert not {*hash_of_start()} & {*before}  # neither the start nor the cell that goes on from it
 
 
 def test_a_model_before_training_is_zero_shot_if_it_is_pretrained_and_untuned_if_it_is_random(world):

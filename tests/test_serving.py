@@ -131,8 +131,9 @@ def test_ids_and_names_of_other_interfaces_and_what_is_excluded(world, server):
     assert [r["index"] for r in cohere.json()["results"]] == [r["index"] for r in plain[:3]]
     best = post(server, "/v1/recommend", history=history, k=40).json()["results"]
     left_out = [best[0]["title"], best[2]["item"]]
-    after = post(server, "/v1/recommend", history=history, k=1000, exclude=left_out).json()["results"]
-    assert [r["title"] for r in after] == [r["title"] for i, r in enumerate(best) if i not in (0, 2)]
+    after = post(server, "/v1/recommend", history=history, k=1000, exclude=[*left_out, "Hraet (1995)"]).json()
+    assert [r["title"] for r in after["results"]] == [r["title"] for i, r in enumerate(best) if i not in (0, 2)]
+    assert after["not_in_catalogue"] == ["Hraet (1995)"]
     nothing = post(server, "/v1/recommend", history=history, exclude=world.titles)
     assert (nothing.status_code, "nothing of the catalogue is left" in nothing.text) == (422, True)
 

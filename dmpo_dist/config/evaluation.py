@@ -122,7 +122,7 @@ class RankingConfig(Section):
     prior_weight: float = Field(0.0, ge=0)
     """Subtract this times a title's log-prob after an empty history, which is how common the string is by itself."""
     popularity_weight: float = Field(0.0, ge=0)
-    """Subtract this times log(1 + a title's interactions)."""
+    """Subtract this times log(1 + how often a title was liked before)."""
     exclude_history: bool = True
     """Leave titles of the history out of a ranking of the whole catalogue."""
     beams: int | None = Field(None, ge=1)

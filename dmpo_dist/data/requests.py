@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tables import read_delimited, read_json_lines
 from dmpo_dist.errors import UserError
@@ -135,7 +136,8 @@ def _prepared(folder: Path) -> Catalogue:
     titles, ids = tuple(data.items["title"].tolist()), tuple(data.items["item"].tolist())
     if data.interactions is None:
         return Catalogue(titles, None, ids)
-    taken = data.interactions["item"].value_counts()
+    # Likes, as `dmpo evaluate --catalogue` counts them: one model ranks by one popularity everywhere.
+    taken = likes(data.interactions, data.card.config["rating_threshold"])["item"].value_counts()
     return Catalogue(titles, data.items["item"].map(taken).fillna(0).to_numpy(np.int64), ids)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.config.load import find_recipe
+from dmpo_dist.config.objective import PreferenceOptions
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.schema import (
@@ -169,9 +170,8 @@ def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig
 
 def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: dict[str, Any], free: Free) -> GridCell:
     shots, seed, k = values
-    label = "-".join(map(str, [options["name"], *(_option(*o) for o in options.items() if o[0] != "name")]))
     few = None if shots in (None, ALL_SHOTS) else shots
-    name = f"{dataset}_shots-{few or ALL_SHOTS}_k-{k}_{_as_file_name(label)}"
+    name = f"{dataset}_shots-{few or ALL_SHOTS}_k-{k}_{_as_file_name(_label(options))}"
     name = f"{name}_seed-{seed}{free_part(free)}"
     set_twice = sorted({f"objective.{key}" for key in options} & {key for key, _ in free})
     if set_twice:
@@ -183,7 +183,22 @@ def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: d
         config = load_config(layers_of(grid), [*settings_of(grid, dataset), *overrides])
     except UserError as error:
         raise UserError(f"the cell {name}: {last_line(error)}") from None
-    return GridCell(name, dataset, few, k, label, seed, free, config)
+    named = options | {key.removeprefix("objective."): value for key, value in free}
+    return GridCell(
+        name, dataset, few, k, _label(_of_base(config.objective, named) | options), seed, free, config
+    )
+
+
+def _label(options: Mapping[str, Any]) -> str:
+    return "-".join([options["name"], *(_option(*option) for option in options.items() if option[0] != "name")])
+
+
+def _of_base(objective: Any, named: Iterable[str]) -> dict[str, Any]:
+    """Options that the layers below the grid changed, such as a likelihood term, but for those in ``named``."""
+    if not isinstance(objective, PreferenceOptions):
+        return {}
+    changed = objective.model_dump(mode="json", exclude_defaults=True, exclude={*named} - {"name"})
+    return {"name": objective.name} | changed
 
 
 def free_part(free: Iterable[tuple[str, Any]]) -> str:

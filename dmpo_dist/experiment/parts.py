@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from dmpo_dist.experiment.compute import equal_compute
 from dmpo_dist.experiment.datasets import named_path
 from dmpo_dist.experiment.grid import Free, GridCell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, START, GridConfig
+from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.model_files import weights_key
 from dmpo_dist.objectives.registry import make_objective
 from dmpo_dist.training.groups import require_levels, require_negatives
 from dmpo_dist.training.job import Kind
@@ -235,10 +238,18 @@ def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str
         content |= config.model_dump(mode="json", include=set(PREFERENCE_SECTIONS))
     if start is not None:
         content["model"]["path"] = f"the SFT start {start}"
+    elif Path(config.model.path).is_dir():
+        content["model"]["weights"] = _weights(config.model.path)
     flat = dotted(content | {"data": {"fingerprint": fingerprint, "shots": config.data.shots}})
     ignored = {f"{stage}.{name}" for name in NO_INFLUENCE}
     ignored |= set() if config.template.lists_candidates else {"template.candidate", "sft.negatives"}
     return {key: value for key, value in flat.items() if key not in ignored}
+
+
+@cache
+def _weights(model: str) -> str:
+    """A hash of the content of a model's folder, which may be trained again in place; read once in a process."""
+    return hashlib.sha256(json.dumps(weights_key(find_model(model)), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _on_dataset(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mapping[str, PreparedData]) -> RunConfig:

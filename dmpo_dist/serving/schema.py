@@ -133,6 +133,8 @@ class RecommendAnswer(BaseModel):
     model: str
     catalogue: str
     results: list[RecommendResult]
+    not_in_catalogue: list[str]
+    """What ``exclude`` names and the catalogue does not hold: nothing was left out for it."""
     usage: Usage
 
 

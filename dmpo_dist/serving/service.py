@@ -106,7 +106,10 @@ class RankingService:
         require_given_candidates(self._policy.template, self.name, "send the titles to choose from to /v1/rerank")
         history, _ = await self._off_thread(lambda: self._looked_up(body.history, (), body.keep_unknown, served))
         titles = list(served.catalogue.titles)
-        excluded = {served.lookup.title(named) or named for named in body.exclude}
+        held = {*titles}
+        left_out = {named: served.lookup.title(named) or named for named in body.exclude}
+        unknown = [named for named, title in left_out.items() if title not in held]
+        excluded = {*left_out.values()}
         if self._ranking.exclude_history:
             excluded |= set(history)
         allowed = np.array([title not in excluded for title in titles])
@@ -121,7 +124,7 @@ class RankingService:
             {"rank": rank, "title": titles[i], "item": served.item_of.get(titles[i]), "score": score}
             for rank, (i, score) in enumerate(best[: body.k], start=1)
         ]
-        return self._answer(catalogue=served.version, results=results, usage=usage)
+        return self._answer(catalogue=served.version, results=results, not_in_catalogue=unknown, usage=usage)
 
     async def explain(self, body: ExplainBody) -> dict[str, Any]:
         """See ``ExplainAnswer``; all shortened histories are scored together."""
