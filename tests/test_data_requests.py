@@ -81,7 +81,7 @@ def test_catalogue(tmp_path, kind):
 def test_the_popularity_of_prepared_data_counts_likes_as_every_baseline_does(tmp_path):
     rng = np.random.default_rng(0)
     rows = [
-        {"user": f"u{u}", "item": f"i{item}", "title": f"Title {item}", "rating": 3 + u % 3, "timestamp": 100 * u + place}
+        {"user": f"u{u}", "item": f"i{item}", "title": f"T{item}", "rating": 3 + u % 3, "timestamp": 100 * u + place}
         for u in range(60)
         for place, item in enumerate(rng.permutation(20)[:12])
     ]

@@ -132,7 +132,8 @@ def test_sft_continued_is_shared_by_cells_that_differ_in_what_it_knows_nothing_o
 
 def test_tables_name_the_likelihood_that_the_layers_below_add_to_every_objective():
     below = {"objective": {"sft_weight": 30, "sft_loss_on": "all_titles"}, "template": {"item": "{title}{end}"}}
-    cells = expand(grid_of({"dataset": ["a"], "objective": ["sdpo", {"name": "dmpo", "sft_weight": 1}]}, settings=below))
+    block = {"dataset": ["a"], "objective": ["sdpo", {"name": "dmpo", "sft_weight": 1}]}
+    cells = expand(grid_of(block, settings=below))
     assert {cell.objective for cell in cells} == {"sdpo-sft_weight30.0-all_titles", "dmpo-all_titles-sft_weight1"}
     assert {cell.objective for cell in expand(grid_of({"dataset": ["a"], "objective.beta": [0.5]}))} == {"dmpo"}
 

@@ -184,9 +184,7 @@ def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: d
     except UserError as error:
         raise UserError(f"the cell {name}: {last_line(error)}") from None
     named = options | {key.removeprefix("objective."): value for key, value in free}
-    return GridCell(
-        name, dataset, few, k, _label(_of_base(config.objective, named) | options), seed, free, config
-    )
+    return GridCell(name, dataset, few, k, _label(_of_base(config.objective, named) | options), seed, free, config)
 
 
 def _label(options: Mapping[str, Any]) -> str:
