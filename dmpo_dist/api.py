@@ -196,7 +196,9 @@ def _console() -> Console:
 
 
 def _run_config(data: PreparedData, folder: str | Path | None, name: str, given: Settings) -> RunConfig:
-    return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | dict(given))
+    few = len(data.train) if len(data.train) < data.card.counts["train"] else None  # after ``data.few``
+    given = dict(given) | ({"data.shots": few} if given.get("data.shots") is None else {})
+    return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | given)
 
 
 def _as_file(table: pd.DataFrame | str | Path, file: Path) -> Path:

@@ -49,7 +49,7 @@ if [[ ! -e "$folder/data" ]]; then
 fi
 
 stage sft sft "$model"
-stage sft sft_continued "$folder/sft/model" sft.learning_rate=2e-5
+stage sft sft_continued "$folder/sft/model" sft.learning_rate=5e-5
 stage train dmpo "$folder/sft/model"
 if [[ ! -e "$folder/evaluation/evaluation.json" ]]; then
     resume=()

@@ -14,10 +14,14 @@ from dmpo_dist.errors import UserError
 CATALOGUE = Catalogue(("Heat", "Yes | No", "7"), None, ("7", "8", "9"))
 
 
-def test_titles_and_ids_are_found_and_titles_come_first():
-    request = RankingRequest("u", ("8", "7", "Heat"), ("9", "8"))
+def test_titles_and_ids_are_found_and_a_name_of_two_items_is_refused():
+    request = RankingRequest("u", ("8", "9", "Heat"), ("9", "8"))
     found = RankingRequest("u", ("Yes | No", "7", "Heat"), ("7", "Yes | No"))
     assert matched([request], CATALOGUE, "users.csv") == [found]
+    with pytest.raises(UserError, match="'7' is a title, and the id of another item, 'Heat': write '9', the title's"):
+        matched([RankingRequest("u", ("7",), None)], CATALOGUE, "users.csv")
+    with pytest.raises(UserError, match="user 'u' has the candidate 'Yes | No' twice, as title or id"):
+        matched([RankingRequest("u", ("8",), ("8", "Heat", "Yes | No"))], CATALOGUE, "users.csv")
     strange = RankingRequest("u", ("heat", "Heat"), None)
     with pytest.raises(UserError, match=r"users.csv: 1 titles or ids .*'heat' of user 'u' \(nearest: 'Heat'\).*--keep"):
         matched([strange], CATALOGUE, "users.csv")
@@ -40,7 +44,7 @@ def test_ids_of_a_catalogue_differ(tmp_path):
 def test_users_of_prepared_data_are_asked_after_all_their_likes(world):
     data = world.data
     user = data.test["user"][0]
-    (request,) = requests_of_data(data, user)
+    (request,) = requests_of_data(data, [user])
     likes = data.interactions.query("user == @user and rating >= 4").sort_values(["timestamp", "item"])["item"]
     title = dict(zip(data.items["item"], data.items["title"], strict=True))
     history = tuple(title[item] for item in likes)[-20:]
@@ -48,9 +52,9 @@ def test_users_of_prepared_data_are_asked_after_all_their_likes(world):
     rest = {title[item] for item in taken} - {*history}
     assert request == RankingRequest(user, history, None, tuple(sorted(rest)))
     assert rest, "older likes, and what was taken and not liked"
-    assert user in {request.user for request in requests_of_data(data, "all")}
-    with pytest.raises(UserError, match=r"--users nobody: 'nobody' has no like in"):
-        requests_of_data(data, "nobody")
+    assert user in {request.user for request in requests_of_data(data)}
+    with pytest.raises(UserError, match=r"user 'nobody' has no like in"):
+        requests_of_data(data, ["nobody"])
 
 
 def test_every_kind_of_output_holds_the_same(tmp_path):

@@ -143,12 +143,12 @@ def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
         counts = log["item"].value_counts()
         scores.append(np.array([float(counts.get(item, 0)) for item in candidates(data, row)[0]]))
     expected = catalogue_metrics(scores)
-    seen = WholeCatalogue(data).baselines(NAMES, CONFIG)
+    seen = WholeCatalogue(data).baselines(NAMES, CONFIG, data)
     assert_equal(seen["popularity"].metrics, expected)
     assert set(seen) == set(NAMES)
     assert CANDIDATES_AT_ONCE > 3 * 40
     monkeypatch.setattr("dmpo_dist.evaluation.whole_catalogue.CANDIDATES_AT_ONCE", 3 * 40)
-    for name, ranked in WholeCatalogue(data).baselines(NAMES, CONFIG).items():
+    for name, ranked in WholeCatalogue(data).baselines(NAMES, CONFIG, data).items():
         assert_equal(ranked.metrics, seen[name].metrics)
         np.testing.assert_array_equal(ranked.shown, seen[name].shown)
     shown = summary(seen, 40, 100, 0).content()["models"]["popularity"]["hr@10"]

@@ -130,7 +130,7 @@ def rank(
     catalogue: Annotated[Path | None, typer.Option(help=CATALOGUE)] = None,
     top: Annotated[int, typer.Option(min=1, help="Titles kept for each user.")] = 20,
     keep_unknown: Annotated[
-        bool, typer.Option("--keep-unknown", help="Histories may hold titles that the catalogue does not have.")
+        bool, typer.Option("--keep-unknown", help="Keep titles that the catalogue does not have.")
     ] = False,
     config: Layers = None,
     overrides: Overrides = None,

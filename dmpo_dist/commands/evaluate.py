@@ -21,10 +21,10 @@ from dmpo_dist.commands.model_scores import model_scores
 from dmpo_dist.commands.scored_parts import remove_parts
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
-from dmpo_dist.config.evaluation import BASELINES
+from dmpo_dist.config.evaluation import BASELINES, SAME_USERS
 from dmpo_dist.data.candidates import require_given_candidates, require_no_finished_prompts
 from dmpo_dist.data.place import require_prepared
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.store import PreparedData, unlike_preparation
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import tokenize_rows
 from dmpo_dist.errors import UserError
@@ -37,7 +37,7 @@ from dmpo_dist.evaluation.baselines import oracle_scores
 from dmpo_dist.evaluation.classical import CLASSICAL
 from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.comparisons import below_start_lines, show_comparisons
-from dmpo_dist.evaluation.fitting_log import fitting_log
+from dmpo_dist.evaluation.fitting_log import fitting_log, of_same_users
 from dmpo_dist.evaluation.order import ORDERS, lists_note
 from dmpo_dist.evaluation.ranking import load_ranking_model, require_no_beams
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
@@ -52,7 +52,7 @@ from dmpo_dist.evaluation.sentences import generation_lines, order_line
 from dmpo_dist.evaluation.starts import starts_of
 from dmpo_dist.evaluation.strata import strata_of
 from dmpo_dist.evaluation.tables import catalogue_table, evaluation_table, rules_table
-from dmpo_dist.evaluation.whole_catalogue import WholeCatalogue, beams_row, require_catalogue, summary
+from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue, beams_row, require_catalogue, summary
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.modeling.model_files import require_as_written
 from dmpo_dist.tables import terminal
@@ -152,7 +152,7 @@ def evaluate(
     if catalogue:
         require_catalogue(data)
     settings, seed = config.evaluation, config.seed
-    for note in _unused_corrections(config, catalogue):
+    for note in _unused_corrections(config, catalogue) + unlike_preparation(config.data, data.card):
         console.print(f"note: {note}", highlight=False)
     baselines = kept_baseline_scores(data, config, catalogue, folder, lambda line: console.print(line, highlight=False))
     scores = dict(baselines.scores)
@@ -187,7 +187,7 @@ def evaluate(
     if catalogue:
         whole = WholeCatalogue(data)
         configs = {name: with_rule(config, ruled[name].choice if name in ruled else None) for name in models}
-        ranked = {**whole.baselines(settings.baselines, config), **baselines.catalogue}
+        ranked = {**_catalogue_baselines(whole, data, config), **baselines.catalogue}
         widths = [*([None] if settings.catalogue_exact else []), *settings.catalogue_beams]
         for name, path in models.items():
             by_width = rank_catalogue(name, path, whole, data, configs[name], widths, folder, console)
@@ -199,6 +199,18 @@ def evaluate(
     for note in of_lists:
         console.print(f"note: {note}", highlight=False)
     return evaluation
+
+
+def _catalogue_baselines(whole: WholeCatalogue, data: PreparedData, config: RunConfig) -> dict[str, Ranked]:
+    """The baselines that need no environment of their own, fitted on all that ``evaluation.fit_on`` names."""
+    names, ranked = config.evaluation.baselines, {}
+    if "log" in config.evaluation.fit_on:
+        ranked |= whole.baselines(names, config, data)
+    if "shots" in config.evaluation.fit_on:
+        fitted = [name for name in names if name != "random"]
+        few = whole.baselines(fitted, config, of_same_users(data, config.data.shots))
+        ranked |= {name + SAME_USERS: of_few for name, of_few in few.items()}
+    return ranked
 
 
 def _unused_corrections(config: RunConfig, catalogue: bool) -> list[str]:

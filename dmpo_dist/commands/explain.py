@@ -179,13 +179,15 @@ def _questions_of_file(
         require_given_candidates(template, order.model, f"give each user of {file} a column 'candidates'")
     if order.catalogue and not whole and not weight:
         raise UserError(f"--catalogue {order.catalogue}: {file} has candidates of its own; leave out one of the two")
-    beside = order.catalogue or (config.data.path if whole or weight else None)
-    catalogue = read_catalogue(beside) if beside else None
+    beside = order.catalogue or config.data.path
+    catalogue = None
+    if beside and (whole or weight or order.catalogue or PreparedData.load(beside).items is not None):
+        catalogue = read_catalogue(beside)
     exclude = config.ranking.exclude_history
     names = {}
     if catalogue is not None:
         requests = matched(requests, catalogue, str(file), keep_unknown=True)
-        check_against(requests, catalogue, file, exclude)
+        check_against(requests, catalogue, file, exclude, keep_unknown=not (whole or weight))
         names = dict(zip(catalogue.ids or (), catalogue.titles, strict=False))
     known = set(catalogue.titles if catalogue else ())
     known = known.union(*(request.history + (request.candidates or ()) for request in requests))

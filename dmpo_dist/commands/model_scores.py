@@ -13,6 +13,7 @@ from dmpo_dist.artifacts.evaluation import GeneratedFigures
 from dmpo_dist.commands.scored_parts import PartScorer
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.tokenization import tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.generated import generated_figures
 from dmpo_dist.evaluation.order import ORDERS, order_spread
@@ -21,6 +22,9 @@ from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
 from dmpo_dist.modeling.backbone import find_model, unlike_training
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.records.progress import UserProgress
+
+LOOKED_AT = 1000
+"""Requests of which the prompts are looked at before they are scored."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def model_scores(
     again, write, seed = config.evaluation.order_requests, config.evaluation.generate, config.seed
     model = load_ranking_model(path, config)
     in_parts = PartScorer(f"scoring {name}", f"--model {name}={path}", path, model, data, config, folder, console)
+    _note_shortened(name, model, data.test, console)
     scores = in_parts("test")
     spread = _order_spread(name, model, data.test, scores, again, seed, console) if again else {}
     if write and not console.is_terminal:
@@ -67,6 +72,21 @@ def model_scores(
     for rule, by_rule in ruled.by_rule.items():
         _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
     return ModelScores(ruled.scores, spread, generated, ruled)
+
+
+def _note_shortened(name: str, model: RankingModel, rows: Dataset, console: Console) -> None:
+    """Say how many histories the model sees only in part, of the first ``LOOKED_AT`` requests."""
+    looked_at = rows.select(range(min(LOOKED_AT, len(rows))))
+    before = model.encode.truncated
+    tokenize_rows(looked_at, model.encode)
+    shortened = model.encode.truncated - before
+    if shortened:
+        console.print(
+            f"note: {name} sees {shortened} of {len(looked_at)} test histories without their oldest titles, which do "
+            f"not fit into its {model.encode.max_length} tokens (model.max_length)",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _order_spread(

@@ -72,15 +72,18 @@ class RankJob:
         return [self.requests[start : start + size] for start in range(0, len(self.requests), size)]
 
 
+ALL_USERS = "all"
+
+
 @dataclass(frozen=True)
 class Asked:
     """For whom to rank, and among what.
 
     Attributes:
         requests: see ``data.requests.read_requests``; None for ``users``.
-        users: of the prepared data in ``data.path``, see ``data.matching.requests_of_data``.
+        users: of the prepared data in ``data.path``, with commas between, or ``all``.
         catalogue: see ``data.requests.read_catalogue``; None takes ``data.path``.
-        keep_unknown: histories may hold titles that the catalogue does not have.
+        keep_unknown: histories and candidates may hold titles that the catalogue does not have.
     """
 
     requests: Path | None
@@ -111,6 +114,13 @@ def rank(model: str, asked: Asked, top: int, output: Path, config: RunConfig, co
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):
         console.print(f"{len(job.parts) - len(missing)} of {len(job.parts)} parts are done already", highlight=False)
+    if job.catalogue is None:
+        console.print(
+            "note: no catalogue, so histories and candidates are taken as titles, as they stand; give --catalogue or "
+            "data.path to look ids up and to have unknown titles refused",
+            highlight=False,
+            soft_wrap=True,
+        )
     if missing:
         _rank_parts(job, store, missing, console)
     _join(store, len(job.parts), [request.user for request in job.requests], job.catalogue, output)
@@ -163,8 +173,9 @@ def preflight(model: str, asked: Asked, top: int, output: Path, config: RunConfi
     catalogue = _catalogue(requests, where, asked.catalogue, config)
     if catalogue is not None:
         check_beams(config.ranking, len(catalogue.titles), top)
-        requests = matched(requests, catalogue, str(where), asked.keep_unknown)
-        check_against(requests, catalogue, where, config.ranking.exclude_history)
+        if asked.users is None:
+            requests = matched(requests, catalogue, str(where), asked.keep_unknown)
+        check_against(requests, catalogue, where, config.ranking.exclude_history, asked.keep_unknown)
     given = given_texts(template, asked.catalogue, asked.requests)
     tokenizer = load_tokenizer(source)
     if config.ranking.prior_weight:
@@ -204,7 +215,8 @@ def _requests(asked: Asked, config: RunConfig) -> tuple[list[RankingRequest], Pa
     if asked.requests is not None:
         return read_requests(asked.requests), asked.requests
     path = require_prepared(config.data.path)
-    return requests_of_data(PreparedData.load(path), asked.users or ""), path
+    users = None if asked.users == ALL_USERS else [name.strip() for name in (asked.users or "").split(",")]
+    return requests_of_data(PreparedData.load(path), users), path
 
 
 def _catalogue(
@@ -212,8 +224,8 @@ def _catalogue(
 ) -> Catalogue | None:
     whole = requests[0].candidates is None
     weight = config.ranking.popularity_weight
-    path = catalogue_file or (config.data.path if whole or weight else None)
-    if path is None:
+    path = catalogue_file or config.data.path
+    if path is None or (path == config.data.path and not (whole or weight) and PreparedData.load(path).items is None):
         if whole:
             raise UserError(
                 f"{requests_file} has no column 'candidates', so the whole catalogue would be ranked: give --catalogue "

@@ -49,8 +49,10 @@ def recommend(
     check_beams(config.ranking, len(catalogue.titles), top)
     requests = [RankingRequest("you", tuple(history), None)]
     if user is not None:
-        requests = requests_of_data(PreparedData.load(_data_path(config)), user)[:1]
-    (request,) = matched(requests, catalogue, "--history", keep_unknown=user is not None, advice="correct them")
+        requests = requests_of_data(PreparedData.load(_data_path(config)), [user])
+    else:
+        requests = matched(requests, catalogue, "--history", advice="correct them")
+    (request,) = requests
     check_against([request], catalogue, Path("--history"), config.ranking.exclude_history)
     check_titles([*request.history, *catalogue.titles], load_tokenizer(source))
     for difference in unlike_training(source, config.model):

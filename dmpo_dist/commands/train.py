@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 from rich.console import Console
 
+from dmpo_dist.artifacts.dataset import DatasetCard
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.files import remove_left_overs, whole_folder
 from dmpo_dist.artifacts.locks import only_one
@@ -19,7 +20,7 @@ from dmpo_dist.config.model import CANDIDATES, PLACEHOLDER
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.prompt_texts import require_fields
 from dmpo_dist.data.reorder import require_histories
-from dmpo_dist.data.store import PreparedData, texts_of_data
+from dmpo_dist.data.store import PreparedData, texts_of_data, unlike_preparation
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.errors import UserError
@@ -82,9 +83,12 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
 
 
 def _note_differences(job: Job, console: Console) -> None:
-    """Say so where the stage uses its start otherwise than that was trained."""
+    """Say so where the stage uses its start or its data otherwise than these were made."""
     for difference in unlike_training(find_model(job.start), job.config.model):
         console.print(f"note: {job.start} was trained with {difference}", highlight=False, soft_wrap=True)
+    if job.config.data.path is not None:
+        for difference in unlike_preparation(job.config.data, DatasetCard.read(job.config.data.path)):
+            console.print(f"note: {difference}", highlight=False, markup=False, soft_wrap=True)
 
 
 def run_stages(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> None:

@@ -139,8 +139,8 @@ class DataConfig(Section):
     test_quantile: float = Field(0.9, gt=0, lt=1)
     """Requests after this quantile are for testing; those between the two cuts are for validation."""
     repeats: Literal["first", "last", "keep"] = "first"
-    """Of several interactions of one user with one item keep the first in time, the last, or all, so that an item of
-    the history may be liked again, as with music and groceries."""
+    """Of several interactions of one user with one item keep the first in time, the last (with split=leave_one_out),
+    or all, so that an item of the history may be liked again, as with music and groceries."""
     train_requests_per_user: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Up to this many of a user's latest requests before the cut become training groups; auto takes as many as make
     10,000 groups, or all where there are fewer (the data card says how many)."""
@@ -184,6 +184,15 @@ class DataConfig(Section):
     def _cuts_in_order(self) -> "DataConfig":
         if self.validation_quantile >= self.test_quantile:
             raise ValueError("validation_quantile must be smaller than test_quantile")
+        return self
+
+    @model_validator(mode="after")
+    def _last_knows_the_future(self) -> "DataConfig":
+        if self.repeats == "last" and self.split == "time":
+            raise ValueError(
+                "repeats=last would forget what a user took before a request and takes again later, which then comes "
+                "up as a negative; set data.repeats=first or keep, or data.split=leave_one_out"
+            )
         return self
 
     @model_validator(mode="after")

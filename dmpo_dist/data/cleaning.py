@@ -17,8 +17,15 @@ from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.titles import without_entities
 from dmpo_dist.errors import UserError
 
+TEXTS = " texts"
+"""Ends the name of a column that counts the different texts of an item."""
 LIKE = 5.0
 """The rating of an interaction in a log without ratings: a like."""
+COMPACT_DATE = (
+    "timestamp BETWEEN 19000101 AND 21001231 AND timestamp // 100 % 100 BETWEEN 1 AND 12 "
+    "AND timestamp % 100 BETWEEN 1 AND 31"
+)
+"""A number that reads as year, month and day."""
 MILLISECONDS = 1e11  # as seconds this is the year 5138
 SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())  # what str.strip removes
 
@@ -86,7 +93,11 @@ def clean(
     # Items are few against events, so pandas can check them. Each comes with file and row of its first sound event;
     # that is null for an item all of whose events are malformed, which counts as an item that nobody took.
     texts = ["genres", *rules.fields]
-    firsts = ", ".join(f"arg_min({quoted(name)}, (file, row)) AS {quoted(name)}" for name in texts)
+    firsts = ", ".join(
+        f"coalesce(arg_min({quoted(name)}, (file, row)) FILTER ({quoted(name)} <> ''), '') AS {quoted(name)}, "
+        f"count(DISTINCT {quoted(name)}) FILTER ({quoted(name)} <> '') AS {quoted(name + TEXTS)}"
+        for name in texts
+    )
     found = database.frame(
         f"""SELECT item, min(title) FILTER (title <> '') <> max(title) AS differs,
         coalesce(arg_min(title, (file, row)) FILTER (title <> ''), '') AS title, {firsts},
@@ -96,6 +107,9 @@ def clean(
     if items is None:
         if found["differs"].any():
             _refuse_second_title(database)
+        for name in texts:
+            if several := int((found[name + TEXTS] > 1).sum()):
+                notes.append(f"{several} items have several texts in {name}, the first kept.")
         items = found[["item", "title", *texts]]
     taken = found["item"][found.index.notna()]
     items = stripped(_decoded(items, notes))
@@ -151,6 +165,12 @@ def _sound_rows(database: Database, tolerated: float, notes: list[str]) -> str:
         raise UserError(
             f"{file if files == 1 else Path(file).parent}: the median timestamp is {median:.0f}, which as seconds lies "
             "after the year 5000; these look like milliseconds or finer: divide the column to seconds since 1970"
+        )
+    dates, file = database.rows(f"SELECT count_if({COMPACT_DATE}), min(file) FILTER ({COMPACT_DATE}) FROM rows")[0]
+    if stamped and dates == stamped:
+        raise UserError(
+            f"{file}: the timestamps look like dates without hyphens, as in 20240531, and would be read as seconds of "
+            "the year 1970; write them as 2024-05-31"
         )
     if found is None:
         return "true"

@@ -32,7 +32,7 @@ def check(path: Path, echo: Callable[[str], None]) -> None:
         UserError: it is not a prepared folder, its content is not what was written, or it has a leak.
     """
     data = PreparedData.load(path)
-    found_now = fingerprint({split: getattr(data, split) for split in SPLITS}, data.items)
+    found_now = fingerprint({split: getattr(data, split) for split in SPLITS}, data.items, data.users)
     if found_now != data.fingerprint:
         raise UserError(
             f"{path}: its content has the fingerprint {found_now[:16]}, its card says {data.fingerprint[:16]}: it was "

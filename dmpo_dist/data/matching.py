@@ -1,6 +1,7 @@
 """Requests against a catalogue: ids and titles are looked up, and what is in neither is named before any work."""
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,6 @@ from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 
-ALL_USERS = "all"
 IN_FILES = "correct them (in a CSV write | within a title as \\|), or keep them as they are by --keep-unknown"
 
 
@@ -29,8 +29,21 @@ class TitleLookup:
         return dict(zip(self.catalogue.ids or (), self.catalogue.titles, strict=False))
 
     def title(self, named: str) -> str | None:
-        """The title that is, or whose item id is, ``named``; None where there is neither."""
-        return named if named in self._titles else self._title_of_id.get(named)
+        """The title that is, or whose item id is, ``named``; None where there is neither.
+
+        Raises:
+            UserError: it is a title, and the id of another item.
+        """
+        of_id = self._title_of_id.get(named)
+        if named not in self._titles:
+            return of_id
+        if of_id not in (None, named):
+            own = (self.catalogue.ids or ())[self.catalogue.titles.index(named)]
+            raise UserError(
+                f"{named!r} is a title, and the id of another item, {of_id!r}: write {own!r}, the title's own id, or "
+                f"{of_id!r}"
+            )
+        return named
 
     def nearest(self, named: str) -> str:
         """A remark that names the nearest title, or "" where none is near."""
@@ -51,13 +64,16 @@ def matched(
 ) -> list[RankingRequest]:
     """``requests`` with the titles of their histories and candidates, each of which may be given as an item id.
 
+    Candidates that the catalogue does not have stay as they are: see ``check_against``.
+
     Args:
         where: the file or option they come from, for the message of an error.
         keep_unknown: leave what the catalogue does not have in histories as it is.
         advice: how the message of an error ends.
 
     Raises:
-        UserError: a title or id of a history is not in the catalogue (names the nearest titles).
+        UserError: a title or id of a history is not in the catalogue (names the nearest titles), a name means two
+            items, or two candidates are one item.
     """
     lookup, unknown, out = TitleLookup(catalogue), [], []
     for request in requests:
@@ -68,6 +84,11 @@ def matched(
             if title is None
         ]
         candidates = request.candidates and tuple(lookup.title(named) or named for named in request.candidates)
+        if candidates and len(set(candidates)) < len(candidates):
+            title = Counter(candidates).most_common(1)[0][0]
+            raise UserError(
+                f"{where}: user {request.user!r} has the candidate {title!r} twice, as title or id; keep one"
+            )
         titles = tuple(title or named for title, named in zip(history, request.history, strict=True))
         out.append(replace(request, history=titles, candidates=candidates))
     if unknown and not keep_unknown:
@@ -79,29 +100,28 @@ def matched(
     return out
 
 
-def requests_of_data(data: PreparedData, users: str) -> list[RankingRequest]:
+def requests_of_data(data: PreparedData, users: Sequence[str] | None = None) -> list[RankingRequest]:
     """Requests for users of prepared data, after all of their latest likes; ``taken`` is all else that they took.
 
     Args:
-        users: ``all``, or users separated by commas.
+        users: None for all.
 
     Raises:
         UserError: the data was made from ready preferences, or a user is not in it or likes nothing.
     """
     if data.items is None or data.interactions is None:
-        raise UserError(f"--users: {data.path} was made from ready preferences and has no users; give --requests")
+        raise UserError(f"{data.path} was made from ready preferences and has no users; give histories instead")
     threshold, longest = data.card.config["rating_threshold"], data.card.config["max_history"]
     liked = likes(data.interactions, threshold).sort_values(["timestamp", "item"], kind="stable")
     title_of = dict(zip(data.items["item"], data.items["title"], strict=True))
     histories = liked["item"].map(title_of).groupby(liked["user"]).agg(list)
     taken = data.interactions["item"].map(title_of).groupby(data.interactions["user"]).agg(set)
-    wanted = sorted(histories.index) if users == ALL_USERS else [name.strip() for name in users.split(",")]
+    wanted = sorted(histories.index) if users is None else list(users)
     missing = [name for name in wanted if name not in histories.index]
     if missing:
         known = ", ".join(map(str, histories.index[:5]))
         raise UserError(
-            f"--users {users}: {missing[0]!r} has no like in {data.path}, whose users are such as {known}; name them "
-            f"with commas between, or write --users {ALL_USERS}"
+            f"user {missing[0]!r} has no like in {data.path}, whose users are such as {known}; correct the name"
         )
     requests = []
     for user in dict.fromkeys(wanted):

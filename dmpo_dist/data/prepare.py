@@ -75,6 +75,7 @@ def _prepare_ready_rows(
     card.leaks = checked_for_leaks(rows, None, card, echo, allow_leaks)
     write_rows(folder, splits, items, card)
     echo(summary(card))
+    _say_shots(config, card, echo)
 
 
 def _prepare_log(config: DataConfig, seed: int, folder: Path, echo: Callable[[str], None], allow_leaks: bool) -> None:
@@ -103,9 +104,16 @@ def _prepare_log(config: DataConfig, seed: int, folder: Path, echo: Callable[[st
     del rows  # their files may be in ``work``
     shutil.rmtree(work)
     echo(summary(card))
+    _say_shots(config, card, echo)
     if config.stream:
         seconds = time.monotonic() - start
         echo(f"{size:,} interactions in {seconds:,.0f} s, {size / seconds:,.0f} per second")
+
+
+def _say_shots(config: DataConfig, card: DatasetCard, echo: Callable[[str], None]) -> None:
+    if config.shots is not None:
+        groups, few = card.counts["train"], config.shots
+        echo(f"note: all {groups} training groups are written; data.shots={few} takes {few} of them when training")
 
 
 def _ready_rows(source: Source, seed: int) -> Preferences:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tables import read_delimited, read_json_lines
+from dmpo_dist.data.titles import without_entities
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parsing
 
@@ -100,7 +101,7 @@ def read_catalogue(path: Path) -> Catalogue:
     if path.is_dir():
         return _prepared(path)
     columns, rows = _read(path, "--catalogue", ("title",), ("popularity", "item"))
-    titles = ["" if title is None else str(title).strip() for title in columns["title"]]
+    titles = ["" if title is None else without_entities(str(title)).strip() for title in columns["title"]]
     _refuse(
         path, "no title", [f"row {row}" for title, row in zip(titles, rows, strict=True) if not title], "fill it in"
     )
@@ -115,15 +116,21 @@ def read_catalogue(path: Path) -> Catalogue:
     return Catalogue(tuple(titles), popularity, _ids(columns.get("item"), path, rows))
 
 
-def check_against(requests: Sequence[RankingRequest], catalogue: Catalogue, path: Path, exclude_history: bool) -> None:
-    """Raise UserError for candidates outside the catalogue, and for users whose history holds all its titles."""
+def check_against(
+    requests: Sequence[RankingRequest],
+    catalogue: Catalogue,
+    path: Path,
+    exclude_history: bool,
+    keep_unknown: bool = False,
+) -> None:
+    """Raise UserError for users whose history holds all titles and, unless these are kept, for unknown candidates."""
     known = set(catalogue.titles)
     strange = [
         f"{request.user!r}: {next(t for t in request.candidates or () if t not in known)!r}"
         for request in requests
-        if not known.issuperset(request.candidates or ())
+        if not keep_unknown and not known.issuperset(request.candidates or ())
     ]
-    _refuse(path, "a candidate that is not in the catalogue", strange, "add it to --catalogue or leave --catalogue out")
+    _refuse(path, "a candidate that is not in the catalogue", strange, "correct it, or keep it by --keep-unknown")
     if exclude_history:
         done = [repr(r.user) for r in requests if r.candidates is None and known.issubset(r.left_out)]
         _refuse(path, "no usable candidates", done, "they took all titles: set ranking.exclude_history=false")
@@ -180,14 +187,14 @@ def _read(
 
 
 def _lists(values: list[Any], path: Path, column: str, rows: list[int]) -> list[tuple[str, ...]]:
-    """Lists of stripped, non-empty titles; a missing list is empty."""
+    """Lists of stripped, non-empty titles, as preparing data writes them; a missing list is empty."""
     out = []
     for value, row in zip(values, rows, strict=True):
         if isinstance(value, str) and path.suffix.lower() in (".csv", ".tsv"):
             value = [title.replace(ESCAPED, SEPARATOR) for title in re.split(BETWEEN_TITLES, value)]
         if not isinstance(value, list | None) or not all(isinstance(title, str) for title in value or ()):
             raise UserError(f"{path}, row {row}: {column} is {value!r}; it must be a list of titles")
-        out.append(tuple(title.strip() for title in value or () if title.strip()))
+        out.append(tuple(without_entities(title).strip() for title in value or () if title.strip()))
     return out
 
 

@@ -9,6 +9,8 @@ from dmpo_dist.errors import UserError
 
 Repeats = Literal["first", "last", "keep"]
 LOG_COLUMNS = ["user", "item", "rating", "timestamp", "title", "genres"]
+OUR_COLUMNS = ("file", "row")
+"""Names under which cleaning keeps where a row stands; no text of an item may have them."""
 NEARLY_EQUAL = 0.8
 """Similarity (of difflib) from which a name of a column is taken for a misspelt one."""
 
@@ -40,6 +42,10 @@ class Rules:
         """
         fields = tuple(sorted({*source.columns, *source.items_columns} - {*LOG_COLUMNS}))
         for name in fields:
+            if name in OUR_COLUMNS:
+                raise UserError(
+                    f"data.source.columns.{name}: dmpo keeps a column of that name; call the text otherwise"
+                )
             if meant := difflib.get_close_matches(name, LOG_COLUMNS, n=1, cutoff=NEARLY_EQUAL):
                 raise UserError(
                     f"data.source.columns.{name}: {meant[0]!r} is probably meant; the names of columns are "

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 
 from dmpo_dist.artifacts.dataset import DatasetCard
 from dmpo_dist.artifacts.digest import damage
-from dmpo_dist.config import TemplateConfig
+from dmpo_dist.config import DataConfig, TemplateConfig
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.prompt_texts import PromptTexts, require_fields
 from dmpo_dist.data.schema import PreferenceGroup, above_last
@@ -23,6 +23,8 @@ from dmpo_dist.parsing import parsing
 FORMAT_VERSION = 1
 USERS_FILE = "users.parquet"
 ROWS_AT_ONCE = 1000
+NOT_PREPARED_BY = ("path", "shots", "source", "stream", "stream_memory")
+"""Keys of the data section that say where data lies, or how it is read, and not what it becomes."""
 ROW_FEATURES = Features(
     {
         "user": Value("string"),
@@ -115,6 +117,16 @@ class PreparedData:
     def lists(self) -> list[bool]:
         """For each training group whether it has several positives or more than two levels."""
         return [bool(levels) for levels in self.train["levels"][:]] if "levels" in self.train.features else []
+
+
+def unlike_preparation(config: DataConfig, card: DatasetCard) -> list[str]:
+    """Settings of ``config`` that only preparing data heeds, and that the data of ``card`` was not prepared by."""
+    asked = config.model_dump(mode="json", exclude=set(NOT_PREPARED_BY), exclude_defaults=True)
+    return [
+        f"data.{key}={value} has no effect here: the data was prepared with {card.config[key]}"
+        for key, value in asked.items()
+        if key in card.config and card.config[key] != value
+    ]
 
 
 def texts_of_data(template: TemplateConfig, data: PreparedData) -> PromptTexts:

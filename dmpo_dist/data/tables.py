@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parse_json, parsing
@@ -75,7 +76,8 @@ def read_json_lines(path: Path, keys: Sequence[str] | None = None) -> Iterator[t
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     with parsing(path, "is it a Parquet file, and whole?"):
-        frame = pd.read_parquet(path)
+        # Whole numbers beside nothing would become floats, which know no ids of 16 digits and more.
+        frame = pq.read_table(path).to_pandas(integer_object_nulls=True)
     if frame.empty:
         raise UserError(f"{path}: holds no rows; is this the right file?")
     frame.index = pd.RangeIndex(1, len(frame) + 1)
@@ -99,6 +101,19 @@ def _column_as_strings(column: pd.Series) -> pd.Series:
     else:
         text = column.map(str)
     return text.mask(missing, "")
+
+
+def fields_over_lines(frame: pd.DataFrame) -> list[str]:
+    """What to say of fields that hold a line break: text may, and a quotation mark that is left open takes rows in."""
+    broken = frame.apply(lambda column: column.str.contains("\n", regex=False))
+    if not broken.any(axis=None):
+        return []
+    column = broken.columns[broken.any()][0]
+    return [
+        f"{int(broken.to_numpy().sum())} fields run over several lines, the first in column {column!r}, row "
+        f"{broken.index[broken[column]][0]}: if that is no text of several lines, a quotation mark is left open there "
+        "and the rows after it were taken into the field."
+    ]
 
 
 def read_delimited(

@@ -80,7 +80,14 @@ def notes_of(data: PreparedData, config: RunConfig) -> list[str]:
     asked = set(config.evaluation.baselines)
     if data.interactions is None:
         left = ", ".join(name for name in config.evaluation.baselines if name != "random")
-        return [f"no {left}: the data came as ready preferences, without a log"] if left else []
+        notes = [f"no {left}: the data came as ready preferences, without a log"] if left else []
+        rows, users = len(data.test), data.card.users.get("test", len(data.test))
+        if users < rows:
+            notes.append(
+                f"the {rows} test rows have {users} different histories or prompts; intervals take rows as "
+                "independent, and are too narrow where one user has several"
+            )
+        return notes
     notes = []
     fitted = [name for name in get_args(Baseline) if name in asked - {"random", "popularity"}]
     if fitted and knows_the_future(data):

@@ -75,7 +75,7 @@ class WholeCatalogue:
 
     def __init__(self, data: PreparedData) -> None:
         items, self._log = require_catalogue(data)
-        self._data, self._likes, self._fitting_log = data, known_likes(data), fitting_log(data, "test")
+        self._data = data
         self.items, self.titles = items["item"].to_numpy(), items["title"].to_numpy()
         index_of = {item: index for index, item in enumerate(self.items.tolist())}
         test = data.test
@@ -92,13 +92,14 @@ class WholeCatalogue:
             left[index_of[positive]] = False
             self._candidates.append(np.concatenate([[index_of[positive]], np.flatnonzero(left)]))
 
-    def baselines(self, names: Sequence[str], config: RunConfig) -> dict[str, Ranked]:
-        """Those of ``names`` that need no environment of their own."""
+    def baselines(self, names: Sequence[str], config: RunConfig, fit_on: PreparedData) -> dict[str, Ranked]:
+        """Those of ``names`` that need no environment of their own, fitted on the log of ``fit_on``."""
+        known, fitting = known_likes(fit_on), fitting_log(fit_on, "test")
         systems: dict[str, Callable[[Dataset], list[np.ndarray]]] = {
             "random": lambda rows: random_scores(rows, config.seed),
-            "popularity": lambda rows: popularity_scores(rows, self._likes),
-            "pop_fitted": lambda rows: fitted_popularity_scores(rows, self._fitting_log),
-            "item_knn": lambda rows: item_knn_scores(rows, self._fitting_log, config.evaluation.knn_neighbours),
+            "popularity": lambda rows: popularity_scores(rows, known),
+            "pop_fitted": lambda rows: fitted_popularity_scores(rows, fitting),
+            "item_knn": lambda rows: item_knn_scores(rows, fitting, config.evaluation.knn_neighbours),
         }
         systems = {name: system for name, system in systems.items() if name in names}
         blocks: dict[str, list[Ranked]] = {name: [] for name in systems}

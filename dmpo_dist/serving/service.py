@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dmpo_dist.data.candidates import require_given_candidates
-from dmpo_dist.data.matching import ALL_USERS, requests_of_data
+from dmpo_dist.data.matching import requests_of_data
 from dmpo_dist.data.requests import Catalogue, RankingRequest, read_catalogue
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
@@ -276,7 +276,7 @@ class RankingService:
     def _read_users(self) -> dict[str, RankingRequest]:
         if self._path is None or not self._path.is_dir():
             return {}
-        return {request.user: request for request in requests_of_data(PreparedData.load(self._path), ALL_USERS)}
+        return {request.user: request for request in requests_of_data(PreparedData.load(self._path))}
 
     def _answer(self, **content: Any) -> dict[str, Any]:
         return {"id": uuid4().hex, "model": self.name, **content}

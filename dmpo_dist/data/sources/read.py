@@ -13,7 +13,7 @@ from dmpo_dist.data.sources.amazon import read_amazon
 from dmpo_dist.data.sources.movielens import read_movielens
 from dmpo_dist.data.sources.recbole import read_recbole
 from dmpo_dist.data.sources.simulator import simulate
-from dmpo_dist.data.tables import as_strings, pick, read_table
+from dmpo_dist.data.tables import as_strings, fields_over_lines, pick, read_table, suffix_kind
 from dmpo_dist.data.titles import with_articles_first
 from dmpo_dist.errors import UserError
 
@@ -81,7 +81,7 @@ def _hub_table(source: Source) -> tuple[pd.DataFrame, Path]:
         raise UserError(f"{name}: no split {source.split!r}, it has {', '.join(splits)}; set data.source.split")
     table = splits[source.split]
     assert isinstance(table, Dataset)
-    return as_strings(table.to_pandas()), source.path
+    return as_strings(table.with_format("arrow")[:].to_pandas(integer_object_nulls=True)), source.path
 
 
 def column_names(source: Source) -> dict[str, str]:
@@ -106,6 +106,8 @@ def _own_log(frame: pd.DataFrame, path: Path, source: Source, rules: Rules) -> I
     columns = log_columns(frame.columns, names, source)
     pick(frame, {ours: theirs for ours, theirs in columns.items() if ours != "title"}, path, ADVICE)
     events, notes = pick(frame, columns, path, TITLES_ADVICE), implicit_note(columns, list(frame.columns))
+    if suffix_kind(path) not in ("parquet", "jsonl"):
+        notes += fields_over_lines(frame)
     if source.items_path is not None:
         items, items_path = read_items(source)
     return assemble(events, items, path, items_path, path.stem, notes, rules)

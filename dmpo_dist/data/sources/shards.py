@@ -58,4 +58,7 @@ def _as_text(column: str, kind: str) -> str:
     """SQL for a column of type ``kind`` as text: moments in seconds since 1970."""
     if kind.startswith(("TIMESTAMP", "DATE")):
         return f"CAST(CAST(floor(epoch({column})) AS BIGINT) AS VARCHAR)"
+    if kind in ("FLOAT", "DOUBLE"):  # whole numbers without a point, as in a log that is read at once
+        whole = f"CASE WHEN {column} = floor({column}) THEN TRY_CAST({column} AS BIGINT) END"
+        return f"coalesce(CAST({whole} AS VARCHAR), CAST({column} AS VARCHAR))"
     return f"CAST({column} AS VARCHAR)"
