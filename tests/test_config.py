@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from dmpo_dist.cli import app
-from dmpo_dist.config import CONFIG_VERSION, RunConfig, dump_config, load_config
+from dmpo_dist.config import CONFIG_VERSION, RunConfig, config_of, dump_config, load_config
 from dmpo_dist.config.keys import all_keys, find_key, keys_with, write_starting_file
 from dmpo_dist.config.load import find_recipe
 from dmpo_dist.errors import UserError
@@ -170,6 +170,22 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path):
 )
 def test_bad_values_are_explained(override, expected):
     assert expected in message(overrides=[override])
+
+
+def test_passes_are_refused_where_steps_count(tmp_path):
+    layer, above = tmp_path / "steps.yaml", tmp_path / "above.yaml"
+    layer.write_text("train: {steps: 7, epochs: 2}\n")  # as in the configuration that a run leaves
+    above.write_text("train: {epochs: 3}\n")
+    assert load_config([layer]).train.steps == 7
+    assert load_config([above, layer]).train.steps == 7
+    assert load_config([layer], ["train.epochs=3", "train.steps=null"]).train.epochs == 3
+    for make in (
+        lambda: load_config([layer, above]),
+        lambda: load_config([layer], ["train.epochs=3"]),
+        lambda: config_of({"train.steps": 2, "train.epochs": 3}),
+    ):
+        with pytest.raises(UserError, match=r"train.epochs has no effect while train.steps=\d is set; add train.steps"):
+            make()
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,15 @@ def test_every_epoch_keeps_the_likes_and_goes_on_in_the_negatives():
     assert [branch[0] for branch in alone] == [3, 6, 7], "without levels the first is the positive"
 
 
+def test_sft_takes_one_response_of_a_group_with_levels(made):
+    rows = made["ratings, time"].train
+    encode = GroupTokenizer(word_tokenizer(), make_template(TemplateConfig(), word_tokenizer()), 256)
+    for whole, alone in zip(tokenize_rows(rows, encode), tokenize_rows(rows, encode, negatives=0), strict=True):
+        of_step = with_negatives(alone, 0, 0)  # as a step of SFT takes it
+        assert of_step.branches == whole.branches[:1]
+        assert prefix_layout([of_step]).targets.group_id.tolist() == [0]
+
+
 def test_both_layouts_hand_the_levels_of_packed_groups_to_the_loss():
     groups = random_groups(5, seed=3, k=4)
     leveled = [

@@ -118,6 +118,21 @@ def test_sft_continued_at_equal_compute_has_as_many_steps_as_a_cells_flops_pay_f
     assert many.config.sft.steps < 10 * group_tokens * 4 / 3  # the reference adds a third of forward and backward
 
 
+def test_equal_compute_counts_the_prompts_that_training_reads(world):
+    def steps(k, **template):
+        settings = {"train": {"steps": 100}, "model": {"max_length": 256}, "template": template}
+        grid = grid_of({"k": [k], "shots": 8}, arms=["sft_continued_compute"], settings=settings,
+                       datasets={"a": str(world.data.path)})  # fmt: skip
+        parts = make_parts(grid, expand(grid), {"a": world.data})
+        (compute,) = (part for part in parts if part.role == "compute")
+        return compute.config.sft.steps
+
+    listing = {"request": "Choose:\n{candidates}Answer:\n", "candidate": "{title}\n"}
+    few, many = steps(1, **listing), steps(6, **listing)
+    assert few < steps(1), "two titles are listed, by SFT too"
+    assert many > few
+
+
 def test_sft_continued_is_shared_by_cells_that_differ_in_what_it_knows_nothing_of():
     search = {"every": 5, "beams": 4, "top": 4}
     axes = {"dataset": ["a"], "train.on_policy": [None, search], "train.learning_rate": [1e-4, 1e-3]}

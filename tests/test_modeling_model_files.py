@@ -6,11 +6,20 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.stamp import ModelStamp
-from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.config import LoraConfig, ModelConfig, TemplateConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import ADAPTER, ModelSource, find_model, write_stamp
-from dmpo_dist.modeling.model_files import start_digests, weights_digests, weights_key, written_digests
+from dmpo_dist.evaluation.ranking import reference_of
+from dmpo_dist.evaluation.starts import starts_of
+from dmpo_dist.modeling.backbone import ADAPTER, ModelSource, find_model, lora_without_effect, write_stamp
+from dmpo_dist.modeling.model_files import (
+    start_digests,
+    start_was_changed,
+    weights_digests,
+    weights_key,
+    written_digests,
+)
 from dmpo_dist.modeling.ranking_model import RankingModel
 
 FILES = [
@@ -79,6 +88,38 @@ def test_an_adapter_is_not_used_on_a_base_that_was_trained_again(folders, world)
             use()
     ModelStamp.model_validate(ModelStamp.read(adapter).content() | {"base_digests": None}).write(adapter)
     assert scores(adapter, world) != before
+
+
+def test_a_start_that_was_trained_again_is_another_model(folders, world):
+    run = folders / "run"
+    shutil.copytree(folders / "model", run / "model")
+    write_stamp(run / "model", TemplateConfig(), stage="train", start=str(folders / "adapter"))
+    source = find_model(str(run / "model"))
+    assert not start_was_changed(source), "nothing says what it was"
+    Environment(start_digests=start_digests(find_model(str(folders / "adapter")))).write(run)
+    assert not start_was_changed(source)
+    assert reference_of(source, "start") == str(folders / "adapter")
+    models = {"sft": str(folders / "adapter"), "dmpo": str(run / "model")}
+    assert starts_of(models) == {"dmpo": "sft"}
+    weights = load_file(folders / "adapter" / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folders / "adapter" / "adapter_model.safetensors")
+    write_stamp(folders / "adapter", TemplateConfig(), stage="sft", digests=written_digests(folders / "adapter"))
+    assert start_was_changed(source)
+    assert starts_of(models) == {}
+    with pytest.raises(UserError, match="start: .*adapter was trained again since .*model started from it"):
+        reference_of(source, "start")
+
+
+def test_the_shape_of_an_adapter_that_training_goes_on_with_stays(world):
+    source = find_model(str(world.adapter))
+    assert lora_without_effect(source, ModelConfig()) == []
+    assert lora_without_effect(source, ModelConfig(lora=LoraConfig(r=4, alpha=8))) == []
+    asked = ModelConfig(lora=LoraConfig(r=32, alpha=8, variant="dora"))
+    notes = lora_without_effect(source, asked)
+    assert [note.split(":")[0] for note in notes] == [
+        "model.lora.r=32 has no effect", "model.lora.variant=dora has no effect"
+    ]  # fmt: skip
+    assert lora_without_effect(find_model(str(world.model)), asked) == []
 
 
 def test_a_lost_file_is_named(folders, world):

@@ -64,6 +64,8 @@ class Tuning(Artifact):
 
     data: dict[str, Any]
     """Path and fingerprint."""
+    start: dict[str, str] = Field(default_factory=dict)
+    """Digests of the model that all trials start from; empty where it is made anew."""
     validation_requests: int
     searches: list[Search] = Field(default_factory=list)
 

@@ -86,7 +86,7 @@ def export(
     prepared = PreparedData.load(data) if data else None
     origin = read_provenance(source, prepared.card if prepared else None)
     ranked = _find_in_evaluation(evaluation, model) if evaluation else None
-    trained = _trained_as(origin, base_config)
+    trained = _trained_as(origin, source.stamp, base_config)
     encode = RankingModel.load(model, trained).encode
     _check_base(source, base_config, merge)
     with whole_folder(output) as part:
@@ -197,13 +197,13 @@ def _check_base(source: ModelSource, base_config: Any, merge: bool) -> None:
         raise UserError(f"{source.base}: its weights are quantized, and a merge would round them again; {advice}")
 
 
-def _trained_as(origin: Provenance, base_config: Any) -> ModelConfig:
-    """Type, quantization and length the model was trained in, as far as the run's config.yaml says."""
+def _trained_as(origin: Provenance, stamp: ModelStamp, base_config: Any) -> ModelConfig:
+    """Type, quantization and length the model was trained in, as far as its stamp and the run's config.yaml say."""
     run = origin.config.get("model") or {}
     context = getattr(base_config.get_text_config(), "max_position_embeddings", None) or 512
-    length = run.get("max_length") or 512
+    length = stamp.max_length or run.get("max_length") or 512
     known = run.get("dtype") if run.get("dtype") in ("float32", "bfloat16", "float16") else "float32"
-    asked = quantization_of(base_config) or run.get("quantization")
+    asked = quantization_of(base_config) or stamp.quantization or run.get("quantization")
     quantization = asked if asked in ("nf4", "int8") else "none"
     double = bool(run.get("double_quantization", True))
     return ModelConfig(
@@ -345,6 +345,8 @@ def _require_same(expected: dict[str, torch.Tensor], seen: dict[str, torch.Tenso
 def _stamp(source: ModelSource, folder: Path, facts: dict[str, Any]) -> ModelStamp:
     """What the stage wrote, with the digests of ``folder`` and without paths of the machine it was written on."""
     stamp = source.stamp.model_copy(update={"export": facts, "digests": written_digests(folder)})
+    if facts["merged"]:  # whole weights: on no base, and of their own precision
+        stamp = stamp.model_copy(update={"quantization": "none", "base_digests": None})
     if stamp.start and Path(stamp.start).is_absolute():
         stamp.start = Path(stamp.start).name
     return stamp

@@ -28,6 +28,7 @@ from dmpo_dist.modeling.backbone import (
     enforce_template,
     find_model,
     load_tokenizer,
+    lora_without_effect,
     make_scratch_model,
     read_model_config,
     require_same_rendering,
@@ -84,8 +85,11 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
 
 def _note_differences(job: Job, console: Console) -> None:
     """Say so where the stage uses its start or its data otherwise than these were made."""
-    for difference in unlike_training(find_model(job.start), job.config.model):
+    source = find_model(job.start)
+    for difference in unlike_training(source, job.config.model):
         console.print(f"note: {job.start} was trained with {difference}", highlight=False, soft_wrap=True)
+    for difference in lora_without_effect(source, job.config.model):
+        console.print(f"note: {difference}", highlight=False, markup=False, soft_wrap=True)
     if job.config.data.path is not None:
         for difference in unlike_preparation(job.config.data, DatasetCard.read(job.config.data.path)):
             console.print(f"note: {difference}", highlight=False, markup=False, soft_wrap=True)

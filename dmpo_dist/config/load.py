@@ -1,7 +1,7 @@
 """Reading and writing a configuration: YAML layers, then ``key=value`` overrides, checked against one schema."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -24,6 +24,10 @@ GRID = "experiment_"
 """How names of recipes begin that are grids of studies, for `dmpo experiment`."""
 
 
+PASSES = {"sft.epochs": "sft.steps", "train.epochs": "train.steps"}
+"""A number of passes -> the number of steps that counts instead where it is set."""
+
+
 def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunConfig:
     """Merge YAML ``layers`` in order, apply ``key=value`` ``overrides`` and validate.
 
@@ -31,14 +35,20 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
         UserError: unreadable file, malformed YAML, unknown key (names the nearest one) or a bad value.
     """
     merged: dict[str, Any] = {}
+    passes: set[str] = set()  # numbers of passes that a layer sets above a number of steps, or that an override sets
     for layer in layers:
-        merged = _with_layer(merged, _read_layer(layer))
+        content = _read_layer(layer)
+        merged = _with_layer(merged, content)
+        of_layer = {*dotted(content)}
+        passes = {name for name in passes | {*PASSES} & of_layer if PASSES[name] not in of_layer}
     for override in overrides or []:
         key, sep, raw = override.partition("=")
         if not sep or not key:
             raise UserError(f"override {override!r} is not of the form key=value, for example train.learning_rate=1e-4")
         merged = _with_layer(merged, _nest(key.split("."), _parse_value(raw)))
-    return _validated(merged, [str(layer) for layer in layers], overrides or [])
+    config = _validated(merged, [str(layer) for layer in layers], overrides or [])
+    _require_epochs_count(config, passes.union(override.partition("=")[0] for override in overrides or []))
+    return config
 
 
 def with_keys(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
@@ -46,7 +56,9 @@ def with_keys(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     merged = changed_values(config)
     for key, value in values.items():
         merged = _with_layer(merged, _nest(key.split("."), value))
-    return _validated(merged, ["settings"], [])
+    config = _validated(merged, ["settings"], [])
+    _require_epochs_count(config, values)
+    return config
 
 
 def config_of(values: Mapping[str, Any]) -> RunConfig:
@@ -58,7 +70,9 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
     merged: dict[str, Any] = {}
     for key, value in values.items():
         merged = _with_layer(merged, _nest(key.split("."), value))
-    return _validated(merged, ["settings"], [])
+    config = _validated(merged, ["settings"], [])
+    _require_epochs_count(config, values)
+    return config
 
 
 def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) -> RunConfig:
@@ -76,6 +90,14 @@ def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) 
         sources += ["the command line"] if any(on_line) or not layers else []
         problems = "\n".join(_explain(e) for e in error.errors())
         raise UserError(f"configuration ({', '.join(sources)}):\n{problems}") from None
+
+
+def _require_epochs_count(config: RunConfig, keys: Iterable[str]) -> None:
+    """Raise UserError where one of ``keys``, which the user sets, is a number of passes, and steps are set as well."""
+    for name in sorted(PASSES.keys() & {*keys}):
+        steps = getattr(config, name.partition(".")[0]).steps
+        if steps is not None:
+            raise UserError(f"{name} has no effect while {PASSES[name]}={steps} is set; add {PASSES[name]}=null")
 
 
 def _require_writable(key: str, value: Any) -> None:

@@ -60,7 +60,7 @@ class PreferenceGroup:
             self,
             positive=responses[columns[0]],
             negatives=tuple(responses[column] for column in columns[1:]),
-            levels=tuple(self.levels[column] for column in columns) if self.levels else (),
+            levels=tuple(self.levels[column] for column in columns) if self.levels and len(columns) > 1 else (),
             scores=tuple(self.scores[column] for column in columns) if self.scores else (),
         )
 

@@ -49,6 +49,7 @@ class TokenGroup:
         """The group with these of its candidates alone, in this order."""
         chosen = (self.branches, self.scored_from, self.levels, self.scores)
         branches, scored_from, levels, scores = (tuple(of[c] for c in columns) if of else () for of in chosen)
+        levels = levels if len(branches) > 1 else ()  # one response alone stands above none
         return replace(self, branches=branches, scored_from=scored_from, levels=levels, scores=scores)
 
 

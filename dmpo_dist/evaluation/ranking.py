@@ -13,6 +13,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import ModelSource, find_model
+from dmpo_dist.modeling.model_files import start_was_changed
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.scoring_rule import adjusted, scored_lengths
 from dmpo_dist.modeling.trie_search import Beam, best_of
@@ -272,6 +273,11 @@ def reference_of(source: ModelSource, asked: str | None, option: str = "ranking.
         asked = source.stamp.start
         if not asked:
             raise UserError(f"{option}start: {source.path} does not say what it was started from; name that model")
+        if start_was_changed(source):
+            raise UserError(
+                f"{option}start: {asked} was trained again since {source.path} started from it; train the latter "
+                "again, or name a model to subtract"
+            )
     return find_model(asked).path if asked else None
 
 

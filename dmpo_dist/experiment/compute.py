@@ -1,19 +1,22 @@
 """SFT continued at equal compute: as many steps of SFT as cost what a cell's preference stage costs."""
 
 import tempfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from dmpo_dist.commands.train import SCRATCH, make_start
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.place import require_prepared
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.store import PreparedData, texts_of_data
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
-from dmpo_dist.modeling.backbone import find_model, load_tokenizer
+from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.objectives.registry import make_objective
 from dmpo_dist.planning.compute import compute_factor
 from dmpo_dist.planning.model import blueprint
+from dmpo_dist.training.job import Job, Kind
+from dmpo_dist.training.listed import listed_groups
 
 COUNTED = 256
 """Groups whose tokens are counted, where there are more."""
@@ -29,10 +32,12 @@ def equal_compute(continued: RunConfig, cell: RunConfig) -> RunConfig:
     """
     loss = make_objective(cell.objective)
     titles = continued.sft.loss_on == "all_titles"
+    preference, sft_groups = _token_groups(_of_tokens(cell), titles or loss.scores_history)
     factor = compute_factor(
         blueprint(cell.model).shape,
-        _token_groups(_of_tokens(cell), titles or loss.scores_history),
+        preference,
         cell.train.negatives,
+        sft_groups=sft_groups,
         reference=loss.needs_reference,
         history_in_preference=loss.scores_history,
         history_in_sft=titles,
@@ -45,12 +50,18 @@ def equal_compute(continued: RunConfig, cell: RunConfig) -> RunConfig:
 
 def _of_tokens(config: RunConfig) -> str:
     """As JSON: what the tokens of the training groups depend on, so that cells which share it are counted once."""
-    return config.model_dump_json(include={"seed": True, "model": True, "template": True, "data": {"path", "shots"}})
+    listed = {"train": {"negatives"}, "sft": {"negatives"}} if config.template.lists_candidates else {}
+    return config.model_dump_json(
+        include={"seed": True, "model": True, "template": True, "data": {"path", "shots"}, **listed}
+    )
 
 
 @lru_cache(maxsize=64)
-def _token_groups(config_json: str, score_history: bool) -> tuple[TokenGroup, ...]:
-    """Token groups of the first training groups, by the tokenizer of the model that SFT starts from."""
+def _token_groups(config_json: str, score_history: bool) -> tuple[list[TokenGroup], list[TokenGroup] | None]:
+    """The first training groups as the preference stage reads them and, where it reads others, as SFT does.
+
+    They are made as training makes them, by tokenizer and template of the model that SFT starts from.
+    """
     config = RunConfig.model_validate_json(config_json)
     data = PreparedData.load(require_prepared(config.data.path), config.data.shots)
     with tempfile.TemporaryDirectory(prefix="dmpo-tokenizer-") as folder:
@@ -58,7 +69,17 @@ def _token_groups(config_json: str, score_history: bool) -> tuple[TokenGroup, ..
         if start == SCRATCH:
             start = str(Path(folder) / SCRATCH)
             make_start(Path(start), config, data)
-        tokenizer = load_tokenizer(find_model(start))
-    template = make_template(config.template, tokenizer)
-    encode = GroupTokenizer(tokenizer, template, config.model.max_length, score_history, config.seed)
-    return tuple(tokenize_rows(data.train.select(range(min(COUNTED, len(data.train)))), encode))
+        source = find_model(start)
+        tokenizer = load_tokenizer(source)
+    template = enforce_template(source.stamp, config.template, config.model.path)
+    encode = GroupTokenizer(
+        tokenizer, make_template(template, tokenizer), config.model.max_length, score_history, config.seed,
+        texts=texts_of_data(template, data),
+    )  # fmt: skip
+    data = replace(data, train=data.train.select(range(min(COUNTED, len(data.train)))))
+    if not template.lists_candidates:
+        return tokenize_rows(data.train, encode), None
+    stages: tuple[Kind, Kind] = ("preference", "sft")
+    listed = [listed_groups(Job(kind, config, start, config.output_dir), data, encode) for kind in stages]
+    preference, sft = ([groups(index, 0) for index in range(len(groups))] for groups in listed)
+    return preference, sft

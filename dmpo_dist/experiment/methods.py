@@ -99,7 +99,8 @@ def _model_row(members: Sequence[Part], data: Mapping[str, PreparedData]) -> dic
     first, runs = members[0], [read_run(part.run) for part in members]
     settings = runs[0].config.get(first.stage, {})
     groups = first.shots or len(data[first.cell.dataset].train)
-    seconds, tokens = np.sum([_compute(run, settings.get("global_batch_size", 0)) for run in runs], axis=0)
+    in_a_step = groups / -(-groups // settings.get("global_batch_size", groups))  # all, where a batch asks for more
+    seconds, tokens = np.sum([_compute(run, in_a_step) for run in runs], axis=0)
     return {
         "model": _label(first),
         "axes": first.distinct,
@@ -118,13 +119,16 @@ def _model_row(members: Sequence[Part], data: Mapping[str, PreparedData]) -> dic
     }
 
 
-def _compute(run: Run, batch: int) -> tuple[float, float]:
-    """Seconds of training steps times workers, and tokens through the policy; without start, validation and waits."""
+def _compute(run: Run, in_a_step: float) -> tuple[float, float]:
+    """Seconds of training steps of so many groups, times workers, and tokens through the policy.
+
+    Start, validation and waits are left out.
+    """
     train, workers = run.train, (run.start.world_size if run.start else None) or 1
     if "groups_per_second" not in train:
         return 0.0, 0.0
     steps = np.diff(train.index.to_numpy(), prepend=0)
-    seconds = steps * batch / train["groups_per_second"].to_numpy()
+    seconds = steps * in_a_step / train["groups_per_second"].to_numpy()
     tokens = seconds * train["tokens_per_second"].to_numpy() if "tokens_per_second" in train else np.zeros(1)
     return float(np.nansum(seconds)) * workers, float(np.nansum(tokens))
 

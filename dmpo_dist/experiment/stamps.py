@@ -12,6 +12,8 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.rules import asks_for_rules
 from dmpo_dist.experiment.parts import Part
+from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.model_files import start_was_changed
 from dmpo_dist.parsing import parse_json
 from dmpo_dist.records.read import has_begun, read_run
 from dmpo_dist.secrets import redacted
@@ -131,10 +133,14 @@ def _changes(part: Part) -> list[str]:
         return []
     before = _read(file)
     if before.get("hash") == part.settings_hash:
-        return []
+        return ["the model it started from was trained again since"] if trained(part) and _has_other_start(part) else []
     old, new = before.get("settings", {}), part.settings
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key} was {old.get(key, 'not set')}, is {new.get(key, 'not set')}" for key in keys]
+
+
+def _has_other_start(part: Part) -> bool:
+    return part.start is not None and part.model.is_dir() and start_was_changed(find_model(str(part.model)))
 
 
 def model_settings(config: RunConfig) -> dict[str, Any]:

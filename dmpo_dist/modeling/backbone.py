@@ -363,6 +363,21 @@ def unlike_training(source: ModelSource, config: ModelConfig) -> list[str]:
     ]
 
 
+def lora_without_effect(source: ModelSource, config: ModelConfig) -> list[str]:
+    """What ``config.lora`` asks of an adapter that training goes on with, whose shape stays as it is."""
+    if not source.is_adapter or config.lora is None:
+        return []
+    there = _read_json(Path(source.path) / ADAPTER)
+    variant = "dora" if there.get("use_dora") else "rslora" if there.get("use_rslora") else "lora"
+    has = {"r": there.get("r"), "alpha": there.get("lora_alpha"), "variant": variant}
+    return [
+        f"model.lora.{name}={getattr(config.lora, name)} has no effect: training goes on with the adapter in "
+        f"{source.path}, which has {value}"
+        for name, value in has.items()
+        if value != getattr(config.lora, name)
+    ]
+
+
 def enforce_template(stamp: ModelStamp, asked: TemplateConfig, where: str) -> TemplateConfig:
     """The template a model was trained with; raises UserError where the configuration asks for another one."""
     trained = stamp.template

@@ -10,9 +10,10 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from dmpo_dist.artifacts.digest import digests_of, file_digest, json_digest
+from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import ADAPTER, ModelSource
+from dmpo_dist.modeling.backbone import ADAPTER, ModelSource, find_model
 from dmpo_dist.parsing import parse_json
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja")
@@ -43,6 +44,20 @@ def start_digests(source: ModelSource) -> dict[str, str]:
         _require(model, found[part])
     _require_base(source, found["base"])
     return {f"{part}/{name}": digest for part, digests in found.items() for name, digest in digests.items()}
+
+
+def start_was_changed(source: ModelSource) -> bool:
+    """Whether the model that ``source`` was trained from holds other weights now than its run wrote down.
+
+    False where the run's folder or that model are not there to say so.
+    """
+    start, environment = source.stamp.start, Environment.read_if_there(Path(source.path).parent)
+    if not start or not Path(start).is_dir() or environment is None or not environment.start_digests:
+        return False
+    try:
+        return start_digests(find_model(start)) != environment.start_digests
+    except UserError:  # damaged, or no model any more
+        return True
 
 
 def weights_key(source: ModelSource) -> dict[str, str]:

@@ -52,12 +52,19 @@ def preference_loss(
     options = (getattr(objective, "length_normalize", False), getattr(objective, "likelihood_weight", 0.0))
     if lengths is None and any(options):
         raise ValueError(f"{type(objective).__name__} with these options divides by token counts: give lengths")
+    if levels is not None and not getattr(objective, "takes_levels", True):
+        best = [int((level == 0).sum()) for level in levels]
+        if max(best) > 1 or any(int(level.max()) > 1 for level in levels):
+            name = type(objective).__name__
+            raise ValueError(f"{name} takes one positive and its negatives; for levels take MultDpo")
     log_probs = torch.cat(list(policy))
     level = None if levels is None else torch.cat(list(levels)).to(log_probs.device)
     groups = Groups(
         group_id=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(log_probs.device),
         is_positive=_positives(sizes, levels).to(log_probs.device),
-        lengths=torch.ones_like(log_probs, dtype=torch.int64) if lengths is None else torch.cat(list(lengths)),
+        lengths=torch.ones_like(log_probs, dtype=torch.int64)
+        if lengths is None
+        else torch.cat(list(lengths)).to(log_probs.device),
         count=len(sizes),
         level=level,
         scores=None if scores is None else torch.cat(list(scores)).to(log_probs.device),

@@ -29,6 +29,7 @@ def compute_factor(
     history_in_preference: bool,
     history_in_sft: bool,
     shared: bool = True,
+    sft_groups: Sequence[TokenGroup] | None = None,
 ) -> float:
     """FLOPs of a preference step over those of an SFT step, each on ``groups``; see ``planning.flops``.
 
@@ -39,12 +40,16 @@ def compute_factor(
         groups: with every stored negative, and with the positions of history titles in ``prefix_scored``.
         negatives: K.
         history_in_preference, history_in_sft: whether the stage also scores the titles of the history.
+        sft_groups: the same groups as SFT reads them, where its prompts are others; None takes ``groups``.
     """
-    preference = sft = 0
-    for group in groups:
-        many, alone = with_negatives(group, negatives, 0), with_negatives(group, 0, 0)
-        preference += step_flops(shape, _work(many, shared, history_in_preference), reference)
-        sft += step_flops(shape, _work(alone, shared, history_in_sft), reference=False)
+    preference = sum(
+        step_flops(shape, _work(with_negatives(group, negatives, 0), shared, history_in_preference), reference)
+        for group in groups
+    )
+    sft = sum(
+        step_flops(shape, _work(group.taking([0]), shared, history_in_sft), reference=False)
+        for group in (groups if sft_groups is None else sft_groups)
+    )
     return preference / sft
 
 

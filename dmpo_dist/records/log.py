@@ -163,7 +163,8 @@ def _figures(record: StepRecord) -> str:
 
 
 def _start_line(record: StartRecord, stage: StageConfig) -> str:
-    passes = "" if not record.groups else f": about {record.steps * stage.global_batch_size / record.groups:.1f} passes"
+    in_a_pass = -(-record.groups // stage.global_batch_size)  # steps; fewer groups than a batch are one
+    passes = f": about {record.steps / in_a_pass:.1f} passes" if record.groups else ""
     return (
         f"{record.groups} groups, {record.steps} steps{passes}; on {record.world_size} x {record.device}, "
         f"ZeRO-{record.deepspeed['zero_optimization']['stage']}, {record.trainable:,} of "

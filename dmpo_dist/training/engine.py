@@ -68,6 +68,16 @@ def single_rank() -> Iterator[None]:
             _import_deepspeed().comm.destroy_process_group()
 
 
+SET_BY = {
+    "lr": "the stage's learning_rate",
+    "weight_decay": "the stage's weight_decay",
+    "gradient_clipping": "the stage's max_grad_norm",
+    "bf16.enabled": "model.dtype",
+    "fp16.enabled": "model.dtype",
+}
+"""Settings of DeepSpeed that keys of ours decide, so that config.yaml and the model card name what was trained by."""
+
+
 def resolve_config(name: str, stage: StageConfig, dtype: str, world_size: int, parameters: int) -> dict[str, Any]:
     """The DeepSpeed configuration ``name`` with every "auto" filled in.
 
@@ -81,7 +91,9 @@ def resolve_config(name: str, stage: StageConfig, dtype: str, world_size: int, p
     Raises:
         UserError: no such configuration, not JSON, or settings under which the gradients would be wrong.
     """
-    config = _read_config(name)
+    config = {"gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}} | _read_config(
+        name
+    )
     _require_exact_accumulation(config, name)
     values = {
         "train_micro_batch_size_per_gpu": 1,
@@ -216,6 +228,12 @@ def _require_exact_accumulation(config: dict[str, Any], name: str) -> None:
 def _fill(node: Any, values: dict[str, Any], name: str, path: str = "") -> Any:
     if isinstance(node, dict):
         return {k: _fill(v, values, name, f"{path}.{k}" if path else k) for k, v in node.items()}
+    ours = next((key for key in SET_BY if path == key or path.endswith(f".{key}")), None)
+    if ours and node != "auto" and node != values[ours]:
+        raise UserError(
+            f'deepspeed={name}: {path} is {node}, but {SET_BY[ours]} says {values[ours]}; write "auto" there, and set it '
+            "by that key"
+        )
     if node != "auto":
         return node
     for key in (path, ".".join(path.split(".")[-2:]), path.rsplit(".", 1)[-1]):

@@ -16,6 +16,8 @@ from dmpo_dist.config.tune import Space
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.model_files import weights_key
 from dmpo_dist.tables import terminal
 from dmpo_dist.training.job import Kind
 from dmpo_dist.tuning.baselines import METRIC, baseline_spaces, search_baseline
@@ -95,9 +97,15 @@ def _metric(config: RunConfig) -> str:
 def _begun(config: RunConfig, data: PreparedData) -> Tuning:
     """What ``output_dir`` holds so far."""
     found = Tuning.read_if_there(config.output_dir)
+    start = {} if config.model.path == "scratch" else weights_key(find_model(config.model.path))
     if found is None:
         about = {"path": str(data.path), "fingerprint": data.fingerprint}
-        return Tuning(data=about, validation_requests=len(data.validation), searches=[])
+        return Tuning(data=about, start=start, validation_requests=len(data.validation), searches=[])
+    if found.start and found.start != start:
+        raise UserError(
+            f"{config.model.path} does not hold the model that {config.output_dir} began with; give that model, or "
+            "tune anew in another output_dir"
+        )
     if found.data.get("fingerprint") != data.fingerprint:
         raise UserError(
             f"{data.path} does not hold the data that {config.output_dir} began with; give that data, or tune anew in "

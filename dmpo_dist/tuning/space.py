@@ -12,6 +12,7 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.config.load import with_keys
 from dmpo_dist.config.tune import Space
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.training.job import Kind
 
 YARDSTICK = ("select", "select_metric", "validate_every")
@@ -36,6 +37,13 @@ def require_stage_space(config: RunConfig, kind: Kind) -> None:
             raise UserError(f"{where}: decided when data is prepared; prepare it both ways and tune on each")
         if key in {f"{section}.{name}" for name in YARDSTICK}:
             raise UserError(f"{where}: says how trials are compared, so it must be the same for all; leave it out")
+        if key.startswith("model.lora") and config.model.path != "scratch" and find_model(config.model.path).is_adapter:
+            raise UserError(
+                f"{where}: {config.model.path} is an adapter, whose shape training keeps; tune it in the stage that "
+                "makes the adapter"
+            )
+        if key == f"{section}.epochs" and getattr(config, section).steps is not None:
+            raise UserError(f"{where}: has no effect while {section}.steps is set; set {section}.steps=null")
         if is_free(key, kind):
             raise UserError(f"{where}: changes nothing that dmpo {section} learns; leave it out")
     _require_values(config, config.tune.space, "tune.space")

@@ -146,7 +146,8 @@ class _Watch:
         later = {int(step): float(value) for step, value in figures.items() if step and value == value}
         entry.start = figures.get(0)
         if later:
-            entry.step = max(later, key=later.__getitem__)
+            section = run.config.get("sft" if run.stage == "sft" else "train", {})
+            entry.step = max(later) if section.get("select") == "last" else max(later, key=later.__getitem__)
             entry.value = later[entry.step]
             entry.share = round(100 * max(later) / max(1, run.steps[1]), 1)
         return entry
