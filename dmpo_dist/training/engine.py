@@ -231,8 +231,8 @@ def _fill(node: Any, values: dict[str, Any], name: str, path: str = "") -> Any:
     ours = next((key for key in SET_BY if path == key or path.endswith(f".{key}")), None)
     if ours and node != "auto" and node != values[ours]:
         raise UserError(
-            f'deepspeed={name}: {path} is {node}, but {SET_BY[ours]} says {values[ours]}; write "auto" there, and set it '
-            "by that key"
+            f'deepspeed={name}: {path} is {node}, but {SET_BY[ours]} says {values[ours]}; write "auto" there, and '
+            "set it by that key"
         )
     if node != "auto":
         return node
