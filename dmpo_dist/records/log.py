@@ -1,5 +1,6 @@
 """The log of a run: passes every record to the run's sinks and shows it on the console."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -163,8 +164,10 @@ def _figures(record: StepRecord) -> str:
 
 
 def _start_line(record: StartRecord, stage: StageConfig) -> str:
-    in_a_pass = -(-record.groups // stage.global_batch_size)  # steps; fewer groups than a batch are one
-    passes = f": about {record.steps / in_a_pass:.1f} passes" if record.groups else ""
+    passes = ""
+    if record.groups:
+        in_a_pass = math.ceil(record.groups / stage.global_batch_size)  # steps; fewer groups than a batch are one
+        passes = f": about {record.steps / in_a_pass:.1f} passes"
     return (
         f"{record.groups} groups, {record.steps} steps{passes}; on {record.world_size} x {record.device}, "
         f"ZeRO-{record.deepspeed['zero_optimization']['stage']}, {record.trainable:,} of "
