@@ -45,7 +45,7 @@ if [[ ! -e "$folder/download/ml-100k-recbole" ]]; then
 fi
 if [[ ! -e "$folder/data" ]]; then
     run data prepare -c pretrained_few_shot data.source.path="$folder/download/ml-100k-recbole" \
-        data.path="$folder/data" data.max_test_users=120
+        data.path="$folder/data" data.max_test_users=100
 fi
 
 stage sft sft "$model"

@@ -75,7 +75,8 @@ def mine_hard_negatives(
     )
     if data.interactions is not None:
         note += _liked_later(rows, data.interactions, data.card.config["rating_threshold"], echo)
-    return rewrite(data, {"train": rows}, note, output, echo)
+    made = {"negatives": "hard", "negatives_per_group": keep}
+    return rewrite(data, {"train": rows}, made, note, output, echo)
 
 
 def _check_numbers(keep: int, skip_top: int, draw_from: int | None, fewest: int, path: Path) -> None:

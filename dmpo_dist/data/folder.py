@@ -50,8 +50,19 @@ def sample_rows(rows: Dataset) -> list[dict[str, Any]]:
     return rows.select(chosen).to_list() if len(rows) else []
 
 
-def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Callable[[str], None]) -> PreparedData:
-    """Write ``data`` to ``output`` with the rows of ``changed`` in place of those splits; ``note`` goes into the card.
+def rewrite(
+    data: PreparedData,
+    changed: Rows,
+    settings: Mapping[str, Any],
+    note: str,
+    output: Path,
+    echo: Callable[[str], None],
+) -> PreparedData:
+    """Write ``data`` to ``output`` with the rows of ``changed`` in place of those splits.
+
+    Args:
+        settings: of the card, which are others for these rows.
+        note: goes into the card.
 
     Raises:
         UserError: ``output`` exists or cannot be written.
@@ -59,6 +70,7 @@ def rewrite(data: PreparedData, changed: Rows, note: str, output: Path, echo: Ca
     require_free(output)
     rows = {split: dataset_of(changed[split]) if split in changed else getattr(data, split) for split in SPLITS}
     card = data.card.model_copy(deep=True)
+    card.config |= settings
     card.notes, card.fingerprint = [*data.card.notes, note], fingerprint(rows, data.items, data.users)
     lists = {split: rows[split].to_list() for split in SPLITS}
     card.leaks = checked_for_leaks(lists, data.interactions, card, echo, allow=True)

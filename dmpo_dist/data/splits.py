@@ -90,7 +90,10 @@ def find_requests(
         requests[split] = Requests(_with_history(chosen, table["item"].to_numpy()), dropped)
         if split == "train" and levels != "none":
             known_since = table["item"].map(first_seen).to_numpy()
-            ranked = next_likes(chosen, table, period == number, known_since, levels, level_likes)
+            usable = period == number
+            if "same_moment" in table:  # as the held-out like: neither before nor after it
+                usable &= ~table["same_moment"].to_numpy(bool)
+            ranked = next_likes(chosen, table, usable, known_since, levels, level_likes)
             requests[split] = Requests(_with_history(chosen.assign(likes=ranked), table["item"].to_numpy()), dropped)
     return requests
 
