@@ -56,6 +56,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
             lambda split: score_with_progress(model, data.test, title, given[-1])
         ),
     )
+    monkeypatch.setattr(model_scores, "_note_shortened", lambda *_: None)
     monkeypatch.setattr(evaluation, "template_of", lambda *_: TemplateConfig())
     for module in (evaluation, model_scores, starts_module):
         monkeypatch.setattr(module, "find_model", lambda path: ModelSource(path, path, False, ModelStamp()))

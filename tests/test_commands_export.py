@@ -184,11 +184,11 @@ def test_a_merge_into_tied_embeddings_leaves_the_head_as_it_was_trained(models, 
 
 
 def test_an_export_that_ranks_otherwise_is_written_only_where_it_is_asked_for(models, tmp_path):
-    """As from 4 bits, where the merge goes into another base than the adapter was trained on."""
+    """As from 4 bits, where the merge goes into another base than the adapter was trained on; the model alone says so."""
     trained = copy_of(models / "run", tmp_path / "run")
-    config = yaml.safe_load((trained / "config.yaml").read_text())
-    config["model"]["quantization"] = "nf4"
-    (trained / "config.yaml").write_text(yaml.safe_dump(config))
+    (trained / "config.yaml").unlink()
+    stamp = json.loads((trained / "model" / "dmpo.json").read_text())
+    (trained / "model" / "dmpo.json").write_text(json.dumps(stamp | {"quantization": "nf4"}))
     pytest.importorskip("bitsandbytes")
     with pytest.raises(UserError, match=r"would rank otherwise: .*another order in .*--accept-difference"):
         export(str(trained / "model"), tmp_path / "out", merge=True, dtype="float32", echo=lambda _: None)
@@ -202,7 +202,9 @@ def test_an_export_that_ranks_otherwise_is_written_only_where_it_is_asked_for(mo
         echo=lambda _: None,
     )
     assert difference.order_changed
-    assert json.loads((tmp_path / "out" / "dmpo.json").read_text())["export"]["max_nats"] == difference.max_nats
+    written = json.loads((tmp_path / "out" / "dmpo.json").read_text())
+    assert written["export"]["max_nats"] == difference.max_nats
+    assert (written["quantization"], written.get("base_digests")) == ("none", None), "merged weights are on no base"
 
 
 def test_shards_are_complete(models, tmp_path):
