@@ -184,7 +184,7 @@ def test_a_merge_into_tied_embeddings_leaves_the_head_as_it_was_trained(models, 
 
 
 def test_an_export_that_ranks_otherwise_is_written_only_where_it_is_asked_for(models, tmp_path):
-    """As from 4 bits, where the merge goes into another base than the adapter was trained on; the model alone says so."""
+    """As from 4 bits, where a merge goes into another base than the adapter was trained on; its stamp alone says so."""
     trained = copy_of(models / "run", tmp_path / "run")
     (trained / "config.yaml").unlink()
     stamp = json.loads((trained / "model" / "dmpo.json").read_text())

@@ -10,6 +10,7 @@ from datasets import load_from_disk
 
 from dmpo_dist.config import DataConfig, Simulator, Source, TemplateConfig
 from dmpo_dist.data import groups
+from dmpo_dist.data.folder import check
 from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.store import ROW_FEATURES, PreparedData, group_from_row, texts_of_data
@@ -279,6 +280,7 @@ def test_fields_of_items_and_users_are_kept(tmp_path: Path) -> None:
     )
     config = DataConfig(source=source, negatives_per_group=4, evaluation_negatives=4)
     data = prepare(config, 0, tmp_path / "out", lambda line: None)
+    check(data.path, lambda line: None)
     assert data.items["name"].tolist() == data.items["title"].tolist()
     texts = texts_of_data(TemplateConfig(item="{title} ({name})\n", preamble="Aged {age}: "), data)
     assert texts.of_user("7") == {"age": "27"}

@@ -10,9 +10,12 @@ import pytest
 from datasets import Dataset
 
 from dmpo_dist.config import DataConfig, Source, load_config
+from dmpo_dist.data.database import Database
+from dmpo_dist.data.rules import Rules
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.kinds import kind_of, with_kind
 from dmpo_dist.data.sources.read import load_interactions
+from dmpo_dist.data.sources.shards import clean_shards
 from dmpo_dist.errors import UserError
 
 HEADER = "user,item,rating,timestamp,title\n"
@@ -250,6 +253,48 @@ def test_repeats_first_last_or_all(tmp_path: Path) -> None:
         return list(zip(events["timestamp"], events["rating"], strict=True))
 
     assert (kept("first"), kept("last"), kept("keep")) == ([(100, 5)], [(200, 2)], [(100, 5), (200, 3)])
+
+
+def test_a_text_of_an_item_is_its_first_that_is_not_blank(tmp_path: Path) -> None:
+    text = "user,item,timestamp,title,by\n1,a,1,Home,\n2,a,2,Home,Ann\n3,a,3,Home,Bob\n"
+    log = read_csv(tmp_path, text, columns={"author": "by"})
+    assert log.items["author"].tolist() == ["Ann"]
+    assert "1 items have several texts in author, the first kept." in log.notes
+    with pytest.raises(UserError, match=r"data.source.columns.row: dmpo has a column of that name"):
+        read_csv(tmp_path, text, columns={"row": "by"})
+
+
+def test_a_quotation_mark_left_open_is_told(tmp_path: Path) -> None:
+    text = 'user,item,timestamp,title,remark\n1,a,1,Home,"x\n2,a,2,Home,y\n3,b,3,Away,z"\n4,b,4,Away,w\n'
+    log = read_csv(tmp_path, text)
+    assert len(log.events) == 2
+    assert any(
+        note.startswith("1 fields run over several lines, the first in column 'remark', row 2") for note in log.notes
+    )
+
+
+def test_dates_without_hyphens_are_no_seconds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="look like dates without hyphens, as in 20240531"):
+        read_csv(tmp_path, HEADER + "u1,a,5,20231231,Alpha\nu2,b,4,20240101,Beta\n")
+    assert len(read_csv(tmp_path, HEADER + "u1,a,5,20231231,Alpha\nu2,b,4,20241399,Beta\n").events) == 2
+
+
+def test_ids_are_read_whole_beside_empty_ones_and_as_floats_of_parquet(tmp_path: Path) -> None:
+    large = [1234567890123456789, 1234567890123456790, None]
+    frame = pd.DataFrame({"user": pd.array(large, dtype="Int64"), "item": [1.0, 2.0, 2.0], "timestamp": [1, 2, 3]})
+    (tmp_path / "shards").mkdir()
+    frame.assign(title=["Alpha", "Beta", "Beta"]).to_parquet(tmp_path / "shards" / "part.parquet")
+    source = {"kind": "parquet", "tolerated_rows": 0.5}
+    log = load_interactions(Source(path=tmp_path / "shards" / "part.parquet", **source), seed=0)
+    assert log.events["user"].tolist() == ["1234567890123456789", "1234567890123456790"]
+    assert log.events["item"].tolist() == ["1", "2"]
+    (tmp_path / "work").mkdir()
+    with Database(tmp_path / "work", "500MB") as database:
+        shards = Source(path=tmp_path / "shards", **source)
+        clean_shards(database, shards, Rules.of(shards, "first"), lambda _: None)
+        streamed = database.frame("SELECT user, item FROM log ORDER BY timestamp")
+    assert streamed["user"].tolist() == log.events["user"].tolist()
+    assert streamed["item"].tolist() == log.events["item"].tolist()
 
 
 def test_equal_titles_are_told_apart_by_a_field(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dmpo_dist.commands.catalogue_parts import PER_PART, CatalogueRanker, rank_c
 from dmpo_dist.commands.evaluate import evaluate, preflight
 from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.fitting_log import of_same_users
 from dmpo_dist.evaluation.metrics import CATALOGUE_METRICS, catalogue_metrics
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.tables import catalogue_table
@@ -146,6 +147,8 @@ def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
     seen = WholeCatalogue(data).baselines(NAMES, CONFIG, data)
     assert_equal(seen["popularity"].metrics, expected)
     assert set(seen) == set(NAMES)
+    few = WholeCatalogue(data).baselines(NAMES, CONFIG, of_same_users(data, 8))
+    assert few["popularity"].shown.tolist() != seen["popularity"].shown.tolist()
     assert CANDIDATES_AT_ONCE > 3 * 40
     monkeypatch.setattr("dmpo_dist.evaluation.whole_catalogue.CANDIDATES_AT_ONCE", 3 * 40)
     for name, ranked in WholeCatalogue(data).baselines(NAMES, CONFIG, data).items():

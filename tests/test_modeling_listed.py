@@ -186,6 +186,8 @@ def test_a_whole_catalogue_and_finished_prompts_are_refused(folder, data, tmp_pa
     pd.DataFrame({"user": ["u"], "history": [list(HISTORY)], "candidates": [list(TITLES)]}).to_parquet(requests)
     with pytest.raises(UserError, match=r"user 'u': .* lists 6 candidates, and its longest response take \d+ tokens"):
         rank_preflight(adapter, Asked(requests, None, None, keep_unknown=True), 3, tmp_path / "out.parquet", short)
+    with pytest.raises(UserError, match=r"3 titles or ids of histories are not in the catalogue: 'Tron'"):
+        rank_preflight(adapter, Asked(requests, None, None), 3, tmp_path / "out.parquet", settings)  # of data.path
     rows = tmp_path / "rows.jsonl"
     lines = [f'{{"prompt": "p{n}", "chosen": "c", "rejected": "r"}}\n' for n in range(80)]
     rows.write_text("".join(lines))

@@ -22,7 +22,7 @@ TEXTS = " texts"
 LIKE = 5.0
 """The rating of an interaction in a log without ratings: a like."""
 COMPACT_DATE = (
-    "timestamp BETWEEN 19000101 AND 21001231 AND timestamp // 100 % 100 BETWEEN 1 AND 12 "
+    "timestamp BETWEEN 19000101 AND 21001231 AND TRY_CAST(timestamp AS BIGINT) // 100 % 100 BETWEEN 1 AND 12 "
     "AND timestamp % 100 BETWEEN 1 AND 31"
 )
 """A number that reads as year, month and day."""

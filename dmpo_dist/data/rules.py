@@ -43,9 +43,7 @@ class Rules:
         fields = tuple(sorted({*source.columns, *source.items_columns} - {*LOG_COLUMNS}))
         for name in fields:
             if name in OUR_COLUMNS:
-                raise UserError(
-                    f"data.source.columns.{name}: dmpo keeps a column of that name; call the text otherwise"
-                )
+                raise UserError(f"data.source.columns.{name}: dmpo has a column of that name; call the text otherwise")
             if meant := difflib.get_close_matches(name, LOG_COLUMNS, n=1, cutoff=NEARLY_EQUAL):
                 raise UserError(
                     f"data.source.columns.{name}: {meant[0]!r} is probably meant; the names of columns are "
