@@ -19,6 +19,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.model_files import start_digests
+from dmpo_dist.training.engine import resolve_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -68,6 +69,30 @@ def test_another_optimizer_is_another_run(world, tmp_path, begun):
     (tmp_path / "sgd.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="differs from .* in deepspeed"):
         preflight("preference", settings(world, tmp_path, deepspeed=str(tmp_path / "sgd.json")), resume=True)
+
+
+def test_a_deepspeed_file_trains_by_the_values_of_the_configuration(tmp_path):
+    def resolved(**changes):
+        content = {
+            "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False, "zero_optimization": {"stage": 1},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.5}},
+        }  # fmt: skip
+        (tmp_path / "mine.json").write_text(json.dumps(content | changes))
+        stage = config_of({"train.weight_decay": 0.5, "train.max_grad_norm": 0.7}).train
+        return resolve_config(str(tmp_path / "mine.json"), stage, "bfloat16", 2, 1000)
+
+    whole = resolved()
+    assert (whole["gradient_clipping"], whole["bf16"], whole["fp16"]) == (0.7, {"enabled": True}, {"enabled": False})
+    for changes, words in (
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}},
+            "optimizer.params.lr is 0.5, but the stage's learning",
+        ),
+        ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but the stage's max_grad_norm says 0.7; write .auto."),
+        ({"bf16": {"enabled": False}}, "bf16.enabled is False, but model.dtype says True"),
+    ):
+        with pytest.raises(UserError, match=words):
+            resolved(**changes)
 
 
 def test_other_data_at_the_same_path_is_found(world, tmp_path, begun):

@@ -95,6 +95,14 @@ def test_what_else_is_refused_before_any_trial(world, tmp_path):
         ({"cluster.workers": 2}, "cluster.workers=2: a trial trains with one worker"),
         ({"tune.baselines": {"item_knn": {"train.steps": {"choice": [1]}}}}, "is no setting of a baseline"),
         ({"train.negatives": 9}, "train.negatives=9, but the prepared data holds 6"),
+        (
+            {"model.path": str(world.adapter), "tune.space": {"model.lora.r": {"choice": [4, 8]}}},
+            "tune.space.model.lora.r: .* is an adapter, whose shape training keeps",
+        ),
+        (
+            {"train.steps": 3, "tune.space": {"train.epochs": {"choice": [1, 2]}}},
+            "tune.space.train.epochs: has no effect while train.steps is set",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             tune(config_of(good | {"output_dir": tmp_path / "tuned"} | more), console)
