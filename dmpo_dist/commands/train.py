@@ -91,8 +91,12 @@ def _note_differences(job: Job, console: Console) -> None:
     for difference in lora_without_effect(source, job.config.model):
         console.print(f"note: {difference}", highlight=False, markup=False, soft_wrap=True)
     if job.config.data.path is not None:
-        for difference in unlike_preparation(job.config.data, DatasetCard.read(job.config.data.path)):
-            console.print(f"note: {difference}", highlight=False, markup=False, soft_wrap=True)
+        card = DatasetCard.read(job.config.data.path)
+        notes = unlike_preparation(job.config.data, card)
+        if job.stage.select == "best" and not card.counts.get("validation"):
+            notes.append(f"{job.config.data.path} has no validation requests to choose a step by: the last is kept")
+        for note in notes:
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def run_stages(stages: Sequence[tuple[str, Kind, RunConfig]], console: Console) -> None:
