@@ -3,7 +3,9 @@ remembers."""
 
 import csv
 from contextlib import nullcontext
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 from rich.console import Console
@@ -20,6 +22,7 @@ from dmpo_dist.evaluation.fitting_log import fitting_log
 from dmpo_dist.evaluation.metrics import ranking_metrics
 from dmpo_dist.records.read import read_run
 from dmpo_dist.training.engine import single_rank
+from dmpo_dist.tuning import stage as stage_module
 from dmpo_dist.tuning.baselines import baseline_spaces, search_baseline
 from dmpo_dist.tuning.report import write_results
 from dmpo_dist.tuning.run import tune
@@ -108,6 +111,18 @@ def test_what_else_is_refused_before_any_trial(world, tmp_path):
             tune(config_of(good | {"output_dir": tmp_path / "tuned"} | more), console)
     assert not (tmp_path / "tuned").exists()
     require_baseline_spaces(config_of({}), USUAL_SPACES)
+
+
+@pytest.mark.parametrize(("select", "step"), [("best", 3), ("last", 6)])
+def test_a_trial_counts_by_the_weights_that_it_leaves(tmp_path, monkeypatch, select, step):
+    figures = pd.DataFrame({"ndcg@10": {0: 0.5, 3: 0.55, 6: 0.41}})
+    run = SimpleNamespace(validation=figures, config={"train": {"select": select}}, stage="preference", steps=(6, 6))
+    monkeypatch.setattr(stage_module, "has_begun", lambda folder: True)
+    monkeypatch.setattr(stage_module, "read_run", lambda folder: run)
+    search = Search(name="train", metric="ndcg@10", space={}, asked=1, hours=None, seconds=0, trials=[])
+    watch = stage_module._Watch(search, [{}], [1], tmp_path, lambda: None, Console(quiet=True))
+    entry = watch._update(1)
+    assert (entry.step, entry.value, entry.start) == (step, figures["ndcg@10"][step], 0.5)
 
 
 def test_a_baseline_is_tuned_by_the_figure_that_it_ranks_with_within_its_budget(world, tmp_path):
