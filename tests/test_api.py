@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import dmpo_dist as dmpo
+from dmpo_dist import api
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.model_files import weights_digests
 
@@ -69,6 +70,13 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     assert loaded.encode.max_length == sft.encode.max_length == 96, "that of the training"
     shorter = dmpo.load(model.source.path, settings={"model.max_length": 64})
     assert shorter.encode.max_length == 64
+
+
+def test_few_of_the_groups_are_those_that_are_trained_on(world, tmp_path):
+    few = world.data.few(5)
+    assert api._run_config(few, tmp_path / "x", "sft", {"data.shots": None}).data.shots == 5
+    assert api._run_config(few, tmp_path / "x", "sft", {"data.shots": 3}).data.shots == 3
+    assert api._run_config(world.data, tmp_path / "x", "sft", {}).data.shots is None
 
 
 def test_mistakes_name_what_to_change(data, tmp_path):

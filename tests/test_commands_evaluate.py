@@ -17,12 +17,13 @@ from dmpo_dist.commands.kept_baselines import kept_baseline_scores
 from dmpo_dist.commands.quickstart import quickstart
 from dmpo_dist.commands.scored_parts import PARTS
 from dmpo_dist.commands.scoring import score_with_progress
-from dmpo_dist.config import RunConfig, TemplateConfig
+from dmpo_dist.config import ModelConfig, RunConfig, TemplateConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation import starts as starts_module
 from dmpo_dist.evaluation.baseline_scores import BaselineScores
 from dmpo_dist.evaluation.whole_catalogue import Ranked
 from dmpo_dist.modeling.backbone import ModelSource
+from dmpo_dist.modeling.ranking_model import RankingModel
 
 CONSOLE = Console(file=io.StringIO(), width=100)
 
@@ -110,6 +111,17 @@ def test_baselines_are_fitted_once_in_an_evaluation_that_is_interrupted(tmp_path
         file.write_text(file.read_text().replace("500", "501"))
     kept()
     assert len(fitted) == 5, "a damaged file is no file"
+
+
+def test_histories_that_a_model_sees_only_in_part_are_counted(world):
+    said = []
+    for length in (90, 512):  # the first holds the template and a title or two
+        console = Console(file=io.StringIO(), width=200)
+        model = RankingModel.load(str(world.model), ModelConfig(max_length=length))
+        model_scores._note_shortened("small", model, world.data.test, console)
+        said.append(console.file.getvalue())
+    assert f"of {len(world.data.test)} test histories without their oldest titles" in said[0]
+    assert said[1] == ""
 
 
 def test_what_a_stage_started_from_is_found_by_folder(tmp_path, monkeypatch):

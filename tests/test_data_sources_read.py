@@ -273,6 +273,13 @@ def test_a_quotation_mark_left_open_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_a_text_of_several_lines_is_no_open_quotation_mark_where_there_are_none(tmp_path: Path) -> None:
+    rows = {"user": ["1", "2"], "item": ["a", "b"], "timestamp": [1, 2], "title": ["Home", "Away"], "by": ["x\ny", "z"]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    log = load_interactions(Source(kind="huggingface", path=tmp_path / "saved"), seed=0)
+    assert not [note for note in log.notes if "several lines" in note]
+
+
 def test_dates_without_hyphens_are_no_seconds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="look like dates without hyphens, as in 20240531"):
         read_csv(tmp_path, HEADER + "u1,a,5,20231231,Alpha\nu2,b,4,20240101,Beta\n")

@@ -130,7 +130,12 @@ def check_against(
         for request in requests
         if not keep_unknown and not known.issuperset(request.candidates or ())
     ]
-    _refuse(path, "a candidate that is not in the catalogue", strange, "correct it, or keep it by --keep-unknown")
+    _refuse(
+        path,
+        "a candidate that is not in the catalogue",
+        strange,
+        "correct it or add it to the catalogue; dmpo rank keeps it by --keep-unknown",
+    )
     if exclude_history:
         done = [repr(r.user) for r in requests if r.candidates is None and known.issubset(r.left_out)]
         _refuse(path, "no usable candidates", done, "they took all titles: set ranking.exclude_history=false")

@@ -106,7 +106,7 @@ def _own_log(frame: pd.DataFrame, path: Path, source: Source, rules: Rules) -> I
     columns = log_columns(frame.columns, names, source)
     pick(frame, {ours: theirs for ours, theirs in columns.items() if ours != "title"}, path, ADVICE)
     events, notes = pick(frame, columns, path, TITLES_ADVICE), implicit_note(columns, list(frame.columns))
-    if suffix_kind(path) not in ("parquet", "jsonl"):
+    if (source.kind or suffix_kind(path) or "csv") == "csv":  # other kinds have no quotation marks
         notes += fields_over_lines(frame)
     if source.items_path is not None:
         items, items_path = read_items(source)
