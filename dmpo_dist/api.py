@@ -197,7 +197,8 @@ def _console() -> Console:
 
 def _run_config(data: PreparedData, folder: str | Path | None, name: str, given: Settings) -> RunConfig:
     few = len(data.train) if len(data.train) < data.card.counts["train"] else None  # after ``data.few``
-    given = dict(given) | ({"data.shots": few} if given.get("data.shots") is None else {})
+    if few is not None and given.get("data.shots") is None:
+        given = dict(given) | {"data.shots": few, "data.shots_seed": data.shots_seed}
     return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | given)
 
 

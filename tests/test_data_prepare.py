@@ -139,6 +139,14 @@ def test_few_shot_subsets_are_nested(prepared: PreparedData) -> None:
     few = PreparedData.load(prepared.path, shots=4)
     assert few.test.to_list() == prepared.test.to_list()
     assert few.fingerprint != prepared.fingerprint
+    others = PreparedData.load(prepared.path, shots=16, shots_seed=1)
+    drawn = {json.dumps(row, sort_keys=True) for row in others.train.to_list()}
+    assert len(drawn) == 16
+    assert len(drawn & rows[1]) < 8, "another draw, of which few are in the first"
+    assert PreparedData.load(prepared.path, shots=16).fingerprint != others.fingerprint
+    assert {json.dumps(row, sort_keys=True) for row in prepared.few(4, 1).train.to_list()} < drawn
+    with pytest.raises(ValueError, match="shots_seed has no effect while all groups are used"):
+        DataConfig(shots_seed=1)
     with pytest.raises(UserError, match=r"data\.shots=9999, but .* holds \d+ training groups"):
         PreparedData.load(prepared.path, shots=9999)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dmpo_dist.commands.catalogue_parts import PER_PART, CatalogueRanker, rank_catalogue
 from dmpo_dist.commands.evaluate import evaluate, preflight
-from dmpo_dist.config import RunConfig, config_of
+from dmpo_dist.config import DataConfig, RunConfig, config_of
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.fitting_log import of_same_users
 from dmpo_dist.evaluation.metrics import CATALOGUE_METRICS, catalogue_metrics
@@ -147,7 +147,7 @@ def test_popularity_knows_nothing_of_the_future(world, monkeypatch):
     seen = WholeCatalogue(data).baselines(NAMES, CONFIG, data)
     assert_equal(seen["popularity"].metrics, expected)
     assert set(seen) == set(NAMES)
-    few = WholeCatalogue(data).baselines(NAMES, CONFIG, of_same_users(data, 8))
+    few = WholeCatalogue(data).baselines(NAMES, CONFIG, of_same_users(data, DataConfig(shots=8)))
     assert few["popularity"].shown.tolist() != seen["popularity"].shown.tolist()
     assert CANDIDATES_AT_ONCE > 3 * 40
     monkeypatch.setattr("dmpo_dist.evaluation.whole_catalogue.CANDIDATES_AT_ONCE", 3 * 40)

@@ -94,6 +94,19 @@ def test_starts_are_shared_and_come_before_what_needs_them():
     assert sum(part.role == "start" for part in make_parts(shared, expand(shared), {})) == 2 * 2
 
 
+def test_each_seed_draws_its_own_shots_if_asked():
+    block = {"shots": [16, "all"], "seed": [0, 3], "dataset": "a"}
+    for draw, drawn in (("once", 0), ("per_seed", 3)):
+        grid = grid_of(block, arms=["sft", "sft_continued"], draw_shots=draw)
+        parts = make_parts(grid, expand(grid), {})
+        seeds = {(part.shots, part.cell.seed): {p.config.data.shots_seed for p in parts if p.cell == part.cell}
+                 for part in parts}  # fmt: skip
+        assert seeds == {(16, 0): {0}, (16, 3): {drawn}, (None, 0): {0}, (None, 3): {0}}
+    few_starts = grid_of({"seed": [0, 3], "dataset": "a"}, sft_shots=16, draw_shots="per_seed")
+    starts = [part for part in make_parts(few_starts, expand(few_starts), {}) if part.role == "start"]
+    assert {part.config.data.shots_seed for part in starts} == {0, 3}
+
+
 def test_sft_continued_at_equal_compute_has_as_many_steps_as_a_cells_flops_pay_for(world):
     settings = {"train": {"steps": 10}, "model": {"max_length": 256}}
     blocks = {"k": [1, 4], "objective": ["dmpo", "sdpo"], "shots": 8}
@@ -205,6 +218,9 @@ MISTAKES = {
     "setting": ({"grid": {}, "settings": {"train": {"step": 3}}}, ("train.step: unknown key", "train.steps")),
     "path_as_setting": ({"grid": {}, "settings": {"data": {"path": "x"}}},
                         ("settings.data.path: cannot be set there", "datasets")),
+    "shots_seed": ({"grid": {"shots": [8]}, "settings": {"data": {"shots_seed": 1}}},
+                   ("settings.data.shots_seed: cannot be set there", "draw_shots: per_seed")),
+    "shots_seed_as_axis": ({"grid": {"shots": [8], "data.shots_seed": [1]}}, ("draw_shots: per_seed",)),
     "no_file": ({"grid": {}, "config": ["moovielens"]}, ("config moovielens", "movielens, ")),
     "neither": ({"grid": {}, "datasets": {"a": {"seed": 1}}}, ("datasets.a", "either path", "or prepare")),
 }  # fmt: skip

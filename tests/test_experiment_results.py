@@ -181,6 +181,11 @@ def test_baselines_on_both_logs_rules_and_methods_stand_on_the_page(study):
     assert [(fit.dataset, fit.few, fit.shots) for fit in fits] == [
         ("a", False, None), ("a", True, 8), ("a", True, None), ("b", False, None), ("b", True, None)
     ]  # fmt: skip
+    own = grid.model_copy(update={"draw_shots": "per_seed", "output_dir": grid.output_dir / "own"})
+    drawn = baseline_fits(list(data), make_parts(own, expand(own), data), own.output_dir)
+    assert [(fit.shots, fit.seed, fit.config.data.shots_seed) for fit in drawn if fit.dataset == "a" and fit.few] == [
+        (8, 0, 0), (8, 1, 1), (None, None, 0)
+    ]  # fmt: skip
     measure_baselines(fits, data, Console(file=io.StringIO()))
     found = evaluations(parts, data, grid.output_dir)
     assert set(found[found["part"].isna()]["model"]) == {

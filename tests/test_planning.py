@@ -2,22 +2,27 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from math import ceil
 
 import pytest
 import torch
 from conftest import tiny_model
+from rich.console import Console
 from typer.testing import CliRunner
 
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.cli import app
-from dmpo_dist.config import LoraConfig, ModelConfig, OnPolicyConfig, RunConfig
+from dmpo_dist.commands.train import checked_job
+from dmpo_dist.config import LoraConfig, ModelConfig, OnPolicyConfig, RunConfig, config_of
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, load_policy, load_tokenizer
 from dmpo_dist.modeling.logprobs import LogProbModel
 from dmpo_dist.modeling.routing import use_backend
+from dmpo_dist.planning.command import Request, run_plan, with_length_of_start
 from dmpo_dist.planning.compute import compute_factor
 from dmpo_dist.planning.flops import forward_flops, shared_work, step_flops
 from dmpo_dist.planning.gpus import GPUS, find_gpu
@@ -27,6 +32,8 @@ from dmpo_dist.planning.model import Row, blueprint
 from dmpo_dist.planning.plan import Cluster, Lengths, changed, make_plan, make_rank
 from dmpo_dist.planning.recommend import faster, smallest_change
 from dmpo_dist.planning.report import BYTES, amount
+from dmpo_dist.training.groups import make_schedule
+from dmpo_dist.training.schedule import total_steps
 
 MIDDLE = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 32,
@@ -230,6 +237,20 @@ def test_what_cannot_be_planned_says_what_to_do(options, message, middle):
     result = CliRunner().invoke(app, ["plan", *fixed, *options])
     assert isinstance(result.exception, UserError)
     assert message in str(result.exception)
+
+
+def test_a_plan_has_the_steps_and_the_length_that_training_would_take(world, tmp_path, capsys):
+    start = tmp_path / "start"
+    shutil.copytree(world.model, start)
+    ModelStamp(max_length=96).write(start)
+    keys = {"model.path": str(start), "data.path": str(world.data.path), "data.shots": 10, "train.epochs": 1.2}
+    for asked, length in (({}, 96), ({"model.max_length": 128}, 128)):
+        config = config_of(keys | asked | {"train.global_batch_size": 8, "train.negatives": 2})
+        job, data = checked_job("preference", config)
+        assert with_length_of_start(config).model.max_length == job.config.model.max_length == length
+        run_plan(config, Request("cpu", 1, 1, None, None, None), explain=False, as_json=True, console=Console())
+        steps = total_steps(job.stage, make_schedule(job, len(data.train), 1))
+        assert json.loads(capsys.readouterr().out)["steps"] == steps == 2
 
 
 def test_every_gpu_has_a_data_sheet_peak():

@@ -208,7 +208,7 @@ def _catalogue_baselines(whole: WholeCatalogue, data: PreparedData, config: RunC
         ranked |= whole.baselines(names, config, data)
     if "shots" in config.evaluation.fit_on:
         fitted = [name for name in names if name != "random"]
-        few = whole.baselines(fitted, config, of_same_users(data, config.data.shots))
+        few = whole.baselines(fitted, config, of_same_users(data, config.data))
         ranked |= {name + SAME_USERS: of_few for name, of_few in few.items()}
     return ranked
 

@@ -44,6 +44,7 @@ def _key(data: PreparedData, config: RunConfig, catalogue: bool) -> dict[str, An
         "dmpo": __version__,
         "data": data.fingerprint,
         "shots": config.data.shots,
+        "shots_seed": config.data.shots_seed,
         "seed": config.seed,
         "catalogue": catalogue,
         "evaluation": config.evaluation.model_dump(mode="json", exclude=ignored),

@@ -33,6 +33,7 @@ from dmpo_dist.modeling.backbone import (
     read_model_config,
     require_same_rendering,
     unlike_training,
+    with_length_of,
     write_stamp,
 )
 from dmpo_dist.modeling.model_files import start_digests, written_digests
@@ -211,7 +212,7 @@ def checked_job(kind: Kind, config: RunConfig, earlier: Sequence[Job] = ()) -> t
     Args:
         kind, config, earlier: see ``preflight``.
     """
-    data = PreparedData.load(require_prepared(config.data.path), config.data.shots)
+    data = PreparedData.load(require_prepared(config.data.path), config.data.shots, config.data.shots_seed)
     config = _with_absolute_paths(config)
     if config.model.path == SCRATCH:
         start = str(config.output_dir / SCRATCH)
@@ -219,6 +220,8 @@ def checked_job(kind: Kind, config: RunConfig, earlier: Sequence[Job] = ()) -> t
         folder = Path(config.model.path).absolute()
         maker = next((job for job in earlier if job.output / "model" == folder), None)
         start = str(folder) if folder.exists() or maker else config.model.path
+        if not maker:
+            config = with_length_of([find_model(start)], config)
         template = maker.config.template if maker else template_of(start, config)
         config = config.model_copy(update={"template": template})
     job = Job(kind, config, start, config.output_dir)

@@ -179,6 +179,14 @@ class DataConfig(Section):
     """Memory for sorting and joining the shards; Python and the share of users at work come on top, about as much."""
     shots: int | None = Field(None, ge=1)
     """Train on this many of the prepared training groups; a smaller number's groups are among a larger one's."""
+    shots_seed: int = Field(0, ge=0)
+    """Which groups ``shots`` takes: another number draws others. ``seed`` leaves them as they are."""
+
+    @model_validator(mode="after")
+    def _shots_to_draw(self) -> "DataConfig":
+        if self.shots_seed and self.shots is None:
+            raise ValueError("shots_seed has no effect while all groups are used; set data.shots, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _cuts_in_order(self) -> "DataConfig":

@@ -23,7 +23,7 @@ from dmpo_dist.parsing import parsing
 FORMAT_VERSION = 1
 USERS_FILE = "users.parquet"
 ROWS_AT_ONCE = 1000
-NOT_PREPARED_BY = ("path", "shots", "source", "stream", "stream_memory")
+NOT_PREPARED_BY = ("path", "shots", "shots_seed", "source", "stream", "stream_memory")
 """Keys of the data section that say where data lies, or how it is read, and not what it becomes."""
 ROW_FEATURES = Features(
     {
@@ -70,13 +70,15 @@ class PreparedData:
     card: DatasetCard
     fingerprint: str
     path: Path
+    shots_seed: int = 0
 
     @classmethod
-    def load(cls, path: Path, shots: int | None = None) -> "PreparedData":
+    def load(cls, path: Path, shots: int | None = None, shots_seed: int = 0) -> "PreparedData":
         """Read a folder that ``dmpo data prepare`` wrote.
 
         Args:
             shots: number of training groups to keep; the groups of a smaller number are among those of a larger one.
+            shots_seed: which ones; another number draws others.
 
         Raises:
             UserError: no such folder, not a prepared folder, another format version, damaged files, or fewer training
@@ -94,12 +96,13 @@ class PreparedData:
         }
         users = _read_table(path / USERS_FILE) if (path / USERS_FILE).exists() else None
         whole = cls(**splits, **tables, users=users, card=card, fingerprint=card.fingerprint, path=path)
-        return whole if shots is None else whole.few(shots)
+        return whole if shots is None else whole.few(shots, shots_seed)
 
-    def few(self, shots: int) -> "PreparedData":
-        """The same data with ``shots`` training groups; raises UserError where it has fewer."""
-        train = _few(self.train, shots, self.path)
-        return replace(self, train=train, fingerprint=few_fingerprint(self.fingerprint, shots))
+    def few(self, shots: int, shots_seed: int = 0) -> "PreparedData":
+        """The same data with ``shots`` training groups, drawn by ``shots_seed``; raises UserError if it has fewer."""
+        train = _few(self.train, shots, shots_seed, self.path)
+        fingerprint = few_fingerprint(self.fingerprint, shots, shots_seed)
+        return replace(self, train=train, fingerprint=fingerprint, shots_seed=shots_seed)
 
     def stored_negatives(self) -> list[int]:
         """How many negatives each training group has, among levels how many responses at the last one."""
@@ -140,9 +143,17 @@ def texts_of_data(template: TemplateConfig, data: PreparedData) -> PromptTexts:
     return texts.with_items(data.items).with_users(data.users)
 
 
-def few_fingerprint(fingerprint: str, shots: int | None) -> str:
+def few_fingerprint(fingerprint: str, shots: int | None, shots_seed: int = 0) -> str:
     """The fingerprint of the data with ``shots`` training groups; with None it is that of the whole data."""
-    return fingerprint if shots is None else hashlib.sha256(f"{fingerprint} {shots} shots".encode()).hexdigest()
+    if shots is None:
+        return fingerprint
+    drawn = f" by {shots_seed}" if shots_seed else ""
+    return hashlib.sha256(f"{fingerprint} {shots} shots{drawn}".encode()).hexdigest()
+
+
+def seen_fingerprint(fingerprint: str, config: Mapping[str, Any]) -> str:
+    """The fingerprint of what a run with this ``data`` section saw of the data with ``fingerprint``."""
+    return few_fingerprint(fingerprint, config.get("shots"), config.get("shots_seed") or 0)
 
 
 def group_from_row(row: Mapping[str, Any]) -> PreferenceGroup:
@@ -185,12 +196,13 @@ def rows_of(split: Dataset) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _few(train: Dataset, shots: int, path: Path) -> Dataset:
-    """The ``shots`` groups with the smallest hashes of their content, in their old order."""
+def _few(train: Dataset, shots: int, shots_seed: int, path: Path) -> Dataset:
+    """The ``shots`` groups with the smallest hashes of their content and ``shots_seed``, in their old order."""
     if shots > len(train):
         raise UserError(f"data.shots={shots}, but {path} holds {len(train)} training groups; lower data.shots")
     keys = zip(*(train[name][:] for name in ("user", "timestamp", "history", "positive", "prompt")), strict=True)
-    rank = [hashlib.blake2b(repr(key).encode(), digest_size=16).digest() for key in keys]
+    salt = str(shots_seed).encode() if shots_seed else b""
+    rank = [hashlib.blake2b(repr(key).encode(), digest_size=16, key=salt).digest() for key in keys]
     return train.select(sorted(sorted(range(len(rank)), key=rank.__getitem__)[:shots]))
 
 

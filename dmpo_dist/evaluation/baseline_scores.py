@@ -56,7 +56,7 @@ def baseline_scores(
     if "log" in config.evaluation.fit_on:
         found = _fitted_on(data, config, catalogue, echo)
     if "shots" in config.evaluation.fit_on and data.interactions is not None:
-        few = _fitted_on(of_same_users(data, config.data.shots), config, False, echo)
+        few = _fitted_on(of_same_users(data, config.data), config, False, echo)
         named = {name + SAME_USERS: scores for name, scores in few.scores.items() if name != "random"}
         details = {name + SAME_USERS: known for name, known in few.details.items()}
         found = BaselineScores(found.scores | named, found.catalogue, {**found.details, **details})

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from dmpo_dist.config import DataConfig
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData, rows_of
 
@@ -46,16 +47,16 @@ def knows_the_future(data: PreparedData) -> bool:
     return data.card.cuts is None
 
 
-def of_same_users(data: PreparedData, shots: int | None) -> PreparedData:
-    """``data`` with a log that holds only what ``shots`` training groups show a language model.
+def of_same_users(data: PreparedData, config: DataConfig) -> PreparedData:
+    """``data`` with a log that holds only what ``config.shots`` training groups show a language model.
 
     These are the likes in their histories and their positives (before a history is cut to fit a context). A baseline
     fitted on it knows of the past what the language model was trained on, and no more.
 
     Args:
-        shots: as in ``PreparedData.load``; None takes all training groups.
+        config: whose ``shots`` and ``shots_seed`` say which groups; without ``shots`` all training groups.
     """
-    few = data if shots is None else data.few(shots)
+    few = data if config.shots is None else data.few(config.shots, config.shots_seed)
     shown = pd.DataFrame(
         [
             (row["user"], item, row["timestamp"])

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dmpo_dist.config import RunConfig
-from dmpo_dist.experiment.parts import Part
+from dmpo_dist.experiment.grid import GridCell
+from dmpo_dist.experiment.parts import Part, with_shots
 from dmpo_dist.experiment.schema import ALL_SHOTS
 
 FOLDER = "baselines"
@@ -20,13 +21,15 @@ class BaselineFit:
         dataset: name of the dataset that they are fitted and evaluated on.
         few: whether they are fitted on what the training groups show, and not on the whole log.
         shots: the number of these groups, None for all.
+        seed: of the cells that have these groups, where each seed draws its own.
         folder: of the evaluation.
-        config: whose ``evaluation.fit_on`` and ``data.shots`` say the same.
+        config: whose ``evaluation.fit_on``, ``data.shots`` and ``data.shots_seed`` say the same.
     """
 
     dataset: str
     few: bool
     shots: int | None
+    seed: int | None
     folder: Path
     config: RunConfig
 
@@ -43,18 +46,24 @@ def baseline_fits(datasets: Sequence[str], parts: Sequence[Part], output: Path) 
         config = next((part.config for part in parts if part.cell.dataset == dataset), parts[0].config)
         if "log" in config.evaluation.fit_on:
             fitted = _fitted_on(config, "log", None)
-            fits.append(BaselineFit(dataset, False, None, output / FOLDER / dataset, fitted))
+            fits.append(BaselineFit(dataset, False, None, None, output / FOLDER / dataset, fitted))
         if "shots" in config.evaluation.fit_on:
-            shots = dict.fromkeys(part.cell.shots for part in parts if part.cell.dataset == dataset)
-            for few in shots:
-                folder = output / FOLDER / f"{dataset}_shots-{few or ALL_SHOTS}"
-                fits.append(BaselineFit(dataset, True, few, folder, _fitted_on(config, "shots", few)))
+            for few, seed in dict.fromkeys(_drawn(part.cell) for part in parts if part.cell.dataset == dataset):
+                by_seed = "" if seed is None else f"_seed-{seed}"
+                folder = output / FOLDER / f"{dataset}_shots-{few or ALL_SHOTS}{by_seed}"
+                fitted = _fitted_on(config, "shots", few, seed)
+                fits.append(BaselineFit(dataset, True, few, seed, folder, fitted))
     return fits
 
 
-def _fitted_on(config: RunConfig, fit_on: str, shots: int | None) -> RunConfig:
+def _drawn(cell: GridCell) -> tuple[int | None, int | None]:
+    """A cell's number of shots, and its seed where that draws them."""
+    return cell.shots, cell.seed if cell.own_shots else None
+
+
+def _fitted_on(config: RunConfig, fit_on: str, shots: int | None, seed: int | None = None) -> RunConfig:
     changes: dict[str, Any] = {
         "evaluation": config.evaluation.model_copy(update={"fit_on": [fit_on]}),
-        "data": config.data.model_copy(update={"shots": shots}),
+        "data": with_shots(config.data, shots, seed),
     }
     return config.model_copy(update=changes)

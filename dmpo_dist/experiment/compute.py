@@ -52,7 +52,7 @@ def _of_tokens(config: RunConfig) -> str:
     """As JSON: what the tokens of the training groups depend on, so that cells which share it are counted once."""
     listed = {"train": {"negatives"}, "sft": {"negatives"}} if config.template.lists_candidates else {}
     return config.model_dump_json(
-        include={"seed": True, "model": True, "template": True, "data": {"path", "shots"}, **listed}
+        include={"seed": True, "model": True, "template": True, "data": {"path", "shots", "shots_seed"}, **listed}
     )
 
 
@@ -63,7 +63,7 @@ def _token_groups(config_json: str, score_history: bool) -> tuple[list[TokenGrou
     They are made as training makes them, by tokenizer and template of the model that SFT starts from.
     """
     config = RunConfig.model_validate_json(config_json)
-    data = PreparedData.load(require_prepared(config.data.path), config.data.shots)
+    data = PreparedData.load(require_prepared(config.data.path), config.data.shots, config.data.shots_seed)
     with tempfile.TemporaryDirectory(prefix="dmpo-tokenizer-") as folder:
         start = config.model.path
         if start == SCRATCH:

@@ -11,7 +11,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.schema import GridConfig, layers_of, override, settings_of
 
 DATA = "data"
-NOT_IN_THE_ROWS = ("path", "shots", "stream_memory")
+NOT_IN_THE_ROWS = ("path", "shots", "shots_seed", "stream_memory")
 
 
 def open_datasets(grid: GridConfig, make: Callable[[str], None] | None) -> dict[str, PreparedData]:

@@ -45,6 +45,7 @@ class GridCell:
         name: of its folder; made of the cell's own values alone, so that names stay the same when the grid grows.
         shots: number of training groups, None for all.
         objective: the objective's name and the options of its entry, such as ``dmpo-boundary``.
+        own_shots: whether its seed draws them.
         free: the free axes, key -> value, ``start`` among them.
         config: all its settings except data.path, model.path and output_dir, which are set later.
     """
@@ -55,6 +56,7 @@ class GridCell:
     k: int
     objective: str
     seed: int
+    own_shots: bool
     free: Free
     config: RunConfig
 
@@ -102,7 +104,6 @@ def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
         grid = GridConfig.model_validate(content)
         more = [text for text in overrides if not text.startswith("output_dir=")]
         grid = grid.model_copy(update={"settings": _with_overrides(grid.settings, more)})
-        load_config(layers_of(grid), settings_of(grid))
         grid.check()
     except ValidationError as error:
         raise UserError(f"{path}:\n" + "\n".join(map(_explain, error.errors()))) from None
@@ -177,6 +178,9 @@ def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: d
     if set_twice:
         raise UserError(f"{set_twice[0]} is set by the axis objective and by an axis of its own; remove one of them")
     overrides = [override("data.shots", few), override("seed", seed), override("train.negatives", k)]
+    own_shots = few is not None and grid.draw_shots == "per_seed"
+    if own_shots:
+        overrides.append(override("data.shots_seed", seed))
     overrides += [override(f"objective.{key}", value) for key, value in options.items()]
     overrides += [override(key, value) for key, value in free if key != START]
     try:
@@ -184,7 +188,8 @@ def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: d
     except UserError as error:
         raise UserError(f"the cell {name}: {last_line(error)}") from None
     named = options | {key.removeprefix("objective."): value for key, value in free}
-    return GridCell(name, dataset, few, k, _label(_of_base(config.objective, named) | options), seed, free, config)
+    label = _label(_of_base(config.objective, named) | options)
+    return GridCell(name, dataset, few, k, label, seed, own_shots, free, config)
 
 
 def _label(options: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dmpo_dist.commands.quickstart import PASSED_ON, continued_config
 from dmpo_dist.commands.train import SCRATCH, require_reorderable
-from dmpo_dist.config import ReferenceConfig, RunConfig, TrainConfig
+from dmpo_dist.config import DataConfig, ReferenceConfig, RunConfig, TrainConfig
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -170,7 +170,7 @@ def _part(
     shots = cell.shots
     if role == "start":
         shots = grid.sft_shots if isinstance(grid.sft_shots, int) else cell.shots if grid.sft_shots == "cell" else None
-        config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
+        config = config.model_copy(update={"data": with_shots(config.data, shots, _seed_of_shots(grid, cell))})
     free = tuple(axis for axis in cell.free if _counts(role, axis[0]))
     name = f"{cell.dataset}_shots-{shots or ALL_SHOTS}{_length(role, config)}_seed-{cell.seed}{free_part(free)}"
     name = cell.name if role == "cell" else name
@@ -240,10 +240,21 @@ def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str
         content["model"]["path"] = f"the SFT start {start}"
     elif Path(config.model.path).is_dir():
         content["model"]["weights"] = _weights(config.model.path)
-    flat = dotted(content | {"data": {"fingerprint": fingerprint, "shots": config.data.shots}})
+    drawn = {"shots_seed": config.data.shots_seed} if config.data.shots_seed else {}
+    flat = dotted(content | {"data": {"fingerprint": fingerprint, "shots": config.data.shots} | drawn})
     ignored = {f"{stage}.{name}" for name in NO_INFLUENCE}
     ignored |= set() if config.template.lists_candidates else {"template.candidate", "sft.negatives"}
     return {key: value for key, value in flat.items() if key not in ignored}
+
+
+def with_shots(config: DataConfig, shots: int | None, seed: int | None) -> DataConfig:
+    """``config`` with that many training groups, None for all, drawn by ``seed``, None for the seed that it has."""
+    drawn = config.shots_seed if seed is None else seed
+    return config.model_copy(update={"shots": shots, "shots_seed": 0 if shots is None else drawn})
+
+
+def _seed_of_shots(grid: GridConfig, cell: GridCell) -> int | None:
+    return cell.seed if grid.draw_shots == "per_seed" else None
 
 
 @cache

@@ -58,7 +58,7 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
             "folder": fit.folder,
         }
         if fit.few:
-            described |= {"shots": fit.shots, "train_groups": fit.shots or len(prepared.train)}
+            described |= {"shots": fit.shots, "train_groups": fit.shots or len(prepared.train), "seed": fit.seed}
         current = evaluated(fit.folder, prepared, baseline_settings(fit.config))
         models = Evaluation.read(fit.folder).models if current else []
         rows += [described | {"model": model, "scored_as": model} for model in models]
@@ -208,7 +208,8 @@ def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str,
         same = own[(own["model"] == name) & (own["part"] == row["continued"].get(name))]
     elif name != FEWEST_K:
         same = own[(own["model"] == name) & own["part"].isna() & (own["dataset"] == row["dataset"])]
-        same = same[same["train_groups"].isna() | (same["train_groups"] == row["train_groups"]).fillna(False)]
+        for column in ("train_groups", "seed"):  # a baseline may have one fit for all of either
+            same = same[same[column].isna() | (same[column] == row[column]).fillna(False)]
     else:
         same = own[own["objective"].notna()]
         for column in ("model", "dataset", "seed", "train_groups", "free"):

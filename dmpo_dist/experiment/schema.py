@@ -20,6 +20,7 @@ NOT_TRAINING = ("output_dir", "version", "cluster", "submit", "serving", "tracki
 ALL_SHOTS = "all"
 START, STARTS = "start", ("sft", "zero_shot")
 """The axis that says what cells are trained from, and its values."""
+OTHER_SHOTS = "write draw_shots: per_seed beside grid, and each value of the axis seed draws its own shots"
 Arm = Literal["untuned", "zero_shot", "sft", "sft_continued", "sft_continued_compute"]
 
 
@@ -69,6 +70,9 @@ class GridConfig(Section):
     """own: the dataset trained on; all: every other one too, for the cross-domain matrix."""
     sft_shots: int | Literal["cell", "all"] = "cell"
     """Training groups of the SFT start: as the cell's shots, all, or a number."""
+    draw_shots: Literal["once", "per_seed"] = "once"
+    """once: cells of all seeds train on the same shots; per_seed: each seed draws its own by ``data.shots_seed``, and
+    intervals over seeds cover which examples there are."""
 
     @field_validator("datasets", mode="before")
     @classmethod
@@ -103,6 +107,9 @@ class GridConfig(Section):
                     raise UserError(
                         f"{where}.{key}: cannot be set there; use the grid's output_dir, datasets, seed and shots"
                     )
+                if key == "data.shots_seed":
+                    raise UserError(f"{where}.{key}: cannot be set there; {OTHER_SHOTS}")
+        load_config(layers_of(self), settings_of(self))
         for number, block in enumerate(self.grid):
             where = "grid" if len(self.grid) == 1 else f"grid, block {number + 1}"
             for axis, values in block.items():
@@ -122,6 +129,8 @@ class GridConfig(Section):
         if axis in KEY_OF_AXIS.values():
             short = next(name for name, key in KEY_OF_AXIS.items() if key == axis)
             raise UserError(f"{where}: write it as the axis {short}")
+        if axis == "data.shots_seed":
+            raise UserError(f"{where}: {OTHER_SHOTS}")
         if axis.split(".")[0] == "data":
             raise UserError(f"{where}: decided when data is prepared; give a dataset for each value under datasets")
         if axis.split(".")[0] in NOT_TRAINING:

@@ -155,7 +155,9 @@ def model_settings(config: RunConfig) -> dict[str, Any]:
 
 def baseline_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that the figures of the baselines depend on, as saved in their evaluation."""
-    few = {"shots": config.data.shots} if "shots" in config.evaluation.fit_on else {}
+    few: dict[str, Any] = {}
+    if "shots" in config.evaluation.fit_on:
+        few = {"shots": config.data.shots} | ({"shots_seed": config.data.shots_seed} if config.data.shots_seed else {})
     settings = config.evaluation.model_dump(mode="json", exclude=BASELINES_IGNORE)
     return settings | {"seed": config.seed, "counted": COUNTED} | few
 

@@ -49,8 +49,11 @@ class ModelSource:
     stamp: ModelStamp
 
 
-def find_model(path: str) -> ModelSource:
+def find_model(path: str, weights: bool = True) -> ModelSource:
     """Look at a model folder, GGUF file, name of a fetched model or hub id; a new GGUF file is converted first.
+
+    Args:
+        weights: False takes a folder without weights too, which is enough for a plan.
 
     Raises:
         UserError: a folder that is not there or holds no model, or a damaged file in it.
@@ -76,7 +79,8 @@ def find_model(path: str) -> ModelSource:
         base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
         if not base:
             raise UserError(f"{folder / ADAPTER}: names no base model; set its base_model_name_or_path")
-        _check_weights(folder)
+        if weights:
+            _check_weights(folder)
         base = moved_base(base)
         relative = folder / base
         if base.startswith(("/", ".")) and not relative.exists():
@@ -87,7 +91,8 @@ def find_model(path: str) -> ModelSource:
     if not (folder / "config.json").exists():
         raise UserError(f"{path}: holds neither config.json nor {ADAPTER}; is it a model folder?")
     _read_json(folder / "config.json")
-    _check_weights(folder)
+    if weights:
+        _check_weights(folder)
     return ModelSource(path, path, False, stamp)
 
 

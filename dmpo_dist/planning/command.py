@@ -7,9 +7,11 @@ from rich.console import Console
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.backbone import find_model, with_length_of
 from dmpo_dist.planning.cases import CASES
 from dmpo_dist.planning.gpus import find_gpu
 from dmpo_dist.planning.lengths import data_lengths
+from dmpo_dist.planning.model import SCRATCH
 from dmpo_dist.planning.plan import Cluster, Lengths, Plan, data_groups, make_plan
 from dmpo_dist.planning.recommend import Advice, elsewhere, faster, smallest_change
 from dmpo_dist.planning.report import BYTES, amount, as_dict, show_advice, show_outcomes, show_plan
@@ -47,6 +49,7 @@ def run_plan(config: RunConfig, request: Request, explain: bool, as_json: bool, 
         UserError: unknown GPU, a model or settings that cannot be planned, or a run that does not fit, with what to
             change.
     """
+    config = with_length_of_start(config)
     gpu, per_node = request.gpu or ASSUMED_GPU, request.gpus_per_node or ASSUMED_PER_NODE
     cluster = Cluster(gpu, find_gpu(gpu, per_node), request.nodes, per_node)
     lengths = _lengths(config, request)
@@ -74,6 +77,13 @@ def run_verify(console: Console) -> bool:
         )
     show_outcomes(outcomes, console)
     return all(outcome.good for outcome in outcomes)
+
+
+def with_length_of_start(config: RunConfig) -> RunConfig:
+    """``config`` with the ``model.max_length`` that training would take where none was set."""
+    if config.model.path == SCRATCH:
+        return config
+    return with_length_of([find_model(config.model.path, weights=False)], config)
 
 
 def _assumed(request: Request) -> str:

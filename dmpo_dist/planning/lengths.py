@@ -29,7 +29,7 @@ def data_lengths(config: RunConfig, kind: Kind) -> Lengths | None:
         tokenizer = load_tokenizer(source)
     except UserError:
         return None
-    data = PreparedData.load(config.data.path, config.data.shots)
+    data = PreparedData.load(config.data.path, config.data.shots, config.data.shots_seed)
     template = enforce_template(source.stamp, config.template, config.model.path)
     encode = GroupTokenizer(
         tokenizer, make_template(template, tokenizer), config.model.max_length,

@@ -5,6 +5,7 @@ from functools import cached_property
 from math import ceil
 from typing import Any
 
+from dmpo_dist.batching.plan import Schedule
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -18,6 +19,7 @@ from dmpo_dist.planning.trace import Trace
 from dmpo_dist.training.budget import LIMITS
 from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.job import Job, Kind
+from dmpo_dist.training.schedule import total_steps
 
 RESERVED = 0.05
 """Share of a device's memory to keep free, as the allocator loses some between blocks; assumed."""
@@ -198,7 +200,7 @@ def data_groups(config: RunConfig, asked: int | None) -> int | None:
     """Number of training groups: ``asked``, else that of the prepared data; None where there is neither."""
     if asked is not None or config.data.path is None or not config.data.path.exists():
         return asked
-    return len(PreparedData.load(config.data.path, config.data.shots).train)
+    return len(PreparedData.load(config.data.path, config.data.shots, config.data.shots_seed).train)
 
 
 def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int, kind: Kind) -> Plan:
@@ -266,9 +268,9 @@ def _job(config: RunConfig, kind: Kind) -> Job:
 
 
 def _steps(job: Job, groups: int | None) -> int | None:
-    if job.stage.steps is not None:
+    if groups is None:
         return job.stage.steps
-    return None if groups is None else ceil(job.stage.epochs * ceil(groups / job.stage.global_batch_size))
+    return total_steps(job.stage, Schedule(groups, job.stage.global_batch_size, job.config.seed))
 
 
 def changed(config: RunConfig, **keys: Any) -> RunConfig:

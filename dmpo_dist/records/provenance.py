@@ -11,7 +11,7 @@ from dmpo_dist.artifacts.base import read_config
 from dmpo_dist.artifacts.dataset import DatasetCard
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.stamp import ModelStamp
-from dmpo_dist.data.store import few_fingerprint
+from dmpo_dist.data.store import seen_fingerprint
 from dmpo_dist.modeling.backbone import ModelSource
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -61,7 +61,7 @@ def read_provenance(source: ModelSource, dataset: DatasetCard | None) -> Provena
         dataset = DatasetCard.read_if_there(Path(data))
     trained_on = environment.data_fingerprint if environment else None
     known = dataset.fingerprint if dataset else None
-    shots = (config.get("data") or {}).get("shots")
+    seen = seen_fingerprint(known, config.get("data") or {}) if known else None
     stages, start, base, scratch = _lineage(source)
     header = _card_header(source, start, base)
     named = header.get("base_model")
@@ -70,7 +70,7 @@ def read_provenance(source: ModelSource, dataset: DatasetCard | None) -> Provena
         config=config,
         environment=environment,
         dataset=dataset,
-        same_data=trained_on == few_fingerprint(known, shots) if trained_on and known else None,
+        same_data=trained_on == seen if trained_on and known else None,
         stages=stages,
         base=base or (named if isinstance(named, str) and HUB_ID.fullmatch(named) and not scratch else None),
         scratch=scratch,

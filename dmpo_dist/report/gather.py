@@ -14,7 +14,7 @@ from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.artifacts.explanations import Explanations
 from dmpo_dist.artifacts.log import METRICS_FILE, MetricsLog
-from dmpo_dist.data.store import few_fingerprint
+from dmpo_dist.data.store import seen_fingerprint
 from dmpo_dist.errors import UserError
 from dmpo_dist.records.read import CONFIG_FILE, Run, read_run
 from dmpo_dist.report.records import STUDY_FILE, Summary, read_study, read_summary
@@ -228,8 +228,7 @@ def _cards(
 
 def _trained_on(run: Run, fingerprint: str) -> bool:
     """Whether the run was trained on the data of ``fingerprint``, on all of it or on ``data.shots`` of its groups."""
-    shots = (run.config.get("data") or {}).get("shots")
-    return run.environment.data_fingerprint == few_fingerprint(fingerprint, shots)
+    return run.environment.data_fingerprint == seen_fingerprint(fingerprint, run.config.get("data") or {})
 
 
 def _files(folders: Sequence[Path], root: Path) -> list[tuple[str, int]]:

@@ -29,7 +29,7 @@ def require_stage_space(config: RunConfig, kind: Kind) -> None:
     section = "sft" if kind == "sft" else "train"
     for key in config.tune.space:
         where = f"tune.space.{key}"
-        if key == "seed":
+        if key in ("seed", "data.shots_seed"):
             raise UserError(
                 f"{where}: the best of several seeds is luck; leave it out and repeat the result over seeds"
             )
