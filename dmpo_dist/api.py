@@ -197,8 +197,9 @@ def _console() -> Console:
 
 def _run_config(data: PreparedData, folder: str | Path | None, name: str, given: Settings) -> RunConfig:
     few = len(data.train) if len(data.train) < data.card.counts["train"] else None  # after ``data.few``
+    given = dict(given)
     if few is not None and given.get("data.shots") is None:
-        given = dict(given) | {"data.shots": few, "data.shots_seed": data.shots_seed}
+        given |= {"data.shots": few, "data.shots_seed": data.shots_seed}
     return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | given)
 
 

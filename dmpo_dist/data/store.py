@@ -90,12 +90,20 @@ class PreparedData:
         if why:
             raise _damaged(path, why)
         splits = {split: _read_split(path / split, card.counts[split]) for split in SPLITS}
-        tables = {
-            name: _read_table(path / f"{name}.parquet") if getattr(card, name) else None
-            for name in ("items", "interactions")
-        }
+        items, interactions = (
+            _read_table(path / f"{name}.parquet") if there else None
+            for name, there in (("items", card.items), ("interactions", card.interactions))
+        )
         users = _read_table(path / USERS_FILE) if (path / USERS_FILE).exists() else None
-        whole = cls(**splits, **tables, users=users, card=card, fingerprint=card.fingerprint, path=path)
+        whole = cls(
+            **splits,
+            items=items,
+            interactions=interactions,
+            users=users,
+            card=card,
+            fingerprint=card.fingerprint,
+            path=path,
+        )
         return whole if shots is None else whole.few(shots, shots_seed)
 
     def few(self, shots: int, shots_seed: int = 0) -> "PreparedData":
