@@ -81,7 +81,8 @@ def test_what_goes_out_and_comes_back(data, tmp_path, monkeypatch):
     inherited = "SLURM_NTASKS RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR TORCHELASTIC_RUN_ID PYTHONPATH".split()
     for name in inherited:
         monkeypatch.setenv(name, "2")
-    found = classical_scores(["ease"], data, config, 7, catalogue, said.append)
+    whole = WholeCatalogue(data) if catalogue else None
+    found = classical_scores(["ease"], data, config, 7, whole, said.append)
     arguments, variables = json.loads((seen / "run.json").read_text())
     assert arguments[0] == "-I", "nothing of ours on its path"
     assert not variables.keys() & set(inherited)
@@ -127,7 +128,7 @@ def test_failures_say_what_to_do(data, tmp_path):
         baseline_environment=environment(tmp_path / "broken", "raise SystemExit('no memory left')")
     )
     with pytest.raises(UserError, match=r"failed in .*broken \(exit 1\):\nno memory left\nleave them out"):
-        classical_scores(["ease"], data, broken, 0, False, print)
+        classical_scores(["ease"], data, broken, 0, None, print)
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="none: is no environment with RecTools .it has no bin/python.; name one that"):
         baseline_python(tmp_path / "none", print)

@@ -40,7 +40,7 @@ class CatalogueRanker:
 
     def __init__(self, path: str, config: RunConfig, data: Path) -> None:
         prepared = PreparedData.load(data)
-        self._whole = WholeCatalogue(prepared)
+        self._whole = WholeCatalogue(prepared, config.ranking.exclude_history)
         self._ranker = Ranker(path, config, catalogue_at_test(prepared), top=1)
 
     def __call__(self, task: Task) -> tuple[Task, Rows, str | None]:

@@ -38,6 +38,7 @@ from dmpo_dist.evaluation.classical import CLASSICAL
 from dmpo_dist.evaluation.classical_environment import baseline_python
 from dmpo_dist.evaluation.comparisons import below_start_lines, show_comparisons
 from dmpo_dist.evaluation.fitting_log import fitting_log, of_same_users
+from dmpo_dist.evaluation.metrics import FEWEST_USERS
 from dmpo_dist.evaluation.order import ORDERS, lists_note
 from dmpo_dist.evaluation.ranking import load_ranking_model, require_no_beams
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
@@ -174,8 +175,12 @@ def evaluate(
     evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation.folders = models
     evaluation.weights = {n: digest for n, path in models.items() if (digest := weights_digest(Path(path)))}
-    of_lists = _notes_of_lists(models, data, config)
-    evaluation.notes = notes_of(data, config) + of_lists
+    notes = _notes_of_lists(models, data, config)
+    if len(data.test) < FEWEST_USERS:
+        notes.append(
+            f"{len(data.test)} test requests: their intervals say nothing, and no difference can be clear with fewer "
+            f"than {FEWEST_USERS}"
+        )
     evaluation.baselines = {n: BaselineTraining.model_validate(known) for n, known in baselines.details.items()}
     if spreads:
         again = min(settings.order_requests, len(data.test))
@@ -185,7 +190,13 @@ def evaluate(
     if ruled:
         evaluation.rules = rules_figures(ruled, settings.bootstrap_samples, seed)
     if catalogue:
-        whole = WholeCatalogue(data)
+        whole = WholeCatalogue(data, config.ranking.exclude_history)
+        if whole.repeated and config.ranking.exclude_history:
+            notes.append(
+                f"whole catalogue: the users of {whole.repeated} of {whole.requests} test requests took the positive "
+                "before, while all else that they took is left out, so a model that only repeats does well; "
+                "ranking.exclude_history=false ranks among all titles"
+            )
         configs = {name: with_rule(config, ruled[name].choice if name in ruled else None) for name in models}
         ranked = {**_catalogue_baselines(whole, data, config), **baselines.catalogue}
         widths = [*([None] if settings.catalogue_exact else []), *settings.catalogue_beams]
@@ -193,10 +204,11 @@ def evaluate(
             by_width = rank_catalogue(name, path, whole, data, configs[name], widths, folder, console)
             ranked |= {name if beams is None else beams_row(name, beams): by_width[beams] for beams in widths}
         evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
+    evaluation.notes = notes_of(data, config) + notes
     write_evaluation(folder, evaluation, scores, data.test)
     remove_parts(folder)
     _show(evaluation, folder, console)
-    for note in of_lists:
+    for note in notes:
         console.print(f"note: {note}", highlight=False)
     return evaluation
 

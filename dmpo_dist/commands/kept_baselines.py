@@ -47,6 +47,7 @@ def _key(data: PreparedData, config: RunConfig, catalogue: bool) -> dict[str, An
         "shots_seed": config.data.shots_seed,
         "seed": config.seed,
         "catalogue": catalogue,
+        "exclude_history": config.ranking.exclude_history,
         "evaluation": config.evaluation.model_dump(mode="json", exclude=ignored),
     }
 

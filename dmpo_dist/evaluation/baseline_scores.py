@@ -17,7 +17,7 @@ from dmpo_dist.evaluation.baselines import (
 )
 from dmpo_dist.evaluation.classical import CLASSICAL, classical_scores
 from dmpo_dist.evaluation.fitting_log import fitting_log, known_likes, knows_the_future, of_same_users
-from dmpo_dist.evaluation.whole_catalogue import Ranked
+from dmpo_dist.evaluation.whole_catalogue import Ranked, WholeCatalogue
 
 Scores = dict[str, list[np.ndarray]]
 """Model -> per request a float64 array (1 + K,), the positive first."""
@@ -123,5 +123,6 @@ def _fitted_on(data: PreparedData, config: RunConfig, catalogue: bool, echo: Cal
     classical = [name for name in names if name in CLASSICAL]
     if not classical:
         return BaselineScores(scores)
-    trained = classical_scores(classical, data, settings, config.seed, catalogue, echo)
+    whole = WholeCatalogue(data, config.ranking.exclude_history) if catalogue else None
+    trained = classical_scores(classical, data, settings, config.seed, whole, echo)
     return BaselineScores(scores | trained.candidates, trained.catalogue, trained.details)

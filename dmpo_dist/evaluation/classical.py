@@ -55,19 +55,19 @@ def classical_scores(
     data: PreparedData,
     config: EvaluationConfig,
     seed: int,
-    catalogue: bool,
+    whole: WholeCatalogue | None,
     echo: Callable[[str], None],
 ) -> ClassicalScores:
     """Train the models ``names`` in their own environment and score the test requests.
 
     Args:
-        catalogue: also score all items and rank the positives among them.
+        whole: the whole catalogue for the requests of ``data``, to score all items and rank the positives among them.
 
     Raises:
         UserError: no environment (see ``baseline_python``), or the runner failed.
     """
-    with _finished(names, data, config, seed, echo, PARTS, catalogue) as folder:
-        return _read_scores(folder, names, data, catalogue)
+    with _finished(names, data, config, seed, echo, PARTS, whole is not None) as folder:
+        return _read_scores(folder, names, data, whole)
 
 
 def classical_validation(
@@ -100,15 +100,16 @@ def _finished(
         yield folder
 
 
-def _read_scores(folder: Path, names: Sequence[str], data: PreparedData, catalogue: bool) -> ClassicalScores:
+def _read_scores(
+    folder: Path, names: Sequence[str], data: PreparedData, whole: WholeCatalogue | None
+) -> ClassicalScores:
     """The scores that the runner wrote to ``folder``; read in blocks, as requests x items may not fit in memory."""
     groups, columns = _groups(data.test), _catalogue(data)
     counts = fitting_log(data, "test")["item"].value_counts().reindex(columns, fill_value=0).to_numpy(float)
     # Candidates were written sorted and are scored in that order, or the whole catalogue is. ``of_group`` holds for
     # each request the (1 + K,) indices of its candidates in the scores, the positive first.
     item_columns = [columns.get_indexer(pd.Index(group)) for group in groups]
-    of_group = item_columns if catalogue else [np.searchsorted(sorted(group), group) for group in groups]
-    whole = WholeCatalogue(data) if catalogue else None
+    of_group = item_columns if whole else [np.searchsorted(sorted(group), group) for group in groups]
     found = ClassicalScores({}, {}, json.loads((folder / "result.json").read_text(encoding="utf-8")))
     for name in names:
         file = folder / f"scores_{name}.parquet"

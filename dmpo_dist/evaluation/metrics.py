@@ -121,6 +121,10 @@ def bootstrap_interval(values: np.ndarray, samples: int, seed: int) -> tuple[np.
     return values.mean(axis=0), low, high
 
 
+FEWEST_USERS = 6
+"""With fewer users no p-value of ``paired_bootstrap`` is below 0.05."""
+
+
 def paired_bootstrap(
     a: np.ndarray, b: np.ndarray, samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -131,20 +135,21 @@ def paired_bootstrap(
 
     Returns:
         (difference, low, high, p), scalars or (m,). p is twice the smaller share of resampled differences on either
-        side of 0, counting the sample itself, so it is never below 2 / (samples + 1).
+        side of 0, counting the sample itself, so it is never below 2 / (samples + 1); nor is it below 2^(1 - n_users),
+        the chance that n differences of random sign all have one sign.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"paired samples need one shape, got {a.shape} and {b.shape}")
     means = resampled_means(a - b, samples, seed)
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    return (a - b).mean(axis=0), low, high, bootstrap_p(means)
+    return (a - b).mean(axis=0), low, high, bootstrap_p(means, len(a))
 
 
-def bootstrap_p(differences: np.ndarray) -> np.ndarray:
-    """Two-sided p-values from resampled differences (samples,) or (samples, m): see ``paired_bootstrap``."""
+def bootstrap_p(differences: np.ndarray, users: int) -> np.ndarray:
+    """Two-sided p-values from (samples,) or (samples, m) differences over resampled ``users``: see ``paired_bootstrap``."""
     smaller_side = np.minimum((differences <= 0).sum(axis=0), (differences >= 0).sum(axis=0))
-    return np.minimum(1.0, 2 * (1 + smaller_side) / (len(differences) + 1))
+    return np.clip(2 * (1 + smaller_side) / (len(differences) + 1), 2.0 ** (1 - users), 1.0)
 
 
 def resampled_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:

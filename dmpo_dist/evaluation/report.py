@@ -143,7 +143,7 @@ def _comparisons(
         differences = drawn[a, of_a.seeds] - drawn[b, of_b.seeds]
         low, high = np.percentile(differences, [2.5, 97.5], axis=0)
         mean = of_a.mean() - of_b.mean()
-        results = np.stack([mean, low, high, bootstrap_p(differences)], axis=1).tolist()
+        results = np.stack([mean, low, high, bootstrap_p(differences, len(of_a.values))], axis=1).tolist()
         seeds = [label for label in of_a.seeds if label] if of_a.seeds == of_b.seeds else []
         entries += [
             Comparison(a=a, b=b, metric=metric, difference=difference, low=low, high=high, p=p, seeds=seeds)
@@ -154,8 +154,10 @@ def _comparisons(
 
 def _write_scores(path: Path, scores_by_model: dict[str, list[np.ndarray]], rows: Dataset) -> None:
     titles = [[p, *n] for p, n in zip(rows["positive"][:], rows["negatives"][:], strict=True)]
-    items = [[p, *n] for p, n in zip(rows["positive_item"][:], rows["negative_items"][:], strict=True)]
     sizes = [len(candidates) for candidates in titles]
+    known = [[p, *n] for p, n in zip(rows["positive_item"][:], rows["negative_items"][:], strict=True)]
+    # Rows of finished answers have no items.
+    items = [ids if len(ids) == size else [None] * size for ids, size in zip(known, sizes, strict=True)]
     request = np.repeat(np.arange(len(sizes)), sizes)
     first = np.cumsum(sizes) - sizes
     candidates = {

@@ -69,11 +69,17 @@ def catalogue_at_test(data: PreparedData) -> Catalogue:
 class WholeCatalogue:
     """The test requests of ``data`` with every catalogue item as a candidate but those the user took before.
 
+    Args:
+        exclude_history: ``ranking.exclude_history``; False leaves those among the candidates too.
+
+    Attributes:
+        repeated: number of requests whose positive the user took before.
+
     Raises:
         UserError: the data has no catalogue.
     """
 
-    def __init__(self, data: PreparedData) -> None:
+    def __init__(self, data: PreparedData, exclude_history: bool = True) -> None:
         items, self._log = require_catalogue(data)
         self._data = data
         self.items, self.titles = items["item"].to_numpy(), items["title"].to_numpy()
@@ -84,11 +90,14 @@ class WholeCatalogue:
         log = self._log[self._log["user"].isin(set(self._users))]
         by_user = {user: (part["item"].map(index_of).to_numpy(), part["timestamp"].to_numpy())
                    for user, part in log.groupby("user", sort=False)}  # fmt: skip
-        self._candidates = []
+        self._candidates, self.repeated = [], 0
         for user, time, positive in zip(self._users, self._times, test["positive_item"][:], strict=True):
             taken, when = by_user.get(user, (np.empty(0, np.int64), np.empty(0, np.int64)))
             left = np.ones(len(self.items), dtype=bool)
-            left[taken[when < time]] = False
+            before = taken[when < time]
+            self.repeated += index_of[positive] in before
+            if exclude_history:
+                left[before] = False
             left[index_of[positive]] = False
             self._candidates.append(np.concatenate([[index_of[positive]], np.flatnonzero(left)]))
 

@@ -147,7 +147,7 @@ def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
             gain = SeededValues(own_values.seeds, own_values.values - other_values.values)
             drawn = gain.resampled(samples, BOOTSTRAP_SEED)
             low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-            mean, p = gain.mean(), bootstrap_p(drawn)
+            mean, p = gain.mean(), bootstrap_p(drawn, len(gain.values))
             for metric in COMPARED_METRICS:
                 i = METRICS.index(metric)
                 row = {"against": name, "metric": metric, "value": mean[i], "low": low[i], "high": high[i], "p": p[i]}
