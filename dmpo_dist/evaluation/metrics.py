@@ -147,7 +147,7 @@ def paired_bootstrap(
 
 
 def bootstrap_p(differences: np.ndarray, users: int) -> np.ndarray:
-    """Two-sided p-values from (samples,) or (samples, m) differences over resampled ``users``: see ``paired_bootstrap``."""
+    """Two-sided p-values from (samples,) or (samples, m) resampled differences: see ``paired_bootstrap``."""
     smaller_side = np.minimum((differences <= 0).sum(axis=0), (differences >= 0).sum(axis=0))
     return np.clip(2 * (1 + smaller_side) / (len(differences) + 1), 2.0 ** (1 - users), 1.0)
 
