@@ -50,4 +50,6 @@ def test_valid_is_letter_by_letter():
     tokenizer = type("Tokenizer", (), {"eos_token": "</s>", "bos_token": "<s>", "chat_template": None})()
     template = make_template(TemplateConfig(response="Next: {title}"), tokenizer)
     generated = ["Next: Heat", "Next: Heat ", "Next: heat", "Heat", "Next: Up"]
-    assert valid_ratio(generated, template, ["Heat", "Up"]) == 0.4
+    responses = [template.render_response(title) for title in ("Heat", "Up")]
+    assert valid_ratio(generated, responses, template.terminator) == 0.4
+    assert valid_ratio(["Next: Heat"], [template.complete("Heat</s>", templated=False)], template.terminator) == 1

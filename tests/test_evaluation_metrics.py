@@ -11,6 +11,7 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 from dmpo_dist.evaluation.metrics import (
     CATALOGUE_METRICS,
     CUTOFFS,
+    FEWEST_USERS,
     METRICS,
     TOP_METRICS,
     bootstrap_interval,
@@ -184,5 +185,8 @@ def test_paired_bootstrap_sees_a_shift_that_intervals_cannot():
     reverse = paired_bootstrap(b, a, samples=999, seed=0)
     np.testing.assert_allclose(reverse, (-difference, -high, -low, p), atol=1e-12)
     assert [float(x) for x in paired_bootstrap(a, a, samples=100, seed=0)] == [0, 0, 0, 1]
+    for users in range(1, FEWEST_USERS + 1):  # all differences on one side, as in one of 2^(n-1) by chance
+        p = float(paired_bootstrap(a[:users] + 9, a[:users], samples=999, seed=0)[3])
+        assert (p, p < 0.05) == (2.0 ** (1 - users), users == FEWEST_USERS)
     with pytest.raises(ValueError, match="one shape"):
         paired_bootstrap(a, b[1:], samples=100, seed=0)

@@ -242,6 +242,15 @@ def test_written_files(tmp_path, evaluation, scores, rows):
     assert "dmpo against random" in (folder / "evaluation.md").read_text()
 
 
+def test_rows_of_finished_answers_have_no_items(tmp_path, evaluation, scores, rows):
+    bare = rows.remove_columns(["positive_item", "negative_items"])
+    bare = bare.add_column("positive_item", [""] * N).add_column("negative_items", [[]] * N)
+    write_evaluation(tmp_path, Evaluation.model_validate(evaluation), scores, bare)
+    table = pd.read_parquet(tmp_path / "scores.parquet")
+    assert table["item"].isna().all()
+    assert table["title"].notna().all()
+
+
 def test_a_failed_write_leaves_the_old_files(tmp_path, evaluation, scores, rows, monkeypatch):
     found = Evaluation.model_validate(evaluation)
     write_evaluation(tmp_path, found, scores, rows)

@@ -2,6 +2,7 @@
 
 import io
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,26 @@ def test_a_model(world, tmp_path):
     ranked = rank_catalogue("m", model, WholeCatalogue(data), data, CONFIG, [None], tmp_path, CONSOLE)
     assert ranked.keys() == {None}
     assert_equal(ranked[None].metrics, expected)
+
+
+def test_what_was_taken_is_among_the_candidates_where_it_may_be_recommended_again(world, tmp_path):
+    """Also to the model; and where positives repeat, a note says that their rivals of the history are left out."""
+    data, model = world.data, str(world.model)
+    allowed = config_of({**CONFIG.model_dump(), "ranking.exclude_history": False})
+    rows = [data.items["title"].tolist()] * len(data.test)
+    loaded = load_ranking_model(model, CONFIG)
+    asked = zip(data.test, rows, strict=True)
+    groups = [
+        loaded.token_group(r["history"], [r["positive"], *(t for t in titles if t != r["positive"])])
+        for r, titles in asked
+    ]
+    whole = WholeCatalogue(data, exclude_history=False)
+    ranked = rank_catalogue("m", model, whole, data, allowed, [None], tmp_path, CONSOLE)
+    assert_equal(ranked[None].metrics, catalogue_metrics(loaded.score_groups(groups)))
+    assert whole.repeated == 0
+    first = data.test[0]
+    again = data.test.map(lambda row: row | {"positive_item": first["history_items"][0]}).select([0])
+    assert WholeCatalogue(replace(data, test=again)).repeated == 1
 
 
 def test_an_interruption_costs_a_part(world, tmp_path, monkeypatch):

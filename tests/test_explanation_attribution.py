@@ -158,6 +158,7 @@ def test_one_item_cannot_be_taken_away():
     outcomes, asked = counted(lambda removed: 2)
     found = nearest_counterfactual(outcomes, 1, 5, budget=10)
     assert (found.removed, found.crosses, asked) == ((), False, [frozenset()])
+    assert sentence(found, ["A"]) == "The history is a single title: there is no smaller part of it to look for."
 
 
 def test_the_usual_top_holds_the_title_and_leaves_somebody_outside():

@@ -153,6 +153,22 @@ def test_explanations_are_leave_one_out(world, server):
         expected = margins(history) - margins(history[:i] + history[i + 1 :])
         np.testing.assert_allclose(item["contributions"], expected, atol=2e-5)
 
+    alone = post(server, "/v1/explain", history=history[:1], documents=documents).json()
+    (item,) = alone["history"]
+    np.testing.assert_allclose(item["contributions"], margins(history[:1]) - margins([]), atol=2e-5)
+
+
+def test_how_much_of_a_history_was_cut_off_is_said(world, server):
+    history, long = [*world.titles, *world.titles][:40], "word " * 30
+    seen = [
+        post(server, path, history=history, **body).json()["cut_off"]
+        for path, body in (("/v1/rerank", {"documents": ["a"]}), ("/v1/rerank", {"documents": ["a", long]}),
+                           ("/v1/recommend", {"k": 1}))
+    ]  # fmt: skip
+    assert 0 < seen[0] < seen[1] < 40
+    assert seen[2] > 0
+    assert post(server, "/v1/rerank", history=history[:1], documents=["a"]).json()["cut_off"] == 0
+
 
 BAD = [
     ("/v1/rerank", {"history": ["?"], "documents": ["a"]}, 422, "neither a title nor an item id"),

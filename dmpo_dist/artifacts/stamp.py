@@ -31,6 +31,8 @@ class ModelStamp(Artifact):
     """The command that made it, sft or train; untuned for random weights."""
     start: str | None = None
     """Model folder or hub id that its stage started from."""
+    start_name: str | None = None
+    """Of an exported model: what that folder was called on the machine it was exported on; nothing looks for it."""
     stages: int = 0
     """How many stages it went through."""
     quantization: str = "none"

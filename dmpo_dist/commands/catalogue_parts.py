@@ -46,7 +46,7 @@ class CatalogueRanker:
     def __call__(self, task: Task) -> tuple[Task, Rows, str | None]:
         """The task, its rows, and what to tell the user of how they were scored."""
         rows = list(self.rows(task))
-        return task, rows, self._ranker.fallback
+        return task, rows, self._ranker.note
 
     def rows(self, task: Task) -> Iterator[dict[str, Any]]:
         """The best titles of each request of ``task``."""

@@ -1,6 +1,6 @@
 """`dmpo explain`: why a title is at its rank for a user, and whether such explanations hold."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from dmpo_dist.artifacts.explanations import Explanations
 from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
-from dmpo_dist.data.matching import matched
-from dmpo_dist.data.requests import Catalogue, check_against, read_catalogue, read_requests
+from dmpo_dist.data.matching import TAKEN_AS_TITLES, matched
+from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.inputs import given_texts
 from dmpo_dist.evaluation.ranking import require_no_beams
 from dmpo_dist.evaluation.whole_catalogue import catalogue_at_test
 from dmpo_dist.explanation.contributions import Method, leave_one_out
@@ -93,13 +94,14 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     require_no_beams(config.ranking, "dmpo explain")
     source = find_model(order.model)
     config = with_length_of([source], config)
+    template = enforce_template(source.stamp, config.template, order.model)
     if order.catalogue is not None:
-        template = enforce_template(source.stamp, config.template, order.model)
         require_given_candidates(template, order.model, "leave --catalogue out")
     reference, note = choose_reference(source, order.reference, config)
-    chosen, measured, catalogue = _questions(order, config, source)
+    chosen, measured, catalogue = _questions(order, config, source, console)
     _check_top(order.top, chosen)
-    explainer = Explainer(order.model, config, reference, catalogue, order.method, order.rivals)
+    given = given_texts(template, order.catalogue, order.requests)
+    explainer = Explainer(order.model, config, reference, catalogue, order.method, order.rivals, given)
     with console.status("loading the model"):
         explainer.load([*chosen, *measured])
     for difference in unlike_training(source, config.model):
@@ -143,11 +145,11 @@ def _check(order: Order) -> None:
 
 
 def _questions(
-    order: Order, config: RunConfig, source: ModelSource
+    order: Order, config: RunConfig, source: ModelSource, console: Console
 ) -> tuple[list[Question], list[Question], Catalogue | None]:
     """What is answered one by one, what faithfulness is measured on, and the catalogue if one is in use."""
     if order.requests is not None:
-        return _questions_of_file(order, order.requests, config, source)
+        return _questions_of_file(order, order.requests, config, source, console)
     if config.data.path is None:
         raise UserError("say what to explain: data.path=FOLDER of `dmpo data prepare`, or --requests FILE")
     data = PreparedData.load(config.data.path)
@@ -169,7 +171,7 @@ def _catalogue_beside(data: PreparedData, path: Path) -> Catalogue:
 
 
 def _questions_of_file(
-    order: Order, file: Path, config: RunConfig, source: ModelSource
+    order: Order, file: Path, config: RunConfig, source: ModelSource, console: Console
 ) -> tuple[list[Question], list[Question], Catalogue | None]:
     """The same for requests as `dmpo rank` takes them, with its checks."""
     requests = read_requests(file)
@@ -189,6 +191,7 @@ def _questions_of_file(
         requests = matched(requests, catalogue, str(file), keep_unknown=True)
         check_against(requests, catalogue, file, exclude, keep_unknown=not (whole or weight))
         names = dict(zip(catalogue.ids or (), catalogue.titles, strict=False))
+    _note_unknown(requests, catalogue, console)
     known = set(catalogue.titles if catalogue else ())
     known = known.union(*(request.history + (request.candidates or ()) for request in requests))
     check_titles(sorted(known), load_tokenizer(source))
@@ -197,6 +200,22 @@ def _questions_of_file(
     if order.item is not None:
         answered = [asked(question, order.item, names | {title: title for title in known}) for question in answered]
     return answered, questions_of_requests([requests[i] for i in measured], catalogue, exclude), catalogue
+
+
+def _note_unknown(requests: Sequence[RankingRequest], catalogue: Catalogue | None, console: Console) -> None:
+    """Say which names are taken as titles because no catalogue knows them."""
+    if catalogue is None:
+        note = f"{TAKEN_AS_TITLES}; give --catalogue or data.path to look ids up"
+    else:
+        held = set(catalogue.titles)
+        named = [title for request in requests for title in (*request.history, *(request.candidates or ()))]
+        unknown = list(dict.fromkeys(title for title in named if title not in held))
+        few = ", ".join(repr(title) for title in unknown[:5])
+        note = (
+            f"not in the catalogue, and taken as titles as they stand: {len(unknown)}, such as {few}" if unknown else ""
+        )
+    if note:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _indices(order: Order, users: list[str], where: str, seed: int) -> tuple[list[int], list[int]]:

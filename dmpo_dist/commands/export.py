@@ -20,6 +20,7 @@ from dmpo_dist.artifacts.files import whole_folder
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands.model_card import model_card
 from dmpo_dist.config import ModelConfig
+from dmpo_dist.data.prompt_texts import PromptTexts
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
@@ -216,8 +217,17 @@ def _type_of(trained: ModelConfig) -> str:
 
 
 def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> ComparedRequests:
-    """Validation requests, or made-up ones in the model's template."""
+    """Validation requests, or made-up ones in the model's template, whose fields are made up too."""
+    own = encode.texts
+    try:
+        return _with_texts(prepared, encode)
+    finally:
+        encode.texts = own
+
+
+def _with_texts(prepared: PreparedData | None, encode: GroupTokenizer) -> ComparedRequests:
     if prepared is not None:
+        encode.texts = encode.texts.with_items(prepared.items).with_users(prepared.users)
         if not len(prepared.validation):
             raise UserError(
                 f"--data {prepared.path}: holds no validation requests; leave --data out to use made-up prompts"
@@ -227,6 +237,11 @@ def _requests(prepared: PreparedData | None, encode: GroupTokenizer) -> Compared
             tokenize_rows(rows, encode), f"{len(rows)} validation requests of {prepared.card.name}", True
         )
     titles = [f"{first} {second}" for first in WORDS for second in WORDS[:4]]
+    items, users = encode.texts.item_fields, encode.texts.user_fields
+    encode.texts = PromptTexts(
+        {title: dict.fromkeys(items, WORDS[0]) for title in titles}, {"made-up": dict.fromkeys(users, WORDS[0])}, items,
+        users,
+    )  # fmt: skip
     groups = [
         PreferenceGroup(
             "made-up", 0, tuple(titles[start : start + 3]), titles[start + 3], tuple(titles[start + 4 : start + 8])
@@ -348,7 +363,7 @@ def _stamp(source: ModelSource, folder: Path, facts: dict[str, Any]) -> ModelSta
     if facts["merged"]:  # whole weights: on no base, and of their own precision
         stamp = stamp.model_copy(update={"quantization": "none", "base_digests": None})
     if stamp.start and Path(stamp.start).is_absolute():
-        stamp.start = Path(stamp.start).name
+        stamp.start, stamp.start_name = None, Path(stamp.start).name
     return stamp
 
 

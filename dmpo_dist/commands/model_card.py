@@ -21,6 +21,7 @@ SHOWN_OBJECTIVE = (
 )  # fmt: skip
 SHOWN_STAGE = ("global_batch_size", "learning_rate", "schedule", "negatives", "loss_on", "history_order")
 
+TITLE = "a title"
 CARD_METRICS = ("ndcg@10", "hr@1", "hr@5", "hr@10", "mrr", "auc")
 """What fits beside each other; evaluation.json has all."""
 
@@ -120,11 +121,11 @@ def _header(name: str, origin: Provenance, is_adapter: bool, evaluation: tuple[s
 
 
 def _use(template: Template) -> list[str]:
-    before, after = template.response.split("{title}", 1)
-    parts = [repr(before) if before else "", "title", repr(after + template.terminator)]
-    response = " + ".join(part for part in parts if part)
-    prompt = template.render(("First title", "Second title")).text
-    code = SNIPPET.format(prompt=prompt, response=response, titles=["Title A", "Title B"])
+    before, after = template.render_response(TITLE).split(TITLE, 1)
+    response = " + ".join(part for part in (repr(before) if before else "", "title", repr(after)) if part)
+    titles = ["Title A", "Title B"]
+    prompt = template.render(("First title", "Second title"), titles if template.lists_candidates else ()).text
+    code = SNIPPET.format(prompt=prompt, response=response, titles=titles)
     return [f"```python\n{code}\n```"]
 
 

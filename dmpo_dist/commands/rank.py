@@ -23,7 +23,7 @@ from dmpo_dist.commands.ranked_files import SCHEMA, WRITERS, with_ids
 from dmpo_dist.commands.scored_parts import on_actors
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
-from dmpo_dist.data.matching import matched, requests_of_data
+from dmpo_dist.data.matching import TAKEN_AS_TITLES, matched, requests_of_data, with_taken_by_id
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.requests import Catalogue, RankingRequest, check_against, read_catalogue, read_requests
 from dmpo_dist.data.store import PreparedData
@@ -116,8 +116,7 @@ def rank(model: str, asked: Asked, top: int, output: Path, config: RunConfig, co
         console.print(f"{len(job.parts) - len(missing)} of {len(job.parts)} parts are done already", highlight=False)
     if job.catalogue is None:
         console.print(
-            "note: no catalogue, so histories and candidates are taken as titles, as they stand; give --catalogue or "
-            "data.path to look ids up and to have unknown titles refused",
+            f"note: {TAKEN_AS_TITLES}; give --catalogue or data.path to look ids up and to have unknown titles refused",
             highlight=False,
             soft_wrap=True,
         )
@@ -175,6 +174,8 @@ def preflight(model: str, asked: Asked, top: int, output: Path, config: RunConfi
         check_beams(config.ranking, len(catalogue.titles), top)
         if asked.users is None:
             requests = matched(requests, catalogue, str(where), asked.keep_unknown)
+        else:
+            requests = with_taken_by_id(requests, catalogue)
         check_against(requests, catalogue, where, config.ranking.exclude_history, asked.keep_unknown)
     given = given_texts(template, asked.catalogue, asked.requests)
     tokenizer = load_tokenizer(source)
@@ -317,4 +318,4 @@ class PartRanker:
         """(part, its rows, what to tell the user of how they were scored)."""
         number, requests = part
         rows = [vars(self._ranker(request)) for request in requests]
-        return number, rows, self._ranker.fallback
+        return number, rows, self._ranker.note

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.candidates import require_given_candidates
-from dmpo_dist.data.matching import matched, requests_of_data
+from dmpo_dist.data.matching import matched, requests_of_data, with_taken_by_id
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.requests import RankingRequest, check_against, read_catalogue
 from dmpo_dist.data.store import PreparedData
@@ -49,7 +49,7 @@ def recommend(
     check_beams(config.ranking, len(catalogue.titles), top)
     requests = [RankingRequest("you", tuple(history), None)]
     if user is not None:
-        requests = requests_of_data(PreparedData.load(_data_path(config)), [user])
+        requests = with_taken_by_id(requests_of_data(PreparedData.load(_data_path(config)), [user]), catalogue)
     else:
         requests = matched(requests, catalogue, "--history", advice="correct them")
     (request,) = requests
@@ -60,6 +60,8 @@ def recommend(
     with console.status("ranking"):
         ranker = Ranker(model, config, catalogue, top, given_texts(template, catalogue_file, None))
         ranked = ranker(request)
+    if ranker.note:
+        console.print(f"note: {ranker.note}", highlight=False, markup=False, soft_wrap=True)
     ids = dict(zip(catalogue.titles, catalogue.ids or [""] * len(catalogue.titles), strict=True))
     pairs = zip(ranked.titles, ranked.scores, strict=True)
     rows = [[title, ids[title], place, f"{score:.3f}"] for place, (title, score) in enumerate(pairs, start=1)]

@@ -11,6 +11,7 @@ from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 
+TAKEN_AS_TITLES = "no catalogue, so histories and candidates are taken as titles, as they stand"
 IN_FILES = "correct them (in a CSV write | within a title as \\|), or keep them as they are by --keep-unknown"
 
 
@@ -100,6 +101,17 @@ def matched(
     return out
 
 
+def with_taken_by_id(requests: Sequence[RankingRequest], catalogue: Catalogue) -> list[RankingRequest]:
+    """``requests`` whose users also took what ``catalogue`` calls by their item ids, however it writes the titles."""
+    title_of = dict(zip(catalogue.ids or (), catalogue.titles, strict=False))
+    out = []
+    for request in requests:
+        named = {title_of[item] for item in request.taken_items if item in title_of}
+        taken = sorted({*request.taken, *named}.difference(request.history))
+        out.append(replace(request, taken=tuple(taken)))
+    return out
+
+
 def requests_of_data(data: PreparedData, users: Sequence[str] | None = None) -> list[RankingRequest]:
     """Requests for users of prepared data, after all of their latest likes; ``taken`` is all else that they took.
 
@@ -115,7 +127,7 @@ def requests_of_data(data: PreparedData, users: Sequence[str] | None = None) -> 
     liked = likes(data.interactions, threshold).sort_values(["timestamp", "item"], kind="stable")
     title_of = dict(zip(data.items["item"], data.items["title"], strict=True))
     histories = liked["item"].map(title_of).groupby(liked["user"]).agg(list)
-    taken = data.interactions["item"].map(title_of).groupby(data.interactions["user"]).agg(set)
+    taken = data.interactions.groupby("user")["item"].agg(set)
     wanted = sorted(histories.index) if users is None else list(users)
     missing = [name for name in wanted if name not in histories.index]
     if missing:
@@ -126,5 +138,6 @@ def requests_of_data(data: PreparedData, users: Sequence[str] | None = None) -> 
     requests = []
     for user in dict.fromkeys(wanted):
         history = histories[user][-longest:]
-        requests.append(RankingRequest(user, tuple(history), None, tuple(sorted(taken[user].difference(history)))))
+        titles = {title_of[item] for item in taken[user]}.difference(history)
+        requests.append(RankingRequest(user, tuple(history), None, tuple(sorted(titles)), tuple(sorted(taken[user]))))
     return requests

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.data.tables import read_delimited, read_json_lines
+from dmpo_dist.data.tables import read_delimited, read_json_lines, read_table
 from dmpo_dist.data.titles import without_entities
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parsing
@@ -33,12 +34,14 @@ class RankingRequest:
         candidates: the titles to rank; None for the whole catalogue.
         taken: titles that the user took beside those of the history, which is cut to its newest likes; they are left
             out of the whole catalogue as the history is.
+        taken_items: item ids of all that the user took, the history among it; none where they are not known.
     """
 
     user: str
     history: tuple[str, ...]
     candidates: tuple[str, ...] | None
     taken: tuple[str, ...] = ()
+    taken_items: tuple[str, ...] = ()
 
     @property
     def left_out(self) -> set[str]:
@@ -114,6 +117,12 @@ def read_catalogue(path: Path) -> Catalogue:
         bad = [f"row {rows[i]}: {columns['popularity'][i]!r}" for i in np.flatnonzero(popularity < 0)]
         _refuse(path, "a popularity that is not a count", bad, "write how often the item was taken, 0 or more")
     return Catalogue(tuple(titles), popularity, _ids(columns.get("item"), path, rows))
+
+
+def read_items(path: Path) -> pd.DataFrame:
+    """The columns of a catalogue's file, its titles as ``read_catalogue`` reads them."""
+    table = read_table(path)
+    return table.assign(title=[without_entities(str(title)).strip() for title in table["title"]])
 
 
 def check_against(

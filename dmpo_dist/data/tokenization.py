@@ -31,6 +31,7 @@ class TokenGroup:
             from candidate to candidate (a merge over the boundary, say).
         prefix_scored: indices into ``prefix`` of the ids of history titles, where those are scored too.
         levels, scores: of the candidates, as in ``PreferenceGroup``, or rewards (see ``training/on_policy.py``).
+        dropped: number of oldest history titles that did not fit.
     """
 
     prefix: list[int]
@@ -39,6 +40,7 @@ class TokenGroup:
     prefix_scored: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
+    dropped: int = field(default=0, compare=False)
 
     @property
     def ambiguous(self) -> bool:
@@ -145,6 +147,7 @@ class GroupTokenizer:
             prefix_scored=_history_positions(prompt, encoded, self._end_id()) if self.score_history else (),
             levels=group.levels,
             scores=group.scores,
+            dropped=dropped,
         )
 
     def fit(self, group: PreferenceGroup, draw: int = 0, listed: Sequence[str] = ()) -> FittedPrompt:

@@ -33,11 +33,15 @@ def generated_figures(
     texts = generate_freely(model.load_weights().writer(), model.tokenizer, template, prompts, longest + ROOM)
     spaces = [one.prompt.text[len(one.asked) :] for one in fitted]  # which belong to the response
     texts = [text.removeprefix(before) for text, before in zip(texts, spaces, strict=True)]
-    hits = [valid_ratio([text], template, [group.positive]) for text, group in zip(texts, groups, strict=True)]
-    valid = [
-        valid_ratio([text], template, [group.positive, *group.negatives])
-        for text, group in zip(texts, groups, strict=True)
-    ]
+    hits, valid = [], []
+    for text, group, one in zip(texts, groups, fitted, strict=True):
+        answers = [group.positive, *group.negatives]
+        if group.prompt is not None:  # finished answers, which may hold a terminator
+            responses = [template.complete(answer, one.prompt.templated) for answer in answers]
+        else:
+            responses = [template.render_response(answer) for answer in answers]
+        hits.append(valid_ratio([text], responses[:1], template.terminator))
+        valid.append(valid_ratio([text], responses, template.terminator))
     by_log_prob = ranking_metrics([np.asarray(scores[index]) for index in chosen])["hr@1"]
     return GeneratedFigures.model_validate(
         {"hr@1": np.mean(hits), "valid": np.mean(valid), "hr@1 by log-prob": by_log_prob.mean()}

@@ -65,10 +65,10 @@ def generate_freely(
         model.generation_config = own
 
 
-def valid_ratio(generated: Sequence[str], template: Template, titles: Sequence[str]) -> float:
-    """The share of ``generated`` that is letter by letter the response of one of ``titles``."""
-    responses = {template.render_response(title).removesuffix(template.terminator) for title in titles}
-    return sum(text in responses for text in generated) / len(generated)
+def valid_ratio(generated: Sequence[str], responses: Sequence[str], terminator: str) -> float:
+    """The share of ``generated`` that is letter by letter one of ``responses`` without its ``terminator``."""
+    wanted = {response.removesuffix(terminator) for response in responses}
+    return sum(text in wanted for text in generated) / len(generated)
 
 
 def _written(tokenizer: Any, template: Template, prompt: list[int], new: list[int]) -> str:

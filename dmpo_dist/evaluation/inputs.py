@@ -5,6 +5,7 @@ from pathlib import Path
 from dmpo_dist.artifacts.base import read_config
 from dmpo_dist.artifacts.run_folder import CONFIG_FILE
 from dmpo_dist.config import RunConfig, TemplateConfig
+from dmpo_dist.data.requests import read_items
 from dmpo_dist.data.tables import read_table
 from dmpo_dist.evaluation.ranking import GivenTexts
 
@@ -14,7 +15,7 @@ def given_texts(template: TemplateConfig, catalogue: Path | None, requests: Path
     if not template.item_fields and not template.user_fields:
         return None
     from_file = catalogue is not None and catalogue.is_file()
-    return GivenTexts(read_table(catalogue) if from_file else None, read_table(requests) if requests else None)
+    return GivenTexts(read_items(catalogue) if from_file else None, read_table(requests) if requests else None)
 
 
 def with_trained_data(config: RunConfig, model: Path) -> RunConfig:

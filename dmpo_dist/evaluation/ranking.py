@@ -223,10 +223,17 @@ class Ranker:
         return self._scorer.scores(groups, titles, request.user, whole_catalogue=True).mean(axis=0)
 
     @property
-    def fallback(self) -> str | None:
-        """Why separate rows are scored where prompts were to be shared; see ``TokenScorer``."""
+    def note(self) -> str | None:
+        """What to tell the user of the scoring: separate rows (see ``TokenScorer``), and histories cut to fit."""
         models = [self._scorer.policy, *([self._scorer.reference] if self._scorer.reference else [])]
-        return next(filter(None, (model.load_weights().fallback for model in models)), None)
+        notes = [fallback for model in models if (fallback := model.load_weights().fallback)][:1]
+        encode = self._scorer.policy.encode
+        if encode.truncated:
+            notes.append(
+                "of some histories only the newest titles are in the prompt, as the longest candidate must fit behind "
+                f"them into model.max_length={encode.max_length}; `dmpo explain` shows how many were cut off"
+            )
+        return "; ".join(notes) or None
 
 
 def load_ranking_model(path: str, config: RunConfig, given: GivenTexts | None = None) -> RankingModel:

@@ -139,7 +139,7 @@ def ruled_scores(
     tuned = _is_tuned(rules, settings)
     if "prior" in rules:
         splits = (data.test, data.validation) if tuned else (data.test,)
-        if not model.template.lists_candidates:  # else a prior belongs to its request
+        if not model.template.lists_candidates and not model.encode.texts.user_fields:  # else it is its request's own
             model.prior([title for rows in splits for titles in _titles(rows) for title in titles])  # in one trie
     weight = settings.prior_weights[0] if "prior" in rules else None
     rule = rules[0] if settings.rule == "auto" else settings.rule

@@ -69,6 +69,12 @@ def sentence(found: Counterfactual, titles: Sequence[str]) -> str:
     if found.crosses:
         doubt = "" if found.smallest else " (found step by step; a smaller set may do the same)"
         return f"Without {_listed([titles[i] for i in found.removed])} it {_move(found)}{doubt}."
+    if len(titles) < 2:  # at least one title stays
+        return (
+            "The history is a single title: there is no smaller part of it to look for."
+            if titles
+            else "The history is empty."
+        )
     falls = found.rank_before <= found.top
     place = f"the top {found.top}" if found.top > 1 else "first place"
     nothing = f"No removal that was tried {'takes it from' if falls else 'brings it into'} {place}"

@@ -11,7 +11,7 @@ from dmpo_dist.data.continuation import continuation
 from dmpo_dist.data.requests import Catalogue
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.tokenization import TokenGroup
-from dmpo_dist.evaluation.ranking import TitleScorer, log_probs_of
+from dmpo_dist.evaluation.ranking import GivenTexts, TitleScorer, log_probs_of
 from dmpo_dist.explanation.contributions import Method, Outcomes, Removed, leave_one_out, rivals, singles
 from dmpo_dist.explanation.counterfactual import Counterfactual, nearest_counterfactual, usual_top
 from dmpo_dist.explanation.questions import Question, among
@@ -94,6 +94,7 @@ class Explainer:
         catalogue: gives popularity to ``ranking.popularity_weight``.
         method: see ``title_values``.
         rivals: of a whole catalogue, compare a title with all above it and so many below, see ``rivals``; 0 for all.
+        given: see ``load_ranking_model``.
 
     Attributes:
         whole_catalogue: whether candidates are too many for a row; known once it is loaded.
@@ -104,9 +105,9 @@ class Explainer:
 
     def __init__(
         self, model: str, config: RunConfig, reference: str | None, catalogue: Catalogue | None, method: Method,
-        rivals: int,
+        rivals: int, given: GivenTexts | None = None,
     ) -> None:  # fmt: skip
-        self._scorer = TitleScorer(model, config, catalogue, reference)
+        self._scorer = TitleScorer(model, config, catalogue, reference, given)
         self._model = self._scorer.policy
         self._token_budget, self._method, self._rivals = config.evaluation.token_budget, method, rivals
 

@@ -76,6 +76,7 @@ def questions_of_requests(
         UserError: a request without candidates and no catalogue, or with fewer than two candidates.
     """
     out = []
+    item_of = dict(zip(catalogue.titles, catalogue.ids, strict=True)) if catalogue and catalogue.ids else {}
     for request in requests:
         if request.candidates is None and catalogue is None:
             raise UserError(
@@ -88,7 +89,10 @@ def questions_of_requests(
                 f"--requests: user {request.user!r} has fewer than two titles to choose from ({len(candidates)}), so "
                 "there is no ranking to explain; give more candidates"
             )
-        out.append(Question(request.user, request.history, request.history, candidates, candidates, None))
+        history_items, items = (
+            tuple(item_of.get(title, title) for title in titles) for titles in (request.history, candidates)
+        )
+        out.append(Question(request.user, request.history, history_items, candidates, items, None))
     return out
 
 
@@ -184,10 +188,11 @@ def _among(question: Question, catalogue: Catalogue, data: PreparedData, taken: 
     """``question`` with the catalogue's titles as candidates but those ``taken``, the positive first."""
     assert data.items is not None  # only ready preferences have none
     item_of = dict(zip(data.items["title"], data.items["item"], strict=True))
-    positive = question.candidates[0]
-    others = [t for t in catalogue.titles if item_of.get(t, t) not in taken and t != positive]
-    candidates = (positive, *others)
-    return replace(question, candidates=candidates, candidate_items=tuple(item_of.get(t, t) for t in candidates))
+    item_of |= dict(zip(catalogue.titles, catalogue.ids or (), strict=False))
+    positive, item = question.candidates[0], question.candidate_items[0]
+    others = [t for t in catalogue.titles if t != positive and item_of.get(t, t) not in (taken | {item})]
+    items = (item, *(item_of.get(title, title) for title in others))
+    return replace(question, candidates=(positive, *others), candidate_items=items)
 
 
 def _find(wanted: str, titles: dict[str, str]) -> str | None:

@@ -108,7 +108,7 @@ def _compared(evaluation: Evaluation, subject: str, metric: str) -> list[Compari
     """The comparisons of the subject with the fairest other model and with the best baseline, where they exist."""
     against = {  # other model -> the comparison "subject minus other model"
         c.b: c
-        for c in evaluation.comparisons
+        for c in (*evaluation.comparisons, *map(_turned, evaluation.comparisons))
         if c.a == subject and c.metric == metric and metric in evaluation.models.get(c.b, {})
     }
     # The fairest comparison is the one with a model that had the same data and as many steps, so that the difference is
@@ -118,6 +118,12 @@ def _compared(evaluation: Evaluation, subject: str, metric: str) -> list[Compari
     baselines = [n for n in against if n in BASELINES or (n not in evaluation.trained and n not in ("oracle", *FAIR))]
     best = max(baselines, key=lambda name: evaluation.models[name][metric].value, default=None)
     return fair + ([against[best]] if best is not None else [])
+
+
+def _turned(c: Comparison) -> Comparison:
+    """The same comparison the other way round."""
+    turned = {"difference": -c.difference, "low": -c.high, "high": -c.low}
+    return c.model_copy(update={"a": c.b, "b": c.a} | turned)
 
 
 def _beside_best_baseline(evaluation: Evaluation, subject: str, metric: str) -> list[str]:

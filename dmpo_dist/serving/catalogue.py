@@ -23,10 +23,12 @@ class ServedCatalogue:
 
     Attributes:
         log_popularity: title -> log(1 + count), where rankings are corrected by it.
+        fields: title -> field -> text, of those that prompts show.
     """
 
     catalogue: Catalogue
     log_popularity: Mapping[str, float] | None
+    fields: Mapping[str, Mapping[str, str]]
 
     @cached_property
     def lookup(self) -> TitleLookup:
@@ -35,8 +37,8 @@ class ServedCatalogue:
 
     @cached_property
     def version(self) -> str:
-        """12 hexadecimal digits that differ between catalogues."""
-        content = [self.catalogue.titles, self.catalogue.ids]
+        """12 hexadecimal digits that differ between catalogues that may rank differently."""
+        content = [self.catalogue.titles, self.catalogue.ids, self.log_popularity, self.fields]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
     @cached_property

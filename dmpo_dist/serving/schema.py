@@ -116,6 +116,8 @@ class RerankAnswer(BaseModel):
     id: str
     model: str
     results: list[RerankResult]
+    cut_off: int
+    """How many of the oldest history titles did not fit into the prompt, behind which the longest document must fit."""
     usage: Usage
 
 
@@ -135,6 +137,8 @@ class RecommendAnswer(BaseModel):
     results: list[RecommendResult]
     not_in_catalogue: list[str]
     """What ``exclude`` names and the catalogue does not hold: nothing was left out for it."""
+    cut_off: int
+    """How many of the oldest history titles did not fit into the prompt, behind which the longest title must fit."""
     usage: Usage
 
 

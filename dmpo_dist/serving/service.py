@@ -12,10 +12,9 @@ import torch
 
 from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.matching import requests_of_data
-from dmpo_dist.data.requests import Catalogue, RankingRequest, read_catalogue
+from dmpo_dist.data.requests import Catalogue, RankingRequest, read_catalogue, read_items
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.data.tables import read_table
 from dmpo_dist.data.tokenization import TokenGroup, check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import TitleScorer, reference_of
@@ -94,7 +93,7 @@ class RankingService:
             | ({"document": {"text": body.documents[i]}} if body.return_documents else {})
             for i in order
         ]
-        return self._answer(results=results, usage=_usage(scored.groups))
+        return self._answer(results=results, cut_off=scored.groups[0].dropped, usage=_usage(scored.groups))
 
     async def recommend(self, body: RecommendBody) -> dict[str, Any]:
         """See ``RecommendAnswer``.
@@ -117,14 +116,15 @@ class RankingService:
             raise UserError("exclude: nothing of the catalogue is left; leave some titles in")
         if self._ranking.corrections:
             scored = await self._scores(history, titles, body.user, served)
-            best, usage = best_of(scored.scores, body.k, allowed), _usage(scored.groups)
+            best, groups = best_of(scored.scores, body.k, allowed), scored.groups
         else:
-            best, usage = await self._searched(history, titles, body.user, body.k, allowed)
+            best, groups = await self._searched(history, titles, body.user, body.k, allowed)
         results = [
             {"rank": rank, "title": titles[i], "item": served.item_of.get(titles[i]), "score": score}
             for rank, (i, score) in enumerate(best[: body.k], start=1)
         ]
-        return self._answer(catalogue=served.version, results=results, not_in_catalogue=unknown, usage=usage)
+        about = {"not_in_catalogue": unknown, "cut_off": groups[0].dropped, "usage": _usage(groups)}
+        return self._answer(catalogue=served.version, results=results, **about)
 
     async def explain(self, body: ExplainBody) -> dict[str, Any]:
         """See ``ExplainAnswer``; all shortened histories are scored together."""
@@ -135,7 +135,8 @@ class RankingService:
         request = PreferenceGroup(body.user, 0, tuple(history), titles[0], tuple(titles[1:]))
         fitted = await self._off_thread(lambda: self._policy.encode.fit(request))
         seen = history[fitted.dropped :]
-        shorter = [seen[:i] + seen[i + 1 :] for i in range(len(seen))] if len(seen) > 1 else []
+        left = len(seen) > 1 or bool(self._policy.template.render(()).text)  # something to put before a title
+        shorter = [seen[:i] + seen[i + 1 :] for i in range(len(seen))] if left else []
         scores = await asyncio.gather(*(self._scores(one, titles, body.user, known) for one in [seen, *shorter]))
         table = np.stack([one.scores for one in scores])  # (1 + items, documents)
         margins = np.stack([title_values(table, i, "margin") for i in range(len(titles))], axis=1)
@@ -182,8 +183,9 @@ class RankingService:
 
     async def _searched(
         self, history: Sequence[str], titles: list[str], user: str, top: int, allowed: np.ndarray
-    ) -> tuple[list[Beam], dict[str, int]]:
-        """The ``top`` best of the allowed ``titles`` by the log-probability alone; most of the others never run."""
+    ) -> tuple[list[Beam], list[TokenGroup]]:
+        """The ``top`` best of the allowed ``titles`` by the log-probability alone, and the prompt; most of the other
+        titles never run."""
 
         def submitted() -> tuple[list[TokenGroup], Future[list[Beam]]]:
             (group,) = self._policy.token_groups(history, titles, user)
@@ -195,7 +197,7 @@ class RankingService:
         finally:
             future.cancel()  # of a client that has gone
         self._scorer.require_finite(np.array([beam.log_prob for beam in best]), user)
-        return best, _usage(groups)
+        return best, groups
 
     async def _scores(
         self, history: Sequence[str], titles: list[str], user: str, known: ServedCatalogue | None
@@ -250,12 +252,13 @@ class RankingService:
     def _accept(self, catalogue: Catalogue) -> ServedCatalogue:
         """See ``CatalogueWatch``."""
         check_titles(catalogue.titles, self._policy.tokenizer)
-        texts, path = self._policy.encode.texts, self._path
+        self._users = None  # the folder may hold other users now
+        texts, path, fields = self._policy.encode.texts, self._path, {}
         if texts.item_fields and path is not None:
-            texts = texts.with_items(PreparedData.load(path).items if path.is_dir() else read_table(path))
-            texts.of_items(catalogue.titles)
+            texts = texts.with_items(PreparedData.load(path).items if path.is_dir() else read_items(path))
+            fields = texts.of_items(catalogue.titles)
             self._policy.encode.texts = texts
-        return ServedCatalogue(catalogue, self._scorer.popularity_of(catalogue))
+        return ServedCatalogue(catalogue, self._scorer.popularity_of(catalogue), fields)
 
     def _known(self) -> ServedCatalogue | None:
         return self._catalogue.current if self._catalogue else None
