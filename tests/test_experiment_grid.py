@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import SETTINGS
@@ -131,6 +132,24 @@ def test_sft_continued_at_equal_compute_has_as_many_steps_as_a_cells_flops_pay_f
     assert many.config.sft.steps < 10 * group_tokens * 4 / 3  # the reference adds a third of forward and backward
 
 
+def test_equal_compute_counts_rows_as_the_route_of_the_model_lays_them_out(world, tmp_path):
+    """Gemma 2 has soft-capped attention, so that on a CPU each response runs as its own row."""
+    tiny_model("gemma2", vocab=400, tie_word_embeddings=True).save_pretrained(tmp_path)
+    for file in world.model.glob("token*"):
+        shutil.copy(file, tmp_path)
+
+    def steps(model: Path, **more):
+        settings = {"train": {"steps": 100}, "model": {"path": str(model)} | more, "cluster": {"gpus_per_worker": 0}}
+        grid = grid_of({"k": [6], "shots": 8}, arms=["sft_continued_compute"], settings=settings,
+                       datasets={"a": str(world.data.path)})  # fmt: skip
+        parts = make_parts(grid, expand(grid), {"a": world.data})
+        (compute,) = (part for part in parts if part.role == "compute")
+        return compute.config.sft.steps
+
+    assert steps(tmp_path) == steps(tmp_path, attention="unshared") > 1.5 * steps(world.model)
+    assert steps(world.model) == steps(world.model, max_length=256)  # which its folder says it was trained with
+
+
 def test_equal_compute_counts_the_prompts_that_training_reads(world):
     def steps(k, **template):
         settings = {"train": {"steps": 100}, "model": {"max_length": 256}, "template": template}
@@ -156,6 +175,39 @@ def test_sft_continued_is_shared_by_cells_that_differ_in_what_it_knows_nothing_o
     assert [dict(part.free) for part in continued] == [{"train.learning_rate": rate} for rate in (1e-4, 1e-3)]
     of_cell = {(dict(p.free)["train.learning_rate"], p.continued["sft_continued"]) for p in parts if p.role == "cell"}
     assert of_cell == {(part.config.sft.learning_rate, part.title) for part in continued}
+
+
+def test_a_dataset_has_its_own_value_of_an_axis_that_is_left_out(tmp_path):
+    own = {"train": {"negatives": 3}, "objective": {"name": "sdpo"}}
+    (tmp_path / "few.yaml").write_text("data: {shots: 16}")
+    datasets = {"a": "runs/a", "b": {"path": "runs/b", "settings": own}}
+    cells = expand(grid_of({}, datasets=datasets, config=[str(tmp_path / "few.yaml")]))
+    assert [cell.name for cell in cells] == ["a_shots-16_k-7_dmpo_seed-0", "b_shots-16_k-3_sdpo_seed-0"]
+    assert [(cell.config.train.negatives, cell.config.objective.name) for cell in cells] == [(7, "dmpo"), (3, "sdpo")]
+    asked = expand(grid_of([{"dataset": ["b"], "objective": [{"beta": 2}]}], datasets=datasets))
+    assert [cell.config.objective.name for cell in asked] == ["sdpo"]
+
+
+def test_a_key_on_the_command_line_holds_for_all_cells_or_is_refused(tmp_path):
+    file = tmp_path / "grid.yaml"
+    axes = {"k": [1, 3], "objective": ["dmpo", {"beta": 2}], "train.learning_rate": [0.1], "model.lora": [None]}
+    prepare = {"source": {"simulator": {"users": 9}}}
+    datasets = {"a": "runs/a", "b": {"prepare": prepare, "settings": {"train": {"steps": 5}}}}
+    file.write_text(yaml.safe_dump({"output_dir": "x", "datasets": datasets, "grid": [{"dataset": "a"}, axes]}))
+    for override, where in {
+        "train.negatives=3": "axis k", "objective.name=sdpo": "axis objective", "objective.beta=3": "axis objective",
+        "objective={name: sdpo}": "axis objective", "train.learning_rate=0.01": "axis train.learning_rate",
+        "model.lora.r=8": "axis model.lora", "train.steps=9": "datasets.b.settings.train.steps",
+        "data.source.simulator.users=8": "datasets.b.prepare.source.simulator.users",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError) as error:
+            read_grid(file, [override])
+        message = str(error.value)
+        assert override.partition("=")[0] in message
+        assert where in message
+        assert "\n" not in message
+    cells = expand(read_grid(file, ["objective.sft_weight=0.5", "train.weight_decay=0.25"]))
+    assert {(cell.config.objective.sft_weight, cell.config.train.weight_decay) for cell in cells} == {(0.5, 0.25)}
 
 
 def test_tables_name_the_likelihood_that_the_layers_below_add_to_every_objective():
@@ -222,6 +274,11 @@ MISTAKES = {
                    ("settings.data.shots_seed: cannot be set there", "draw_shots: per_seed")),
     "shots_seed_as_axis": ({"grid": {"shots": [8], "data.shots_seed": [1]}}, ("draw_shots: per_seed",)),
     "no_file": ({"grid": {}, "config": ["moovielens"]}, ("config moovielens", "movielens, ")),
+    "unheard": (
+        {"grid": [{"k": [1]}, {"dataset": "a"}, {"k": [3], "train.epochs": [2]}],
+         "datasets": {"a": "runs/a", "b": {"path": "runs/b", "settings": {"train": {"negatives": 3}}}}},
+        ("datasets.b.settings.train.negatives has no effect", "axis k", "leave one of them out"),
+    ),
     "neither": ({"grid": {}, "datasets": {"a": {"seed": 1}}}, ("datasets.a", "either path", "or prepare")),
 }  # fmt: skip
 

@@ -2,18 +2,21 @@
 
 import io
 import json
+import shutil
+from dataclasses import replace
 from itertools import repeat
 
 import pytest
 from rich.console import Console
 
+from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.config import dump_config
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment import train
 from dmpo_dist.experiment.grid import expand
 from dmpo_dist.experiment.parts import make_parts
 from dmpo_dist.experiment.schema import GridConfig
-from dmpo_dist.experiment.stamps import failure, trained
+from dmpo_dist.experiment.stamps import begin, failure, require_unchanged, stamp_failed, trained
 
 
 class Stages:
@@ -101,3 +104,46 @@ def test_cells_of_a_start_that_failed_say_so(study, alone):
     assert failed.pop("sft/a_shots-all_seed-0") == "the loss became nan"
     assert failed == dict.fromkeys([K1, K3, K7], "its SFT start a_shots-all_seed-0 failed")
     assert all(trained(part) for name, part in parts.items() if "seed-1" in name)
+
+
+def test_a_run_whose_checkpoints_are_gone_starts_anew(study):
+    parts, _ = study(Stages(diverge="k-3_dmpo_seed-0"))
+    run = parts[K3].run
+    Environment(run_id="abc").write(run)
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"kind": "checkpoint", "step": 20}) + "\n")
+    for names, goes_on in (((), False), (("train-other-step-00000020",), False), (("train-abc-step-00000020",), True)):
+        shutil.rmtree(run.parents[2] / "checkpoints", ignore_errors=True)
+        for name in names:
+            (run.parents[2] / "checkpoints" / name).mkdir(parents=True)
+        console = Console(file=io.StringIO(), width=400)
+        before = shutil.copytree(run, run.with_name("before"), dirs_exist_ok=True)
+        part = replace(parts[K3], config=train.placed(parts[K3].config, run.parents[2], alone=False))
+        saved = run / "config.yaml"
+        saved.write_text(dump_config(part.config))
+        assert train._resumable(part, console) == goes_on == run.exists()
+        assert ("checkpoint of step 20, and none of it is left" in console.file.getvalue()) != goes_on
+        shutil.copytree(before, run, dirs_exist_ok=True)
+
+
+def test_an_edited_deepspeed_file_is_another_setting(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    grid = {"output_dir": tmp_path / "out", "datasets": {"a": "x"}, "grid": {"dataset": ["a"]}}
+    plain = GridConfig.model_validate(grid)
+    assert not any("json" in key for part in make_parts(plain, expand(plain), {}) for key in part.settings)
+    grid = GridConfig.model_validate(grid | {"settings": {"deepspeed": str(file)}})
+    start, _ = make_parts(grid, expand(grid), {})
+    begin(start)
+    Stages().one("sft", start.config, None, resume=False)
+    require_unchanged([start])
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    edited = make_parts(grid, expand(grid), {})
+    with pytest.raises(UserError, match=r"deepspeed_json.zero_optimization.stage was 1, is 2"):
+        require_unchanged(edited)
+    stamp_failed(start, "the loss became nan")
+    shutil.rmtree(start.model)
+    assert not train._resumable(edited[0], Console())  # an edited optimizer would go on with the old one's moments
+    file.unlink()
+    with pytest.raises(UserError, match=r"mine.json: cannot be read .*bring the file back"):
+        make_parts(grid, expand(grid), {})

@@ -16,12 +16,13 @@ from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.cli import app
 from dmpo_dist.commands.train import checked_job
 from dmpo_dist.config import LoraConfig, ModelConfig, OnPolicyConfig, RunConfig, config_of
+from dmpo_dist.data.prepare import prepare
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model, load_policy, load_tokenizer
 from dmpo_dist.modeling.logprobs import LogProbModel
-from dmpo_dist.modeling.routing import use_backend
+from dmpo_dist.modeling.routing import choose_backend, use_backend
 from dmpo_dist.planning.command import Request, run_plan, with_length_of_start
 from dmpo_dist.planning.compute import compute_factor
 from dmpo_dist.planning.flops import forward_flops, shared_work, step_flops
@@ -33,6 +34,7 @@ from dmpo_dist.planning.plan import Cluster, Lengths, changed, make_plan, make_r
 from dmpo_dist.planning.recommend import faster, smallest_change
 from dmpo_dist.planning.report import BYTES, amount
 from dmpo_dist.training.groups import make_schedule
+from dmpo_dist.training.listed import listed_groups
 from dmpo_dist.training.schedule import total_steps
 
 MIDDLE = {
@@ -251,6 +253,54 @@ def test_a_plan_has_the_steps_and_the_length_that_training_would_take(world, tmp
         run_plan(config, Request("cpu", 1, 1, None, None, None), explain=False, as_json=True, console=Console())
         steps = total_steps(job.stage, make_schedule(job, len(data.train), 1))
         assert json.loads(capsys.readouterr().out)["steps"] == steps == 2
+
+
+def test_rows_are_those_that_training_runs(world, tmp_path):
+    """Lists of several levels have more responses than 1 + K, and prompts that list candidates are longer by them."""
+    keys = {"model.path": str(world.model), "model.max_length": 256, "train.negatives": 2, "sft.negatives": 1}
+    prepare_preferences = [
+        {"prompt": f"Next {n}:", "ranked": [[f" a{n}"], [f" b{n}", " c"], [f" d{n}{i}" for i in range(5)]]}
+        for n in range(6)
+    ]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, prepare_preferences)))
+    prepare(config_of({"data.source.path": str(rows)}).data, 0, tmp_path / "levels", echo=lambda _: None)
+    config = config_of(keys | {"data.path": str(tmp_path / "levels"), "objective.name": "plackett_luce"})
+    assert make_plan(config, cluster("cpu"), data_lengths(config, "preference")).step.row.negatives == 3 + 2 - 1
+
+    request = {"template.request": "Choose:\n{candidates}Answer:\n", "template.candidate": "{title}\n"}
+    config = config_of(keys | request | {"data.path": str(world.data.path)})
+    tokenizer = load_tokenizer(find_model(str(world.model)))
+    encode = GroupTokenizer(tokenizer, make_template(config.template, tokenizer), 256)
+    for kind in ("preference", "sft"):
+        job, data = checked_job(kind, config)
+        listed = listed_groups(job, data, encode)
+        prompts = [len(listed(index, 0).prefix) for index in range(len(listed))]
+        assert data_lengths(config, kind).prompt == ceil(sum(prompts) / len(prompts))
+    assert data_lengths(config, "preference").others is None
+
+
+def test_dropout_of_a_config_json_is_in_no_run(tmp_path):
+    tiny_model("llama", attention_dropout=0.1).save_pretrained(tmp_path)
+    model = ModelConfig(path=str(tmp_path), max_length=64)
+    loaded, _ = load_policy(find_model(str(tmp_path)), model)
+    assert blueprint(model).route(False, 64, "auto") == choose_backend(loaded, "cpu", 64)
+    assert blueprint(model).route(False, 64, "auto").backend == "two_part"
+
+
+def test_a_deepspeed_file_is_planned_as_its_stage_trains_by_it(middle, tmp_path):
+    exact = {"gradient_accumulation_steps": 1, "managed_gradient_accumulation": False}
+    clipped = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(exact | clipped))
+    config = changed(run_config(middle), deepspeed=str(file), sft__max_grad_norm=0.5)
+    assert make_plan(config, cluster("h100-80g"), LENGTHS, "sft").zero.stage == 2
+    with pytest.raises(UserError, match=r"max_grad_norm"):
+        make_plan(config, cluster("h100-80g"), LENGTHS)
+    for zero in ({}, {"zero_optimization": {}}, {"zero_optimization": True}, {"zero_optimization": {"stage": 4}}):
+        file.write_text(json.dumps(exact | zero))
+        with pytest.raises(UserError, match=r'mine.json: must set "zero_optimization": \{"stage": 0, 1, 2 or 3\}'):
+            make_plan(config, cluster("h100-80g"), LENGTHS)
 
 
 def test_every_gpu_has_a_data_sheet_peak():

@@ -87,6 +87,19 @@ def test_the_table_says_what_each_run_is(three_runs):
     assert ccc[-1] == "unfinished"
 
 
+def test_a_run_that_is_being_extended_is_not_finished(tmp_path):
+    log = write_run(tmp_path / "a", "train") / "metrics.jsonl"
+    began = read_run(tmp_path / "a").began
+    with log.open("a") as file:
+        file.write(json.dumps({"kind": "start", "time": 2e9, "stage": "train", "steps": 80}) + "\n")
+    run = read_run(tmp_path / "a")
+    assert (run.end, run.steps, run.began) == (None, (40, 80), began)
+    with log.open("a") as file:
+        file.write(json.dumps({"kind": "step", "stage": "train", "step": 80, "loss": 0.1}) + "\n")
+        file.write(json.dumps({"kind": "end", "selected_step": 60, "model": "m"}) + "\n")
+    assert (read_run(tmp_path / "a").best_step, read_run(tmp_path / "a").steps) == (60, (80, 80))
+
+
 @pytest.mark.parametrize("width", [80, None])
 def test_names_of_runs_stay_whole_on_a_narrow_terminal_and_in_a_pipe(three_runs, width):
     root, *_ = three_runs

@@ -5,6 +5,8 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from dmpo_dist.commands.train import SCRATCH, make_start
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.place import require_prepared
@@ -13,6 +15,7 @@ from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
 from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer
 from dmpo_dist.objectives.registry import make_objective
+from dmpo_dist.planning.command import with_length_of_start
 from dmpo_dist.planning.compute import compute_factor
 from dmpo_dist.planning.model import blueprint
 from dmpo_dist.training.job import Job, Kind
@@ -28,24 +31,34 @@ def equal_compute(continued: RunConfig, cell: RunConfig) -> RunConfig:
     Validation is not counted, and a reference that is cached counts as if it ran in every step.
 
     Raises:
-        UserError: a model whose FLOPs cannot be counted, such as a mixture of experts.
+        UserError: a model whose FLOPs cannot be counted, such as a mixture of experts, or a ``model.attention`` that
+            would be wrong for it.
     """
+    cell = with_length_of_start(cell)
     loss = make_objective(cell.objective)
     titles = continued.sft.loss_on == "all_titles"
     preference, sft_groups = _token_groups(_of_tokens(cell), titles or loss.scores_history)
+    model = blueprint(cell.model)
+    route = model.route(_on_gpus(cell), cell.model.max_length, cell.model.attention)
     factor = compute_factor(
-        blueprint(cell.model).shape,
+        model.shape,
         preference,
         cell.train.negatives,
         sft_groups=sft_groups,
         reference=loss.needs_reference,
         history_in_preference=loss.scores_history,
         history_in_sft=titles,
-        shared=cell.model.attention != "unshared",
+        shared=route.backend != "unshared",
     )
     sft = continued.sft
     more = {"epochs": sft.epochs * factor} if sft.steps is None else {"steps": max(1, round(sft.steps * factor))}
     return continued.model_copy(update={"sft": sft.model_copy(update=more)})
+
+
+def _on_gpus(config: RunConfig) -> bool:
+    """Whether the cells are trained on GPUs: as ``cluster.gpus_per_worker`` says, else if this machine has one."""
+    asked = config.cluster.gpus_per_worker
+    return torch.cuda.is_available() if asked is None else asked > 0
 
 
 def _of_tokens(config: RunConfig) -> str:

@@ -24,10 +24,12 @@ from dmpo_dist.experiment.schema import (
     DatasetConfig,
     GridConfig,
     as_json,
+    datasets_of,
     last_line,
     layers_of,
     nearest,
     override,
+    require_heard,
     settings_of,
 )
 from dmpo_dist.parsing import parse_yaml, read_text
@@ -85,7 +87,8 @@ def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
         overrides: ``output_dir=...``, and ``key=value`` of the configuration for all cells.
 
     Raises:
-        UserError: it cannot be read, or a key or value is wrong; the message names the file.
+        UserError: it cannot be read, a key or value is wrong, or the grid overrules a setting; the message names the
+            file.
     """
     overrides = [*overrides, f"output_dir={file}"] if file.is_dir() else overrides
     path = _grid_of_study(file) if file.is_dir() else find_recipe(str(file), "GRID", prefix="experiment")
@@ -103,8 +106,10 @@ def read_grid(file: Path, overrides: Sequence[str] = ()) -> GridConfig:
     try:
         grid = GridConfig.model_validate(content)
         more = [text for text in overrides if not text.startswith("output_dir=")]
-        grid = grid.model_copy(update={"settings": _with_overrides(grid.settings, more)})
+        given = _values_of(more)
+        grid = grid.model_copy(update={"settings": dotted(grid.settings) | given})
         grid.check()
+        require_heard(grid, given)
     except ValidationError as error:
         raise UserError(f"{path}:\n" + "\n".join(map(_explain, error.errors()))) from None
     except UserError as error:
@@ -118,11 +123,11 @@ def expand(grid: GridConfig) -> list[GridCell]:
     Raises:
         UserError: a combination occurs twice in a block, or a cell's configuration is not valid.
     """
-    base = load_config(layers_of(grid), settings_of(grid))
+    bases = {name: load_config(layers_of(grid), settings_of(grid, name)) for name in grid.datasets}
     cells: dict[str, GridCell] = {}
     for block in grid.grid:
         names: set[str] = set()
-        for cell in _expand_block(block, grid, base):
+        for cell in _expand_block(block, grid, bases):
             if cell.name in names:
                 raise UserError(f"the cell {cell.name} comes up twice in the grid; remove the repeated value")
             names.add(cell.name)
@@ -137,8 +142,8 @@ def _grid_of_study(folder: Path) -> Path:
     return folder / GRID_FILE
 
 
-def _with_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    flat = dotted(settings)
+def _values_of(overrides: Iterable[str]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for text in overrides:
         key, sep, raw = text.partition("=")
         if not sep or not key:
@@ -150,23 +155,24 @@ def _with_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[
     return flat
 
 
-def _expand_block(block: dict[str, list[Any]], grid: GridConfig, base: RunConfig) -> Iterable[GridCell]:
-    defaults = {
-        "dataset": list(grid.datasets),
-        "shots": [ALL_SHOTS],
-        "seed": [base.seed],
-        "k": [base.train.negatives],
-        "objective": [base.objective.name],
-    }
+def _expand_block(block: dict[str, list[Any]], grid: GridConfig, bases: Mapping[str, RunConfig]) -> Iterable[GridCell]:
     # Sorted, so that a cell has one name in whichever order a block lists its axes.
     free = sorted(axis for axis in block if axis not in AXES)
-    values = [block.get(axis, defaults[axis]) for axis in AXES]  # dataset, shots, seed, k, objective
-    for dataset, shots, seed, *others in product(*values[:3], *(block[axis] for axis in free), *values[3:]):
-        k, objective = others[-2:]
-        options = objective if isinstance(objective, dict) else {"name": objective}
-        name = options["import_path"].rpartition(":")[2] if "import_path" in options else base.objective.name
-        options = {"name": name} | options
-        yield _make_cell(grid, dataset, (shots, seed, k), options, tuple(zip(free, others[:-2], strict=True)))
+    for dataset in datasets_of(block, grid):
+        base = bases[dataset]  # an axis that the block leaves out has the dataset's own value
+        defaults = {
+            "shots": [base.data.shots or ALL_SHOTS],
+            "seed": [base.seed],
+            "k": [base.train.negatives],
+            "objective": [base.objective.name],
+        }
+        values = [block.get(axis, default) for axis, default in defaults.items()]
+        for shots, seed, *others in product(*values[:2], *(block[axis] for axis in free), *values[2:]):
+            k, objective = others[-2:]
+            options = objective if isinstance(objective, dict) else {"name": objective}
+            name = options["import_path"].rpartition(":")[2] if "import_path" in options else base.objective.name
+            options = {"name": name} | options
+            yield _make_cell(grid, dataset, (shots, seed, k), options, tuple(zip(free, others[:-2], strict=True)))
 
 
 def _make_cell(grid: GridConfig, dataset: str, values: Sequence[Any], options: dict[str, Any], free: Free) -> GridCell:

@@ -21,6 +21,7 @@ from dmpo_dist.experiment.schema import ALL_SHOTS, START, GridConfig
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.model_files import weights_key
 from dmpo_dist.objectives.registry import make_objective
+from dmpo_dist.parsing import parse_json, read_text
 from dmpo_dist.training.groups import require_levels, require_negatives
 from dmpo_dist.training.job import Kind
 
@@ -40,6 +41,8 @@ ALSO_PASSED_ON = ("select", "select_metric", "max_grad_norm", "log_every")
 """Settings of the preference stage that SFT continued shares in a study, beside those that it shares everywhere."""
 UNTUNED, ZERO_SHOT = "untuned", "zero_shot"
 """The model before training, as evaluations and arms call it; a pretrained one is called zero-shot in tables."""
+DEEPSPEED_CONTENT = "deepspeed_json"
+"""What a part's settings call the content of the file that ``deepspeed`` names."""
 NO_INFLUENCE = ("token_budget", "checkpoint_every", "keep_checkpoints", "log_every")
 """Keys of a stage that change how it runs but not the model it ends with."""
 
@@ -236,6 +239,8 @@ def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str
     content = config.model_dump(mode="json", include={"seed", "template", "model", "deepspeed", stage})
     if stage == "train":
         content |= config.model_dump(mode="json", include=set(PREFERENCE_SECTIONS))
+    if config.deepspeed.endswith(".json"):
+        content[DEEPSPEED_CONTENT] = _json_of(Path(config.deepspeed))
     if start is not None:
         content["model"]["path"] = f"the SFT start {start}"
     elif Path(config.model.path).is_dir():
@@ -245,6 +250,14 @@ def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str
     ignored = {f"{stage}.{name}" for name in NO_INFLUENCE}
     ignored |= set() if config.template.lists_candidates else {"template.candidate", "sft.negatives"}
     return {key: value for key, value in flat.items() if key not in ignored}
+
+
+def _json_of(file: Path) -> Any:
+    """What a DeepSpeed configuration of the user's own says, which may be edited in place."""
+    try:
+        return parse_json(read_text(file, "bring the file back, or set deepspeed to another"))
+    except ValueError as error:
+        raise UserError(f"deepspeed={file}: cannot be read as JSON ({error}); correct it") from None
 
 
 def with_shots(config: DataConfig, shots: int | None, seed: int | None) -> DataConfig:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,6 +143,76 @@ class GridConfig(Section):
                 load_config(layers_of(self), [*settings_of(self), override(axis, value)])
             except UserError as error:
                 raise UserError(f"{where}: {last_line(error)}") from None
+
+
+def require_heard(grid: GridConfig, given: Mapping[str, Any]) -> None:
+    """Whether every key that is ``given`` for all cells, and every setting of a dataset, has an effect.
+
+    Args:
+        given: dotted key -> value, of the command line.
+
+    Raises:
+        UserError: an axis of the grid or a dataset sets a given key for some cells, or an axis sets a dataset's key for
+            all its cells; the message says where.
+    """
+    for key in dotted(given):
+        for block in grid.grid:
+            if axis := _axis_that_sets(key, block, any):
+                raise UserError(
+                    f"{key} on the command line has no effect where the axis {axis} of the grid sets it; change the "
+                    "axis, or leave it out of the grid"
+                )
+        for name, dataset in grid.datasets.items():
+            own = {f"settings.{there}": there for there in dotted(dataset.settings)}
+            own |= {f"prepare.{there}": f"data.{there}" for there in dotted(dataset.prepare or {})}
+            if where := next((where for where, there in own.items() if _overlap(key, there)), None):
+                raise UserError(
+                    f"{key} on the command line has no effect where datasets.{name}.{where} sets it; change it there, "
+                    "or leave it out there"
+                )
+    for name, dataset in grid.datasets.items():
+        blocks = [block for block in grid.grid if name in datasets_of(block, grid)]
+        for key in dotted(dataset.settings):
+            axes = [_axis_that_sets(key, block, all) for block in blocks]
+            if axes and all(axes):
+                raise UserError(
+                    f"datasets.{name}.settings.{key} has no effect: the axis {axes[0]} of the grid sets it for every "
+                    "cell of the dataset; leave one of them out, or give the dataset a block of its own"
+                )
+
+
+def datasets_of(block: Mapping[str, list[Any]], grid: GridConfig) -> list[str]:
+    """Names of the datasets that a block of the grid has cells of."""
+    return block.get("dataset", list(grid.datasets))
+
+
+def _axis_that_sets(
+    key: str, block: Mapping[str, list[Any]], of_values: Callable[[Iterable[bool]], bool]
+) -> str | None:
+    """The axis of ``block`` of which ``any`` or ``all`` values set ``key``, None if there is none."""
+    return next(
+        (
+            axis
+            for axis, values in block.items()
+            if of_values(any(_overlap(key, there) for there in _keys_set_by(axis, value)) for value in values)
+        ),
+        None,
+    )
+
+
+def _keys_set_by(axis: str, value: Any) -> list[str]:
+    """The dotted keys of the configuration that a cell with this ``value`` of ``axis`` sets."""
+    if axis in ("dataset", START) or value == {}:
+        return []
+    if axis != "objective" or not isinstance(value, dict):
+        return list(dotted({KEY_OF_AXIS.get(axis, axis): value}))
+    named = [KEY_OF_AXIS[axis]] if "import_path" in value else []  # by its class
+    return [*named, *dotted({axis: value})]
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether two dotted keys are one, or one of them is a section that holds the other."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def layers_of(grid: GridConfig) -> list[Path]:

@@ -128,15 +128,23 @@ def _changes(part: Part) -> list[str]:
 
     Nothing for a model that failed or whose training never began, as it may start under other settings.
     """
-    file = part.folder / SETTINGS_FILE
-    if not file.exists() or not (trained(part) or (begun(part) and not failure(part))):
+    if not (part.folder / SETTINGS_FILE).exists() or not (trained(part) or (begun(part) and not failure(part))):
         return []
-    before = _read(file)
-    if before.get("hash") == part.settings_hash:
-        return ["the model it started from was trained again since"] if trained(part) and _has_other_start(part) else []
+    changed = changed_settings(part)
+    if not changed and trained(part) and _has_other_start(part):
+        return ["the model it started from was trained again since"]
+    return [f"{key} was {old}, is {new}" for key, (old, new) in changed.items()]
+
+
+def changed_settings(part: Part) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> the value when it was begun last, and the one the grid now asks for, where these differ."""
+    file = part.folder / SETTINGS_FILE
+    before = _read(file) if file.exists() else {}
+    if not before or before.get("hash") == part.settings_hash:
+        return {}
     old, new = before.get("settings", {}), part.settings
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key} was {old.get(key, 'not set')}, is {new.get(key, 'not set')}" for key in keys]
+    return {key: (old.get(key, "not set"), new.get(key, "not set")) for key in keys}
 
 
 def _has_other_start(part: Part) -> bool:

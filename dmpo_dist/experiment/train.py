@@ -8,14 +8,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dmpo_dist.commands.run_folder import changed_keys, is_free
+from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.commands.run_folder import changed_keys, is_free, last_checkpoint
 from dmpo_dist.commands.train import run_stage, run_stages, say
 from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.errors import UserError
-from dmpo_dist.experiment.parts import Part
-from dmpo_dist.experiment.stamps import begin, begun, stamp_failed, trained
+from dmpo_dist.experiment.parts import DEEPSPEED_CONTENT, Part
+from dmpo_dist.experiment.stamps import begin, begun, changed_settings, stamp_failed, trained
 from dmpo_dist.records.read import CONFIG_FILE
 from dmpo_dist.secrets import redact
+from dmpo_dist.training.runtime import step_of
+
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints in its own, where one process trains."""
 
 
 def in_this_process() -> bool:
@@ -55,7 +60,7 @@ def train_parts(parts: Sequence[Part], alone: bool, heading: Callable[[Part], st
         alone: whether to train in this process; else on Ray workers, which start once for all new parts.
         heading: makes the line that announces a part.
     """
-    begun_before = [part for part in parts if _resumable(part)]
+    begun_before = [part for part in parts if _resumable(part, console)]
     new = [part for part in parts if part not in begun_before]
     if alone:
         for part in parts:
@@ -118,12 +123,32 @@ def _without_start(part: Part, among: Sequence[Part] = ()) -> bool:
     return True
 
 
-def _resumable(part: Part) -> bool:
+def _resumable(part: Part, console: Console) -> bool:
     """Whether an interrupted run can be resumed; if not, as when its checkpoints moved, its folder is removed."""
     if begun(part) and not _refused(part):
-        return True
+        step = _lost_checkpoint(part)
+        if not step:
+            return True
+        text = f"note: {part.title} starts anew: its log tells of a checkpoint of step {step}, and none of it is left"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     _clear(part)
     return False
+
+
+def _lost_checkpoint(part: Part) -> int:
+    """The step of the latest checkpoint that the log tells of, where no checkpoint of the run is left; else 0."""
+    step, storage = last_checkpoint(part.run), part.config.cluster.storage_path or str(part.run)
+    if not step or "://" in storage:  # what an object store holds, the workers see when they resume
+        return 0
+    try:
+        known = Environment.read(part.run)
+    except UserError:  # damaged: what run it was may be read from its checkpoints when it is resumed
+        return 0
+    run = f"{part.run.name}-{known.run_id}"
+    names = [path.name for path in (part.run / CHECKPOINTS).glob("step-*")]  # of one process
+    for above in ("*", "*/*"):  # of Ray, in the folder of its own run
+        names += [path.name for path in Path(storage).glob(f"{above}/{run}-step-*")]
+    return 0 if any(step_of(name, run) is not None for name in names) else step
 
 
 def _clear(part: Part) -> None:
@@ -138,4 +163,5 @@ def _refused(part: Part) -> bool:
         return True
     changed = changed_keys(saved, part.config)
     refused = [key for key in changed if not is_free(key, part.kind) and not key.startswith("template.")]
-    return bool(refused) or "cluster.storage_path" in changed
+    edited = any(key.startswith(f"{DEEPSPEED_CONTENT}.") for key in changed_settings(part))
+    return bool(refused) or edited or "cluster.storage_path" in changed

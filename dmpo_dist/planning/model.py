@@ -23,6 +23,7 @@ from dmpo_dist.modeling.backbone import (
 from dmpo_dist.modeling.gguf import local_model
 from dmpo_dist.modeling.logprobs import MAX_CHUNK_LOGITS, LogProbModel, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend
+from dmpo_dist.modeling.suitability import silence
 from dmpo_dist.parsing import parsing
 from dmpo_dist.planning import trace
 from dmpo_dist.planning.flops import Shape, shape_of
@@ -105,6 +106,7 @@ class Blueprint:
 
     def __init__(self, model: ModelConfig) -> None:
         self.config, adapter = _read(model)
+        silence(self.config)  # as training does: dropout that a config.json asks for is in no run
         base = _base(self.config, model)
         sizes_of_base = [(m, m.weight.numel()) for m in base.modules() if type(m) is nn.Linear]
         head = base.get_output_embeddings()

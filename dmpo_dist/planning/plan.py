@@ -56,6 +56,8 @@ class Lengths:
             all but the first.
         longest: tokens of prompt and longest response of the longest group; None where all are alike.
         counted: number of the groups that these are means of; 0 where they were not counted.
+        others: responses of a preference step beside the first; None takes ``train.negatives``. Lists of several levels
+            have more, and ready-made rows may have fewer.
     """
 
     prompt: int
@@ -64,6 +66,7 @@ class Lengths:
     history: int | None = None
     longest: int | None = None
     counted: int = 0
+    others: int | None = None
 
 
 @dataclass(frozen=True)
@@ -178,10 +181,9 @@ def make_rank(
     config: RunConfig, row: Row, world_size: int, cuda: bool, backend: str | None, kind: Kind = "preference"
 ) -> Rank:
     """The memory of a rank that trains rows like ``row``; without a backend no activations are counted."""
-    model, zero = blueprint(config.model), _zero(config, world_size)
-    copies = (
-        model.reference == "model_copy" and _job(config, kind).loss.needs_reference and config.reference.cache == "off"
-    )
+    model, job = blueprint(config.model), _job(config, kind)
+    zero = _zero(job, world_size)
+    copies = model.reference == "model_copy" and job.loss.needs_reference and config.reference.cache == "off"
     return Rank(
         sizes=model.sizes,
         zero=zero,
@@ -217,7 +219,7 @@ def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int, ki
     _require_room(row, lengths, budget, job)
     on_rank = ceil(batch / world)
     row = _row(config, lengths, min(budget, on_rank * row.group_tokens), kind, row.shared)
-    zero = _zero(config, world)
+    zero = _zero(job, world)
     step = OptimizerStep(
         shape=model.shape,
         sizes=model.sizes,
@@ -250,14 +252,21 @@ def _require_room(row: Row, lengths: Lengths, budget: int, job: Job) -> None:
         )
 
 
-def _zero(config: RunConfig, world_size: int) -> Zero:
+def _zero(job: Job, world_size: int) -> Zero:
+    """How ``deepspeed`` partitions the model of ``job``; raises UserError where it does not say."""
+    config = job.config
     parameters = blueprint(config.model).sizes.total
-    return Zero.of(resolve_config(config.deepspeed, config.train, config.model.dtype, world_size, parameters))
+    resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, world_size, parameters)
+    zero = resolved.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+        raise UserError(f'deepspeed={config.deepspeed}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
+    return Zero.of(resolved)
 
 
 def _row(config: RunConfig, lengths: Lengths, tokens: int, kind: Kind, shared: bool = True) -> Row:
-    negatives = config.train.negatives if kind == "preference" else 0
-    scored = 0
+    negatives, scored = 0, 0
+    if kind == "preference":
+        negatives = config.train.negatives if lengths.others is None else lengths.others
     if _job(config, kind).loss.scores_history:
         scored = lengths.prompt - 1 if lengths.history is None else lengths.history
     return Row(lengths.prompt, lengths.response, negatives, tokens, shared, scored)

@@ -48,13 +48,14 @@ class Run:
 
     @cached_property
     def start(self) -> StartRecord | None:
-        """The start record, None if the run ended before training began."""
-        return next((r for r in self.log.records if isinstance(r, StartRecord)), None)
+        """The latest start record, of a run that was resumed the one since then; None if training never began."""
+        return next((r for r in reversed(self.log.records) if isinstance(r, StartRecord)), None)
 
     @cached_property
     def end(self) -> EndRecord | None:
-        """The end record, None for a run that has not finished."""
-        return next((r for r in reversed(self.log.records) if isinstance(r, EndRecord)), None)
+        """The end record, None for a run that has not finished, or is being extended."""
+        latest = next((r for r in reversed(self.log.records) if isinstance(r, StartRecord | EndRecord)), None)
+        return latest if isinstance(latest, EndRecord) else None
 
     @cached_property
     def train(self) -> pd.DataFrame:
@@ -82,8 +83,8 @@ class Run:
 
     @property
     def began(self) -> float:
-        """Unix time of the start record, 0 if it is not known."""
-        return self.start.time or 0.0 if self.start else 0.0
+        """Unix time of the first start record, 0 if it is not known."""
+        return next((r.time or 0.0 for r in self.log.records if isinstance(r, StartRecord)), 0.0)
 
     @property
     def steps(self) -> tuple[int, int]:

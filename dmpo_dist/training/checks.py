@@ -14,10 +14,14 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.scoring import score_rows
 from dmpo_dist.modeling.self_check import confirmed, disagreement, probe
 from dmpo_dist.objectives.groups import Groups
+from dmpo_dist.objectives.likelihood import widen
 from dmpo_dist.objectives.loss import Loss
 from dmpo_dist.training.groups import Batches
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.runtime import Runtime
+
+STEP = 1e-2
+"""Nats by which the slope of a loss is measured."""
 
 
 def check_shared_prompts(job: Job, runtime: Runtime, engine: Any, batches: Batches, device: torch.device) -> None:
@@ -54,14 +58,14 @@ class FirstLoss:
 
     def __init__(self, job: Job, loss: Loss, device: torch.device) -> None:
         self._job, self._loss = job, loss
-        self._known = torch.zeros((), dtype=torch.float64, device=device)
+        self._known = torch.zeros(2, dtype=torch.float64, device=device)  # sums over groups: the loss, and its slope
         self._is_known = False
 
     def count(self, policy: Tensor, groups: Groups) -> None:
         """Add a micro-batch of the first step."""
         initial = self._loss.initial(policy.detach(), groups)  # (G,)
         if initial is not None:
-            self._known += initial.sum()
+            self._known += torch.stack([initial.sum(), self._slope(policy.detach(), groups)])
             self._is_known = True
 
     def check(self, line: Mapping[str, Any], groups: int, runtime: Runtime) -> None:
@@ -79,10 +83,11 @@ class FirstLoss:
         if not self._job.config.train.self_check:
             return
         dist.all_reduce(self._known)
-        seen, known = line.get("preference_loss", line["loss"]), self._known.item() / groups
-        # In half types two forwards of one network may differ in the last bits of a log-prob, which beta scales.
+        seen, (known, slope) = line.get("preference_loss", line["loss"]), (self._known / groups).tolist()
+        # Two forwards of one network may differ in the last bits of a log-prob, which the loss scales: dmpo by beta,
+        # ipo by 2 / beta.
         exact = self._job.config.model.dtype == "float32"
-        tolerance = 1e-4 if exact else 2e-2 * max(1.0, getattr(self._loss, "beta", 1.0))
+        tolerance = (1e-4 if exact else 2e-2) * max(1.0, slope)
         if not abs(seen - known) <= tolerance:
             raise UserError(
                 f"the first preference loss is {seen:.6f}, but must be {known:.6f} while the policy equals the "
@@ -90,6 +95,22 @@ class FirstLoss:
                 "config.yaml), or set train.self_check=false to go on regardless"
             )
         runtime.log({"kind": "note", "text": f"first preference loss {seen:.6f}, as it must be ({known:.6f})"})
+
+    @torch.no_grad()
+    def _slope(self, policy: Tensor, groups: Groups) -> Tensor:
+        """What the loss, summed over groups, changes for each nat by which the reference errs in favour of all
+        positives and against all others.
+
+        The reference is moved and not the policy, because the likelihood term and the choice of negatives depend on
+        the policy alone and cancel.
+        """
+        if not self._loss.needs_reference:
+            return policy.new_zeros(())
+        same = widen(policy)
+        error = STEP * torch.where(groups.negative, -1.0, 1.0)  # (N,)
+        history = same.new_zeros(groups.count) if self._loss.scores_history else None
+        above, below = (self._loss(policy, same + sign * error, groups, history)[0] for sign in (1, -1))
+        return (above - below).abs() / (2 * STEP)
 
 
 def require_finite(line: Mapping[str, Any], job: Job) -> None:
