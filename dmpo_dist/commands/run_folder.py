@@ -29,6 +29,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.records.environment import describe_environment
 from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.job import Job, Kind
+from dmpo_dist.training.runtime import CHECKPOINT
 from dmpo_dist.training.state_files import read_index
 
 FREE = ("cluster", "evaluation", "ranking", "serving", "submit", "tune", "output_dir", "data.path")
@@ -216,10 +217,17 @@ def _environment(job: Job, data_fingerprint: str) -> Environment:
 
 
 def _runs_of_checkpoints(job: Job) -> dict[str, dict[str, Any]]:
-    """Run id -> what it began with, of the checkpoints that can be read."""
+    """Run id -> what it began with, of the checkpoints that can be read and are not of a run of another name."""
     storage = Path(job.config.cluster.storage_path or job.output)
-    found = [read_index(folder) for folder in sorted((storage / "checkpoints").glob("*step-*"))]
+    named = ((CHECKPOINT.fullmatch(folder.name), folder) for folder in sorted(storage.glob("checkpoints*/*step-*")))
+    ours = [folder for match, folder in named if match and _run_folder(match["run"]) in ("", job.output.name)]
+    found = [read_index(folder) for folder in ours]
     return {index["run_id"]: index["inputs"] for index in found if not isinstance(index, str)}
+
+
+def _run_folder(run: str | None) -> str:
+    """The name of the folder of ``run``, as ``Job.run`` is made; "" where a checkpoint names no run."""
+    return (run or "").rpartition("-")[0]
 
 
 def _is_free_folder(path: Path) -> bool:
