@@ -283,9 +283,7 @@ def _check_plan(job: Job, data: PreparedData) -> None:
         require_on_policy(job, data)
     elif config.sft.history_order == "shuffled":
         require_reorderable(config, data)
-    resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
-    if "stage" not in resolved.get("zero_optimization", {}):
-        raise UserError(f'deepspeed={config.deepspeed}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
+    resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
 
 
 def _steps(job: Job, groups: int) -> int:
