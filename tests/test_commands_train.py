@@ -12,8 +12,8 @@ from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.run_folder import failure_noted
 from dmpo_dist.cluster import runtime as ray_runtime
 from dmpo_dist.commands.run_folder import open_run_folder
-from dmpo_dist.commands.train import _StageLogs, require_reorderable
-from dmpo_dist.config import ClusterConfig, DataConfig, RunConfig, SFTConfig
+from dmpo_dist.commands.train import _StageLogs, require_reorderable, run_stage, with_absolute_paths
+from dmpo_dist.config import ClusterConfig, DataConfig, RunConfig, SFTConfig, config_of
 from dmpo_dist.errors import UserError
 from dmpo_dist.training.job import Job
 
@@ -93,6 +93,17 @@ def test_a_failed_run_does_not_block_its_folder_and_another_is_overwritten_when_
     (tmp_path / "mine/letter.txt").touch()
     with pytest.raises(UserError, match=r"is not of a run .*: it is kept"):
         open_run_folder(RunConfig(output_dir=tmp_path / "mine"), resume=False, overwrite=True)
+
+
+def test_a_storage_is_as_ray_takes_it_and_refused_where_ray_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, taken in ((None, None), ("s3://bucket/a", "s3://bucket/a"), ("store", f"{tmp_path}/store")):
+        config = config_of({"data.path": "data", "cluster.storage_path": given})
+        assert with_absolute_paths(config).cluster.storage_path == taken
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=r"cluster\.storage_path=store has no effect without Ray .*; leave it out"):
+        run_stage("preference", config, Console(quiet=True))
 
 
 class _RayTrain:

@@ -100,6 +100,12 @@ def load_config_text(folder: Path, text: str):
     return load_config([folder / "config.yaml"])
 
 
+def test_what_a_job_writes_need_not_be_there_before_and_a_bucket_is_no_folder():
+    storage = "cluster.storage_path=/shared/store"
+    assert job("reference.cache=disk", "reference.path=/shared/ref", storage).paths == ["/shared/data"]
+    assert "cluster.storage_path" not in job("cluster.storage_path=s3://bucket/runs").folders()
+
+
 def test_a_run_starts_in_a_folder_that_holds_its_submission_alone(tmp_path):
     config = load_config([], [f"output_dir={tmp_path}/run"])
     for name in ("submit", "submit-2"):
@@ -249,6 +255,9 @@ REFUSED = {
         "train --to slurm --render-only data.path=d cluster.workers=3 submit.nodes=2 submit.slurm.launcher=torchrun",
         "cannot be shared equally by submit.nodes=2"),
     "doctor by torchrun": ("doctor --to slurm --render-only submit.slurm.launcher=torchrun", "doctor has none"),
+    "storage by torchrun": (
+        "train --to slurm --render-only data.path=d submit.slurm.launcher=torchrun cluster.storage_path=/store",
+        "cluster.storage_path=/store has no effect under torchrun"),
     "address": ("train --to slurm --render-only data.path=d cluster.address=10.0.0.1:6379", "finds its own cluster"),
     "secret": ("doctor --to slurm --render-only submit.env.HF_TOKEN=x", "submit.kubernetes.secret"),
     "line break": ("doctor --to slurm --render-only submit.slurm.setup=[\"a\\nb\"]", "submit.slurm.setup.0"),
@@ -261,9 +270,19 @@ REFUSED = {
     "outside the volume": (
         "train --to kubernetes --render-only data.path=/checkpoints/d output_dir=/data/run " + " ".join(IMAGE),
         "output_dir=/data/run: must lie below submit.kubernetes.mount_path=/checkpoints"),
+    "reference outside the volume": (
+        "train --to kubernetes --render-only data.path=/checkpoints/d output_dir=/checkpoints/run reference.cache=disk "
+        "reference.path=/data/ref " + " ".join(IMAGE),
+        "reference.path=/data/ref: must lie below submit.kubernetes.mount_path"),
+    "checkpoints outside the volume": (
+        "train --to kubernetes --render-only data.path=/checkpoints/d output_dir=/checkpoints/run "
+        "cluster.storage_path=/scratch " + " ".join(IMAGE), "cluster.storage_path=/scratch: must lie below"),
     "no kubectl": (f"doctor --to kubernetes {' '.join(IMAGE)}", "kubectl is not on PATH"),
     "no address": ("doctor --to ray", "submit.ray.address=http://head:8265"),
     "relative": ("train --to ray --render-only data.path=d output_dir=/shared/run", "data.path=d: must be absolute"),
+    "relative storage": (
+        "train --to ray --render-only data.path=/d output_dir=/shared/run cluster.storage_path=here",
+        "cluster.storage_path=here: must be absolute"),
     "no token file": ("doctor --to ray submit.ray.address=http://h:1 submit.ray.token_file=none", "cannot be read"),
     "empty token file": ("doctor --to ray submit.ray.address=http://h:1 submit.ray.token_file=empty", "one token"),
     "nothing submitted": ("status run", "nothing submitted is recorded there"),
@@ -322,6 +341,9 @@ def test_a_ray_cluster_says_what_it_has():
     assert "need 4 CPUs, 4 GPUs, but the cluster has 8 CPUs, 2 GPUs on 2" in str(
         lacking(config, 2, 2, {"CPU": 8, "GPU": 2})
     )
+    elastic = load_config([], ["cluster.workers=[2, 8]"])
+    assert lacking(elastic, 1, 1, {"CPU": 4}) is None, "training begins with the fewest, as the check before submission"
+    assert "cluster.fewest_workers=2 need 2 CPUs, but the cluster has 1 CPUs" in str(lacking(elastic, 1, 1, {"CPU": 1}))
     report = {"versions": {"dmpo_dist": "0.0.9", "ray": "2.60.0"}, "missing": ["/shared/data"]}
     version, path = node_problems("node 10.0.0.2", report, {"dmpo_dist": "0.1.0", "ray": "2.60.0"})
     assert "10.0.0.2 has dmpo_dist 0.0.9, submitted with 0.1.0" in version

@@ -13,7 +13,7 @@ from typing import Any
 from dmpo_dist.cluster.address import explain_refusal, require_answer
 from dmpo_dist.cluster.privacy import only_owner, protect_token
 from dmpo_dist.cluster.record_queue import forwarded, start_record_queue
-from dmpo_dist.cluster.resources import ClusterWatch, shortage
+from dmpo_dist.cluster.resources import WITHOUT_GPUS, ClusterWatch, shortage
 from dmpo_dist.cluster.runtime import RayRuntime, remove_damaged_list, run_name
 from dmpo_dist.config import ClusterConfig
 from dmpo_dist.errors import UserError
@@ -141,7 +141,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
             storage_path=storage,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=jobs[0].stage.keep_checkpoints),
-            worker_runtime_env=None if gpus else {"env_vars": ONE_ARENA},
+            worker_runtime_env=None if gpus else {"env_vars": ONE_ARENA | WITHOUT_GPUS},
         ),
     )
     failure: BaseException | None = None
