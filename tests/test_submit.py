@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import yaml
 from dmpo_dist.cli import main
 from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import load_config
+from dmpo_dist.errors import UserError
 from dmpo_dist.submit import kubernetes, slurm
-from dmpo_dist.submit.job import SubmitJob
+from dmpo_dist.submit.job import Record, SubmitJob
 from dmpo_dist.submit.ready import lacking, node_problems
+from dmpo_dist.submit.run import follow_job
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash")
@@ -389,3 +392,44 @@ def test_what_slurm_may_take_after_sbatch_has_given_up_keeps_its_files(monkeypat
     assert (status, f"{failure}; the job may be on the cluster all the same" in error) == (2, True), error
     assert "squeue|scancel --me --name=a shows and ends it" in error
     assert sorted(path.name for path in (tmp_path / "run/submit").iterdir()) == ["config.yaml", "job.sbatch"]
+
+
+KUBECTL = """#!/bin/sh
+# A stand-in: each question for the job's state takes the next line of "states", whose last one stays.
+case "$*" in
+*logs*) echo "output of $(cat {folder}/attempt)"; [ "$(cat {folder}/attempt)" != broken ];;
+*"get rayjob"*)
+    line=$(head -1 {folder}/states)
+    [ "$(wc -l < {folder}/states)" -gt 1 ] && sed -i 1d {folder}/states
+    set -- $line
+    [ "$1" = NotFound ] && echo "Error from server (NotFound): rayjobs" >&2 && exit 1
+    echo "$3" > {folder}/attempt
+    echo "{{\\"status\\": {{\\"jobDeploymentStatus\\": \\"$1\\", \\"jobStatus\\": \\"$2\\", \\"jobId\\": \\"$3\\"}}}}";;
+esac
+"""
+FIRST = ["Initializing - a", "Running RUNNING a", "Running FAILED a", "Retrying FAILED a"]
+ENDS = {
+    "succeeds at once": (["Running RUNNING a", "Complete SUCCEEDED a"], ["a"], None),
+    "succeeds at the second try": (
+        [*FIRST, "Initializing - b", "Running RUNNING b", "Complete SUCCEEDED b"], ["a", "b"], None),
+    "fails": ([*FIRST, "Running RUNNING b", "Failed FAILED b"], ["a", "b"], "ended as Failed FAILED; its output is"),
+    "fails, KubeRay before 1.2": (["Running RUNNING a", "Complete FAILED a"], ["a"], "ended as Complete FAILED"),
+    "has ended before": (["Complete SUCCEEDED a"], ["a"], None),
+    "never ran": (["Failed - a"], ["a"], "the job ended as Failed"),
+    "is deleted": (["Running RUNNING a", "NotFound"], ["a"], "gone; the RayJob has been deleted, and its end is not"),
+    "has no output": (["Running RUNNING broken"], ["broken"] * 5, "no output: Running RUNNING; the pods say why"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_rayjob_is_followed_over_its_tries_to_its_end(monkeypatch, capfd, tmp_path, case):
+    states, attempts, words = ENDS[case]
+    (tmp_path / "kubectl").write_text(KUBECTL.format(folder=tmp_path))
+    (tmp_path / "kubectl").chmod(0o755)
+    (tmp_path / "states").write_text("".join(f"{line}\n" for line in states))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(kubernetes, "POLL_SECONDS", 0.01)
+    with nullcontext() if words is None else pytest.raises(UserError, match=words):
+        follow_job(Record("kubernetes", "a", "default"), tmp_path, print)
+    shown = [line for line in capfd.readouterr().out.splitlines() if line.startswith("output")]
+    assert shown == [f"output of {attempt}" for attempt in attempts]
