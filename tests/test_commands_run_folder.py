@@ -67,8 +67,37 @@ def test_another_optimizer_is_another_run(world, tmp_path, begun):
         "optimizer": {"type": "SGD", "params": {"lr": "auto"}},
     }  # fmt: skip
     (tmp_path / "sgd.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="differs from .* in deepspeed"):
+    with pytest.raises(UserError, match=r"differs from .* in deepspeed \(optimizer\.type, .*params\.betas"):
         preflight("preference", settings(world, tmp_path, deepspeed=str(tmp_path / "sgd.json")), resume=True)
+
+
+def test_an_edited_deepspeed_file_is_another_run_by_what_decides_numbers(world, tmp_path, begun):
+    """Its path is the same; the log says by what the run was trained."""
+    file, given = tmp_path / "own.json", {"deepspeed": str(tmp_path / "own.json")}
+
+    def write(stage=1, **optimizer):
+        content = {
+            "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
+            "zero_optimization": {"stage": stage}, "amp": {"enabled": False},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}} | optimizer,
+        }  # fmt: skip
+        file.write_text(json.dumps(content))
+
+    def again(**changes):
+        write(**changes)
+        return preflight("preference", settings(world, tmp_path, **given), resume=True)
+
+    write()
+    trained_by = resolve_config(str(file), begun.stage, "float32", 1, 0)
+    del trained_by["amp"]
+    start = {"kind": "start", "stage": "preference", "steps": 10, "deepspeed": trained_by}
+    (begun.output / "metrics.jsonl").write_text(json.dumps(start) + "\n")
+    assert again(stage=3).config.deepspeed == str(file), "switched off is as good as left out"
+    with pytest.raises(UserError, match=r"in deepspeed \(optimizer\.type\); resume with the same"):
+        again(type="SGD")
+    with pytest.raises(UserError, match=r"in deepspeed \(optimizer\.params\.weight_decay\)"):
+        again(params={"lr": "auto"})
+    assert again(stage=0).run_id == begun.run_id
 
 
 def test_a_deepspeed_file_trains_by_the_values_of_the_configuration(tmp_path):
@@ -90,6 +119,8 @@ def test_a_deepspeed_file_trains_by_the_values_of_the_configuration(tmp_path):
         ),
         ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but the stage's max_grad_norm says 0.7; write .auto."),
         ({"bf16": {"enabled": False}}, "bf16.enabled is False, but model.dtype says True"),
+        ({"optimizer": None}, r"must set an optimizer, as in .optimizer.: {.type.: .AdamW.,"),
+        ({"zero_optimization": {}}, r'must set "zero_optimization": {"stage": 0, 1, 2 or 3}'),
     ):
         with pytest.raises(UserError, match=words):
             resolved(**changes)

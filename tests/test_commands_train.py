@@ -12,8 +12,8 @@ from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.run_folder import failure_noted
 from dmpo_dist.cluster import runtime as ray_runtime
 from dmpo_dist.commands.run_folder import open_run_folder
-from dmpo_dist.commands.train import _StageLogs, require_reorderable
-from dmpo_dist.config import DataConfig, RunConfig, SFTConfig
+from dmpo_dist.commands.train import _StageLogs, require_reorderable, run_stage, with_absolute_paths
+from dmpo_dist.config import ClusterConfig, DataConfig, RunConfig, SFTConfig, config_of
 from dmpo_dist.errors import UserError
 from dmpo_dist.training.job import Job
 
@@ -95,6 +95,17 @@ def test_a_failed_run_does_not_block_its_folder_and_another_is_overwritten_when_
         open_run_folder(RunConfig(output_dir=tmp_path / "mine"), resume=False, overwrite=True)
 
 
+def test_a_storage_is_as_ray_takes_it_and_refused_where_ray_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, taken in ((None, None), ("s3://bucket/a", "s3://bucket/a"), ("store", f"{tmp_path}/store")):
+        config = config_of({"data.path": "data", "cluster.storage_path": given})
+        assert with_absolute_paths(config).cluster.storage_path == taken
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=r"cluster\.storage_path=store has no effect without Ray .*; leave it out"):
+        run_stage("preference", config, Console(quiet=True))
+
+
 class _RayTrain:
     """What ``RayRuntime`` asks of ``ray.train``, with reports that Ray may lose."""
 
@@ -167,13 +178,50 @@ def test_a_run_goes_on_from_its_own_latest_whole_checkpoint(tmp_path, monkeypatc
     assert (restored(job), restored(other), len(ray_train.known)) == ("15", None, 3), "with keep_checkpoints=1: Ray's"
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_runs_that_share_a_storage_keep_each_others_checkpoints(tmp_path, monkeypatch):
+    """Each has a Ray run, and with it a list by which Ray deletes, of its own. What lies where an earlier version or
+    stages trained together left it is found, and goes when there are enough new ones, without Ray knowing of it."""
+    shared = RunConfig(cluster=ClusterConfig(storage_path=str(tmp_path)))
+    alone, job, other = (
+        Job("preference", config, "scratch", tmp_path / "run", run_id)
+        for config, run_id in ((RunConfig(), "a1"), (shared, "a1"), (shared, "b2"))
+    )
+    assert [ray_runtime.run_name([j]) for j in (alone, job, other)] == [
+        "checkpoints", "checkpoints-run-a1", "checkpoints-run-b2",
+    ]  # fmt: skip
+
+    def save(job, ray_train, *steps):
+        runtime = ray_runtime.RayRuntime(0, job, ray_train.queue)
+        for step in steps:
+            runtime.save(step, lambda folder, step=step: (folder / "step").write_text(str(step)))
+
+    def left():
+        return sorted(f"{f.parent.name} {f.name.rpartition('-')[0]}" for f in tmp_path.glob("checkpoints*/*-step-*"))
+
+    before = _RayTrain(tmp_path / "checkpoints", monkeypatch)
+    save(job, before, 10)
+    save(other, before, 10)
+    now = _RayTrain(tmp_path / "checkpoints-run-a1", monkeypatch)
+    now.storage.mkdir()
+    assert (restored(job), now.known) == ("10", []), "Ray would refuse a checkpoint of another folder"
+    save(job, now, 15)
+    assert (restored(job), len(left())) == ("15", 3), "two are kept, and one may be damaged"
+    save(job, now, 20, 25)
+    assert left() == [
+        "checkpoints run-b2-step-00000010",
+        *(f"checkpoints-run-a1 run-a1-step-000000{step}" for step in (15, 20, 25)),
+    ]
+    assert (restored(job), restored(other)) == ("25", "10")
+
+
 def test_only_a_damaged_list_of_checkpoints_is_removed(tmp_path):
     file = tmp_path / ray_runtime.RUN_NAME / "checkpoint_manager_snapshot.json"
-    ray_runtime.remove_damaged_list(str(tmp_path))
+    ray_runtime.remove_damaged_list(file.parent)
     file.parent.mkdir()
     (file.parent / "there").mkdir()
     lists = [json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name}]}) for name in ("there", "gone")]
     for text, stays in [("{}", True), (lists[0], True), (lists[1], False), ("", False), ('{"checkpoint_res', False)]:
         file.write_text(text)
-        ray_runtime.remove_damaged_list(str(tmp_path))
+        ray_runtime.remove_damaged_list(file.parent)
         assert file.exists() == stays, text

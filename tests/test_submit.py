@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import yaml
 from dmpo_dist.cli import main
 from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import load_config
+from dmpo_dist.errors import UserError
 from dmpo_dist.submit import kubernetes, slurm
-from dmpo_dist.submit.job import SubmitJob
+from dmpo_dist.submit.job import Record, SubmitJob
 from dmpo_dist.submit.ready import lacking, node_problems
+from dmpo_dist.submit.run import follow_job
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash")
@@ -98,6 +101,12 @@ def test_a_script_says_exactly_what_was_asked(tmp_path):
 def load_config_text(folder: Path, text: str):
     (folder / "config.yaml").write_text(text)
     return load_config([folder / "config.yaml"])
+
+
+def test_what_a_job_writes_need_not_be_there_before_and_a_bucket_is_no_folder():
+    storage = "cluster.storage_path=/shared/store"
+    assert job("reference.cache=disk", "reference.path=/shared/ref", storage).paths == ["/shared/data"]
+    assert "cluster.storage_path" not in job("cluster.storage_path=s3://bucket/runs").folders()
 
 
 def test_a_run_starts_in_a_folder_that_holds_its_submission_alone(tmp_path):
@@ -249,6 +258,9 @@ REFUSED = {
         "train --to slurm --render-only data.path=d cluster.workers=3 submit.nodes=2 submit.slurm.launcher=torchrun",
         "cannot be shared equally by submit.nodes=2"),
     "doctor by torchrun": ("doctor --to slurm --render-only submit.slurm.launcher=torchrun", "doctor has none"),
+    "storage by torchrun": (
+        "train --to slurm --render-only data.path=d submit.slurm.launcher=torchrun cluster.storage_path=/store",
+        "cluster.storage_path=/store has no effect under torchrun"),
     "address": ("train --to slurm --render-only data.path=d cluster.address=10.0.0.1:6379", "finds its own cluster"),
     "secret": ("doctor --to slurm --render-only submit.env.HF_TOKEN=x", "submit.kubernetes.secret"),
     "line break": ("doctor --to slurm --render-only submit.slurm.setup=[\"a\\nb\"]", "submit.slurm.setup.0"),
@@ -261,9 +273,19 @@ REFUSED = {
     "outside the volume": (
         "train --to kubernetes --render-only data.path=/checkpoints/d output_dir=/data/run " + " ".join(IMAGE),
         "output_dir=/data/run: must lie below submit.kubernetes.mount_path=/checkpoints"),
+    "reference outside the volume": (
+        "train --to kubernetes --render-only data.path=/checkpoints/d output_dir=/checkpoints/run reference.cache=disk "
+        "reference.path=/data/ref " + " ".join(IMAGE),
+        "reference.path=/data/ref: must lie below submit.kubernetes.mount_path"),
+    "checkpoints outside the volume": (
+        "train --to kubernetes --render-only data.path=/checkpoints/d output_dir=/checkpoints/run "
+        "cluster.storage_path=/scratch " + " ".join(IMAGE), "cluster.storage_path=/scratch: must lie below"),
     "no kubectl": (f"doctor --to kubernetes {' '.join(IMAGE)}", "kubectl is not on PATH"),
     "no address": ("doctor --to ray", "submit.ray.address=http://head:8265"),
     "relative": ("train --to ray --render-only data.path=d output_dir=/shared/run", "data.path=d: must be absolute"),
+    "relative storage": (
+        "train --to ray --render-only data.path=/d output_dir=/shared/run cluster.storage_path=here",
+        "cluster.storage_path=here: must be absolute"),
     "no token file": ("doctor --to ray submit.ray.address=http://h:1 submit.ray.token_file=none", "cannot be read"),
     "empty token file": ("doctor --to ray submit.ray.address=http://h:1 submit.ray.token_file=empty", "one token"),
     "nothing submitted": ("status run", "nothing submitted is recorded there"),
@@ -322,6 +344,9 @@ def test_a_ray_cluster_says_what_it_has():
     assert "need 4 CPUs, 4 GPUs, but the cluster has 8 CPUs, 2 GPUs on 2" in str(
         lacking(config, 2, 2, {"CPU": 8, "GPU": 2})
     )
+    elastic = load_config([], ["cluster.workers=[2, 8]"])
+    assert lacking(elastic, 1, 1, {"CPU": 4}) is None, "training begins with the fewest, as the check before submission"
+    assert "cluster.fewest_workers=2 need 2 CPUs, but the cluster has 1 CPUs" in str(lacking(elastic, 1, 1, {"CPU": 1}))
     report = {"versions": {"dmpo_dist": "0.0.9", "ray": "2.60.0"}, "missing": ["/shared/data"]}
     version, path = node_problems("node 10.0.0.2", report, {"dmpo_dist": "0.1.0", "ray": "2.60.0"})
     assert "10.0.0.2 has dmpo_dist 0.0.9, submitted with 0.1.0" in version
@@ -367,3 +392,44 @@ def test_what_slurm_may_take_after_sbatch_has_given_up_keeps_its_files(monkeypat
     assert (status, f"{failure}; the job may be on the cluster all the same" in error) == (2, True), error
     assert "squeue|scancel --me --name=a shows and ends it" in error
     assert sorted(path.name for path in (tmp_path / "run/submit").iterdir()) == ["config.yaml", "job.sbatch"]
+
+
+KUBECTL = """#!/bin/sh
+# A stand-in: each question for the job's state takes the next line of "states", whose last one stays.
+case "$*" in
+*logs*) echo "output of $(cat {folder}/attempt)"; [ "$(cat {folder}/attempt)" != broken ];;
+*"get rayjob"*)
+    line=$(head -1 {folder}/states)
+    [ "$(wc -l < {folder}/states)" -gt 1 ] && sed -i 1d {folder}/states
+    set -- $line
+    [ "$1" = NotFound ] && echo "Error from server (NotFound): rayjobs" >&2 && exit 1
+    echo "$3" > {folder}/attempt
+    echo "{{\\"status\\": {{\\"jobDeploymentStatus\\": \\"$1\\", \\"jobStatus\\": \\"$2\\", \\"jobId\\": \\"$3\\"}}}}";;
+esac
+"""
+FIRST = ["Initializing - a", "Running RUNNING a", "Running FAILED a", "Retrying FAILED a"]
+ENDS = {
+    "succeeds at once": (["Running RUNNING a", "Complete SUCCEEDED a"], ["a"], None),
+    "succeeds at the second try": (
+        [*FIRST, "Initializing - b", "Running RUNNING b", "Complete SUCCEEDED b"], ["a", "b"], None),
+    "fails": ([*FIRST, "Running RUNNING b", "Failed FAILED b"], ["a", "b"], "ended as Failed FAILED; its output is"),
+    "fails, KubeRay before 1.2": (["Running RUNNING a", "Complete FAILED a"], ["a"], "ended as Complete FAILED"),
+    "has ended before": (["Complete SUCCEEDED a"], ["a"], None),
+    "never ran": (["Failed - a"], ["a"], "the job ended as Failed"),
+    "is deleted": (["Running RUNNING a", "NotFound"], ["a"], "gone; the RayJob has been deleted, and its end is not"),
+    "has no output": (["Running RUNNING broken"], ["broken"] * 5, "no output: Running RUNNING; the pods say why"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_rayjob_is_followed_over_its_tries_to_its_end(monkeypatch, capfd, tmp_path, case):
+    states, attempts, words = ENDS[case]
+    (tmp_path / "kubectl").write_text(KUBECTL.format(folder=tmp_path))
+    (tmp_path / "kubectl").chmod(0o755)
+    (tmp_path / "states").write_text("".join(f"{line}\n" for line in states))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(kubernetes, "POLL_SECONDS", 0.01)
+    with nullcontext() if words is None else pytest.raises(UserError, match=words):
+        follow_job(Record("kubernetes", "a", "default"), tmp_path, print)
+    shown = [line for line in capfd.readouterr().out.splitlines() if line.startswith("output")]
+    assert shown == [f"output of {attempt}" for attempt in attempts]

@@ -18,12 +18,12 @@ from dmpo_dist.config import config_of, load_config
 from dmpo_dist.config.tune import USUAL_SPACES
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import item_knn_scores
-from dmpo_dist.evaluation.fitting_log import fitting_log
+from dmpo_dist.evaluation.fitting_log import fitting_log, of_same_users
 from dmpo_dist.evaluation.metrics import ranking_metrics
 from dmpo_dist.records.read import read_run
 from dmpo_dist.training.engine import single_rank
 from dmpo_dist.tuning import stage as stage_module
-from dmpo_dist.tuning.baselines import baseline_spaces, search_baseline
+from dmpo_dist.tuning.baselines import baseline_spaces, data_to_fit_on, search_baseline
 from dmpo_dist.tuning.report import write_results
 from dmpo_dist.tuning.run import tune
 from dmpo_dist.tuning.space import require_baseline_spaces, require_stage_space, trial_values, value_of, with_values
@@ -97,6 +97,11 @@ def test_what_else_is_refused_before_any_trial(world, tmp_path):
         ({"tune.space": {}}, "tune.space is empty: say which keys"),
         ({"cluster.workers": 2}, "cluster.workers=2: a trial trains with one worker"),
         ({"tune.baselines": {"item_knn": {"train.steps": {"choice": [1]}}}}, "is no setting of a baseline"),
+        ({"cluster.storage_path": "store"}, "cluster.storage_path=store has no effect: each trial"),
+        (
+            {"evaluation.fit_on": ["log", "shots"]},
+            "baselines are tuned on one of them; tune with evaluation.fit_on=.log",
+        ),
         ({"train.negatives": 9}, "train.negatives=9, but the prepared data holds 6"),
         (
             {"model.path": str(world.adapter), "tune.space": {"model.lora.r": {"choice": [4, 8]}}},
@@ -171,6 +176,27 @@ def test_a_baseline_is_tuned_by_the_figure_that_it_ranks_with_within_its_budget(
     sheet = (tmp_path / "tuned" / "tune.md").read_text()
     assert "No trial ranks better than the start (ndcg@10 0.6000)" in sheet
     assert "trial 2: the loss became nan" in sheet
+
+
+def test_baselines_are_fitted_on_what_an_evaluation_would_fit_on(world):
+    """By few groups another number of neighbours may be the best than by the whole log."""
+    config = config_of({"data.path": world.folder / "data", "data.shots": 20, "evaluation.fit_on": ["shots"]})
+    few, whole = (fitting_log(data, "validation") for data in (data_to_fit_on(config, world.data), world.data))
+    pd.testing.assert_frame_equal(few, fitting_log(of_same_users(world.data, config.data), "validation"))
+    assert 0 < len(few) < len(whole)
+    assert data_to_fit_on(config_of({"data.shots": 20}), world.data) is world.data
+
+
+def test_a_trial_finds_files_that_were_given_from_the_working_directory(tmp_path, monkeypatch):
+    """Ray Tune starts it in a folder of its own; a path may come from an axis, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    given = {"data.path": "data", "model.path": "model", "reference.cache": "disk", "reference.path": "ref"}
+    config = config_of(given | {"output_dir": "tuned"})
+    made = stage_module._of_trial(config, {"deepspeed": "own.json"}, tmp_path / "tuned/trials/001/run")
+    assert (made.deepspeed, made.model.path, str(made.data.path), str(made.reference.path)) == tuple(
+        f"{tmp_path}/{name}" for name in ("own.json", "model", "data", "ref")
+    )
 
 
 def test_earlier_trials_count_when_a_search_goes_on():

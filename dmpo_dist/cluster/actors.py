@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dmpo_dist.cluster.resources import WITHOUT_GPUS
 from dmpo_dist.cluster.train import gpus_per_worker_of, require_resources
 from dmpo_dist.config import ClusterConfig
 from dmpo_dist.errors import UserError
@@ -34,8 +35,9 @@ def map_over_actors(
     gpus = gpus_per_worker_of(cluster)
     require_resources(cluster, gpus)
     actor = ray.remote(
-        num_cpus=cluster.cpus_per_worker, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1
-    )(PooledWorker)
+        num_cpus=cluster.cpus_per_worker, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1,
+        runtime_env=None if gpus else {"env_vars": WITHOUT_GPUS},
+    )(PooledWorker)  # fmt: skip
     shared = ray.put((make_worker, arguments))
     threads = max(1, int(cluster.cpus_per_worker))
     pool = ActorPool([actor.remote(threads) for _ in range(min(cluster.workers, len(tasks)))])

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dmpo_dist.config import ClusterConfig
 
 WATCH_SECONDS = 5.0
+WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a process that gets none of its machine's GPUs. Ray, as we start it, lets one that asked for none see
+them all, and it would compute on them."""
 
 
 def shortage(cluster: ClusterConfig, gpus: float, have: Mapping[str, float]) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dmpo_dist.cluster.resources import WITHOUT_GPUS
 from dmpo_dist.cluster.train import gpus_per_worker_of, ray_session, require_resources
 from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.errors import UserError
@@ -152,9 +153,12 @@ def copies(served: Served, gpus: float) -> Any:
                 "target_ongoing_requests": serving.requests_per_replica,
             }
         }
+    options: dict[str, Any] = {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus}
+    if cluster.gpus_per_worker == 0:
+        options["runtime_env"] = {"env_vars": WITHOUT_GPUS}
     deployment = serve.deployment(
         Copy, name=MODEL, max_ongoing_requests=MOST_ONGOING, health_check_period_s=2, max_constructor_retry_count=2,
-        ray_actor_options={"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus}, **scaling,
+        ray_actor_options=options, **scaling,
     )  # fmt: skip
     return deployment.bind(served)
 

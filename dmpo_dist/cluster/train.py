@@ -13,8 +13,8 @@ from typing import Any
 from dmpo_dist.cluster.address import explain_refusal, require_answer
 from dmpo_dist.cluster.privacy import only_owner, protect_token
 from dmpo_dist.cluster.record_queue import forwarded, start_record_queue
-from dmpo_dist.cluster.resources import ClusterWatch, shortage
-from dmpo_dist.cluster.runtime import RUN_NAME, RayRuntime, remove_damaged_list
+from dmpo_dist.cluster.resources import WITHOUT_GPUS, ClusterWatch, shortage
+from dmpo_dist.cluster.runtime import RayRuntime, remove_damaged_list, run_name
 from dmpo_dist.config import ClusterConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.memory import ONE_ARENA
@@ -108,7 +108,7 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     Args:
         jobs: at least one; a later one may start from the model of an earlier one. The first one's configuration says
             how many workers there are. Unless ``cluster.storage_path`` says otherwise, checkpoints go to the folder
-            that holds all outputs.
+            that holds all outputs, there in the folder ``run_name``.
         sink: called from a thread.
         body: what each rank does with a job instead of ``training.worker.run``.
 
@@ -126,7 +126,8 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
     storage = str(cluster.storage_path or os.path.commonpath([job.output for job in jobs]))
     gpus = gpus_per_worker_of(cluster)
     require_resources(cluster, gpus)
-    remove_damaged_list(storage)
+    name = run_name(jobs)
+    remove_damaged_list(Path(storage, name))
     queue = start_record_queue()
     number = cluster.workers if cluster.fewest_workers is None else (cluster.fewest_workers, cluster.workers)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
@@ -136,11 +137,11 @@ def train_with_ray(jobs: Sequence[Job], sink: Callable[[int, dict[str, Any]], No
         scaling_config=ScalingConfig(num_workers=number, use_gpu=bool(gpus), resources_per_worker=resources),
         torch_config=NodeNetworkConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
-            name=RUN_NAME,
+            name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=jobs[0].stage.keep_checkpoints),
-            worker_runtime_env=None if gpus else {"env_vars": ONE_ARENA},
+            worker_runtime_env=None if gpus else {"env_vars": ONE_ARENA | WITHOUT_GPUS},
         ),
     )
     failure: BaseException | None = None

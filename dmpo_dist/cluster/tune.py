@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from dmpo_dist.cluster.resources import WITHOUT_GPUS
 from dmpo_dist.cluster.train import gpus_per_worker_of, require_resources
 from dmpo_dist.config import ClusterConfig
 
@@ -88,6 +89,8 @@ def run_trials(
     _remember(scheduler, halving.earlier)
 
     def trainable(config: dict[str, Any], payload: Sequence[Any]) -> None:
+        if not gpus:
+            os.environ |= WITHOUT_GPUS  # before anything in this process, the trial's own, has looked for them
         body(payload[config["trial"]], tune.report)
 
     shutil.rmtree(scratch, ignore_errors=True)

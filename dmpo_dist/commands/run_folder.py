@@ -27,8 +27,9 @@ from dmpo_dist.config import RunConfig, dump_config, load_config
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
 from dmpo_dist.records.environment import describe_environment
-from dmpo_dist.training.engine import resolve_config
+from dmpo_dist.training.engine import SET_BY, resolve_config
 from dmpo_dist.training.job import Job, Kind
+from dmpo_dist.training.runtime import CHECKPOINT
 from dmpo_dist.training.state_files import read_index
 
 FREE = ("cluster", "evaluation", "ranking", "serving", "submit", "tune", "output_dir", "data.path")
@@ -36,7 +37,13 @@ FREE = ("cluster", "evaluation", "ranking", "serving", "submit", "tune", "output
 FREE_OF_STAGE = ("log_every", "keep_checkpoints", "checkpoint_every", "token_budget")
 LENGTH = ("steps", "epochs")
 """Keys of a stage that may grow."""
-OPTIMIZATION = ("optimizer", "bf16", "fp16", "gradient_clipping", "data_types")
+OPTIMIZATION = (
+    "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "amp", "torch_autocast", "data_types",
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients",
+    "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_gradients", "compression_training", "data_efficiency", "curriculum_learning",
+    "progressive_layer_drop", "eigenvalue",
+)  # fmt: skip
 """What of a DeepSpeed configuration decides the weights; the rest decides where they are."""
 
 
@@ -97,14 +104,14 @@ def reopen_run_folder(job: Job, data_fingerprint: str, steps_of: Callable[[RunCo
     old = _saved(output)
 
     def free(key: str) -> bool:
-        if key == "deepspeed":
-            return _same_optimization(old, config, job)
+        if key == "deepspeed":  # a path, whose content counts
+            return True
         if key in {f"{job.section}.{name}" for name in LENGTH}:
             return steps_of(config) >= steps_of(old)
         return is_free(key, job.kind)
 
     _require_stage(job)
-    _require_unchanged(old, config, output, free)
+    _require_unchanged(old, config, output, free, _changed_optimization(old, job))
     environment = _environment(job, data_fingerprint)
     if environment.data_fingerprint not in (None, data_fingerprint):
         began = str(environment.data_fingerprint)
@@ -165,8 +172,11 @@ def _records(output: Path) -> Sequence[LogRecord]:
     return read_log(file).records if file.exists() else []
 
 
-def _require_unchanged(old: RunConfig, config: RunConfig, output: Path, free: Callable[[str], bool]) -> None:
-    changed = [key for key in changed_keys(old, config) if not free(key)]
+def _require_unchanged(
+    old: RunConfig, config: RunConfig, output: Path, free: Callable[[str], bool], also: Sequence[str] = ()
+) -> None:
+    """Raise UserError where keys differ that are not free, or anything ``also`` does."""
+    changed = [key for key in changed_keys(old, config) if not free(key)] + [*also]
     if changed:
         raise UserError(
             f"--resume: the configuration differs from {output / 'config.yaml'} in {', '.join(changed)}; resume with "
@@ -174,17 +184,39 @@ def _require_unchanged(old: RunConfig, config: RunConfig, output: Path, free: Ca
         )
 
 
-def _same_optimization(old: RunConfig, new: RunConfig, job: Job) -> bool:
-    """Whether two DeepSpeed configurations differ only in where weights are kept and how they travel."""
+def _changed_optimization(old: RunConfig, job: Job) -> list[str]:
+    """How DeepSpeed would train otherwise than before, as what to name in a message; nothing where it would not.
 
-    def optimization(config: RunConfig) -> dict[str, Any]:
-        resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, world_size=1, parameters=0)
-        return {key: resolved.get(key) for key in OPTIMIZATION}
+    The log says by what the run was trained. A JSON file may have been edited since, at the same path.
+    """
 
+    def resolved(config: RunConfig) -> dict[str, Any]:
+        return resolve_config(config.deepspeed, job.stage, config.model.dtype, world_size=1, parameters=0)
+
+    starts = [record.deepspeed for record in _records(job.output) if isinstance(record, StartRecord)]
     try:
-        return optimization(old) == optimization(new)
-    except UserError:  # the file of the old one is gone
-        return False
+        before = next(filter(None, reversed(starts)), None) or resolved(old)
+    except UserError:  # killed before the log began, and the file is gone
+        return ["deepspeed"]
+    changed = optimization_differences(before, resolved(job.config))
+    return [f"deepspeed ({', '.join(changed)})"] if changed else []
+
+
+def optimization_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted keys of ``OPTIMIZATION`` in which two resolved DeepSpeed configurations differ.
+
+    Values that keys of ours decide (``SET_BY``) are left out, as those are compared themselves.
+    """
+    old, new = dotted(before), dotted(now)
+
+    def counts(key: str) -> bool:
+        ours = key in old and key in new and any(key == name or key.endswith(f".{name}") for name in SET_BY)
+        return not ours and any(key == name or key.startswith(f"{name}.") for name in OPTIMIZATION)
+
+    def value(of: dict[str, Any], key: str) -> Any:
+        return None if of.get(key) is False else of.get(key)  # switched off is as good as left out
+
+    return [key for key in {**old, **new} if counts(key) and value(old, key) != value(new, key)]
 
 
 def _new_environment(config: RunConfig, data_fingerprint: str | None) -> Environment:
@@ -216,10 +248,17 @@ def _environment(job: Job, data_fingerprint: str) -> Environment:
 
 
 def _runs_of_checkpoints(job: Job) -> dict[str, dict[str, Any]]:
-    """Run id -> what it began with, of the checkpoints that can be read."""
+    """Run id -> what it began with, of the checkpoints that can be read and are not of a run of another name."""
     storage = Path(job.config.cluster.storage_path or job.output)
-    found = [read_index(folder) for folder in sorted((storage / "checkpoints").glob("*step-*"))]
+    named = ((CHECKPOINT.fullmatch(folder.name), folder) for folder in sorted(storage.glob("checkpoints*/*step-*")))
+    ours = [folder for match, folder in named if match and _run_folder(match["run"]) in ("", job.output.name)]
+    found = [read_index(folder) for folder in ours]
     return {index["run_id"]: index["inputs"] for index in found if not isinstance(index, str)}
+
+
+def _run_folder(run: str | None) -> str:
+    """The name of the folder of ``run``, as ``Job.run`` is made; "" where a checkpoint names no run."""
+    return (run or "").rpartition("-")[0]
 
 
 def _is_free_folder(path: Path) -> bool:

@@ -213,7 +213,7 @@ def checked_job(kind: Kind, config: RunConfig, earlier: Sequence[Job] = ()) -> t
         kind, config, earlier: see ``preflight``.
     """
     data = PreparedData.load(require_prepared(config.data.path), config.data.shots, config.data.shots_seed)
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     if config.model.path == SCRATCH:
         start = str(config.output_dir / SCRATCH)
     else:
@@ -243,7 +243,8 @@ def with_start(job: Job, environment: Environment) -> Job:
     return replace(job, inputs={"data": environment.data_fingerprint, "model": now})
 
 
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """``config``, which has a ``data.path``, with the paths that workers read or write made absolute; URIs stay."""
     assert config.data.path is not None
     data = config.data.model_copy(update={"path": config.data.path.absolute()})
     is_file = config.deepspeed.endswith(".json")
@@ -251,8 +252,14 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     reference = config.reference
     if reference.path is not None:
         reference = reference.model_copy(update={"path": reference.path.absolute()})
-    paths = {"output_dir": config.output_dir.absolute(), "data": data, "deepspeed": deepspeed, "reference": reference}
-    return config.model_copy(update=paths)
+    cluster = config.cluster.model_copy(update={"storage_path": absolute_storage(config.cluster.storage_path)})
+    paths = {"output_dir": config.output_dir.absolute(), "data": data, "deepspeed": deepspeed}
+    return config.model_copy(update=paths | {"reference": reference, "cluster": cluster})
+
+
+def absolute_storage(storage: str | None) -> str | None:
+    """``cluster.storage_path`` as Ray takes it: a folder by its absolute path, a bucket by its URI."""
+    return storage if storage is None or "://" in storage else str(Path(storage).expanduser().absolute())
 
 
 def template_of(model: str, config: RunConfig) -> TemplateConfig:
@@ -283,9 +290,7 @@ def _check_plan(job: Job, data: PreparedData) -> None:
         require_on_policy(job, data)
     elif config.sft.history_order == "shuffled":
         require_reorderable(config, data)
-    resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
-    if "stage" not in resolved.get("zero_optimization", {}):
-        raise UserError(f'deepspeed={config.deepspeed}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
+    resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
 
 
 def _steps(job: Job, groups: int) -> int:
@@ -343,13 +348,19 @@ def as_rank(
 
     Args:
         sinks: get the run's records beside its own files.
+
+    Raises:
+        UserError: ``cluster.storage_path`` is set, which only Ray uses; see also ``run_stage``.
     """
     from dmpo_dist.training.engine import start_process_group
     from dmpo_dist.training.runtime import ProcessRuntime, from_rank_zero
 
     workers = {"workers": int(os.environ["WORLD_SIZE"]), "fewest_workers": None}
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update=workers)})
-    own = preflight(kind, config, resume, overwrite=overwrite) if os.environ["RANK"] == "0" else None
+    own = None
+    if os.environ["RANK"] == "0":
+        _require_no_storage(config)
+        own = preflight(kind, config, resume, overwrite=overwrite)
     with ExitStack() as stack:
         if own is not None:
             _note_differences(own, console)
@@ -361,3 +372,13 @@ def as_rank(
         log = (lambda record: None) if own is None else stack.enter_context(RunLog(job, console, resume, sinks))
         folder = job.output / "checkpoints"
         return job, body(job, ProcessRuntime(folder, job.stage.keep_checkpoints, log, job.run))
+
+
+def _require_no_storage(config: RunConfig) -> None:
+    storage = config.cluster.storage_path
+    if storage is not None:
+        raise UserError(
+            f"cluster.storage_path={storage} has no effect without Ray (under torchrun or srun, and from Python with "
+            "one worker): checkpoints go to output_dir/checkpoints; leave it out (cluster.storage_path=null), or let "
+            "Ray start the workers"
+        )

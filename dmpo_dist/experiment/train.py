@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.commands.run_folder import changed_keys, is_free, last_checkpoint
-from dmpo_dist.commands.train import run_stage, run_stages, say
+from dmpo_dist.commands.train import absolute_storage, run_stage, run_stages, say
 from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.parts import DEEPSPEED_CONTENT, Part
@@ -38,14 +38,14 @@ def in_this_process() -> bool:
 
 
 def placed(config: RunConfig, output: Path, alone: bool) -> RunConfig:
-    """``config`` with the cluster settings of a stage: one worker if ``alone``, else a common folder for checkpoints.
+    """``config`` with the cluster settings of a stage: one worker if ``alone``, else a common store of checkpoints.
 
-    That folder is the same for ``run_stages``, which trains several stages, and for ``run_stage``, which resumes one.
+    That store is the same for ``run_stages``, which trains several stages, and for ``run_stage``, which resumes one.
     """
     changes = (
-        {"workers": 1, "fewest_workers": None}
+        {"workers": 1, "fewest_workers": None, "storage_path": None}
         if alone
-        else {"storage_path": config.cluster.storage_path or str(output)}
+        else {"storage_path": absolute_storage(config.cluster.storage_path) or str(output)}
     )
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=changes)})
 

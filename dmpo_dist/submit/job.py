@@ -20,6 +20,8 @@ Verb = Literal["sft", "train", "doctor"]
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "submitted.json"
+WRITTEN = ("output_dir", "reference.path", "cluster.storage_path")
+"""Keys of folders that the job makes, so that they need not be there before."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class SubmitJob:
         """Paths that every node must see: data, and the model and DeepSpeed file where these are paths."""
         if self.verb == "doctor":
             return []
-        return [str(path) for key, path in self.folders().items() if key != "output_dir"]
+        return [str(path) for key, path in self.folders().items() if key not in WRITTEN]
 
     def folders(self) -> dict[str, Path]:
-        """The files and folders that the configuration names, by key; hub ids and shipped files are none."""
+        """The files and folders that the configuration names, by key; hub ids, shipped files and URIs are none."""
         config = self.config
         paths = {"output_dir": config.output_dir}
         if config.data.path is not None:
@@ -75,6 +77,11 @@ class SubmitJob:
             paths["model.path"] = model
         if config.deepspeed.endswith(".json"):
             paths["deepspeed"] = Path(config.deepspeed)
+        if config.reference.path is not None:
+            paths["reference.path"] = config.reference.path
+        storage = config.cluster.storage_path
+        if storage is not None and "://" not in storage:
+            paths["cluster.storage_path"] = Path(storage)
         return paths
 
     def config_text(self) -> str:

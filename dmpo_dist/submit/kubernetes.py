@@ -1,7 +1,10 @@
 """Kubernetes: a RayJob for the KubeRay operator, with the configuration in a ConfigMap."""
 
 import json
+import subprocess
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +17,10 @@ from dmpo_dist.submit.job import CONFIG_FILE, Record, SubmitJob, render
 
 MANIFEST = "rayjob.yaml"
 RUN_PATH = "/etc/dmpo"
+POLL_SECONDS = 2.0
+MAY_BE_LOST = 5
+ENDED = ("Complete", "Failed", "ValidationFailed")
+GONE = "gone; the RayJob has been deleted"
 
 
 def files(job: SubmitJob) -> dict[str, str]:
@@ -153,29 +160,91 @@ def look(job: SubmitJob) -> str:
     return f"kubectl --namespace {job.submit.kubernetes.namespace} get|delete rayjob {job.name}"
 
 
+@dataclass(frozen=True)
+class State:
+    """What KubeRay says of a RayJob, and Ray of its driver; every try of ``retries`` has an ``attempt`` of its own."""
+
+    deployment: str = ""
+    driver: str = ""
+    message: str = ""
+    attempt: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no try is running and none will follow."""
+        return self.deployment in ENDED
+
+    def __str__(self) -> str:
+        words = " ".join(filter(None, (self.deployment, self.driver, self.message)))
+        return words or "new; KubeRay has not taken it up yet"
+
+
 def status(record: Record) -> str:
     """The job's state as KubeRay reports it, with the driver's."""
-    fields = "{.status.jobDeploymentStatus} {.status.jobStatus} {.status.message}"
+    found = _state(record)
+    return GONE if found is None else str(found)
+
+
+def _state(record: Record) -> State | None:
+    """None where the RayJob is not there.
+
+    Raises:
+        UserError: kubectl does not say.
+    """
     kubectl = _kubectl(record.where, record.context)
-    done = attempt(*kubectl, "get", "rayjob", record.id, f"--output=jsonpath={fields}")
+    done = attempt(*kubectl, "get", "rayjob", record.id, "--output=json")
     if done.returncode and "NotFound" in done.stderr:
-        return "gone; the RayJob has been deleted"
+        return None
     if done.returncode:
         raise UserError(failure(tuple(kubectl[:1]), done.stderr))
-    return done.stdout.strip() or "new; KubeRay has not taken it up yet"
+    said = json.loads(done.stdout).get("status") or {}
+    names = ("jobDeploymentStatus", "jobStatus", "message", "jobId")
+    return State(*(str(said.get(name) or "").strip() for name in names))
 
 
 def follow(record: Record, folder: Path, echo: Callable[[str], None]) -> None:
-    """Show the output of the pod that hands the driver over and waits for it."""
-    import subprocess
+    """Show the output of each try of the driver, and the job's state between them, until the RayJob has ended.
 
+    Raises:
+        UserError: the job failed or was deleted, or kubectl fails again and again.
+    """
+    shown, said, lost = "", "", 0
+    while True:
+        try:
+            state = _state(record)
+        except UserError as error:
+            lost += 1
+            if lost == MAY_BE_LOST:
+                raise UserError(f"{error}; the job may still run there: dmpo submit status {folder}") from None
+            time.sleep(POLL_SECONDS)
+            continue
+        if state is None:
+            raise UserError(
+                f"{record.label} is {GONE}, and its end is not known; the run's folder says how far it came"
+            )
+        if str(state) != said:
+            said = str(state)
+            echo(f"{record.label}: {said}")
+        # the pod with the output is made when the cluster of a try is there
+        if state.attempt != shown and (state.ended or state.deployment == "Running"):
+            if _show_output(record) or state.ended:
+                shown, lost = state.attempt, 0
+            else:
+                lost += 1
+        if state.ended:
+            break
+        if lost == MAY_BE_LOST:
+            raise UserError(f"no output: {said}; the pods say why: kubectl --namespace {record.where} get pods")
+        time.sleep(POLL_SECONDS)
+    if state.driver != "SUCCEEDED":
+        raise UserError(f"the job ended as {said}; its output is above, or with the pods")
+
+
+def _show_output(record: Record) -> bool:
+    """Show what the pod prints that hands the driver over and waits for it; False where kubectl could not."""
     kubectl = [part for part in _kubectl(record.where, record.context) if not part.startswith("--request-timeout")]
     arguments = ("logs", "--follow", "--pod-running-timeout=30m", f"job/{record.id}")
-    if subprocess.run([*kubectl, *arguments]).returncode:
-        raise UserError(
-            f"no output yet: {status(record)}; the pods say why: kubectl --namespace {record.where} get pods"
-        )
-    echo(status(record))
+    return subprocess.run([*kubectl, *arguments]).returncode == 0
 
 
 def stop(record: Record) -> None:

@@ -65,15 +65,16 @@ def wait_until_ready(config: RunConfig, nodes: int, seconds: float, versions: di
 def lacking(config: RunConfig, nodes: int, alive: int, have: dict[str, float]) -> str | None:
     """What the cluster still lacks, with what it has; None when it is enough."""
     cluster = config.cluster
-    need = {"CPU": cluster.workers * cluster.cpus_per_worker}
+    need = {"CPU": cluster.fewest * cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
-        need["GPU"] = cluster.workers * cluster.gpus_per_worker
+        need["GPU"] = cluster.fewest * cluster.gpus_per_worker
     if alive < nodes:
         return f"the cluster has {alive} of {nodes} nodes ({_amounts(have)})"
     short = [name for name, amount in need.items() if amount > have.get(name, 0)]
     if not short:
         return None
-    needed = f"cluster.workers={cluster.workers} need {_amounts(need)}"
+    key = "workers" if cluster.fewest_workers is None else "fewest_workers"
+    needed = f"cluster.{key}={cluster.fewest} need {_amounts(need)}"
     return f"{needed}, but the cluster has {_amounts(have)} on {alive} nodes"
 
 
@@ -93,8 +94,7 @@ def _wait(lack: Callable[[], str | None], seconds: float) -> None:
     while (problem := lack()) is not None:
         if time.monotonic() > end:
             raise UserError(
-                f"after {seconds:g} s {problem}; lower cluster.workers, ask for more nodes, or wait longer "
-                "(submit.ready_seconds)"
+                f"after {seconds:g} s {problem}; lower that, ask for more nodes, or wait longer (submit.ready_seconds)"
             )
         time.sleep(POLL_SECONDS)
 

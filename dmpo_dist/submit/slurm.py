@@ -18,12 +18,18 @@ def files(job: SubmitJob) -> dict[str, str]:
     """The script and the configuration it reads.
 
     Raises:
-        UserError: torchrun with workers that do not divide among the nodes, or a command it cannot run.
+        UserError: torchrun with workers that do not divide among the nodes, or a command or setting it cannot heed.
     """
     slurm, workers, nodes = job.submit.slurm, job.config.cluster.workers, job.submit.nodes
     if slurm.launcher == "torchrun":
         if job.verb == "doctor":
             raise UserError("submit.slurm.launcher=torchrun starts ranks, and doctor has none; use launcher=ray")
+        storage = job.config.cluster.storage_path
+        if storage is not None:
+            raise UserError(
+                f"cluster.storage_path={storage} has no effect under torchrun, whose ranks keep "
+                "checkpoints in output_dir; leave it out, or use submit.slurm.launcher=ray"
+            )
         if workers % nodes:
             raise UserError(
                 f"cluster.workers={workers} cannot be shared equally by submit.nodes={nodes}, as torchrun needs; use "

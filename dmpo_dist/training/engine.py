@@ -89,12 +89,14 @@ def resolve_config(name: str, stage: StageConfig, dtype: str, world_size: int, p
         parameters: number of parameters of the model.
 
     Raises:
-        UserError: no such configuration, not JSON, or settings under which the gradients would be wrong.
+        UserError: no such configuration, not JSON, no optimizer or ZeRO stage, or settings under which the gradients
+            would be wrong.
     """
     config = {"gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}} | _read_config(
         name
     )
     _require_exact_accumulation(config, name)
+    _require_engine(config, name)
     values = {
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": world_size,
@@ -223,6 +225,19 @@ def _require_exact_accumulation(config: dict[str, Any], name: str) -> None:
             f'deepspeed={name}: must set "gradient_accumulation_steps": 1 and "managed_gradient_accumulation": false; '
             "the training loop accumulates micro-batches itself, and gradients would be wrong otherwise"
         )
+
+
+def _require_engine(config: dict[str, Any], name: str) -> None:
+    """What DeepSpeed needs to train, and says less clearly, on a worker."""
+    optimizer, zero = config.get("optimizer"), config.get("zero_optimization")
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
+        raise UserError(
+            f'deepspeed={name}: must set an optimizer, as in "optimizer": {{"type": "AdamW", "params": {{"lr": "auto", '
+            '"weight_decay": "auto", "torch_adam": true}}'
+        )
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise UserError(f'deepspeed={name}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
 
 
 def _fill(node: Any, values: dict[str, Any], name: str, path: str = "") -> Any:

@@ -14,7 +14,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.baselines import item_knn_scores
 from dmpo_dist.evaluation.classical import CLASSICAL, classical_validation
-from dmpo_dist.evaluation.fitting_log import fitting_log
+from dmpo_dist.evaluation.fitting_log import fitting_log, of_same_users
 from dmpo_dist.evaluation.metrics import ranking_metrics
 from dmpo_dist.tuning.space import with_values
 
@@ -26,15 +26,31 @@ def baseline_spaces(config: RunConfig, data: PreparedData) -> dict[str, Space]:
     """Baseline -> its space: those of ``tune.baselines``, or those of ``evaluation.baselines`` that have settings.
 
     Raises:
-        UserError: baselines are asked for, and the data has no log to fit them on.
+        UserError: baselines are asked for, and the data has no log to fit them on, or they are to be fitted on the
+            whole log and on a few groups, for which other settings may be the best.
     """
     asked = config.tune.baselines
     if data.interactions is None:
         if asked:
             raise UserError(f"tune.baselines: {data.path} came as ready preferences, without a log; leave them out")
         return {}
+    both = {*config.evaluation.fit_on} == {"log", "shots"}
     named = {name: {} for name in config.evaluation.baselines if name in USUAL_SPACES} if asked is None else asked
+    if named and both:
+        raise UserError(
+            "evaluation.fit_on=[log, shots]: baselines are tuned on one of them; tune with evaluation.fit_on=[log] and "
+            "with evaluation.fit_on=[shots], each in an output_dir of its own, or without baselines (tune.baselines={})"
+        )
     return {name: space or USUAL_SPACES[name] for name, space in named.items()}
+
+
+def data_to_fit_on(config: RunConfig, data: PreparedData) -> PreparedData:
+    """``data``, which has a log, with the log that ``evaluation.fit_on`` names, as an evaluation would fit on it.
+
+    Raises:
+        UserError: fewer training groups than ``data.shots``.
+    """
+    return of_same_users(data, config.data) if config.evaluation.fit_on == ["shots"] else data
 
 
 def search_baseline(

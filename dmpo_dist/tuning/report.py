@@ -102,6 +102,9 @@ def _methods(tuning: Tuning, config: RunConfig) -> str:
         f"successive halving) from {100 * config.tune.earliest_stop:.0f} % of their steps on, with a factor of "
         f"{config.tune.reduction_factor:g}, {config.tune.concurrent} at a time."
     )
+    if len(tuning.searches) > 1 and config.evaluation.fit_on == ["shots"]:
+        shown = config.data.shots or "all"
+        how += f" Baselines are fitted on nothing but the likes that {shown} training groups show."
     return f"## Methods\n\n{how}\n\n{markdown(table)}"
 
 

@@ -1,7 +1,6 @@
 """`dmpo tune`: the search over a stage's settings, then over those of each baseline with the same budget."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,10 +19,10 @@ from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.model_files import weights_key
 from dmpo_dist.tables import terminal
 from dmpo_dist.training.job import Kind
-from dmpo_dist.tuning.baselines import METRIC, baseline_spaces, search_baseline
+from dmpo_dist.tuning.baselines import METRIC, baseline_spaces, data_to_fit_on, search_baseline
 from dmpo_dist.tuning.report import BEST_FILE, CSV_FILE, SHEET_FILE, trials_table, write_results
 from dmpo_dist.tuning.space import require_baseline_spaces, require_stage_space, trial_values
-from dmpo_dist.tuning.stage import RUN, TRIALS, run_folder, search_stage
+from dmpo_dist.tuning.stage import RUN, TRIALS, run_folder, search_stage, with_own_paths
 
 SHOWN = 10
 FREE = ("tune.trials", "tune.hours", "tune.concurrent", "cluster.")
@@ -45,6 +44,7 @@ def tune(config: RunConfig, console: Console, resume: bool = False, overwrite: b
     data = PreparedData.load(require_prepared(config.data.path))
     config, spaces = _checked(config, kind, data)
     open_run_folder(config, resume, data.fingerprint, overwrite, FREE)
+    fitted_on = data_to_fit_on(config, data) if spaces else data
     with only_one(config.output_dir):
         tuning = _begun(config, data)
 
@@ -60,7 +60,7 @@ def tune(config: RunConfig, console: Console, resume: bool = False, overwrite: b
             of_baseline = _search(tuning, name, METRIC, space, config)
             tried = trial_values(config, space, of_baseline.asked, config.seed)
             _say_plan(of_baseline, tried, console)
-            search_baseline(of_baseline, tried, config, data, save, console)
+            search_baseline(of_baseline, tried, config, fitted_on, save, console)
         save()
         write_results(tuning, config)
         _show(tuning, config, console)
@@ -77,17 +77,16 @@ def _checked(config: RunConfig, kind: Kind, data: PreparedData) -> tuple[RunConf
     if not len(data.validation):
         raise UserError(f"{data.path} holds no validation requests to compare trials on; see its card.md")
     require_stage_space(config, kind)
+    if config.cluster.storage_path is not None:
+        raise UserError(
+            f"cluster.storage_path={config.cluster.storage_path} has no effect: each trial keeps its checkpoints in "
+            "its folder below output_dir; leave it out (cluster.storage_path=null)"
+        )
     spaces = baseline_spaces(config, data)
     require_baseline_spaces(config, spaces)
     checked_job(kind, config)
     check_classical(list(spaces), config, Console(quiet=True))
-    model = config.model
-    if Path(model.path).exists():
-        model = model.model_copy(update={"path": str(Path(model.path).absolute())})
-    paths = {"output_dir": config.output_dir.absolute(), "model": model}
-    return config.model_copy(
-        update={**paths, "data": config.data.model_copy(update={"path": data.path.absolute()})}
-    ), spaces
+    return with_own_paths(config), spaces
 
 
 def _metric(config: RunConfig) -> str:

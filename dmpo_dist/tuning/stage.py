@@ -12,6 +12,7 @@ from rich.console import Console
 from dmpo_dist.artifacts.tuning import Search, Trial
 from dmpo_dist.cluster.train import ray_session
 from dmpo_dist.cluster.tune import END, SHARE, VALUE, Halving, run_trials
+from dmpo_dist.commands.train import with_absolute_paths
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.tune import TuneConfig
 from dmpo_dist.records.read import has_begun, read_run
@@ -175,9 +176,17 @@ class _Watch:
 
 
 def _of_trial(config: RunConfig, values: Mapping[str, Any], folder: Path) -> RunConfig:
-    alone = config.cluster.model_copy(update={"workers": 1, "fewest_workers": None})
+    alone = config.cluster.model_copy(update={"workers": 1, "fewest_workers": None, "storage_path": None})
     made = with_values(config.model_copy(update={"tune": TuneConfig()}), values)
-    return made.model_copy(update={"output_dir": folder, "cluster": alone})
+    return with_own_paths(made.model_copy(update={"output_dir": folder, "cluster": alone}))
+
+
+def with_own_paths(config: RunConfig) -> RunConfig:
+    """``config`` with absolute paths, also where an axis gave them: Ray Tune starts a trial in a folder of its own."""
+    model = config.model
+    if Path(model.path).exists():
+        model = model.model_copy(update={"path": str(Path(model.path).absolute())})
+    return with_absolute_paths(config.model_copy(update={"model": model}))
 
 
 def _room_for(config: RunConfig) -> Any:
