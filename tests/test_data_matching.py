@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from dmpo_dist.commands.ranked_files import SCHEMA, WRITERS, with_ids
-from dmpo_dist.data.matching import matched, requests_of_data
+from dmpo_dist.data.matching import matched, requests_of_data, with_taken_by_id
 from dmpo_dist.data.requests import Catalogue, RankingRequest, read_catalogue, read_requests
 from dmpo_dist.errors import UserError
 
@@ -50,8 +50,11 @@ def test_users_of_prepared_data_are_asked_after_all_their_likes(world):
     history = tuple(title[item] for item in likes)[-20:]
     taken = data.interactions.query("user == @user")["item"]
     rest = {title[item] for item in taken} - {*history}
-    assert request == RankingRequest(user, history, None, tuple(sorted(rest)))
+    assert request == RankingRequest(user, history, None, tuple(sorted(rest)), tuple(sorted(taken.unique())))
     assert rest, "older likes, and what was taken and not liked"
+    other = Catalogue(("Elsewhere", "Never taken"), None, (taken.iloc[0], "no such item"))
+    (there,) = with_taken_by_id([request], other)
+    assert {*there.taken} == rest | {"Elsewhere"}, "by its id, whatever the catalogue calls it"
     assert user in {request.user for request in requests_of_data(data)}
     with pytest.raises(UserError, match=r"user 'nobody' has no like in"):
         requests_of_data(data, ["nobody"])
