@@ -16,14 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from worlds import CONTEXT, SETTINGS, save_adapter
 
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.cli import main
-from dmpo_dist.commands.export import REQUESTS, export
+from dmpo_dist.commands.export import REQUESTS, _requests, _stamp, export
 from dmpo_dist.config import DataConfig, ModelConfig, RunConfig, TemplateConfig, dump_config
+from dmpo_dist.data.prompt_texts import PromptTexts
 from dmpo_dist.data.template import make_template
+from dmpo_dist.data.tokenization import GroupTokenizer
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.ranking import load_ranking_model
-from dmpo_dist.modeling.backbone import find_model, load_tokenizer, write_stamp
+from dmpo_dist.modeling.backbone import ModelSource, find_model, load_tokenizer, write_stamp
 
 CONFIG = RunConfig(model=ModelConfig(max_length=CONTEXT))
 
@@ -358,3 +361,19 @@ def test_a_disk_that_is_full_leaves_nothing(models, tmp_path, monkeypatch, capfd
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"{tmp_path}/x: cannot be written" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_made_up_requests_have_made_up_fields_and_leave_the_models_own(world):
+    config = TemplateConfig(preamble="{age}: ", item="- {title} ({genres})\n", chat="never")
+    tokenizer = load_tokenizer(find_model(str(world.model)))
+    own = PromptTexts(item_fields=config.item_fields, user_fields=config.user_fields)
+    encode = GroupTokenizer(tokenizer, make_template(config, tokenizer), CONTEXT, texts=own)
+    assert len(_requests(None, encode).groups) == 8
+    assert encode.texts is own
+
+
+def test_a_start_of_another_machine_is_a_name_and_no_path(tmp_path):
+    for start, kept, name in (("/runs/x/sft/model", None, "model"), ("org/base", "org/base", None)):
+        source = ModelSource(str(tmp_path), str(tmp_path), False, ModelStamp(start=start))
+        stamp = _stamp(source, tmp_path, {"merged": False})
+        assert (stamp.start, stamp.start_name) == (kept, name)
