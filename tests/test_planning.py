@@ -289,7 +289,8 @@ def test_dropout_of_a_config_json_is_in_no_run(tmp_path):
 
 
 def test_a_deepspeed_file_is_planned_as_its_stage_trains_by_it(middle, tmp_path):
-    exact = {"gradient_accumulation_steps": 1, "managed_gradient_accumulation": False}
+    optimizer = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
+    exact = {"gradient_accumulation_steps": 1, "managed_gradient_accumulation": False, "optimizer": optimizer}
     clipped = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(exact | clipped))

@@ -256,11 +256,7 @@ def _zero(job: Job, world_size: int) -> Zero:
     """How ``deepspeed`` partitions the model of ``job``; raises UserError where it does not say."""
     config = job.config
     parameters = blueprint(config.model).sizes.total
-    resolved = resolve_config(config.deepspeed, job.stage, config.model.dtype, world_size, parameters)
-    zero = resolved.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
-        raise UserError(f'deepspeed={config.deepspeed}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
-    return Zero.of(resolved)
+    return Zero.of(resolve_config(config.deepspeed, job.stage, config.model.dtype, world_size, parameters))
 
 
 def _row(config: RunConfig, lengths: Lengths, tokens: int, kind: Kind, shared: bool = True) -> Row:
