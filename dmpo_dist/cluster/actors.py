@@ -1,5 +1,6 @@
 """Tasks worked off by a pool of Ray actors, each of which keeps what is dear to make."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,12 +36,11 @@ def map_over_actors(
     gpus = gpus_per_worker_of(cluster)
     require_resources(cluster, gpus)
     actor = ray.remote(
-        num_cpus=cluster.cpus_per_worker, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1,
-        runtime_env=None if gpus else {"env_vars": WITHOUT_GPUS},
-    )(PooledWorker)  # fmt: skip
+        num_cpus=cluster.cpus_per_worker, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1
+    )(PooledWorker)
     shared = ray.put((make_worker, arguments))
     threads = max(1, int(cluster.cpus_per_worker))
-    pool = ActorPool([actor.remote(threads) for _ in range(min(cluster.workers, len(tasks)))])
+    pool = ActorPool([actor.remote(threads, gpus > 0) for _ in range(min(cluster.workers, len(tasks)))])
     try:
         yield from pool.map_unordered(lambda worker, task: worker.run.remote(shared, task), tasks)
     except ray.exceptions.RayTaskError as error:
@@ -57,7 +57,9 @@ def map_over_actors(
 class PooledWorker:
     """An actor's process: makes its worker with the first task and keeps it."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, gpus: bool) -> None:
+        if not gpus:
+            os.environ |= WITHOUT_GPUS  # before anything in this process has looked for them
         torch.set_num_threads(threads)
         self._worker: Callable[[Any], Any] | None = None
 
