@@ -175,12 +175,7 @@ def evaluate(
     evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
     evaluation.folders = models
     evaluation.weights = {n: digest for n, path in models.items() if (digest := weights_digest(Path(path)))}
-    notes = _notes_of_lists(models, data, config)
-    if len(data.test) < FEWEST_USERS:
-        notes.append(
-            f"{len(data.test)} test requests: their intervals say nothing, and no difference can be clear with fewer "
-            f"than {FEWEST_USERS}"
-        )
+    notes = _notes_of_lists(models, data, config) + _notes_of_few(data)
     evaluation.baselines = {n: BaselineTraining.model_validate(known) for n, known in baselines.details.items()}
     if spreads:
         again = min(settings.order_requests, len(data.test))
@@ -191,12 +186,7 @@ def evaluate(
         evaluation.rules = rules_figures(ruled, settings.bootstrap_samples, seed)
     if catalogue:
         whole = WholeCatalogue(data, config.ranking.exclude_history)
-        if whole.repeated and config.ranking.exclude_history:
-            notes.append(
-                f"whole catalogue: the users of {whole.repeated} of {whole.requests} test requests took the positive "
-                "before, while all else that they took is left out, so a model that only repeats does well; "
-                "ranking.exclude_history=false ranks among all titles"
-            )
+        notes += _notes_of_repeats(whole, config)
         configs = {name: with_rule(config, ruled[name].choice if name in ruled else None) for name in models}
         ranked = {**_catalogue_baselines(whole, data, config), **baselines.catalogue}
         widths = [*([None] if settings.catalogue_exact else []), *settings.catalogue_beams]
@@ -241,6 +231,25 @@ def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfi
     templates = {name: enforce_template(find_model(path).stamp, config.template, path) for name, path in models.items()}
     listing = [name for name, template in templates.items() if template.lists_candidates]
     return [lists_note(listing, data.test, config.seed, config.evaluation.candidate_orders)] if listing else []
+
+
+def _notes_of_few(data: PreparedData) -> list[str]:
+    if len(data.test) >= FEWEST_USERS:
+        return []
+    return [
+        f"{len(data.test)} test requests: their intervals say nothing, and no difference can be clear with fewer than "
+        f"{FEWEST_USERS}; prepare data with more users to test on"
+    ]
+
+
+def _notes_of_repeats(whole: WholeCatalogue, config: RunConfig) -> list[str]:
+    if not whole.repeated or not config.ranking.exclude_history:
+        return []
+    return [
+        f"whole catalogue: the users of {whole.repeated} of {whole.requests} test requests took the positive before, "
+        "while all else that they took is left out, so a model that only repeats does well; "
+        "ranking.exclude_history=false ranks among all titles"
+    ]
 
 
 def _show(evaluation: Evaluation, folder: Path, console: Console) -> None:

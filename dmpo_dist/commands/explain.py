@@ -211,9 +211,8 @@ def _note_unknown(requests: Sequence[RankingRequest], catalogue: Catalogue | Non
         named = [title for request in requests for title in (*request.history, *(request.candidates or ()))]
         unknown = list(dict.fromkeys(title for title in named if title not in held))
         few = ", ".join(repr(title) for title in unknown[:5])
-        note = (
-            f"not in the catalogue, and taken as titles as they stand: {len(unknown)}, such as {few}" if unknown else ""
-        )
+        what = f"{len(unknown)} names are not in the catalogue, such as {few}, and are taken as titles as they stand"
+        note = f"{what}; correct those that are mistyped" if unknown else ""
     if note:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
