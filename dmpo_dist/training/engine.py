@@ -229,15 +229,15 @@ def _require_exact_accumulation(config: dict[str, Any], name: str) -> None:
 
 def _require_engine(config: dict[str, Any], name: str) -> None:
     """What DeepSpeed needs to train, and says less clearly, on a worker."""
-    optimizer, zero = config.get("optimizer"), config.get("zero_optimization")
+    zero, optimizer = config.get("zero_optimization"), config.get("optimizer")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise UserError(f'deepspeed={name}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
         raise UserError(
             f'deepspeed={name}: must set an optimizer, as in "optimizer": {{"type": "AdamW", "params": {{"lr": "auto", '
             '"weight_decay": "auto", "torch_adam": true}}'
         )
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise UserError(f'deepspeed={name}: must set "zero_optimization": {{"stage": 0, 1, 2 or 3}}')
 
 
 def _fill(node: Any, values: dict[str, Any], name: str, path: str = "") -> Any:
