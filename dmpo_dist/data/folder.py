@@ -71,6 +71,8 @@ def rewrite(
     rows = {split: dataset_of(changed[split]) if split in changed else getattr(data, split) for split in SPLITS}
     card = data.card.model_copy(deep=True)
     card.config |= settings
+    for split in changed:  # these may be some of the rows alone, as of a few shots
+        card.counts[split], card.users[split] = len(rows[split]), len({*rows[split]["user"]})
     card.notes, card.fingerprint = [*data.card.notes, note], fingerprint(rows, data.items, data.users)
     lists = {split: rows[split].to_list() for split in SPLITS}
     card.leaks = checked_for_leaks(lists, data.interactions, card, echo, allow=True)
