@@ -5,6 +5,7 @@ of grouped heads, runs here: the two aten operators are replaced by the plain ar
 """
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from dmpo_dist.batching.layout import prefix_layout, rows_layout
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.modeling import attention, flash
 from dmpo_dist.modeling.attention import dense_attention, flex_layout_attention, two_part_attention
-from dmpo_dist.modeling.flash import CpuFlash, CudaFlash, varlen_forward
+from dmpo_dist.modeling.flash import CpuFlash, CudaFlash, PlainAttention, varlen_forward
 from dmpo_dist.modeling.logprobs import LogProbModel
 
 
@@ -123,7 +124,7 @@ EDGES = {
 
 
 @pytest.mark.parametrize("groups", EDGES.values(), ids=EDGES)
-@pytest.mark.parametrize("kernels", [CpuFlash, CudaFlash])
+@pytest.mark.parametrize("kernels", [CpuFlash, CudaFlash, PlainAttention])
 def test_two_parts_are_one_softmax_at_the_edges(cuda_on_cpu, monkeypatch, kernels, groups):
     monkeypatch.setattr(attention, "flash_for", lambda query: kernels)
     layout = prefix_layout(groups)
@@ -134,11 +135,11 @@ def test_two_parts_are_one_softmax_at_the_edges(cuda_on_cpu, monkeypatch, kernel
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 5), scale=st.sampled_from([None, 0.3, 4.0]))
 @settings(max_examples=40, deadline=None)
 def test_two_parts_are_one_softmax(seed, count, scale):
-    """Output and gradients of q, k and v in fp64, by the CPU kernels and around the CUDA ones."""
+    """Output and gradients of q, k and v in fp64, by the CPU kernels, around the CUDA ones, and by plain products."""
     layout = prefix_layout(random_groups(count, seed=seed))
     expected = attend(dense_attention, layout, scaling=scale)
     plain = PlainVarlen()
-    for kernels in (CpuFlash, CudaFlash):
+    for kernels in (CpuFlash, CudaFlash, PlainAttention):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(flash, "_cuda_forward", plain.forward)
             patch.setattr(flash, "_cuda_backward", plain.backward)
@@ -155,6 +156,19 @@ def test_models_around_the_cuda_kernels(cuda_on_cpu, kind, groups):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_equal_to_oracle(model.train(), groups, "two_part", 1e-6, 1e-5)
     assert cuda_on_cpu.calls == {"forward": 8, "backward": 4}  # 2 layers, forward and recompute
+
+
+@pytest.mark.parametrize(
+    ("cuda", "dtype", "kernels"),
+    [
+        (True, torch.bfloat16, CudaFlash),
+        (True, torch.float16, CudaFlash),
+        (True, torch.float32, PlainAttention),  # as a model checked in fp32 asks for
+        (False, torch.bfloat16, CpuFlash),
+    ],
+)
+def test_every_type_has_kernels_on_every_device(cuda, dtype, kernels):
+    assert attention.flash_for(SimpleNamespace(is_cuda=cuda, dtype=dtype)) is kernels
 
 
 def test_the_cuda_operators_give_the_shapes_we_take():

@@ -26,7 +26,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from dmpo_dist.batching.layout import PrefixLayout
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.flash import CpuFlash, CudaFlash, Flash
+from dmpo_dist.modeling.flash import CpuFlash, CudaFlash, Flash, PlainAttention
 
 TWO_PART, FLEX, DENSE = "dmpo_two_part", "dmpo_flex", "dmpo_sdpa"
 
@@ -68,7 +68,7 @@ def two_part_attention(
 ) -> tuple[Tensor, None]:
     """Attention function in transformers' form: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, T, H, D).
 
-    On CUDA bf16 and fp16 only, see ``flash.varlen_obstacle``.
+    On CUDA fast in bf16 and fp16 only, see ``flash.varlen_obstacle``.
 
     Raises:
         ValueError: an option of the layer that this backend would leave out, as in the other two.
@@ -83,7 +83,7 @@ def two_part_attention(
     if window is not None:
         raise ValueError(f"two_part cannot cut a window of {window} out of {layout.longest} positions")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if flash_for(query) is CpuFlash:
+    if issubclass(flash_for(query), CpuFlash):
         key, value = repeated(query, key, value)
     out = two_part(query, key, value, flash_for(query)(layout, scale))
     return out.transpose(1, 2).contiguous(), None
@@ -156,8 +156,10 @@ def two_part(query: Tensor, key: Tensor, value: Tensor, flash: Any) -> Tensor:
 
 
 def flash_for(query: Tensor) -> type[Flash]:
-    """The kernels of ``two_part`` on the device of ``query``."""
-    return CudaFlash if query.is_cuda else CpuFlash
+    """The kernels of ``two_part`` for this device and type. CUDA meets fp32 where a model is checked in it."""
+    if not query.is_cuda:
+        return CpuFlash
+    return CudaFlash if query.dtype in (torch.bfloat16, torch.float16) else PlainAttention
 
 
 def flex_for(query: Tensor) -> Any:

@@ -3,12 +3,14 @@
 ``own``  causal attention of every prompt and every branch to itself.
 ``far``  attention of all branch tokens of a group to its prompt, without a mask.
 
-``CpuFlash`` and ``CudaFlash`` have the same four methods. Everywhere q is (1, H, T, D), k and v are (1, H_kv, T, D),
-the log-sum-exp is (1, H, T), at least fp32; ``far`` takes the branches' T_b rows of q and the prompts' T_p rows of k
-and v. The backward methods take the output and log-sum-exp of *both* parts merged, and give (dq, dk, dv).
+``CpuFlash``, ``CudaFlash`` and ``PlainAttention`` have the same four methods. Everywhere q is (1, H, T, D), k and v are
+(1, H_kv, T, D), the log-sum-exp is (1, H, T), at least fp32; ``far`` takes the branches' T_b rows of q and the prompts'
+T_p rows of k and v. The backward methods take the output and log-sum-exp of *both* parts merged, and give (dq, dk, dv).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,24 +25,55 @@ _cuda_forward = torch.ops.aten._flash_attention_forward.default
 _cuda_backward = torch.ops.aten._flash_attention_backward.default
 
 
+def plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scale) v and the log-sum-exp (B, H, T_q) of (B, H, T_q, D) and (B, H, T_k, D); ``dropout`` is 0."""
+    scores = _scores(q, k, causal, scale)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def plain_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dropout: float, causal: bool,
+    *, scale: float,
+) -> Gradients:  # fmt: skip
+    """The gradients (dq, dk, dv) of ``plain_forward``, P = exp(S - lse) and D = rowsum(d_out * out) taken as given."""
+    p = (_scores(q, k, causal, scale) - lse[..., None]).exp().to(q.dtype)
+    ds = p * (d_out @ v.transpose(-1, -2) - (d_out * out).sum(-1, keepdim=True)) * scale
+    return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ d_out
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    """(B, H, T_q, T_k) scaled logits, at least fp32, -inf where ``causal`` hides a key."""
+    wide = q @ k.transpose(-1, -2) * scale
+    wide = wide if wide.dtype == torch.float64 else wide.float()
+    if causal:
+        hidden = torch.ones(wide.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        wide = wide.masked_fill(hidden, -torch.inf)
+    return wide
+
+
 @dataclass(frozen=True)
 class CpuFlash:
     """A kernel call for each prompt and each group's run of branches, one for all branches by themselves; H_kv = H."""
 
     layout: PrefixLayout
     scale: float
+    _forward: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(_cpu_forward)
+    _backward: ClassVar[Callable[..., Gradients]] = staticmethod(_cpu_backward)
 
     def own(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of part one."""
         layout = self.layout
         out, lse = torch.zeros_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
         for prompt, _ in layout.spans:
-            out[:, :, prompt], lse[:, :, prompt] = _cpu_forward(
+            out[:, :, prompt], lse[:, :, prompt] = self._forward(
                 q[:, :, prompt], k[:, :, prompt], v[:, :, prompt], 0.0, True, scale=self.scale
             )
         if layout.branch_index.numel():
             at = layout.branch_index[layout.branch_valid]  # (T_b,) every branch token of the row
-            branch_out, branch_lse = _cpu_forward(*(_stack(x, layout) for x in (q, k, v)), 0.0, True, scale=self.scale)
+            branch_out, branch_lse = self._forward(*(_stack(x, layout) for x in (q, k, v)), 0.0, True, scale=self.scale)
             out[:, :, at], lse[:, :, at] = _flatten(branch_out, layout), _flatten(branch_lse, layout)
         return out, lse
 
@@ -48,7 +81,7 @@ class CpuFlash:
         """(out, lse) of part two."""
         out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
         for prompt, run in _runs(self.layout):
-            out[:, :, run], lse[:, :, run] = _cpu_forward(
+            out[:, :, run], lse[:, :, run] = self._forward(
                 q[:, :, run], k[:, :, prompt], v[:, :, prompt], 0.0, False, scale=self.scale
             )
         return out, lse
@@ -58,7 +91,7 @@ class CpuFlash:
         layout, d_out = self.layout, d_out.contiguous()
         totals = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         for prompt, _ in layout.spans:
-            part = _cpu_backward(*(x[:, :, prompt] for x in (d_out, q, k, v, out, lse)), 0.0, True, scale=self.scale)
+            part = self._backward(*(x[:, :, prompt] for x in (d_out, q, k, v, out, lse)), 0.0, True, scale=self.scale)
             for total, gradient in zip(totals, part, strict=True):
                 total[:, :, prompt] = gradient
         if layout.branch_index.numel():
@@ -68,7 +101,7 @@ class CpuFlash:
             stacked_d_out = _stack(d_out, layout).masked_fill(padding[..., None], 0.0)
             stacked_lse = _stack(lse[..., None], layout)[..., 0].masked_fill(padding, torch.inf)
             q_, k_, v_, out_ = (_stack(x, layout) for x in (q, k, v, out))
-            part = _cpu_backward(stacked_d_out, q_, k_, v_, out_, stacked_lse, 0.0, True, scale=self.scale)
+            part = self._backward(stacked_d_out, q_, k_, v_, out_, stacked_lse, 0.0, True, scale=self.scale)
             for total, gradient in zip(totals, part, strict=True):
                 total[:, :, at] = _flatten(gradient, layout)
         return totals
@@ -78,11 +111,20 @@ class CpuFlash:
         d_out = d_out.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)  # no run, no gradient to its prompt
         for prompt, run in _runs(self.layout):
-            dq[:, :, run], dk[:, :, prompt], dv[:, :, prompt] = _cpu_backward(
+            dq[:, :, run], dk[:, :, prompt], dv[:, :, prompt] = self._backward(
                 d_out[:, :, run], q[:, :, run], k[:, :, prompt], v[:, :, prompt], out[:, :, run], lse[:, :, run],
                 0.0, False, scale=self.scale,
             )  # fmt: skip
         return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class PlainAttention(CpuFlash):
+    """The same by products of torch, on any device and in any type: what checks a layout in fp32 on CUDA, whose flash
+    kernels take half types alone. Slow and large: a product of all queries and keys of a prompt."""
+
+    _forward: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(plain_forward)
+    _backward: ClassVar[Callable[..., Gradients]] = staticmethod(plain_backward)
 
 
 @dataclass(frozen=True)
