@@ -18,7 +18,7 @@ from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.bench.scaling import CELLS
 from dmpo_dist.errors import UserError
 from dmpo_dist.figures.style import GREY, PALETTE, log_scale
-from dmpo_dist.planning.flops import shape_of, shared_work, step_flops
+from dmpo_dist.planning.flops import Shape, shape_of, shared_work, step_flops
 from dmpo_dist.planning.gpus import GPUS, Gpu, find_gpu
 from dmpo_dist.planning.simulate import Machine, Workload, calibrate, daly_interval, simulate, young_interval
 
@@ -116,6 +116,20 @@ def show_calibration(cells: Sequence[dict[str, Any]], console: Console) -> None:
         )
 
 
+def read_shape(model_config: Path, lora_rank: int) -> Shape:
+    """The shape of a dense decoder by its config.json.
+
+    Raises:
+        UserError: the file cannot be read, or is not of a dense decoder.
+    """
+    try:
+        return shape_of(AutoConfig.from_pretrained(model_config), lora_rank)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--model-config {model_config}: {str(error).splitlines()[0]}; give the config.json of a dense decoder"
+        ) from None
+
+
 def make_workload(
     model_config: Path,
     prompt: int,
@@ -131,12 +145,7 @@ def make_workload(
     Raises:
         UserError: ``model_config`` cannot be read, or is not of a dense decoder.
     """
-    try:
-        shape = shape_of(AutoConfig.from_pretrained(model_config), lora_rank)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"--model-config {model_config}: {str(error).splitlines()[0]}; give the config.json of a dense decoder"
-        ) from None
+    shape = read_shape(model_config, lora_rank)
     adapters = shape.layers * sum(shape.lora_rank * (n + m) for n, m in shape.linears)
     base = shape.layers * sum(n * m for n, m in shape.linears) + 2 * shape.vocab * shape.hidden
     return Workload(

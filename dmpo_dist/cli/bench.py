@@ -206,7 +206,8 @@ def bench_simulate(
     ] = None,
     gpu: Annotated[str, typer.Option(help="GPU of the table of `dmpo plan`, such as h100-80g or H100.")] = "H100",
     mfu: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="Share of its peak that is reached.  [the table's]")
+        float | None,
+        typer.Option(min=0.01, max=1, help="Share of its peak that is reached.  [the table's, less for narrow models]"),
     ] = None,
     zero: Annotated[list[int] | None, typer.Option(min=0, max=3, help="ZeRO stage; repeatable.  [2 3]")] = None,
     lora_rank: Annotated[int, typer.Option(min=0, help="Rank of the adapters; 0 trains all weights.")] = 0,
@@ -248,7 +249,8 @@ def bench_simulate(
         simulation.show_calibration(simulation.read_cells(cells), console)
     if model_config is not None:
         check_outputs(output, output.with_suffix(".png"))
-        share = device.mfu if mfu is None else mfu
+        hidden = simulation.read_shape(model_config, lora_rank).hidden
+        share = device.mfu_at(hidden) if mfu is None else mfu
         node = Link(NODE_LATENCY, device.intra if node_bandwidth is None else 1e9 * node_bandwidth)
         fabric = Link(FABRIC_LATENCY, device.inter if fabric_bandwidth is None else 1e9 * fabric_bandwidth)
         machine = Machine(

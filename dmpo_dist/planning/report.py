@@ -82,7 +82,8 @@ def _show_time(plan: Plan, explain: bool, console: Console) -> None:
     _line(console, "step", f"{amount(plan.seconds, SECONDS)}: {parts}")
     for part in plan.durations if explain else ():
         _line(console, "", f"{part.name} = {part.numbers} = {amount(part.seconds, SECONDS)}")
-    assumption = f"an assumed MFU of {plan.cluster.gpu.mfu:g}, no communication hidden, kernel launches not counted"
+    mfu = plan.cluster.gpu.mfu_at(plan.step.shape.hidden)
+    assumption = f"an assumed MFU of {mfu:.2g} for this width, no communication hidden, kernel launches not counted"
     _line(console, "speed", f"{plan.groups_per_second:,.1f} groups/s at {assumption}")
     run_time = f"unknown: give --groups, {plan.job.section}.steps or a data.path that exists"
     if plan.hours is not None:

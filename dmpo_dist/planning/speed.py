@@ -81,12 +81,13 @@ class OptimizerStep:
     def durations(self, gpu: Gpu, nodes: int, per_node: int) -> list[Duration]:
         """The parts of a step's time on ``nodes`` nodes of ``per_node`` devices; they run one after the other."""
         peak, world, width = gpu.peak(self.dtype), nodes * per_node, WIDTHS[self.dtype]
-        rate = f"({peak / 1e12:g} TFLOP/s x MFU {gpu.mfu})"
+        mfu = gpu.mfu_at(self.shape.hidden)
+        rate = f"({peak / 1e12:g} TFLOP/s x MFU {mfu:.2g})"
         out = [
             Duration(
                 name,
                 f"{flops / 1e9:.4g} GFLOP x {self.groups:g} groups / {rate}",
-                flops * self.groups / (peak * gpu.mfu),
+                flops * self.groups / (peak * mfu),
             )
             for name, flops in self.flops().items()
             if flops

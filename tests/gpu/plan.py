@@ -293,7 +293,7 @@ def time_of(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
     step, gpu = plan.step, plan.cluster.gpu
     peak = gpu.peak(step.dtype)
     parts = {part.name: 1000 * part.seconds for part in plan.durations}
-    out: dict[str, Any] = {"predicted_s": plan.seconds, "parts_ms": parts, "assumed_mfu": gpu.mfu}
+    out: dict[str, Any] = {"predicted_s": plan.seconds, "parts_ms": parts, "assumed_mfu": gpu.mfu_at(step.shape.hidden)}
     if "seconds" not in result:
         return out
     seconds, row = median(result["seconds"]), step.row

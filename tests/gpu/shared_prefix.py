@@ -1,6 +1,6 @@
 """Our compiled DMPO step against the same step by ``prefix_grouper``, the package with which verl shares prompts.
 
-To be run where a GPU is lent, in one call; it has not run on one yet, its arithmetic has (``test_shared_prefix.py``):
+To be run where a GPU is lent, in one call; ``test_shared_prefix.py`` holds its arithmetic against ours on the CPU:
 
     pip install --no-deps prefix_grouper==0.0.1.post1
     PYTHONPATH=.:tests:tests/gpu python tests/gpu/shared_prefix.py --json shared_prefix.json
