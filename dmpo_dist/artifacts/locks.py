@@ -1,4 +1,4 @@
-"""One process at a time at work in a folder."""
+"""Who may work in a folder: one process, or several that take turns."""
 
 import fcntl
 import os
@@ -19,6 +19,38 @@ def only_one(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock, or the folder cannot be written.
     """
+    with _lock_of(folder, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def one_of_several(folder: Path) -> Iterator[None]:
+    """The same for processes that work in ``folder`` together, but not beside ``only_one``.
+
+    Raises:
+        UserError: as ``only_one``.
+    """
+    with _lock_of(folder, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def in_turn(file: Path, wait: bool = True) -> Iterator[bool]:
+    """Lock ``file``, which is made with its folder; yields False where another process holds it and ``wait`` is off."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
+
+
+@contextmanager
+def _lock_of(folder: Path, kind: int) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("a+")
@@ -26,7 +58,7 @@ def only_one(folder: Path) -> Iterator[None]:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another output_dir") from None
     with lock as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"

@@ -17,6 +17,9 @@ def experiment(
     ],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and how far each is, and stop.")] = False,
+    share: Annotated[
+        bool, typer.Option("--share", help="Work beside other such commands: take what no other has begun.")
+    ] = False,
 ) -> None:
     """Train and measure every combination of a grid (datasets x shots x K x objective x seed); tables, curves, matrix.
 
@@ -32,6 +35,8 @@ def experiment(
         dmpo experiment runs/study     # goes on with what that folder holds
 
         torchrun --nproc-per-node 1 -m dmpo_dist experiment experiment_tiny     # one process, no Ray: tiny models
+
+        torchrun --standalone --nproc-per-node 1 -m dmpo_dist experiment my_grid.yaml --share     # once for each GPU
     """
     from dmpo_dist.experiment.grid import read_grid
     from dmpo_dist.experiment.run import run_experiment, show_plan
@@ -42,7 +47,7 @@ def experiment(
         show_plan(settings, make_console())
         return
     try:
-        failures = run_experiment(settings, make_console())
+        failures = run_experiment(settings, make_console(), share)
     except KeyboardInterrupt:
         print("interrupted; dmpo experiment with this output_dir as its GRID goes on from here")
         raise

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.commands.scored_parts import remove_parts
 from dmpo_dist.commands.train import say
 from dmpo_dist.data.store import PreparedData
@@ -22,6 +21,7 @@ from dmpo_dist.experiment.memorization import probe_models
 from dmpo_dist.experiment.parts import Part, make_parts
 from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.schema import GridConfig
+from dmpo_dist.experiment.sharing import Alone, Together
 from dmpo_dist.experiment.stamps import failure, progress, require_unchanged, stamp, trained
 from dmpo_dist.experiment.train import in_this_process, placed, record_failure, train_parts
 
@@ -33,8 +33,12 @@ ROLES = {
 }
 
 
-def run_experiment(grid: GridConfig, console: Console) -> list[str]:
+def run_experiment(grid: GridConfig, console: Console, share: bool = False) -> list[str]:
     """Train and evaluate all missing models, then write tables and pictures.
+
+    Args:
+        share: whether other commands may work on the study at the same time. Each takes an SFT start with all that is
+            trained from it, if no other has it; the last to end writes the tables of the whole study.
 
     Returns:
         A line for each model that failed.
@@ -46,24 +50,32 @@ def run_experiment(grid: GridConfig, console: Console) -> list[str]:
     alone = in_this_process()
     cells = expand(grid)
     make_parts(grid, cells, open_datasets(grid, None))  # refuse what can be refused before data is prepared
-    with only_one(grid.output_dir):
-        data = open_datasets(grid, make=lambda line: console.print(line, highlight=False))
-        parts = [_placed(part, grid, alone) for part in make_parts(grid, cells, data)]
-        require_unchanged(parts)
-        keep_grid(grid)
+    work = Together(grid.output_dir) if share else Alone(grid.output_dir)
+    with work.session():
+        with work.turn("study"):
+            data = open_datasets(grid, make=lambda line: console.print(line, highlight=False))
+            parts = [_placed(part, grid, alone) for part in make_parts(grid, cells, data)]
+            require_unchanged(parts)
+            keep_grid(grid)
         console.print(f"{_counted(parts)}: {_states(parts, data)}", highlight=False)
         with nullcontext() if alone or all(map(trained, parts)) else _cluster(parts[0]):
-            if grid.baselines:
-                measure_baselines(baseline_fits(list(data), parts, grid.output_dir), data, console)
-            if grid.memorization:
-                probe_models(parts, data, grid.output_dir, grid.memorization, console)
-                free_accelerator()
-            _train_and_measure(parts, data, grid.output_dir, alone, console)
-        failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
-        write_report(grid, parts, data, failures)
-        if not any(trained(part) and failure(part) for part in parts):  # else the next try goes on from its parts
-            remove_parts(grid.output_dir)
+            with work.taken("baselines") as mine:
+                if mine and grid.baselines:
+                    measure_baselines(baseline_fits(list(data), parts, grid.output_dir), data, console)
+                if mine and grid.memorization:
+                    probe_models(parts, data, grid.output_dir, grid.memorization, console)
+                    free_accelerator()
+            _train_and_measure(parts, data, grid.output_dir, alone, console, work)
+        with work.turn("study"):
+            failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
+            write_report(grid, parts, data, failures)
+            missing = sum(progress(part, data).state != "done" for part in parts)
+            scored = not any(trained(part) and failure(part) for part in parts)
+            if scored and not (share and missing):  # else what is scored serves the next try, or another command
+                remove_parts(grid.output_dir)
     say(console, f"written to {grid.output_dir}: experiment.md, experiment.parquet, curves.parquet and pictures")
+    if share and missing > len(failures):
+        say(console, f"{missing - len(failures)} of {len(parts)} models are other commands' work, or were")
     return failures
 
 
@@ -86,21 +98,22 @@ def show_plan(grid: GridConfig, console: Console) -> None:
 
 
 def _train_and_measure(
-    parts: Sequence[Part], data: Mapping[str, PreparedData], study: Path, alone: bool, console: Console
+    parts: Sequence[Part], data: Mapping[str, PreparedData], study: Path, alone: bool, console: Console, work: Alone
 ) -> None:
     number = {part.title: i for i, part in enumerate(parts, start=1)}
 
     def heading(part: Part) -> str:
         return f"{number[part.title]}/{len(parts)} {part.title}"
 
-    for _, group in groupby(parts, key=lambda part: part.start or part.name):
+    for name, group in groupby(parts, key=lambda part: part.start or part.name):
         members = list(group)
         batches = [[part] for part in members] if alone else [members]
-        for batch in batches:
-            train_parts([part for part in batch if not trained(part)], alone, heading, console)
-            for part in batch:
-                if trained(part) and progress(part, data).state != "done":
-                    _measure(part, data, study, console)
+        with work.taken(name) as mine:
+            for batch in batches if mine else []:
+                train_parts([part for part in batch if not trained(part)], alone, heading, console)
+                for part in batch:
+                    if trained(part) and progress(part, data).state != "done":
+                        _measure(part, data, study, console)
 
 
 def _measure(part: Part, data: Mapping[str, PreparedData], study: Path, console: Console) -> None:

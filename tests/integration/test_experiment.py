@@ -26,13 +26,13 @@ START, FIRST, SECOND = (
 DIVERGES = {"k": 1, "train.learning_rate": [1e30]}
 
 
-def start(folder: Path, log: str) -> subprocess.Popen:
+def start(folder: Path, log: str, *options: str) -> subprocess.Popen:
     """The command in one process, as torchrun starts it, on grid.yaml."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "dmpo_dist", "experiment", "grid.yaml"]
+    command = [sys.executable, "-m", "dmpo_dist", "experiment", "grid.yaml", *options]
     with (folder / log).open("w") as file:
         return subprocess.Popen(
             command, cwd=folder, env=os.environ | rank | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
@@ -127,3 +127,26 @@ def test_killed_resumed_grown_and_one_cell_diverges(tmp_path, monkeypatch, capsy
     code, plan, _ = dmpo("runs/tiny", "--dry-run")
     assert code == 0
     assert "3 cells: 3 done, 1 failed" in plan
+
+
+def test_two_commands_share_a_study(tmp_path):
+    short = {"steps": 10, "validate_every": 10, "checkpoint_every": 10}
+    content = yaml.safe_load(RECIPE.read_text())
+    content["settings"] |= {stage: content["settings"][stage] | short for stage in ("sft", "train")}
+    content["grid"] = {"seed": [0, 1], "k": [1], "objective": ["dmpo"]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    logs = ("one.log", "other.log")
+    commands = [start(tmp_path, log, "--share") for log in logs]
+    try:
+        codes = [command.wait(timeout=300) for command in commands]
+    finally:
+        for command in commands:
+            command.kill()
+    texts = [(tmp_path / log).read_text() for log in logs]
+    assert codes == [0, 0], texts
+    measured = sorted(line for text in texts for line in text.splitlines() if line.startswith("measured"))
+    assert len(measured) == len(set(measured)) == 4, "each model was trained and measured by one of them"
+    assert sum("preparing the dataset" in text for text in texts) == 1
+    table = pd.read_parquet(tmp_path / "runs" / "tiny" / "experiment.parquet")
+    assert set(table[table["model"] == "dmpo"]["seed"]) == {0, 1}, "the last to end wrote the tables of all"
+    assert not (tmp_path / "runs" / "tiny" / PARTS).exists()
