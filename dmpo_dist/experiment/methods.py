@@ -58,7 +58,7 @@ def model_rows(parts: Sequence[Part], data: Mapping[str, PreparedData]) -> Rows:
 def environment_lines(parts: Sequence[Part]) -> list[str]:
     """A line for each machine and version that trained a model, and one for each model that training started from."""
     found = dict.fromkeys(_environment(read_run(part.run)) for part in parts if (part.run / "metrics.jsonl").exists())
-    starts = dict.fromkeys(part.config.model.path for part in parts if part.role == "start")
+    starts = dict.fromkeys(part.config.model.path for part in parts if part.from_before_training)
     return [*found, *map(_start_line, starts)]
 
 

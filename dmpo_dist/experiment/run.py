@@ -93,7 +93,7 @@ def _train_and_measure(
     def heading(part: Part) -> str:
         return f"{number[part.title]}/{len(parts)} {part.title}"
 
-    for _, group in groupby(parts, key=lambda part: part.start or part.name):
+    for _, group in groupby(parts, key=lambda part: part.name if part.role == "start" else part.start):
         members = list(group)
         batches = [[part] for part in members] if alone else [members]
         for batch in batches:
