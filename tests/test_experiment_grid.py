@@ -346,6 +346,12 @@ def test_datasets_that_are_missing_too_small_or_prepared_in_another_way(world, t
     )
     more = {"prepare": SETTINGS | {"max_history": 5}}
     refused("data.max_history=20, the grid now says 5", {"k": 4}, own=more)
+    source = SETTINGS["source"] | {"columns": {"rating": "stars"}}
+    columns = {"prepare": SETTINGS | {"source": source}}
+    refused(r"data.source.columns=\{\}, the grid now says \{'rating': 'stars'\}", {"k": 4}, own=columns)
+    card = tmp_path / "out/data/own/dataset.json"
+    card.write_text(card.read_text().replace('"columns": {}', '"columns": {"rating": "stars"}', 1))
+    refused(r"data.source.columns=\{'rating': 'stars'\}, the grid now says \{\}", {"k": 4}, own=own)
 
 
 def test_the_folder_of_a_study_holds_its_grid(tmp_path, monkeypatch):
