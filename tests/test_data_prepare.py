@@ -207,6 +207,17 @@ def test_under_leave_one_out_what_is_liked_later_is_no_dislike(tmp_path: Path) -
     assert disliked > len(data.train), "dislikes that stay are drawn"
 
 
+def test_a_log_without_dislikes_has_no_dislikes_to_draw(tmp_path: Path) -> None:
+    """As one without ratings, all of whose interactions are likes."""
+    lines = ["user,item,timestamp,title"]
+    lines += [f"u{u},i{(u + n) % 30},{50 * u + n},Title {(u + n) % 30}" for u in range(20) for n in range(12)]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    config = DataConfig(source=Source(kind="csv", path=tmp_path / "log.csv"), negatives="dislikes")
+    with pytest.raises(UserError, match=r"no rating of log lies below .*threshold=4, .*set data\.negatives=uniform"):
+        prepare(config, seed=0, output=tmp_path / "out", echo=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity", "in_batch"])
 def test_negatives_do_not_depend_on_the_target(tmp_path: Path, kind: str) -> None:
     """Two likes in one second are two requests of one user and time: both get the same negatives, not the two."""
