@@ -186,6 +186,38 @@ def test_under_leave_one_out_no_negative_is_taken_later(tmp_path: Path, kind: st
     assert any(f"there were {left_out} of those to leave out" in note for note in data.card.notes)
 
 
+def test_under_leave_one_out_what_is_liked_later_is_no_dislike(tmp_path: Path) -> None:
+    """With data.repeats=keep the item of a held-out like may have been rated low before."""
+    lines = ["user,item,rating,timestamp,title"]
+    for u in range(12):
+        takes = [(n, 2 if n < 6 else 5, n) for n in range(12)] + [(0, 5, 20), (1, 5, 21), (2, 2, 5)]
+        lines += [f"u{u},i{(u + n) % 30},{rating},{1000 * u + t},Title {(u + n) % 30}" for n, rating, t in takes]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    config = DataConfig(
+        source=Source(kind="csv", path=tmp_path / "log.csv"), split="leave_one_out", repeats="keep",
+        negatives="dislikes", negatives_per_group=3, evaluation_negatives=3,
+    )  # fmt: skip
+    data = prepare(config, seed=0, output=tmp_path / "out", echo=lambda line: None)
+    disliked = 0
+    for row in data.train:
+        own = data.interactions[data.interactions["user"] == row["user"]]
+        later = set(own.loc[own["timestamp"] > row["timestamp"], "item"])
+        assert not later & {*row["negative_items"]}
+        disliked += len({*row["negative_items"]} & {*own["item"]})
+    assert disliked > len(data.train), "dislikes that stay are drawn"
+
+
+def test_a_log_without_dislikes_has_no_dislikes_to_draw(tmp_path: Path) -> None:
+    """As one without ratings, all of whose interactions are likes."""
+    lines = ["user,item,timestamp,title"]
+    lines += [f"u{u},i{(u + n) % 30},{50 * u + n},Title {(u + n) % 30}" for u in range(20) for n in range(12)]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    config = DataConfig(source=Source(kind="csv", path=tmp_path / "log.csv"), negatives="dislikes")
+    with pytest.raises(UserError, match=r"no rating of log lies below .*threshold=4, .*set data\.negatives=uniform"):
+        prepare(config, seed=0, output=tmp_path / "out", echo=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["uniform", "dislikes", "popularity", "in_batch"])
 def test_negatives_do_not_depend_on_the_target(tmp_path: Path, kind: str) -> None:
     """Two likes in one second are two requests of one user and time: both get the same negatives, not the two."""

@@ -304,6 +304,13 @@ def test_ids_are_read_whole_beside_empty_ones_and_as_floats_of_parquet(tmp_path:
     assert streamed["item"].tolist() == log.events["item"].tolist()
 
 
+def test_numbers_too_large_for_an_id_do_no_harm_beside_it(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"user": [1.0, 2.0], "item": [3.0, 4.0], "timestamp": [5.0, 6.0], "title": ["A", "B"]})
+    rows.assign(price=[1e20, 2.0]).to_parquet(tmp_path / "log.parquet")
+    log = load_interactions(Source(kind="parquet", path=tmp_path / "log.parquet"), seed=0)
+    assert log.events[["user", "item", "timestamp"]].values.tolist() == [["1", "3", 5], ["2", "4", 6]]
+
+
 def test_equal_titles_are_told_apart_by_a_field(tmp_path: Path) -> None:
     text = "user,item,timestamp,title,by\n1,a,1,Home,Ann\n1,b,2,Home,Bob\n1,c,3,Away,Ann\n"
     options = {"columns": {"author": "by"}, "distinguish_by": "author"}
@@ -336,6 +343,22 @@ def test_a_simulated_world_is_never_taken_for_the_users_log(tmp_path: Path) -> N
         load_config([], ["data.source.kind=simulator", f"data.source.path={tmp_path}"])
     with pytest.raises(UserError, match=r"data\.source\.columns is set but data\.source\.path is not"):
         with_kind(load_config([], ["data.source.columns={user: who}"]).data, said.append)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [({"split": "test"}, "split"), ({"subset": "en"}, "subset"), ({"category": "Books"}, "category"),
+     ({"released_negatives": 3}, "released_negatives"), ({"prompts": "original"}, "prompts"),
+     ({"kind": "parquet", "separator": "tab"}, "separator"),
+     ({"kind": "movielens", "columns": {"item": "x"}}, "columns"),
+     ({"kind": "preferences", "tolerated_rows": 0.1}, "tolerated_rows"),
+     ({"kind": "simulator", "path": None, "distinguish_by": "item"}, "distinguish_by")],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)  # fmt: skip
+def test_a_key_that_reading_does_not_heed_is_refused(tmp_path: Path, given: dict[str, object], key: str) -> None:
+    source = Source(**({"kind": "csv", "path": tmp_path / "log.csv"} | given))
+    with pytest.raises(UserError, match=rf"data\.source\.{key}=.* has no effect on {source.kind}; leave it out"):
+        with_kind(DataConfig(source=source), lambda line: None)
 
 
 def test_bad_places(tmp_path: Path) -> None:

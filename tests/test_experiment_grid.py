@@ -14,6 +14,8 @@ from worlds import SETTINGS
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand, keep_grid, read_grid
+from dmpo_dist.experiment.memorization import _probed
+from dmpo_dist.experiment.methods import environment_lines
 from dmpo_dist.experiment.parts import _weights, make_parts
 from dmpo_dist.experiment.schema import GridConfig
 
@@ -91,8 +93,27 @@ def test_starts_are_shared_and_come_before_what_needs_them():
         assert Path(part.config.model.path) == start.model
         assert (start.cell.dataset, start.shots, start.config.seed) == (part.cell.dataset, part.shots, part.config.seed)
         assert start.config.sft.learning_rate == dict(part.cell.free)["sft.learning_rate"]
+    assert not any(part.from_before_training for part in by_role["continued"] + by_role["cell"])
     shared = grid_of(blocks, sft_shots="all")
     assert sum(part.role == "start" for part in make_parts(shared, expand(shared), {})) == 2 * 2
+
+
+def test_a_start_that_no_arm_and_no_cell_needs_is_not_trained(world, tmp_path):
+    settings = {"model": {"path": str(world.model)}}
+
+    def parts_of(starts, arms):
+        grid = grid_of({"dataset": "a", "start": starts, "k": [1, 3]}, arms=arms, settings=settings)
+        return make_parts(grid, expand(grid), {})
+
+    alone = parts_of(["zero_shot"], [])
+    assert [(part.role, part.start) for part in alone] == [("cell", None)] * 2
+    assert [part.role for part in parts_of(["zero_shot"], ["sft"])] == ["start", "cell", "cell"]
+    assert [part.role for part in parts_of(["zero_shot", "sft"], [])].count("start") == 1
+    with_start = parts_of(["zero_shot"], ["sft"])
+    assert [part.settings for part in alone] == [part.settings for part in with_start[1:]], "the same models"
+    # What these cells are trained from is probed and named whether there is a start or not.
+    assert [folder for _, folder in _probed(alone, tmp_path)] == [folder for _, folder in _probed(with_start, tmp_path)]
+    assert environment_lines(alone) == environment_lines(with_start) != []
 
 
 def test_each_seed_draws_its_own_shots_if_asked():
@@ -251,6 +272,11 @@ MISTAKES = {
     "axis": ({"grid": {"shot": [1]}}, ("grid: shot: unknown axis", "nearest is shots")),
     "dotted_axis": ({"grid": {"train.learning_rat": [1]}}, ("train.learning_rat: unknown key", "train.learning_rate")),
     "empty": ({"grid": {"k": []}}, ("grid: k is an empty list", "leave the axis out")),
+    "quoted_number": ({"grid": {"seed": [0, "1"]}}, ("grid: seed: '1' is not a whole number", "quotation marks")),
+    "no_number": ({"grid": {"shots": ["all", True]}}, ("grid: shots: True is neither a whole number nor all",)),
+    "nameless": ({"grid": {"objective": [None]}}, ("grid: objective: None is neither the name of an objective",)),
+    "path": ({"grid": {"objective": [{"import_path": 3}]}}, ("{'import_path': 3} is neither the name",)),
+    "start": ({"grid": {"start": [["sft"]]}}, ("grid: start: cells start from sft (the default) or zero_shot",)),
     "value": ({"grid": {"k": [0]}}, ("a_shots-all_k-0_dmpo_seed-0", "train.negatives", "greater than or equal to 1")),
     "objective": ({"grid": {"objective": ["dmop"]}}, ("objective.name", "'dmop'")),
     "twice": ({"grid": {"k": [1, 3, 1]}}, ("cell a_shots-all_k-1_dmpo_seed-0 comes up twice", "remove")),
@@ -325,6 +351,12 @@ def test_datasets_that_are_missing_too_small_or_prepared_in_another_way(world, t
     )
     more = {"prepare": SETTINGS | {"max_history": 5}}
     refused("data.max_history=20, the grid now says 5", {"k": 4}, own=more)
+    source = SETTINGS["source"] | {"columns": {"rating": "stars"}}
+    columns = {"prepare": SETTINGS | {"source": source}}
+    refused(r"data.source.columns=\{\}, the grid now says \{'rating': 'stars'\}", {"k": 4}, own=columns)
+    card = tmp_path / "out/data/own/dataset.json"
+    card.write_text(card.read_text().replace('"columns": {}', '"columns": {"rating": "stars"}', 1))
+    refused(r"data.source.columns=\{'rating': 'stars'\}, the grid now says \{\}", {"k": 4}, own=own)
 
 
 def test_the_folder_of_a_study_holds_its_grid(tmp_path, monkeypatch):

@@ -103,6 +103,25 @@ def test_models_are_scored_again_when_their_settings_change_and_the_gpu_is_free_
     assert state() == "failed"
 
 
+def test_models_that_were_trained_again_are_scored_again(tmp_path, data, parts_of, monkeypatch):
+    """As where a cell's run was removed, so that it is trained again, and its evaluation was left."""
+    scores = [np.arange(6.0)] * len(data["a"].test)
+    monkeypatch.setattr(measure, "load_ranking_model", lambda path, config: None)
+    monkeypatch.setattr(measure, "PartScorer", lambda *_, **__: lambda split: scores)
+
+    def cell_trained(weights: str):
+        part = parts_of()[1][-1]
+        (part.model / "dmpo.json").write_text(json.dumps({"digests": {"model.safetensors": weights}}))
+        return part
+
+    _measure(cell_trained("1"), data, tmp_path, CONSOLE)
+    assert progress(cell_trained("1"), data).state == "done"
+    again = cell_trained("2")
+    assert progress(again, data).state == "to evaluate"
+    _measure(again, data, tmp_path, CONSOLE)
+    assert progress(again, data).state == "done"
+
+
 def test_what_to_know_of_the_baselines_is_kept_and_told(data, parts_of, monkeypatch):
     known = {"ease": {"settings": {"l2": 3}, "validation": {"3": 0.25, "5": 0.5}, "seconds": 2.0}}
     ease = BaselineScores({"ease": [np.arange(6.0)] * len(data["a"].test)}, {}, known)

@@ -11,12 +11,14 @@ from rich.console import Console
 from worlds import prepared
 
 from dmpo_dist.artifacts.evaluation import Evaluation, ScoringRules
-from dmpo_dist.config import dump_config
+from dmpo_dist.config import DataConfig, Source, dump_config
+from dmpo_dist.data.prepare import prepare
 from dmpo_dist.evaluation.metrics import METRICS
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.experiment.baselines import baseline_fits
 from dmpo_dist.experiment.grid import expand
 from dmpo_dist.experiment.measure import measure_baselines
+from dmpo_dist.experiment.methods import data_rows
 from dmpo_dist.experiment.parts import make_parts
 from dmpo_dist.experiment.report import write_report
 from dmpo_dist.experiment.results import differences, evaluations, figures, points
@@ -110,6 +112,27 @@ def test_every_figure_once_and_means_and_differences_agree_with_them(study, foun
             )
         assert gain["value"] == pytest.approx(np.mean(wanted))
         assert gain["seeds"] == len(averaged)
+
+
+def test_the_fewest_negatives_are_those_of_all_seeds(found):
+    """Seed 1 has no cell of K=1, so that the difference over both seeds is from K=2."""
+    one = found[found["objective"].notna() & (found["k"] == 1)]
+    cells = pd.concat([found, one.assign(k=pd.array([2] * len(one), dtype="Int64"))], ignore_index=True)
+    cells = cells[~(cells["objective"].notna() & (cells["k"] == 1) & (cells["seed"] == 1))]
+    gains = differences(cells, 100)
+    gains = gains[gains["against"].str.startswith("K=") & (gains["k"] == 3)]
+    assert set(gains["against"]) == {"K=2"}
+    assert set(gains["seeds"]) == {2}
+
+
+def test_the_methods_sheet_tells_ready_rows_from_a_split_log(tmp_path):
+    lines = [{"history": ["A", "B"], "ranked": [[f"C{n}"], ["D", "E", "F"][: 2 + n % 2]]} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = Source(kind="preferences", path=tmp_path / "rows.jsonl")
+    (row,) = data_rows({"x": prepare(DataConfig(source=source), 0, tmp_path / "x", lambda line: None)})
+    assert row["validation and test from"] == "ready rows"
+    assert row["candidates"] == "as given"
+    assert row["training negatives"] == "2 to 3 as given"
 
 
 def test_intervals_over_seeds_are_those_of_the_evaluate_command(study, found):

@@ -54,8 +54,13 @@ def groups_of_log(
         echo: is called with a line of progress for each of several shares.
 
     Raises:
-        UserError: no training or test request is left, or negatives run out.
+        UserError: no training or test request is left, or negatives run out, or are to be dislikes and there are none.
     """
+    if config.negatives == "dislikes" and not log.count(f"CASE WHEN rating < {config.rating_threshold} THEN 1 END"):
+        raise UserError(
+            f"data.negatives=dislikes, but no rating of {log.name} lies below data.rating_threshold="
+            f"{config.rating_threshold:g}, so that all negatives would be uniform; set data.negatives=uniform"
+        )
     cuts = log.cuts(config.validation_quantile, config.test_quantile) if config.split == "time" else None
     found = _find_groups(log, cuts, config, seed, work, echo)
     require_groups(found.asked, log, config)

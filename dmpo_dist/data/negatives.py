@@ -172,9 +172,11 @@ class NegativeSampler:
     def _dislike_codes(self, user: str, timestamp: int) -> np.ndarray:
         rows = self._rows_of_user[user]
         low = self._code[rows[(self._time[rows] < timestamp) & self._disliked[rows]]]
-        # With data.repeats=keep an item may be rated twice: what was ever liked so far is no dislike.
-        liked = self._code[rows[(self._time[rows] <= timestamp) & ~self._disliked[rows]]]
-        return np.array(list(dict.fromkeys(low[~np.isin(low, liked)].tolist())), dtype=np.int64)
+        # With data.repeats=keep an item may be rated twice: what was ever liked so far is no dislike, nor, where later
+        # items are spared, what the user takes again: it may be the like that is held out.
+        again = (self._time[rows] <= timestamp) & ~self._disliked[rows]
+        again |= self._spare_later & (self._time[rows] > timestamp)
+        return np.array(list(dict.fromkeys(low[~np.isin(low, self._code[rows[again]])].tolist())), dtype=np.int64)
 
     def _dislikes(self, user: str, timestamp: int, count: int, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(self._dislike_codes(user, timestamp))[:count]

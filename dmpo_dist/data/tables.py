@@ -94,7 +94,7 @@ def _column_as_strings(column: pd.Series) -> pd.Series:
     if pd.api.types.is_datetime64_any_dtype(column):
         epoch = pd.Timestamp(0, tz=getattr(column.dtype, "tz", None))
         text = ((column - epoch) // pd.Timedelta(1, "s")).astype("Int64").astype(str)
-    elif pd.api.types.is_float_dtype(column) and (column[~missing] % 1 == 0).all():
+    elif pd.api.types.is_float_dtype(column) and (column[~missing] % 1 == 0).all() and column.abs().max() < 2**63:
         text = column.astype("Int64").astype(str)
     elif pd.api.types.is_numeric_dtype(column):
         text = column.astype(str)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.config.section import dotted
@@ -12,6 +13,8 @@ from dmpo_dist.experiment.schema import GridConfig, layers_of, override, setting
 
 DATA = "data"
 NOT_IN_THE_ROWS = ("path", "shots", "shots_seed", "stream_memory")
+COLUMNS = ("columns", "items_columns", "users_columns")
+"""Keys of ``data.source`` that hold mappings."""
 
 
 def open_datasets(grid: GridConfig, make: Callable[[str], None] | None) -> dict[str, PreparedData]:
@@ -58,9 +61,10 @@ def _preparation(grid: GridConfig, name: str) -> RunConfig:
 
 
 def _require_as_prepared(name: str, data: PreparedData, settings: RunConfig, seed: int) -> None:
-    wanted = dotted({"seed": seed, "data": settings.data.model_dump(mode="json", exclude=set(NOT_IN_THE_ROWS))})
+    asked = settings.data.model_dump(mode="json", exclude=set(NOT_IN_THE_ROWS))
+    wanted = _by_field({"seed": seed, "data": asked})
     used = {key: value for key, value in data.card.config.items() if key not in NOT_IN_THE_ROWS}
-    there = dotted({"seed": data.card.seed, "data": used})
+    there = _by_field({"seed": data.card.seed, "data": used})
     for key, value in wanted.items():
         inferred = key == "data.source.kind" and value is None
         if key in there and there[key] != value and not inferred:
@@ -68,3 +72,11 @@ def _require_as_prepared(name: str, data: PreparedData, settings: RunConfig, see
                 f"datasets.{name}: {data.path} was prepared with {key}={there[key]}, the grid now says {value}; give "
                 "the dataset another name, or write to another output_dir"
             )
+
+
+def _by_field(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` by dotted key, with mappings of columns as one value each, as their keys are the user's."""
+    source = settings["data"].get("source", {})
+    columns = {f"data.source.{name}": source[name] for name in COLUMNS if name in source}
+    rest = {name: value for name, value in source.items() if name not in COLUMNS}
+    return dotted({**settings, "data": {**settings["data"], "source": rest}}) | columns

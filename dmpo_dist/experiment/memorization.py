@@ -18,7 +18,7 @@ FOLDER = "memorization"
 def probe_models(
     parts: Sequence[Part], data: Mapping[str, PreparedData], output: Path, count: int, console: Console
 ) -> None:
-    """Probe each model that SFT starts from, unless it was by the same settings; random weights are left out.
+    """Probe each model that training starts from, unless it was by the same settings; random weights are left out.
 
     Args:
         count: titles and users to probe on.
@@ -41,11 +41,11 @@ def probed(parts: Sequence[Part], output: Path) -> list[tuple[str, Memorization]
 
 
 def _probed(parts: Sequence[Part], output: Path) -> Iterator[tuple[Part, Path]]:
-    """One SFT start for each dataset and pretrained model, and the folder of its figures."""
+    """One part that is trained from it for each dataset and pretrained model, and the folder of its figures."""
     seen: set[Path] = set()
     for part in parts:
         path = part.config.model.path
-        if part.role != "start" or path == SCRATCH:
+        if not part.from_before_training or path == SCRATCH:
             continue
         folder = output / FOLDER / f"{part.cell.dataset}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
         if folder not in seen:

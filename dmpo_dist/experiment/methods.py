@@ -58,7 +58,7 @@ def model_rows(parts: Sequence[Part], data: Mapping[str, PreparedData]) -> Rows:
 def environment_lines(parts: Sequence[Part]) -> list[str]:
     """A line for each machine and version that trained a model, and one for each model that training started from."""
     found = dict.fromkeys(_environment(read_run(part.run)) for part in parts if (part.run / "metrics.jsonl").exists())
-    starts = dict.fromkeys(part.config.model.path for part in parts if part.role == "start")
+    starts = dict.fromkeys(part.config.model.path for part in parts if part.from_before_training)
     return [*found, *map(_start_line, starts)]
 
 
@@ -73,19 +73,28 @@ def _sizes(data: PreparedData) -> dict[str, Any]:
 
 def _splits(data: PreparedData) -> dict[str, Any]:
     config, card = data.card.config, data.card
-    cuts = card.cuts
-    split = f"time: {cuts['validation'].utc}, {cuts['test'].utc}" if cuts else config.get("split", "ready rows")
+    cuts, kind = card.cuts, config.get("negatives")
+    ready = data.interactions is None  # rows that the settings of split and draws had no part in
+    split = f"time: {cuts['validation'].utc}, {cuts['test'].utc}" if cuts else config.get("split", "")
     among = "all items" if config.get("evaluation_candidates") == "all" else "items somebody took before"
     drawn = f"1 + {config.get('evaluation_negatives')} uniform among {among}, never taken by the user"
     return {
-        "validation and test from": split,
+        "validation and test from": "ready rows" if ready else split,
         "training groups": card.counts["train"],
         "validation requests": card.counts["validation"],
         "test requests": card.counts["test"],
-        "candidates": drawn if data.interactions is not None else "as given",
-        "training negatives": f"{config.get('negatives_per_group')} {config.get('negatives')}",
+        "candidates": "as given" if ready else drawn,
+        "training negatives": _stored(data) if ready else f"{config.get('negatives_per_group')} {kind}",
         "fingerprint": data.fingerprint[:12],
     }
+
+
+def _stored(data: PreparedData) -> str:
+    """How many negatives the groups of ready rows have, and whether they are those that they came with."""
+    counts = data.stored_negatives()
+    fewest, most = min(counts, default=0), max(counts, default=0)
+    how = "hard" if data.card.config.get("negatives") == "hard" else "as given"
+    return f"{fewest} {how}" if fewest == most else f"{fewest} to {most} {how}"
 
 
 def _label(part: Part) -> str:

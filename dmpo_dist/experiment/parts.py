@@ -58,7 +58,7 @@ class Part:
         folder: holds its settings, run, evaluations and stamp.
         config: the configuration of its stage; ``output_dir`` is ``folder / stage``.
         start: name of the SFT start it is trained from, or compared with where it is trained from the model before
-            that; None for a start itself.
+            that; None for a start itself, and for a cell that needs none.
         cell: its cell; for a start or a continued one a cell that needs it, with the same dataset and seed.
         shots: number of its training groups, None for all.
         free: the free axes it depends on, key -> value.
@@ -90,6 +90,11 @@ class Part:
         """What tells the model from others of its role on the same groups: free axes, and steps at equal compute."""
         steps = [length.strip("_").replace("-", "=")] if (length := _length(self.role, self.config)) else []
         return ", ".join([*steps, *(f"{key}={value}" for key, value in self.free)])
+
+    @property
+    def from_before_training(self) -> bool:
+        """Whether it is trained from the model before any training, and not from an SFT start."""
+        return self.role == "start" or (self.role == "cell" and self.cell.from_zero_shot)
 
     @property
     def kind(self) -> Kind:
@@ -137,8 +142,10 @@ def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, P
         config = _on_dataset(cell.config, cell, grid, data)
         if cell.dataset in data:
             _require_enough(config, cell, data[cell.dataset])
-        start = _part("start", config, cell, None, grid, data)
-        parts.setdefault(start.title, start)
+        start = None
+        if asked or not cell.from_zero_shot:  # every arm is measured on the start, or goes on from it
+            start = _part("start", config, cell, None, grid, data)
+            parts.setdefault(start.title, start)
         part = _part("cell", config, cell, start, grid, data)
         continued: dict[str, str] = {}
         for arm in filter(asked.__contains__, CONTINUED):

@@ -137,8 +137,12 @@ def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
     rows = []
     for key, group in own[own["objective"].notna()].groupby(POINT, dropna=False, sort=False):
         described = dict(zip(POINT, key, strict=True))
+        rows_of_seeds = group.to_dict("records")
         for against in (ZERO_SHOT, UNTUNED, "sft", *CONTINUED, FEWEST_K, *baselines):
-            found_others = [_counterpart(own, row, against) for row in group.to_dict("records")]
+            if against == FEWEST_K:
+                found_others = _fewest_negatives(own, rows_of_seeds)
+            else:
+                found_others = [_counterpart(own, row, against) for row in rows_of_seeds]
             others = [other for other in found_others if other is not None]
             if len(others) < len(group):
                 continue
@@ -198,24 +202,30 @@ def _mean_losses(group: pd.DataFrame) -> dict[str, float]:
 def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str, Any] | None:
     """The row that a cell's model is compared with.
 
-    By ``name`` that is its SFT start or what this started from, the start continued by SFT on the cell's groups, the
-    cell with the fewest negatives and otherwise the same settings, or a baseline, fitted on the whole log or on the
-    cell's own groups. None where there is no such row, as for the cell with the fewest itself.
+    By ``name`` that is its SFT start or what this started from, the start continued by SFT on the cell's groups, or a
+    baseline, fitted on the whole log or on the cell's own groups. None where there is no such row.
     """
     if name in ("sft", ZERO_SHOT, UNTUNED):
         same = own[(own["model"] == name) & (own["part"] == f"{FOLDERS['start']}/{row['start']}")]
     elif name in CONTINUED:
         same = own[(own["model"] == name) & (own["part"] == row["continued"].get(name))]
-    elif name != FEWEST_K:
+    else:
         same = own[(own["model"] == name) & own["part"].isna() & (own["dataset"] == row["dataset"])]
         for column in ("train_groups", "seed"):  # a baseline may have one fit for all of either
             same = same[same[column].isna() | (same[column] == row[column]).fillna(False)]
-    else:
-        same = own[own["objective"].notna()]
+    return same.to_dict("records")[0] if len(same) else None
+
+
+def _fewest_negatives(own: pd.DataFrame, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """For each seed's row of a cell the same cell with the fewest negatives of which all these seeds have one."""
+    by_k: list[dict[int, dict[str, Any]]] = []  # of each seed: K -> the cell
+    for row in rows:
+        same = own[own["objective"].notna() & (own["k"] < row["k"])]
         for column in ("model", "dataset", "seed", "train_groups", "free"):
             same = same[same[column] == row[column]]
-        same = same[same["k"] < row["k"]].sort_values("k")
-    return same.to_dict("records")[0] if len(same) else None
+        by_k.append({other["k"]: other for other in same.to_dict("records")})
+    fewest = min(set.intersection(*map(set, by_k)), default=None)
+    return [None if fewest is None else others[fewest] for others in by_k]
 
 
 def notes(found: pd.DataFrame) -> list[str]:

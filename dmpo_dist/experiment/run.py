@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -105,15 +106,23 @@ def _train_and_measure(
     def heading(part: Part) -> str:
         return f"{number[part.title]}/{len(parts)} {part.title}"
 
-    for name, group in groupby(parts, key=lambda part: part.start or part.name):
+    for name, group in groupby(parts, key=partial(_piece, work)):
         members = list(group)
         batches = [[part] for part in members] if alone else [members]
-        with work.taken(name) as mine:
+        with work.taken(name or "cells") as mine:
             for batch in batches if mine else []:
                 train_parts([part for part in batch if not trained(part)], alone, heading, console)
                 for part in batch:
                     if trained(part) and progress(part, data).state != "done":
                         _measure(part, data, study, console)
+
+
+def _piece(work: Alone, part: Part) -> str | None:
+    """What parts that one command works on in one go have in common: their SFT start, or None where they need none and
+    no other command could take some of them."""
+    if part.role == "start" or (part.start is None and work.shared):
+        return part.name
+    return part.start
 
 
 def _measure(part: Part, data: Mapping[str, PreparedData], study: Path, console: Console) -> None:

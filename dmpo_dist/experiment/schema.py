@@ -122,8 +122,10 @@ class GridConfig(Section):
         for value in values if axis == "dataset" else []:
             if value not in known:
                 raise UserError(f"{where}: no dataset {value!r}; the nearest is {nearest(str(value), known)}")
-        if axis == START and not {*values} <= {*STARTS}:
+        if axis == START and not all(value in STARTS for value in values):
             raise UserError(f"{where}: cells start from sft (the default) or zero_shot, the model before training")
+        for value in values:
+            _check_value(axis, value, where)
         if axis in ("dataset", START) or axis in KEY_OF_AXIS:
             return
         if axis in KEY_OF_AXIS.values():
@@ -143,6 +145,18 @@ class GridConfig(Section):
                 load_config(layers_of(self), [*settings_of(self), override(axis, value)])
             except UserError as error:
                 raise UserError(f"{where}: {last_line(error)}") from None
+
+
+def _check_value(axis: str, value: Any, where: str) -> None:
+    """Raise UserError for a value of which no name of a cell can be made; the schema checks what it is worth."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if axis in ("seed", "k") and not number:
+        raise UserError(f"{where}: {value!r} is not a whole number; write it without quotation marks, as in 3")
+    if axis == "shots" and not number and value not in (None, ALL_SHOTS):
+        raise UserError(f"{where}: {value!r} is neither a whole number nor all; write it without quotation marks")
+    named = [value[key] for key in ("name", "import_path") if key in value] if isinstance(value, dict) else [value]
+    if axis == "objective" and not all(isinstance(name, str) for name in named):
+        raise UserError(f"{where}: {value!r} is neither the name of an objective nor a mapping of its options")
 
 
 def require_heard(grid: GridConfig, given: Mapping[str, Any]) -> None:

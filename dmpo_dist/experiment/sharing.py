@@ -13,6 +13,9 @@ LOCKS = ".locks"
 class Alone:
     """The only command in the folder: everything is its work."""
 
+    shared = False
+    """Whether other commands may take some of the work."""
+
     def __init__(self, study: Path) -> None:
         self._study = study
 
@@ -38,6 +41,8 @@ class Together(Alone):
     another command has gone through since this one began is left alone, even where a model failed: it would be tried
     again by every command.
     """
+
+    shared = True
 
     def __init__(self, study: Path) -> None:
         super().__init__(study)

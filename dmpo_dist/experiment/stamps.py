@@ -1,11 +1,11 @@
 """The state of each model of an experiment, read from the files in its folder."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dmpo_dist.artifacts.evaluation import Evaluation
+from dmpo_dist.artifacts.evaluation import Evaluation, weights_digest
 from dmpo_dist.artifacts.files import write_json
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
@@ -74,7 +74,7 @@ def begun(part: Part) -> bool:
 
 
 def to_evaluate(part: Part, data: Mapping[str, PreparedData]) -> list[str]:
-    """Names of the datasets on which the model has no evaluation, or only one by other settings."""
+    """Names of the datasets on which the model has no evaluation, or only one by other settings or weights."""
     settings = model_settings(part.config)
     return [
         name
@@ -170,12 +170,24 @@ def baseline_settings(config: RunConfig) -> dict[str, Any]:
     return settings | {"seed": config.seed, "counted": COUNTED} | few
 
 
-def evaluated(folder: Path, data: PreparedData, settings: Mapping[str, Any], models: Iterable[str] = ()) -> bool:
-    """Whether ``folder`` holds an evaluation of ``models`` on the same data by the same ``settings``."""
+def evaluated(
+    folder: Path, data: PreparedData, settings: Mapping[str, Any], models: Mapping[str, Path] | None = None
+) -> bool:
+    """Whether ``folder`` holds an evaluation on the same data by the same ``settings``.
+
+    Args:
+        models: name -> folder of the models that it must be of, as they are now: one may have been trained again.
+    """
     found = Evaluation.read_if_there(folder)
     if found is None or found.data.get("fingerprint") != data.fingerprint or found.settings != settings:
         return False
-    return {*models} <= found.models.keys()
+    return all(name in found.models and _same_weights(found, name, path) for name, path in (models or {}).items())
+
+
+def _same_weights(found: Evaluation, name: str, model: Path) -> bool:
+    """Whether the model of that ``name`` is the one in the folder ``model``, as far as both say which it is."""
+    now = weights_digest(model)
+    return now is None or found.weights.get(name, now) == now
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def record_failure(part: Part, error: Exception, console: Console) -> None:
 
 def _without_start(part: Part, among: Sequence[Part] = ()) -> bool:
     """Whether the part's SFT start neither exists nor is among the parts; the part is then marked as failed."""
-    if part.start is None or (part.role == "cell" and part.cell.from_zero_shot):
+    if part.from_before_training:
         return False
     folder = Path(part.config.model.path)
     if folder.is_dir() or any(other.model == folder for other in among):

@@ -19,6 +19,24 @@ BY_CONTENT: dict[str, Kind] = {
     "state.json": "huggingface",
 }
 FILE_READERS = ("csv", "jsonl", "parquet", "huggingface")
+LOGS = (*FILE_READERS, "recbole", "amazon", "movielens")
+HEARD_BY: dict[str, tuple[str, ...]] = {
+    "columns": (*FILE_READERS, "recbole", "amazon"),
+    "items_path": FILE_READERS,
+    "items_columns": (*FILE_READERS, "recbole", "amazon"),
+    "users_path": LOGS,
+    "separator": ("csv",),
+    "duplicate_titles": LOGS,
+    "distinguish_by": LOGS,
+    "untitled": LOGS,
+    "tolerated_rows": LOGS,
+    "category": ("amazon", "dmpo_released"),
+    "subset": ("huggingface",),
+    "split": ("huggingface",),
+    "released_negatives": ("dmpo_released",),
+    "prompts": ("dmpo_released",),
+}
+"""Key of ``data.source`` -> the kinds whose reading heeds it; all others have no effect there."""
 READ_FROM_FILES = ("columns", "items_path", "items_columns", "users_path", "users_columns", "distinguish_by")
 """Keys that say something about files, so that a missing path is an oversight."""
 
@@ -63,18 +81,14 @@ def _found_kind(source: Source) -> Kind:
 
 
 def _require_used(source: Source, kind: Kind) -> None:
-    """Raise UserError for a key that says something about files which ``kind`` does not read."""
-    takes = {"recbole": ("columns", "items_columns"), "amazon": ("columns", "items_columns")}
-    takes |= dict.fromkeys(FILE_READERS, ("columns", "items_path", "items_columns"))
-    for key in ("columns", "items_path", "items_columns"):
-        if getattr(source, key) and key not in takes.get(kind, ()):
-            raise UserError(f"data.source.{key} has no effect on {kind}; leave it out, or set data.source.kind")
-    if source.users_path and kind in (*READY_ROWS, "simulator"):
-        raise UserError(f"data.source.users_path has no effect on {kind}; leave it out, or set data.source.kind")
+    """Raise UserError for a key that says something about what ``kind`` does not read."""
+    defaults = Source()
+    for key, kinds in HEARD_BY.items():
+        value = getattr(source, key)
+        if value != getattr(defaults, key) and kind not in kinds:
+            raise UserError(f"data.source.{key}={value} has no effect on {kind}; leave it out, or set data.source.kind")
     if source.items_columns and source.items_path is None and kind in FILE_READERS:
         raise UserError("data.source.items_columns names columns of data.source.items_path, which is not set")
-    if source.separator != "auto" and kind != "csv":
-        raise UserError(f"data.source.separator={source.separator} has no effect on {kind}; leave it out")
 
 
 def kind_of(path: Path) -> Kind:
