@@ -6,6 +6,10 @@ import sys
 import pytest
 import torch
 from conftest import random_groups, tiny_model
+from oracle import oracle
+from peft import LoraConfig as PeftLora
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from dmpo_dist.batching.layout import prefix_layout
 from dmpo_dist.config import LoraConfig, ModelConfig
@@ -111,6 +115,46 @@ def test_training_on_from_an_adapter_with_whole_weights_is_refused(folder, tmp_p
             load_policy(find_model(str(tmp_path / "adapter")), ModelConfig(max_length=128))
     file.write_text(json.dumps(plain))
     assert load_policy(find_model(str(tmp_path / "adapter")), ModelConfig(max_length=128))[1] == "adapter_copy"
+
+
+def made_elsewhere(base, folder, **options):
+    """An adapter of PEFT's own making in ``folder``, all of whose weights matter; returns it in evaluation mode."""
+    peft = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), PeftLora(r=4, target_modules="all-linear", **options)
+    )
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    peft.save_pretrained(folder)
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+
+
+@torch.no_grad()
+def test_dropout_of_an_adapter_from_elsewhere_is_off(folder, tmp_path):
+    """Policy and reference must be one network, and the one that is evaluated."""
+    groups = random_groups(4, seed=1)
+    expected = oracle(made_elsewhere(folder, tmp_path, lora_dropout=0.3), groups)
+    model, mode = load_policy(find_model(str(tmp_path)), ModelConfig(max_length=128))
+    use_backend(unwrap_peft(model), "two_part")
+    module = LogProbModel(model, mode)
+    assert module.training
+    for which in ("policy", "reference"):
+        torch.testing.assert_close(module(prefix_layout(groups), which), expected)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_changes_its_base_is_not_copied_for_a_reference(folder, tmp_path, start):
+    """The copy would take its share out of the base a second time: policy and reference agreed, and both were wrong."""
+    groups = random_groups(4, seed=1)
+    expected = oracle(made_elsewhere(folder, tmp_path, init_lora_weights=start), groups)
+    source, config = find_model(str(tmp_path)), ModelConfig(max_length=128)
+    with pytest.raises(UserError, match=rf"adapter_config\.json: init_lora_weights is '{start}'.*--merge"):
+        load_policy(source, config)
+    sft, _ = load_policy(source, config, needs_reference=False)
+    for model in (sft, load_for_scoring(str(tmp_path), config)):
+        use_backend(unwrap_peft(model), "two_part")
+        torch.testing.assert_close(LogProbModel(model)(prefix_layout(groups)), expected)
 
 
 def test_a_stage_without_a_reference_loads_none(folder, tmp_path):

@@ -7,7 +7,9 @@ import weakref
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
 from test_evaluation_ranking import HISTORY, TITLES, folder, log_probs  # noqa: F401
+from transformers import AutoModelForCausalLM
 
 from dmpo_dist.config import ModelConfig, TemplateConfig
 from dmpo_dist.data.template import make_template
@@ -42,6 +44,16 @@ def test_the_base_of_an_adapter_shares_its_weights(folder):  # noqa: F811
     np.testing.assert_allclose(base.score(HISTORY, TITLES), expected, rtol=1e-5)
     other = model.reference(str(folder / "other"))
     np.testing.assert_allclose(other.score(HISTORY, TITLES), log_probs(folder / "other", TITLES)[0], rtol=1e-5)
+
+
+def test_a_base_that_its_adapter_changes_is_read_by_itself(folder, tmp_path):  # noqa: F811
+    """Without its adapter, a model that PiSSA began is what is left of the base."""
+    shape = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), shape).save_pretrained(tmp_path)
+    model = RankingModel.load(str(tmp_path), CONFIG)
+    base = model.reference(model.source.base)
+    assert base.load_weights() is not model.load_weights()
+    np.testing.assert_allclose(base.score(HISTORY, TITLES), log_probs(folder / "base", TITLES)[0], rtol=1e-5)
 
 
 def test_weights_go_with_the_model(folder):  # noqa: F811

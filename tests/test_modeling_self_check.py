@@ -73,9 +73,11 @@ def test_a_model_that_loses_the_layout_scores_by_separate_rows(kind, way, dtype,
 def test_an_attention_that_was_asked_for_is_refused():
     scorer = TokenScorer(nemotron().eval(), 4096, 256, attention="two_part")
     with pytest.raises(
-        UserError, match="nemotron: model.attention=two_part gives a title .* use model.attention=unshared"
+        UserError, match="nemotron: model.attention=two_part does not reach attention.* use model.attention=unshared"
     ):
         scorer.score(GROUPS)
+    with pytest.raises(UserError, match="nemotron"):
+        scorer.score(GROUPS)  # a server goes on after an error
     plain = TokenScorer(nemotron().eval(), 4096, 256, attention="unshared")
     plain.score(GROUPS)
     assert plain.fallback is None

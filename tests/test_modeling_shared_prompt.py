@@ -5,8 +5,8 @@ from itertools import chain
 import pytest
 import torch
 from conftest import tiny_model
-from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronConfig
 
 from dmpo_dist.config import ScratchModel
 from dmpo_dist.errors import UserError
@@ -68,6 +68,29 @@ def test_a_begin_token_is_never_doubled_and_the_end_can_be_chosen(tokenizer):
         longer = shared_prompt_log_probs(model, tokenizer, PROMPTS, ended)
     assert all(torch.equal(a, b) for a, b in zip(plain, begun, strict=True))
     assert all((a > b).all() for a, b in zip(lines, longer, strict=True))  # the same tokens, then an end token
+
+
+@torch.no_grad()
+def test_layers_that_drop_the_layout_are_noticed(tokenizer):
+    """There is no self-check here: each response would be scored without its prompt, and be off by nats."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 48, "head_dim": 8}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(NemotronConfig(vocab_size=len(tokenizer), **shape)).eval()
+    for attention in ("auto", "sdpa"):
+        with pytest.raises(UserError, match="layers drop the layout .*unshared"):
+            shared_prompt_log_probs(model, tokenizer, PROMPTS, RESPONSES, attention=attention)
+    seen = shared_prompt_log_probs(model, tokenizer, PROMPTS, RESPONSES, attention="unshared")
+    expected = [one_by_one(model, tokenizer, p, r) for p, rs in zip(PROMPTS, RESPONSES, strict=True) for r in rs]
+    torch.testing.assert_close(torch.cat(seen), torch.stack(expected))
+
+
+def test_an_adapter_that_works_around_the_model_is_refused(tokenizer):
+    """Log-probs go past the forward pass of PEFT, which puts its tokens before the prompt: they were the base's."""
+    model = get_peft_model(
+        tiny_model("llama", vocab=len(tokenizer)), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    with pytest.raises(UserError, match=r"type PROMPT_TUNING .* such as LoRA"):
+        shared_prompt_log_probs(model, tokenizer, PROMPTS, RESPONSES)
 
 
 def test_what_cannot_be_scored_is_refused(tokenizer):

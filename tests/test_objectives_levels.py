@@ -166,3 +166,12 @@ def test_levels_on_plain_tensors():
     for wrong, words in (([[0, 0, 0], [0, 1]], "group 0 go from 0 to 0"), ([[0, 1, 1], [1, 2]], "group 1 go from 1")):
         with pytest.raises(ValueError, match=words):
             preference_loss(policy, reference, scored, levels=[torch.tensor(level) for level in wrong])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_group_without_negatives_is_found_on_any_device(name, device):
+    """Away from the CPU the objectives do not look at values, and S-DPO of no negatives is 0."""
+    log_probs = [torch.tensor([-1.0, -2.0], device=device), torch.tensor([-1.0], device=device)]
+    with pytest.raises(ValueError, match="group 1 has no negatives"):
+        preference_loss(log_probs, log_probs, OBJECTIVES[name](), log_probs)

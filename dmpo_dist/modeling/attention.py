@@ -14,7 +14,7 @@ Which of them a model can use where, and which have been proven there, is in ``r
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def two_part_attention(
         ValueError: an option of the layer that this backend would leave out, as in the other two.
     """
     if layout is None:
-        return sdpa_attention_forward(
+        return ordinary_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
@@ -108,7 +108,7 @@ def flex_layout_attention(
         torch._dynamo.exc.FailOnRecompileLimitHit: more than ``RECOMPILE_LIMIT`` kernels; there is no quiet eager run.
     """
     if layout is None and softcap is None:
-        return sdpa_attention_forward(
+        return ordinary_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
@@ -117,6 +117,7 @@ def flex_layout_attention(
     if layout is None:
         assert softcap is not None
         assert attention_mask is not None
+        _require_no_layout(query, attention_mask)
         return _soft_capped(query, *repeated(query, key, value), attention_mask, scale, softcap), None
     out = flex_for(query)(
         query, key, value, score_mod=_soft_cap(softcap), scale=scale, enable_gqa=query.shape[1] != key.shape[1],
@@ -139,7 +140,7 @@ def dense_attention(
 ) -> tuple[Tensor, None]:
     """The same function by a dense mask; shapes as in ``two_part_attention``."""
     if layout is None:
-        return sdpa_attention_forward(
+        return ordinary_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
@@ -175,8 +176,44 @@ def compiled_flex(backend: Any = "inductor") -> Any:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
 
 
-class OwnMaskError(UserError):
+class NotShareableError(UserError):
+    """Layers that cannot compute responses behind a shared prompt, which only shows when they run."""
+
+    found: ClassVar[str]
+    """What a shared prompt does with them, to follow the model's name."""
+
+
+class OwnMaskError(NotShareableError):
     """A layer has put a mask of its own in the place of ``no_mask``."""
+
+    found = "leaves out a mask that its layers add to attention"
+
+
+class LostLayoutError(NotShareableError):
+    """A layer has handed ``no_mask`` down, and not the layout it stands for (Nemotron drops keyword arguments)."""
+
+    found = "does not reach attention, as its layers drop the layout"
+
+
+def ordinary_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' own SDPA, for calls without a layout.
+
+    Raises:
+        LostLayoutError: the call was to have one.
+    """
+    _require_no_layout(query, mask)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _require_no_layout(query: Tensor, mask: Tensor | None) -> None:
+    """A mask of one element for several tokens is ``no_mask``, which comes with a layout; raises LostLayoutError."""
+    if mask is not None and mask.numel() == 1 and query.shape[2] > 1:
+        raise LostLayoutError(
+            "the model's layers drop the layout of shared prompts before it reaches attention, so responses would not "
+            'see their prompts; set model.attention=unshared, or attention="unshared" in Python'
+        )
 
 
 def refuse_unknown(dropout: float, mask: Tensor | None, kwargs: dict[str, Any], *also: str) -> None:

@@ -30,6 +30,8 @@ from dmpo_dist.modeling.suitability import require_causal, require_deterministic
 from dmpo_dist.parsing import first_line, parse_json, parsing
 
 ADAPTER = "adapter_config.json"
+STARTS_BESIDE_THE_BASE = frozenset({"gaussian", "eva", "orthogonal"})
+"""Values of PEFT's ``init_lora_weights`` that leave the base's weights as they are; true and false do as well."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,16 @@ def load_causal_lm(path: str, config: ModelConfig) -> Any:
         model = AutoModelForCausalLM.from_pretrained(path, config=model_config, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: could not be loaded as a causal language model: {first_line(error)}") from None
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    _without_dropout(model)
     if config.quantization == "nf4":
         keep_arithmetic(model)
     return model
+
+
+def _without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 ReferenceMode = Literal["adapter_off", "adapter_copy", "model_copy"]
@@ -212,6 +218,8 @@ def load_policy(
     mode: ReferenceMode
     if source.is_adapter:
         _require_low_rank_only(source)
+        if needs_reference:
+            _require_base_as_it_is(source)
         model, mode = _with_adapter(model, source, train=True, copy=needs_reference).train(), "adapter_copy"
     elif config.lora is not None:
         model, mode = with_new_adapter(model, config.lora), "adapter_off"
@@ -231,7 +239,10 @@ def load_for_scoring(path: str, config: ModelConfig) -> Any:
 
 
 def _with_adapter(model: Any, source: ModelSource, train: bool, copy: bool) -> Any:
-    """``model`` with its adapter, which ``train`` makes trainable, and with ``copy`` a frozen one named "reference"."""
+    """``model`` with its adapter, which ``train`` makes trainable, and with ``copy`` a frozen one named "reference".
+
+    The dropout that an adapter was trained with elsewhere is set to 0, as the model's own is.
+    """
     from peft import PeftModel
 
     try:
@@ -245,6 +256,7 @@ def _with_adapter(model: Any, source: ModelSource, train: bool, copy: bool) -> A
             f"{source.path}: the adapter does not fit {source.base} ({first_line(error)}); name the base it was "
             f"trained on as base_model_name_or_path in its {ADAPTER}"
         ) from None
+    _without_dropout(peft)
     return peft
 
 
@@ -252,12 +264,38 @@ def _require_low_rank_only(source: ModelSource) -> None:
     """Refuse to train on from an adapter that also holds whole weights: policy and reference would share them."""
     config = _read_json(Path(source.path) / ADAPTER)
     for key, harmless in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
-        if config.get(key) not in (harmless, [], {}):
+        if config.get(key, harmless) not in (harmless, [], {}):
             raise UserError(
                 f"{Path(source.path) / ADAPTER}: {key} is {config[key]!r}, so training it on would change the "
                 "reference as well; merge it into its base (dmpo export --merge) and start from that with model.lora "
                 "set"
             )
+
+
+def changes_base(source: ModelSource) -> str | None:
+    """What in its ``adapter_config.json`` makes an adapter leave another base behind when it is turned off.
+
+    Trained biases replace the base's own. A start from the base's weights (PiSSA, OLoRA, LoftQ) takes its share out of
+    them when the adapter is loaded, and a second adapter's once more out of what is left.
+    """
+    config = _read_json(Path(source.path) / ADAPTER)
+    start = config.get("init_lora_weights")
+    changes = {
+        "bias": config.get("bias", "none") != "none",
+        "init_lora_weights": isinstance(start, str) and start not in STARTS_BESIDE_THE_BASE,
+        "layer_replication": bool(config.get("layer_replication")),
+    }
+    return next((f"{key} is {config[key]!r}" for key, does in changes.items() if does), None)
+
+
+def _require_base_as_it_is(source: ModelSource) -> None:
+    """Refuse to train on, beside a frozen copy, from an adapter that ``changes_base``."""
+    why = changes_base(source)
+    if why:
+        raise UserError(
+            f"{Path(source.path) / ADAPTER}: {why}, so policy and reference cannot share its base; merge it into its "
+            "base (dmpo export --merge) and start from that with model.lora set"
+        )
 
 
 def _require_same_adapter(peft: Any, source: ModelSource) -> None:

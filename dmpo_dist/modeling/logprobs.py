@@ -12,6 +12,7 @@ from dmpo_dist.batching.targets import Targets
 from dmpo_dist.batching.trie import PromptPart, TriePart
 from dmpo_dist.modeling.attention import no_mask
 from dmpo_dist.modeling.heads import LogitTransform, backbone_of, check_head, output_head
+from dmpo_dist.modeling.lora_targets import require_in_layers
 from dmpo_dist.modeling.rotary import own_frequencies, rotary_limit, rotary_modules
 from dmpo_dist.modeling.vocabulary_blocks import BlockedLogProbs, product_gradient, within
 
@@ -122,7 +123,7 @@ class LogProbModel(nn.Module):
             a reference); None where there is no reference here.
 
     Raises:
-        UserError: the model has a head that ``LogProbHead`` cannot stand in for.
+        UserError: the model has a head that ``LogProbHead`` cannot stand in for, or an adapter around its layers.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class LogProbModel(nn.Module):
         super().__init__()
         self.causal_lm: Any = causal_lm
         self.reference = reference
+        require_in_layers(causal_lm)
         language_model = unwrap_peft(causal_lm)
         check_head(language_model)
         self.head = LogProbHead(output_head(language_model), LogitTransform.of(language_model.config))

@@ -12,8 +12,31 @@ from dmpo_dist.errors import UserError
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 LINEAR = ("Linear", "Conv1D")
 """What names of classes of linear layers hold, those of bitsandbytes too; GPT-2 calls them Conv1D."""
+AROUND_THE_MODEL = frozenset({"XLORA", "POLY"})
+"""PEFT's types that mix adapters as the forward pass of the PEFT model says."""
 
 Targets = str | Sequence[str]
+
+
+def require_in_layers(model: Any) -> None:
+    """Refuse adapters that do their work in the forward pass of the PEFT model, which log-probs go past.
+
+    Prompt and prefix tuning put tokens or keys before a text, X-LoRA and Poly mix adapters by the text or a task, and
+    activated LoRA begins at certain tokens: what is computed here would be the base alone.
+
+    Args:
+        model: a PEFT model, or a transformers model without an adapter.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if getattr(config, "alora_invocation_tokens", None):
+            kind = "activated LoRA"
+        elif not config.is_prompt_learning and kind not in AROUND_THE_MODEL:
+            continue
+        raise UserError(
+            f"an adapter of type {kind} does not lie in the model's layers alone, so log-probs would be those of its "
+            "base; give an adapter of another type, such as LoRA, or a whole model"
+        )
 
 
 def require_targets(peft: Any, targets: Targets) -> None:

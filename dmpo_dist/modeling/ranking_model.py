@@ -20,6 +20,7 @@ from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_texts,
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import (
     ModelSource,
+    changes_base,
     enforce_template,
     find_model,
     load_for_scoring,
@@ -126,7 +127,7 @@ class RankingModel:
         return find_model(self.source.base) if self._which == "reference" else self.source
 
     def reference(self, path: str) -> Self:
-        """The model at ``path``, which scores this one's token ids; an adapter's base shares its weights.
+        """The model at ``path``, which scores this one's token ids; an adapter's base shares its weights if it can.
 
         It is kept, so that its weights are read once.
 
@@ -138,7 +139,7 @@ class RankingModel:
         return self._references[path]
 
     def _make_reference(self, path: str) -> Self:
-        if self.source.is_adapter and path == self.source.base:
+        if self.source.is_adapter and path == self.source.base and changes_base(self.source) is None:
             base = copy(self)
             base._which, base._prior, base._references = "reference", {}, {}
             return base

@@ -42,9 +42,10 @@ def shared_prompt_log_probs(
         For each prompt a tensor (number of its responses,) in fp32 or wider.
 
     Raises:
-        UserError: a prompt with its longest response exceeds the model's context, the tokenizer has no end token and
-            ``end`` is not given, or the model has a head or attention that cannot be computed exactly.
-        ValueError: no prompts, a prompt without responses, or as many lists of responses as prompts are not given.
+        UserError: a prompt with its longest response exceeds the model's context, or the model has a head, an attention
+            or an adapter that cannot be computed exactly.
+        ValueError: no prompts, a prompt without responses, or as many lists of responses as prompts are not given; or
+            the tokenizer has no end token and ``end`` is not given.
 
     Example:
         >>> policy = shared_prompt_log_probs(model, tokenizer, ["Liked: Alien\\nNext:"], [[" Dune", " Cars"]])

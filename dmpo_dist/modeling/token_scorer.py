@@ -13,7 +13,7 @@ from dmpo_dist.batching.request_row import RequestRow
 from dmpo_dist.batching.trie import TitleTrie
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.attention import OwnMaskError
+from dmpo_dist.modeling.attention import NotShareableError
 from dmpo_dist.modeling.logprobs import LogProbModel, Which, unwrap_peft
 from dmpo_dist.modeling.routing import Route, choose_backend, use_backend
 from dmpo_dist.modeling.scoring import deal_for_scoring, node_log_probs, per_token, score_micro_batches, score_rows
@@ -187,7 +187,6 @@ class TokenScorer:
         obstacle = self.trie_obstacle if sharing == "trie" else None if self._shared else self.route.reason
         if obstacle or sharing in self._checked:
             return
-        self._checked.add(sharing)
         few = probe(groups, self._token_budget)
 
         def compare(dtype: torch.dtype) -> str | None:
@@ -197,9 +196,10 @@ class TokenScorer:
         quantized = getattr(self._language_model, "hf_quantizer", None) is not None
         try:
             found = confirmed(compare, self._causal_lm, self._language_model.dtype, not quantized)
-        except OwnMaskError:
-            found = "leaves out a mask that its layers add to attention"
+        except NotShareableError as error:
+            found = error.found
         if found is None:
+            self._checked.add(sharing)  # not before: whoever goes on after an error must meet it again
             return
         name = f"model.attention={self._asked}" if self._asked != "auto" else "a shared prompt"
         problem = f"{self._language_model.config.model_type}: {name} {found}"

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dmpo_dist.batching.request_row import RequestRow
 from dmpo_dist.batching.trie import BeamPart, PromptPart, TriePart
-from dmpo_dist.modeling.attention import refuse_unknown, repeated
+from dmpo_dist.modeling.attention import ordinary_attention, refuse_unknown, repeated
 from dmpo_dist.modeling.routing import attention_of
 
 TRIE = "dmpo_trie"
@@ -53,7 +52,7 @@ def trie_attention(
 ) -> tuple[Tensor, None]:
     """Attention function in transformers' form: q (1, H, T, D), k and v (1, H_kv, T, D) -> (1, T, H, D)."""
     if layout is None:
-        return sdpa_attention_forward(
+        return ordinary_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip

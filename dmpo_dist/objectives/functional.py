@@ -57,6 +57,9 @@ def preference_loss(
         if max(best) > 1 or any(int(level.max()) > 1 for level in levels):
             name = type(objective).__name__
             raise ValueError(f"{name} takes one positive and its negatives; for levels take MultDpo")
+    alone = next((number for number, size in enumerate(sizes) if size < 2), None)
+    if alone is not None:  # on a GPU the objectives do not look, and S-DPO of no negatives would be 0
+        raise ValueError(f"group {alone} has no negatives; at least one is needed")
     log_probs = torch.cat(list(policy))
     level = None if levels is None else torch.cat(list(levels)).to(log_probs.device)
     groups = Groups(
