@@ -1,5 +1,6 @@
 """The Python face: a log in a data frame becomes a trained and evaluated model in this process."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     sft = dmpo.train(data, stage="sft", settings=SMALL | {"sft.steps": 2})
     model = dmpo.train(data, sft, objective="sdpo", negatives=3, shots=10, settings={"train.steps": 2})
     assert not dist.is_initialized()
+    engines = [o for o in gc.get_objects() if type(o).__name__.startswith(("DeepSpeedEngine", "DeepSpeedZero"))]
+    assert not engines, "a stage leaves nothing for the next one to live beside"
     assert {k: v for k, v in os.environ.items() if k in ("RANK", "WORLD_SIZE")} == {
         k: v for k, v in before.items() if k in ("RANK", "WORLD_SIZE")
     }

@@ -36,6 +36,7 @@ from dmpo_dist.modeling.backbone import (
     with_length_of,
     write_stamp,
 )
+from dmpo_dist.modeling.memory import give_back
 from dmpo_dist.modeling.model_files import start_digests, written_digests
 from dmpo_dist.records.log import RunLog
 from dmpo_dist.records.sinks import Sink
@@ -362,6 +363,7 @@ def as_rank(
         _require_no_storage(config)
         own = preflight(kind, config, resume, overwrite=overwrite)
     with ExitStack() as stack:
+        stack.callback(give_back)
         if own is not None:
             _note_differences(own, console)
             stack.enter_context(one_writer(own))

@@ -1,6 +1,5 @@
 """Evaluating all models of an experiment and all baselines on the same test candidates of each dataset."""
 
-import gc
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import SCORES_FILE, weights_digest
@@ -75,13 +73,6 @@ def measure_baselines(fits: Iterable[BaselineFit], data: Mapping[str, PreparedDa
         scores = found.scores | ({} if oracle is None else {"oracle": oracle})
         if scores:  # ready preference rows have no log that a baseline could be fitted on
             _write(fit.folder, scores, prepared, fit.config, about)
-
-
-def free_accelerator() -> None:
-    """Free the GPU memory of models scored in this process, as the next workers train on the same GPU."""
-    if torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def request_metrics(folder: Path, model: str) -> np.ndarray:

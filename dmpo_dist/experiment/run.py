@@ -17,7 +17,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.baselines import baseline_fits
 from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand, keep_grid
-from dmpo_dist.experiment.measure import free_accelerator, measure_baselines, measure_part
+from dmpo_dist.experiment.measure import measure_baselines, measure_part
 from dmpo_dist.experiment.memorization import probe_models
 from dmpo_dist.experiment.parts import Part, make_parts
 from dmpo_dist.experiment.report import write_report
@@ -25,6 +25,7 @@ from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.sharing import Alone, Together
 from dmpo_dist.experiment.stamps import failure, progress, require_unchanged, stamp, trained
 from dmpo_dist.experiment.train import in_this_process, placed, record_failure, train_parts
+from dmpo_dist.modeling.memory import give_back
 
 ROLES = {
     "start": "SFT start",
@@ -65,7 +66,7 @@ def run_experiment(grid: GridConfig, console: Console, share: bool = False) -> l
                     measure_baselines(baseline_fits(list(data), parts, grid.output_dir), data, console)
                 if mine and grid.memorization:
                     probe_models(parts, data, grid.output_dir, grid.memorization, console)
-                    free_accelerator()
+                    give_back()
             _train_and_measure(parts, data, grid.output_dir, alone, console, work)
         with work.turn("study"):
             failures = [f"{part.title}: {reason}" for part in parts if (reason := failure(part))]
@@ -132,7 +133,7 @@ def _measure(part: Part, data: Mapping[str, PreparedData], study: Path, console:
         record_failure(part, error, console)
         return
     finally:
-        free_accelerator()
+        give_back()
     stamp(part)
     if part.evaluate_on:
         console.print(f"measured {part.title} on {', '.join(part.evaluate_on)}", highlight=False, soft_wrap=True)
