@@ -1,10 +1,12 @@
 """Several commands in the folder of one study: who may work there, and on what."""
 
+import errno
 import os
 import time
 
 import pytest
 
+from dmpo_dist.artifacts import locks
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.sharing import LOCKS, Alone, Together
 
@@ -15,6 +17,17 @@ def test_several_share_a_folder_and_one_alone_does_not(tmp_path):
     with one.session(), other.session(), at_work, alone.session():
         pass
     with alone.session(), at_work, one.session():
+        pass
+
+
+def test_without_locks_nobody_shares(tmp_path, monkeypatch):
+    def flock(file, kind):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with Alone(tmp_path).session():
+        pass
+    with pytest.raises(UserError, match="keeps no locks .* leave out --share"), Together(tmp_path).session():
         pass
 
 

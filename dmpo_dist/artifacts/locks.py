@@ -28,7 +28,7 @@ def one_of_several(folder: Path) -> Iterator[None]:
     """The same for processes that work in ``folder`` together, but not beside ``only_one``.
 
     Raises:
-        UserError: as ``only_one``.
+        UserError: as ``only_one``, or the file system keeps no locks, so that all would do the same work.
     """
     with _lock_of(folder, fcntl.LOCK_SH):
         yield
@@ -63,8 +63,12 @@ def _lock_of(folder: Path, kind: int) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(f"{folder}: {holder} is at work there; wait for it or stop it") from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:  # a file system without locks
+            if kind == fcntl.LOCK_SH:
+                raise UserError(
+                    f"{folder}: its file system keeps no locks ({error.strerror}), by which several commands share the "
+                    "work; leave out --share and run one command, or choose an output_dir on another file system"
+                ) from None
         with suppress(OSError):  # a full disk: the lock holds without a name in it
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
