@@ -77,7 +77,8 @@ def run_experiment(grid: GridConfig, console: Console, share: bool = False) -> l
                 remove_parts(grid.output_dir)
     say(console, f"written to {grid.output_dir}: experiment.md, experiment.parquet, curves.parquet and pictures")
     if share and missing > len(failures):
-        say(console, f"{missing - len(failures)} of {len(parts)} models are other commands' work, or were")
+        left = f"{missing - len(failures)} of {len(parts)} models fell to other commands and are not done"
+        say(console, f"{left}; once all have ended, run this again to go on with what a killed one left")
     return failures
 
 
