@@ -199,7 +199,7 @@ def _run_config(data: PreparedData, folder: str | Path | None, name: str, given:
     few = len(data.train) if len(data.train) < data.card.counts["train"] else None  # after ``data.few``
     given = dict(given)
     if few is not None and given.get("data.shots") is None:
-        given |= {"data.shots": few, "data.shots_seed": data.shots_seed}
+        given |= {"data.shots": few, "data.shots_seed": data.shots_seed, "data.shots_skip": data.shots_skip}
     return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | given)
 
 

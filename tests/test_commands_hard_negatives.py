@@ -9,7 +9,6 @@ from worlds import World, prepared
 from dmpo_dist.commands.evaluate import evaluate
 from dmpo_dist.commands.hard_negatives import mine_hard_negatives
 from dmpo_dist.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
-from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.records.log import make_console
@@ -51,7 +50,7 @@ def test_hard_negatives_of_a_few_shots(world: World, tmp_path: Path) -> None:
     config = settings(world)
     config.data.shots = 5
     new = mine_hard_negatives(str(world.model), config, tmp_path / "few", 2, 0, None, lambda line: None)
-    asked = PreparedData.load(world.data.path, 5).train
+    asked = world.data.few(5).train
     assert new.train["user"] == asked["user"]
     assert new.card.counts["train"] == 5
     assert new.card.counts["test"] == world.data.card.counts["test"]

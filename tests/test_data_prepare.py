@@ -130,25 +130,28 @@ def test_early_requests_without_candidates_are_counted(tmp_path: Path) -> None:
 
 
 def test_few_shot_subsets_are_nested(prepared: PreparedData) -> None:
-    rows = [
-        {json.dumps(row, sort_keys=True) for row in PreparedData.load(prepared.path, shots=n).train.to_list()}
-        for n in (4, 16, 64)
-    ]
+    rows = [{json.dumps(row, sort_keys=True) for row in prepared.few(n).train.to_list()} for n in (4, 16, 64)]
     assert [len(part) for part in rows] == [4, 16, 64]
     assert rows[0] < rows[1] < rows[2] < {json.dumps(row, sort_keys=True) for row in prepared.train.to_list()}
-    few = PreparedData.load(prepared.path, shots=4)
+    few = PreparedData.for_training(DataConfig(path=prepared.path, shots=4))
     assert few.test.to_list() == prepared.test.to_list()
     assert few.fingerprint != prepared.fingerprint
-    others = PreparedData.load(prepared.path, shots=16, shots_seed=1)
+    others = PreparedData.for_training(DataConfig(path=prepared.path, shots=16, shots_seed=1))
     drawn = {json.dumps(row, sort_keys=True) for row in others.train.to_list()}
     assert len(drawn) == 16
     assert len(drawn & rows[1]) < 8, "another draw, of which few are in the first"
-    assert PreparedData.load(prepared.path, shots=16).fingerprint != others.fingerprint
+    assert prepared.few(16).fingerprint != others.fingerprint
     assert {json.dumps(row, sort_keys=True) for row in prepared.few(4, 1).train.to_list()} < drawn
-    with pytest.raises(ValueError, match="shots_seed has no effect while all groups are used"):
-        DataConfig(shots_seed=1)
+    after = PreparedData.for_training(DataConfig(path=prepared.path, shots=48, shots_skip=16))
+    assert {json.dumps(row, sort_keys=True) for row in after.train.to_list()} == rows[2] - rows[1]
+    assert after.fingerprint not in {prepared.few(48).fingerprint, prepared.few(64).fingerprint}
+    for key in ("shots_seed", "shots_skip"):
+        with pytest.raises(ValueError, match=f"{key} has no effect while all groups are used"):
+            DataConfig.model_validate({key: 1})
     with pytest.raises(UserError, match=r"data\.shots=9999, but .* holds \d+ training groups"):
-        PreparedData.load(prepared.path, shots=9999)
+        prepared.few(9999)
+    with pytest.raises(UserError, match=r"data\.shots=4 after data\.shots_skip=9999, but .* or data\.shots_skip"):
+        prepared.few(4, shots_skip=9999)
 
 
 def test_leave_one_out_warns_of_the_future(tmp_path: Path) -> None:

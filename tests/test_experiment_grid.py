@@ -16,7 +16,7 @@ from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand, keep_grid, read_grid
 from dmpo_dist.experiment.memorization import _probed
 from dmpo_dist.experiment.methods import environment_lines
-from dmpo_dist.experiment.parts import _weights, make_parts
+from dmpo_dist.experiment.parts import FOLDERS, _weights, make_parts
 from dmpo_dist.experiment.schema import GridConfig
 
 GRIDS = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("experiment*.yaml"))
@@ -127,6 +127,23 @@ def test_each_seed_draws_its_own_shots_if_asked():
     few_starts = grid_of({"seed": [0, 3], "dataset": "a"}, sft_shots=16, draw_shots="per_seed")
     starts = [part for part in make_parts(few_starts, expand(few_starts), {}) if part.role == "start"]
     assert {part.config.data.shots_seed for part in starts} == {0, 3}
+
+
+def test_stages_after_sft_may_learn_from_groups_that_it_has_not_seen(world):
+    block = {"shots": [8], "k": [4], "data.shots_skip": [0, 8], "dataset": "a"}
+    data = {"datasets": {"a": str(world.data.path)}, "settings": {"train": {"steps": 4}}}
+    grid = grid_of(block, arms=["sft", "sft_continued", "sft_continued_compute"], **data)
+    parts = make_parts(grid, expand(grid), {"a": world.data})
+    taken = {role: [part.config.data.shots_skip for part in parts if part.role == role] for role in FOLDERS}
+    assert taken == {"start": [0], "continued": [0, 8], "compute": [0, 8], "cell": [0, 8]}
+    assert len({part.settings_hash for part in parts}) == len(parts) == 7
+    for cell in (part for part in parts if part.role == "cell"):
+        (equal,) = (p for p in parts if p.title == cell.continued["sft_continued"])
+        assert equal.config.data == cell.config.data, "compared with SFT continued on the same groups"
+    for skip, more in ((5, {}), (8, {"sft_shots": "all"})):
+        grid = grid_of(block | {"data.shots_skip": [skip]}, **data, **more)
+        with pytest.raises(UserError, match=f"data.shots_skip={skip}, but its SFT start learns from shots="):
+            make_parts(grid, expand(grid), {})
 
 
 def test_sft_continued_at_equal_compute_has_as_many_steps_as_a_cells_flops_pay_for(world):
@@ -298,6 +315,9 @@ MISTAKES = {
                         ("settings.data.path: cannot be set there", "datasets")),
     "shots_seed": ({"grid": {"shots": [8]}, "settings": {"data": {"shots_seed": 1}}},
                    ("settings.data.shots_seed: cannot be set there", "draw_shots: per_seed")),
+    "shots_skip_is_an_axis": ({"grid": {"shots": [8]}, "settings": {"data": {"shots_skip": 8}}},
+                              ("settings.data.shots_skip: cannot be set there", "as an axis of the grid")),
+    "shots_skip_without_shots": ({"grid": {"data.shots_skip": [8]}}, ("shots_skip has no effect",)),
     "shots_seed_as_axis": ({"grid": {"shots": [8], "data.shots_seed": [1]}}, ("draw_shots: per_seed",)),
     "no_file": ({"grid": {}, "config": ["moovielens"]}, ("config moovielens", "movielens, ")),
     "unheard": (

@@ -6,14 +6,13 @@ import pytest
 import yaml
 
 from dmpo_dist.artifacts.stamp import ModelStamp
-from dmpo_dist.data.store import PreparedData
 from dmpo_dist.modeling.backbone import ModelSource
 from dmpo_dist.records.provenance import read_provenance
 
 
 @pytest.mark.parametrize(("shots", "drawn"), [(None, 0), (16, 0), (16, 3)])
 def test_the_data_a_run_saw_is_known_again_also_where_it_saw_a_few_groups(world, tmp_path, shots, drawn):
-    fingerprint = PreparedData.load(world.data.path, shots, drawn).fingerprint
+    fingerprint = world.data.few(shots, drawn).fingerprint if shots else world.data.fingerprint
     (tmp_path / "environment.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
     source = ModelSource(str(tmp_path / "model"), str(tmp_path / "model"), False, ModelStamp())
     for said, same in (({"shots": shots, "shots_seed": drawn}, True), ({"shots": 8}, False)):

@@ -45,7 +45,7 @@ def mine_hard_negatives(
     """
     if config.data.path is None:
         raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote")
-    data = PreparedData.load(config.data.path, config.data.shots, config.data.shots_seed)
+    data = PreparedData.for_training(config.data)
     if any(data.lists()):
         raise UserError(
             f"{config.data.path}: training groups have several positives or levels (data.levels), of which hard "

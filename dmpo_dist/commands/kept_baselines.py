@@ -45,6 +45,7 @@ def _key(data: PreparedData, config: RunConfig, catalogue: bool) -> dict[str, An
         "data": data.fingerprint,
         "shots": config.data.shots,
         "shots_seed": config.data.shots_seed,
+        "shots_skip": config.data.shots_skip,
         "seed": config.seed,
         "catalogue": catalogue,
         "exclude_history": config.ranking.exclude_history,

@@ -17,7 +17,6 @@ from dmpo_dist.artifacts.run_folder import failure_noted
 from dmpo_dist.commands.run_folder import last_checkpoint, open_run_folder, reopen_run_folder, require_same_start
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.config.model import CANDIDATES, PLACEHOLDER
-from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.prompt_texts import require_fields
 from dmpo_dist.data.reorder import require_histories
 from dmpo_dist.data.store import PreparedData, texts_of_data, unlike_preparation
@@ -213,7 +212,7 @@ def checked_job(kind: Kind, config: RunConfig, earlier: Sequence[Job] = ()) -> t
     Args:
         kind, config, earlier: see ``preflight``.
     """
-    data = PreparedData.load(require_prepared(config.data.path), config.data.shots, config.data.shots_seed)
+    data = PreparedData.for_training(config.data)
     config = with_absolute_paths(config)
     if config.model.path == SCRATCH:
         start = str(config.output_dir / SCRATCH)

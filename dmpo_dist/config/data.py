@@ -181,11 +181,15 @@ class DataConfig(Section):
     """Train on this many of the prepared training groups; a smaller number's groups are among a larger one's."""
     shots_seed: int = Field(0, ge=0)
     """Which groups ``shots`` takes: another number draws others. ``seed`` leaves them as they are."""
+    shots_skip: int = Field(0, ge=0)
+    """Take the ``shots`` after this many of that draw: a preference stage with ``shots_skip=100`` learns from other
+    groups than the SFT on ``shots=100`` that it starts from."""
 
     @model_validator(mode="after")
     def _shots_to_draw(self) -> "DataConfig":
-        if self.shots_seed and self.shots is None:
-            raise ValueError("shots_seed has no effect while all groups are used; set data.shots, or leave it out")
+        for key in ("shots_seed", "shots_skip"):
+            if getattr(self, key) and self.shots is None:
+                raise ValueError(f"{key} has no effect while all groups are used; set data.shots, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from dmpo_dist.parsing import parsing
 FORMAT_VERSION = 1
 USERS_FILE = "users.parquet"
 ROWS_AT_ONCE = 1000
-NOT_PREPARED_BY = ("path", "shots", "shots_seed", "source", "stream", "stream_memory")
+NOT_PREPARED_BY = ("path", "shots", "shots_seed", "shots_skip", "source", "stream", "stream_memory")
 """Keys of the data section that say where data lies, or how it is read, and not what it becomes."""
 ROW_FEATURES = Features(
     {
@@ -71,18 +71,24 @@ class PreparedData:
     fingerprint: str
     path: Path
     shots_seed: int = 0
+    shots_skip: int = 0
 
     @classmethod
-    def load(cls, path: Path, shots: int | None = None, shots_seed: int = 0) -> "PreparedData":
-        """Read a folder that ``dmpo data prepare`` wrote.
-
-        Args:
-            shots: number of training groups to keep; the groups of a smaller number are among those of a larger one.
-            shots_seed: which ones; another number draws others.
+    def for_training(cls, config: DataConfig) -> "PreparedData":
+        """The data in ``config.path`` with the training groups that its ``shots`` take.
 
         Raises:
-            UserError: no such folder, not a prepared folder, another format version, damaged files, or fewer training
-                groups than ``shots``.
+            UserError: see ``load``; no path, or too few training groups.
+        """
+        whole = cls.load(require_prepared(config.path))
+        return whole if config.shots is None else whole.few(config.shots, config.shots_seed, config.shots_skip)
+
+    @classmethod
+    def load(cls, path: Path) -> "PreparedData":
+        """Read a folder that ``dmpo data prepare`` wrote.
+
+        Raises:
+            UserError: no such folder, not a prepared folder, another format version, or damaged files.
         """
         path = Path(path)
         card = _read_card(path)
@@ -95,7 +101,7 @@ class PreparedData:
             for name, there in (("items", card.items), ("interactions", card.interactions))
         )
         users = _read_table(path / USERS_FILE) if (path / USERS_FILE).exists() else None
-        whole = cls(
+        return cls(
             **splits,
             items=items,
             interactions=interactions,
@@ -104,13 +110,21 @@ class PreparedData:
             fingerprint=card.fingerprint,
             path=path,
         )
-        return whole if shots is None else whole.few(shots, shots_seed)
 
-    def few(self, shots: int, shots_seed: int = 0) -> "PreparedData":
-        """The same data with ``shots`` training groups, drawn by ``shots_seed``; raises UserError if it has fewer."""
-        train = _few(self.train, shots, shots_seed, self.path)
-        fingerprint = few_fingerprint(self.fingerprint, shots, shots_seed)
-        return replace(self, train=train, fingerprint=fingerprint, shots_seed=shots_seed)
+    def few(self, shots: int, shots_seed: int = 0, shots_skip: int = 0) -> "PreparedData":
+        """The same data with fewer training groups.
+
+        Args:
+            shots: how many; the groups of a smaller number are among those of a larger one.
+            shots_seed: which ones; another number draws others.
+            shots_skip: take those after this many of the draw, so that none is among ``few(shots_skip, shots_seed)``.
+
+        Raises:
+            UserError: there are fewer than ``shots_skip + shots``.
+        """
+        train = _few(self.train, shots, shots_seed, shots_skip, self.path)
+        fingerprint = few_fingerprint(self.fingerprint, shots, shots_seed, shots_skip)
+        return replace(self, train=train, fingerprint=fingerprint, shots_seed=shots_seed, shots_skip=shots_skip)
 
     def stored_negatives(self) -> list[int]:
         """How many negatives each training group has, among levels how many responses at the last one."""
@@ -151,17 +165,18 @@ def texts_of_data(template: TemplateConfig, data: PreparedData) -> PromptTexts:
     return texts.with_items(data.items).with_users(data.users)
 
 
-def few_fingerprint(fingerprint: str, shots: int | None, shots_seed: int = 0) -> str:
+def few_fingerprint(fingerprint: str, shots: int | None, shots_seed: int = 0, shots_skip: int = 0) -> str:
     """The fingerprint of the data with ``shots`` training groups; with None it is that of the whole data."""
     if shots is None:
         return fingerprint
-    drawn = f" by {shots_seed}" if shots_seed else ""
+    drawn = (f" by {shots_seed}" if shots_seed else "") + (f" after {shots_skip}" if shots_skip else "")
     return hashlib.sha256(f"{fingerprint} {shots} shots{drawn}".encode()).hexdigest()
 
 
 def seen_fingerprint(fingerprint: str, config: Mapping[str, Any]) -> str:
     """The fingerprint of what a run with this ``data`` section saw of the data with ``fingerprint``."""
-    return few_fingerprint(fingerprint, config.get("shots"), config.get("shots_seed") or 0)
+    drawn = (config.get(key) or 0 for key in ("shots_seed", "shots_skip"))
+    return few_fingerprint(fingerprint, config.get("shots"), *drawn)
 
 
 def group_from_row(row: Mapping[str, Any]) -> PreferenceGroup:
@@ -204,14 +219,19 @@ def rows_of(split: Dataset) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _few(train: Dataset, shots: int, shots_seed: int, path: Path) -> Dataset:
-    """The ``shots`` groups with the smallest hashes of their content and ``shots_seed``, in their old order."""
-    if shots > len(train):
-        raise UserError(f"data.shots={shots}, but {path} holds {len(train)} training groups; lower data.shots")
+def _few(train: Dataset, shots: int, shots_seed: int, shots_skip: int, path: Path) -> Dataset:
+    """By the hashes of their content and ``shots_seed``: the ``shots`` groups after the first, in their old order."""
+    if shots_skip + shots > len(train):
+        after = f" after data.shots_skip={shots_skip}" if shots_skip else ""
+        raise UserError(
+            f"data.shots={shots}{after}, but {path} holds {len(train)} training groups; lower data.shots"
+            + (" or data.shots_skip" if shots_skip else "")
+        )
     keys = zip(*(train[name][:] for name in ("user", "timestamp", "history", "positive", "prompt")), strict=True)
     salt = str(shots_seed).encode() if shots_seed else b""
     rank = [hashlib.blake2b(repr(key).encode(), digest_size=16, key=salt).digest() for key in keys]
-    return train.select(sorted(sorted(range(len(rank)), key=rank.__getitem__)[:shots]))
+    drawn = sorted(range(len(rank)), key=rank.__getitem__)[shots_skip : shots_skip + shots]
+    return train.select(sorted(drawn))
 
 
 def _read_card(path: Path) -> DatasetCard:

@@ -54,9 +54,9 @@ def of_same_users(data: PreparedData, config: DataConfig) -> PreparedData:
     fitted on it knows of the past what the language model was trained on, and no more.
 
     Args:
-        config: whose ``shots`` and ``shots_seed`` say which groups; without ``shots`` all training groups.
+        config: whose ``shots``, ``shots_seed`` and ``shots_skip`` say which groups; without ``shots`` all of them.
     """
-    few = data if config.shots is None else data.few(config.shots, config.shots_seed)
+    few = data if config.shots is None else data.few(config.shots, config.shots_seed, config.shots_skip)
     shown = pd.DataFrame(
         [
             (row["user"], item, row["timestamp"])

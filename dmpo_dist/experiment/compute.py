@@ -9,7 +9,6 @@ import torch
 
 from dmpo_dist.commands.train import SCRATCH, make_start
 from dmpo_dist.config import RunConfig
-from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData, texts_of_data
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, tokenize_rows
@@ -64,9 +63,8 @@ def _on_gpus(config: RunConfig) -> bool:
 def _of_tokens(config: RunConfig) -> str:
     """As JSON: what the tokens of the training groups depend on, so that cells which share it are counted once."""
     listed = {"train": {"negatives"}, "sft": {"negatives"}} if config.template.lists_candidates else {}
-    return config.model_dump_json(
-        include={"seed": True, "model": True, "template": True, "data": {"path", "shots", "shots_seed"}, **listed}
-    )
+    groups = {"path", "shots", "shots_seed", "shots_skip"}
+    return config.model_dump_json(include={"seed": True, "model": True, "template": True, "data": groups, **listed})
 
 
 @lru_cache(maxsize=64)
@@ -76,7 +74,7 @@ def _token_groups(config_json: str, score_history: bool) -> tuple[list[TokenGrou
     They are made as training makes them, by tokenizer and template of the model that SFT starts from.
     """
     config = RunConfig.model_validate_json(config_json)
-    data = PreparedData.load(require_prepared(config.data.path), config.data.shots, config.data.shots_seed)
+    data = PreparedData.for_training(config.data)
     with tempfile.TemporaryDirectory(prefix="dmpo-tokenizer-") as folder:
         start = config.model.path
         if start == SCRATCH:

@@ -12,7 +12,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.schema import GridConfig, layers_of, override, settings_of
 
 DATA = "data"
-NOT_IN_THE_ROWS = ("path", "shots", "shots_seed", "stream_memory")
+NOT_IN_THE_ROWS = ("path", "shots", "shots_seed", "shots_skip", "stream_memory")
 COLUMNS = ("columns", "items_columns", "users_columns")
 """Keys of ``data.source`` that hold mappings."""
 

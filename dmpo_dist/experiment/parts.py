@@ -17,7 +17,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.compute import equal_compute
 from dmpo_dist.experiment.datasets import named_path
 from dmpo_dist.experiment.grid import Free, GridCell, free_part
-from dmpo_dist.experiment.schema import ALL_SHOTS, START, GridConfig
+from dmpo_dist.experiment.schema import ALL_SHOTS, SKIP, START, GridConfig
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.model_files import weights_key
 from dmpo_dist.objectives.registry import make_objective
@@ -31,7 +31,7 @@ CONTINUED: dict[str, Role] = {"sft_continued": "continued", "sft_continued_compu
 """Arm -> role of the SFT continued: for as many steps as the preference stage has, or for as many as cost the same."""
 PREFERENCE_SECTIONS = ("objective", "reference")
 WITHOUT = {
-    "start": ("train", START, *PREFERENCE_SECTIONS),
+    "start": ("train", "data", START, *PREFERENCE_SECTIONS),
     "continued": (START, *PREFERENCE_SECTIONS),
     "compute": (START, *PREFERENCE_SECTIONS),
     "cell": (),
@@ -146,6 +146,7 @@ def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, P
         if asked or not cell.from_zero_shot:  # every arm is measured on the start, or goes on from it
             start = _part("start", config, cell, None, grid, data)
             parts.setdefault(start.title, start)
+            _require_other_shots(cell, start)
         part = _part("cell", config, cell, start, grid, data)
         continued: dict[str, str] = {}
         for arm in filter(asked.__contains__, CONTINUED):
@@ -252,7 +253,7 @@ def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str
         content["model"]["path"] = f"the SFT start {start}"
     elif Path(config.model.path).is_dir():
         content["model"]["weights"] = _weights(config.model.path)
-    drawn = {"shots_seed": config.data.shots_seed} if config.data.shots_seed else {}
+    drawn = {key: drawn for key in ("shots_seed", "shots_skip") if (drawn := getattr(config.data, key))}
     flat = dotted(content | {"data": {"fingerprint": fingerprint, "shots": config.data.shots} | drawn})
     ignored = {f"{stage}.{name}" for name in NO_INFLUENCE}
     ignored |= set() if config.template.lists_candidates else {"template.candidate", "sft.negatives"}
@@ -268,9 +269,9 @@ def _json_of(file: Path) -> Any:
 
 
 def with_shots(config: DataConfig, shots: int | None, seed: int | None) -> DataConfig:
-    """``config`` with that many training groups, None for all, drawn by ``seed``, None for the seed that it has."""
+    """``config`` with the first training groups that ``seed`` draws, None for all, or for the seed that it has."""
     drawn = config.shots_seed if seed is None else seed
-    return config.model_copy(update={"shots": shots, "shots_seed": 0 if shots is None else drawn})
+    return config.model_copy(update={"shots": shots, "shots_seed": 0 if shots is None else drawn, "shots_skip": 0})
 
 
 def _seed_of_shots(grid: GridConfig, cell: GridCell) -> int | None:
@@ -295,12 +296,23 @@ def _on_dataset(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mappi
     return config.model_copy(update=changes)
 
 
+def _require_other_shots(cell: GridCell, start: Part) -> None:
+    """Raise UserError where groups that a cell learns from instead of those of its SFT start are some of those."""
+    skipped = cell.config.data.shots_skip
+    if skipped and not cell.from_zero_shot and (start.shots is None or skipped < start.shots):
+        raise UserError(
+            f"the cell {cell.name}: {SKIP}={skipped}, but its SFT start learns from shots={start.shots or ALL_SHOTS}, "
+            "some of which the cell would learn from again; skip at least as many, or set sft_shots beside grid"
+        )
+
+
 def _require_enough(config: RunConfig, cell: GridCell, data: PreparedData) -> None:
     """Raise UserError for a lack of groups or negatives now, and not hours later when the cell is trained."""
-    if cell.shots is not None and cell.shots > len(data.train):
+    if cell.shots is not None and cell.shots + config.data.shots_skip > len(data.train):
+        after = f" after {SKIP}={config.data.shots_skip}" if config.data.shots_skip else ""
         raise UserError(
-            f"the cell {cell.name}: shots={cell.shots}, but {data.path} holds {len(data.train)} training groups; take "
-            "that number out of the grid, or give the dataset a block of its own"
+            f"the cell {cell.name}: shots={cell.shots}{after}, but {data.path} holds {len(data.train)} training "
+            "groups; take that number out of the grid, or give the dataset a block of its own"
         )
     try:
         require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.ragged)

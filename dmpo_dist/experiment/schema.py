@@ -20,6 +20,8 @@ NOT_TRAINING = ("output_dir", "version", "cluster", "submit", "serving", "tracki
 ALL_SHOTS = "all"
 START, STARTS = "start", ("sft", "zero_shot")
 """The axis that says what cells are trained from, and its values."""
+SKIP = "data.shots_skip"
+"""The one axis of the ``data`` section: groups of the SFT start that the stage after it leaves out."""
 OTHER_SHOTS = "write draw_shots: per_seed beside grid, and each value of the axis seed draws its own shots"
 Arm = Literal["untuned", "zero_shot", "sft", "sft_continued", "sft_continued_compute"]
 
@@ -57,7 +59,8 @@ class GridConfig(Section):
     grid: list[dict[str, list[Any]]] = Field(min_length=1)
     """Axis -> values, or a list of such blocks whose cells add up. Axes: dataset, shots (numbers or all), k, objective
     (names, or mappings of the objective section), seed, start (sft or zero_shot: what the preference stage is trained
-    from), and any dotted key of the configuration."""
+    from), data.shots_skip (the stages after SFT learn from the shots after this many), and any dotted key of the
+    configuration outside data."""
     arms: list[Arm] = Field(default_factory=lambda: ["sft"])
     """Evaluated beside the cells: zero_shot (or untuned), the model before training; sft, after SFT; sft_continued,
     after as many more SFT steps as the preference stage has; sft_continued_compute, after as many as cost the same."""
@@ -109,6 +112,8 @@ class GridConfig(Section):
                     )
                 if key == "data.shots_seed":
                     raise UserError(f"{where}.{key}: cannot be set there; {OTHER_SHOTS}")
+                if key == SKIP:
+                    raise UserError(f"{where}.{key}: cannot be set there; write it as an axis of the grid")
         load_config(layers_of(self), settings_of(self))
         for number, block in enumerate(self.grid):
             where = "grid" if len(self.grid) == 1 else f"grid, block {number + 1}"
@@ -133,7 +138,7 @@ class GridConfig(Section):
             raise UserError(f"{where}: write it as the axis {short}")
         if axis == "data.shots_seed":
             raise UserError(f"{where}: {OTHER_SHOTS}")
-        if axis.split(".")[0] == "data":
+        if axis.split(".")[0] == "data" and axis != SKIP:
             raise UserError(f"{where}: decided when data is prepared; give a dataset for each value under datasets")
         if axis.split(".")[0] in NOT_TRAINING:
             raise UserError(f"{where}: does not change a trained model, so it is no axis; write it under settings")
@@ -141,8 +146,9 @@ class GridConfig(Section):
         if "." not in axis and axis not in keys:
             raise UserError(f"{where}: unknown axis; the nearest is {nearest(axis, [*AXES, *keys])}")
         for value in values:
+            needed = ["data.shots=1"] if axis == SKIP else []
             try:
-                load_config(layers_of(self), [*settings_of(self), override(axis, value)])
+                load_config(layers_of(self), [*settings_of(self), *needed, override(axis, value)])
             except UserError as error:
                 raise UserError(f"{where}: {last_line(error)}") from None
 

@@ -34,7 +34,7 @@ def data_lengths(config: RunConfig, kind: Kind) -> Lengths | None:
         tokenizer = load_tokenizer(source)
     except UserError:
         return None
-    data = PreparedData.load(config.data.path, config.data.shots, config.data.shots_seed)
+    data = PreparedData.for_training(config.data)
     template = enforce_template(source.stamp, config.template, config.model.path)
     job = Job(kind, config.model_copy(update={"template": template}), config.model.path, config.output_dir)
     encode = GroupTokenizer(

@@ -202,7 +202,7 @@ def data_groups(config: RunConfig, asked: int | None) -> int | None:
     """Number of training groups: ``asked``, else that of the prepared data; None where there is neither."""
     if asked is not None or config.data.path is None or not config.data.path.exists():
         return asked
-    return len(PreparedData.load(config.data.path, config.data.shots, config.data.shots_seed).train)
+    return len(PreparedData.for_training(config.data).train)
 
 
 def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int, kind: Kind) -> Plan:

@@ -269,7 +269,7 @@ class _Data:
 def _load_data(job: Job, policy: Policy, world_size: int) -> _Data:
     config, tokenizer = job.config, policy.tokenizer
     assert config.data.path is not None
-    prepared = PreparedData.load(config.data.path, config.data.shots, config.data.shots_seed)
+    prepared = PreparedData.for_training(config.data)
     template = make_template(config.template, tokenizer)
     if prepared.items is not None:
         check_titles(prepared.items["title"].tolist(), tokenizer)
