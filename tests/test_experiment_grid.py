@@ -129,6 +129,17 @@ def test_each_seed_draws_its_own_shots_if_asked():
     assert {part.config.data.shots_seed for part in starts} == {0, 3}
 
 
+def test_all_groups_are_asked_for_once(world):
+    data = {"datasets": {"a": str(world.data.path)}}
+    for shots, refused in ((len(world.data.train), True), (8, False)):
+        grid = grid_of({"shots": [shots, "all"], "k": [4], "dataset": "a"}, **data)
+        if refused:
+            with pytest.raises(UserError, match=rf"shots={shots} and shots=all, .* leave one of them out"):
+                make_parts(grid, expand(grid), {"a": world.data})
+        else:
+            assert make_parts(grid, expand(grid), {"a": world.data})
+
+
 def test_stages_after_sft_may_learn_from_groups_that_it_has_not_seen(world):
     block = {"shots": [8], "k": [4], "data.shots_skip": [0, 8], "dataset": "a"}
     data = {"datasets": {"a": str(world.data.path)}, "settings": {"train": {"steps": 4}}}

@@ -134,8 +134,10 @@ def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, P
         data: the datasets that exist already; the others have no fingerprint yet.
 
     Raises:
-        UserError: a dataset has fewer groups or negatives than a cell asks for.
+        UserError: a dataset has fewer groups or negatives than a cell asks for, or the grid has all its groups twice.
     """
+    for dataset in data:
+        _require_all_once([cell for cell in cells if cell.dataset == dataset], data[dataset])
     parts: dict[str, Part] = {}
     asked: set[str] = {*grid.arms}
     for cell in cells:
@@ -294,6 +296,16 @@ def _on_dataset(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mappi
     if Path(config.model.path).exists():
         changes["model"] = config.model.model_copy(update={"path": str(Path(config.model.path).absolute())})
     return config.model_copy(update=changes)
+
+
+def _require_all_once(cells: Sequence[GridCell], data: PreparedData) -> None:
+    """Raise UserError where a number of shots is that of all groups, beside cells with all: tables would mix them."""
+    shots = {cell.shots for cell in cells}
+    if {None, len(data.train)} <= shots:
+        raise UserError(
+            f"the grid has shots={len(data.train)} and shots={ALL_SHOTS}, but these are all training groups of "
+            f"{data.path}; leave one of them out"
+        )
 
 
 def _require_other_shots(cell: GridCell, start: Part) -> None:
