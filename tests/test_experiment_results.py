@@ -125,6 +125,23 @@ def test_the_fewest_negatives_are_those_of_all_seeds(found):
     assert set(gains["seeds"]) == {2}
 
 
+def test_objectives_are_compared_with_the_first_of_the_grid(found):
+    """The cells of K=3 as those of another objective at K=1: their differences are those over K."""
+    others = found["objective"].notna() & (found["k"] == 3)
+    named = found["objective"].mask(others, "sdpo")
+    cells = found.assign(objective=named, model=found["model"].mask(others, "sdpo"), k=found["k"].mask(others, 1))
+    key, figures_of = ["train_groups", "free", "metric"], ["value", "low", "high", "p", "seeds"]
+    gains = differences(cells, 100)
+    over_objectives = gains[gains["against"] == "dmpo"]
+    assert set(over_objectives["model"]) == {"sdpo"}
+    over_k = differences(found, 100)
+    over_k = over_k[over_k["against"] == "K=1"]
+    assert len(over_k) > 0
+    pd.testing.assert_frame_equal(
+        over_objectives.set_index(key)[figures_of].sort_index(), over_k.set_index(key)[figures_of].sort_index()
+    )
+
+
 def test_the_methods_sheet_tells_ready_rows_from_a_split_log(tmp_path):
     lines = [{"history": ["A", "B"], "ranked": [[f"C{n}"], ["D", "E", "F"][: 2 + n % 2]]} for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -21,6 +21,7 @@ from dmpo_dist.records.read import VALIDATION_METRICS, Run, read_run
 LAST_SHARE = 0.2
 """The final loss is the mean over the log lines in this last share of the steps."""
 FEWEST_K = "the fewest K"
+SAME_CELL = ("dataset", "seed", "train_groups", "free")
 BOOTSTRAP_SEED = 0
 """The default of `dmpo evaluate`, so that both give the same interval for the same models."""
 COUNTS = ("shots", "train_groups", "k")
@@ -127,18 +128,22 @@ def differences(found: pd.DataFrame, samples: int) -> pd.DataFrame:
     """Cells minus others on their own dataset, paired.
 
     The others are what a cell started from (zero-shot or untuned, and SFT), SFT continued at equal steps and at equal
-    compute, the same cell with the fewest negatives, and the baselines. A baseline has one fit for all seeds.
+    compute, the same cell with the fewest negatives, the same cell with the first objective of the grid, and the
+    baselines. A baseline has one fit for all seeds.
 
     Columns: ``POINT``, against (a model's name, or "K=1"), metric, value, low, high (95 % bootstrap over users and
     seeds, paired over both), p (two-sided, before any correction), seeds.
     """
     own = found[found["dataset"] == found["evaluated_on"]]
     baselines = list(dict.fromkeys(own[own["part"].isna()]["model"]))
+    cells = own[own["objective"].notna()]
+    first = cells.groupby("dataset")["model"].first()  # in the order of the grid
     rows = []
-    for key, group in own[own["objective"].notna()].groupby(POINT, dropna=False, sort=False):
+    for key, group in cells.groupby(POINT, dropna=False, sort=False):
         described = dict(zip(POINT, key, strict=True))
         rows_of_seeds = group.to_dict("records")
-        for against in (ZERO_SHOT, UNTUNED, "sft", *CONTINUED, FEWEST_K, *baselines):
+        objective = {first[described["dataset"]]} - {described["model"]}
+        for against in (ZERO_SHOT, UNTUNED, "sft", *CONTINUED, FEWEST_K, *objective, *baselines):
             if against == FEWEST_K:
                 found_others = _fewest_negatives(own, rows_of_seeds)
             else:
@@ -202,13 +207,16 @@ def _mean_losses(group: pd.DataFrame) -> dict[str, float]:
 def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str, Any] | None:
     """The row that a cell's model is compared with.
 
-    By ``name`` that is its SFT start or what this started from, the start continued by SFT on the cell's groups, or a
-    baseline, fitted on the whole log or on the cell's own groups. None where there is no such row.
+    By ``name`` that is its SFT start or what this started from, the start continued by SFT on the cell's groups, the
+    cell that has another objective and all else alike, or a baseline, fitted on the whole log or on the cell's own
+    groups. None where there is no such row.
     """
     if name in ("sft", ZERO_SHOT, UNTUNED):
         same = own[(own["model"] == name) & (own["part"] == f"{FOLDERS['start']}/{row['start']}")]
     elif name in CONTINUED:
         same = own[(own["model"] == name) & (own["part"] == row["continued"].get(name))]
+    elif name in set(own["objective"]):
+        same = _like(row, own[own["objective"] == name], ("k", *SAME_CELL))
     else:
         same = own[(own["model"] == name) & own["part"].isna() & (own["dataset"] == row["dataset"])]
         for column in ("train_groups", "seed"):  # a baseline may have one fit for all of either
@@ -220,12 +228,17 @@ def _fewest_negatives(own: pd.DataFrame, rows: Sequence[dict[str, Any]]) -> list
     """For each seed's row of a cell the same cell with the fewest negatives of which all these seeds have one."""
     by_k: list[dict[int, dict[str, Any]]] = []  # of each seed: K -> the cell
     for row in rows:
-        same = own[own["objective"].notna() & (own["k"] < row["k"])]
-        for column in ("model", "dataset", "seed", "train_groups", "free"):
-            same = same[same[column] == row[column]]
+        same = _like(row, own[own["objective"].notna() & (own["k"] < row["k"])], ("model", *SAME_CELL))
         by_k.append({other["k"]: other for other in same.to_dict("records")})
     fewest = min(set.intersection(*map(set, by_k)), default=None)
     return [None if fewest is None else others[fewest] for others in by_k]
+
+
+def _like(row: dict[str, Any], others: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Those of ``others`` that are equal to ``row`` in ``columns``."""
+    for column in columns:
+        others = others[others[column] == row[column]]
+    return others
 
 
 def notes(found: pd.DataFrame) -> list[str]:
