@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dmpo_dist.batching.plan import Schedule
 from dmpo_dist.batching.synthetic import random_groups
+from dmpo_dist.modeling.backbone import count_parameters
 from dmpo_dist.modeling.memory import held_bytes, peak_bytes, reset_peak, return_freed_memory, trim
 from dmpo_dist.planning.cases import SMALL, Case
 from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
@@ -20,7 +21,7 @@ from dmpo_dist.training.groups import Batches
 from dmpo_dist.training.job import Job
 from dmpo_dist.training.loop import Trainer
 from dmpo_dist.training.runtime import ProcessRuntime
-from dmpo_dist.training.worker import frozen_copy, load_module
+from dmpo_dist.training.worker import Policy, frozen_copy, load_module
 
 WARM_UP, MEASURED = 2, 1
 """Numbers of steps. In the warm-up the optimizer allocates its state and ZeRO-3 learns the order of the layers."""
@@ -49,10 +50,22 @@ def main(path: Path) -> None:
 
 def _run(case: Case, folder: Path, device: torch.device) -> dict[str, int]:
     """Train as ``dmpo train`` does, and reset the peak after the warm-up; returns numbers of parameters."""
-    config = case.run_config(str(folder))
-    job = Job("preference", config, str(folder), folder.parent)
+    trainer, policy = trainer_of_case(case, str(folder), device)
+    for index in range(WARM_UP + MEASURED):
+        if index == WARM_UP:
+            reset_peak(device)
+        trainer.train_step(index, *trainer.prepare(index))
+    counts = _counts(policy.module)
+    if case.name == SMALL.name:
+        trainer.engine.destroy()
+    return counts
+
+
+def trainer_of_case(case: Case, model: str, device: torch.device) -> tuple[Trainer, Policy]:
+    """What trains the model in the folder ``model`` on random groups as ``dmpo train`` does, on every rank."""
+    job = Job("preference", case.run_config(model), model, Path(model).parent)
     world = dist.get_world_size()
-    deepspeed = resolve_config(case.deepspeed, job.stage, case.dtype, world, 0)
+    deepspeed = resolve_config(job.config.deepspeed, job.stage, case.dtype, world, count_parameters(model))
     policy = load_module(job, device, deepspeed)
     engine = start_engine(policy.module, deepspeed)
     frozen = frozen_copy(job, policy.route, device, deepspeed) if policy.reference_mode == "model_copy" else engine
@@ -60,7 +73,7 @@ def _run(case: Case, folder: Path, device: torch.device) -> dict[str, int]:
     schedule = Schedule(len(groups), case.global_batch_size, 0)
     trainer = Trainer(
         job=job,
-        runtime=ProcessRuntime(folder.parent, 1, lambda record: None),
+        runtime=ProcessRuntime(job.output, 1, lambda record: None),
         device=device,
         engine=engine,
         tokenizer=policy.tokenizer,
@@ -69,14 +82,7 @@ def _run(case: Case, folder: Path, device: torch.device) -> dict[str, int]:
         batches=Batches(groups, schedule, case.negatives, world, case.budget, shared=True),
         validation=[],
     )
-    for index in range(WARM_UP + MEASURED):
-        if index == WARM_UP:
-            reset_peak(device)
-        trainer.train_step(index, *trainer.prepare(index))
-    counts = _counts(policy.module)
-    if case.name == SMALL.name:
-        engine.destroy()
-    return counts
+    return trainer, policy
 
 
 def _counts(module: Any) -> dict[str, int]:

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import Any
 
@@ -69,29 +69,38 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(description: str, sizes: list[int]) -> argparse.ArgumentParser:
+    """The command line of a script that measures rows of several ``sizes``, in groups."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the script on a small model"
     )
-    parser.add_argument("--groups", type=int, nargs="+", default=[8, 16, 24, 32, 40], help="groups in a row")
+    parser.add_argument("--groups", type=int, nargs="+", default=sizes, help="groups in a row")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--json", help="also write the result to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", help="also write the result to this file, after every measurement")
+    return parser
+
+
+def run(arguments: argparse.Namespace, measured: Callable[[ModelSpec, float], Iterable[dict[str, Any]]]) -> None:
+    """Print what is ``measured`` of Llama-3-8B's shape, given the peak FLOPs per second, each row as it comes."""
     cuda = arguments.device == "cuda"
     config = LLAMA3_8B if cuda else {**BENCH_MODEL, "vocab_size": 512}
     dtype = "bfloat16" if cuda else "float32"
     peak = measure_peak(arguments.device, dtype)
-    result = {"torch": torch.__version__, "peak": peak, "compiled": not arguments.eager, "rows": []}
-    for row in measure(
-        ModelSpec(config, arguments.device, dtype, not arguments.eager), arguments.groups, peak["value"]
-    ):
+    spec = ModelSpec(config, arguments.device, dtype, not arguments.eager)
+    result = {"torch": torch.__version__, "peak": peak, "compiled": spec.compiled, "rows": []}
+    for row in measured(spec, peak["value"]):
         result["rows"].append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
         if arguments.json:
             with open(arguments.json, "w", encoding="utf-8") as file:
                 json.dump(result, file, indent=2)
     print(json.dumps(result, indent=2))
+
+
+def main() -> None:
+    arguments = options(__doc__.splitlines()[0], [8, 16, 24, 32, 40]).parse_args()
+    run(arguments, lambda spec, peak: measure(spec, arguments.groups, peak))
 
 
 if __name__ == "__main__":

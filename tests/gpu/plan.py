@@ -44,23 +44,16 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dmpo_dist
-from dmpo_dist.batching.plan import Schedule
-from dmpo_dist.batching.synthetic import random_groups
 from dmpo_dist.bench.step import watched_phases
 from dmpo_dist.config import RunConfig
 from dmpo_dist.modeling import memory
-from dmpo_dist.modeling.backbone import count_parameters
 from dmpo_dist.planning.cases import Case
 from dmpo_dist.planning.flops import shared_work, step_flops
 from dmpo_dist.planning.gpus import find_gpu
+from dmpo_dist.planning.measure import trainer_of_case
 from dmpo_dist.planning.memory import peak_bytes
 from dmpo_dist.planning.plan import Cluster, Lengths, Plan, changed, make_plan
-from dmpo_dist.training.engine import resolve_config, start_engine, start_process_group
-from dmpo_dist.training.groups import Batches
-from dmpo_dist.training.job import Job
-from dmpo_dist.training.loop import Trainer
-from dmpo_dist.training.runtime import ProcessRuntime
-from dmpo_dist.training.worker import frozen_copy, load_module
+from dmpo_dist.training.engine import start_process_group
 
 MIB = 2**20
 # The package of DeepSpeed configurations lies beside dmpo_dist in a checkout, and within it once that is installed.
@@ -161,7 +154,7 @@ def _measured(case: GpuCase, model: str, device: torch.device, times: bool) -> d
     memory.trim()
     base, started = memory.held_bytes(device), time.perf_counter()
     memory.reset_peak(device)
-    trainer, route = _trainer(case, model, device)
+    trainer, policy = trainer_of_case(case, model, device)
     ready, loading = time.perf_counter(), memory.peak_bytes(device)
     prepared = [trainer.prepare(index) for index in range(case.warm_up + case.timed)]
     for index in range(case.warm_up):
@@ -174,7 +167,7 @@ def _measured(case: GpuCase, model: str, device: torch.device, times: bool) -> d
         trainer.train_step(index, *prepared[index])
         seconds.append(trainer.watch.lap()[0])
     result = {
-        "route": route,
+        "route": policy.route.backend,
         "base": base,
         "peak": memory.peak_bytes(device) - base,
         "loading": loading - base,
@@ -190,29 +183,6 @@ def _measured(case: GpuCase, model: str, device: torch.device, times: bool) -> d
         result |= {"device": torch.cuda.get_device_name(device), "outside": outside, "reserved": reserved}
     phases = watched_phases(trainer, case.warm_up + case.timed, 1) if times else None
     return result | {"phases_ms": phases}
-
-
-def _trainer(case: GpuCase, model: str, device: torch.device) -> tuple[Trainer, str]:
-    """What trains ``case`` as ``dmpo train`` does, on random groups, and its attention backend."""
-    job = Job("preference", case.run_config(model), model, Path(model).parent)
-    deepspeed = resolve_config(job.config.deepspeed, job.stage, case.dtype, 1, count_parameters(model))
-    policy = load_module(job, device, deepspeed)
-    engine = start_engine(policy.module, deepspeed)
-    frozen = frozen_copy(job, policy.route, device, deepspeed) if policy.reference_mode == "model_copy" else engine
-    groups = random_groups(case.global_batch_size, case.prompt, case.response, case.negatives, case.vocab)
-    schedule = Schedule(len(groups), case.global_batch_size, 0)
-    trainer = Trainer(
-        job=job,
-        runtime=ProcessRuntime(job.output, 1, lambda record: None),
-        device=device,
-        engine=engine,
-        tokenizer=policy.tokenizer,
-        loss=job.loss,
-        reference=lambda layout, groups, epoch: frozen(layout, "reference"),
-        batches=Batches(groups, schedule, case.negatives, 1, case.budget, shared=True),
-        validation=[],
-    )
-    return trainer, policy.route.backend
 
 
 def write_models(cases: Sequence[Case], folder: Path, weights: bool) -> dict[str, Path]:

@@ -11,10 +11,7 @@ the log-probs of ours. ``prefix_grouper`` runs uncompiled, as verl runs it; ``pr
 layers compiled as ours are.
 """
 
-import argparse
 import gc
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from mfu import LLAMA3_8B, NEGATIVES, PROMPT, RESPONSE
+from mfu import NEGATIVES, PROMPT, RESPONSE, options, run
 from prefix_grouper import AttentionForward, PrefixGrouper
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,7 +32,6 @@ from transformers import AttentionInterface
 
 from dmpo_dist.batching.synthetic import random_groups
 from dmpo_dist.bench.implementations import (
-    BENCH_MODEL,
     LORA_RANK,
     LayoutImplementation,
     ModelSpec,
@@ -44,7 +40,7 @@ from dmpo_dist.bench.implementations import (
     make_lora,
     make_optimizer,
 )
-from dmpo_dist.bench.timing import measure_peak, timed
+from dmpo_dist.bench.timing import timed
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.modeling.compile import compile_layers
 from dmpo_dist.modeling.heads import backbone_of, output_head
@@ -320,28 +316,10 @@ def _free(device: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the script on a small model"
-    )
-    parser.add_argument("--groups", type=int, nargs="+", default=[8, 16, 24], help="groups in a step, all in one batch")
+    parser = options(__doc__.splitlines()[0], [8, 16, 24])  # a step of so many groups, all in one batch
     parser.add_argument("--steps", type=int, default=3, help="timed steps, whose median counts")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--json", help="also write the result to this file, after every measurement")
     arguments = parser.parse_args()
-    cuda = arguments.device == "cuda"
-    config = LLAMA3_8B if cuda else {**BENCH_MODEL, "vocab_size": 512}
-    dtype = "bfloat16" if cuda else "float32"
-    peak = measure_peak(arguments.device, dtype)
-    spec = ModelSpec(config, arguments.device, dtype, not arguments.eager)
-    result = {"torch": torch.__version__, "peak": peak, "compiled": spec.compiled, "rows": []}
-    for row in compare(spec, arguments.groups, arguments.steps, peak["value"]):
-        result["rows"].append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        if arguments.json:
-            with open(arguments.json, "w", encoding="utf-8") as file:
-                json.dump(result, file, indent=2)
-    print(json.dumps(result, indent=2))
+    run(arguments, lambda spec, peak: compare(spec, arguments.groups, arguments.steps, peak))
 
 
 if __name__ == "__main__":
