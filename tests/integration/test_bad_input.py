@@ -6,9 +6,7 @@ process; the three that only a worker can find start a real rank, as torchrun do
 
 import hashlib
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from processes import as_rank
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -346,14 +345,10 @@ IN_A_WORKER = {
 
 @pytest.mark.parametrize(("arguments", "words"), IN_A_WORKER.values(), ids=IN_A_WORKER.keys())
 def test_refused_by_a_worker(mistakes, tmp_path, arguments, words):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    rank["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "error.json")
+    rank = as_rank() | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
     done = subprocess.run(
         [sys.executable, "-m", "dmpo_dist", *arguments.format(bad=mistakes, out=tmp_path).split()],
-        env=os.environ | rank | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
+        env=rank, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.stderr.startswith("error: "), done.stderr
     check_refused(done.returncode, done.stderr, words, {"out": tmp_path})

@@ -3,15 +3,11 @@
 Ranks end by SIGKILL where a process ends, and by an exception between two jobs of a process, after a checkpoint.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file
 
 from dmpo_dist.config import LoraConfig, RunConfig
@@ -43,27 +39,6 @@ def job(project: Path, name: str, deepspeed: str, lora: bool, stop: int | None =
     RunConfig.model_validate(config)
     output = str(project / "runs" / name)
     return {"kind": "preference", "start": str(project / "model"), "output": output, "config": config, "stop": stop}
-
-
-def run_ranks(project: Path, jobs: list[dict], ranks: int) -> None:
-    """Run ``jobs`` one after the other in ``ranks`` processes; the last one's ``kill`` says how they end."""
-    file = project / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(Path(__file__).with_name("run_jobs.py")), str(file)]
-    logs = [project / f"rank{r}.log" for r in range(ranks)]
-    processes = [
-        subprocess.Popen(
-            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log.open("w"), stderr=subprocess.STDOUT
-        )
-        for r, log in enumerate(logs)
-    ]
-    for process, log in zip(processes, logs, strict=True):
-        assert process.wait(timeout=500) == (-9 if jobs[-1].get("kill") else 0), log.read_text()[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +78,7 @@ def run_all(world, folder: Path, ways: list[str]) -> Path:
             if jobs:
                 if part < 2:
                     jobs[-1] |= {"kill": jobs[-1]["stop"] is not None}
-                run_ranks(folder, jobs, ranks)
+                run_ranks(folder, jobs, ranks, status=-9 if jobs[-1].get("kill") else 0)
     return folder
 
 

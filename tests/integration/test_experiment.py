@@ -1,8 +1,6 @@
 """The real command on a tiny grid: killed in its second cell, gone on with, grown, and with a cell that diverges."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 from matplotlib.image import imread
+from processes import as_rank
 
 from dmpo_dist.cli import main
 from dmpo_dist.commands.scored_parts import PARTS
@@ -28,15 +27,9 @@ DIVERGES = {"k": 1, "train.learning_rate": [1e30]}
 
 def start(folder: Path, log: str, *options: str) -> subprocess.Popen:
     """The command in one process, as torchrun starts it, on grid.yaml."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "dmpo_dist", "experiment", "grid.yaml", *options]
     with (folder / log).open("w") as file:
-        return subprocess.Popen(
-            command, cwd=folder, env=os.environ | rank | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(command, cwd=folder, env=as_rank(), stdout=file, stderr=subprocess.STDOUT)
 
 
 def kill_after_a_checkpoint(process: subprocess.Popen, checkpoints: Path) -> None:

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from test_training_invariance import job, largest_difference, project, run_ranks, sft_job, weights  # noqa: F401
+from processes import run_ranks
+from test_training_invariance import job, largest_difference, project, sft_job, weights  # noqa: F401
 
 pytestmark = pytest.mark.integration
 

@@ -1,13 +1,10 @@
 """A stage that only does harm, on two real ranks: its result is its start, bit for bit, however that is held."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file
 
 from dmpo_dist.config import DataConfig, LoraConfig, ScratchModel
@@ -18,15 +15,6 @@ pytestmark = pytest.mark.integration
 
 TEMPLATE = {"item": "{title}{end}", "preamble": "", "request": ""}
 LORA = LoraConfig(r=4, alpha=8).model_dump()
-
-
-def start_ranks(jobs: Path, port: int) -> None:
-    ranks = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(Path(__file__).with_name("run_jobs.py")), str(jobs)]
-        ranks.append(subprocess.Popen(command, env=os.environ | place | {"OMP_NUM_THREADS": "1"}))
-    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
 
 
 def test_a_harmful_stage_gives_back_its_start(tmp_path):
@@ -53,8 +41,7 @@ def test_a_harmful_stage_gives_back_its_start(tmp_path):
         job("full", "preference", "good/model", "zero3", 4, 0.5),
         job("adapter", "preference", "good/model", "zero3", 4, 5.0, LORA),
     ]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    start_ranks(tmp_path / "jobs.json", 29631)
+    run_ranks(tmp_path, jobs, 2)
     good = load_file(tmp_path / "good/model/model.safetensors")
     full = load_file(tmp_path / "full/model/model.safetensors")
     assert full.keys() == good.keys()

@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,21 +16,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import free_ports
 
 ROOT = Path(__file__).parents[2]
 
 pytest.importorskip("aiohttp_cors", reason="the Jobs API needs ray[default]: pip install -e .[submit]")
 pytestmark = pytest.mark.integration
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,11 @@ with one full row per response.
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file
 from torch.nn.functional import softplus
 from worlds import prepared
@@ -121,28 +118,6 @@ def leveled_job(project: Path, name: str, deepspeed: str, **sections) -> dict:
     return job(
         project, name, deepspeed, data={"path": str(project / "leveled")}, train=train, objective=objective, **sections
     )
-
-
-def run_ranks(project: Path, jobs: list[dict], ranks: int) -> None:
-    """Run ``jobs`` one after the other in ``ranks`` processes."""
-    file = project / f"jobs{ranks}.json"
-    file.write_text(json.dumps(jobs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(Path(__file__).with_name("run_jobs.py")), str(file)]
-    logs = [project / f"rank{r}of{ranks}.log" for r in range(ranks)]  # files: a full pipe would stop a rank
-    processes = [
-        subprocess.Popen(
-            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log.open("w"), stderr=subprocess.STDOUT
-        )
-        for r, log in enumerate(logs)
-    ]
-    for process, log in zip(processes, logs, strict=True):
-        process.wait(timeout=400)
-        assert process.returncode == 0, log.read_text()[-4000:]
 
 
 @pytest.fixture(scope="module")
