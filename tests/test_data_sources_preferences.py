@@ -155,6 +155,21 @@ def test_bad_rows(tmp_path: Path, bad: object, message: str) -> None:
         load_preferences(path, seed=0)
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "train-2.jsonl", "test.json", "notes.txt"):
+        (tmp_path / name).write_text(json.dumps(row()))
+    (tmp_path / "test.json").write_text(json.dumps([row()]))
+    found = load_preferences(tmp_path, seed=0)
+    assert [note for note in found.notes if note.startswith("Not read")] == [
+        "Not read: train-2.jsonl; rows are read from files named train, validation, test."
+    ]
+    for name in ("valid.jsonl", "dev.parquet"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=rf"{name}: rows of that split are read from validation\.\w+; rename"):
+            load_preferences(tmp_path, seed=0)
+        (tmp_path / name).unlink()
+
+
 def test_bad_files(tmp_path: Path) -> None:
     def load(name: str, text: str) -> None:
         (tmp_path / name).write_text(text)

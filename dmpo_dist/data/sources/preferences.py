@@ -12,7 +12,7 @@ import numpy as np
 
 from dmpo_dist.data.sources.conversations import as_text, is_conversation, prompt_text
 from dmpo_dist.data.sources.ranked import history_of, ranked_of
-from dmpo_dist.data.sources.rowfiles import read_rows, shorten, split_files
+from dmpo_dist.data.sources.rowfiles import read_rows, row_files, shorten, split_files
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.titles import ENTITY
 from dmpo_dist.errors import UserError
@@ -117,9 +117,12 @@ def load_preferences(path: Path | None, seed: int, parse: Parser | None = None) 
         return Preferences(_evaluable(splits, notes), path.stem, notes)
     splits: dict[str, list[PreferenceRow]] = {split: [] for split in SPLITS}
     notes = []
-    for split, file in split_files(path).items():
+    files = split_files(path)
+    for split, file in files.items():
         splits[split], file_notes = read_groups(file, parse)
         notes += [f"{file.name}: {note}" for note in file_notes]
+    if unread := [file.name for file in row_files(path) if file not in files.values()]:
+        notes.append(f"Not read: {', '.join(unread)}; rows are read from files named {', '.join(SPLITS)}.")
     return Preferences(_evaluable(splits, notes), path.resolve().name, notes)
 
 

@@ -14,6 +14,14 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parse_json, parsing, require_plain
 
 EXTENSIONS = (".jsonl", ".json", ".parquet")
+OTHER_NAMES = {
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "eval": "validation",
+}
+"""What others call a split -> our name."""
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
@@ -51,8 +59,11 @@ def split_files(folder: Path) -> dict[str, Path]:
     """The files named train, validation and test in ``folder``; the last two may be missing.
 
     Raises:
-        UserError: no training file, or two of one split.
+        UserError: no training file, two of one split, or one that has another name for a split.
     """
+    for file in row_files(folder):
+        if name := OTHER_NAMES.get(file.stem):
+            raise UserError(f"{file}: rows of that split are read from {name}{file.suffix}; rename the file")
     files = {}
     for split in SPLITS:
         found = [folder / f"{split}{ext}" for ext in EXTENSIONS if (folder / f"{split}{ext}").is_file()]
@@ -64,6 +75,11 @@ def split_files(folder: Path) -> dict[str, Path]:
         wanted = ", ".join(f"train{ext}" for ext in EXTENSIONS)
         raise UserError(f"{folder}: no training rows; looked for {wanted} (and validation, test beside it)")
     return files
+
+
+def row_files(folder: Path) -> list[Path]:
+    """The files in ``folder`` that have a format of rows, by name."""
+    return sorted(file for file in folder.iterdir() if file.suffix in EXTENSIONS and file.is_file())
 
 
 def shorten(value: Any) -> str:
