@@ -25,6 +25,7 @@ from dmpo_dist.experiment.results import differences, evaluations, figures, poin
 from dmpo_dist.experiment.rules import rules_rows
 from dmpo_dist.experiment.schema import GridConfig
 from dmpo_dist.experiment.stamps import begin, evaluation_folder, model_settings, stamp
+from dmpo_dist.figures.study import step_drawings
 
 AXES = {"shots": [8, "all"], "k": [1, 3], "seed": [0, 1], "objective.beta": [0.5, 2.0],
         "sft.learning_rate": [1e-3, 1e-4]}  # fmt: skip
@@ -49,6 +50,7 @@ def study(tmp_path_factory):
         (part.run / "config.yaml").write_text(dump_config(part.config))
         lines = [{"kind": "start", "steps": 40}]
         lines += [{"kind": "train", "step": s, "loss": s / 10, "preference_loss": 1 / s} for s in (1, 10, 20, 30, 40)]
+        lines += [{"kind": "validation", "step": s, "hr@1": (s + part.cell.seed) / 50} for s in (0, 20, 40)]
         (part.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         rng = np.random.default_rng(number)
         for name in part.evaluate_on:
@@ -198,9 +200,12 @@ def test_the_report_draws_what_the_grid_has_and_names_what_is_missing(study):
     text = (grid.output_dir / "experiment.md").read_text()
     assert f"{len(parts) - 1} of {len(parts)} models" in text
     assert "- cells/x: the loss became nan" in text
-    for name in ("few_shot.png", "k_sweep.png", "cross_domain.png"):
+    for name in ("few_shot.png", "k_sweep.png", "steps.png", "cross_domain.png"):
         assert f"]({name})" in text
         assert imread(grid.output_dir / name).std() > 0.05
+    drawings = step_drawings(pd.read_parquet(grid.output_dir / "curves.parquet"))
+    assert any("dmpo, K=3, objective.beta=0.5" in drawing.alt for drawing in drawings)
+    assert all("0.010 at 0, 0.410 at 20, 0.810 at 40" in drawing.alt for drawing in drawings if "a, " in drawing.title)
     rows = pd.read_parquet(grid.output_dir / "experiment.parquet")
     assert parts[-1].title not in set(rows["part"])
     stamp(parts[-1])

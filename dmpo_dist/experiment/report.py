@@ -21,15 +21,18 @@ from dmpo_dist.figures.study import (
     FEW_SHOT_FILE,
     K_SWEEP_FILE,
     MATRIX_FILE,
+    STEPS_FILE,
     draw_few_shot,
     draw_k_sweep,
     draw_matrix,
+    draw_steps,
 )
 from dmpo_dist.report.records import DIFFERENCES_FILE, MEANS_FILE, Summary
 from dmpo_dist.report.study_headline import summary_sentences
 from dmpo_dist.tables import Table, markdown, texts
 from dmpo_dist.verdicts import judge, rule
 
+CURVES_FILE = "curves.parquet"
 SHOWN = ("hr@1", "ndcg@10", "auc")
 FIRST_COLUMNS = ("dataset", "model", "axes", "K", "groups", "seeds", "trained on", "evaluated on")
 IN_THE_ROW = ("sft", *CONTINUED)
@@ -37,16 +40,23 @@ IN_THE_ROW = ("sft", *CONTINUED)
 PICTURES = {
     FEW_SHOT_FILE: (
         draw_few_shot,
+        MEANS_FILE,
         "Few-shot curves: means over seeds, bars 95 % over users and seeds, small points single seeds.",
     ),
     K_SWEEP_FILE: (
         draw_k_sweep,
+        MEANS_FILE,
         "Accuracy, preference loss and how far it fell over the number of negatives; before training S-DPO's loss is "
         "log(1 + K), the others' log 2.",
     ),
-    MATRIX_FILE: (draw_matrix, "Trained on one dataset, evaluated on another."),
+    STEPS_FILE: (
+        draw_steps,
+        CURVES_FILE,
+        "HR@1 on the validation requests by step: means over seeds, thin lines single seeds.",
+    ),
+    MATRIX_FILE: (draw_matrix, MEANS_FILE, "Trained on one dataset, evaluated on another."),
 }
-"""File -> the function that draws it, and its caption."""
+"""File -> the function that draws it, the file whose table it draws, and its caption."""
 
 
 def write_report(
@@ -59,14 +69,16 @@ def write_report(
     output, samples = grid.output_dir, parts[0].config.evaluation.bootstrap_samples
     found = evaluations(parts, data, output)
     _write(figures(found), output / "experiment.parquet")
-    _write(curves(parts, data), output / "curves.parquet")
+    logged = curves(parts, data)
+    _write(logged, output / CURVES_FILE)
     means, gains = points(found, samples), judged(differences(found, samples))
     _write(means.drop(columns="values"), output / MEANS_FILE)
     _write(gains.drop(columns="clear"), output / DIFFERENCES_FILE)
     drawn = []
-    for name, (draw, caption) in PICTURES.items():
+    tables = {MEANS_FILE: means, CURVES_FILE: logged}
+    for name, (draw, table, caption) in PICTURES.items():
         (output / name).unlink(missing_ok=True)  # an earlier grid may have had it where this one has not
-        if draw(means, output / name):
+        if draw(tables[table], output / name):
             drawn.append(f"![{caption}]({name})\n\n{caption}")
     lines = [
         *_head(grid, parts, data, failed, notes(found)),

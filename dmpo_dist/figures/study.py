@@ -1,9 +1,10 @@
-"""The figures of an experiment: few-shot curves, the sweep over K, the cross-domain matrix.
+"""The figures of an experiment: few-shot curves, the sweep over K, accuracy by step, the cross-domain matrix.
 
-All take *points*, a table with a row for each trained model and metric. Its columns are dataset, evaluated_on,
-train_groups, k, model, free (values of further axes of the grid), metric, value, low, high, values (one for each seed),
-first_preference_loss and final_preference_loss, and loss_low and loss_high where several seeds have a loss. k and the
-losses are missing for models that were trained without negatives, train_groups for baselines.
+Accuracy by step is drawn of what training logged. All others take *points*, a table with a row for each trained model
+and metric. Its columns are dataset, evaluated_on, train_groups, k, model, free (values of further axes of the grid),
+metric, value, low, high, values (one for each seed), first_preference_loss and final_preference_loss, and loss_low and
+loss_high where several seeds have a loss. k and the losses are missing for models that were trained without negatives,
+train_groups for baselines.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from dmpo_dist.figures.style import GREY, Drawing, Look, hover, log_ticks, save_
 from dmpo_dist.formats import interval, metric_name
 
 FEW_SHOT_FILE, K_SWEEP_FILE, MATRIX_FILE = "few_shot.png", "k_sweep.png", "cross_domain.png"
+STEPS_FILE = "steps.png"
+CONTINUED = "sft_continued"
 MAIN_METRIC, SWEEP_METRIC = "ndcg@10", "hr@1"
 LEVELS = {
     "sft": ("SFT", "--"),
@@ -61,6 +64,18 @@ def draw_matrix(points: pd.DataFrame, output: Path) -> bool:
         note = f"; a random order has {chance.mean():.3f}" if len(chance) else ""
         heading = f"{metric_name(MAIN_METRIC)}, mean over seeds [95 % over users and seeds]{note}"
         save_grid(drawings, output, columns=2 if len(drawings) == 4 else min(3, len(drawings)), heading=heading)
+    return bool(drawings)
+
+
+def draw_steps(logged: pd.DataFrame, output: Path) -> bool:
+    """Draw HR@1 on validation by step; False where no cell was validated at least three times.
+
+    Args:
+        logged: a row for each value of a metric that a trained model logged: ``curves.parquet``.
+    """
+    drawings = step_drawings(logged)
+    if drawings:
+        save_grid(drawings, output, columns=min(3, len(drawings)))
     return bool(drawings)
 
 
@@ -130,6 +145,31 @@ def sweep_drawings(points: pd.DataFrame, note: str = "") -> list[Drawing]:
     return drawings
 
 
+def step_drawings(logged: pd.DataFrame) -> list[Drawing]:
+    """HR@1 on validation by step of the preference stage and of SFT continued, for each dataset and number of groups.
+
+    Steps that not all seeds of a model validated at are left out.
+    """
+    rows = logged[(logged["series"] == "validation") & (logged["metric"] == SWEEP_METRIC)]
+    rows = rows[rows["objective"].notna() | rows["part"].str.startswith(f"{CONTINUED}/")]
+    rows = rows.assign(model=rows["objective"].fillna(CONTINUED))
+    drawings = []
+    for (dataset, groups), of_dataset in rows.groupby(["dataset", "train_groups"], sort=False):
+        several_k = of_dataset["k"].nunique() > 1
+        curves: dict[str, pd.DataFrame] = {}
+        for (model, k, free), of_model in of_dataset.groupby(["model", "k", "free"], sort=False, dropna=False):
+            by_seed = of_model.pivot(index="step", columns="seed", values="value").dropna()
+            curve = pd.DataFrame({"step": by_seed.index, "value": by_seed.mean(axis=1).to_numpy()})
+            curve["values"] = by_seed.to_numpy().tolist()
+            if len(curve) >= LEAST:
+                curves[_label(model, k if several_k and pd.notna(k) else None, free)] = curve
+        if any(not label.startswith(CONTINUED) for label in curves):
+            title = f"{dataset}, {groups:g} training groups: {metric_name(SWEEP_METRIC)} on validation by step"
+            alt = _alt(title, curves, "step", "value")
+            drawings.append(Drawing(title, alt, partial(_draw_steps, curves=curves), 2.8))
+    return drawings[:MOST_PANELS]
+
+
 def matrix_drawings(points: pd.DataFrame) -> list[Drawing]:
     """NDCG@10 by data trained on (rows) and evaluated on (columns), for each model that was evaluated on other data.
 
@@ -191,6 +231,20 @@ def _draw_fall(axes: Axes, curves: Curves) -> None:
         axes.plot(shift * curve["k"].astype(float), curve["fall"], label=label, **drawn)
     axes.axhline(0, color=GREY, linewidth=0.8)
     _finish_k(axes, curves)
+
+
+def _draw_steps(axes: Axes, curves: Curves) -> None:
+    """Draw means over seeds, and each seed as a thin line."""
+    for label, look in model_looks(curves).items():
+        curve = curves[label]
+        axes.plot(
+            curve["step"], curve["value"], color=look.colour, marker=look.marker, linestyle=look.dash, markersize=4,
+            label=label, zorder=3,
+        )  # fmt: skip
+        seeds = np.array(curve["values"].tolist())
+        if seeds.shape[1] > 1:
+            axes.plot(curve["step"], seeds, color=look.colour, linewidth=0.5, alpha=0.5)
+    axes.set_xlabel("step")
 
 
 def _draw_curves(axes: Axes, curves: Curves, x: str) -> None:
