@@ -111,6 +111,9 @@ def test_a_start_that_no_arm_and_no_cell_needs_is_not_trained(world, tmp_path):
     assert [part.role for part in parts_of(["zero_shot", "sft"], [])].count("start") == 1
     with_start = parts_of(["zero_shot"], ["sft"])
     assert [part.settings for part in alone] == [part.settings for part in with_start[1:]], "the same models"
+    few, many = parts_of(["zero_shot"], ["zero_shot"])  # the model before training is measured once, with a cell
+    assert (few.measured, list(many.measured)) == ({"untuned": world.model, "dmpo": few.model}, ["dmpo"])
+    assert few.others == many.others == {"zero_shot": few.title}
     # What these cells are trained from is probed and named whether there is a start or not.
     assert [folder for _, folder in _probed(alone, tmp_path)] == [folder for _, folder in _probed(with_start, tmp_path)]
     assert environment_lines(alone) == environment_lines(with_start) != []
@@ -149,7 +152,7 @@ def test_stages_after_sft_may_learn_from_groups_that_it_has_not_seen(world):
     assert taken == {"start": [0], "continued": [0, 8], "compute": [0, 8], "cell": [0, 8]}
     assert len({part.settings_hash for part in parts}) == len(parts) == 7
     for cell in (part for part in parts if part.role == "cell"):
-        (equal,) = (p for p in parts if p.title == cell.continued["sft_continued"])
+        (equal,) = (p for p in parts if p.title == cell.others["sft_continued"])
         assert equal.config.data == cell.config.data, "compared with SFT continued on the same groups"
     for skip, more in ((5, {}), (8, {"sft_shots": "all"})):
         grid = grid_of(block | {"data.shots_skip": [skip]}, **data, **more)
@@ -171,7 +174,7 @@ def test_sft_continued_at_equal_compute_has_as_many_steps_as_a_cells_flops_pay_f
     assert [part.distinct for part in (few, many)] == [f"steps={part.config.sft.steps}" for part in (few, many)]
     for cell in by_role["cell"]:
         equal = few if cell.cell.k == 1 else many
-        assert cell.continued == {
+        assert cell.others == {
             "sft_continued": by_role["continued"][0].title, "sft_continued_compute": equal.title
         }  # fmt: skip
         assert equal.measured == {"sft_continued_compute": equal.model}
@@ -222,7 +225,7 @@ def test_sft_continued_is_shared_by_cells_that_differ_in_what_it_knows_nothing_o
     continued = [part for part in parts if part.role == "continued"]
     assert [part.config.sft.learning_rate for part in continued] == [1e-4, 1e-3]
     assert [dict(part.free) for part in continued] == [{"train.learning_rate": rate} for rate in (1e-4, 1e-3)]
-    of_cell = {(dict(p.free)["train.learning_rate"], p.continued["sft_continued"]) for p in parts if p.role == "cell"}
+    of_cell = {(dict(p.free)["train.learning_rate"], p.others["sft_continued"]) for p in parts if p.role == "cell"}
     assert of_cell == {(part.config.sft.learning_rate, part.title) for part in continued}
 
 

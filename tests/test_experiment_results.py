@@ -31,19 +31,8 @@ AXES = {"shots": [8, "all"], "k": [1, 3], "seed": [0, 1], "objective.beta": [0.5
         "sft.learning_rate": [1e-3, 1e-4]}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """A finished experiment whose models score at random, the cells' the better the larger K."""
-    root = tmp_path_factory.mktemp("study")
-    data = {name: prepared(root / name, seed, evaluation_negatives=4) for seed, name in enumerate("ab")}
-    datasets = {name: str(root / name) for name in data}
-    grid = GridConfig.model_validate(
-        {"output_dir": root / "study", "datasets": datasets, "evaluate_on": "all", "arms": ["sft", "sft_continued"],
-         "grid": [{**AXES, "dataset": "a"}, {"dataset": "b", "k": 1},
-                  {"dataset": "b", "k": 1, "train.learning_rate": 1e-3}],
-         "settings": {"evaluation": {"bootstrap_samples": 100}}}
-    )  # fmt: skip
-    parts = make_parts(grid, expand(grid), data)
+def finish(parts, data) -> None:
+    """Make ``parts`` finished, with models that score at random, the cells' the better the larger K."""
     for number, part in enumerate(parts):
         begin(part)
         part.model.mkdir(parents=True)
@@ -62,6 +51,22 @@ def study(tmp_path_factory):
             evaluation.settings = model_settings(part.config)
             write_evaluation(evaluation_folder(part, name), evaluation, scores, rows)
         stamp(part)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A finished experiment."""
+    root = tmp_path_factory.mktemp("study")
+    data = {name: prepared(root / name, seed, evaluation_negatives=4) for seed, name in enumerate("ab")}
+    datasets = {name: str(root / name) for name in data}
+    grid = GridConfig.model_validate(
+        {"output_dir": root / "study", "datasets": datasets, "evaluate_on": "all", "arms": ["sft", "sft_continued"],
+         "grid": [{**AXES, "dataset": "a"}, {"dataset": "b", "k": 1},
+                  {"dataset": "b", "k": 1, "train.learning_rate": 1e-3}],
+         "settings": {"evaluation": {"bootstrap_samples": 100}}}
+    )  # fmt: skip
+    parts = make_parts(grid, expand(grid), data)
+    finish(parts, data)
     return grid, parts, data
 
 
@@ -125,6 +130,31 @@ def test_the_fewest_negatives_are_those_of_all_seeds(found):
     gains = gains[gains["against"].str.startswith("K=") & (gains["k"] == 3)]
     assert set(gains["against"]) == {"K=2"}
     assert set(gains["seeds"]) == {2}
+
+
+def test_cells_without_a_start_are_compared_with_the_model_before_training(tmp_path):
+    data = {"a": prepared(tmp_path / "a", 0, evaluation_negatives=4)}
+    grid = GridConfig.model_validate(
+        {"output_dir": tmp_path / "study", "datasets": {"a": str(tmp_path / "a")}, "arms": ["zero_shot"],
+         "grid": {"start": "zero_shot", "k": [1, 3], "seed": [0, 1]},
+         "settings": {"evaluation": {"bootstrap_samples": 100}}}
+    )  # fmt: skip
+    parts = make_parts(grid, expand(grid), data)
+    assert {part.role for part in parts} == {"cell"}
+    finish(parts, data)
+    found = evaluations(parts, data, grid.output_dir)
+    before = found[found["model"] == "untuned"]
+    assert before["seed"].tolist() == [0, 1]
+    assert before[["k", "objective"]].isna().all(axis=None)
+    assert set(before["free"]) == {""}
+    gains = differences(found, 100)
+    gains = gains[(gains["against"] == "untuned") & (gains["metric"] == "ndcg@10")]
+    means = points(found, 100).set_index(["model", "metric", "k"])["value"]
+    assert gains["k"].tolist() == [1, 3]
+    for gain in gains.to_dict("records"):
+        cell = means["dmpo", "ndcg@10", gain["k"]]
+        assert gain["value"] == pytest.approx(cell - means["untuned", "ndcg@10"].item())
+        assert gain["seeds"] == 2
 
 
 def test_objectives_are_compared_with_the_first_of_the_grid(found):

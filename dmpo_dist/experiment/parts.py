@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -62,10 +62,12 @@ class Part:
         cell: its cell; for a start or a continued one a cell that needs it, with the same dataset and seed.
         shots: number of its training groups, None for all.
         free: the free axes it depends on, key -> value.
-        measured: name in tables -> model to evaluate; for an SFT start these may include the untuned model.
+        measured: name in tables -> model to evaluate; for an SFT start, or a cell without one, these may include the
+            untuned model.
         evaluate_on: names of the datasets to evaluate these models on.
         settings: all settings that its weights depend on, dotted key -> value.
-        continued: of a cell: arm -> title of the SFT continued that it is compared with, for the arms there are.
+        others: of a cell: arm -> title of the part that holds what it is compared with, beside its start: SFT
+            continued, and without a start the model before training.
     """
 
     role: Role
@@ -79,7 +81,7 @@ class Part:
     measured: dict[str, Path]
     evaluate_on: tuple[str, ...]
     settings: dict[str, Any]
-    continued: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def called(self, model: str) -> str:
         """What tables call one of ``measured``."""
@@ -89,7 +91,12 @@ class Part:
     def distinct(self) -> str:
         """What tells the model from others of its role on the same groups: free axes, and steps at equal compute."""
         steps = [length.strip("_").replace("-", "=")] if (length := _length(self.role, self.config)) else []
-        return ", ".join([*steps, *(f"{key}={value}" for key, value in self.free)])
+        return ", ".join([*steps, *_texts(self.free)])
+
+    @property
+    def distinct_before(self) -> str:
+        """What tells the model before training from others of its groups."""
+        return ", ".join(_texts(axis for axis in self.free if _counts("start", axis[0])))
 
     @property
     def from_before_training(self) -> bool:
@@ -140,23 +147,32 @@ def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, P
         _require_all_once([cell for cell in cells if cell.dataset == dataset], data[dataset])
     parts: dict[str, Part] = {}
     asked: set[str] = {*grid.arms}
+    of_start = asked - {UNTUNED, ZERO_SHOT}  # these are its models, or go on from it
+    before: dict[str, str] = {}  # name of a start that is not needed -> title of the cell that the model before is with
     for cell in cells:
         config = _on_dataset(cell.config, cell, grid, data)
         if cell.dataset in data:
             _require_enough(config, cell, data[cell.dataset])
         start = None
-        if asked or not cell.from_zero_shot:  # every arm is measured on the start, or goes on from it
+        if of_start or not cell.from_zero_shot:
             start = _part("start", config, cell, None, grid, data)
             parts.setdefault(start.title, start)
             _require_other_shots(cell, start)
         part = _part("cell", config, cell, start, grid, data)
-        continued: dict[str, str] = {}
+        others: dict[str, str] = {}
+        if start is None and asked:
+            name = _part("start", config, cell, None, grid, data).name
+            others[part.called(UNTUNED)] = before.setdefault(name, part.title)
+            if before[name] == part.title:
+                part = replace(
+                    part, measured={UNTUNED: _before_training(part.run, part.config.model.path)} | part.measured
+                )
         for arm in filter(asked.__contains__, CONTINUED):
             longer = _continued(config, arm, there=cell.dataset in data)
             other = _part(CONTINUED[arm], longer, cell, start, grid, data)
             parts.setdefault(other.title, other)
-            continued[arm] = other.title
-        parts[part.title] = replace(part, continued=continued)
+            others[arm] = other.title
+        parts[part.title] = replace(part, others=others)
     return list(parts.values())
 
 
@@ -239,9 +255,18 @@ def _measured(role: str, run: Path, start: str, cell: GridCell, grid: GridConfig
     for arm, of_arm in CONTINUED.items():
         if role == of_arm:
             return {arm: run / "model"}
-    models = {UNTUNED: run / "scratch" if start == SCRATCH else Path(start), "sft": run / "model"}
+    models = {UNTUNED: _before_training(run, start), "sft": run / "model"}
     arms = {UNTUNED if arm == ZERO_SHOT else arm for arm in grid.arms}
     return {name: path for name, path in models.items() if name in arms}
+
+
+def _before_training(run: Path, start: str) -> Path:
+    """The model that a run begins with."""
+    return run / SCRATCH if start == SCRATCH else Path(start)
+
+
+def _texts(axes: Iterable[tuple[str, Any]]) -> list[str]:
+    return [f"{key}={value}" for key, value in axes]
 
 
 def _settings(config: RunConfig, stage: str, fingerprint: str | None, start: str | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dmpo_dist.records.read import VALIDATION_METRICS, Run, read_run
 LAST_SHARE = 0.2
 """The final loss is the mean over the log lines in this last share of the steps."""
 FEWEST_K = "the fewest K"
+_BEFORE = {"k": None, "objective": None, "losses": {}, "others": {}}
 SAME_CELL = ("dataset", "seed", "train_groups", "free")
 BOOTSTRAP_SEED = 0
 """The default of `dmpo evaluate`, so that both give the same interval for the same models."""
@@ -28,7 +29,7 @@ COUNTS = ("shots", "train_groups", "k")
 LOSSES = ("loss", "preference_loss")
 POINT = ["dataset", "evaluated_on", "shots", "train_groups", "k", "model", "free"]
 """Columns that identify a point of a curve; its rows differ in their seed."""
-NOT_SHOWN = ("losses", "folder", "continued", "scored_as")
+NOT_SHOWN = ("losses", "folder", "others", "scored_as")
 
 
 def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output: Path) -> pd.DataFrame:
@@ -37,7 +38,7 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
     Columns: those of ``POINT`` (shots, train_groups and k are <NA> where they do not apply, and shots also where all
     groups are used), part, start (name of the SFT start), seed, objective (None except for cells), and four that no
     file shows: ``folder`` of the evaluation, ``scored_as`` (the model's name in it), ``losses`` (see ``final_losses``),
-    ``continued`` (arm -> the SFT continued that a cell is compared with).
+    ``others`` (arm -> the part that holds what a cell is compared with).
     """
     rows = []
     for part in parts:
@@ -47,8 +48,9 @@ def evaluations(parts: Sequence[Part], data: Mapping[str, PreparedData], output:
         for dataset in part.evaluate_on:
             folder = evaluation_folder(part, dataset)
             described = _row(part, data) | {"evaluated_on": dataset, "losses": losses, "folder": folder}
-            models = Evaluation.read(folder).models
-            rows += [described | {"model": part.called(model), "scored_as": model} for model in models]
+            for model in Evaluation.read(folder).models:
+                before = _BEFORE | {"free": part.distinct_before} if model == UNTUNED and part.role == "cell" else {}
+                rows.append(described | before | {"model": part.called(model), "scored_as": model})
     for fit in baseline_fits(list(data), parts, output):
         prepared = data[fit.dataset]
         described = {
@@ -187,7 +189,7 @@ def _row(part: Part, data: Mapping[str, PreparedData]) -> dict[str, Any]:
         "objective": cell.objective if part.role == "cell" else None,
         "seed": cell.seed,
         "free": part.distinct,
-        "continued": part.continued,
+        "others": part.others,
     }
 
 
@@ -212,9 +214,10 @@ def _counterpart(own: pd.DataFrame, row: dict[str, Any], name: str) -> dict[str,
     groups. None where there is no such row.
     """
     if name in ("sft", ZERO_SHOT, UNTUNED):
-        same = own[(own["model"] == name) & (own["part"] == f"{FOLDERS['start']}/{row['start']}")]
+        with_it = row["others"].get(name, f"{FOLDERS['start']}/{row['start']}")
+        same = own[(own["model"] == name) & (own["part"] == with_it)]
     elif name in CONTINUED:
-        same = own[(own["model"] == name) & (own["part"] == row["continued"].get(name))]
+        same = own[(own["model"] == name) & (own["part"] == row["others"].get(name))]
     elif name in set(own["objective"]):
         same = _like(row, own[own["objective"] == name], ("k", *SAME_CELL))
     else:
