@@ -98,6 +98,21 @@ def test_a_script_says_exactly_what_was_asked(tmp_path):
     assert (config.train.steps, config.submit.nodes) == (7, 1), "how it was submitted is no part of the run"
 
 
+def test_two_jobs_on_a_node_have_no_port_in_common(tmp_path):
+    """A head ends where another one has its port, that of Ray's client server too, which is 10001 unless given."""
+    text = slurm.files(job("submit.slurm.exclusive=false"))["job.sbatch"]
+    port = next(line for line in text.splitlines() if line.startswith("port="))
+    head = text[text.index("ray start --head") :].partition("&\n")[0].replace("\\\n", " ")
+    ports = []
+    for number in (4_000_000, 4_000_001):
+        script = f'SLURM_JOB_ID={number}; node=(); head_address=x; {port}; printf "%s\\n" {head}'
+        words = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+        given = dict(word.split("=") for word in words if "port=" in word)
+        ports.append({int(given[name]) for name in ("--port", "--ray-client-server-port")})
+    assert len(ports[0] | ports[1]) == 4
+    assert all(10_000 <= one < 30_000 for one in ports[0] | ports[1]), "below those that Linux gives to others"
+
+
 def load_config_text(folder: Path, text: str):
     (folder / "config.yaml").write_text(text)
     return load_config([folder / "config.yaml"])
