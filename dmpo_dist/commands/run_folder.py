@@ -248,10 +248,13 @@ def _environment(job: Job, data_fingerprint: str) -> Environment:
 
 
 def _runs_of_checkpoints(job: Job) -> dict[str, dict[str, Any]]:
-    """Run id -> what it began with, of the checkpoints that can be read and are not of a run of another name."""
-    storage = Path(job.config.cluster.storage_path or job.output)
+    """Run id -> what it began with, of the checkpoints that can be read; in storage that runs may share, of those that
+    name no run of another name."""
+    shared = job.config.cluster.storage_path
+    storage = Path(shared or job.output)
     named = ((CHECKPOINT.fullmatch(folder.name), folder) for folder in sorted(storage.glob("checkpoints*/*step-*")))
-    ours = [folder for match, folder in named if match and _run_folder(match["run"]) in ("", job.output.name)]
+    names = ("", job.output.name)
+    ours = [folder for match, folder in named if match and (not shared or _run_folder(match["run"]) in names)]
     found = [read_index(folder) for folder in ours]
     return {index["run_id"]: index["inputs"] for index in found if not isinstance(index, str)}
 
