@@ -108,6 +108,17 @@ def test_a_storage_is_as_ray_takes_it_and_refused_where_ray_is_not(tmp_path, mon
         run_stage("preference", config, Console(quiet=True))
 
 
+def test_gpus_that_are_to_stay_unused_are_hidden_or_the_key_is_refused(monkeypatch):
+    """Without Ray nobody hides them: the run would be on one all the same."""
+    config = config_of({"data.path": "data", "cluster.gpus_per_worker": 0})
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for gpus, words in ((True, "gpus_per_worker=0 has no effect without Ray .*CUDA_VISIBLE_DEVICES"), (False, "data")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpus=gpus: gpus)
+        with pytest.raises(UserError, match=words):  # without GPUs it comes to the data, which is not there
+            run_stage("preference", config, Console(quiet=True))
+
+
 class _RayTrain:
     """What ``RayRuntime`` asks of ``ray.train``, with reports that Ray may lose."""
 
