@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dmpo_dist.artifacts.run_folder import FAILED_FILE
 from dmpo_dist.cli import main
 from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import load_config
@@ -111,6 +112,37 @@ def test_two_jobs_on_a_node_have_no_port_in_common(tmp_path):
         ports.append({int(given[name]) for name in ("--port", "--ray-client-server-port")})
     assert len(ports[0] | ports[1]) == 4
     assert all(10_000 <= one < 30_000 for one in ports[0] | ports[1]), "below those that Linux gives to others"
+
+
+def test_a_run_that_failed_early_is_submitted_anew(tmp_path, monkeypatch):
+    """What scripts do with the run in output_dir: go on with it, unless it failed before its first checkpoint."""
+    output = tmp_path / "a run"
+    submitted = job(f"output_dir={output}", f"data.path={tmp_path}")
+    monkeypatch.setattr(slurm, "ask", lambda *command: "cpu|n1|16|(null)")
+    on_kubernetes = job(f"output_dir={output}", f"data.path={tmp_path}", *IMAGE,
+                        f"submit.kubernetes.mount_path={tmp_path.parent}")  # fmt: skip
+    config_map, _ = yaml.safe_load_all(kubernetes.files(on_kubernetes)["rayjob.yaml"])
+    texts = (slurm.files(submitted)["job.sbatch"], config_map["data"]["driver.sh"])
+
+    def resumes() -> list[bool]:
+        found = []
+        for text in texts:
+            decides = text[text.index("resume=()") :].partition("\nfi\n")[0] + "\nfi"
+            script = f'SLURM_RESTART_COUNT=1; {decides}; echo "${{resume[@]}}"'
+            done = subprocess.run([BASH, "-euc", script], capture_output=True, text=True, check=True)
+            found.append("--resume" in done.stdout)
+        return found
+
+    slurm.check(submitted)
+    assert resumes() == [False, False]
+    output.mkdir()
+    (output / "config.yaml").touch()
+    assert resumes() == [True, True]
+    with pytest.raises(UserError, match="holds a run already"):
+        slurm.check(submitted)
+    (output / FAILED_FILE).touch()
+    slurm.check(submitted)
+    assert resumes() == [False, False]
 
 
 def load_config_text(folder: Path, text: str):
