@@ -16,6 +16,7 @@ from dmpo_dist.artifacts.run_folder import FAILED_FILE
 from dmpo_dist.cli import main
 from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import load_config
+from dmpo_dist.config.submit import SlurmConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit import kubernetes, slurm
 from dmpo_dist.submit.job import Record, SubmitJob
@@ -112,6 +113,23 @@ def test_two_jobs_on_a_node_have_no_port_in_common(tmp_path):
         ports.append({int(given[name]) for name in ("--port", "--ray-client-server-port")})
     assert len(ports[0] | ports[1]) == 4
     assert all(10_000 <= one < 30_000 for one in ports[0] | ports[1]), "below those that Linux gives to others"
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("2", 120), ("2:30", 150), ("24:00:00", 86400), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784), ("0", 0)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(time, seconds):
+    def asked(grace: int) -> SlurmConfig:
+        return SlurmConfig(time=time, grace_seconds=grace)
+
+    assert SlurmConfig(time=time, grace_seconds=max(10, seconds), requeue=False).time == time
+    if seconds:
+        assert asked(seconds - 1).time == time
+        with pytest.raises(ValueError, match="it would never train"):
+            asked(seconds)
+    else:
+        assert asked(3600).time == "0", "no limit"
 
 
 def test_a_run_that_failed_early_is_submitted_anew(tmp_path, monkeypatch):
@@ -313,6 +331,8 @@ REFUSED = {
     "line break": ("doctor --to slurm --render-only submit.slurm.setup=[\"a\\nb\"]", "submit.slurm.setup.0"),
     "partition name": ("doctor --to slurm --render-only submit.slurm.partition=a;b", "submit.slurm.partition"),
     "typo": ("doctor --to slurm --render-only submit.slurm.partitoin=a", "nearest known key is submit.slurm.partition"),
+    "no time to train": (
+        "doctor --to slurm --render-only submit.slurm.time=2", "time=2 is not longer than grace_seconds=120"),
     "no Slurm": ("doctor --to slurm", "sinfo is not on PATH; submit from a login node"),
     "missing data": ("train --to slurm data.path=nowhere", "nowhere: no such file or folder on this machine"),
     "no image": ("doctor --to kubernetes --render-only", "submit.kubernetes.image is not set"),
