@@ -35,7 +35,7 @@ FREE = {
     "cluster.storage_path": "elsewhere",
     "train.log_every": 3, "train.keep_checkpoints": 5, "train.checkpoint_every": 4, "train.token_budget": 999,
     "evaluation.bootstrap_samples": 500, "evaluation.baselines": ["random"], "sft.steps": 3, "sft.learning_rate": 1.0,
-    "deepspeed": "zero3", "train.steps": 20,
+    "deepspeed": "zero3", "train.steps": 20, "tracking.name": "another",
 }  # fmt: skip
 FIXED = {
     "seed": 1, "train.negatives": 2, "train.steps": 9, "train.learning_rate": 1.0, "objective.beta": 0.3,

@@ -32,7 +32,7 @@ from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.runtime import CHECKPOINT
 from dmpo_dist.training.state_files import read_index
 
-FREE = ("cluster", "evaluation", "ranking", "serving", "submit", "tune", "output_dir", "data.path")
+FREE = ("cluster", "evaluation", "ranking", "serving", "submit", "tracking", "tune", "output_dir", "data.path")
 """Sections and keys that a resumed run may change: none changes a number. The content of the data is checked."""
 FREE_OF_STAGE = ("log_every", "keep_checkpoints", "checkpoint_every", "token_budget")
 LENGTH = ("steps", "epochs")
