@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -19,6 +19,7 @@ DEEPEST = 64
 """Levels of lists and mappings; no file of ours has more than ten."""
 MOST_VALUES = 1_000_000
 """In one YAML file, each counted as often as aliases repeat it."""
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 LARGEST = 2**63
 """Whole numbers lie between minus this and this: NumPy, PyTorch and Arrow take no larger ones."""
 SUSPECT = re.compile(r"\\u[dD][89a-fA-F]|[0-9]{19}")
@@ -82,7 +83,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: not YAML, or as ``parse_json``; also where aliases make more than ``MOST_VALUES`` of few.
     """
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} levels deep") from None
     except yaml.YAMLError as error:
@@ -115,6 +116,28 @@ def first_line(error: BaseException) -> str:
     """What an error says, without the list below it; with the list's first line where there is nothing else."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but for numbers to the base 60: of ``12:00:00`` it makes 43200, and means a time of day or a limit."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (INT, FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    INT, re.compile(r"[-+]?0b[01_]+$|[-+]?0[0-7_]+$|[-+]?(?:0|[1-9][0-9_]*)$|[-+]?0x[0-9a-fA-F_]+$"), [*"-+0123456789"]
+)
+_Loader.add_implicit_resolver(
+    FLOAT,
+    re.compile(
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?$|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?$"
+        r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+    [*"-+0123456789."],
+)
 
 
 def _below(value: Any) -> list[Any]:

@@ -35,7 +35,7 @@ FREE = {
     "cluster.storage_path": "elsewhere",
     "train.log_every": 3, "train.keep_checkpoints": 5, "train.checkpoint_every": 4, "train.token_budget": 999,
     "evaluation.bootstrap_samples": 500, "evaluation.baselines": ["random"], "sft.steps": 3, "sft.learning_rate": 1.0,
-    "deepspeed": "zero3", "train.steps": 20,
+    "deepspeed": "zero3", "train.steps": 20, "tracking.name": "another",
 }  # fmt: skip
 FIXED = {
     "seed": 1, "train.negatives": 2, "train.steps": 9, "train.learning_rate": 1.0, "objective.beta": 0.3,
@@ -148,6 +148,8 @@ def test_a_torn_environment_is_made_again_from_the_checkpoints(world, tmp_path, 
     file = begun.output / "environment.json"
     whole = Environment.read(begun.output)
     trained(begun.output / "checkpoints", job=begun)
+    for folder in [*(begun.output / "checkpoints").iterdir()]:  # as Ray names them, in a folder that was moved since
+        folder.rename(folder.with_name(f"before-{begun.run_id}-{folder.name}-abcdef"))
     (begun.output / "metrics.jsonl").write_text('{"kind": "checkpoint", "step": 3}\n')
     for torn in ("", file.read_text()[:60]):
         file.write_text(torn)

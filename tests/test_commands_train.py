@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +106,17 @@ def test_a_storage_is_as_ray_takes_it_and_refused_where_ray_is_not(tmp_path, mon
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match=r"cluster\.storage_path=store has no effect without Ray .*; leave it out"):
         run_stage("preference", config, Console(quiet=True))
+
+
+def test_gpus_that_are_to_stay_unused_are_hidden_or_the_key_is_refused(monkeypatch):
+    """Without Ray nobody hides them: the run would be on one all the same."""
+    config = config_of({"data.path": "data", "cluster.gpus_per_worker": 0})
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for gpus, words in ((True, "gpus_per_worker=0 has no effect without Ray .*CUDA_VISIBLE_DEVICES"), (False, "data")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpus=gpus: gpus)
+        with pytest.raises(UserError, match=words):  # without GPUs it comes to the data, which is not there
+            run_stage("preference", config, Console(quiet=True))
 
 
 class _RayTrain:
@@ -213,6 +226,37 @@ def test_runs_that_share_a_storage_keep_each_others_checkpoints(tmp_path, monkey
         *(f"checkpoints-run-a1 run-a1-step-000000{step}" for step in (15, 20, 25)),
     ]
     assert (restored(job), restored(other)) == ("25", "10")
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_whose_folder_was_moved_finds_its_checkpoints(tmp_path, monkeypatch, shared):
+    """Their names hold that of the folder then. In shared storage they stay, as the folder may be a copy of another."""
+    cluster = ClusterConfig(storage_path=str(tmp_path / "store") if shared else None)
+    before, now = (
+        Job("preference", RunConfig(cluster=cluster), "scratch", tmp_path / name, "a1")
+        for name in ("old-step-1", "new")
+    )
+
+    def ray_train_of(job):
+        storage = Path(job.config.cluster.storage_path or job.output) / ray_runtime.run_name([job])
+        storage.mkdir(parents=True, exist_ok=True)
+        return _RayTrain(storage, monkeypatch)
+
+    def save(job, ray_train, *steps):
+        runtime = ray_runtime.RayRuntime(0, job, ray_train.queue)
+        for step in steps:
+            runtime.save(step, lambda folder, step=step: (folder / "step").write_text(str(step)))
+
+    save(before, ray_train_of(before), 10, 15, 20)
+    if not shared:
+        before.output.rename(now.output)
+    ray_train = ray_train_of(now)
+    assert (restored(now), restored(replace(now, run_id="b2"))) == ("20", None)
+    save(now, ray_train, 25, 30)
+    assert restored(now) == "30"
+    left = {int(name.rpartition("step-")[2][:8]) for name in map(str, tmp_path.glob("**/*-a1-step-*"))}
+    assert left == ({10, 15, 20, 25, 30} if shared else {20, 25, 30}), "what Ray knows it deletes itself"
 
 
 def test_only_a_damaged_list_of_checkpoints_is_removed(tmp_path):

@@ -75,6 +75,8 @@ def test_each_key_has_its_value_from_the_last_layer_that_names_it(tmp_path_facto
         ("model.lora={}", {"r": 16, "alpha": 32.0, "target_modules": "all-linear", "variant": "lora"}),
         ("data.source.columns={user: uid}", {"user": "uid"}),
         ("data.path=a=b/c", Path("a=b/c")),
+        ("submit.slurm.time=12:00:00", "12:00:00"),  # YAML 1.1 reads 43200 here
+        ("submit.slurm.time=90", "90"),
         ("template.response={title}", "{title}"),
         ("template.item={title}{end}", "{title}{end}"),
         ("template.terminator={eos}", "{eos}"),

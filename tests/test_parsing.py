@@ -68,6 +68,15 @@ def test_yaml_means_what_it_did():
     assert parse_yaml(text) == yaml.safe_load(text)
 
 
+def test_a_time_in_yaml_is_no_number_to_the_base_60():
+    times = "[12:00:00, 8:30, -1:30, 1:30.5]"
+    assert yaml.safe_load(times) == [43200, 510, -90, 90.5], "as YAML 1.1 has it"
+    assert parse_yaml(times) == ["12:00:00", "8:30", "-1:30", "1:30.5"]
+    numbers = "[0, -7, +3, 1_000, 0x1F, 0b101, 010, 09, 1.5, -1.5e+3, 1., .5, 1e-4, 1.0e-4, .inf, -.INF, '5', 1.2.3]"
+    found, expected = parse_yaml(numbers), yaml.safe_load(numbers)
+    assert (found, [*map(type, found)]) == (expected, [*map(type, expected)])
+
+
 @pytest.mark.parametrize("error", [KeyError("x"), OSError(5, "broken"), MemoryError(), ZeroDivisionError()])
 def test_whatever_a_parser_raises_names_the_file(error):
     with pytest.raises(UserError, match=r"a\.file: cannot be read .*; look"), parsing("a.file", "look"):

@@ -255,6 +255,20 @@ def test_a_plan_has_the_steps_and_the_length_that_training_would_take(world, tmp
         assert json.loads(capsys.readouterr().out)["steps"] == steps == 2
 
 
+def test_a_step_of_a_plan_has_the_groups_that_training_deals(middle):
+    """An epoch is cut into equal steps: 300 groups in two of 150, where the batch size allows 256."""
+    config = run_config(middle)
+    full, half, few = (make_plan(config, cluster("h100-80g"), replace(LENGTHS, groups=n)) for n in (256, 300, 100))
+    assert (full.step_groups, half.step_groups, few.step_groups) == (256, 150, 100)
+    assert (full.steps, half.steps, few.steps) == (1, 2, 1)
+    assert half.step.flops() == full.step.flops()
+    work = [sum(part.seconds for part in p.durations if "GFLOP" in part.numbers) for p in (full, half, few)]
+    assert work == pytest.approx([work[0], work[0] * 150 / 256, work[0] * 100 / 256])
+    assert half.groups_per_second == pytest.approx(150 / half.seconds)
+    with pytest.raises(UserError, match="a step of 28 out of 57 groups, fewer groups than the 32 devices"):
+        make_plan(changed(config, train__global_batch_size=32), cluster(nodes=4), replace(LENGTHS, groups=57))
+
+
 def test_rows_are_those_that_training_runs(world, tmp_path):
     """Lists of several levels have more responses than 1 + K, and prompts that list candidates are longer by them."""
     keys = {"model.path": str(world.model), "model.max_length": 256, "train.negatives": 2, "sft.negatives": 1}
@@ -266,7 +280,8 @@ def test_rows_are_those_that_training_runs(world, tmp_path):
     rows.write_text("\n".join(map(json.dumps, prepare_preferences)))
     prepare(config_of({"data.source.path": str(rows)}).data, 0, tmp_path / "levels", echo=lambda _: None)
     config = config_of(keys | {"data.path": str(tmp_path / "levels"), "objective.name": "plackett_luce"})
-    assert make_plan(config, cluster("cpu"), data_lengths(config, "preference")).step.row.negatives == 3 + 2 - 1
+    one = Cluster("cpu", find_gpu("cpu", 1), 1, 1)
+    assert make_plan(config, one, data_lengths(config, "preference")).step.row.negatives == 3 + 2 - 1
 
     request = {"template.request": "Choose:\n{candidates}Answer:\n", "template.candidate": "{title}\n"}
     config = config_of(keys | request | {"data.path": str(world.data.path)})

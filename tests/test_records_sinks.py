@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +36,22 @@ def train(step: int) -> dict:
     figures = {"loss": 1 / step, "margin": 0.5, "accuracy": 0.75, "groups_per_second": 8.0, "tokens_per_second": 64.0}
     slowest = {"memory_gib": 1.0, "slowest_rank": 1, "slowest_share": 1.25, "grad_norm": None}
     return {"kind": "step", "stage": "preference", "step": step, "total_steps": 4, **figures, **slowest}
+
+
+def test_time_left_is_counted_anew_when_workers_start_again(tmp_path, monkeypatch):
+    """They go on from a checkpoint, here from none, and may be fewer: what the first ones took says nothing."""
+    now, shown = [0.0], io.StringIO()
+    monkeypatch.setattr("dmpo_dist.records.log.time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    job = Job("preference", RunConfig(output_dir=tmp_path / "run"), "start", tmp_path / "run")
+    open_run_folder(job.config, resume=False)
+    with RunLog(job, Console(file=shown, width=200)) as log:
+        for seconds, record in ((0, START), (10, train(1)), (20, train(2)),
+                                (1000, START), (1010, train(1)), (1012, train(2))):  # fmt: skip
+            now[0] = seconds
+            log(record)
+    assert re.findall(r"step (\d)/4 .*?(?:ETA (.*))?\n", shown.getvalue()) == [
+        ("1", ""), ("2", "0:20"), ("1", ""), ("2", "0:04"),
+    ]  # fmt: skip
 
 
 RECORDS = [

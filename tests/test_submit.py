@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dmpo_dist.artifacts.run_folder import FAILED_FILE
 from dmpo_dist.cli import main
 from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import load_config
+from dmpo_dist.config.submit import SlurmConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit import kubernetes, slurm
 from dmpo_dist.submit.job import Record, SubmitJob
@@ -96,6 +98,69 @@ def test_a_script_says_exactly_what_was_asked(tmp_path):
     assert "--resume" not in slurm.files(job("submit.slurm.requeue=false"))["config.yaml"]
     config = load_config_text(tmp_path, slurm.files(job("train.steps=7", "submit.nodes=4"))["config.yaml"])
     assert (config.train.steps, config.submit.nodes) == (7, 1), "how it was submitted is no part of the run"
+
+
+def test_two_jobs_on_a_node_have_no_port_in_common(tmp_path):
+    """A head ends where another one has its port, that of Ray's client server too, which is 10001 unless given."""
+    text = slurm.files(job("submit.slurm.exclusive=false"))["job.sbatch"]
+    port = next(line for line in text.splitlines() if line.startswith("port="))
+    head = text[text.index("ray start --head") :].partition("&\n")[0].replace("\\\n", " ")
+    ports = []
+    for number in (4_000_000, 4_000_001):
+        script = f'SLURM_JOB_ID={number}; node=(); head_address=x; {port}; printf "%s\\n" {head}'
+        words = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+        given = dict(word.split("=") for word in words if "port=" in word)
+        ports.append({int(given[name]) for name in ("--port", "--ray-client-server-port")})
+    assert len(ports[0] | ports[1]) == 4
+    assert all(10_000 <= one < 30_000 for one in ports[0] | ports[1]), "below those that Linux gives to others"
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("2", 120), ("2:30", 150), ("24:00:00", 86400), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784), ("0", 0)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(time, seconds):
+    def asked(grace: int) -> SlurmConfig:
+        return SlurmConfig(time=time, grace_seconds=grace)
+
+    assert SlurmConfig(time=time, grace_seconds=max(10, seconds), requeue=False).time == time
+    if seconds:
+        assert asked(seconds - 1).time == time
+        with pytest.raises(ValueError, match="it would never train"):
+            asked(seconds)
+    else:
+        assert asked(3600).time == "0", "no limit"
+
+
+def test_a_run_that_failed_early_is_submitted_anew(tmp_path, monkeypatch):
+    """What scripts do with the run in output_dir: go on with it, unless it failed before its first checkpoint."""
+    output = tmp_path / "a run"
+    submitted = job(f"output_dir={output}", f"data.path={tmp_path}")
+    monkeypatch.setattr(slurm, "ask", lambda *command: "cpu|n1|16|(null)")
+    on_kubernetes = job(f"output_dir={output}", f"data.path={tmp_path}", *IMAGE,
+                        f"submit.kubernetes.mount_path={tmp_path.parent}")  # fmt: skip
+    config_map, _ = yaml.safe_load_all(kubernetes.files(on_kubernetes)["rayjob.yaml"])
+    texts = (slurm.files(submitted)["job.sbatch"], config_map["data"]["driver.sh"])
+
+    def resumes() -> list[bool]:
+        found = []
+        for text in texts:
+            decides = text[text.index("resume=()") :].partition("\nfi\n")[0] + "\nfi"
+            script = f'SLURM_RESTART_COUNT=1; {decides}; echo "${{resume[@]}}"'
+            done = subprocess.run([BASH, "-euc", script], capture_output=True, text=True, check=True)
+            found.append("--resume" in done.stdout)
+        return found
+
+    slurm.check(submitted)
+    assert resumes() == [False, False]
+    output.mkdir()
+    (output / "config.yaml").touch()
+    assert resumes() == [True, True]
+    with pytest.raises(UserError, match="holds a run already"):
+        slurm.check(submitted)
+    (output / FAILED_FILE).touch()
+    slurm.check(submitted)
+    assert resumes() == [False, False]
 
 
 def load_config_text(folder: Path, text: str):
@@ -266,6 +331,8 @@ REFUSED = {
     "line break": ("doctor --to slurm --render-only submit.slurm.setup=[\"a\\nb\"]", "submit.slurm.setup.0"),
     "partition name": ("doctor --to slurm --render-only submit.slurm.partition=a;b", "submit.slurm.partition"),
     "typo": ("doctor --to slurm --render-only submit.slurm.partitoin=a", "nearest known key is submit.slurm.partition"),
+    "no time to train": (
+        "doctor --to slurm --render-only submit.slurm.time=2", "time=2 is not longer than grace_seconds=120"),
     "no Slurm": ("doctor --to slurm", "sinfo is not on PATH; submit from a login node"),
     "missing data": ("train --to slurm data.path=nowhere", "nowhere: no such file or folder on this machine"),
     "no image": ("doctor --to kubernetes --render-only", "submit.kubernetes.image is not set"),

@@ -130,6 +130,39 @@ def test_a_trial_counts_by_the_weights_that_it_leaves(tmp_path, monkeypatch, sel
     assert (entry.step, entry.value, entry.start) == (step, figures["ndcg@10"][step], 0.5)
 
 
+def test_settings_with_which_training_fails_are_not_the_best(tmp_path, monkeypatch):
+    """It was validated before it diverged, and better than all others; what would be left of them is kept meanwhile."""
+    monkeypatch.setattr(stage_module, "has_begun", lambda folder: False)
+    trials = [
+        Trial(number=1, values={}, state="done", value=0.4, step=6),
+        Trial(number=2, values={}, state="begun", value=0.7, step=3),
+    ]
+    search = Search(name="train", metric="ndcg@10", space={}, asked=2, hours=None, seconds=0, trials=trials)
+    model = run_folder(tmp_path, 1) / "model"
+    model.mkdir(parents=True)
+    watch = stage_module._Watch(search, [{}, {}], [1, 2], tmp_path, lambda: None, Console(quiet=True))
+    watch.ended(0, "")
+    assert (search.best.number, model.is_dir()) == (1, True), "the other one may still fail"
+    search.trials[0].state = "done"
+    watch.ended(1, "training diverged")
+    assert [(trial.state, trial.value) for trial in search.trials] == [("done", 0.4), ("failed", 0.7)]
+    assert (search.best.number, model.is_dir()) == (1, True)
+
+
+@pytest.mark.parametrize(("whole_trials", "best"), [(False, 1), (True, 2)])
+def test_where_the_last_weights_count_a_trial_that_was_stopped_is_not_the_best(whole_trials, best):
+    """ASHA stopped it at a third, ahead of what the others came to in the end; nobody knows where it would have."""
+    trials = [
+        Trial(number=1, values={}, state="stopped", value=0.6, step=3, share=33),
+        Trial(number=2, values={}, state="done", value=0.5, step=9, share=100),
+        Trial(number=3, values={}, state="out of time", value=0.55, step=3, share=33),
+    ]
+    search = Search(
+        name="train", metric="ndcg@10", space={}, asked=3, hours=1, trials=trials, whole_trials=whole_trials
+    )
+    assert search.best.number == best
+
+
 def test_a_baseline_is_tuned_by_the_figure_that_it_ranks_with_within_its_budget(world, tmp_path):
     config = config_of(
         {

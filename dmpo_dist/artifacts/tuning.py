@@ -43,12 +43,24 @@ class Search(Typed):
     """Most hours."""
     seconds: FiniteFloat = 0
     """Spent by the clock, over all interruptions."""
+    whole_trials: bool = False
+    """Whether only trials that came to their end may be the best, as where training leaves its last weights: what one
+    had reached when it was stopped is not what its settings lead to."""
     trials: list[Trial] = Field(default_factory=list)
 
     @property
     def best(self) -> Trial | None:
-        """The trial with the highest value; None where none has one."""
-        return max((t for t in self.trials if t.value is not None), key=lambda t: t.value or 0, default=None)
+        """The trial with the highest value; None where none has one.
+
+        Not one that failed, though it was validated before: training by its settings would fail again. Nor one that may
+        still fail.
+        """
+        states = ("done",) if self.whole_trials else ("done", "stopped", "out of time")
+        return max(
+            (t for t in self.trials if t.value is not None and t.state in states),
+            key=lambda t: t.value or 0,
+            default=None,
+        )
 
     @property
     def seconds_left(self) -> float | None:

@@ -27,6 +27,7 @@ from dmpo_dist.training.runtime import (
     newest_first,
     passed_over,
     require_none,
+    run_of,
     step_of,
 )
 
@@ -167,8 +168,11 @@ class RayRuntime:
         self._delete(path for path in self._all() if path not in known and path not in whole[: self._keep])
 
     def _delete(self, paths: Iterable[str]) -> None:
+        """Remove checkpoints, but none in shared storage under another name of this run: is its folder a copy, then
+        they are the original's too."""
         for path in paths:
-            self._files.delete_dir(path)
+            if posixpath.dirname(path) == self._folder or run_of(posixpath.basename(path)) in (None, self._run):
+                self._files.delete_dir(path)
 
     def _mark(self, name: str) -> None:
         """Say that the checkpoint is whole, once its files are on the disk where that is one of this machine."""

@@ -32,7 +32,7 @@ from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.runtime import CHECKPOINT
 from dmpo_dist.training.state_files import read_index
 
-FREE = ("cluster", "evaluation", "ranking", "serving", "submit", "tune", "output_dir", "data.path")
+FREE = ("cluster", "evaluation", "ranking", "serving", "submit", "tracking", "tune", "output_dir", "data.path")
 """Sections and keys that a resumed run may change: none changes a number. The content of the data is checked."""
 FREE_OF_STAGE = ("log_every", "keep_checkpoints", "checkpoint_every", "token_budget")
 LENGTH = ("steps", "epochs")
@@ -248,10 +248,13 @@ def _environment(job: Job, data_fingerprint: str) -> Environment:
 
 
 def _runs_of_checkpoints(job: Job) -> dict[str, dict[str, Any]]:
-    """Run id -> what it began with, of the checkpoints that can be read and are not of a run of another name."""
-    storage = Path(job.config.cluster.storage_path or job.output)
+    """Run id -> what it began with, of the checkpoints that can be read; in storage that runs may share, of those that
+    name no run of another name."""
+    shared = job.config.cluster.storage_path
+    storage = Path(shared or job.output)
     named = ((CHECKPOINT.fullmatch(folder.name), folder) for folder in sorted(storage.glob("checkpoints*/*step-*")))
-    ours = [folder for match, folder in named if match and _run_folder(match["run"]) in ("", job.output.name)]
+    names = ("", job.output.name)
+    ours = [folder for match, folder in named if match and (not shared or _run_folder(match["run"]) in names)]
     found = [read_index(folder) for folder in ours]
     return {index["run_id"]: index["inputs"] for index in found if not isinstance(index, str)}
 

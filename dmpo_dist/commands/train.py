@@ -350,7 +350,8 @@ def as_rank(
         sinks: get the run's records beside its own files.
 
     Raises:
-        UserError: ``cluster.storage_path`` is set, which only Ray uses; see also ``run_stage``.
+        UserError: ``cluster.storage_path`` is set, which only Ray uses, or GPUs are to stay unused, which only Ray sees
+            to; see also ``run_stage``.
     """
     from dmpo_dist.training.engine import start_process_group
     from dmpo_dist.training.runtime import ProcessRuntime, from_rank_zero
@@ -360,6 +361,7 @@ def as_rank(
     own = None
     if os.environ["RANK"] == "0":
         _require_no_storage(config)
+        _require_no_hidden_gpu(config)
         own = preflight(kind, config, resume, overwrite=overwrite)
     with ExitStack() as stack:
         stack.callback(give_back)
@@ -373,6 +375,17 @@ def as_rank(
         log = (lambda record: None) if own is None else stack.enter_context(RunLog(job, console, resume, sinks))
         folder = job.output / "checkpoints"
         return job, body(job, ProcessRuntime(folder, job.stage.keep_checkpoints, log, job.run))
+
+
+def _require_no_hidden_gpu(config: RunConfig) -> None:
+    import torch
+
+    if config.cluster.gpus_per_worker == 0 and torch.cuda.is_available():
+        raise UserError(
+            "cluster.gpus_per_worker=0 has no effect without Ray (under torchrun or srun, and from Python with one "
+            "worker), and this machine has GPUs, which would be used; set CUDA_VISIBLE_DEVICES to nothing before the "
+            "start, or leave it out (cluster.gpus_per_worker=null)"
+        )
 
 
 def _require_no_storage(config: RunConfig) -> None:

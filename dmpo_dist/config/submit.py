@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dmpo_dist.config.section import Section
 from dmpo_dist.secrets import named_like_a_secret
@@ -15,6 +15,16 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_leng
 """A Kubernetes name; 47 characters are what KubeRay leaves a job."""
 Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi|Ti)$")]
+
+
+def _slurm_seconds(time: str) -> int:
+    """Seconds of a limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not days:
+        parts = [0, *parts] if len(parts) < 3 else parts
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
 
 
 class SlurmConfig(Section):
@@ -29,7 +39,7 @@ class SlurmConfig(Section):
     qos: Word | None = None
     """Quality of service."""
     time: str = Field("24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
-    """Time limit, as in sbatch --time."""
+    """Time limit, as in sbatch --time: 90 (minutes), 12:00:00 or 1-12:00:00."""
     exclusive: bool = True
     """Take whole nodes, with all of their memory."""
     requeue: bool = True
@@ -48,6 +58,21 @@ class SlurmConfig(Section):
             if not option.startswith("-"):
                 raise ValueError(f"each option starts with a dash, as in --constraint=a100; {option!r} does not")
         return value
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _minutes_are_a_text_too(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def _comes_to_train(self) -> "SlurmConfig":
+        if self.requeue and 0 < _slurm_seconds(self.time) <= self.grace_seconds:  # 0 is no limit
+            raise ValueError(
+                f"time={self.time} is not longer than grace_seconds={self.grace_seconds}, by which the run is stopped "
+                "before its end to go back to the queue, so it would never train; ask for more time, lower "
+                "submit.slurm.grace_seconds, or set submit.slurm.requeue=false"
+            )
+        return self
 
 
 class RayJobsConfig(Section):

@@ -149,7 +149,12 @@ class Plan:
     @property
     def groups_per_second(self) -> float:
         """Groups per second over all devices."""
-        return self.job.stage.global_batch_size / self.seconds
+        return self.step_groups / self.seconds
+
+    @property
+    def step_groups(self) -> float:
+        """Groups of a step over all devices, in the mean."""
+        return self.step.groups * self.cluster.world_size
 
     @property
     def hours(self) -> float | None:
@@ -209,15 +214,19 @@ def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int, ki
     model, job = blueprint(config.model), _job(config, kind)
     require_trainable(config.model, model.reference != "model_copy")
     batch, world = job.stage.global_batch_size, cluster.world_size
-    if batch < world:
+    smallest = smallest_step(job, lengths.groups)
+    if smallest < world:
+        of = "" if lengths.groups is None else f" a step of {smallest} out of {lengths.groups} groups,"
         raise UserError(
-            f"{job.section}.global_batch_size={batch} gives fewer groups than the {world} devices of {cluster.nodes} "
-            f"nodes of {cluster.per_node}; raise it to at least {world}, or lower --nodes or --gpus-per-node"
+            f"{job.section}.global_batch_size={batch} gives{of} fewer groups than the {world} devices of "
+            f"{cluster.nodes} nodes of {cluster.per_node}; raise it to at least {world}, or lower --nodes or "
+            "--gpus-per-node"
         )
+    mean = batch if lengths.groups is None else lengths.groups / _schedule(job, lengths.groups).steps_per_epoch
     route = model.route(cluster.gpu.cuda, config.model.max_length, config.model.attention)
     row = _row(config, lengths, budget, kind, route.backend != "unshared")
     _require_room(row, lengths, budget, job)
-    on_rank = ceil(batch / world)
+    on_rank = ceil(mean / world)
     row = _row(config, lengths, min(budget, on_rank * row.group_tokens), kind, row.shared)
     zero = _zero(job, world)
     step = OptimizerStep(
@@ -226,7 +235,7 @@ def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int, ki
         zero=zero,
         row=row,
         micro_batches=ceil(on_rank / row.groups),
-        groups=batch / world,
+        groups=mean / world,
         full=model.reference == "model_copy",
         reference=job.loss.needs_reference and config.reference.cache == "off",
         recompute=config.model.gradient_checkpointing,
@@ -275,7 +284,16 @@ def _job(config: RunConfig, kind: Kind) -> Job:
 def _steps(job: Job, groups: int | None) -> int | None:
     if groups is None:
         return job.stage.steps
-    return total_steps(job.stage, Schedule(groups, job.stage.global_batch_size, job.config.seed))
+    return total_steps(job.stage, _schedule(job, groups))
+
+
+def smallest_step(job: Job, groups: int | None) -> int:
+    """Groups in the smallest step of an epoch, whose steps are alike and so may be smaller than asked for."""
+    return job.stage.global_batch_size if groups is None else _schedule(job, groups).smallest_step
+
+
+def _schedule(job: Job, groups: int) -> Schedule:
+    return Schedule(groups, job.stage.global_batch_size, job.config.seed)
 
 
 def changed(config: RunConfig, **keys: Any) -> RunConfig:

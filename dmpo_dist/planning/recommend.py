@@ -7,7 +7,7 @@ from typing import Any
 
 from dmpo_dist.config import LoraConfig, RunConfig
 from dmpo_dist.planning.gpus import GPUS
-from dmpo_dist.planning.plan import Cluster, Lengths, Plan, changed, make_plan
+from dmpo_dist.planning.plan import Cluster, Lengths, Plan, changed, make_plan, smallest_step
 from dmpo_dist.training.budget import LIMITS
 
 FASTER = 0.05
@@ -113,7 +113,7 @@ def elsewhere(plan: Plan, lengths: Lengths) -> list[str]:
     smallest = changed(smallest, **{f"{plan.job.section}__token_budget": plan.step.row.group_tokens})
     found = []
     nodes = 2 * plan.cluster.nodes
-    while nodes <= MOST_NODES and nodes * plan.cluster.per_node <= plan.job.stage.global_batch_size:
+    while nodes <= MOST_NODES and nodes * plan.cluster.per_node <= smallest_step(plan.job, lengths.groups):
         cluster = Cluster(plan.cluster.name, plan.cluster.gpu, nodes, plan.cluster.per_node)
         if make_plan(smallest, cluster, lengths, plan.kind).fits:
             found.append(f"--nodes {nodes}")

@@ -60,7 +60,7 @@ def _show_run(plan: Plan, assumed: str, lengths: str, console: Console) -> None:
         _line(console, "", lengths)
     rows = f"{plan.step.micro_batches} row{'s' * (plan.step.micro_batches > 1)}"
     devices = f"{cluster.nodes} x {cluster.per_node} {cluster.name}"
-    _line(console, "on", f"{devices}, {rows} a device in a step of {plan.job.stage.global_batch_size} groups")
+    _line(console, "on", f"{devices}, {rows} a device in a step of {plan.step_groups:.4g} groups")
     if assumed:
         _line(console, "", assumed)
 

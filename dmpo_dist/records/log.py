@@ -103,6 +103,7 @@ class RunLog:
             sink.write(parsed)
         match parsed:
             case StartRecord():
+                self._first_step = None  # workers that start anew go back to a checkpoint, and may be fewer
                 self._print(_start_line(parsed, self._job.stage))
                 for text in _advice(parsed, self._job):
                     self._print(text)

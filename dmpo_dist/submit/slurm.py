@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dmpo_dist.artifacts.run_folder import failed_early
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit.commands import ask, attempt, hand_over
@@ -51,10 +52,10 @@ def check(job: SubmitJob) -> None:
             raise UserError(
                 f"{path}: no such file or folder on this machine; give a path on storage that all nodes see"
             )
-    if not job.resume and (job.config.output_dir / "config.yaml").exists():
+    output = job.config.output_dir
+    if not job.resume and (output / "config.yaml").exists() and not failed_early(output):
         raise UserError(
-            f"output_dir {job.config.output_dir} holds a run already; choose another (output_dir=...), or go on with "
-            "it by --resume"
+            f"output_dir {output} holds a run already; choose another (output_dir=...), or go on with it by --resume"
         )
     partition = job.submit.slurm.partition
     lines = ask("sinfo", "--noheader", "--Node", "--format=%R|%N|%c|%G").split()

@@ -113,6 +113,18 @@ class CatalogueGroups:
             ) from None
 
 
+def told_apart(allowed: np.ndarray, trie: TitleTrie) -> np.ndarray:
+    """(R,) bool: of the titles ``allowed`` those that the model can tell from all others.
+
+    A tokenizer may read two titles alike (another case, say). None counts that reads as one that is not allowed, such
+    as the positive, and the first alone of several that read alike, which would be one negative twice.
+    """
+    sound = np.flatnonzero(allowed & ~np.isin(trie.ends, trie.ends[~allowed]))
+    first = np.zeros_like(allowed)
+    first[sound[np.unique(trie.ends[sound], return_index=True)[1]]] = True
+    return first
+
+
 def _sampler_of(data: PreparedData) -> NegativeSampler | None:
     """What knows which items a user had taken, by the split that ``data`` was prepared with."""
     if data.interactions is None:

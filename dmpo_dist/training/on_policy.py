@@ -6,7 +6,7 @@ on the weights, the seed, the request and the step, and not on the number of ran
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -23,7 +23,7 @@ from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.trie_search import Beam, BeamRequest
 from dmpo_dist.objectives.loss import Loss
-from dmpo_dist.training.catalogue import CatalogueGroups
+from dmpo_dist.training.catalogue import CatalogueGroups, told_apart
 from dmpo_dist.training.groups import candidate_columns
 from dmpo_dist.training.job import Job
 
@@ -52,20 +52,15 @@ class Drawn(NamedTuple):
     target: int
 
 
-def draw(
-    found: Sequence[Beam], positive: int, like_positive: Iterable[int], skip: int, top: int, count: int,
-    rng: np.random.Generator,
-) -> Drawn:  # fmt: skip
+def draw(found: Sequence[Beam], positive: int, skip: int, top: int, count: int, rng: np.random.Generator) -> Drawn:
     """At most ``count`` negatives, drawn among the ``top`` best titles ``found`` after the first ``skip``.
 
     Args:
         found: titles, the best first.
         positive: its column.
-        like_positive: columns of the titles that the model cannot tell from it, which are no negatives.
     """
     ranks = {beam.title: rank for rank, beam in enumerate(found, start=1)}
-    others = {positive, *like_positive}
-    pool = [beam.title for beam in found if beam.title not in others][skip : skip + top]
+    pool = [beam.title for beam in found if beam.title != positive][skip : skip + top]
     kept = np.sort(rng.choice(len(pool), min(count, len(pool)), replace=False)).tolist()
     titles = [pool[at] for at in kept]
     return Drawn(titles, [ranks[title] for title in titles], ranks.get(positive, 0))
@@ -218,25 +213,25 @@ class OnPolicy:
         tries = [catalogue.trie(whole) for whole in wholes]
         requests = []
         for (_, index), whole, trie in zip(pairs, wholes, tries, strict=True):
-            allowed = catalogue.eligible(index)
+            allowed = told_apart(catalogue.eligible(index), trie)
             allowed[catalogue.positive(index)] = True  # its rank is told, and a reward may depend on it
             requests.append(BeamRequest(whole.prefix, trie, allowed))
         out = []
-        for pair, whole, trie, beams in zip(pairs, wholes, tries, search(requests), strict=True):
+        for pair, whole, beams in zip(pairs, wholes, search(requests), strict=True):
             row, positive = catalogue.rows[pair[1]], catalogue.positive(pair[1])
-            alike = trie.titles_at[int(trie.ends[positive])]
             rng = request_stream(self.seed, row.user, row.timestamp, pair[0], start)
-            drawn = draw(beams, positive, alike, settings.skip, settings.top, self.negatives, rng)
+            drawn = draw(beams, positive, settings.skip, settings.top, self.negatives, rng)
             out.append((pair, drawn, whole, beams[:LIST_LENGTH]))
         return out
 
     def _as_trained(self, pair: Pair, drawn: Drawn, whole: TokenGroup) -> TokenGroup:
-        """The positive with the negatives drawn; stored ones of the epoch fill up."""
+        """The positive with the negatives drawn; stored ones of the epoch that the model reads otherwise fill up."""
         epoch, index = pair
         stored = self.catalogue.rows[index].negatives
         order = candidate_columns(len(stored), len(stored), epoch * self.negatives)[1:]
         more = (self.catalogue.column(stored[column - 1]) for column in order)
-        fill = [column for column in more if column not in drawn.titles]
+        read = {tuple(whole.branches[0]), *(tuple(whole.branches[1 + column]) for column in drawn.titles)}
+        fill = [column for column in more if tuple(whole.branches[1 + column]) not in read]
         titles = [*drawn.titles, *fill][: self.negatives]
         group = whole.taking([0, *(1 + column for column in titles)])
         return group if self.rewards is None else replace(group, scores=self.rewards(drawn, len(titles)))

@@ -120,10 +120,22 @@ class ProcessRuntime:
         return folder.name.startswith("step-") or (folder / COMPLETE_FILE).exists()
 
 
-def step_of(name: str, run: str) -> int | None:
-    """The step of the checkpoint ``name``; None for what is no checkpoint, or one of another run than ``run``."""
+def run_of(name: str) -> str | None:
+    """The run before the step in ``name`` of a checkpoint; None where it names none."""
     found = CHECKPOINT.fullmatch(name)
-    return int(found["step"]) if found and found["run"] in (None, run) else None
+    return found["run"] if found else None
+
+
+def step_of(name: str, run: str) -> int | None:
+    """The step of the checkpoint ``name``; None for what is no checkpoint, or one of another run than ``run``.
+
+    The id behind a run's name tells, as its folder may have been moved to another name since.
+    """
+    found = CHECKPOINT.fullmatch(name)
+    if found is None:
+        return None
+    of, own = found["run"], run.rpartition("-")[2]
+    return int(found["step"]) if of in (None, run) or (own and of.rpartition("-")[2] == own) else None
 
 
 def newest_first(names: Sequence[str], run: str) -> list[str]:

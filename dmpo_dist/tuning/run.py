@@ -51,7 +51,9 @@ def tune(config: RunConfig, console: Console, resume: bool = False, overwrite: b
         def save() -> None:
             tuning.write(config.output_dir)
 
-        search = _search(tuning, f"dmpo {config.tune.stage}", _metric(config), config.tune.space, config)
+        stage = config.sft if config.tune.stage == "sft" else config.train
+        search = _search(tuning, f"dmpo {config.tune.stage}", stage.select_metric, config.tune.space, config)
+        search.whole_trials = stage.select == "last"
         values = trial_values(config, search.space, search.asked, config.seed)
         _say_plan(search, values, console)
         search_stage(search, values, kind, config, save, console)
@@ -89,10 +91,6 @@ def _checked(config: RunConfig, kind: Kind, data: PreparedData) -> tuple[RunConf
     return with_own_paths(config), spaces
 
 
-def _metric(config: RunConfig) -> str:
-    return (config.sft if config.tune.stage == "sft" else config.train).select_metric
-
-
 def _begun(config: RunConfig, data: PreparedData) -> Tuning:
     """What ``output_dir`` holds so far."""
     found = Tuning.read_if_there(config.output_dir)
@@ -127,8 +125,11 @@ def _search(tuning: Tuning, name: str, metric: str, space: Space, config: RunCon
 def _require_some(search: Search) -> None:
     if search.best is None:
         reasons = [trial.error for trial in search.trials if trial.error]
-        why = f"the first failed: {reasons[0]}" if reasons else "the time was over before the first validation"
-        raise UserError(f"{search.name}: no trial reached a validation; {why}")
+        until = (
+            "a trial came to its end, as it must with select=last" if search.whole_trials else "the first validation"
+        )
+        why = f"the first failed: {reasons[0]}" if reasons else f"the time was over before {until}"
+        raise UserError(f"{search.name}: no trial reached a validation without failing; {why}")
 
 
 def _say_plan(search: Search, values: Sequence[dict[str, Any]], console: Console) -> None:

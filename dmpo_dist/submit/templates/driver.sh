@@ -14,9 +14,10 @@ resume=()
 {% elif job.resume %}
 resume=(--resume)
 {% elif retries %}
-# A job that KubeRay starts again goes on from the latest checkpoint (--resume refuses another configuration's run).
+# A job that KubeRay starts again goes on from the latest checkpoint (--resume refuses another configuration's run). One
+# that failed before it had any, as failed.txt says, starts anew.
 resume=()
-if [[ -f {{ (output ~ "/config.yaml") | sh }} ]]; then
+if [[ -f {{ (output ~ "/config.yaml") | sh }} && ! -f {{ (output ~ "/failed.txt") | sh }} ]]; then
     resume=(--resume)
 fi
 {% else %}

@@ -4,10 +4,12 @@ RAY_AUTH_TOKEN="$(python -c 'import secrets; print(secrets.token_hex(32))')"
 address="$head_address:$port"
 export RAY_AUTH_TOKEN RAY_ADDRESS="$address"
 
-# Worker ports of 0 are free ones, so that jobs which share a node do not meet.
+# Jobs that share a node do not meet: worker ports of 0 are free ones, and Ray's client server, which ends the head where
+# its usual port is taken, gets one of the job's own.
 node=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus={{ submit.gpus_per_node }} --min-worker-port=0 --max-worker-port=0 --block)
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" \
-    ray start --head --node-ip-address="$head_address" --port="$port" --include-dashboard=false "${node[@]}" &
+    ray start --head --node-ip-address="$head_address" --port="$port" --ray-client-server-port=$((port - 10000)) \
+    --include-dashboard=false "${node[@]}" &
 head=$!
 until ray health-check --address "$address" >/dev/null 2>&1; do
     kill -0 "$head" 2>/dev/null || { echo "error: the Ray head did not start; see above" >&2; exit 1; }
