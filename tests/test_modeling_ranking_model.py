@@ -6,6 +6,7 @@ import shutil
 import weakref
 
 import numpy as np
+import pandas as pd
 import pytest
 from peft import LoraConfig, get_peft_model
 from test_evaluation_ranking import HISTORY, TITLES, folder, log_probs  # noqa: F401
@@ -78,6 +79,41 @@ def test_what_is_found_before_weights_are_read(folder):  # noqa: F811
         model.score(HISTORY, ["Heat</s>"])
     with pytest.raises(UserError, match="more than model.max_length=32"):
         model.score(HISTORY, TITLES)
+
+
+def test_titles_are_given_as_a_list_of_texts(folder):  # noqa: F811
+    """A single text is a list of letters to Python, each of which would be ranked."""
+    model = RankingModel.load(str(folder / "adapter"), CONFIG)
+    expected = model.rank(HISTORY, TITLES)
+    assert model.rank(np.array(HISTORY), pd.Series(TITLES, index=range(7, 7 + len(TITLES)))) == expected
+    assert model.rank(iter(HISTORY), iter(TITLES), top=2)[0].title == expected[0].title
+    bad = [
+        (("Heat", TITLES), "history='Heat': is no list of titles; give history="),
+        ((HISTORY, "Heat"), "candidates='Heat': is no list of titles"),
+        ((HISTORY, None), "candidates=None: is no list"),
+        ((["Heat", float("nan")], TITLES), r"history\[1\] is nan, which is no title"),
+        ((HISTORY, ["Heat", " "]), r"candidates\[1\] is ' '"),
+        ((HISTORY, [949]), r"candidates\[0\] is 949"),
+    ]
+    for arguments, words in bad:
+        for ask in (model.rank, model.score):
+            with pytest.raises(UserError, match=words):
+                ask(*arguments)
+    for top in (0, -1):
+        with pytest.raises(UserError, match=f"top={top}: give the number of titles"):
+            model.rank(HISTORY, TITLES, top)
+
+
+def test_fields_of_the_user_are_given_and_hold_no_special_token(folder):  # noqa: F811
+    template = TemplateConfig(preamble="Aged {age} they liked:\n")
+    model = RankingModel.load(str(folder / "base"), CONFIG, template)
+    young, old = (model.score(HISTORY, TITLES, user={"age": age}) for age in ("9", 99))
+    assert (young != old).all()
+    for user in (None, {"ages": "9"}):
+        with pytest.raises(UserError, match=r"prompts show \{age\} of the user; give user="):
+            model.score(HISTORY, TITLES, user=user)
+    with pytest.raises(UserError, match="'9</s>' of an item or user contains the special token"):
+        model.score(HISTORY, TITLES, user={"age": "9</s>"})
 
 
 def test_a_tokenizer_that_renders_other_prompts_than_in_training_is_refused(folder, tmp_path):  # noqa: F811

@@ -16,6 +16,7 @@ from dmpo_dist.config import ModelConfig, TemplateConfig
 from dmpo_dist.data.prompt_texts import PromptTexts, texts_of_model
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.template import Template, make_template
+from dmpo_dist.data.titles import titles_given
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_texts, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import (
@@ -178,8 +179,11 @@ class RankingModel:
             length_normalize, prior_weight, reference, user: see ``score``.
 
         Raises:
-            UserError: see ``score``.
+            UserError: see ``score``; or ``top`` is less than 1.
         """
+        if top is not None and top < 1:
+            raise UserError(f"top={top}: give the number of titles to keep, 1 or more, or None for all")
+        history, candidates = titles_given(history, "history"), titles_given(candidates, "candidates")
         plain = not (length_normalize or prior_weight or reference)
         if top and plain and candidates and self.orders == 1:
             (group,) = self._checked_groups(history, candidates, user)
@@ -213,9 +217,11 @@ class RankingModel:
             user: field -> text, where prompts show fields of the user.
 
         Raises:
-            UserError: a title that the tokenizer cannot represent or that does not fit into ``max_length``, weights
-                that cannot be loaded, or an attention that is asked for and wrong for this model.
+            UserError: history or candidates are no list of titles, a title that the tokenizer cannot represent or that
+                does not fit into ``max_length``, fields of the user that prompts show and are not given, weights that
+                cannot be loaded, or an attention that is asked for and wrong for this model.
         """
+        history, candidates = titles_given(history, "history"), titles_given(candidates, "candidates")
         if not candidates:
             return np.empty(0)
         groups = self._checked_groups(history, candidates, user)
@@ -239,9 +245,14 @@ class RankingModel:
         """``token_groups`` of titles that somebody typed; raises UserError for those that the tokenizer cannot take."""
         check_titles([*history, *candidates], self.tokenizer)
         texts = self.encode.texts
+        missing = next((field for field in texts.user_fields if field not in (user or {})), None)
+        if missing is not None:
+            raise UserError(f"user={user!r}: prompts show {{{missing}}} of the user; give user={{{missing!r}: ...}}")
+        own = None if user is None else pd.DataFrame([{**user, "user": ""}])
+        check_texts(PromptTexts(user_fields=texts.user_fields).with_users(own), self.tokenizer)
         if "" in texts.users:  # of the last caller
             texts = replace(texts, users={name: fields for name, fields in texts.users.items() if name})
-        self.encode.texts = texts if user is None else texts.with_users(pd.DataFrame([{**user, "user": ""}]))
+        self.encode.texts = texts.with_users(own)
         return self.token_groups(history, candidates)
 
     def prior(self, titles: Sequence[str], user: str = "", timestamp: int = 0) -> np.ndarray:
