@@ -47,6 +47,16 @@ def test_the_base_of_an_adapter_shares_its_weights(folder):  # noqa: F811
     np.testing.assert_allclose(other.score(HISTORY, TITLES), log_probs(folder / "other", TITLES)[0], rtol=1e-5)
 
 
+def test_a_reference_loaded_by_itself_must_have_the_same_tokenizer(folder, world):  # noqa: F811
+    model = RankingModel.load(str(folder / "adapter"), CONFIG)
+    other = RankingModel.load(str(folder / "other"), CONFIG)
+    expected = model.score(HISTORY, TITLES) - other.score(HISTORY, TITLES)
+    np.testing.assert_allclose(model.score(HISTORY, TITLES, reference=other), expected, rtol=1e-5, atol=1e-5)
+    stranger = RankingModel.load(str(world.model), CONFIG)
+    with pytest.raises(UserError, match="has another tokenizer than .*adapter, so their log-probs cannot be compared"):
+        model.rank(HISTORY, TITLES, reference=stranger)
+
+
 def test_a_base_that_its_adapter_changes_is_read_by_itself(folder, tmp_path):  # noqa: F811
     """Without its adapter, a model that PiSSA began is what is left of the base."""
     shape = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")

@@ -145,12 +145,16 @@ class RankingModel:
             base._which, base._prior, base._references = "reference", {}, {}
             return base
         source = find_model(path)
-        if load_tokenizer(source).get_vocab() != self.tokenizer.get_vocab():
+        self._require_same_tokenizer(load_tokenizer(source), path)
+        return type(self)(source, self.encode, self._config, self._token_budget, self.orders)
+
+    def _require_same_tokenizer(self, other: Any, path: str) -> None:
+        """Raise UserError where ``other``, the tokenizer of the model in ``path``, reads other texts in our ids."""
+        if other.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
                 f"{path}: has another tokenizer than {self.source.path}, so their log-probs cannot be compared; name a "
                 "reference with the same one, by ranking.reference or --reference"
             )
-        return type(self)(source, self.encode, self._config, self._token_budget, self.orders)
 
     def load_weights(self) -> TokenScorer:
         """The weights and how they are run, read at the first call.
@@ -213,17 +217,21 @@ class RankingModel:
         Args:
             length_normalize: divide them by the number of tokens.
             prior_weight: subtract this times the title's log-probability after no history, see ``prior``.
-            reference: a model whose log-probabilities are subtracted, from the method of that name.
+            reference: a model whose log-probabilities are subtracted, from the method of that name or any other with
+                the same tokenizer.
             user: field -> text, where prompts show fields of the user.
 
         Raises:
             UserError: history or candidates are no list of titles, a title that the tokenizer cannot represent or that
-                does not fit into ``max_length``, fields of the user that prompts show and are not given, weights that
-                cannot be loaded, or an attention that is asked for and wrong for this model.
+                does not fit into ``max_length``, fields of the user that prompts show and are not given, a reference
+                with another tokenizer, weights that cannot be loaded, or an attention that is asked for and wrong for
+                this model.
         """
         history, candidates = titles_given(history, "history"), titles_given(candidates, "candidates")
         if not candidates:
             return np.empty(0)
+        if reference is not None and reference.encode is not self.encode:
+            self._require_same_tokenizer(reference.tokenizer, reference.source.path)
         groups = self._checked_groups(history, candidates, user)
         prior = self.prior(candidates) if prior_weight else None
         scores = [
