@@ -139,6 +139,8 @@ def test_a_tokenizer_that_renders_other_prompts_than_in_training_is_refused(fold
     tokenizer.save_pretrained(path)
     with pytest.raises(UserError, match="trained with '<s>' as the opening of its prompts, .*'<pad>' .* restore"):
         RankingModel.load(path, CONFIG)
-    older = {"template": {"preamble": "Liked:\n"}, "stage": "sft"}
+    older = {"template": {"preamble": "Liked:\n"}, "stage": "sft", "max_length": 64}
     (tmp_path / "model" / "dmpo.json").write_text(json.dumps(older))
     assert RankingModel.load(path, CONFIG).template.preamble == "Liked:\n"
+    assert RankingModel.load(path).encode.max_length == 64, "that of its training"
+    assert RankingModel.load(str(folder / "other")).encode.max_length == 128, "its context"

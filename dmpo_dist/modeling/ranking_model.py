@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from dmpo_dist.batching.request_row import RequestRow
-from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.config import ModelConfig, RunConfig, TemplateConfig
 from dmpo_dist.data.prompt_texts import PromptTexts, texts_of_model
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.template import Template, make_template
@@ -27,6 +27,7 @@ from dmpo_dist.modeling.backbone import (
     load_for_scoring,
     load_tokenizer,
     require_same_rendering,
+    with_length_of,
 )
 from dmpo_dist.modeling.logprobs import Which
 from dmpo_dist.modeling.model_files import require_as_written
@@ -92,7 +93,8 @@ class RankingModel:
 
         Args:
             path: a model folder (a whole model or an adapter) or a hub id.
-            config: dtype, quantization, attention and ``max_length``; its ``path`` is not looked at.
+            config: dtype, quantization, attention and ``max_length``; its ``path`` is not looked at. None takes the
+                length that the model was trained with.
             template: how prompts read, for a model that training wrote no ``dmpo.json`` for.
             token_budget: most tokens in one row of a forward pass.
             seed, candidate_orders: of the candidates in the prompt, where it lists them; see ``evaluation``'s settings.
@@ -101,8 +103,8 @@ class RankingModel:
         Raises:
             UserError: no such model, a damaged file, no fast tokenizer, or another template than the model's own.
         """
-        config = config or ModelConfig()
         source = find_model(path)
+        config = config or with_length_of([source], RunConfig()).model
         tokenizer = load_tokenizer(source)
         asked = enforce_template(source.stamp, template or TemplateConfig(), path)
         trained = make_template(asked, tokenizer)
