@@ -2,20 +2,32 @@
 
 from pathlib import Path
 
+import pandas as pd
+
 from dmpo_dist.artifacts.base import read_config
 from dmpo_dist.artifacts.run_folder import CONFIG_FILE
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.data.requests import read_items
+from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tables import read_table
 from dmpo_dist.evaluation.ranking import GivenTexts
 
 
 def given_texts(template: TemplateConfig, catalogue: Path | None, requests: Path | None) -> GivenTexts | None:
-    """Fields of items and users in the files of an order; None where ``template`` shows none."""
+    """Fields of items and users in the files of an order; None where ``template`` shows none.
+
+    Args:
+        catalogue: a file, or a folder of prepared data; see ``read_catalogue``.
+        requests: see ``read_requests``.
+    """
     if not template.item_fields and not template.user_fields:
         return None
-    from_file = catalogue is not None and catalogue.is_file()
-    return GivenTexts(read_items(catalogue) if from_file else None, read_table(requests) if requests else None)
+    return GivenTexts(items_of(catalogue) if catalogue else None, read_table(requests) if requests else None)
+
+
+def items_of(catalogue: Path) -> pd.DataFrame | None:
+    """The rows of a catalogue with the fields of its items; None where it has none."""
+    return PreparedData.load(catalogue).items if catalogue.is_dir() else read_items(catalogue)
 
 
 def with_trained_data(config: RunConfig, model: Path) -> RunConfig:
