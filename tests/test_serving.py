@@ -187,7 +187,9 @@ BAD = [
     ("/v1/explain", {"history": ["{0}"], "documents": ["a"]}, 422, "documents"),
     ("/v1/rerank", b"{ no", 422, "the body is not JSON"),
     ("/v1/rerank", b"[1]", 422, "must be a JSON object"),
+    ("/v1/rerank", b"", 422, "must be a JSON object"),
     ("/v1/rerank", b'{"history": ["\\ud800"], "documents": ["a"]}', 422, ""),
+    ("/v1/rerank", b'{"query": "Heat \\ud83d", "documents": ["a"], "keep_unknown": true}', 422, "query: Input"),
     ("/v1/nothing", {}, 404, "Not Found"),
 ]
 
