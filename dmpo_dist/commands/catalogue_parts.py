@@ -18,6 +18,7 @@ from dmpo_dist.commands.scored_parts import PARTS, on_actors
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.inputs import for_workers
 from dmpo_dist.evaluation.ranking import Ranker, reference_of
 from dmpo_dist.evaluation.whole_catalogue import BEST, Ranked, WholeCatalogue, catalogue_at_test
 from dmpo_dist.modeling.backbone import find_model
@@ -94,8 +95,7 @@ def _ranked(
 
     if not tasks:
         return
-    model = str(Path(path).absolute()) if Path(path).exists() else path
-    arguments = (model, config, data.path.absolute())
+    arguments = (*for_workers(path, config), data.path.absolute())
     here = not on_actors(config)
     notes: set[str] = set()
     with nullcontext() if here else ray_session(config.cluster):

@@ -36,3 +36,19 @@ def with_trained_data(config: RunConfig, model: Path) -> RunConfig:
     if config.data.path is not None or path is None or not Path(path).is_dir():
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"path": Path(path)})})
+
+
+def for_workers(model: str, config: RunConfig) -> tuple[str, RunConfig]:
+    """``model`` and ``config`` with the paths that scoring reads made absolute: a cluster's workers were started in
+    some other folder. Hub ids and names stay."""
+    data, ranking = config.data, config.ranking
+    if data.path is not None:
+        data = data.model_copy(update={"path": data.path.absolute()})
+    if ranking.reference not in (None, "base", "start"):
+        ranking = ranking.model_copy(update={"reference": absolute_model(ranking.reference)})
+    return absolute_model(model), config.model_copy(update={"data": data, "ranking": ranking})
+
+
+def absolute_model(path: str) -> str:
+    """``path`` made absolute where that is a folder or file; a hub id or the name of a fetched model as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
