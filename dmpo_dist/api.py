@@ -17,8 +17,10 @@ from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.data.prepare import prepare as prepare_groups
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.template import make_template
+from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
-from dmpo_dist.modeling.backbone import find_model, with_length_of
+from dmpo_dist.modeling.backbone import enforce_template, find_model, with_length_of
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.quiet import silence_libraries
 
@@ -125,6 +127,7 @@ def train(
     config = _run_config(data, folder, "sft" if stage == "sft" else objective, given | dict(settings or {}))
     if start != "scratch":
         config = with_length_of([find_model(start)], config)
+    _require_its_template(model, config, settings, "model")
     with nullcontext() if _needs_ray(config) else single_rank():
         folder_of_model = run_stage(stage, config, _console())
     return load(folder_of_model, settings=settings)
@@ -186,6 +189,8 @@ def evaluate(
     given = {"seed": seed, "evaluation.baselines": list(baselines)} | dict(settings or {})
     config = _run_config(data, folder, "evaluation", given)
     config = with_length_of([find_model(path) for path in paths.values()], config)
+    for name, model in models.items():
+        _require_its_template(model, config, settings, name)
     open_run_folder(config, resume=False)
     return run(paths, config, config.output_dir, _console(), against=list(against))
 
@@ -201,6 +206,23 @@ def _run_config(data: PreparedData, folder: str | Path | None, name: str, given:
     if few is not None and given.get("data.shots") is None:
         given |= {"data.shots": few, "data.shots_seed": data.shots_seed, "data.shots_skip": data.shots_skip}
     return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | given)
+
+
+def _require_its_template(
+    model: str | Path | RankingModel, config: RunConfig, settings: Settings | None, called: str
+) -> None:
+    """Raise UserError where ``model`` was loaded with a template of its own: what goes on from here is its path alone.
+
+    A template in ``settings`` says what is meant.
+    """
+    if not isinstance(model, RankingModel) or any(key.partition(".")[0] == "template" for key in settings or {}):
+        return
+    source = model.scored_source
+    if make_template(enforce_template(source.stamp, config.template, source.path), model.tokenizer) != model.template:
+        raise UserError(
+            f"{called}: {source.path} was loaded with another template than would be used here; give its template keys "
+            "in settings here as well, or load it without them"
+        )
 
 
 def _as_file(table: pd.DataFrame | str | Path, file: Path) -> Path:

@@ -121,7 +121,7 @@ def first_line(error: BaseException) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, but for numbers to the base 60: of ``12:00:00`` it makes 43200, and means a time of day or a limit."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # pyrefly: ignore
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (INT, FLOAT)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -75,6 +75,20 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     assert shorter.encode.max_length == 64
 
 
+def test_a_template_that_a_model_was_loaded_with_is_given_again_or_refused(world, tmp_path):
+    """Only the path of the model goes on, so it was evaluated and trained on other prompts than it ranks by."""
+    given = {"template.preamble": "Liked:\n", "model.max_length": 256}
+    model = dmpo.load(world.model, settings=given)
+    for use in (lambda: dmpo.evaluate(world.data, {"it": model}, folder=tmp_path / "run"),
+                lambda: dmpo.train(world.data, model, folder=tmp_path / "run")):  # fmt: skip
+        with pytest.raises(UserError, match="was loaded with another template .* in settings here"):
+            use()
+    assert not (tmp_path / "run").exists()
+    found = dmpo.evaluate(world.data, {"it": model}, baselines=[], folder=tmp_path / "run", settings=given)
+    best = np.mean([(scores[1:] < scores[0]).all() for scores in model.score_rows(world.data.test)])
+    assert found.models["it"]["hr@1"].value == pytest.approx(best)
+
+
 def test_few_of_the_groups_are_those_that_are_trained_on(world, tmp_path):
     few = world.data.few(5)
     assert api._run_config(few, tmp_path / "x", "sft", {"data.shots": None}).data.shots == 5

@@ -137,6 +137,16 @@ def test_usage_errors_and_the_version(monkeypatch, capsys):
         assert len(errors.splitlines()) == 1
 
 
+def test_titles_of_a_history_keep_their_order_or_are_refused(monkeypatch):
+    asked = []
+    monkeypatch.setattr("dmpo_dist.commands.recommend.recommend", lambda model, titles, *rest: asked.append(titles))
+    for words in ("--history A B C", "--history A --history B --history C", "A B C"):
+        CliRunner().invoke(app, ["recommend", "m", *words.split(), "seed=1"], catch_exceptions=False)
+    assert asked == [["A", "B", "C"]] * 3
+    with pytest.raises(UserError, match="--history: is given 2 times with further titles beside it .'B'."):
+        CliRunner().invoke(app, ["recommend", "m", "--history", "A", "B", "--history", "C"], catch_exceptions=False)
+
+
 @pytest.mark.parametrize(("typed", "outcome"), [("y\n", True), ("n\n", SystemExit), ("", UserError)])
 def test_an_earlier_run_is_removed_only_by_a_spoken_yes(typed, outcome, tmp_path):
     asks = typer.Typer()

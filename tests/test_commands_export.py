@@ -19,6 +19,7 @@ from worlds import CONTEXT, SETTINGS, save_adapter
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.cli import main
 from dmpo_dist.commands.export import REQUESTS, _requests, _stamp, export
+from dmpo_dist.commands.model_card import _use
 from dmpo_dist.config import DataConfig, ModelConfig, RunConfig, TemplateConfig, dump_config
 from dmpo_dist.data.prompt_texts import PromptTexts
 from dmpo_dist.data.template import make_template
@@ -370,6 +371,10 @@ def test_made_up_requests_have_made_up_fields_and_leave_the_models_own(world):
     encode = GroupTokenizer(tokenizer, make_template(config, tokenizer), CONTEXT, texts=own)
     assert len(_requests(None, encode).groups) == 8
     assert encode.texts is own
+    code, note = _use(encode.template)
+    assert "AGE: - First title (GENRES)\\n- Second title (GENRES)\\n" in code
+    assert note.endswith("own text for AGE, GENRES.")
+    assert len(_use(make_template(TemplateConfig(chat="never"), tokenizer))) == 1
 
 
 def test_a_start_of_another_machine_is_a_name_and_no_path(tmp_path):

@@ -4,6 +4,7 @@ import io
 import shutil
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from worlds import save_adapter
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.commands import scored_parts
 from dmpo_dist.commands.evaluate import evaluate
+from dmpo_dist.commands.rank import Asked, rank
 from dmpo_dist.commands.scored_parts import PARTS, PartScorer, on_actors
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.errors import UserError
@@ -141,3 +143,25 @@ def test_actors_give_the_scores_of_one_process_in_whichever_order_they_finish(wo
     assert on_actors(two)
     found = scored(world, tmp_path / "two", two)
     assert all(a.tolist() == b.tolist() for a, b in zip(found, alone, strict=True))
+
+
+def test_workers_find_relative_paths_wherever_they_were_started(world, tmp_path, monkeypatch):
+    """Those of a cluster begin in the folder in which Ray was started there."""
+    monkeypatch.chdir(world.folder)
+    config = settings(world)
+    config.data.path, config.template, config.cluster.workers = Path("data"), TemplateConfig(item="{title} {item}, "), 2
+    base = load_ranking_model("model", config)
+    expected = base.reference("adapter").score_rows(world.data.test)
+
+    def in_another_folder(_, make_worker, arguments, tasks):
+        with monkeypatch.context() as there:
+            there.chdir(tmp_path)
+            yield from map(make_worker(*arguments), tasks)
+
+    monkeypatch.setattr("dmpo_dist.cluster.train.ray_session", lambda _: nullcontext())
+    monkeypatch.setattr("dmpo_dist.cluster.actors.map_over_actors", in_another_folder)
+    found = scorer(world, tmp_path, config, path="model")("test", "adapter")
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=1e-5)
+    config.ranking.reference = "adapter"
+    rank("model", Asked(None, "u00", None), 1, tmp_path / "ranked.csv", config, CONSOLE)
+    assert (tmp_path / "ranked.csv").read_text().startswith("user,rank,item,title,score\nu00,1,")

@@ -12,6 +12,7 @@ from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import ModelConfig, RankingConfig, RunConfig, ScratchModel, TemplateConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.inputs import given_texts
 from dmpo_dist.evaluation.ranking import Ranker, check_beams, load_ranking_model, reference_of, require_no_beams
 from dmpo_dist.modeling.backbone import ModelSource, find_model, make_scratch_model, unlike_training, with_length_of
 from dmpo_dist.modeling.scoring_rule import scored_lengths
@@ -137,3 +138,16 @@ def test_a_model_keeps_the_length_it_was_trained_with(world, tmp_path):
     assert of_base == "model.quantization=nf4, and is used with none here; give model.quantization=nf4 to keep to it"
     assert of_length == "model.max_length=100, and is used with 32 here; give model.max_length=100 to keep to it"
     assert not unlike_training(ModelSource("m", "b", True, ModelStamp()), ModelConfig()), "a model that is not ours"
+
+
+def test_prompts_show_the_fields_of_the_catalogue_whether_it_is_a_file_or_prepared_data(world, tmp_path):
+    """Of a folder they were not read: those that training had left were shown, and new items had none."""
+    template = TemplateConfig(item="{title} ({item})\n")
+    file = tmp_path / "items.csv"
+    world.data.items.to_csv(file, index=False)
+    settings = RunConfig(template=template, model=ModelConfig(max_length=CONTEXT))
+    fields = {title: {"item": item} for title, item in world.data.items[["title", "item"]].itertuples(index=False)}
+    for catalogue in (file, world.folder / "data"):
+        model = load_ranking_model(str(world.model), settings, given_texts(template, catalogue, None))
+        assert model.encode.texts.items == fields
+    assert given_texts(TemplateConfig(), world.folder / "data", None) is None

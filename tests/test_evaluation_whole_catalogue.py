@@ -1,6 +1,7 @@
 """Ranks among the whole catalogue by hand: candidates from the log, scores from one response at a time."""
 
 import io
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,13 +11,15 @@ from rich.console import Console
 
 from dmpo_dist.commands.catalogue_parts import PER_PART, CatalogueRanker, rank_catalogue
 from dmpo_dist.commands.evaluate import evaluate, preflight
-from dmpo_dist.config import DataConfig, RunConfig, config_of
+from dmpo_dist.commands.scored_parts import PARTS
+from dmpo_dist.config import DataConfig, RunConfig, TemplateConfig, config_of
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.fitting_log import of_same_users
 from dmpo_dist.evaluation.metrics import CATALOGUE_METRICS, catalogue_metrics
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.tables import catalogue_table
 from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
+from dmpo_dist.modeling.backbone import write_stamp
 from dmpo_dist.modeling.token_scorer import TokenScorer
 from dmpo_dist.modeling.trie_search import best_of
 
@@ -99,6 +102,15 @@ def test_an_interruption_costs_a_part(world, tmp_path, monkeypatch):
     two = CONFIG.model_copy(deep=True)
     two.cluster.workers = 2
     assert_same(rank_catalogue(*arguments[:4], two, [None, 3], tmp_path / "two", CONSOLE), expected)
+
+
+def test_parts_of_another_template_are_not_taken(world, tmp_path):
+    """Two trainings that end at their start have the same weights, whatever their templates."""
+    path = shutil.copytree(world.model, tmp_path / "model")
+    for preamble in ("Liked:\n", "Watched:\n", "Liked:\n"):
+        write_stamp(path, TemplateConfig(preamble=preamble), stage="sft")
+        rank_catalogue("m", str(path), WholeCatalogue(world.data), world.data, CONFIG, [1], tmp_path, CONSOLE)
+    assert len(list((tmp_path / PARTS).iterdir())) == 2
 
 
 def assert_same(seen, expected):

@@ -6,6 +6,7 @@ import shutil
 import weakref
 
 import numpy as np
+import pandas as pd
 import pytest
 from peft import LoraConfig, get_peft_model
 from test_evaluation_ranking import HISTORY, TITLES, folder, log_probs  # noqa: F401
@@ -46,6 +47,16 @@ def test_the_base_of_an_adapter_shares_its_weights(folder):  # noqa: F811
     np.testing.assert_allclose(other.score(HISTORY, TITLES), log_probs(folder / "other", TITLES)[0], rtol=1e-5)
 
 
+def test_a_reference_loaded_by_itself_must_have_the_same_tokenizer(folder, world):  # noqa: F811
+    model = RankingModel.load(str(folder / "adapter"), CONFIG)
+    other = RankingModel.load(str(folder / "other"), CONFIG)
+    expected = model.score(HISTORY, TITLES) - other.score(HISTORY, TITLES)
+    np.testing.assert_allclose(model.score(HISTORY, TITLES, reference=other), expected, rtol=1e-5, atol=1e-5)
+    stranger = RankingModel.load(str(world.model), CONFIG)
+    with pytest.raises(UserError, match="has another tokenizer than .*adapter, so their log-probs cannot be compared"):
+        model.rank(HISTORY, TITLES, reference=stranger)
+
+
 def test_a_base_that_its_adapter_changes_is_read_by_itself(folder, tmp_path):  # noqa: F811
     """Without its adapter, a model that PiSSA began is what is left of the base."""
     shape = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")
@@ -80,6 +91,41 @@ def test_what_is_found_before_weights_are_read(folder):  # noqa: F811
         model.score(HISTORY, TITLES)
 
 
+def test_titles_are_given_as_a_list_of_texts(folder):  # noqa: F811
+    """A single text is a list of letters to Python, each of which would be ranked."""
+    model = RankingModel.load(str(folder / "adapter"), CONFIG)
+    expected = model.rank(HISTORY, TITLES)
+    assert model.rank(np.array(HISTORY), pd.Series(TITLES, index=range(7, 7 + len(TITLES)))) == expected
+    assert model.rank(iter(HISTORY), iter(TITLES), top=2)[0].title == expected[0].title
+    bad = [
+        (("Heat", TITLES), "history='Heat': is no list of titles; give history="),
+        ((HISTORY, "Heat"), "candidates='Heat': is no list of titles"),
+        ((HISTORY, None), "candidates=None: is no list"),
+        ((["Heat", float("nan")], TITLES), r"history\[1\] is nan, which is no title"),
+        ((HISTORY, ["Heat", " "]), r"candidates\[1\] is ' '"),
+        ((HISTORY, [949]), r"candidates\[0\] is 949"),
+    ]
+    for arguments, words in bad:
+        for ask in (model.rank, model.score):
+            with pytest.raises(UserError, match=words):
+                ask(*arguments)
+    for top in (0, -1):
+        with pytest.raises(UserError, match=f"top={top}: give the number of titles"):
+            model.rank(HISTORY, TITLES, top)
+
+
+def test_fields_of_the_user_are_given_and_hold_no_special_token(folder):  # noqa: F811
+    template = TemplateConfig(preamble="Aged {age} they liked:\n")
+    model = RankingModel.load(str(folder / "base"), CONFIG, template)
+    young, old = (model.score(HISTORY, TITLES, user={"age": age}) for age in ("9", 99))
+    assert (young != old).all()
+    for user in (None, {"ages": "9"}):
+        with pytest.raises(UserError, match=r"prompts show \{age\} of the user; give user="):
+            model.score(HISTORY, TITLES, user=user)
+    with pytest.raises(UserError, match="'9</s>' of an item or user contains the special token"):
+        model.score(HISTORY, TITLES, user={"age": "9</s>"})
+
+
 def test_a_tokenizer_that_renders_other_prompts_than_in_training_is_refused(folder, tmp_path):  # noqa: F811
     """What was rendered stands in the stamp; a stamp of earlier versions has none of it and loads."""
     shutil.copytree(folder / "base", tmp_path / "model")
@@ -93,6 +139,8 @@ def test_a_tokenizer_that_renders_other_prompts_than_in_training_is_refused(fold
     tokenizer.save_pretrained(path)
     with pytest.raises(UserError, match="trained with '<s>' as the opening of its prompts, .*'<pad>' .* restore"):
         RankingModel.load(path, CONFIG)
-    older = {"template": {"preamble": "Liked:\n"}, "stage": "sft"}
+    older = {"template": {"preamble": "Liked:\n"}, "stage": "sft", "max_length": 64}
     (tmp_path / "model" / "dmpo.json").write_text(json.dumps(older))
     assert RankingModel.load(path, CONFIG).template.preamble == "Liked:\n"
+    assert RankingModel.load(path).encode.max_length == 64, "that of its training"
+    assert RankingModel.load(str(folder / "other")).encode.max_length == 128, "its context"

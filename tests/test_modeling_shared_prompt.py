@@ -99,5 +99,8 @@ def test_what_cannot_be_scored_is_refused(tokenizer):
         shared_prompt_log_probs(model, tokenizer, PROMPTS, RESPONSES[:1])
     with pytest.raises(ValueError, match="non-empty"):
         shared_prompt_log_probs(model, tokenizer, PROMPTS, [["Dune"], []])
+    for prompts, responses in ((PROMPTS, ["Dune", "Up"]), ("No", RESPONSES)):
+        with pytest.raises(ValueError, match="give prompts as a list, and for each of them a list"):
+            shared_prompt_log_probs(model, tokenizer, prompts, responses)
     with pytest.raises(UserError, match="256"):
         shared_prompt_log_probs(model, tokenizer, ["so long " * 200], [["Dune"]])

@@ -187,7 +187,9 @@ BAD = [
     ("/v1/explain", {"history": ["{0}"], "documents": ["a"]}, 422, "documents"),
     ("/v1/rerank", b"{ no", 422, "the body is not JSON"),
     ("/v1/rerank", b"[1]", 422, "must be a JSON object"),
+    ("/v1/rerank", b"", 422, "must be a JSON object"),
     ("/v1/rerank", b'{"history": ["\\ud800"], "documents": ["a"]}', 422, ""),
+    ("/v1/rerank", b'{"query": "Heat \\ud83d", "documents": ["a"], "keep_unknown": true}', 422, "query: Input"),
     ("/v1/nothing", {}, 404, "Not Found"),
 ]
 
@@ -268,6 +270,38 @@ def test_a_catalogue_that_changes_and_one_that_is_broken(world, tmp_path):
             assert "dmpo_catalogue_broken" in httpx.get(f"{address}/metrics").text
             write(pd.DataFrame({"title": [*titles[:10], "Brand New"]}).to_csv(index=False))
             health(address, lambda state: state["catalogue_problem"] is None)
+
+
+def test_prompts_show_the_fields_of_the_catalogue_in_use(world, tmp_path):
+    """A new file that was refused changed them, under the version of the old one."""
+    file = tmp_path / "items.csv"
+
+    def write(**columns):
+        table = pd.DataFrame({"title": world.titles[:8], **columns})
+        table.to_csv(file.with_suffix(".new"), index=False)
+        file.with_suffix(".new").replace(file)
+
+    write(genre="w1", popularity=3)
+    settings = {"template__item": "{title} ({genre})\n", "ranking__popularity_weight": 0.5}
+    with serving(world, file, **settings) as (address, service):
+
+        def scores():
+            found = post(address, "/v1/recommend", history=world.titles[:2], k=8).json()
+            return found["catalogue"], {one["title"]: one["score"] for one in found["results"]}
+
+        version, before = scores()
+        for columns, problem in (
+            ({"genre": "w2"}, "needs --catalogue with a column popularity"),
+            ({"genre": "</s>", "popularity": 3}, "contains the special token '</s>'"),
+        ):
+            write(**columns)
+            wait_until(lambda problem=problem: problem in (service._catalogue.problem or ""))
+            assert scores() == (version, pytest.approx(before, abs=1e-5))
+        write(genre="w2", popularity=3)
+        wait_until(lambda: service._catalogue.problem is None)
+        changed, after = scores()
+        assert changed != version
+        assert after != pytest.approx(before, abs=1e-5)
 
 
 def test_a_client_that_hangs_up_and_one_too_many(world):

@@ -174,6 +174,29 @@ def test_a_failure_and_a_cancelled_group_leave_the_others_alone(engine):
     assert served.waiting == 0
 
 
+def test_a_group_that_is_cancelled_while_its_row_fails_does_not_end_the_thread(engine):
+    scorer = TokenScorer(tiny_model("llama").eval(), 4096, 256)
+    group, other = random_groups(2, seed=6)
+    served, running, gone = engine(scorer, 4096, 10**7), threading.Event(), threading.Event()
+    score_row = served._models[0].score_row
+
+    def failing(row):
+        running.set()
+        gone.wait(60)
+        raise ZeroDivisionError
+
+    served._models[0].score_row = failing
+    future = served.submit(group)
+    assert running.wait(60)
+    future.cancel()
+    future.done = lambda: False  # as it was when the engine looked, before the client went
+    gone.set()
+    served._thread.join(0.2)
+    assert served.alive
+    served._models[0].score_row = score_row
+    np.testing.assert_allclose(served.submit(other).result(60), scorer.score([other])[0], rtol=1e-6, atol=1e-5)
+
+
 def test_the_memory_of_prompts_stays_below_its_bound(engine):
     scorer = TokenScorer(tiny_model("llama").eval(), 4096, 256)
     served = engine(scorer, 4096, 100_000)

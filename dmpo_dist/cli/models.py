@@ -181,7 +181,14 @@ def recommend(
         dmpo recommend runs/ml/dmpo/model --user 12 --top 5 data.path=runs/ml/data
     """
     overrides = [text for text in more or [] if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", text)]
-    titles = [*(history or []), *(text for text in more or [] if text not in overrides)]
+    beside = [text for text in more or [] if text not in overrides]
+    first = history or []
+    if beside and len(first) > 1:  # options and arguments arrive apart, without the order in which they were typed
+        raise UserError(
+            f"--history: is given {len(first)} times with further titles beside it ({beside[0]!r}), so which one is "
+            "older is not known; give it once with all titles after it, or once for each title"
+        )
+    titles = [*first, *beside]
     settings = read_settings(config, overrides, dry_run=False)
     from dmpo_dist.commands.recommend import recommend as run
     from dmpo_dist.records.log import make_console

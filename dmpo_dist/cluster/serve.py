@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dmpo_dist.cluster.resources import WITHOUT_GPUS
 from dmpo_dist.cluster.train import gpus_per_worker_of, ray_session, require_resources
 from dmpo_dist.config import RunConfig, load_config
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.inputs import for_workers
 from dmpo_dist.serving.backend import Backend, UnavailableError, answer
 from dmpo_dist.serving.order import Served, what_is_served
 from dmpo_dist.serving.service import RankingService
@@ -39,13 +41,19 @@ STALE_SECONDS = 60
 
 
 class Copy:
-    """A copy of the model in an actor of its own."""
+    """A copy of the model in an actor of its own.
 
-    def __init__(self, served: Served) -> None:
+    Args:
+        served: what.
+        name: of the model in answers.
+    """
+
+    def __init__(self, served: Served, name: str) -> None:
         cluster = served.config.cluster
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._service = RankingService(served)
+        self._service.name = name
 
     async def call(self, method: str, argument: Any) -> dict[str, Any]:
         """The answer, or the message of a user's mistake, beside this copy's name and state."""
@@ -116,7 +124,9 @@ def ray_backend(served: Served, console: Console) -> Iterator[Backend]:
     Raises:
         UserError: no cluster, too few resources, or a model that cannot be loaded there.
     """
-    serving = served.config.serving
+    name, serving = served.model, served.config.serving
+    model, config = for_workers(served.model, served.config)
+    served = replace(served, model=model, config=config, catalogue=served.catalogue and served.catalogue.absolute())
     cluster = served.config.cluster.model_copy(update={"workers": serving.replicas})
     # Ray prints a paragraph for a copy that died, of which we log a line, and complains when Serve is shut down.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Raylet is terminated|A worker died or was|ServeController")
@@ -129,7 +139,7 @@ def ray_backend(served: Served, console: Console) -> Iterator[Backend]:
         serve.start(proxy_location="Disabled")
         try:
             with console.status(f"loading {serving.replicas} cop{'ies' if serving.replicas > 1 else 'y'} of the model"):
-                handle = serve.run(copies(served, gpus), name=APPLICATION, route_prefix=None)
+                handle = serve.run(copies(served, gpus, name), name=APPLICATION, route_prefix=None)
             yield CopiesBackend(serving.timeout_seconds, handle)
         except RuntimeError as error:
             if "Deploying application" not in str(error):
@@ -139,8 +149,8 @@ def ray_backend(served: Served, console: Console) -> Iterator[Backend]:
             serve.shutdown()
 
 
-def copies(served: Served, gpus: float) -> Any:
-    """The Ray Serve application of the copies alone, each with ``gpus`` GPUs."""
+def copies(served: Served, gpus: float, name: str) -> Any:
+    """The Ray Serve application of the copies alone, each with ``gpus`` GPUs; answers call the model ``name``."""
     from ray import serve
 
     serving, cluster = served.config.serving, served.config.cluster
@@ -160,7 +170,7 @@ def copies(served: Served, gpus: float) -> Any:
         Copy, name=MODEL, max_ongoing_requests=MOST_ONGOING, health_check_period_s=2, max_constructor_retry_count=2,
         ray_actor_options=options, **scaling,
     )  # fmt: skip
-    return deployment.bind(served)
+    return deployment.bind(served, name)
 
 
 def application(arguments: dict[str, Any]) -> Any:
@@ -178,7 +188,7 @@ def application(arguments: dict[str, Any]) -> Any:
     catalogue = arguments.get("catalogue")
     served = what_is_served(arguments["model"], Path(catalogue) if catalogue else None, config)
     front = serve.deployment(serve.ingress(partial(_front, config))(), name="Front", max_ongoing_requests=1000)
-    return front.bind(copies(served, config.cluster.gpus_per_worker or 0))
+    return front.bind(copies(served, config.cluster.gpus_per_worker or 0, served.model))
 
 
 def _front(config: RunConfig) -> Any:

@@ -18,9 +18,10 @@ from dmpo_dist.commands.scored_parts import PARTS, on_actors
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.inputs import for_workers
 from dmpo_dist.evaluation.ranking import Ranker, reference_of
 from dmpo_dist.evaluation.whole_catalogue import BEST, Ranked, WholeCatalogue, catalogue_at_test
-from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.backbone import enforce_template, find_model
 from dmpo_dist.modeling.model_files import weights_key
 from dmpo_dist.modeling.trie_search import Beam
 from dmpo_dist.records.progress import UserProgress
@@ -94,8 +95,7 @@ def _ranked(
 
     if not tasks:
         return
-    model = str(Path(path).absolute()) if Path(path).exists() else path
-    arguments = (model, config, data.path.absolute())
+    arguments = (*for_workers(path, config), data.path.absolute())
     here = not on_actors(config)
     notes: set[str] = set()
     with nullcontext() if here else ray_session(config.cluster):
@@ -132,7 +132,7 @@ def _store(path: str, data: PreparedData, config: RunConfig, width: Width, folde
         "reference": weights_key(find_model(reference)) if reference else None,
         "data": data.fingerprint,
         "width": width,
-        "template": config.template.model_dump(mode="json"),
+        "template": enforce_template(source.stamp, config.template, path).model_dump(mode="json"),
         "model": config.model.model_dump(mode="json", include=model),
         "ranking": config.ranking.model_dump(mode="json", exclude={"reference"}),
         "evaluation.token_budget": config.evaluation.token_budget,

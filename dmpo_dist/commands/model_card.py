@@ -6,6 +6,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.evaluation import Evaluation, Interval
+from dmpo_dist.config.model import PLACEHOLDER
 from dmpo_dist.data.template import Template
 from dmpo_dist.evaluation.comparisons import comparison_lines
 from dmpo_dist.evaluation.metrics import METRICS, sure_hits
@@ -123,10 +124,16 @@ def _header(name: str, origin: Provenance, is_adapter: bool, evaluation: tuple[s
 def _use(template: Template) -> list[str]:
     before, after = template.render_response(TITLE).split(TITLE, 1)
     response = " + ".join(part for part in (repr(before) if before else "", "title", repr(after)) if part)
-    titles = ["Title A", "Title B"]
-    prompt = template.render(("First title", "Second title"), titles if template.lists_candidates else ()).text
-    code = SNIPPET.format(prompt=prompt, response=response, titles=titles)
-    return [f"```python\n{code}\n```"]
+    titles, history = ["Title A", "Title B"], ("First title", "Second title")
+    parts = (template.preamble, template.item, template.request, template.candidate or "")
+    names = [name for name in PLACEHOLDER.findall("".join(parts)) if name not in ("title", "candidates")]
+    fields = {name: name.upper() for name in names}
+    listed = titles if template.lists_candidates else ()
+    prompt = template.render(history, listed, dict.fromkeys((*history, *titles), fields), fields).text
+    code = f"```python\n{SNIPPET.format(prompt=prompt, response=response, titles=titles)}\n```"
+    if not fields:
+        return [code]
+    return [code, f"In the prompt put each item's or user's own text for {', '.join(dict.fromkeys(fields.values()))}."]
 
 
 def _training(origin: Provenance) -> list[str]:

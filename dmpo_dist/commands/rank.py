@@ -30,7 +30,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.inputs import given_texts
+from dmpo_dist.evaluation.inputs import for_workers, given_texts
 from dmpo_dist.evaluation.ranking import (
     GivenTexts,
     Ranker,
@@ -133,7 +133,7 @@ def _rank_parts(job: RankJob, store: PartFolder, missing: list[int], console: Co
 
     here = not on_actors(job.config)
     cluster, parts = job.config.cluster, job.parts
-    arguments = (job.model, job.config, job.catalogue, job.top, job.given)
+    arguments = (*for_workers(job.model, job.config), job.catalogue, job.top, job.given)
     done = len(job.requests) - sum(len(parts[number]) for number in missing)
     notes: set[str] = set()
     tasks = [(number, parts[number]) for number in missing]

@@ -22,6 +22,7 @@ from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup, tokenize_rows
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.inputs import absolute_model, for_workers
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.evaluation.rules import Split, rows_of
 from dmpo_dist.modeling.model_files import weights_key
@@ -88,8 +89,10 @@ class PartScorer:
             if self.here or not on_actors(self.config):
                 found = _here(scorer, groups, missing, progress.advance)
             else:
-                worker = (self.config, self.data.path.absolute(), split, reference)
-                found = _by_actors(self.path, worker, missing, progress.advance, self.console)
+                path, config = for_workers(self.path, self.config)
+                subtracted = None if reference is None else absolute_model(reference)
+                worker = (config, self.data.path.absolute(), split, subtracted)
+                found = _by_actors(path, worker, missing, progress.advance, self.console)
             try:
                 for number, scored in found:
                     _require_finite(self.called, scored, self.config.model.dtype)
@@ -163,9 +166,7 @@ def _by_actors(
 
     if not tasks:
         return
-    folder = Path(path).absolute()
-    arguments = (str(folder) if folder.exists() else path, *worker)
-    config = worker[0]
+    arguments, config = (path, *worker), worker[0]
     notes: set[str] = set()
     with ray_session(config.cluster):
         for number, rows, note in map_over_actors(config.cluster, ShareScorer, arguments, tasks):

@@ -2,7 +2,9 @@
 
 import html
 import re
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from dmpo_dist.data.schema import Interactions
 from dmpo_dist.errors import UserError
@@ -22,6 +24,21 @@ def without_entities(title: str) -> str:
     for _ in range(2):
         title = ENTITY.sub(lambda entity: html.unescape(entity[0]), title)
     return title
+
+
+def titles_given(given: Any, argument: str) -> list[str]:
+    """The titles that a caller passes as ``argument``, from a list, an array, a column of a data frame or the like.
+
+    Raises:
+        UserError: it is a single text, of which each letter would be taken for a title, or holds what is no title.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UserError(f"{argument}={given!r}: is no list of titles; give {argument}=[...] with a text for each")
+    titles = list(given)
+    for index, title in enumerate(titles):
+        if not isinstance(title, str) or not title.strip():
+            raise UserError(f"{argument}[{index}] is {title!r}, which is no title; give a text, or leave it out")
+    return [str(title) for title in titles]  # NumPy's texts are a type of their own
 
 
 def article_first(title: str) -> str:

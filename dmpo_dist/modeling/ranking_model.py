@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 
 from dmpo_dist.batching.request_row import RequestRow
-from dmpo_dist.config import ModelConfig, TemplateConfig
+from dmpo_dist.config import ModelConfig, RunConfig, TemplateConfig
 from dmpo_dist.data.prompt_texts import PromptTexts, texts_of_model
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.template import Template, make_template
+from dmpo_dist.data.titles import titles_given
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_texts, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import (
@@ -26,6 +27,7 @@ from dmpo_dist.modeling.backbone import (
     load_for_scoring,
     load_tokenizer,
     require_same_rendering,
+    with_length_of,
 )
 from dmpo_dist.modeling.logprobs import Which
 from dmpo_dist.modeling.model_files import require_as_written
@@ -91,7 +93,8 @@ class RankingModel:
 
         Args:
             path: a model folder (a whole model or an adapter) or a hub id.
-            config: dtype, quantization, attention and ``max_length``; its ``path`` is not looked at.
+            config: dtype, quantization, attention and ``max_length``; its ``path`` is not looked at. None takes the
+                length that the model was trained with.
             template: how prompts read, for a model that training wrote no ``dmpo.json`` for.
             token_budget: most tokens in one row of a forward pass.
             seed, candidate_orders: of the candidates in the prompt, where it lists them; see ``evaluation``'s settings.
@@ -100,8 +103,8 @@ class RankingModel:
         Raises:
             UserError: no such model, a damaged file, no fast tokenizer, or another template than the model's own.
         """
-        config = config or ModelConfig()
         source = find_model(path)
+        config = config or with_length_of([source], RunConfig()).model
         tokenizer = load_tokenizer(source)
         asked = enforce_template(source.stamp, template or TemplateConfig(), path)
         trained = make_template(asked, tokenizer)
@@ -144,12 +147,16 @@ class RankingModel:
             base._which, base._prior, base._references = "reference", {}, {}
             return base
         source = find_model(path)
-        if load_tokenizer(source).get_vocab() != self.tokenizer.get_vocab():
+        self._require_same_tokenizer(load_tokenizer(source), path)
+        return type(self)(source, self.encode, self._config, self._token_budget, self.orders)
+
+    def _require_same_tokenizer(self, other: Any, path: str) -> None:
+        """Raise UserError where ``other``, the tokenizer of the model in ``path``, reads other texts in our ids."""
+        if other.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
                 f"{path}: has another tokenizer than {self.source.path}, so their log-probs cannot be compared; name a "
                 "reference with the same one, by ranking.reference or --reference"
             )
-        return type(self)(source, self.encode, self._config, self._token_budget, self.orders)
 
     def load_weights(self) -> TokenScorer:
         """The weights and how they are run, read at the first call.
@@ -178,8 +185,11 @@ class RankingModel:
             length_normalize, prior_weight, reference, user: see ``score``.
 
         Raises:
-            UserError: see ``score``.
+            UserError: see ``score``; or ``top`` is less than 1.
         """
+        if top is not None and top < 1:
+            raise UserError(f"top={top}: give the number of titles to keep, 1 or more, or None for all")
+        history, candidates = titles_given(history, "history"), titles_given(candidates, "candidates")
         plain = not (length_normalize or prior_weight or reference)
         if top and plain and candidates and self.orders == 1:
             (group,) = self._checked_groups(history, candidates, user)
@@ -209,15 +219,21 @@ class RankingModel:
         Args:
             length_normalize: divide them by the number of tokens.
             prior_weight: subtract this times the title's log-probability after no history, see ``prior``.
-            reference: a model whose log-probabilities are subtracted, from the method of that name.
+            reference: a model whose log-probabilities are subtracted, from the method of that name or any other with
+                the same tokenizer.
             user: field -> text, where prompts show fields of the user.
 
         Raises:
-            UserError: a title that the tokenizer cannot represent or that does not fit into ``max_length``, weights
-                that cannot be loaded, or an attention that is asked for and wrong for this model.
+            UserError: history or candidates are no list of titles, a title that the tokenizer cannot represent or that
+                does not fit into ``max_length``, fields of the user that prompts show and are not given, a reference
+                with another tokenizer, weights that cannot be loaded, or an attention that is asked for and wrong for
+                this model.
         """
+        history, candidates = titles_given(history, "history"), titles_given(candidates, "candidates")
         if not candidates:
             return np.empty(0)
+        if reference is not None and reference.encode is not self.encode:
+            self._require_same_tokenizer(reference.tokenizer, reference.source.path)
         groups = self._checked_groups(history, candidates, user)
         prior = self.prior(candidates) if prior_weight else None
         scores = [
@@ -239,9 +255,14 @@ class RankingModel:
         """``token_groups`` of titles that somebody typed; raises UserError for those that the tokenizer cannot take."""
         check_titles([*history, *candidates], self.tokenizer)
         texts = self.encode.texts
+        missing = next((field for field in texts.user_fields if field not in (user or {})), None)
+        if missing is not None:
+            raise UserError(f"user={user!r}: prompts show {{{missing}}} of the user; give user={{{missing!r}: ...}}")
+        own = None if user is None else pd.DataFrame([{**user, "user": ""}])
+        check_texts(PromptTexts(user_fields=texts.user_fields).with_users(own), self.tokenizer)
         if "" in texts.users:  # of the last caller
             texts = replace(texts, users={name: fields for name, fields in texts.users.items() if name})
-        self.encode.texts = texts if user is None else texts.with_users(pd.DataFrame([{**user, "user": ""}]))
+        self.encode.texts = texts.with_users(own)
         return self.token_groups(history, candidates)
 
     def prior(self, titles: Sequence[str], user: str = "", timestamp: int = 0) -> np.ndarray:

@@ -44,14 +44,17 @@ def shared_prompt_log_probs(
     Raises:
         UserError: a prompt with its longest response exceeds the model's context, or the model has a head, an attention
             or an adapter that cannot be computed exactly.
-        ValueError: no prompts, a prompt without responses, or as many lists of responses as prompts are not given; or
-            the tokenizer has no end token and ``end`` is not given.
+        ValueError: no prompts, a prompt without responses, a single text in place of a list, or as many lists of
+            responses as prompts are not given; or the tokenizer has no end token and ``end`` is not given.
 
     Example:
         >>> policy = shared_prompt_log_probs(model, tokenizer, ["Liked: Alien\\nNext:"], [[" Dune", " Cars"]])
         >>> loss = softplus(policy[0][1] - policy[0][0])  # a reference-free pair
         >>> loss.backward()
     """
+    single = next((text for text in (prompts, *responses) if isinstance(text, str)), None)
+    if single is not None:  # to Python a text is a list of letters, each of which would be scored
+        raise ValueError(f"{single!r}: give prompts as a list, and for each of them a list of responses")
     if not prompts or len(prompts) != len(responses) or not all(responses):
         raise ValueError(
             f"{len(prompts)} prompts and {len(responses)} lists of responses: give one non-empty list for each prompt"

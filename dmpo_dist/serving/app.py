@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import logging
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -278,8 +279,9 @@ async def _hang_up(request: Request) -> None:
 
 def _problem(error: Any) -> str:
     """One mistake in a body, without the value, which may be long."""
-    where = ".".join(str(part) for part in error["loc"] if part not in ("body", "query"))
-    if error["type"] == "model_attributes_type":
+    # After body or query keys and indices; where a key may hold one of several types, the name of a type, too.
+    where = ".".join(str(part) for part in error["loc"][1:] if re.fullmatch(r"\w+", str(part)))
+    if error["type"] == "model_attributes_type" or (not where and error["type"] == "missing"):
         return "the body must be a JSON object, sent with the header Content-Type: application/json"
     if error["type"] == "json_invalid":
         return f"the body is not JSON ({error['ctx']['error']} at character {error['loc'][-1]})"

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dmpo_dist.data.matching import TitleLookup
+from dmpo_dist.data.prompt_texts import PromptTexts
 from dmpo_dist.data.requests import Catalogue, read_catalogue
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import first_line
@@ -23,12 +24,12 @@ class ServedCatalogue:
 
     Attributes:
         log_popularity: title -> log(1 + count), where rankings are corrected by it.
-        fields: title -> field -> text, of those that prompts show.
+        texts: the fields of its items that prompts show, and those of users.
     """
 
     catalogue: Catalogue
     log_popularity: Mapping[str, float] | None
-    fields: Mapping[str, Mapping[str, str]]
+    texts: PromptTexts
 
     @cached_property
     def lookup(self) -> TitleLookup:
@@ -38,7 +39,8 @@ class ServedCatalogue:
     @cached_property
     def version(self) -> str:
         """12 hexadecimal digits that differ between catalogues that may rank differently."""
-        content = [self.catalogue.titles, self.catalogue.ids, self.log_popularity, self.fields]
+        fields = self.texts.of_items(self.catalogue.titles) if self.texts.item_fields else {}
+        content = [self.catalogue.titles, self.catalogue.ids, self.log_popularity, fields]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
     @cached_property

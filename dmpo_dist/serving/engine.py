@@ -11,7 +11,8 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,7 +263,7 @@ class Engine:
                 work.alone = True
             if len(works) <= 1:
                 self._remove(first)
-                if not first.future.done():
+                with suppress(InvalidStateError):  # cancelled, maybe at this moment: the thread must go on
                     first.future.set_exception(error)
 
     def _choose(self, first: _InParts) -> list[tuple[_InParts, int]]:

@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+Text = Annotated[str, StringConstraints(strip_whitespace=True)]
+"""Refused where it holds half of a character, which pydantic lets pass in a plain ``str``."""
 Title = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
@@ -28,7 +30,7 @@ class WithHistory(Body):
 class RerankBody(Body):
     """Rank given documents after a history."""
 
-    query: str | list[Title] | None = None
+    query: Text | list[Title] | None = None
     """The history under the name that other rerankers use: a list, or a text with a title on each line."""
     history: list[Title] | None = None
     """Titles or item ids that the user liked, oldest first; in place of query."""

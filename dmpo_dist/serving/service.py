@@ -12,14 +12,16 @@ import torch
 
 from dmpo_dist.data.candidates import require_given_candidates
 from dmpo_dist.data.matching import requests_of_data
-from dmpo_dist.data.requests import Catalogue, RankingRequest, read_catalogue, read_items
+from dmpo_dist.data.requests import Catalogue, RankingRequest, read_catalogue
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.data.tokenization import TokenGroup, check_titles
+from dmpo_dist.data.tokenization import TokenGroup, check_texts, check_titles
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.inputs import items_of
 from dmpo_dist.evaluation.ranking import TitleScorer, reference_of
 from dmpo_dist.explanation.contributions import title_values
 from dmpo_dist.modeling.backbone import find_model
+from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.scoring_rule import require_prior
 from dmpo_dist.modeling.trie_search import Beam, best_of
 from dmpo_dist.serving.catalogue import CatalogueWatch, ServedCatalogue
@@ -59,6 +61,7 @@ class RankingService:
         first = _catalogue_for_popularity(served) if config.ranking.popularity_weight else None
         self._scorer = TitleScorer(served.model, config, first, reference, served.given)
         self._policy, self._ranking = self._scorer.policy, config.ranking
+        self._texts = self._policy.encode.texts
         if config.ranking.prior_weight:
             require_prior(self._policy.template, served.model)
         models = [self._policy, *([self._scorer.reference] if self._scorer.reference else [])]
@@ -118,7 +121,7 @@ class RankingService:
             scored = await self._scores(history, titles, body.user, served)
             best, groups = best_of(scored.scores, body.k, allowed), scored.groups
         else:
-            best, groups = await self._searched(history, titles, body.user, body.k, allowed)
+            best, groups = await self._searched(history, titles, body.user, body.k, allowed, served)
         results = [
             {"rank": rank, "title": titles[i], "item": served.item_of.get(titles[i]), "score": score}
             for rank, (i, score) in enumerate(best[: body.k], start=1)
@@ -133,7 +136,7 @@ class RankingService:
             lambda: self._looked_up(body.history, body.documents, body.keep_unknown, known)
         )
         request = PreferenceGroup(body.user, 0, tuple(history), titles[0], tuple(titles[1:]))
-        fitted = await self._off_thread(lambda: self._policy.encode.fit(request))
+        fitted = await self._off_thread(lambda: self._reading(known).encode.fit(request))
         seen = history[fitted.dropped :]
         left = len(seen) > 1 or bool(self._policy.template.render(()).text)  # something to put before a title
         shorter = [seen[:i] + seen[i + 1 :] for i in range(len(seen))] if left else []
@@ -182,13 +185,14 @@ class RankingService:
         }
 
     async def _searched(
-        self, history: Sequence[str], titles: list[str], user: str, top: int, allowed: np.ndarray
-    ) -> tuple[list[Beam], list[TokenGroup]]:
+        self, history: Sequence[str], titles: list[str], user: str, top: int, allowed: np.ndarray,
+        known: ServedCatalogue,
+    ) -> tuple[list[Beam], list[TokenGroup]]:  # fmt: skip
         """The ``top`` best of the allowed ``titles`` by the log-probability alone, and the prompt; most of the other
         titles never run."""
 
         def submitted() -> tuple[list[TokenGroup], Future[list[Beam]]]:
-            (group,) = self._policy.token_groups(history, titles, user)
+            (group,) = self._reading(known).token_groups(history, titles, user)
             return [group], self.engine.best(group, top, allowed)
 
         groups, future = await self._off_thread(submitted)
@@ -205,7 +209,7 @@ class RankingService:
         """What ``titles`` are ranked by after ``history``: a mean over orders, where prompts list them."""
 
         def submitted() -> tuple[list[TokenGroup], list[Future[np.ndarray]]]:
-            groups = self._policy.token_groups(history, titles, user)
+            groups = self._reading(known).token_groups(history, titles, user)
             futures = [self.engine.submit(group) for group in groups]
             if self._scorer.subtracted is not None:
                 futures += [self.engine.submit(group, 1) for group in groups]
@@ -246,19 +250,25 @@ class RankingService:
         check_titles([*found, *titles], self._policy.tokenizer)
         return found, titles
 
+    def _reading(self, known: ServedCatalogue | None) -> RankingModel:
+        """The policy, whose prompts show the fields in ``known`` until another request's are to be tokenized."""
+        self._policy.encode.texts = known.texts if known else self._texts
+        return self._policy
+
     async def _off_thread(self, work: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 
     def _accept(self, catalogue: Catalogue) -> ServedCatalogue:
         """See ``CatalogueWatch``."""
         check_titles(catalogue.titles, self._policy.tokenizer)
+        texts = self._texts
+        if texts.item_fields and self._path is not None:
+            texts = texts.with_items(items_of(self._path))
+            texts.of_items(catalogue.titles)
+            check_texts(texts, self._policy.tokenizer)
+        served = ServedCatalogue(catalogue, self._scorer.popularity_of(catalogue), texts)
         self._users = None  # the folder may hold other users now
-        texts, path, fields = self._policy.encode.texts, self._path, {}
-        if texts.item_fields and path is not None:
-            texts = texts.with_items(PreparedData.load(path).items if path.is_dir() else read_items(path))
-            fields = texts.of_items(catalogue.titles)
-            self._policy.encode.texts = texts
-        return ServedCatalogue(catalogue, self._scorer.popularity_of(catalogue), fields)
+        return served
 
     def _known(self) -> ServedCatalogue | None:
         return self._catalogue.current if self._catalogue else None
@@ -273,8 +283,8 @@ class RankingService:
         """A few titles, to try the model on."""
         known = self._known()
         titles = list(known.catalogue.titles[:4]) if known else ["1", "2"]
-        user = next(iter(self._policy.encode.texts.users), "")  # prompts may show fields of the user
-        return self._policy.token_group(titles[:1], titles, user)
+        user = next(iter(self._texts.users), "")  # prompts may show fields of the user
+        return self._reading(known).token_group(titles[:1], titles, user)
 
     def _read_users(self) -> dict[str, RankingRequest]:
         if self._path is None or not self._path.is_dir():
