@@ -343,7 +343,7 @@ def test_sft_is_planned_by_the_lengths_of_the_data_and_costs_what_equal_compute_
     """Mean lengths as the tokenizer gives them; the FLOPs of both stages in the ratio that `compute_factor` counts."""
     settings = {
         "model": {"path": str(world.model), "max_length": 128}, "data": {"path": str(world.folder / "data")},
-        "train": {"negatives": 3, "global_batch_size": 8}, "sft": {"global_batch_size": 8, "loss_on": "all_titles"},
+        "train": {"negatives": 3, "global_batch_size": 16}, "sft": {"global_batch_size": 16, "loss_on": "all_titles"},
         "template": {"item": "{title}{end}"},
     }  # fmt: skip
     config = RunConfig.model_validate(settings)
