@@ -121,6 +121,14 @@ def test_a_deepspeed_file_trains_by_the_values_of_the_configuration(tmp_path):
         ({"bf16": {"enabled": False}}, "bf16.enabled is False, but model.dtype says True"),
         ({"optimizer": None}, r"must set an optimizer, as in .optimizer.: {.type.: .AdamW.,"),
         ({"zero_optimization": {}}, r'must set "zero_optimization": {"stage": 0, 1, 2 or 3}'),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}},
+            r"reduce_bucket_size is 'big', which is no n",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": "cpu"}},
+            r"offload_param is 'cpu'; write a mapping, as in",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             resolved(**changes)

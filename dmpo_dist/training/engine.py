@@ -5,12 +5,14 @@ Everything that leans on how DeepSpeed behaves (checked on 0.19.8) is in this fi
 
 import logging
 import os
+import re
 import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parse_json
 from dmpo_dist.training.network import bind_gloo_towards
 
+ZERO_NUMBERS = re.compile(r"(_size|_parameters|_threshold|_distance)$")
+"""Keys of ``zero_optimization`` that hold numbers."""
 SMALL_MODEL = 100_000_000
 """Below this many parameters ZeRO-3 partitions every one, however small."""
 
@@ -107,7 +111,9 @@ def resolve_config(name: str, stage: StageConfig, dtype: str, world_size: int, p
         "fp16.enabled": dtype == "float16",
         "stage3_param_persistence_threshold": 0 if parameters < SMALL_MODEL else 100_000,
     }
-    return _fill(config, values, name)
+    filled = _fill(config, values, name)
+    _require_zero_values(filled["zero_optimization"], name)
+    return filled
 
 
 @contextmanager
@@ -238,6 +244,15 @@ def _require_engine(config: dict[str, Any], name: str) -> None:
             f'deepspeed={name}: must set an optimizer, as in "optimizer": {{"type": "AdamW", "params": {{"lr": "auto", '
             '"weight_decay": "auto", "torch_adam": true}}'
         )
+
+
+def _require_zero_values(zero: dict[str, Any], name: str) -> None:
+    for key, value in zero.items():
+        where = f"deepspeed={name}: zero_optimization.{key}"
+        if ZERO_NUMBERS.search(key) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{where} is {value!r}, which is no number; write one, as in 5e8, or leave the key out")
+        if key.startswith("offload_") and not isinstance(value, (dict, NoneType)):
+            raise UserError(f'{where} is {value!r}; write a mapping, as in {{"device": "cpu"}}, or leave the key out')
 
 
 def _fill(node: Any, values: dict[str, Any], name: str, path: str = "") -> Any:
