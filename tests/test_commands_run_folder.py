@@ -123,11 +123,11 @@ def test_a_deepspeed_file_trains_by_the_values_of_the_configuration(tmp_path):
         ({"zero_optimization": {}}, r'must set "zero_optimization": {"stage": 0, 1, 2 or 3}'),
         (
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}},
-            r"reduce_bucket_size is 'big', which is no n",
+            r"reduce_bucket_size is .big., which is",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": "cpu"}},
-            r"offload_param is 'cpu'; write a mapping, as in",
+            r"offload_param is .cpu.; write a map",
         ),
     ):
         with pytest.raises(UserError, match=words):
