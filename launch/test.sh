@@ -23,7 +23,7 @@ cd "$DMPO_ROOT"
 ruff check
 ruff format --check
 pyrefly check
-two_processes=(--numprocesses 2 --dist loadfile) # what starts Ray in one of them: tests/conftest.py
+two_processes=(--numprocesses 2 --dist loadfile) # integration tests in one of them: tests/conftest.py
 if [[ "${1:-}" == --fast ]]; then
     shift
     set -- "${two_processes[@]}" -m "not slow and not integration and not cluster and not faults" "$@"

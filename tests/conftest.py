@@ -16,12 +16,8 @@ from dmpo_dist.data.tokenization import TokenGroup
 torch.set_num_threads(1)
 
 
-WITHOUT_RAY = {"elastic", "listed_candidates", "planning_verify", "report_browser", "selection", "serving_browser"}
-"""Files of the folder ``integration`` that may run beside those that start Ray."""
-
-
 class ByFile(LoadScopeScheduling):
-    """A file's tests go to one process of pytest-xdist, and those that start Ray all to the same one.
+    """A file's tests go to one process of pytest-xdist, and those of the folder ``integration`` all to the same one.
 
     So what a file prepares is prepared once, and no two Ray clusters run at a time. xdist's own ``loadgroup`` says it
     in the ids of tests, which pytest 9.2 no longer lets it change: it sends every test alone, without a word.
@@ -29,8 +25,7 @@ class ByFile(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        name = file.rpartition("/")[2].removeprefix("test_").removesuffix(".py")
-        return "Ray" if "/integration/" in file and name not in WITHOUT_RAY else file
+        return "integration" if "/integration/" in file else file
 
 
 @pytest.hookimpl(optionalhook=True)
