@@ -24,7 +24,7 @@ def free_ports(count: int) -> list[int]:
 
 def as_rank(rank: int = 0, ranks: int = 1, port: int | None = None) -> dict[str, str]:
     """The environment of a rank, with one thread; its ranks meet at ``port``."""
-    (port,) = (port,) if port else free_ports(1)
+    port = port or free_ports(1)[0]
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return os.environ | place | meeting | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from test_training_state_files import trained
 
 from dmpo_dist.artifacts.digest import damage, digests_of
@@ -19,7 +20,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.model_files import start_digests
-from dmpo_dist.training.engine import resolve_config
+from dmpo_dist.training.engine import ZERO_NUMBERS, resolve_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -112,6 +113,11 @@ def test_a_deepspeed_file_trains_by_the_values_of_the_configuration(tmp_path):
 
     whole = resolved()
     assert (whole["gradient_clipping"], whole["bf16"], whole["fp16"]) == (0.7, {"enabled": True}, {"enabled": False})
+    fields = DeepSpeedZeroConfig.model_fields.items()
+    numbers = {field.alias or name for name, field in fields if field.annotation is int}
+    assert {name for name in (field.alias or name for name, field in fields) if ZERO_NUMBERS.search(name)} == numbers
+    unused = {"stage": 2, "ignore_unused_parameters": False, "offload_optimizer": {"device": "cpu"}}
+    assert resolved(zero_optimization=unused)["zero_optimization"] == unused
     for changes, words in (
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}},

@@ -23,7 +23,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parse_json
 from dmpo_dist.training.network import bind_gloo_towards
 
-ZERO_NUMBERS = re.compile(r"(_size|_parameters|_threshold|_distance)$")
+ZERO_NUMBERS = re.compile(r"(_size|_live_parameters|_threshold|_distance)$")
 """Keys of ``zero_optimization`` that hold numbers."""
 SMALL_MODEL = 100_000_000
 """Below this many parameters ZeRO-3 partitions every one, however small."""

@@ -63,7 +63,9 @@ def split_files(folder: Path) -> dict[str, Path]:
     """
     for file in row_files(folder):
         if name := OTHER_NAMES.get(file.stem):
-            raise UserError(f"{file}: rows of that split are read from {name}{file.suffix}; rename the file")
+            raise UserError(
+                f"{file}: rows of that split are read from {name}{file.suffix}; rename the file, or move it away"
+            )
     files = {}
     for split in SPLITS:
         found = [folder / f"{split}{ext}" for ext in EXTENSIONS if (folder / f"{split}{ext}").is_file()]
