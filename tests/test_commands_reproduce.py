@@ -1,10 +1,12 @@
 """What `dmpo reproduce` pins and prints; the stages themselves are those of the other commands."""
 
 import pytest
+from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import Evaluation
-from dmpo_dist.commands.reproduce import PAPERS, changed_keys, comparison, recipe_of
-from dmpo_dist.config import load_config
+from dmpo_dist.commands.quickstart import quickstart
+from dmpo_dist.commands.reproduce import PAPERS, changed_keys, comparison, recipe_of, reproduce
+from dmpo_dist.config import config_of, load_config
 from dmpo_dist.config.load import find_recipe
 from dmpo_dist.errors import UserError
 
@@ -70,6 +72,19 @@ def test_a_paper_without_a_figure_says_so():
     assert lines[0] == "DMPO (arXiv 2405.16127): pooled AUC"
     assert lines[1] == f"paper: no figure found ({PAPERS['dmpo'].source})"
     assert lines[2] == "here: 0.500 [0.400, 0.600] by log-prob on 40 requests of d"
+
+
+def test_keys_without_effect_are_refused_before_any_work(tmp_path):
+    """Commands that prepare their own data, and the quickstart, whose model is one from scratch."""
+    console, own = Console(quiet=True), {"data.path": "there", "output_dir": str(tmp_path / "run")}
+    reproduced = config_of(own | {"data.source.path": "files"})
+    with pytest.raises(UserError, match=r"data\.path=there has no effect: dmpo reproduce prepares .*run/data; leave it"):
+        reproduce("dmpo", reproduced, reproduced, console)
+    with pytest.raises(UserError, match=r"data\.path=there has no effect: dmpo quickstart prepares"):
+        quickstart(config_of(own), console)
+    with pytest.raises(UserError, match=r"model\.path=gpt2: dmpo quickstart trains .* from scratch"):
+        quickstart(config_of({"model.path": "gpt2", "output_dir": str(tmp_path / "run")}), console)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_paper_is_refused():

@@ -1,11 +1,15 @@
 """Going on with a run: what may change, what may not, and what damage does not stop it."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from processes import as_rank
+from rich.console import Console
 from test_training_state_files import trained
 
 from dmpo_dist.artifacts.digest import damage, digests_of
@@ -13,13 +17,13 @@ from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.cli.options import read_run_settings
 from dmpo_dist.commands.run_folder import last_checkpoint
-from dmpo_dist.commands.train import one_writer, preflight
+from dmpo_dist.commands.train import one_writer, preflight, run_stage
 from dmpo_dist.config import config_of
 from dmpo_dist.data.folder import check
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import find_model
-from dmpo_dist.modeling.model_files import start_digests
+from dmpo_dist.modeling.backbone import find_model, write_stamp
+from dmpo_dist.modeling.model_files import start_digests, written_digests
 from dmpo_dist.training.engine import ZERO_NUMBERS, resolve_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -175,6 +179,29 @@ def test_a_torn_environment_is_made_again_from_the_checkpoints(world, tmp_path, 
     with pytest.raises(UserError, match="environment.json: damaged"):
         preflight("preference", settings(world, tmp_path), resume=True)
     assert last_checkpoint(begun.output) == 3
+
+
+def test_a_finished_run_is_not_trained_again(world, tmp_path, monkeypatch):
+    """As of a Slurm job that comes back from the queue; a damaged model is made again, and more steps are trained."""
+    monkeypatch.setattr("dmpo_dist.commands.train.RunLog", Mock(side_effect=AssertionError("trained again")))
+    for name, value in as_rank().items():
+        monkeypatch.setenv(name, value)
+    begun = preflight("preference", settings(world, tmp_path), resume=False)
+    log = [{"kind": "start", "stage": "preference", "steps": 10}, {"kind": "end", "selected_step": 10, "model": "model"}]
+    (begun.output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    with pytest.raises(AssertionError, match="trained again"):
+        run_stage("preference", begun.config, Console(quiet=True), resume=True)  # there is no model
+    model = shutil.copytree(world.adapter, begun.output / "model")
+    write_stamp(model, begun.config.template, stage="train", start=begun.start, digests=written_digests(model))
+    said = io.StringIO()
+    run_stage("preference", begun.config, Console(file=said), resume=True)
+    assert "nothing is left to train" in said.getvalue()
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(AssertionError, match="trained again"):
+        run_stage("preference", begun.config, Console(quiet=True), resume=True)
+    shutil.copytree(world.adapter, model, dirs_exist_ok=True)
+    with pytest.raises(AssertionError, match="trained again"):
+        run_stage("preference", settings(world, tmp_path, train__steps=12), Console(quiet=True), resume=True)
 
 
 def test_one_writer_a_run_and_left_overs_go(begun):

@@ -50,6 +50,22 @@ def test_bad_requests_are_named(tmp_path, kind, change, message):
         read_requests(write(tmp_path, ROWS | change, kind))
 
 
+def test_ids_that_are_numbers_are_those_of_prepared_data(tmp_path):
+    """A column beside an empty cell, or one that pandas had read as floats, has whole numbers with a point."""
+    numbers = {"user": [1.0, 2.0], "history": [[7, 8], [9]], "candidates": [[10.0, 11.0], [12.0]]}
+    expected = [RankingRequest("1", ("7", "8"), ("10", "11")), RankingRequest("2", ("9",), ("12",))]
+    pd.DataFrame(numbers).to_json(tmp_path / "table.jsonl", orient="records", lines=True)
+    for path in (write(tmp_path, numbers, "parquet"), tmp_path / "table.jsonl"):
+        assert read_requests(path) == expected
+    items = read_catalogue(write(tmp_path, {"title": [1984.0, 1917.0], "item": [1.0, 2.0]}, "parquet"))
+    assert (items.titles, items.ids) == (("1984", "1917"), ("1", "2"))
+    for odd in ([True], [0.5], 7, [["Heat"]]):
+        lines = pd.DataFrame({"user": ["u1"], "history": [odd]}).to_json(orient="records", lines=True)
+        (tmp_path / "odd.jsonl").write_text(lines)
+        with pytest.raises(UserError, match="row 1: history is .*; it must be a list of titles or item ids"):
+            read_requests(tmp_path / "odd.jsonl")
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_requests(tmp_path / "none.parquet")

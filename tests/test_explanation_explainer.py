@@ -8,9 +8,10 @@ from worlds import make_three_models
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.requests import Catalogue, RankingRequest
+from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import Ranker
 from dmpo_dist.explanation.explainer import Explainer
-from dmpo_dist.explanation.questions import Question
+from dmpo_dist.explanation.questions import Question, asked
 from dmpo_dist.explanation.view import notes, to_json
 from dmpo_dist.explanation.words import END
 
@@ -52,6 +53,19 @@ def ranker(model: str, settings: str) -> Ranker:
 def plain(model, settings, history, candidates=TITLES):
     request = RankingRequest("u", history, None)
     return ranker(str(model), settings.model_dump_json()).scores(request, np.array(candidates, dtype=object))
+
+
+def test_an_item_is_named_by_title_or_id_and_never_guessed():
+    """A film called 949 is not the item 949: --item took the title without a word."""
+    items = {"1": "Heat", "2": "949", "949": "Alien", "3": "Up"}
+    shown = Question("u", ("Tron",), ("9",), ("Heat", "949"), ("1", "2"), None)
+    for wanted, index in (("1", 0), ("Heat", 0), ("hEAT", 0), ("2", 1)):
+        assert asked(shown, wanted, items).item == index
+    with pytest.raises(UserError, match="'949' is a title, and the id of another item, 'Alien': write '2'"):
+        asked(shown, "949", items)
+    for wanted, title in (("3", "Up"), ("up", "Up"), ("alien", "Alien")):
+        with pytest.raises(UserError, match=f"{title!r} is not among the 2 candidates"):
+            asked(shown, wanted, items)
 
 
 @pytest.mark.parametrize(("budget", "method"), [(4096, "margin"), (32, "log_prob")], ids=["packed", "trie"])

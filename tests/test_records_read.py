@@ -100,6 +100,14 @@ def test_a_run_that_is_being_extended_is_not_finished(tmp_path):
     assert (read_run(tmp_path / "a").best_step, read_run(tmp_path / "a").steps) == (60, (80, 80))
 
 
+def test_the_result_of_a_run_that_keeps_its_last_weights_is_not_the_best_step(tmp_path):
+    for name in ("best", "last"):
+        folder = write_run(tmp_path / name, "train", finished=False, train={"select": name})
+        with (folder / "metrics.jsonl").open("a") as log:
+            log.write('\n{"kind": "validation", "step": 30, "ndcg@10": 0.4}\n')
+    assert [read_run(tmp_path / name).best_step for name in ("best", "last")] == [20, 30]
+
+
 @pytest.mark.parametrize("width", [80, None])
 def test_names_of_runs_stay_whole_on_a_narrow_terminal_and_in_a_pipe(three_runs, width):
     root, *_ = three_runs

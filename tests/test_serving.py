@@ -129,6 +129,10 @@ def test_ids_and_names_of_other_interfaces_and_what_is_excluded(world, server):
     query = "\n".join(ids[title] for title in history)
     cohere = post(server, "/v2/rerank", model="rerank-v3", query=query, documents=texts, top_n=3, max_tokens_per_doc=9)
     assert [r["index"] for r in cohere.json()["results"]] == [r["index"] for r in plain[:3]]
+    escaped = ["".join(f"&#{ord(letter)};" for letter in title) for title in documents]
+    typed = post(server, "/v1/rerank", history=history, documents=escaped).json()["results"]
+    assert [(r["index"], r["relevance_score"]) for r in typed] == [(r["index"], r["relevance_score"]) for r in plain]
+    assert typed[0]["document"]["text"] == escaped[typed[0]["index"]], "as it was sent"
     best = post(server, "/v1/recommend", history=history, k=40).json()["results"]
     left_out = [best[0]["title"], best[2]["item"]]
     after = post(server, "/v1/recommend", history=history, k=1000, exclude=[*left_out, "Hraet (1995)"]).json()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dmpo_dist.artifacts.run_folder import FAILED_FILE
 from dmpo_dist.cli import main
 from dmpo_dist.commands.train import open_run_folder
 from dmpo_dist.config import load_config
-from dmpo_dist.config.submit import SlurmConfig
+from dmpo_dist.config.submit import SlurmConfig, SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.submit import kubernetes, slurm
 from dmpo_dist.submit.job import Record, SubmitJob
@@ -98,6 +99,44 @@ def test_a_script_says_exactly_what_was_asked(tmp_path):
     assert "--resume" not in slurm.files(job("submit.slurm.requeue=false"))["config.yaml"]
     config = load_config_text(tmp_path, slurm.files(job("train.steps=7", "submit.nodes=4"))["config.yaml"])
     assert (config.train.steps, config.submit.nodes) == (7, 1), "how it was submitted is no part of the run"
+
+
+def test_long_folders_that_begin_alike_give_jobs_of_two_names():
+    folder = "/shared/runs/a-study-of-many-settings-that-has-a-long-name"
+    names = {job(f"output_dir={folder}/seed-{seed}").name for seed in range(3)}
+    assert len(names) == 3
+    assert all(SubmitConfig(name=name).name == name for name in names), "they are names that may be given"
+    assert job("output_dir=/shared/runs/a").name == "dmpo-runs-a-train"
+
+
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+@pytest.mark.parametrize("at", ["start", "driver"])
+def test_a_job_whose_time_is_up_returns_to_the_queue(tmp_path, launcher, at):
+    """Slurm's commands stand in; they wait in the first step of a kind. The signal goes to the shell, as Slurm's does."""
+    waits = {"start": "submit.ready" if launcher == "ray" else "check", "driver": "dmpo_dist train"}[at]
+    stand_in = f"""#!{BASH}
+case "$(basename "$0") $*" in
+    "scontrol requeue"*) echo "$@" >> {tmp_path}/said;;
+    *health-check*) exit 0;;
+    *"{waits}"*) touch {tmp_path}/there; trap 'exit 143' TERM; until [[ -e {tmp_path}/said ]]; do sleep 0.1; done;;
+esac
+"""
+    for name in ("srun", "scontrol", "python", "ray"):
+        (tmp_path / name).write_text(stand_in)
+        (tmp_path / name).chmod(0o755)
+    files = slurm.files(job(f"submit.slurm.launcher={launcher}", f"data.path={tmp_path}"))
+    slurm_sets = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "n"}
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    process = subprocess.Popen([BASH, "-c", files["job.sbatch"]], env=slurm_sets | own, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "there").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, "back to the queue" in out.decode()) == (0, True)
+    assert (tmp_path / "said").read_text() == "requeue 7\n"
 
 
 def test_two_jobs_on_a_node_have_no_port_in_common(tmp_path):

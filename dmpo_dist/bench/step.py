@@ -56,6 +56,7 @@ def run_bench_step(config: RunConfig, steps: int, rounds: int, console: Console)
         "preference", config, console, False, lambda job, runtime: bench_step(job, runtime, steps, rounds)
     )
     if os.environ["RANK"] == "0":
+        assert result is not None  # it is not resumed
         show(result, console)
         write(result, job.output)
         console.print(f"written to {job.output}/step.json and step.png", highlight=False)

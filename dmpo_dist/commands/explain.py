@@ -198,7 +198,7 @@ def _questions_of_file(
     chosen, measured = _indices(order, [request.user for request in requests], str(file), config.seed)
     answered = questions_of_requests([requests[i] for i in chosen], catalogue, exclude)
     if order.item is not None:
-        answered = [asked(question, order.item, names | {title: title for title in known}) for question in answered]
+        answered = [asked(question, order.item, {title: title for title in known} | names) for question in answered]
     return answered, questions_of_requests([requests[i] for i in measured], catalogue, exclude), catalogue
 
 

@@ -8,11 +8,12 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.commands.evaluate import check_classical, evaluate
-from dmpo_dist.commands.run_folder import open_run_folder
-from dmpo_dist.commands.train import run_stage, run_stages, say
+from dmpo_dist.commands.run_folder import open_run_folder, require_no_data_path
+from dmpo_dist.commands.train import SCRATCH, run_stage, run_stages, say
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.objective import ObjectiveConfig, PreferenceOptions
 from dmpo_dist.data.prepare import prepare
+from dmpo_dist.errors import UserError
 from dmpo_dist.records.read import has_begun
 from dmpo_dist.records.tracking import check_tracking
 from dmpo_dist.training.job import Kind
@@ -28,9 +29,15 @@ def quickstart(config: RunConfig, console: Console, resume: bool = False) -> Non
         resume: go on in the folder of an interrupted one: what is finished there is kept.
 
     Raises:
-        UserError: the folder exists and ``resume`` is not set, or it is to be resumed and is of other settings.
+        UserError: a data folder or a model is given, the folder exists and ``resume`` is not set, or it is to be resumed and is of other settings.
     """
     output = config.output_dir.absolute()
+    require_no_data_path(config, "quickstart")
+    if config.model.path != SCRATCH:
+        raise UserError(
+            f"model.path={config.model.path}: dmpo quickstart trains a small model from scratch, as its simulated titles "
+            "mean nothing to a pretrained one; leave it out, or see launch/pretrained.sh"
+        )
     check_tracking(config.tracking)
     check_classical(config.evaluation.baselines, config, console)
     open_run_folder(config, resume)

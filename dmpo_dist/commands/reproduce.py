@@ -11,7 +11,7 @@ from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.commands.evaluate import evaluate
 from dmpo_dist.commands.quickstart import into, train_missing
-from dmpo_dist.commands.run_folder import open_run_folder
+from dmpo_dist.commands.run_folder import open_run_folder, require_no_data_path
 from dmpo_dist.commands.train import say
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.section import dotted
@@ -140,6 +140,7 @@ def reproduce(name: str, config: RunConfig, recipe: RunConfig, console: Console,
     paper, output = PAPERS[name], config.output_dir.absolute()
     if config.data.source.path is None:
         raise UserError(f"data.source.path is not set; `dmpo reproduce {name}` needs {paper.data}")
+    require_no_data_path(config, "reproduce")
     open_run_folder(config, resume)
     with only_one(output):
         say(console, f"1/4 data: {paper.data}")

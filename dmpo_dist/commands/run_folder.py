@@ -12,6 +12,7 @@ from dmpo_dist.artifacts.log import (
     COMMANDS,
     METRICS_FILE,
     CheckpointRecord,
+    EndRecord,
     LogRecord,
     StartRecord,
     read_log,
@@ -23,9 +24,11 @@ from dmpo_dist.artifacts.run_folder import (
     failed_early,
     is_submission,
 )
+from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import RunConfig, dump_config, load_config
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
+from dmpo_dist.modeling.model_files import damage_of
 from dmpo_dist.records.environment import describe_environment
 from dmpo_dist.training.engine import SET_BY, resolve_config
 from dmpo_dist.training.job import Job, Kind
@@ -86,6 +89,15 @@ def open_run_folder(
         raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
 
 
+def require_no_data_path(config: RunConfig, command: str) -> None:
+    """Raise UserError where ``data.path`` is given to a command that prepares its own data."""
+    if config.data.path is not None:
+        raise UserError(
+            f"data.path={config.data.path} has no effect: dmpo {command} prepares its data itself, into "
+            f"{config.output_dir}/data; leave it out"
+        )
+
+
 def reopen_run_folder(job: Job, data_fingerprint: str, steps_of: Callable[[RunConfig], int]) -> Environment:
     """Check that ``job`` may go on in its folder, and take note of the settings that it changes.
 
@@ -138,6 +150,19 @@ def require_same_start(began_with: dict[str, str], now: dict[str, str], job: Job
 def last_checkpoint(output: Path) -> int:
     """The step of the latest checkpoint that the log in ``output`` tells of; 0 without one."""
     return max((record.step for record in _records(output) if isinstance(record, CheckpointRecord)), default=0)
+
+
+def is_finished(output: Path, steps: int) -> bool:
+    """Whether the log in ``output`` ends with the end of a run of ``steps`` steps, whose model is there undamaged."""
+    records = _records(output)
+    starts = [record for record in records if isinstance(record, StartRecord)]
+    if not starts or not isinstance(records[-1], EndRecord) or starts[-1].steps != steps:
+        return False
+    model = output / "model"
+    try:
+        return not damage_of(model, ModelStamp.read(model))
+    except UserError:
+        return False
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:

@@ -14,7 +14,13 @@ from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.files import remove_left_overs, whole_folder
 from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.artifacts.run_folder import failure_noted
-from dmpo_dist.commands.run_folder import last_checkpoint, open_run_folder, reopen_run_folder, require_same_start
+from dmpo_dist.commands.run_folder import (
+    is_finished,
+    last_checkpoint,
+    open_run_folder,
+    reopen_run_folder,
+    require_same_start,
+)
 from dmpo_dist.config import RunConfig, TemplateConfig
 from dmpo_dist.config.model import CANDIDATES, PLACEHOLDER
 from dmpo_dist.data.prompt_texts import require_fields
@@ -73,6 +79,9 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     from dmpo_dist.cluster.train import ray_session, train_with_ray
 
     job = preflight(kind, config, resume, overwrite=overwrite)
+    if job.finished:
+        _say_finished(job, console)
+        return job.output / "model"
     _note_differences(job, console)
     with (
         one_writer(job),
@@ -82,6 +91,14 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     ):
         train_with_ray([job], lambda _, record: log(record))
     return job.output / "model"
+
+
+def _say_finished(job: Job, console: Console) -> None:
+    text = (
+        f"{job.output} is finished, and its model is whole: nothing is left to train. To train it for longer, raise "
+        f"{job.section}.steps or {job.section}.epochs"
+    )
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _note_differences(job: Job, console: Console) -> None:
@@ -191,10 +208,12 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
     """
     job, data = checked_job(kind, config, earlier)
     config, start = job.config, job.start
+
+    def steps_of(config: RunConfig) -> int:
+        return _steps(replace(job, config=config), len(data.train))
+
     if resume:
-        environment = reopen_run_folder(
-            job, data.fingerprint, lambda c: _steps(replace(job, config=c), len(data.train))
-        )
+        environment = reopen_run_folder(job, data.fingerprint, steps_of)
     else:
         open_run_folder(config, resume, data.fingerprint, overwrite)
         environment = Environment.read(config.output_dir)
@@ -203,7 +222,8 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
             make_start(Path(start), config, data)
     known = job if start in {str(other.output / "model") for other in earlier} else with_start(job, environment)
     checkpointed = last_checkpoint(job.output) if resume else 0
-    return replace(known, run_id=environment.run_id, checkpointed=checkpointed)
+    finished = resume and is_finished(job.output, steps_of(config))
+    return replace(known, run_id=environment.run_id, checkpointed=checkpointed, finished=finished)
 
 
 def checked_job(kind: Kind, config: RunConfig, earlier: Sequence[Job] = ()) -> tuple[Job, PreparedData]:
@@ -343,11 +363,16 @@ def as_rank(
     body: Callable[[Job, Runtime], T],
     overwrite: bool = False,
     sinks: Sequence[Sink] = (),
-) -> tuple[Job, T]:
+    again: bool = False,
+) -> tuple[Job, T | None]:
     """Run ``body`` in this process as one rank of torchrun or srun; rank 0 checks the job and owns the run folder.
 
     Args:
         sinks: get the run's records beside its own files.
+        again: run a resumed job that is finished from its latest checkpoint on, so that the sinks get its records.
+
+    Returns:
+        The job, and what ``body`` returns; None where the job is finished already.
 
     Raises:
         UserError: ``cluster.storage_path`` is set, which only Ray uses, or GPUs are to stay unused, which only Ray sees
@@ -365,13 +390,17 @@ def as_rank(
         own = preflight(kind, config, resume, overwrite=overwrite)
     with ExitStack() as stack:
         stack.callback(give_back)
-        if own is not None:
+        if own is not None and (again or not own.finished):
             _note_differences(own, console)
             stack.enter_context(one_writer(own))
             stack.enter_context(failure_noted(own.output))
         start_process_group()
         job = from_rank_zero(own)
         assert job is not None
+        if job.finished and not again:
+            if own is not None:
+                _say_finished(job, console)
+            return job, None
         log = (lambda record: None) if own is None else stack.enter_context(RunLog(job, console, resume, sinks))
         folder = job.output / "checkpoints"
         return job, body(job, ProcessRuntime(folder, job.stage.keep_checkpoints, log, job.run))

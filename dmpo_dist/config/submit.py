@@ -11,8 +11,10 @@ from dmpo_dist.secrets import named_like_a_secret
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/@+,=-]*$")]
 """A name that is safe in a script or manifest without quotes."""
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=47)]
-"""A Kubernetes name; 47 characters are what KubeRay leaves a job."""
+LONGEST_NAME = 47
+"""Characters that KubeRay leaves a job's name."""
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=LONGEST_NAME)]
+"""A Kubernetes name."""
 Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi|Ti)$")]
 

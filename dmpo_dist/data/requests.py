@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tables import read_delimited, read_json_lines, read_table
-from dmpo_dist.data.titles import without_entities
+from dmpo_dist.data.titles import as_in_data
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parsing
 
@@ -69,7 +69,7 @@ def read_requests(path: Path) -> list[RankingRequest]:
             candidate; the message names file, user and row.
     """
     columns, rows = _read(path, "--requests", ("user", "history"), ("candidates",))
-    users = [None if user is None else str(user).strip() for user in columns["user"]]
+    users = [None if user is None else _text(user).strip() for user in columns["user"]]
     histories = _lists(columns["history"], path, "history", rows)
     candidates = _lists(columns["candidates"], path, "candidates", rows) if "candidates" in columns else None
     _refuse(path, "no user", [f"row {row}" for user, row in zip(users, rows, strict=True) if not user], "fill it in")
@@ -104,7 +104,7 @@ def read_catalogue(path: Path) -> Catalogue:
     if path.is_dir():
         return _prepared(path)
     columns, rows = _read(path, "--catalogue", ("title",), ("popularity", "item"))
-    titles = ["" if title is None else without_entities(str(title)).strip() for title in columns["title"]]
+    titles = ["" if title is None else as_in_data(_text(title)) for title in columns["title"]]
     _refuse(
         path, "no title", [f"row {row}" for title, row in zip(titles, rows, strict=True) if not title], "fill it in"
     )
@@ -122,7 +122,7 @@ def read_catalogue(path: Path) -> Catalogue:
 def read_items(path: Path) -> pd.DataFrame:
     """The columns of a catalogue's file, its titles as ``read_catalogue`` reads them."""
     table = read_table(path)
-    return table.assign(title=[without_entities(str(title)).strip() for title in table["title"]])
+    return table.assign(title=[as_in_data(str(title)) for title in table["title"]])
 
 
 def check_against(
@@ -166,7 +166,7 @@ def _ids(column: list[Any] | None, path: Path, rows: list[int]) -> tuple[str, ..
     """The item ids of a catalogue's file, which must differ."""
     if column is None:
         return None
-    ids = ["" if item is None else str(item).strip() for item in column]
+    ids = ["" if item is None else _text(item).strip() for item in column]
     counts = Counter(ids)
     bad = [f"{i!r} (row {row})" for i, row in zip(ids, rows, strict=True) if counts[i] > 1 or not i]
     _refuse(path, "an item id that is empty or occurs more than once", bad, "give each title an id of its own")
@@ -206,10 +206,23 @@ def _lists(values: list[Any], path: Path, column: str, rows: list[int]) -> list[
     for value, row in zip(values, rows, strict=True):
         if isinstance(value, str) and path.suffix.lower() in (".csv", ".tsv"):
             value = [title.replace(ESCAPED, SEPARATOR) for title in re.split(BETWEEN_TITLES, value)]
-        if not isinstance(value, list | None) or not all(isinstance(title, str) for title in value or ()):
-            raise UserError(f"{path}, row {row}: {column} is {value!r}; it must be a list of titles")
-        out.append(tuple(without_entities(title).strip() for title in value or () if title.strip()))
+        given = [] if value is None else value
+        if not isinstance(given, list) or not all(map(_is_name, given)):
+            raise UserError(f"{path}, row {row}: {column} is {value!r}; it must be a list of titles or item ids")
+        names = [_text(one) for one in given]
+        out.append(tuple(as_in_data(name) for name in names if name.strip()))
     return out
+
+
+def _is_name(value: Any) -> bool:
+    """Whether ``value`` may be a title or an id: a text, or a whole number, as ids often are."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return isinstance(value, str) or (whole and not isinstance(value, bool))
+
+
+def _text(value: Any) -> str:
+    """``value`` as text, a whole number without a point, as prepared data has ids of numbers."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _count(value: Any) -> int:

@@ -26,6 +26,11 @@ def without_entities(title: str) -> str:
     return title
 
 
+def as_in_data(title: str) -> str:
+    """``title`` as prepared data has it, whatever its source: without HTML entities and space around it."""
+    return without_entities(title).strip()
+
+
 def titles_given(given: Any, argument: str) -> list[str]:
     """The titles that a caller passes as ``argument``, from a list, an array, a column of a data frame or the like.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dmpo_dist.data.matching import TitleLookup
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -137,12 +138,16 @@ def asked(question: Question, wanted: str, titles: dict[str, str]) -> Question:
         titles: item id -> title of everything known, candidates or not.
 
     Raises:
-        UserError: there is no such item (names the nearest title), or it is not among the candidates.
+        UserError: there is no such item (names the nearest title), it is a title and the id of another item, or it is
+            not among the candidates.
     """
-    title = _find(wanted, dict(zip(question.candidate_items, question.candidates, strict=True)))
-    if title is not None:
+    known = titles | dict(zip(question.candidate_items, question.candidates, strict=True))
+    title = TitleLookup(Catalogue((*known.values(),), None, (*known,))).title(wanted)
+    if title is None:
+        either = (*question.candidates, *known.values())
+        title = next((one for one in either if one.lower() == wanted.lower()), None)
+    if title in question.candidates:
         return replace(question, item=question.candidates.index(title))
-    title = _find(wanted, titles)
     if title is None:
         everything = [*titles.values(), *question.candidates]
         inside = [one for one in everything if wanted.lower() in one.lower()]
@@ -193,15 +198,6 @@ def _among(question: Question, catalogue: Catalogue, data: PreparedData, taken: 
     others = [t for t in catalogue.titles if t != positive and item_of.get(t, t) not in (taken | {item})]
     items = (item, *(item_of.get(title, title) for title in others))
     return replace(question, candidates=(positive, *others), candidate_items=items)
-
-
-def _find(wanted: str, titles: dict[str, str]) -> str | None:
-    """The title that ``wanted`` names, exactly or by item id or up to case."""
-    if wanted in titles.values():
-        return wanted
-    if wanted in titles:
-        return titles[wanted]
-    return next((title for title in titles.values() if title.lower() == wanted.lower()), None)
 
 
 def _nearest(wanted: str, known: Sequence[str], introduction: str) -> str:

@@ -16,7 +16,7 @@ from dmpo_dist.config import ModelConfig, RunConfig, TemplateConfig
 from dmpo_dist.data.prompt_texts import PromptTexts, texts_of_model
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.template import Template, make_template
-from dmpo_dist.data.titles import titles_given
+from dmpo_dist.data.titles import as_in_data, titles_given
 from dmpo_dist.data.tokenization import GroupTokenizer, TokenGroup, check_texts, check_titles, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import (
@@ -192,7 +192,7 @@ class RankingModel:
         history, candidates = titles_given(history, "history"), titles_given(candidates, "candidates")
         plain = not (length_normalize or prior_weight or reference)
         if top and plain and candidates and self.orders == 1:
-            (group,) = self._checked_groups(history, candidates, user)
+            (group,) = self._checked_groups([*map(as_in_data, history)], [*map(as_in_data, candidates)], user)
             return [RankedTitle(candidates[i], score) for i, score in self.best_titles(group, top)[:top]]
         scores = self.score(
             history,
@@ -229,7 +229,8 @@ class RankingModel:
                 with another tokenizer, weights that cannot be loaded, or an attention that is asked for and wrong for
                 this model.
         """
-        history, candidates = titles_given(history, "history"), titles_given(candidates, "candidates")
+        history = [*map(as_in_data, titles_given(history, "history"))]
+        candidates = [*map(as_in_data, titles_given(candidates, "candidates"))]
         if not candidates:
             return np.empty(0)
         if reference is not None and reference.encode is not self.encode:

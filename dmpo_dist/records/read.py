@@ -99,9 +99,14 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """The step whose weights are the result, or would be if the run ended now; None before any validation."""
+        """The step whose weights are the result, or would be if the run ended now; None before any validation.
+
+        Of a run that keeps its last weights and goes on, the last step that was validated.
+        """
         if self.end:
             return self.end.selected_step
+        if self.config.get(self.stage or "train", {}).get("select") == "last" and len(self.validation):
+            return int(self.validation.index[-1])
         return int(self.validation[self.metric].idxmax()) if has_values(self.validation, self.metric) else None
 
     @property

@@ -15,6 +15,7 @@ from dmpo_dist.data.matching import requests_of_data
 from dmpo_dist.data.requests import Catalogue, RankingRequest, read_catalogue
 from dmpo_dist.data.schema import PreferenceGroup
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.titles import as_in_data
 from dmpo_dist.data.tokenization import TokenGroup, check_texts, check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.inputs import items_of
@@ -109,7 +110,7 @@ class RankingService:
         history, _ = await self._off_thread(lambda: self._looked_up(body.history, (), body.keep_unknown, served))
         titles = list(served.catalogue.titles)
         held = {*titles}
-        left_out = {named: served.lookup.title(named) or named for named in body.exclude}
+        left_out = {named: served.lookup.title(as_in_data(named)) or as_in_data(named) for named in body.exclude}
         unknown = [named for named, title in left_out.items() if title not in held]
         excluded = {*left_out.values()}
         if self._ranking.exclude_history:
@@ -233,7 +234,8 @@ class RankingService:
     def _looked_up(
         self, history: Sequence[str], documents: Sequence[str], keep_unknown: bool, known: ServedCatalogue | None
     ) -> tuple[list[str], list[str]]:
-        """The titles that history and documents name, checked."""
+        """The titles that history and documents name, as prepared data has them and checked."""
+        history, documents = [*map(as_in_data, history)], [*map(as_in_data, documents)]
         if known is None:
             found, titles = list(history), list(documents)
         else:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter
 import dmpo_dist
 from dmpo_dist.artifacts.files import write_json, write_whole
 from dmpo_dist.config import RunConfig, dump_config
-from dmpo_dist.config.submit import SubmitConfig
+from dmpo_dist.config.submit import LONGEST_NAME, SubmitConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parsing
 
@@ -46,12 +47,15 @@ class SubmitJob:
 
     @property
     def name(self) -> str:
-        """The job's name: as configured, or from the last two parts of output_dir."""
+        """The job's name: as configured, or from the last two parts of output_dir; what is cut off is in a digest."""
         if self.submit.name is not None:
             return self.submit.name
         parts = [part for part in self.config.output_dir.parts if part not in ("/", "..", ".")][-2:]
         slug = re.sub(r"[^a-z0-9]+", "-", "-".join(["dmpo", *parts, self.verb]).lower())
-        return slug[:47].strip("-")
+        if len(slug) <= LONGEST_NAME:
+            return slug.strip("-")
+        digest = sha256(slug.encode()).hexdigest()[:7]
+        return f"{slug[: LONGEST_NAME - 8].strip('-')}-{digest}"
 
     @property
     def gpus_per_worker(self) -> float:

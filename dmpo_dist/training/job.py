@@ -24,6 +24,7 @@ class Job:
         run_id: tells the run from an earlier one in the same folder, whose checkpoints are not its own.
         checkpointed: the step of the latest checkpoint that the log of a resumed run tells of; 0 without one.
         inputs: fingerprints of the data and the starting model that the run began with.
+        finished: it is resumed, and its last step and its model are there already.
     """
 
     kind: Kind
@@ -33,6 +34,7 @@ class Job:
     run_id: str = ""
     checkpointed: int = 0
     inputs: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
 
     @property
     def run(self) -> str:

@@ -54,7 +54,7 @@ def train_trial(job: TrialJob, report: Report) -> None:
         try:
             if resume:
                 reports.repeat(output)
-            as_rank(job.kind, job.config, console, resume, run, sinks=[reports])
+            as_rank(job.kind, job.config, console, resume, run, sinks=[reports], again=True)
         except (UserError, RuntimeError) as error:  # it diverged, or memory ran out: other settings may do
             report({**reports.last, END: " ".join(str(error).split()) or type(error).__name__})
             return

@@ -6,7 +6,7 @@ from typing import Any
 
 from dmpo_dist.data.sources.conversations import only_message
 from dmpo_dist.data.sources.rowfiles import shorten
-from dmpo_dist.data.titles import without_entities
+from dmpo_dist.data.titles import as_in_data
 from dmpo_dist.errors import UserError
 
 FORM = 'a list of levels, best first, each a list of responses, as in [["a"], ["b", "c"]]'
@@ -74,7 +74,7 @@ def history_of(row: dict[str, Any], where: str) -> tuple[str, ...]:
 def _text(value: Any, title: bool, where: str, key: str = "ranked") -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {key!r} holds {shorten(value)}; each of it must be a text")
-    return without_entities(value).strip() if title else value
+    return as_in_data(value) if title else value
 
 
 def _scores(row: dict[str, Any], ranked: list[list[Any]], where: str) -> tuple[float, ...]:

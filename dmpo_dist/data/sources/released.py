@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dmpo_dist.data.sources.preferences import PreferenceRow, Preferences, load_preferences, read_groups
 from dmpo_dist.data.sources.rowfiles import shorten
-from dmpo_dist.data.titles import without_entities
+from dmpo_dist.data.titles import as_in_data
 from dmpo_dist.errors import UserError
 
 TITLE = re.compile(r"<Title:(.*?)(?:, Genre:[^>]*)?>")
@@ -34,7 +34,7 @@ def _parse_sdpo_row(row: Any, where: str) -> PreferenceRow:
     target = row.get("trueSelection")
     if not isinstance(target, str) or not target.strip():
         raise UserError(f"{where}: 'trueSelection' is {shorten(target)}; it must be the title that was taken")
-    target = without_entities(target).strip()
+    target = as_in_data(target)
     if target not in items:
         raise UserError(f"{where}: the candidates in 'itemList' lack the target {target!r}; add it or remove the row")
     negatives = tuple(title for title in dict.fromkeys(items) if title != target)
@@ -50,7 +50,7 @@ def _titles(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     titles = value.split("::") if isinstance(value, str) else value
     if not isinstance(titles, list) or not titles or not all(isinstance(t, str) and t.strip() for t in titles):
         raise UserError(f"{where}: {key!r} is {shorten(value)}; it must be a list of titles")
-    return tuple(without_entities(title).strip() for title in titles)
+    return tuple(as_in_data(title) for title in titles)
 
 
 def load_released(
@@ -148,4 +148,4 @@ def _both_orders(output: Any) -> Any:
 
 
 def _bracketed(text: str) -> tuple[str, ...]:
-    return tuple(without_entities(title).strip() for title in TITLE.findall(text))
+    return tuple(as_in_data(title) for title in TITLE.findall(text))

@@ -24,5 +24,6 @@ fi
 
 # Waits for the nodes, and says what is missing.
 python -m dmpo_dist.submit.ready --config "$config" --nodes "$SLURM_NNODES" --seconds {{ submit.ready_seconds }} \
-    --versions dmpo_dist={{ dmpo_version }}
+    --versions dmpo_dist={{ dmpo_version }} &
+wait $!
 python -m dmpo_dist {{ job.verb }} --config "$config" "${resume[@]}" &
