@@ -4,6 +4,7 @@ Each function does what the command of its name does, and takes any key of the c
 ``settings``, such as ``{"train.learning_rate": 1e-5}`` (``dmpo config show --all`` lists them).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
-from dmpo_dist.modeling.backbone import enforce_template, find_model, with_length_of
+from dmpo_dist.modeling.backbone import enforce_template, find_model, unlike_training, with_length_of
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.quiet import silence_libraries
 
@@ -143,10 +144,16 @@ def load(path: str | Path, *, settings: Settings | None = None) -> RankingModel:
     Raises:
         UserError: no such model, a damaged file, or another template than the model was trained with.
 
+    Warns:
+        UserWarning: the model was trained in 4 bits, or with another context, and is not used so.
+
     Example:
         >>> dmpo.load("runs/dmpo/model").rank(history=["Heat", "Alien"], candidates=["Up", "Aliens"])
     """
-    config = with_length_of([find_model(str(path))], config_of(dict(settings or {})))
+    source = find_model(str(path))
+    config = with_length_of([source], config_of(dict(settings or {})))
+    for difference in unlike_training(source, config.model):
+        warnings.warn(f"{path} was trained with {difference}", stacklevel=2)
     return load_ranking_model(str(path), config)
 
 

@@ -2,8 +2,10 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,8 @@ import torch.distributed as dist
 
 import dmpo_dist as dmpo
 from dmpo_dist import api
+from dmpo_dist.artifacts.stamp import ModelStamp
+from dmpo_dist.config import TemplateConfig
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.model_files import weights_digests
 
@@ -71,7 +75,8 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     loaded = dmpo.load(model.source.path)
     assert loaded.score(row["history"], candidates) == pytest.approx(scores, abs=1e-6)
     assert loaded.encode.max_length == sft.encode.max_length == 96, "that of the training"
-    shorter = dmpo.load(model.source.path, settings={"model.max_length": 64})
+    with pytest.warns(UserWarning, match="model.max_length=96, and is used with 64 here"):
+        shorter = dmpo.load(model.source.path, settings={"model.max_length": 64})
     assert shorter.encode.max_length == 64
 
 
@@ -87,6 +92,15 @@ def test_a_template_that_a_model_was_loaded_with_is_given_again_or_refused(world
     found = dmpo.evaluate(world.data, {"it": model}, baselines=[], folder=tmp_path / "run", settings=given)
     best = np.mean([(scores[1:] < scores[0]).all() for scores in model.score_rows(world.data.test)])
     assert found.models["it"]["hr@1"].value == pytest.approx(best)
+
+
+def test_a_model_that_is_used_otherwise_than_it_was_trained_says_so(world, tmp_path):
+    model = shutil.copytree(world.model, tmp_path / "model")
+    ModelStamp(template=TemplateConfig(), quantization="nf4", max_length=96).write(model)
+    words = "trained with model.quantization=nf4, and is used with none here; give model.quantization=nf4 to keep to it"
+    with pytest.warns(UserWarning, match=words) as seen:
+        dmpo.load(model)
+    assert [Path(one.filename).name for one in seen] == ["test_api.py"], "at the caller's line"
 
 
 def test_few_of_the_groups_are_those_that_are_trained_on(world, tmp_path):

@@ -287,6 +287,10 @@ def test_the_card_says_what_is_known_and_what_is_not(models, tmp_path):
     cached = "/cache/hub/models--Qwen--Qwen3-0.6B/snapshots/0123"
     write_stamp(tuned, TemplateConfig(), stage="sft", start=cached)
     assert yaml.safe_load(card_of(tuned, tmp_path / "cached").split("---\n")[1])["base_model"] == "Qwen/Qwen3-0.6B"
+    settings = re.compile("^Settings: .*$", re.M)
+    assert "negatives 7" in settings.search(text)[0]
+    write_stamp(with_card, TemplateConfig(), stage="sft")
+    assert "negatives" not in settings.search(card_of(with_card, tmp_path / "likelihood"))[0], "it learned from none"
 
 
 def card_of(model, out):

@@ -78,7 +78,9 @@ def test_keys_without_effect_are_refused_before_any_work(tmp_path):
     """Commands that prepare their own data, and the quickstart, whose model is one from scratch."""
     console, own = Console(quiet=True), {"data.path": "there", "output_dir": str(tmp_path / "run")}
     reproduced = config_of(own | {"data.source.path": "files"})
-    with pytest.raises(UserError, match=r"data\.path=there has no effect: dmpo reproduce prepares .*run/data; leave it"):
+    with pytest.raises(
+        UserError, match=r"data\.path=there has no effect: dmpo reproduce prepares .*run/data; leave it"
+    ):
         reproduce("dmpo", reproduced, reproduced, console)
     with pytest.raises(UserError, match=r"data\.path=there has no effect: dmpo quickstart prepares"):
         quickstart(config_of(own), console)

@@ -187,7 +187,10 @@ def test_a_finished_run_is_not_trained_again(world, tmp_path, monkeypatch):
     for name, value in as_rank().items():
         monkeypatch.setenv(name, value)
     begun = preflight("preference", settings(world, tmp_path), resume=False)
-    log = [{"kind": "start", "stage": "preference", "steps": 10}, {"kind": "end", "selected_step": 10, "model": "model"}]
+    log = [
+        {"kind": "start", "stage": "preference", "steps": 10},
+        {"kind": "end", "selected_step": 10, "model": "model"},
+    ]
     (begun.output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     with pytest.raises(AssertionError, match="trained again"):
         run_stage("preference", begun.config, Console(quiet=True), resume=True)  # there is no model

@@ -99,7 +99,9 @@ def test_titles_are_given_as_a_list_of_texts(folder):  # noqa: F811
     assert model.rank(iter(HISTORY), iter(TITLES), top=2)[0].title == expected[0].title
     typed = [f" {title.replace('e', '&#101;')}" for title in TITLES]  # as web pages and catalogues write them
     assert [s for _, s in model.rank(HISTORY, typed)] == [s for _, s in expected]
-    assert [typed[TITLES.index(title)] for title, _ in expected[:2]] == [t for t, _ in model.rank(HISTORY, typed, top=2)]
+    assert [typed[TITLES.index(title)] for title, _ in expected[:2]] == [
+        t for t, _ in model.rank(HISTORY, typed, top=2)
+    ]
     bad = [
         (("Heat", TITLES), "history='Heat': is no list of titles; give history="),
         ((HISTORY, "Heat"), "candidates='Heat': is no list of titles"),

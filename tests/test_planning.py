@@ -177,6 +177,23 @@ def test_time_is_the_flop_models(middle):
     assert plan.steps == ceil(10_000 / 256)
 
 
+def test_a_cached_reference_is_one_pass_before_the_first_step(middle):
+    """Over the negatives of all epochs, as far as the data has them; with one epoch it is what the steps save."""
+    lengths, where = replace(LENGTHS, groups=256 * 40), cluster("h100-80g", nodes=2)
+    off = run_config(middle)
+    cached = changed(off, reference__cache="disk")
+    plain, once = (make_plan(config, where, lengths) for config in (off, cached))
+    assert (plain.reference_seconds, "reference" in [part.name for part in once.durations]) == (0, False)
+    saved = next(part.seconds for part in plain.durations if part.name == "reference")
+    assert once.reference_seconds == pytest.approx(40 * saved)
+    assert once.hours == pytest.approx((40 * once.seconds + once.reference_seconds) / 3600)
+    two = changed(cached, train__epochs=2.0)
+    more = make_plan(changed(cached, train__negatives=14), where, lengths)
+    assert make_plan(two, where, lengths).reference_seconds == pytest.approx(more.reference_seconds)
+    assert make_plan(two, where, replace(lengths, stored=7)).reference_seconds == pytest.approx(once.reference_seconds)
+    assert make_plan(cached, where, lengths, "sft").reference_seconds == 0
+
+
 def test_a_recommendation_fits_when_planned_again(middle):
     plan = make_plan(run_config(middle, lora=False), cluster(), LENGTHS)
     assert not plan.fits

@@ -112,7 +112,7 @@ def test_long_folders_that_begin_alike_give_jobs_of_two_names():
 @pytest.mark.parametrize("launcher", ["ray", "torchrun"])
 @pytest.mark.parametrize("at", ["start", "driver"])
 def test_a_job_whose_time_is_up_returns_to_the_queue(tmp_path, launcher, at):
-    """Slurm's commands stand in; they wait in the first step of a kind. The signal goes to the shell, as Slurm's does."""
+    """Slurm's commands stand in, and one of them waits. The signal goes to the shell, as Slurm's does."""
     waits = {"start": "submit.ready" if launcher == "ray" else "check", "driver": "dmpo_dist train"}[at]
     stand_in = f"""#!{BASH}
 case "$(basename "$0") $*" in

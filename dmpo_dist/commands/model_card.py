@@ -149,7 +149,10 @@ def _training(origin: Provenance) -> list[str]:
         lines.append(f"Objective: likelihood of {scored}.")
     if section:
         length = "epochs" if section.get("steps") is None else "steps"
-        shown = [f"{key} {section[key]}" for key in (length, *SHOWN_STAGE) if section.get(key) is not None]
+        template = origin.stamp.template
+        without = {"negatives"} if stage == "sft" and not (template and template.lists_candidates) else set()
+        keys = [key for key in (length, *SHOWN_STAGE) if key not in without and section.get(key) is not None]
+        shown = [f"{key} {section[key]}" for key in keys]
         lines.append(f"Settings: {', '.join(shown)}; seed {origin.config.get('seed')}.")
     validated = origin.stamp.validation()
     if validated:

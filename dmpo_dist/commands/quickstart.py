@@ -29,14 +29,15 @@ def quickstart(config: RunConfig, console: Console, resume: bool = False) -> Non
         resume: go on in the folder of an interrupted one: what is finished there is kept.
 
     Raises:
-        UserError: a data folder or a model is given, the folder exists and ``resume`` is not set, or it is to be resumed and is of other settings.
+        UserError: a data folder or a model is given, the folder exists and ``resume`` is not set, or it is to be
+            resumed and is of other settings.
     """
     output = config.output_dir.absolute()
     require_no_data_path(config, "quickstart")
     if config.model.path != SCRATCH:
         raise UserError(
-            f"model.path={config.model.path}: dmpo quickstart trains a small model from scratch, as its simulated titles "
-            "mean nothing to a pretrained one; leave it out, or see launch/pretrained.sh"
+            f"model.path={config.model.path}: dmpo quickstart trains a small model from scratch, as its simulated "
+            "titles mean nothing to a pretrained one; leave it out, or see launch/pretrained.sh"
         )
     check_tracking(config.tracking)
     check_classical(config.evaluation.baselines, config, console)

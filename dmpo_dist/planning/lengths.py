@@ -52,6 +52,7 @@ def data_lengths(config: RunConfig, kind: Kind) -> Lengths | None:
         history=int(np.ceil(np.mean([len(group.prefix_scored) for group in groups]))),
         longest=int(max(prompt + found.max() for prompt, found in zip(prompts, responses, strict=True))),
         counted=len(groups),
+        stored=max(data.stored_negatives()),
         others=_others(groups, config.train.negatives, data.ragged) if kind == "preference" else None,
     )
 

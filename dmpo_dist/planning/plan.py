@@ -1,6 +1,6 @@
 """A plan: the memory and time of one configuration on one cluster."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 from typing import Any
@@ -19,7 +19,7 @@ from dmpo_dist.planning.trace import Trace
 from dmpo_dist.training.budget import LIMITS
 from dmpo_dist.training.engine import resolve_config
 from dmpo_dist.training.job import Job, Kind
-from dmpo_dist.training.schedule import total_steps
+from dmpo_dist.training.schedule import epochs_begun, total_steps
 
 RESERVED = 0.05
 """Share of a device's memory to keep free, as the allocator loses some between blocks; assumed."""
@@ -58,6 +58,7 @@ class Lengths:
         counted: number of the groups that these are means of; 0 where they were not counted.
         others: responses of a preference step beside the first; None takes ``train.negatives``. Lists of several levels
             have more, and ready-made rows may have fewer.
+        stored: most negatives that the data holds for a group; None where that is not known.
     """
 
     prompt: int
@@ -67,6 +68,7 @@ class Lengths:
     longest: int | None = None
     counted: int = 0
     others: int | None = None
+    stored: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Plan:
         step: everything that the time of a step depends on.
         steps: optimizer steps of the run, None where neither the configuration nor the data tells.
         kind: which stage is planned.
+        reference_seconds: of the pass before the first step in which a cached reference scores every group; 0 without.
     """
 
     config: RunConfig
@@ -92,6 +95,7 @@ class Plan:
     step: OptimizerStep
     steps: int | None
     kind: Kind = "preference"
+    reference_seconds: float = 0.0
 
     @property
     def job(self) -> Job:
@@ -159,7 +163,7 @@ class Plan:
     @property
     def hours(self) -> float | None:
         """Hours of the run without its start and validation."""
-        return None if self.steps is None else self.steps * self.seconds / 3600
+        return None if self.steps is None else (self.steps * self.seconds + self.reference_seconds) / 3600
 
 
 def make_plan(config: RunConfig, cluster: Cluster, lengths: Lengths, kind: Kind = "preference") -> Plan:
@@ -244,7 +248,22 @@ def _plan(config: RunConfig, cluster: Cluster, lengths: Lengths, budget: int, ki
         beams=config.train.on_policy.beams if kind == "preference" and config.train.on_policy else 0,
     )
     resolved = changed(config, **{f"{job.section}__token_budget": budget})
-    return Plan(resolved, cluster, model, route, zero, step, _steps(job, lengths.groups), kind)
+    once = _reference_seconds(job, lengths, step, cluster)
+    return Plan(resolved, cluster, model, route, zero, step, _steps(job, lengths.groups), kind, once)
+
+
+def _reference_seconds(job: Job, lengths: Lengths, step: OptimizerStep, cluster: Cluster) -> float:
+    """See ``Plan``; the pass scores the negatives of all epochs, as ``training.reference.ReferencePass`` does."""
+    if not job.loss.needs_reference or job.config.reference.cache == "off" or lengths.groups is None:
+        return 0.0
+    negatives = lengths.others
+    if negatives is None:
+        negatives = job.config.train.negatives * epochs_begun(job.stage, _schedule(job, lengths.groups))
+        negatives = min(negatives, lengths.stored or negatives)
+    of_group = replace(step, row=replace(step.row, negatives=negatives), reference=True).flops()["reference"]
+    gpu = cluster.gpu
+    speed = gpu.peak(step.dtype) * gpu.mfu_at(step.shape.hidden) * cluster.world_size
+    return of_group * lengths.groups / speed
 
 
 def _require_room(row: Row, lengths: Lengths, budget: int, job: Job) -> None:

@@ -87,7 +87,9 @@ def _show_time(plan: Plan, explain: bool, console: Console) -> None:
     _line(console, "speed", f"{plan.groups_per_second:,.1f} groups/s at {assumption}")
     run_time = f"unknown: give --groups, {plan.job.section}.steps or a data.path that exists"
     if plan.hours is not None:
-        run_time = f"{amount(plan.hours * 3600, SECONDS)} for {plan.steps} steps, without validation"
+        once = amount(plan.reference_seconds, SECONDS)
+        cached = f" with {once} for the reference once (reference.cache)" if plan.reference_seconds else ""
+        run_time = f"{amount(plan.hours * 3600, SECONDS)} for {plan.steps} steps{cached}, without validation"
     _line(console, "run time", run_time)
 
 
@@ -135,6 +137,7 @@ def as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "step": [vars(part) for part in plan.durations],
         "groups_per_second": plan.groups_per_second,
         "steps": plan.steps,
+        "reference_seconds": plan.reference_seconds,
         "hours": plan.hours,
         "recommendation": advice
         and {
