@@ -126,6 +126,28 @@ def test_prepared_from_a_folder(tmp_path: Path) -> None:
     assert "**leak**" in (tmp_path / "out" / "card.md").read_text()
 
 
+def test_users_are_sampled_and_keys_of_a_log_are_named(tmp_path: Path) -> None:
+    """Rows with equal prompts are one user's; ``data.max_test_users`` had no effect on rows like these."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [row(f"p{n}") for n in range(9)])
+    write_jsonl(folder / "test.jsonl", [row(f"q{n // 2}", rejected=[f"no {n}"], chosen=f"yes {n}") for n in range(40)])
+    made = {}
+    for seed in (0, 1):
+        said: list[str] = []
+        config = DataConfig(
+            source=Source(kind="preferences", path=folder), max_test_users=5, max_validation_users=3, min_history=2
+        )
+        data = prepare(config, seed=seed, output=tmp_path / str(seed), echo=said.append)
+        asked = [group_from_row(one).prompt for one in data.test]
+        assert (data.card.counts, data.card.users["test"]) == ({"train": 9, "validation": 0, "test": 10}, 5)
+        assert sorted(map(asked.count, asked)) == [2] * 10
+        assert data.card.dropped["test"] == {"over_max_test_users": 15}
+        assert "These rows are ready-made: data.min_history has no effect on them." in said
+        made[seed] = asked
+    assert made[0] != made[1]
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -31,6 +31,11 @@ from dmpo_dist.data.sources.released import load_released, load_sdpo
 from dmpo_dist.data.splits import SPLITS
 from dmpo_dist.data.store import PreparedData, dataset_of
 
+KEYS_OF_READY_ROWS = (
+    "path", "source", "max_validation_users", "max_test_users", "shots", "shots_seed", "shots_skip",
+)  # fmt: skip
+"""Keys of ``data`` that count for rows which need no requests and negatives found."""
+
 
 def prepare(
     config: DataConfig,
@@ -63,12 +68,15 @@ def _prepare_ready_rows(
     config: DataConfig, seed: int, folder: Path, echo: Callable[[str], None], allow_leaks: bool
 ) -> None:
     preferences = _ready_rows(config.source, seed)
-    rows = {split: _preference_rows(preferences, split) for split in SPLITS}
     titles, items = preferences.catalogue(), None
+    limits = {"validation": config.max_validation_users, "test": config.max_test_users}
+    preferences, left_out = preferences.sampled(limits, seed)
+    rows = {split: _preference_rows(preferences, split) for split in SPLITS}
     if titles is not None:
         items = pd.DataFrame({"item": titles, "title": titles, "genres": ""})
     splits = {split: dataset_of(rows[split]) for split in SPLITS}
-    card = make_card(config, seed, preferences.name, preferences.notes, splits, items)
+    card = make_card(config, seed, preferences.name, preferences.notes + _unused(config), splits, items)
+    card.dropped |= {split: {f"over_max_{split}_users": number} for split, number in left_out.items()}
     card.users, card.shown_at = preferences.users(), preferences.shown_at()
     for note in card.notes:
         echo(note)
@@ -76,6 +84,19 @@ def _prepare_ready_rows(
     write_rows(folder, splits, items, card)
     echo(summary(card))
     _say_shots(config, card, echo)
+
+
+def _unused(config: DataConfig) -> list[str]:
+    """A note of the keys that were given and that only a log has a use for; none where there are none."""
+    given = [
+        f"data.{name}"
+        for name, field in DataConfig.model_fields.items()
+        if name not in KEYS_OF_READY_ROWS and getattr(config, name) != field.get_default(call_default_factory=True)
+    ]
+    if not given:
+        return []
+    effect = "has no effect" if len(given) == 1 else "have no effect"
+    return [f"These rows are ready-made: {', '.join(given)} {effect} on them."]
 
 
 def _prepare_log(config: DataConfig, seed: int, folder: Path, echo: Callable[[str], None], allow_leaks: bool) -> None:

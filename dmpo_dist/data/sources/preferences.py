@@ -2,7 +2,7 @@
 formats pass a parser.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
@@ -75,9 +75,25 @@ class Preferences:
 
     def users(self) -> dict[str, int]:
         """split -> number of users; rows with equal history, or else equal prompt, count as one user's."""
-        return {
-            split: len({group.history or group.prompt for group in groups}) for split, groups in self.splits.items()
-        }
+        return {split: len(self._by_user(split)) for split in self.splits}
+
+    def sampled(self, limits: Mapping[str, int | None], seed: int) -> tuple["Preferences", dict[str, int]]:
+        """The same with a seeded sample of at most so many users of a split, and split -> number of users left out."""
+        splits, left_out = dict(self.splits), {}
+        for split, limit in limits.items():
+            groups = list(self._by_user(split).values())
+            if limit is not None and len(groups) > limit:
+                kept = np.sort(np.random.default_rng(seed).choice(len(groups), limit, replace=False))
+                splits[split] = [group for index in kept for group in groups[index]]
+                left_out[split] = len(groups) - limit
+        return replace(self, splits=splits), left_out
+
+    def _by_user(self, split: str) -> dict[Any, list[PreferenceRow]]:
+        """The groups of each user, see ``users``."""
+        out: dict[Any, list[PreferenceRow]] = {}
+        for group in self.splits[split]:
+            out.setdefault(group.history or group.prompt, []).append(group)
+        return out
 
     def shown_at(self) -> dict[str, dict[str, list[int]]]:
         """split -> number of candidates listed -> how often the chosen one stood at each position."""
