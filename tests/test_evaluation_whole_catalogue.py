@@ -104,13 +104,17 @@ def test_an_interruption_costs_a_part(world, tmp_path, monkeypatch):
     assert_same(rank_catalogue(*arguments[:4], two, [None, 3], tmp_path / "two", CONSOLE), expected)
 
 
-def test_parts_of_another_template_are_not_taken(world, tmp_path):
+def test_parts_of_another_template_or_log_are_not_taken(world, tmp_path):
     """Two trainings that end at their start have the same weights, whatever their templates."""
     path = shutil.copytree(world.model, tmp_path / "model")
     for preamble in ("Liked:\n", "Watched:\n", "Liked:\n"):
         write_stamp(path, TemplateConfig(preamble=preamble), stage="sft")
         rank_catalogue("m", str(path), WholeCatalogue(world.data), world.data, CONFIG, [1], tmp_path, CONSOLE)
     assert len(list((tmp_path / PARTS).iterdir())) == 2
+    card = world.data.card.model_copy(update={"digests": {**world.data.card.digests, "interactions.parquet": "other"}})
+    data = replace(world.data, card=card)  # whose users took other items, which are no candidates then
+    rank_catalogue("m", str(path), WholeCatalogue(data), data, CONFIG, [1], tmp_path, CONSOLE)
+    assert len(list((tmp_path / PARTS).iterdir())) == 3
 
 
 def assert_same(seen, expected):

@@ -171,7 +171,7 @@ class Evaluation(Artifact):
     against_start: list[Comparison] = Field(default_factory=list)
     """Each model against the one that its stage started from, where that is evaluated too."""
     data: dict[str, Any] = Field(default_factory=dict)
-    """Path and fingerprint of the prepared data."""
+    """Path and fingerprint of the prepared data, and the digest of its log: see ``PreparedData.about``."""
     folders: dict[str, str] = Field(default_factory=dict)
     """Language model, or name@seed of one -> its model folder or hub id."""
     weights: dict[str, str] = Field(default_factory=dict)

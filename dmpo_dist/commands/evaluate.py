@@ -172,7 +172,7 @@ def evaluate(
     evaluation = evaluate_scores(
         scores, data.test, settings.bootstrap_samples, seed, strata, against, starts_of(models)
     )
-    evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
+    evaluation.data = data.about()
     evaluation.folders = models
     evaluation.weights = {n: digest for n, path in models.items() if (digest := weights_digest(Path(path)))}
     notes = _notes_of_lists(models, data, config) + _notes_of_few(data)
