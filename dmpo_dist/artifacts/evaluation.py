@@ -56,6 +56,8 @@ class CatalogueRanking(Typed):
     """Ranking among all items; coverage and gini are of all first tens of a model together, without intervals."""
 
     items: int | None = None
+    without_taken: bool = True
+    """Whether the items that a user had taken were left out, as ``ranking.exclude_history`` has it."""
     models: dict[str, Metrics]
     coverage: dict[str, FiniteFloat] = Field(default_factory=dict, alias="coverage@10")
     gini: dict[str, FiniteFloat] = Field(default_factory=dict, alias="gini@10")

@@ -193,7 +193,9 @@ def evaluate(
         for name, path in models.items():
             by_width = rank_catalogue(name, path, whole, data, configs[name], widths, folder, console)
             ranked |= {name if beams is None else beams_row(name, beams): by_width[beams] for beams in widths}
-        evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
+        evaluation.catalogue = summary(
+            ranked, len(whole.items), settings.bootstrap_samples, seed, config.ranking.exclude_history
+        )
     evaluation.notes = notes_of(data, config) + notes
     write_evaluation(folder, evaluation, scores, data.test)
     remove_parts(folder)
