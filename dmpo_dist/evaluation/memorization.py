@@ -20,6 +20,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.followed import Followed, Text, followed
 from dmpo_dist.evaluation.metrics import bootstrap_interval
+from dmpo_dist.evaluation.ranking import require_finite
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.tables import Cell, Table
 
@@ -47,7 +48,8 @@ def memorization_probes(
         advance: told how many more texts are done; there are ``number_of_texts``.
 
     Raises:
-        UserError: the data has no catalogue or log, or too few titles or histories to draw from.
+        UserError: the data has no catalogue or log, or too few titles or histories to draw from; or log-probs that are
+            not finite, by which a model would know nothing.
     """
     if data.items is None or data.interactions is None:
         raise UserError(f"{data.path}: ready preferences have no catalogue and no histories; take a log")
@@ -55,7 +57,9 @@ def memorization_probes(
     writer = model.load_weights().writer()
 
     def run(texts: Sequence[Text]) -> Followed:
-        return followed(writer, texts, advance)
+        found = followed(writer, texts, advance)
+        require_finite(model.source.path, [found.log_prob], str(writer.dtype).removeprefix("torch."))
+        return found
 
     probes = _title_probes(Lines(model.tokenizer, examples, rng), data, titles, rng, run, samples, seed)
     probes += _history_probes(model, data, users, rng, run, samples, seed)
