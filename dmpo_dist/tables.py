@@ -72,7 +72,7 @@ def markdown(table: Table) -> str:
     count = len(table.columns)
     rule = "|" + "---|" * table.text_columns + "---:|" * (count - table.text_columns)
     rows = [[*map(_markdown_cell, row), *[""] * (count - len(row))] for row in table.rows]
-    return "\n".join([_markdown_row(table.columns), rule, *map(_markdown_row, rows)])
+    return "\n".join([_markdown_row([*map(_in_a_row, table.columns)]), rule, *map(_markdown_row, rows)])
 
 
 def html(table: Table) -> Markup:
@@ -107,7 +107,12 @@ def _terminal_cell(cell: Cell) -> Text:
 
 def _markdown_cell(cell: Cell) -> str:
     text = f"**{cell.text}**" if cell.kind == "strong" else cell.text
-    return f"{text} ({cell.below})" if cell.below else text
+    return _in_a_row(f"{text} ({cell.below})" if cell.below else text)
+
+
+def _in_a_row(text: str) -> str:
+    """``text`` without what would end a Markdown cell, in names and settings that anybody may have written."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def _html_row(row: Sequence[Cell], numbers: Sequence[str]) -> Markup:

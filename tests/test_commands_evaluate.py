@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -17,11 +18,14 @@ from dmpo_dist.commands.kept_baselines import kept_baseline_scores
 from dmpo_dist.commands.quickstart import quickstart
 from dmpo_dist.commands.scored_parts import PARTS
 from dmpo_dist.commands.scoring import score_with_progress
-from dmpo_dist.config import ModelConfig, RunConfig, TemplateConfig
+from dmpo_dist.config import DataConfig, ModelConfig, RunConfig, TemplateConfig
+from dmpo_dist.data.prepare import prepare
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation import starts as starts_module
-from dmpo_dist.evaluation.baseline_scores import BaselineScores
+from dmpo_dist.evaluation.baseline_scores import BaselineScores, baseline_scores
+from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.whole_catalogue import Ranked
+from dmpo_dist.experiment.stamps import evaluated
 from dmpo_dist.modeling.backbone import ModelSource
 from dmpo_dist.modeling.ranking_model import RankingModel
 
@@ -72,6 +76,39 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
     assert ranked == ["sft", "dmpo"]
 
 
+def test_what_was_kept_of_another_log_is_not_taken_though_its_rows_are_the_same(tmp_path):
+    """Users with a single like have no rows, and fingerprints are of rows and items; but baselines count their likes,
+    and they say what may be ranked in a whole catalogue."""
+    rng = np.random.default_rng(0)
+    likes = [
+        (f"u{user}", f"i{item}", 5, 100 * user + number, f"Title {item}")
+        for user in range(20) for number, item in enumerate(rng.permutation(15)[:6])
+    ]  # fmt: skip
+    datasets = []
+    for name, more in (("a", []), ("b", [(f"z{user}", "i7", 5, 90_000, "Title 7") for user in range(30)])):
+        columns = ["user", "item", "rating", "timestamp", "title"]
+        pd.DataFrame(likes + more, columns=columns).to_csv(tmp_path / f"{name}.csv", index=False)
+        made = {"negatives_per_group": 3, "evaluation_negatives": 5, "split": "leave_one_out"}
+        settings = DataConfig.model_validate({"source": {"path": tmp_path / f"{name}.csv"}} | made)
+        datasets.append(prepare(settings, 0, tmp_path / name, echo=lambda _: None, allow_leaks=True))
+    before, now = datasets
+    assert before.fingerprint == now.fingerprint
+    config = RunConfig.model_validate({"evaluation": {"baselines": ["pop_fitted", "item_knn"]}})
+    for data in datasets:
+        kept = kept_baseline_scores(data, config, False, tmp_path / "out", lambda _: None)
+        expected = baseline_scores(data, config, False, lambda _: None)
+        for name, scores in expected.scores.items():
+            assert [row.tolist() for row in kept.scores[name]] == [row.tolist() for row in scores], name
+    found = evaluate_scores(expected.scores, now.test, 10, 0)
+    found.data, found.settings = before.about(), {}
+    write_evaluation(tmp_path / "study", found, expected.scores, now.test)
+    assert evaluated(tmp_path / "study", before, {})
+    assert not evaluated(tmp_path / "study", now, {})
+    del found.data["log"]  # as earlier versions wrote it
+    found.write(tmp_path / "study")
+    assert evaluated(tmp_path / "study", now, {})
+
+
 def test_baselines_are_fitted_once_in_an_evaluation_that_is_interrupted(tmp_path, monkeypatch):
     fitted: list[str] = []
     rng = np.random.default_rng(0)
@@ -86,7 +123,7 @@ def test_baselines_are_fitted_once_in_an_evaluation_that_is_interrupted(tmp_path
         )
 
     monkeypatch.setattr(kept_baselines, "baseline_scores", fit)
-    data, other = (SimpleNamespace(fingerprint=name) for name in ("data", "other"))
+    data, other = (SimpleNamespace(fingerprint=name, log_digest="log") for name in ("data", "other"))
     config = RunConfig()
 
     def kept(data=data, config=config, catalogue=True):

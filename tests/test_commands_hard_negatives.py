@@ -1,15 +1,20 @@
 """Hard negatives and evaluation on another domain, with a tiny model of the first one's titles."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from worlds import World, prepared
 
 from dmpo_dist.commands.evaluate import evaluate
 from dmpo_dist.commands.hard_negatives import mine_hard_negatives
+from dmpo_dist.commands.memorized import probe
 from dmpo_dist.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
+from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
+from dmpo_dist.evaluation.memorization import memorization_probes
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.records.log import make_console
 
@@ -91,6 +96,39 @@ def test_numbers_that_do_not_fit(
             str(world.model), settings(world), tmp_path / "x", keep, skip_top, draw_from, lambda line: None
         )
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def broken(world: World, tmp_path: Path) -> Path:
+    """A model whose scores are not finite."""
+    model = shutil.copytree(world.model, tmp_path / "broken")
+    weights = load_file(model / "model.safetensors")
+    next(weight for name, weight in weights.items() if "mlp" in name)[:] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_scores_that_are_no_numbers_choose_nothing(world: World, tmp_path: Path, broken: Path) -> None:
+    """Sorted, they leave the negatives in the order in which they were drawn, which looks like any other."""
+    with pytest.raises(
+        UserError, match="scores are not finite, the first is nan; its training diverged or its"
+    ) as told:
+        mine_hard_negatives(str(broken), settings(world), tmp_path / "x", 3, 0, None, lambda line: None)
+    assert "too narrow" not in str(told.value), "nothing is wider than the float32 it ran in"
+    assert not (tmp_path / "x").exists()
+    data = PreparedData.load(world.data.path)
+    with pytest.raises(UserError, match="scores are not finite"):  # else it knows nothing, and that is a finding
+        memorization_probes(load_ranking_model(str(broken), settings(world)), data, 3, 3, 100, 0)
+
+
+def test_where_nothing_can_be_written_nothing_is_scored(world: World, tmp_path: Path, broken: Path) -> None:
+    """The model would raise another error when it scores."""
+    there = tmp_path / "there"
+    there.write_text("")
+    with pytest.raises(UserError, match="exists already"):
+        mine_hard_negatives(str(broken), settings(world), there, 3, 0, None, lambda line: None)
+    with pytest.raises(FileExistsError):
+        probe(str(broken), world.data, settings(world), 3, 3, there, make_console())
 
 
 def test_a_model_of_one_domain_ranks_another(world: World, tmp_path: Path) -> None:

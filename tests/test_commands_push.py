@@ -60,17 +60,18 @@ class Hub(BaseHTTPRequestHandler):
             server.commit = [json.loads(line) for line in body.decode().splitlines()]
             self.answer({"commitUrl": f"{server.address}/me/ranker/commit/1", "commitOid": "1"})
         else:
-            self.answer({"errors": [], "warnings": []})
+            wrong = [{"message": text} for text in server.wrong_header]
+            self.answer({"errors": wrong, "warnings": []}, 400 if wrong else 200)
 
     def do_PUT(self):
         content = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.large[self.path.rpartition("/")[2]] = content
         self.answer({})
 
-    def answer(self, content):
+    def answer(self, content, status=200):
         known = self.path.startswith("/put/") or self.headers.get("Authorization") == f"Bearer {TOKEN}"
         text = json.dumps(content if known else {"error": "who is that?"}).encode()
-        self.send_response(200 if known else 401)
+        self.send_response(status if known else 401)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
@@ -83,7 +84,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
-    server.created, server.large, server.commit, server.files = [], {}, [], {}
+    server.created, server.large, server.commit, server.files, server.wrong_header = [], {}, [], {}, []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -138,9 +139,25 @@ def test_what_arrives_is_what_was_exported(world, tmp_path, hub, dmpo):
     assert not (tmp_path / "other").exists(), "refused before anything was exported"
 
 
+def test_a_model_card_that_the_hub_does_not_take_is_one_message(world, tmp_path, hub, dmpo):
+    model = shutil.copytree(world.model, tmp_path / "model")
+    write_stamp(model, TemplateConfig(), stage="sft")
+    hub.wrong_header = ['"license" must be one of [apache-2.0, mit]']
+    code, _, errors = dmpo(model, tmp_path / "out", "--dtype=float32", "--push-to-hub=me/ranker")
+    assert code == 2
+    assert "out is written, but --push-to-hub me/ranker: the hub refused it" in errors
+    assert 'README.md. - "license" must be one of' in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("name", ["ranker", "me/film--ranker", "me/ranker.", "me/ranker-", "me/a..b", "me/ranker.git",
+                                  "me/" + "x" * 97, "me/a/b", "me/a b", ""])  # fmt: skip
+def test_a_name_that_the_hub_would_not_take_is_refused_at_the_start(name):
+    with pytest.raises(UserError, match="^--push-to-hub .*: write USER/NAME or ORGANISATION/NAME"):
+        check_hub(name)
+
+
 def test_what_is_refused(world, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="write USER/NAME"):
-        check_hub("ranker")
     write_stamp(tmp_path, TemplateConfig(), stage="train")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(world.model)}))
     with pytest.raises(UserError, match="is written, but not pushed: .* which others do not have; export with --merge"):

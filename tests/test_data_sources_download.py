@@ -115,7 +115,7 @@ def test_a_wrong_file_is_refused(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has MD5 \w+, published is \w+; removed"):
         download(find_download("ml-20m", None, server.address), tmp_path, accept_terms=True, echo=lambda line: None)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"404"):
+    with pytest.raises(UserError, match=r"there is no such file; write --category as its publisher does"):
         download(find_download("ml-25m", None, server.address), tmp_path, accept_terms=True, echo=lambda line: None)
 
 

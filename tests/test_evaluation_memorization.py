@@ -74,6 +74,27 @@ def test_a_model_that_learned_titles_and_ids_shows_that_it_did_and_nothing_of_hi
     assert probes["next title written after the user's history"].figure.value < 0.3
 
 
+def test_no_example_gives_an_answer_away(world, model, monkeypatch):
+    """Titles may hold several spaces, and of few items another one's id is soon among the examples."""
+    items = world.data.items.head(12).assign(title=[title.replace(" ", "  ") for title in world.titles[:12]])
+    contexts = []
+
+    def spied(writer, texts, advance):
+        contexts.extend(model.tokenizer.decode(text.context, skip_special_tokens=True) for text in texts)
+        return followed(writer, texts, advance)
+
+    monkeypatch.setattr("dmpo_dist.evaluation.memorization.followed", spied)
+    memorization_probes(model, replace(world.data, items=items), 12, 4, 10, 0)
+    titles, asked = contexts[:12], contexts[-24:]
+    assert all(len(text.splitlines()) == 6 for text in titles + asked)
+    for text in titles:
+        *examples, begun = [" ".join(line.split()) for line in text.splitlines()]
+        assert not any(line.startswith(begun + " ") for line in examples) or len(begun.split()) == 1, text
+    for text in asked:
+        *examples, begun = text.splitlines()
+        assert not any(line.startswith(begun) for line in examples), text
+
+
 def test_the_command_writes_figures_and_a_table_and_refuses_data_without_a_catalogue(
     world, tmp_path, monkeypatch, capsys
 ):

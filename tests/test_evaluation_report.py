@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
+from dmpo_dist import tables
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.evaluation import report
 from dmpo_dist.evaluation.comparisons import (
@@ -20,6 +22,7 @@ from dmpo_dist.evaluation.comparisons import (
 from dmpo_dist.evaluation.metrics import CATALOGUE_METRICS, METRICS, sure_hits
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.evaluation.tables import CATALOGUE_MARKDOWN, TABLE_METRICS, evaluation_table, markdown
+from dmpo_dist.tables import Cell, Table
 
 N = 120
 
@@ -271,3 +274,11 @@ def test_scores_that_do_not_match_name_the_model_and_the_request(scores, rows):
         evaluate_scores({"sft": [np.zeros(5), *scores["sft"][1:]]}, rows, samples=100, seed=0)
     with pytest.raises(ValueError, match="scores of sft: request 0: score nan"):
         evaluate_scores({"sft": [np.full(4, np.nan), *scores["sft"][1:]]}, rows, samples=100, seed=0)
+
+
+def test_any_name_keeps_the_rows_of_a_markdown_table():
+    """Names of models, and settings that a study's table shows, may hold what ends a cell or a row."""
+    table = Table("", ["a|b", "c"], [[Cell("x|y\nz", "of|it"), Cell("1", kind="strong")], [Cell("w")]])
+    lines = tables.markdown(table).splitlines()
+    assert [len(re.split(r"(?<!\\)\|", line)) for line in lines] == [4, 4, 4, 4]
+    assert lines[2] == r"| x\|y z (of\|it) | **1** |"

@@ -17,11 +17,14 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.fitting_log import of_same_users
 from dmpo_dist.evaluation.metrics import CATALOGUE_METRICS, catalogue_metrics
 from dmpo_dist.evaluation.ranking import load_ranking_model
-from dmpo_dist.evaluation.tables import catalogue_table
+from dmpo_dist.evaluation.report import evaluate_scores
+from dmpo_dist.evaluation.tables import catalogue_table, markdown
 from dmpo_dist.evaluation.whole_catalogue import CANDIDATES_AT_ONCE, WholeCatalogue, summary
 from dmpo_dist.modeling.backbone import write_stamp
 from dmpo_dist.modeling.token_scorer import TokenScorer
 from dmpo_dist.modeling.trie_search import best_of
+from dmpo_dist.report.evaluated import results
+from dmpo_dist.report.gather import Material
 
 CONSOLE = Console(file=io.StringIO(), width=100)
 NAMES = ("random", "popularity", "item_knn")
@@ -104,13 +107,17 @@ def test_an_interruption_costs_a_part(world, tmp_path, monkeypatch):
     assert_same(rank_catalogue(*arguments[:4], two, [None, 3], tmp_path / "two", CONSOLE), expected)
 
 
-def test_parts_of_another_template_are_not_taken(world, tmp_path):
+def test_parts_of_another_template_or_log_are_not_taken(world, tmp_path):
     """Two trainings that end at their start have the same weights, whatever their templates."""
     path = shutil.copytree(world.model, tmp_path / "model")
     for preamble in ("Liked:\n", "Watched:\n", "Liked:\n"):
         write_stamp(path, TemplateConfig(preamble=preamble), stage="sft")
         rank_catalogue("m", str(path), WholeCatalogue(world.data), world.data, CONFIG, [1], tmp_path, CONSOLE)
     assert len(list((tmp_path / PARTS).iterdir())) == 2
+    card = world.data.card.model_copy(update={"digests": {**world.data.card.digests, "interactions.parquet": "other"}})
+    data = replace(world.data, card=card)  # whose users took other items, which are no candidates then
+    rank_catalogue("m", str(path), WholeCatalogue(data), data, CONFIG, [1], tmp_path, CONSOLE)
+    assert len(list((tmp_path / PARTS).iterdir())) == 3
 
 
 def assert_same(seen, expected):
@@ -208,3 +215,16 @@ def test_lists_are_the_best_items_whichever_the_positive_is(world):
     console = Console(file=io.StringIO(), width=100)
     console.print(catalogue_table(summary({"sft_continued": whole.scored([scores])}, 40, 100, 0).content(), 53))
     assert "sft_continued" in console.file.getvalue(), "the longest usual name is in one piece at 100 columns"
+
+
+@pytest.mark.parametrize(("without_taken", "said"), [(True, "left out"), (False, "among them")])
+def test_what_users_had_taken_is_said_to_be_a_candidate_where_it_is_one(world, without_taken, said):
+    whole = WholeCatalogue(world.data, without_taken)
+    scores = whole.scored([np.zeros((len(world.data.test), 40))])
+    found = evaluate_scores({"sft": [np.zeros(6)] * len(world.data.test)}, world.data.test, 10, 0)
+    found.catalogue = summary({"sft": scores}, 40, 10, 0, without_taken)
+    assert f"among all 40 items, those taken before {said};" in markdown(found.content())
+    material = Material("x", {}, {"e": found}, {}, {}, {}, {}, {}, {}, [], [], [])
+    tables = [block.content for block in results(material) if block.kind == "table"]
+    word = "except" if without_taken else "with"
+    assert f"Among all 40 items {word} those that a user had taken" in [table.caption for table in tables]

@@ -18,3 +18,17 @@ def test_the_data_a_run_saw_is_known_again_also_where_it_saw_a_few_groups(world,
     for said, same in (({"shots": shots, "shots_seed": drawn}, True), ({"shots": 8}, False)):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(world.data.path)} | said}))
         assert read_provenance(source, None).same_data is same
+
+
+@pytest.mark.parametrize(("card", "license"), [
+    ("---\nlicense: mit\n---\nPor José\n".encode("latin-1"), "mit"),
+    (b"\xef\xbb\xbf---\nlicense: mit\n---\n", "mit"),
+    (b"---\nlicense: mit\ndate: 2024-13-45\n---\n", None),
+    (b"---\nlicense: " + b"[" * 3000 + b"\n---\n", None),
+    (b'---\nlicense: "\\ud83d"\n---\n', None),
+])  # fmt: skip
+def test_the_card_of_somebody_elses_model_may_hold_anything(tmp_path, card, license):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "README.md").write_bytes(card)
+    assert read_provenance(ModelSource(str(model), str(model), False, ModelStamp()), None).base_license == license

@@ -13,7 +13,8 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from dmpo_dist.cli import main
-from dmpo_dist.config import RunConfig
+from dmpo_dist.config import DataConfig, RunConfig, Source
+from dmpo_dist.data.prepare import prepare
 from dmpo_dist.evaluation.report import evaluate_scores, write_evaluation
 from dmpo_dist.records.compare import find_evaluations, paired_lines, runs_as_json, show_comparison, show_runs
 from dmpo_dist.records.read import find_runs, read_run
@@ -154,6 +155,24 @@ def test_a_comparison_shows_what_differs_and_pairs_the_users(three_runs):
     assert line == "bb against a: evaluated on other candidates, so not comparable"
     assert paired_lines([runs[0], read_run(root / "ccc")], ["a", "c"], [root / "evaluation"]) == [
         "c: no evaluation ranks its model"
+    ]
+
+
+def test_runs_on_different_files_of_ready_rows_are_not_paired(tmp_path):
+    """Their rows have no items, and the same names of users and times whatever file they are from."""
+    runs = []
+    for name in "ab":
+        rows = [{"prompt": f"{name} {i}", "chosen": f"{name} yes {i}", "rejected": f"{name} no {i}"} for i in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = {"path": str(tmp_path / f"{name}.jsonl")}
+        data = prepare(DataConfig(source=Source(**source)), 0, tmp_path / f"data-{name}", lambda _: None)
+        runs.append(read_run(write_run(tmp_path / name, "train")))
+        scores = {"dmpo": [np.array([1.0, 0.0])] * len(data.test)}
+        evaluation = evaluate_scores(scores, data.test, 10, 0)
+        evaluation.folders = {"dmpo": str(tmp_path / name / "model")}
+        write_evaluation(tmp_path / f"evaluation-{name}", evaluation, scores, data.test)
+    assert paired_lines(runs, ["a", "b"], find_evaluations(tmp_path)) == [
+        "b against a: evaluated on other candidates, so not comparable"
     ]
 
 

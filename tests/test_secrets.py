@@ -13,7 +13,7 @@ from dmpo_dist.cli import main
 from dmpo_dist.cluster import privacy
 from dmpo_dist.config import load_config
 from dmpo_dist.errors import UserError
-from dmpo_dist.secrets import BLOT, has_secret, named_like_a_secret, redact
+from dmpo_dist.secrets import BLOT, named_like_a_secret, redact
 
 SECRET = "hunter2hunter2"
 TEXTS = [
@@ -99,11 +99,17 @@ def test_a_token_that_everybody_can_read_becomes_private(tmp_path, monkeypatch):
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
 
 
-def test_the_log_of_a_run_holds_no_secret(tmp_path):
-    from dmpo_dist.artifacts.log import NoteRecord
+def test_the_log_of_a_run_holds_no_secret_and_stays_readable(tmp_path):
+    """A secret between quotation marks, which JSON escapes, and a key without its end, which would take the rest."""
+    from dmpo_dist.artifacts.log import NoteRecord, read_log
     from dmpo_dist.records.sinks import JsonLines
 
+    texts = [*TEXTS, *(f'the server said "{text}", twice' for text in TEXTS), f"-----BEGIN PRIVATE KEY-----\n{SECRET}"]
     sink = JsonLines(tmp_path / "metrics.jsonl", append=False)
-    sink.write(NoteRecord(text=f"http://u:{SECRET}@h does not answer"))
+    for text in texts:
+        sink.write(NoteRecord(kind="note", text=text))
     sink.close({}, True)
-    assert not has_secret((tmp_path / "metrics.jsonl").read_text())
+    assert SECRET not in (tmp_path / "metrics.jsonl").read_text()
+    log = read_log(tmp_path / "metrics.jsonl")
+    assert not log.damaged
+    assert [record.text for record in log.records] == [redact(text) for text in texts]

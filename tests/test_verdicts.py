@@ -1,6 +1,7 @@
 """One rule says which differences are clear, and everything that is shown goes by it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,6 +111,12 @@ def test_the_headline_goes_by_the_rule():
     (text,) = headline(material)
     assert "level with sft_continued (+0.025 [+0.000, +0.049], paired)" in text
     assert "behind item_knn" in text
+    other_way = evaluation()  # of `dmpo evaluate --against dmpo`, whose differences are others minus dmpo
+    other_way.comparisons = [
+        c.model_copy(update={"a": c.b, "b": c.a, "difference": -c.difference, "low": -c.high, "high": -c.low})
+        for c in other_way.comparisons
+    ]
+    assert headline(replace(material, evaluations={"e": other_way})) == [text]
 
 
 def test_faithfulness_needs_the_sign_test_too():

@@ -56,6 +56,8 @@ class CatalogueRanking(Typed):
     """Ranking among all items; coverage and gini are of all first tens of a model together, without intervals."""
 
     items: int | None = None
+    without_taken: bool = True
+    """Whether the items that a user had taken were left out, as ``ranking.exclude_history`` has it."""
     models: dict[str, Metrics]
     coverage: dict[str, FiniteFloat] = Field(default_factory=dict, alias="coverage@10")
     gini: dict[str, FiniteFloat] = Field(default_factory=dict, alias="gini@10")
@@ -171,7 +173,7 @@ class Evaluation(Artifact):
     against_start: list[Comparison] = Field(default_factory=list)
     """Each model against the one that its stage started from, where that is evaluated too."""
     data: dict[str, Any] = Field(default_factory=dict)
-    """Path and fingerprint of the prepared data."""
+    """Path and fingerprint of the prepared data, and the digest of its log: see ``PreparedData.about``."""
     folders: dict[str, str] = Field(default_factory=dict)
     """Language model, or name@seed of one -> its model folder or hub id."""
     weights: dict[str, str] = Field(default_factory=dict)

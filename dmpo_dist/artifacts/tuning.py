@@ -75,7 +75,7 @@ class Tuning(Artifact):
     ADVICE: ClassVar[str] = "restore the file as the command wrote it, or tune anew in another output_dir"
 
     data: dict[str, Any]
-    """Path and fingerprint."""
+    """Path and fingerprint, and the digest of the log."""
     start: dict[str, str] = Field(default_factory=dict)
     """Digests of the model that all trials start from; empty where it is made anew."""
     validation_requests: int

@@ -131,6 +131,7 @@ def _store(path: str, data: PreparedData, config: RunConfig, width: Width, folde
         "weights": weights_key(source),
         "reference": weights_key(find_model(reference)) if reference else None,
         "data": data.fingerprint,
+        "log": data.log_digest,
         "width": width,
         "template": enforce_template(source.stamp, config.template, path).model_dump(mode="json"),
         "model": config.model.model_dump(mode="json", include=model),

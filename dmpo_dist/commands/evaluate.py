@@ -172,7 +172,7 @@ def evaluate(
     evaluation = evaluate_scores(
         scores, data.test, settings.bootstrap_samples, seed, strata, against, starts_of(models)
     )
-    evaluation.data = {"path": str(config.data.path), "fingerprint": data.fingerprint}
+    evaluation.data = data.about()
     evaluation.folders = models
     evaluation.weights = {n: digest for n, path in models.items() if (digest := weights_digest(Path(path)))}
     notes = _notes_of_lists(models, data, config) + _notes_of_few(data)
@@ -193,7 +193,9 @@ def evaluate(
         for name, path in models.items():
             by_width = rank_catalogue(name, path, whole, data, configs[name], widths, folder, console)
             ranked |= {name if beams is None else beams_row(name, beams): by_width[beams] for beams in widths}
-        evaluation.catalogue = summary(ranked, len(whole.items), settings.bootstrap_samples, seed)
+        evaluation.catalogue = summary(
+            ranked, len(whole.items), settings.bootstrap_samples, seed, config.ranking.exclude_history
+        )
     evaluation.notes = notes_of(data, config) + notes
     write_evaluation(folder, evaluation, scores, data.test)
     remove_parts(folder)

@@ -10,12 +10,12 @@ import pandas as pd
 from dmpo_dist.commands.scoring import score_with_progress
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
-from dmpo_dist.data.folder import rewrite
+from dmpo_dist.data.folder import require_free, rewrite
 from dmpo_dist.data.negatives import request_stream
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
-from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.evaluation.ranking import load_ranking_model, require_finite
 from dmpo_dist.modeling.backbone import find_model, with_length_of
 from dmpo_dist.records.log import make_console
 
@@ -41,10 +41,12 @@ def mine_hard_negatives(
             takes the hardest.
 
     Raises:
-        UserError: no prepared data, too few negatives in a group, or a model that cannot be loaded.
+        UserError: no prepared data, too few negatives in a group, a model that cannot be loaded or whose scores are not
+            finite, or an ``output`` that exists.
     """
     if config.data.path is None:
         raise UserError("data.path is not set; give the folder that `dmpo data prepare` wrote")
+    require_free(output)
     data = PreparedData.for_training(config.data)
     if any(data.lists()):
         raise UserError(
@@ -58,6 +60,7 @@ def mine_hard_negatives(
     rows = data.train.to_list()
     pool = keep if draw_from is None else draw_from
     found = score_with_progress(load_ranking_model(model, config), data.train, "scoring negatives", make_console())
+    require_finite(model, found, config.model.dtype)
     for row, scores in zip(rows, found, strict=True):
         hardest = np.argsort(-scores[1:], kind="stable")[skip_top : skip_top + pool]
         if draw_from is not None:

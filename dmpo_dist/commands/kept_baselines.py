@@ -43,6 +43,7 @@ def _key(data: PreparedData, config: RunConfig, catalogue: bool) -> dict[str, An
     return {
         "dmpo": __version__,
         "data": data.fingerprint,
+        "log": data.log_digest,
         "shots": config.data.shots,
         "shots_seed": config.data.shots_seed,
         "shots_skip": config.data.shots_skip,

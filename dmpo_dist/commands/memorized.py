@@ -34,13 +34,13 @@ def probe(
     config = with_length_of([find_model(path)], config)
     model = load_ranking_model(path, config)
     settings = probe_settings(config, titles, users)
+    folder.mkdir(parents=True, exist_ok=True)  # now, and not after hours, where it cannot be
     samples, total = config.evaluation.bootstrap_samples, number_of_texts(data, titles, users)
     with UserProgress(f"probing {path}", total, 0, console, "loading the model", "texts") as progress:
         probes = memorization_probes(model, data, titles, users, samples, config.seed, progress.advance)
     found = Memorization(
         model=path, data={"path": str(data.path), "fingerprint": data.fingerprint}, settings=settings, probes=probes
     )
-    folder.mkdir(parents=True, exist_ok=True)
     found.write(folder)
     return found
 

@@ -14,10 +14,9 @@ from dmpo_dist.commands.scored_parts import PartScorer
 from dmpo_dist.config import RunConfig
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import tokenize_rows
-from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.generated import generated_figures
 from dmpo_dist.evaluation.order import ORDERS, order_spread
-from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.evaluation.ranking import load_ranking_model, require_finite
 from dmpo_dist.evaluation.rules import RuledScores, asks_for_rules, ruled_scores
 from dmpo_dist.modeling.backbone import find_model, unlike_training
 from dmpo_dist.modeling.ranking_model import RankingModel
@@ -70,7 +69,7 @@ def model_scores(
 
     ruled = ruled_scores(model, scores, data, config, in_parts)
     for rule, by_rule in ruled.by_rule.items():
-        _require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
+        require_finite(f"--model {name}={path}, rule {rule}", by_rule, config.model.dtype)
     return ModelScores(ruled.scores, spread, generated, ruled)
 
 
@@ -103,13 +102,3 @@ def _order_spread(
             return of_part
 
         return order_spread(score, rows, scores, again, seed)
-
-
-def _require_finite(model: str, scores: list[np.ndarray], dtype: str) -> None:
-    flat = np.concatenate(scores)
-    bad = ~np.isfinite(flat)
-    if bad.any():
-        raise UserError(
-            f"{model}: {int(bad.sum())} of {len(flat)} scores are not finite, the first is {flat[bad][0]}; its training "
-            f"diverged or its weights are damaged, or model.dtype={dtype} is too narrow for it: try model.dtype=float32"
-        )

@@ -1,7 +1,6 @@
 """An exported model handed to a model hub, by Hugging Face's own client."""
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,6 @@ from dmpo_dist.modeling.backbone import ADAPTER
 from dmpo_dist.parsing import first_line
 from dmpo_dist.secrets import redact
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
 
 def check_hub(repository: str) -> None:
     """Whether a push could work, before hours of other work: the name, a token, and a hub that knows it.
@@ -20,11 +17,18 @@ def check_hub(repository: str) -> None:
     Raises:
         UserError: it could not, and what to do.
     """
-    if not REPOSITORY.fullmatch(repository):
-        raise UserError(
-            f"--push-to-hub {repository}: write USER/NAME or ORGANISATION/NAME, as in --push-to-hub me/ranker"
-        )
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        reason = "" if "/" in repository else "it names no user"
+    except HFValidationError as error:
+        reason = first_line(error)
+    if reason:
+        raise UserError(
+            f"--push-to-hub {repository}: write USER/NAME or ORGANISATION/NAME, as in --push-to-hub me/ranker; {reason}"
+        )
 
     with _told(f"--push-to-hub {repository}"):
         HfApi().whoami()
@@ -75,5 +79,8 @@ def _told(what: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else "no answer"
         hint = "is the token valid, and may it write there?" if status in (401, 403) else "try again"
         raise UserError(f"{what}: the hub refused it ({status}: {redact(first_line(error))}); {hint}") from None
+    except ValueError as error:  # what the client raises where the hub does not take the header of README.md
+        said = redact(" ".join(str(error).split()))
+        raise UserError(f"{what}: the hub refused it ({said}); correct the file, and push it by `hf upload`") from None
     except (httpx.HTTPError, ConnectionError) as error:
         raise UserError(f"{what}: the hub cannot be reached ({redact(first_line(error))}); try again") from None

@@ -23,7 +23,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup, tokenize_rows
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.inputs import absolute_model, for_workers
-from dmpo_dist.evaluation.ranking import load_ranking_model
+from dmpo_dist.evaluation.ranking import load_ranking_model, require_finite
 from dmpo_dist.evaluation.rules import Split, rows_of
 from dmpo_dist.modeling.model_files import weights_key
 from dmpo_dist.modeling.ranking_model import RankingModel
@@ -95,7 +95,7 @@ class PartScorer:
                 found = _by_actors(path, worker, missing, progress.advance, self.console)
             try:
                 for number, scored in found:
-                    _require_finite(self.called, scored, self.config.model.dtype)
+                    require_finite(self.called, [row["scores"] for row in scored], self.config.model.dtype)
                     parts.write(number, scored)
             except UserError:
                 if not any(parts.has(number) for number, *_ in tasks):
@@ -175,17 +175,6 @@ def _by_actors(
                 console.print(f"note: {note}", highlight=False, markup=False)
             advance(len(rows))
             yield number, rows
-
-
-def _require_finite(called: str, rows: Rows, dtype: str) -> None:
-    scores = np.concatenate([[], *(row["scores"] for row in rows)])  # there may be more parts than packed rows
-    bad = ~np.isfinite(scores)
-    if bad.any():
-        raise UserError(
-            f"{called}: {int(bad.sum())} of {len(scores)} scores are not finite, the first is {scores[bad][0]}; its "
-            f"training diverged or its weights are damaged, or model.dtype={dtype} is too narrow for it: try "
-            "model.dtype=float32"
-        )
 
 
 def _key(scorer: RankingModel, groups: Sequence[Sequence[TokenGroup]], config: RunConfig) -> dict[str, Any]:

@@ -17,10 +17,16 @@ from dmpo_dist.config.data import DataConfig
 from dmpo_dist.data.card import data_card
 from dmpo_dist.data.leaks import Finding, check_leaks, finding_lines, findings_to_json, leak_message, leaks
 from dmpo_dist.data.splits import SPLITS
-from dmpo_dist.data.store import FORMAT_VERSION, USERS_FILE, PreparedData, dataset_of, rows_of
+from dmpo_dist.data.store import (
+    FORMAT_VERSION,
+    INTERACTIONS_FILE,
+    USERS_FILE,
+    PreparedData,
+    dataset_of,
+    rows_of,
+)
 from dmpo_dist.errors import UserError
 
-INTERACTIONS_FILE = "interactions.parquet"
 Rows = dict[str, list[dict[str, Any]]]  # split -> rows with the columns of ``ROW_FEATURES``
 CHECKED_ROWS = 20_000  # of each split, in the leak check of data that is read from disk
 

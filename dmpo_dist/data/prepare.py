@@ -15,7 +15,6 @@ from dmpo_dist.data.card import summary
 from dmpo_dist.data.database import Database
 from dmpo_dist.data.folder import (
     CHECKED_ROWS,
-    INTERACTIONS_FILE,
     checked_for_leaks,
     make_card,
     require_free,
@@ -29,7 +28,7 @@ from dmpo_dist.data.sources.preferences import Preferences, load_preferences
 from dmpo_dist.data.sources.read import READY_ROWS, read_users
 from dmpo_dist.data.sources.released import load_released, load_sdpo
 from dmpo_dist.data.splits import SPLITS
-from dmpo_dist.data.store import PreparedData, dataset_of
+from dmpo_dist.data.store import INTERACTIONS_FILE, PreparedData, dataset_of
 
 KEYS_OF_READY_ROWS = (
     "path", "source", "max_validation_users", "max_test_users", "shots", "shots_seed", "shots_skip",

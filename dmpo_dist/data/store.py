@@ -21,7 +21,7 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parsing
 
 FORMAT_VERSION = 1
-USERS_FILE = "users.parquet"
+INTERACTIONS_FILE, USERS_FILE = "interactions.parquet", "users.parquet"
 ROWS_AT_ONCE = 1000
 NOT_PREPARED_BY = ("path", "shots", "shots_seed", "shots_skip", "source", "stream", "stream_memory")
 """Keys of the data section that say where data lies, or how it is read, and not what it becomes."""
@@ -133,6 +133,19 @@ class PreparedData:
             return counts
         above = map(above_last, self.train["levels"][:])
         return [1 + others - number for others, number in zip(counts, above, strict=True)]
+
+    @property
+    def log_digest(self) -> str | None:
+        """Of the interactions, which the fingerprint does not cover; None without any, or where no digest was kept."""
+        return (self.card.digests or {}).get(INTERACTIONS_FILE)
+
+    def about(self) -> dict[str, str | None]:
+        """What a file of figures says of the data that they are of; see ``is_that_of``."""
+        return {"path": str(self.path), "fingerprint": self.fingerprint, "log": self.log_digest}
+
+    def is_that_of(self, about: Mapping[str, Any]) -> bool:
+        """Whether figures of the data ``about`` are of this one, by rows, items and, where it is told, the log."""
+        return about.get("fingerprint") == self.fingerprint and about.get("log", self.log_digest) == self.log_digest
 
     @property
     def ragged(self) -> bool:

@@ -7,6 +7,7 @@ a control that keeps everything but what could be memorised.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.followed import Followed, Text, followed
 from dmpo_dist.evaluation.metrics import bootstrap_interval
+from dmpo_dist.evaluation.ranking import require_finite
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.tables import Cell, Table
 
@@ -46,7 +48,8 @@ def memorization_probes(
         advance: told how many more texts are done; there are ``number_of_texts``.
 
     Raises:
-        UserError: the data has no catalogue or log, or too few titles or histories to draw from.
+        UserError: the data has no catalogue or log, or too few titles or histories to draw from; or log-probs that are
+            not finite, by which a model would know nothing.
     """
     if data.items is None or data.interactions is None:
         raise UserError(f"{data.path}: ready preferences have no catalogue and no histories; take a log")
@@ -54,7 +57,9 @@ def memorization_probes(
     writer = model.load_weights().writer()
 
     def run(texts: Sequence[Text]) -> Followed:
-        return followed(writer, texts, advance)
+        found = followed(writer, texts, advance)
+        require_finite(model.source.path, [found.log_prob], str(writer.dtype).removeprefix("torch."))
+        return found
 
     probes = _title_probes(Lines(model.tokenizer, examples, rng), data, titles, rng, run, samples, seed)
     probes += _history_probes(model, data, users, rng, run, samples, seed)
@@ -77,9 +82,10 @@ class Lines:
     examples: int
     rng: np.random.Generator
 
-    def before(self, lines: Sequence[str], asked: str) -> str:
-        """Example lines from ``lines`` without ``asked``, each with its end."""
-        others = [line for line in lines if line != asked]
+    def before(self, lines: Sequence[str], *answers: str) -> str:
+        """Example lines from ``lines`` without ``answers``, however these are spaced, each with its end."""
+        told = {*map(_evenly_spaced, answers)}
+        others = [line for line in lines if _evenly_spaced(line) not in told]
         chosen = self.rng.choice(len(others), min(self.examples, len(others)), replace=False) if others else []
         return "".join(others[index] + "\n" for index in chosen)
 
@@ -88,6 +94,11 @@ class Lines:
         begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         ids = encode(self.tokenizer, context).ids
         return Text(begin + ids, continuation(self.tokenizer, context, ids, following).ids)
+
+
+@cache  # of the same lines for every one that is asked for
+def _evenly_spaced(line: str) -> str:
+    return " ".join(line.split())
 
 
 def _title_probes(
@@ -140,8 +151,12 @@ def _id_probes(
     # The ids of all drawn items, moved by one: each title gets the id of another item.
     ids = [item for item, _ in chosen] if len(chosen) > 1 else [next(i for i, _ in pairs if i != chosen[0][0])]
     others = ids[1:] + ids[:1]
-    known = [item + ID_SEPARATOR + title for item, title in pairs]
-    before = [lines.before(known, item + ID_SEPARATOR + title) for item, title in chosen]
+    line_of = {item: item + ID_SEPARATOR + title for item, title in pairs}
+    known = list(line_of.values())
+    # No example may say which title an id has that is asked for, the other item's included.
+    before = [
+        lines.before(known, line_of[item], line_of[other]) for (item, _), other in zip(chosen, others, strict=True)
+    ]
 
     def texts(asked: Sequence[str]) -> list[Text]:
         rows = zip(before, asked, chosen, strict=True)

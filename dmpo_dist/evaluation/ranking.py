@@ -134,8 +134,8 @@ class TitleScorer:
         """Raise a UserError where one of ``scores`` is no number."""
         if not np.isfinite(scores).all():
             raise UserError(
-                f"--model {self._path}: a score of user {user!r} is not finite; its training diverged or its weights "
-                f"are damaged, or model.dtype={self._config.model.dtype} is too narrow: try model.dtype=float32"
+                f"--model {self._path}: a score of user {user!r} is not finite; "
+                f"{_why_not_finite(self._config.model.dtype)}"
             )
 
     def popularity_of(self, catalogue: Catalogue | None) -> dict[str, float] | None:
@@ -255,6 +255,22 @@ def load_ranking_model(path: str, config: RunConfig, given: GivenTexts | None = 
     return RankingModel.load(
         path, config.model, config.template, settings.token_budget, config.seed, settings.candidate_orders, with_data
     )
+
+
+def require_finite(called: str, scores: Sequence[np.ndarray], dtype: str) -> None:
+    """Raise UserError where one of ``scores``, which the model ``called`` so gave in ``dtype``, is no number."""
+    flat = np.concatenate([[], *scores])
+    bad = ~np.isfinite(flat)
+    if bad.any():
+        raise UserError(
+            f"{called}: {int(bad.sum())} of {len(flat)} scores are not finite, the first is {flat[bad][0]}; "
+            f"{_why_not_finite(dtype)}"
+        )
+
+
+def _why_not_finite(dtype: str) -> str:
+    narrow = f", or model.dtype={dtype} is too narrow for it: try model.dtype=float32" if dtype != "float32" else ""
+    return f"its training diverged or its weights are damaged{narrow}"
 
 
 def log_probs_of(model: RankingModel, groups: Sequence[TokenGroup], whole_catalogue: bool) -> list[np.ndarray]:

@@ -190,7 +190,8 @@ def _catalogue(result: dict[str, Any], requests: int, metrics: Sequence[str], le
         name: result["models"][name] | {measure: {"value": lists[measure][name]} for measure in lists}
         for name in in_order(result["models"])
     }
-    caption = f"{requests} requests among all {result['items']} items, those taken before left out; 95 % intervals"
+    taken = "left out" if result.get("without_taken", True) else "among them"
+    caption = f"{requests} requests among all {result['items']} items, those taken before {taken}; 95 % intervals"
     note = "coverage@10: the share of the items in any first ten; gini@10: 0 all alike, 1 one only."
     return metrics_table(caption, models, [*metrics, *CATALOGUE_LISTS], {}, note=note, leading_zero=leading_zero)
 

@@ -150,7 +150,9 @@ class WholeCatalogue:
             yield start, Dataset.from_dict(rows, features=ROW_FEATURES)
 
 
-def summary(ranked: dict[str, Ranked], items: int, samples: int, seed: int) -> CatalogueRanking:
+def summary(
+    ranked: dict[str, Ranked], items: int, samples: int, seed: int, without_taken: bool = True
+) -> CatalogueRanking:
     """Figures by model (95 % intervals over users and seeds), and means over seeds of coverage and gini.
 
     These two belong to the users' lists as a whole, so resampled users would only bias them.
@@ -164,7 +166,7 @@ def summary(ranked: dict[str, Ranked], items: int, samples: int, seed: int) -> C
         for measure in (coverage, gini)
     )
     models = {n: cells(CATALOGUE_METRICS, of_model.interval(samples, seed)) for n, of_model in stacked(values).items()}
-    return CatalogueRanking(items=items, models=models, coverage=coverages, gini=ginis)
+    return CatalogueRanking(items=items, without_taken=without_taken, models=models, coverage=coverages, gini=ginis)
 
 
 def beams_row(entry: str, beams: int) -> str:

@@ -97,7 +97,7 @@ def _write(
     about: dict[str, Any],
 ) -> None:
     evaluation = evaluate_scores(scores, data.test, config.evaluation.bootstrap_samples, config.seed)
-    evaluation.data = {"path": str(data.path), "fingerprint": data.fingerprint}
+    evaluation.data = data.about()
     for name, value in about.items():
         setattr(evaluation, name, value)
     write_evaluation(folder, evaluation, scores, data.test)

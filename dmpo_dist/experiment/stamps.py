@@ -179,7 +179,7 @@ def evaluated(
         models: name -> folder of the models that it must be of, as they are now: one may have been trained again.
     """
     found = Evaluation.read_if_there(folder)
-    if found is None or found.data.get("fingerprint") != data.fingerprint or found.settings != settings:
+    if found is None or not data.is_that_of(found.data) or found.settings != settings:
         return False
     return all(name in found.models and _same_weights(found, name, path) for name, path in (models or {}).items())
 

@@ -254,8 +254,9 @@ def _test_scores(run: Run, evaluations: Sequence[Path]) -> pd.DataFrame | None:
     folder, name = found
     with parsing(folder / SCORES_FILE, "run `dmpo evaluate` again"):
         table = pd.read_parquet(folder / SCORES_FILE, filters=[("model", "==", name)])
-    table = table.sort_values([*REQUEST, "is_positive", "item"], ascending=[True, True, False, True])
-    return table[[*REQUEST, "is_positive", "item", "score"]].reset_index(drop=True)
+    # Titles too: ready rows have no items, and requests of any two files of them are called and numbered alike.
+    table = table.sort_values([*REQUEST, "is_positive", "item", "title"], ascending=[True, True, False, True, True])
+    return table[[*REQUEST, "is_positive", "item", "title", "score"]].reset_index(drop=True)
 
 
 def _by_request(scores: pd.DataFrame) -> list[np.ndarray]:

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dmpo_dist.artifacts.base import read_config
 from dmpo_dist.artifacts.dataset import DatasetCard
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.data.store import seen_fingerprint
 from dmpo_dist.modeling.backbone import ModelSource
+from dmpo_dist.parsing import parse_yaml
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
@@ -111,10 +110,11 @@ def _card_header(source: ModelSource, start: str | None, hub: str | None) -> dic
     if isinstance(cached, str):
         cards.append(Path(cached))
     for card in cards:
-        header = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.S) if card.is_file() else None
+        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+        header = re.match(r"---\n(.*?)\n---\n", text, re.S)
         try:
-            content = yaml.safe_load(header[1]) if header else None
-        except yaml.YAMLError:
+            content = parse_yaml(header[1]) if header else None
+        except ValueError:  # somebody else's file, which need not be sound
             continue
         if isinstance(content, dict) and {"license", "base_model"} & content.keys():
             return content

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from dmpo_dist.artifacts.files import naming
 from dmpo_dist.artifacts.log import LogRecord, StepRecord, ValidationRecord
-from dmpo_dist.secrets import redact
+from dmpo_dist.secrets import redacted
 
 CLOSE_SECONDS = 60
 
@@ -55,7 +55,7 @@ class JsonLines:
 
     def write(self, record: LogRecord) -> None:
         with naming(self._path):
-            self._file.write(redact(json.dumps(record.content())) + "\n")
+            self._file.write(json.dumps(redacted(record.content())) + "\n")
             self._file.flush()
 
     def close(self, result: Mapping[str, float], finished: bool) -> None:

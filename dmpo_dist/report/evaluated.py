@@ -61,7 +61,8 @@ def results(material: Material) -> Iterator[Block]:
             items = f"all {e.catalogue.items} items" if e.catalogue.items else "the whole catalogue"
             ranked = e.catalogue.all_metrics()
             few = tables.first_metrics(ranked)
-            yield Block("table", tables.metrics_table(f"Among {items} except those that a user had taken", few))
+            taken = "except" if e.catalogue.without_taken else "with"
+            yield Block("table", tables.metrics_table(f"Among {items} {taken} those that a user had taken", few))
             if few != ranked:
                 whole = tables.metrics_table(f"All metrics among {items}", ranked)
                 yield folded_table("All metrics among the whole catalogue", whole)

