@@ -18,11 +18,13 @@ from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.config import RunConfig, config_of
 from dmpo_dist.data.prepare import prepare as prepare_groups
 from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.tables import require_once
 from dmpo_dist.data.template import make_template
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.ranking import load_ranking_model
 from dmpo_dist.modeling.backbone import enforce_template, find_model, unlike_training, with_length_of
 from dmpo_dist.modeling.ranking_model import RankingModel
+from dmpo_dist.parsing import parsing
 from dmpo_dist.quiet import silence_libraries
 
 Settings = Mapping[str, Any]
@@ -236,7 +238,9 @@ def _as_file(table: pd.DataFrame | str | Path, file: Path) -> Path:
     """The path of ``table``; a data frame is written to ``file``."""
     if not isinstance(table, pd.DataFrame):
         return Path(table)
-    table.to_parquet(file)
+    require_once([str(name) for name in table.columns], "the data frame")
+    with parsing("the data frame", "a column holds values of one type: see astype(str)"):
+        table.to_parquet(file)
     return file
 
 

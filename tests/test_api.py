@@ -42,6 +42,18 @@ def data(tmp_path, monkeypatch):
     return dmpo.prepare(shop(), columns=COLUMNS, settings=settings)
 
 
+def test_a_data_frame_that_no_file_can_hold_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    twice = shop(3).assign(label="Ann").set_axis(["customer", "sku", "time", "name", "name"], axis=1)
+    with pytest.raises(UserError, match=r"the data frame: column 'name' occurs 2 times; rename or remove all but one"):
+        dmpo.prepare(twice, columns=COLUMNS)
+    mixed = shop(3).astype({"sku": object})
+    mixed.loc[0, "sku"] = "a7"
+    with pytest.raises(UserError, match=r"the data frame: cannot be read .*column sku.*; a column holds"):
+        dmpo.prepare(mixed, columns=COLUMNS)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     before = dict(os.environ)
     sft = dmpo.train(data, stage="sft", settings=SMALL | {"sft.steps": 2})

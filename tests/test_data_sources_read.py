@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -215,6 +217,26 @@ def test_duplicate_titles_stop_or_merge(tmp_path: Path) -> None:
 def test_bad_csv(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_csv(tmp_path, text)
+
+
+def test_a_column_that_occurs_twice_is_refused_by_name(tmp_path: Path) -> None:
+    table = pa.table([["u1"], ["a"], [5], ["Ann"], ["Alpha"]], names=["user", "item", "timestamp", "name", "name"])
+    pq.write_table(table, tmp_path / "log.parquet")
+    source = Source(kind="parquet", path=tmp_path / "log.parquet", columns={"title": "name"})
+    message = r"log\.parquet: column 'name' occurs 2 times; rename or remove all but one"
+    with pytest.raises(UserError, match=message):
+        load_interactions(source, seed=0)
+    (tmp_path / "work").mkdir()
+    with Database(tmp_path / "work", "500MB") as database, pytest.raises(UserError, match=message):
+        clean_shards(database, source, Rules.of(source, "first"), lambda _: None)
+
+
+def test_a_csv_column_that_occurs_twice_is_refused_and_nameless_ones_are_not(tmp_path: Path) -> None:
+    twice = "user,name,item,timestamp,name\nu1,Ann,a,100,Alpha\n"
+    with pytest.raises(UserError, match=r"log\.csv: column 'name' occurs 2 times; rename or remove all but one"):
+        read_csv(tmp_path, twice, columns={"title": "name"})
+    nameless = "user,item,timestamp,title,,\nu1,a,100,Alpha,,\n"
+    assert read_csv(tmp_path, nameless).items["title"].tolist() == ["Alpha"]
 
 
 def test_a_usual_log_loads_as_it_is(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from dmpo_dist.data.splits import likes
 from dmpo_dist.data.store import PreparedData
-from dmpo_dist.data.tables import read_delimited, read_json_lines, read_table
+from dmpo_dist.data.tables import read_delimited, read_json_lines, read_table, require_once
 from dmpo_dist.data.titles import as_in_data
 from dmpo_dist.errors import UserError
 from dmpo_dist.parsing import parsing
@@ -188,6 +188,7 @@ def _read(
         columns, rows = {name: [line.get(name) for line in lines.values()] for name in names}, list(lines)
     else:
         with parsing(f"{flag} {path}", "write Parquet, or CSV or JSON lines under a name that ends in .csv or .jsonl"):
+            require_once(pq.read_schema(path).names, path)
             table = pq.read_table(path)
             columns = {name: table.column(name).to_pylist() for name in table.column_names if name in needed + optional}
         rows = list(range(1, table.num_rows + 1))

@@ -77,7 +77,9 @@ def read_json_lines(path: Path, keys: Sequence[str] | None = None) -> Iterator[t
 def _read_parquet(path: Path) -> pd.DataFrame:
     with parsing(path, "is it a Parquet file, and whole?"):
         # Whole numbers beside nothing would become floats, which know no ids of 16 digits and more.
-        frame = pq.read_table(path).to_pandas(integer_object_nulls=True)
+        dataset = pq.ParquetDataset(path)
+        require_once(dataset.schema.names, path)
+        frame = dataset.read().to_pandas(integer_object_nulls=True)
     if frame.empty:
         raise UserError(f"{path}: holds no rows; is this the right file?")
     frame.index = pd.RangeIndex(1, len(frame) + 1)
@@ -132,6 +134,9 @@ def read_delimited(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            if names is None:  # read as any row, as pandas would call the second of two columns `name` `name.1`
+                header = pd.read_csv(BytesIO(content), sep=sep, header=None, nrows=1, encoding=encoding, dtype=str)
+                require_once(header.iloc[0].fillna("").tolist(), path)
             frame = pd.read_csv(
                 BytesIO(content),
                 sep=sep,
@@ -176,6 +181,16 @@ def _read_bytes(path: Path, encoding: str) -> bytes:
     if not content.strip():
         raise UserError(f"{path}: the file is empty; is this the right file?")
     return content
+
+
+def require_once(names: Sequence[str], path: Path | str) -> None:
+    """Raise UserError for a column that occurs twice among ``names``: which of the two is meant cannot be known.
+
+    Columns without a name, as separators at the end of each line make them, may be many.
+    """
+    twice = next((name for name in names if name.strip() and names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: column {twice!r} occurs {names.count(twice)} times; rename or remove all but one")
 
 
 def pick(frame: pd.DataFrame, columns: dict[str, str], path: Path, advice: str) -> pd.DataFrame:

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import duckdb
 import pandas as pd
+import pyarrow.parquet as pq
 
 from dmpo_dist.config.data import Source
 from dmpo_dist.data.cleaning import clean, implicit_note
 from dmpo_dist.data.database import Database, first_line, literal, quoted
 from dmpo_dist.data.rules import Rules
 from dmpo_dist.data.sources.read import ADVICE, column_names, existing, log_columns, read_items
-from dmpo_dist.data.tables import require_columns
+from dmpo_dist.data.tables import require_columns, require_once
 from dmpo_dist.errors import UserError
+from dmpo_dist.parsing import parsing
 
 
 def clean_shards(
@@ -29,6 +31,9 @@ def clean_shards(
         raise UserError(f"{folder}: no *.parquet files; set data.source.path to the folder of shards")
     files = f"[{', '.join(literal(str(shard)) for shard in shards)}]"
     types, names = _column_types(database, files, shards[0].parent), column_names(source)
+    for shard in shards:
+        with parsing(shard, "is it a Parquet file, and whole?"):
+            require_once(pq.read_schema(shard).names, shard)
     columns = log_columns(list(types), names, source)
     require_columns(columns, list(types), folder, ADVICE)
     texts = [f"{_as_text(quoted(theirs), types[theirs])} AS {quoted(ours)}" for ours, theirs in columns.items()]
