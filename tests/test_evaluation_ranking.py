@@ -116,6 +116,19 @@ def test_references_that_cannot_be(folder, tmp_path):
         Ranker(str(folder / "base"), config(reference=str(tmp_path / "tokens")), CATALOGUE, 1)
 
 
+def test_a_rule_that_only_an_evaluation_has_a_use_for_is_named(world, tmp_path):
+    """``dmpo recommend ... evaluation.rule=mean`` ranked by the sum without a word."""
+    rules = {"mean": "give ranking.length_normalize=true", "auto": "give one of ranking.length_normalize=true, "}
+    for rule, words in rules.items():
+        (note,) = ranking_notes(str(world.model), config_of({"evaluation.rule": rule}))
+        assert note.startswith(f"evaluation.rule={rule} has no effect here")
+        assert words in note
+    assert ranking_notes(str(world.model), config_of({})) == []
+    shutil.copytree(world.model, tmp_path / "run" / "model")
+    with pytest.raises(UserError, match=r"run: holds neither .*; a run's model is in .*run/model"):
+        ranking_notes(str(tmp_path / "run"), config_of({}))
+
+
 def test_a_model_keeps_the_length_it_was_trained_with(world, tmp_path):
     def trained(name, max_length):
         folder = shutil.copytree(world.adapter, tmp_path / name)

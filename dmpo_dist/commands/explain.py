@@ -18,7 +18,7 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.inputs import given_texts
-from dmpo_dist.evaluation.ranking import require_no_beams
+from dmpo_dist.evaluation.ranking import ranking_notes, require_no_beams
 from dmpo_dist.evaluation.whole_catalogue import catalogue_at_test
 from dmpo_dist.explanation.contributions import Method, leave_one_out
 from dmpo_dist.explanation.explainer import Explainer, Subject
@@ -38,7 +38,6 @@ from dmpo_dist.modeling.backbone import (
     enforce_template,
     find_model,
     load_tokenizer,
-    unlike_training,
     with_length_of,
 )
 from dmpo_dist.records.progress import UserProgress
@@ -104,8 +103,8 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     explainer = Explainer(order.model, config, reference, catalogue, order.method, order.rivals, given)
     with console.status("loading the model"):
         explainer.load([*chosen, *measured])
-    for difference in unlike_training(source, config.model):
-        console.print(f"note: {order.model} was trained with {difference}", highlight=False, soft_wrap=True)
+    for note in ranking_notes(order.model, config):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     if note:
         console.print(note, highlight=False, markup=False)
     requests = _explained(order, explainer, chosen, console)

@@ -36,6 +36,7 @@ from dmpo_dist.evaluation.ranking import (
     Ranker,
     check_beams,
     load_ranking_model,
+    ranking_notes,
     reference_of,
     require_no_beams,
 )
@@ -45,7 +46,6 @@ from dmpo_dist.modeling.backbone import (
     find_model,
     load_tokenizer,
     read_model_config,
-    unlike_training,
     with_length_of,
 )
 from dmpo_dist.modeling.model_files import start_digests
@@ -108,8 +108,8 @@ def rank(model: str, asked: Asked, top: int, output: Path, config: RunConfig, co
     """
     source = find_model(model)
     job = preflight(model, asked, top, output, with_length_of([source], config))
-    for difference in unlike_training(source, job.config.model):
-        console.print(f"note: {model} was trained with {difference}", highlight=False, soft_wrap=True)
+    for note in ranking_notes(model, job.config):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     store = PartFolder(output.with_name(output.name + ".parts"), job.key, SCHEMA, "choose another --output")
     missing = [number for number in range(len(job.parts)) if not store.has(number)]
     if len(missing) < len(job.parts):

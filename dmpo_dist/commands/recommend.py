@@ -14,8 +14,8 @@ from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import check_titles
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.inputs import given_texts, with_trained_data
-from dmpo_dist.evaluation.ranking import Ranker, check_beams
-from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer, unlike_training, with_length_of
+from dmpo_dist.evaluation.ranking import Ranker, check_beams, ranking_notes
+from dmpo_dist.modeling.backbone import enforce_template, find_model, load_tokenizer, with_length_of
 from dmpo_dist.tables import Table, terminal, texts
 
 
@@ -55,8 +55,8 @@ def recommend(
     (request,) = requests
     check_against([request], catalogue, Path("--history"), config.ranking.exclude_history)
     check_titles([*request.history, *catalogue.titles], load_tokenizer(source))
-    for difference in unlike_training(source, config.model):
-        console.print(f"note: {model} was trained with {difference}", highlight=False, soft_wrap=True)
+    for note in ranking_notes(model, config):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     with console.status("ranking"):
         ranker = Ranker(model, config, catalogue, top, given_texts(template, catalogue_file, None))
         ranked = ranker(request)

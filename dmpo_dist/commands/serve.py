@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dmpo_dist.config import RunConfig
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import find_model, unlike_training
+from dmpo_dist.evaluation.ranking import ranking_notes
 from dmpo_dist.serving.backend import Backend, LocalBackend
 from dmpo_dist.serving.order import Served, what_is_served
 from dmpo_dist.serving.service import RankingService
@@ -34,8 +34,8 @@ def serve(model: str, catalogue: Path | None, config: RunConfig, without_ray: bo
 
     token = read_token(config.serving)
     served = what_is_served(model, catalogue, config)
-    for difference in unlike_training(find_model(model), served.config.model):
-        console.print(f"note: {model} was trained with {difference}", highlight=False, soft_wrap=True)
+    for note in ranking_notes(model, served.config):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     with open_socket(config.serving) as listening, _backend(served, without_ray, console) as backend:
         address = address_of(listening)
         names = "" if served.catalogue is None else f" with the catalogue {served.catalogue}"

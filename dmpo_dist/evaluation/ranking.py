@@ -12,7 +12,7 @@ from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tokenization import TokenGroup
 from dmpo_dist.errors import UserError
-from dmpo_dist.modeling.backbone import ModelSource, find_model
+from dmpo_dist.modeling.backbone import ModelSource, find_model, unlike_training
 from dmpo_dist.modeling.model_files import start_was_changed
 from dmpo_dist.modeling.ranking_model import RankingModel
 from dmpo_dist.modeling.scoring_rule import adjusted, scored_lengths
@@ -255,6 +255,25 @@ def load_ranking_model(path: str, config: RunConfig, given: GivenTexts | None = 
     return RankingModel.load(
         path, config.model, config.template, settings.token_budget, config.seed, settings.candidate_orders, with_data
     )
+
+
+RANKING_KEY = {
+    "mean": "ranking.length_normalize=true",
+    "prior": "ranking.prior_weight",
+    "reference": "ranking.reference",
+}
+"""Rule of ``evaluation`` -> what ranks so elsewhere."""
+
+
+def ranking_notes(path: str, config: RunConfig) -> list[str]:
+    """What to say before the model at ``path`` ranks by the section ``ranking``: in what it was trained otherwise, and
+    that ``evaluation.rule`` has no part in it."""
+    notes = [f"{path} was trained with {difference}" for difference in unlike_training(find_model(path), config.model)]
+    rule = config.evaluation.rule
+    if rule != "sum":
+        instead = RANKING_KEY.get(rule, f"one of {', '.join(RANKING_KEY.values())}")
+        notes.append(f"evaluation.rule={rule} has no effect here, as it is dmpo evaluate's alone; give {instead}")
+    return notes
 
 
 def require_finite(called: str, scores: Sequence[np.ndarray], dtype: str) -> None:

@@ -91,7 +91,9 @@ def find_model(path: str, weights: bool = True) -> ModelSource:
             )
         return ModelSource(path, str(relative.resolve()) if relative.exists() else base, True, stamp)
     if not (folder / "config.json").exists():
-        raise UserError(f"{path}: holds neither config.json nor {ADAPTER}; is it a model folder?")
+        inside = Path(path) / "model"
+        advice = f"a run's model is in {inside}" if inside.is_dir() else "is it a model folder?"
+        raise UserError(f"{path}: holds neither config.json nor {ADAPTER}; {advice}")
     _read_json(folder / "config.json")
     if weights:
         _check_weights(folder)
