@@ -174,6 +174,18 @@ def test_bad_values_are_explained(override, expected):
     assert expected in message(overrides=[override])
 
 
+@pytest.mark.parametrize(("override", "expected"), [
+    ("evaluation.token_budget=99999999999999999999", "evaluation.token_budget: the number .* more than 64 bits"),
+    ("train.steps='99999999999999999999'", "train.steps: the number .* more than 64 bits"),
+    ("train.epochs=1e308", "train.epochs: .*less than or equal to 1000000"),
+    ("evaluation.bootstrap_samples=10000000000000", "evaluation.bootstrap_samples: .*less than or equal to 1000000"),
+])  # fmt: skip
+def test_numbers_that_no_run_could_keep_or_count_are_refused(override, expected):
+    """Text of the command line becomes a number only when it is checked, and config.yaml must be read back."""
+    with pytest.raises(UserError, match=expected):
+        load_config([], [override])
+
+
 def test_passes_are_refused_where_steps_count(tmp_path):
     layer, above = tmp_path / "steps.yaml", tmp_path / "above.yaml"
     layer.write_text("train: {steps: 7, epochs: 2}\n")  # as in the configuration that a run leaves

@@ -49,7 +49,7 @@ class TransformerBaseline(Section):
 
 
 class EvaluationConfig(Section):
-    bootstrap_samples: int = Field(1000, ge=100)
+    bootstrap_samples: int = Field(1000, ge=100, le=1_000_000)
     """Resamples of the users for the 95 % intervals."""
     token_budget: int = Field(8192, ge=16)
     """Most tokens in one scoring row."""

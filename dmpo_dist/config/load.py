@@ -80,7 +80,7 @@ def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) 
     for key, value in dotted(values).items():
         _require_writable(key, value)
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         # a mistake is the command line's where an override names the key, a section of it, or a key of that section
         given = [f"{override.partition('=')[0]}." for override in overrides]
@@ -90,6 +90,9 @@ def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) 
         sources += ["the command line"] if any(on_line) or not layers else []
         problems = "\n".join(_explain(e) for e in error.errors())
         raise UserError(f"configuration ({', '.join(sources)}):\n{problems}") from None
+    for key, value in dotted(changed_values(config)).items():
+        _require_writable(key, value)  # again, as a text of the command line may have become a number
+    return config
 
 
 def _require_epochs_count(config: RunConfig, keys: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ class StageConfig(Section):
 
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; overrides epochs."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, le=1_000_000)
     """Passes over the training groups."""
     global_batch_size: int = Field(32, ge=1)
     """Preference groups per optimizer step, over all workers."""
