@@ -9,11 +9,18 @@ from pydantic import ValidationError
 from worlds import CONTEXT, make_three_models
 
 from dmpo_dist.artifacts.stamp import ModelStamp
-from dmpo_dist.config import ModelConfig, RankingConfig, RunConfig, ScratchModel, TemplateConfig
+from dmpo_dist.config import ModelConfig, RankingConfig, RunConfig, ScratchModel, TemplateConfig, config_of
 from dmpo_dist.data.requests import Catalogue, RankingRequest
 from dmpo_dist.errors import UserError
 from dmpo_dist.evaluation.inputs import given_texts
-from dmpo_dist.evaluation.ranking import Ranker, check_beams, load_ranking_model, reference_of, require_no_beams
+from dmpo_dist.evaluation.ranking import (
+    Ranker,
+    check_beams,
+    load_ranking_model,
+    ranking_notes,
+    reference_of,
+    require_no_beams,
+)
 from dmpo_dist.modeling.backbone import ModelSource, find_model, make_scratch_model, unlike_training, with_length_of
 from dmpo_dist.modeling.scoring_rule import scored_lengths
 
