@@ -21,7 +21,13 @@ def test_every_protocol_is_a_recipe_whose_changes_are_listed(name):
     assert recipe.objective.name in ("sdpo", "dmpo", "dmpo_released", "rank_reward")
     assert changed_keys(recipe, recipe) == []
     changed = settings(
-        name, "model.path=small", "train.epochs=1", "output_dir=x", "cluster.workers=9", "data.source.path=d"
+        name,
+        "model.path=small",
+        "train.epochs=1",
+        "output_dir=x",
+        "cluster.workers=9",
+        "data.source.path=d",
+        "data.source.items_path=i",
     )
     assert changed_keys(changed, recipe) == [
         f"model.path=small (protocol: {recipe.model.path})",

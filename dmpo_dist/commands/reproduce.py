@@ -20,7 +20,10 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.formats import interval, metric_name, number
 
 FILE = "reproduction.md"
-NOT_OF_THE_PROTOCOL = ("output_dir", "data.path", "data.source.path", "cluster.", "submit.", "tracking.", "deepspeed")
+NOT_OF_THE_PROTOCOL = (
+    "output_dir", "data.path", "data.source.path", "data.source.items_path", "data.source.users_path", "cluster.",
+    "submit.", "tracking.", "deepspeed",
+)  # fmt: skip
 """Keys, or beginnings of keys, that say where and on how many machines something runs."""
 ONE_WORDING = "one wording of the prompt in place of ten drawn at random"
 OUR_LISTS = "histories and candidates end in a comma before the next words"
