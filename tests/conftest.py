@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -14,6 +15,11 @@ from xdist.scheduler import LoadScopeScheduling
 from dmpo_dist.data.tokenization import TokenGroup
 
 torch.set_num_threads(1)
+# A shell's background job and nohup ignore these signals, and so would all commands that tests start and interrupt.
+# With a handler of ours they come to their default in each new program.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 class ByFile(LoadScopeScheduling):
