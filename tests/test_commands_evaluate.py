@@ -76,6 +76,28 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
     assert ranked == ["sft", "dmpo"]
 
 
+def test_settings_that_nothing_reads_are_named(world, tmp_path):
+    settings = {
+        "bootstrap_samples": 100,
+        "baselines": ["random"],
+        "fit_on": ["log", "shots"],
+        "knn_neighbours": 7,
+        "ease_regularization": [5.0],
+        "transformer": {"factors": 32},
+        "prior_weights": [0.5],
+        "candidate_orders": 3,
+    }
+    said = {}
+    for rule in ("sum", "auto"):
+        config = RunConfig.model_validate({"data": {"path": world.data.path}, "evaluation": settings | {"rule": rule}})
+        console = Console(file=io.StringIO(), width=200)
+        evaluation.evaluate({}, config, tmp_path / rule, console)
+        notes = [line.split() for line in console.file.getvalue().splitlines() if "has no effect" in line]
+        said[rule] = {note[1].partition("=")[0].partition(".")[2] for note in notes}
+    assert said["sum"] == set(settings) - {"bootstrap_samples", "baselines"}
+    assert said["auto"] == said["sum"] - {"prior_weights"}
+
+
 def test_what_was_kept_of_another_log_is_not_taken_though_its_rows_are_the_same(tmp_path):
     """Users with a single like have no rows, and fingerprints are of rows and items; but baselines count their likes,
     and they say what may be ranked in a whole catalogue."""

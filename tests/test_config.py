@@ -344,3 +344,31 @@ def test_the_starting_file_is_a_configuration(tmp_path):
 def test_grids_are_no_recipes():
     with pytest.raises(UserError, match=r"is the grid of a study, which `dmpo experiment experiment_tiny` runs"):
         find_recipe("experiment_tiny", "--config")
+
+
+@pytest.mark.parametrize("key", ["cluster.workers", "train.learning_rate", "train.steps", "evaluation.catalogue_beams"])
+def test_true_is_no_number(key):
+    value = "[true]" if key.endswith("beams") else "true"
+    assert f"{key}: must be a number, not true or false" in message(overrides=[f"{key}={value}"])
+
+
+def test_a_path_in_the_home_directory_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    layer = write(tmp_path, "home.yaml", "data: {path: ~/data}\nranking: {reference: ~/model}\n")
+    config = load_config(
+        [layer], ["output_dir=~/run", "model.path=~/m", "deepspeed=~/d.json", "template.item=~/{title}"]
+    )
+    assert config.data.path == tmp_path / "data"
+    assert config.output_dir == tmp_path / "run"
+    assert [config.model.path, config.deepspeed, config.ranking.reference] == [
+        str(tmp_path / name) for name in ("m", "d.json", "model")
+    ]
+    assert config.template.item == "~/{title}", "a text of a prompt is no path"
+
+
+def test_a_mapping_needs_no_space_after_its_colons():
+    given = ["data.source.columns={user:customer,item: sku}", "model.lora={r:8,alpha:64.0}", "template.item={title}"]
+    config = load_config([], given)
+    assert config.data.source.columns == {"user": "customer", "item": "sku"}
+    assert (config.model.lora.r, config.model.lora.alpha) == (8, 64.0)
+    assert config.template.item == "{title}"

@@ -20,6 +20,7 @@ from dmpo_dist.cli.options import (
     read_run_settings,
     read_settings,
 )
+from dmpo_dist.config.section import at_home
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.errors import UserError
 
@@ -216,5 +217,5 @@ def _models(entries: list[str]) -> dict[str, str]:
             )
         if name in models:
             raise UserError(f"--model {name}= is given twice, for {models[name]} and {path}; choose another name")
-        models[name] = path
+        models[name] = at_home(path)
     return models

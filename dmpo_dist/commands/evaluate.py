@@ -21,7 +21,7 @@ from dmpo_dist.commands.model_scores import model_scores
 from dmpo_dist.commands.scored_parts import remove_parts
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
-from dmpo_dist.config.evaluation import BASELINES, SAME_USERS
+from dmpo_dist.config.evaluation import BASELINES, SAME_USERS, EvaluationConfig
 from dmpo_dist.data.candidates import require_given_candidates, require_no_finished_prompts
 from dmpo_dist.data.place import require_prepared
 from dmpo_dist.data.store import PreparedData, unlike_preparation
@@ -153,7 +153,8 @@ def evaluate(
     if catalogue:
         require_catalogue(data)
     settings, seed = config.evaluation, config.seed
-    for note in _unused_corrections(config, catalogue) + unlike_preparation(config.data, data.card):
+    unused = _unused_corrections(config, catalogue) + _unused_settings(config, models)
+    for note in unused + unlike_preparation(config.data, data.card):
         console.print(f"note: {note}", highlight=False)
     baselines = kept_baseline_scores(data, config, catalogue, folder, lambda line: console.print(line, highlight=False))
     scores = dict(baselines.scores)
@@ -228,10 +229,37 @@ def _unused_corrections(config: RunConfig, catalogue: bool) -> list[str]:
     return [f"{', '.join(names)}: used {only}; {rule}"]
 
 
+def _unused_settings(config: RunConfig, models: dict[str, str]) -> list[str]:
+    """The keys of ``evaluation`` that differ from their defaults and that nothing in this evaluation reads."""
+    settings, neutral = config.evaluation, EvaluationConfig()
+    asked = set(settings.baselines)
+    from_rectools = " or ".join(CLASSICAL)
+    prior = "prior" in settings.rules or settings.rule == "prior" or (settings.rule == "auto" and not settings.rules)
+    needs = {
+        "fit_on": (bool(asked - {"random"}), "a baseline that is fitted in evaluation.baselines"),
+        "knn_neighbours": ("item_knn" in asked, "item_knn in evaluation.baselines"),
+        "ease_regularization": ("ease" in asked, "ease in evaluation.baselines"),
+        "transformer": (bool(asked & {"sasrec", "bert4rec"}), "sasrec or bert4rec in evaluation.baselines"),
+        "baseline_environment": (bool(asked & set(CLASSICAL)), f"{from_rectools} in evaluation.baselines"),
+        "prior_weights": (prior, "prior in evaluation.rules"),
+        "candidate_orders": (bool(_listing(models, config)), "a model whose prompts list the candidates"),
+    }
+    return [
+        f"evaluation.{key}={getattr(settings, key)} has no effect without {what}"
+        for key, (read, what) in needs.items()
+        if not read and getattr(settings, key) != getattr(neutral, key)
+    ]
+
+
+def _listing(models: dict[str, str], config: RunConfig) -> list[str]:
+    """The models whose prompts list the candidates."""
+    templates = {name: enforce_template(find_model(path).stamp, config.template, path) for name, path in models.items()}
+    return [name for name, template in templates.items() if template.lists_candidates]
+
+
 def _notes_of_lists(models: dict[str, str], data: PreparedData, config: RunConfig) -> list[str]:
     """Where the positives stand in the prompts of models that list the candidates; nothing where none does."""
-    templates = {name: enforce_template(find_model(path).stamp, config.template, path) for name, path in models.items()}
-    listing = [name for name, template in templates.items() if template.lists_candidates]
+    listing = _listing(models, config)
     return [lists_note(listing, data.test, config.seed, config.evaluation.candidate_orders)] if listing else []
 
 

@@ -39,7 +39,7 @@ def kept_baseline_scores(
 
 def _key(data: PreparedData, config: RunConfig, catalogue: bool) -> dict[str, Any]:
     """All that the scores depend on; more of the settings than need be."""
-    ignored = {"baseline_environment", "token_budget", "order_requests", "rules", "rule", "prior_weights"}
+    ignored = {"token_budget", "order_requests", "rules", "rule", "prior_weights"}
     return {
         "dmpo": __version__,
         "data": data.fingerprint,

@@ -93,7 +93,10 @@ class Source(Section):
     @model_validator(mode="after")
     def _articles_of_films(self) -> "Source":
         if self.articles == "first" and self.kind not in (None, "movielens", "recbole"):
-            raise ValueError(f"articles=first has no effect for kind={self.kind}; leave it out")
+            raise ValueError(
+                f"articles=first has no effect for kind={self.kind}; leave it out, or set articles=as_is where a "
+                "recipe sets it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -213,6 +216,8 @@ class DataConfig(Section):
             raise ValueError("stream reads Parquet shards; set data.source.kind=parquet")
         if self.stream and self.negatives == "in_batch":
             raise ValueError("in_batch negatives need all requests at once; set data.stream=false or other negatives")
+        if not self.stream and self.stream_memory != type(self).model_fields["stream_memory"].default:
+            raise ValueError("stream_memory has no effect while the log is read at once; set data.stream=true")
         return self
 
     @model_validator(mode="after")

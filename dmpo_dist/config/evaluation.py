@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dmpo_dist.config.section import Section
+from dmpo_dist.config.section import PathText, Section
 
 Baseline = Literal["random", "popularity", "pop_fitted", "item_knn", "ease", "sasrec", "bert4rec"]
 Rule = Literal["sum", "mean", "prior", "reference"]
@@ -114,7 +114,7 @@ class EvaluationConfig(Section):
 class RankingConfig(Section):
     """What titles are ranked by, and how users are divided among workers."""
 
-    reference: str | None = None
+    reference: PathText | None = None
     """Subtract this model's log-probs: "base" for an adapter's base, "start" for what training started from, or a model
     folder or hub id with the same tokenizer. None subtracts nothing."""
     length_normalize: bool = False

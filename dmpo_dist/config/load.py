@@ -205,10 +205,23 @@ def _parse_value(raw: str) -> Any:
     text = raw.strip()
     if isinstance(value, dict | list):
         placeholder = isinstance(value, dict) and value and ":" not in text
-        return value if text[0] in "[{" and not placeholder else raw
+        return _with_spaces(value) if text[0] in "[{" and not placeholder else raw
     if isinstance(value, str):
         return value if text[0] in "'\"" else raw
     return raw if value is None and text.startswith("#") else value
+
+
+def _with_spaces(value: Any) -> Any:
+    """``{r:8}`` as ``{r: 8}``, also within: to YAML it is a key "r:8" without a value, which no key of ours is."""
+    if isinstance(value, list):
+        return [_with_spaces(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    spaced = {}
+    for key, of_key in value.items():
+        name, colon, text = key.partition(":") if of_key is None and isinstance(key, str) else (key, "", "")
+        spaced[name] = _parse_value(text) if colon and text else _with_spaces(of_key)
+    return spaced
 
 
 def _nest(keys: list[str], value: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from dmpo_dist.config.section import Section
+from dmpo_dist.config.section import PathText, Section
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 CANDIDATES = "{candidates}"
@@ -125,7 +125,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str = "scratch"
+    path: PathText = "scratch"
     """A model folder or hub id, a folder written by an earlier stage, a GGUF file (converted once), the name of a
     model that ``dmpo models fetch`` brought, or "scratch"."""
     scratch: ScratchModel = Field(default_factory=ScratchModel)

@@ -11,7 +11,7 @@ from dmpo_dist.config.data import DataConfig
 from dmpo_dist.config.evaluation import EvaluationConfig, RankingConfig
 from dmpo_dist.config.model import ModelConfig, TemplateConfig
 from dmpo_dist.config.objective import DmpoConfig, ObjectiveConfig
-from dmpo_dist.config.section import Section
+from dmpo_dist.config.section import PathText, Section
 from dmpo_dist.config.serving import ServingConfig
 from dmpo_dist.config.submit import SubmitConfig
 from dmpo_dist.config.tracking import TrackingConfig
@@ -37,7 +37,7 @@ class RunConfig(Section):
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    deepspeed: str = "zero2"
+    deepspeed: PathText = "zero2"
     """Name of a file in deepspeed_configs/ (zero0 ... zero3, zero2_offload, ...) or a path to a DeepSpeed JSON."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

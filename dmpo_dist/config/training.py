@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dmpo_dist.config.section import Section
+from dmpo_dist.config.section import PathText, Section
 
 
 class ReferenceConfig(Section):
@@ -120,7 +120,7 @@ class ClusterConfig(Section):
     """Ray cluster to join (as in ``ray.init``); None joins RAY_ADDRESS if set, else starts a local one."""
     max_failures: int = Field(2, ge=0)
     """Worker failures survived by going back to the latest checkpoint."""
-    storage_path: str | None = None
+    storage_path: PathText | None = None
     """Shared folder or bucket for checkpoints; None uses the output folder (on one machine or a shared file system)."""
 
     @model_validator(mode="before")

@@ -39,8 +39,8 @@ def evaluate_scores(
         rows: the requests, in the order of the scores.
         samples: bootstrap resamples of the requests, the same ones for every model and metric.
         strata: groups of the requests to look at by themselves.
-        against: models that all others are compared with; none compares each of ``SUBJECTS`` that is present with all
-            others.
+        against: models that all others are compared with, each pair once; none compares each of ``SUBJECTS`` that is
+            present with all others.
         starts: model -> the model that its stage started from, which it is compared with for itself.
 
     Returns:
@@ -56,7 +56,9 @@ def evaluate_scores(
     subjects = [name for name in SUBJECTS if name in values]
     pairs = [(a, b) for i, a in enumerate(subjects) for b in values if b not in subjects[: i + 1]]
     if against:
-        pairs = [(other, one) for one in against for other in values if other != one]
+        # two names that are both compared with all others make one pair, under the first
+        against = list(dict.fromkeys(against))
+        pairs = [(o, one) for i, one in enumerate(against) for o in values if o not in against[: i + 1]]
     of_starts = [(name, start) for name, start in (starts or {}).items()]
     compared = {
         name: _only(values[name], COMPARED_METRICS)

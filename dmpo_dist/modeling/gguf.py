@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dmpo_dist.cache import cache_folder
+from dmpo_dist.config.section import at_home
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.gguf_header import Header, read_header
 from dmpo_dist.modeling.published import PUBLISHED
@@ -34,6 +35,7 @@ def local_model(path: str) -> str:
     Raises:
         UserError: no such file, one that cannot be converted, or a model that was not fetched yet.
     """
+    path = at_home(path)
     if path in PUBLISHED and not Path(path).exists():
         folder = folder_of(PUBLISHED[path].sha256)
         if not folder.exists():

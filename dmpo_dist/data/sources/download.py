@@ -1,12 +1,13 @@
 """Downloads of public datasets from their official addresses.
 
-A broken download is resumed. A file is checked where its publisher gives a checksum.
+A broken download is resumed, and begun again where the file has changed on its server meanwhile. A file is checked
+where its publisher gives a checksum.
 """
 
 import hashlib
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,14 +150,20 @@ def _fetch(address: str, file: Path, expected: str | None) -> None:
             digest = hashlib.file_digest(content, "md5").hexdigest()
         if digest != expected:
             part.unlink()
+            _version_file(part).unlink(missing_ok=True)
             raise UserError(f"{address}: has MD5 {digest}, published is {expected}; removed, download it again")
     part.rename(file)
+    _version_file(part).unlink(missing_ok=True)
 
 
 def _continue(address: str, part: Path, report: Callable[[int, int | None], None]) -> None:
     """One attempt to fetch the rest of ``part``; a server that cannot send ranges sends the whole file again."""
     done = part.stat().st_size if part.exists() else 0
+    version = _version_file(part)
     ranged = HEADERS | ({"Range": f"bytes={done}-"} if done else {})
+    known = version.read_text(encoding="latin-1") if version.exists() else ""
+    if done and known:
+        ranged["If-Range"] = known  # a file of another version comes whole
     with requests.get(address, headers=ranged, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == requests.codes.requested_range_not_satisfiable:
             size = response.headers.get("Content-Range", "").rpartition("/")[2]
@@ -166,7 +173,8 @@ def _continue(address: str, part: Path, report: Callable[[int, int | None], None
             raise requests.ConnectionError(f"the file has {size or 'another number of'} bytes now, not {done}")
         response.raise_for_status()
         if response.status_code != requests.codes.partial_content:
-            done = 0  # the server ignored the range
+            done = 0  # the server ignored the range, or has another version
+            version.write_text(_version(response.headers), encoding="latin-1")
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
         with part.open("ab" if done else "wb") as target:
@@ -174,6 +182,17 @@ def _continue(address: str, part: Path, report: Callable[[int, int | None], None
                 target.write(chunk)
                 done += len(chunk)
                 report(done, total)
+
+
+def _version_file(part: Path) -> Path:
+    """Holds which version of the file on its server ``part`` is of, as its headers have it."""
+    return part.with_name(part.name + ".version")
+
+
+def _version(headers: Mapping[str, str]) -> str:
+    """What an If-Range header may hold: a strong entity tag, or else the time of the last change; "" for neither."""
+    tag = headers.get("ETag", "")
+    return tag if tag.startswith('"') else headers.get("Last-Modified", "")
 
 
 def _unpack(archive: Path) -> Path:

@@ -67,7 +67,10 @@ def with_kind(config: DataConfig, echo: Callable[[str], None]) -> DataConfig:
     if config.stream and kind != "parquet":
         raise UserError(f"data.stream=true reads Parquet shards, but {source.path} is {kind}; set data.stream=false")
     if source.articles == "first" and kind not in ("movielens", "recbole"):
-        raise UserError(f"data.source.articles=first has no effect on {kind}; leave it out")
+        raise UserError(
+            f"data.source.articles=first has no effect on {kind}; leave it out, or give data.source.articles=as_is "
+            "where a recipe sets it"
+        )
     return config.model_copy(update={"source": source.model_copy(update={"kind": kind})})
 
 
@@ -86,7 +89,11 @@ def _require_used(source: Source, kind: Kind) -> None:
     for key, kinds in HEARD_BY.items():
         value = getattr(source, key)
         if value != getattr(defaults, key) and kind not in kinds:
-            raise UserError(f"data.source.{key}={value} has no effect on {kind}; leave it out, or set data.source.kind")
+            neutral = getattr(defaults, key)
+            instead = f", give data.source.{key}={neutral} where a recipe sets it" if isinstance(neutral, str) else ""
+            raise UserError(
+                f"data.source.{key}={value} has no effect on {kind}; leave it out{instead}, or set data.source.kind"
+            )
     if source.items_columns and source.items_path is None and kind in FILE_READERS:
         raise UserError("data.source.items_columns names columns of data.source.items_path, which is not set")
 
