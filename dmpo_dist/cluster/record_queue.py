@@ -71,7 +71,10 @@ def forwarded(queue: Any, sink: Callable[[int, dict[str, Any]], None], watch: Cl
 
     def poll() -> None:
         while not done.wait(POLL_SECONDS):
-            drain()
+            try:
+                drain()
+            except ray.exceptions.RayActorError:  # the driver is being ended, or its own drain below tells of it
+                return
             note = watch.news(time.monotonic())
             if note is not None:
                 sink(current, {"kind": "note", "text": note})
