@@ -123,6 +123,9 @@ def train(
     from dmpo_dist.training.engine import single_rank
 
     silence_libraries()
+    _require_prepared(data, "train")
+    if stage not in ("sft", "preference"):
+        raise UserError(f"stage={stage!r}: there is no such stage; give 'sft' or 'preference'")
     start = model.scored_source.path if isinstance(model, RankingModel) else str(model)
     given = {"data.shots": shots, "seed": seed, "cluster.workers": workers, "model.path": start}
     if stage == "preference":
@@ -194,6 +197,9 @@ def evaluate(
     from dmpo_dist.commands.train import open_run_folder
 
     silence_libraries()
+    _require_prepared(data, "evaluate")
+    if not isinstance(models, Mapping):
+        raise UserError('models: give each model a name for the table, as in {"dmpo": model}')
     paths = {name: m.scored_source.path if isinstance(m, RankingModel) else str(m) for name, m in models.items()}
     given = {"seed": seed, "evaluation.baselines": list(baselines)} | dict(settings or {})
     config = _run_config(data, folder, "evaluation", given)
@@ -202,6 +208,14 @@ def evaluate(
         _require_its_template(model, config, settings, name)
     open_run_folder(config, resume=False)
     return run(paths, config, config.output_dir, _console(), against=list(against))
+
+
+def _require_prepared(data: object, function: str) -> None:
+    if not isinstance(data, PreparedData):
+        raise UserError(
+            f"{function}: its data is {data!r:.60}; give what dmpo_dist.prepare returned, or open its folder again by "
+            "dmpo_dist.data.store.PreparedData.load(folder)"
+        )
 
 
 def _console() -> Console:

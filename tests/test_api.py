@@ -17,6 +17,7 @@ import dmpo_dist as dmpo
 from dmpo_dist import api
 from dmpo_dist.artifacts.stamp import ModelStamp
 from dmpo_dist.config import TemplateConfig
+from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.model_files import weights_digests
 
@@ -132,6 +133,13 @@ def test_mistakes_name_what_to_change(data, tmp_path):
         dmpo.prepare(tmp_path / "log.xyz")
     with pytest.raises(UserError, match="sku"):
         dmpo.prepare(shop().drop(columns="sku"), columns=COLUMNS)
+    for call in (dmpo.train, lambda path: dmpo.evaluate(path, {})):
+        with pytest.raises(UserError, match=r"its data is 'runs/data'; give what dmpo_dist\.prepare returned, or open"):
+            call("runs/data")
+    with pytest.raises(UserError, match="stage='dmpo': there is no such stage; give 'sft' or 'preference'"):
+        dmpo.train(PreparedData.load("runs/data"), stage="dmpo")
+    with pytest.raises(UserError, match="models: give each model a name"):
+        dmpo.evaluate(data, "runs/sft/model")
 
 
 def test_the_face_is_light_and_whole():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -129,12 +130,14 @@ def test_usage_errors_and_the_version(monkeypatch, capsys):
     from dmpo_dist import __version__
 
     assert run("--version") == (0, f"dmpo_dist {__version__}\n", "")
-    for arguments in (["config", "shw"], ["config", "show", "--al"], ["report"]):
-        code, _, errors = run(*arguments)
+    for line, command in (
+        ("shw", "dmpo"), ("config shw", "dmpo config"), ("config show --al", "dmpo config show"),
+        ("report", "dmpo report"), ("explain -m x --method y", "dmpo explain"), ("rank -m x", "dmpo rank"),
+    ):  # fmt: skip
+        code, _, errors = run(*line.split())
         assert code == 2
-        assert errors.startswith("error: ")
-        assert errors.endswith("; see dmpo --help\n")
-        assert len(errors.splitlines()) == 1
+        assert re.fullmatch(rf"error: [^\n]*[^.\n]; see {command} --help\n", errors), errors
+        assert "Value error" not in errors
 
 
 def test_titles_of_a_history_keep_their_order_or_are_refused(monkeypatch):

@@ -145,6 +145,7 @@ def first(project):
     return row, next(title for title in project[1].items["title"] if title not in known)
 
 
+SMALL_ROWS = ["model.max_length=96", "evaluation.token_budget=96"]
 BAD = {
     "nobody": ([], "say whom to explain: --user NAME, --users N"),
     "both": (["--user=USER", "--users=2"], "give one user by name, or how many to sample"),
@@ -155,6 +156,17 @@ BAD = {
     "not a candidate": (["--user=USER", "--item=OTHER"], "'OTHER' is not among the 6 candidates of user 'USER'"),
     "taken": (["--user=USER", "--item=TAKEN"], "has it in the history already"),
     "top": (["--user=USER", "--top=6"], "--top 6: user 'USER' has 6 candidates"),
+    "rivals of few candidates": (["--user=USER", "--rivals=30"], "--rivals 30: has no effect here, as all candidates"),
+    "top of few candidates": (["--user=USER", "--top=900"], "--top 900: user 'USER' has 6 candidates"),
+    "few rivals": (
+        ["--user=USER", "--rivals=19", "--catalogue=data", *SMALL_ROWS],
+        "--rivals 19: with so few a title may not be seen to leave the top 20; give 20 or more",
+    ),
+    "few rivals for the top": (
+        ["--user=USER", "--rivals=4", "--top=5", "--catalogue=data", *SMALL_ROWS],
+        "--rivals 4: with so few a title may not be seen to leave the top 5; give 5 or more",
+    ),
+    "nothing measured": (["--user=USER", "--faithfulness-users=4"], "--faithfulness-users 4: says how to measure"),
     "base": (["--user=USER", "--reference=base"], "--reference base: model is a whole model without a base"),
     "start": (["--user=USER", "--reference=start"], "--reference start: model does not say what it was started from"),
     "two references": (["--user=USER", "--reference=start", "ranking.reference=model"], "give one of the two"),
@@ -172,7 +184,7 @@ def test_bad_input_is_one_message(run, project, case):
             text = text.replace(word, value)
         return text
 
-    code, shown = run("--model=model", *map(filled, BAD[case][0]), *SETTINGS)
+    code, shown = run("--model=model", *SETTINGS, *map(filled, BAD[case][0]))
     assert code == 2
     assert filled(BAD[case][1]) in shown
     assert len(shown.strip().splitlines()) == 1, "one message"

@@ -95,6 +95,13 @@ def test_keys_without_effect_are_refused_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistyped_path_does_not_block_the_folder(tmp_path):
+    for path in ("nosuch", "nosuch-either"):  # the second was told that the folder exists
+        given = settings("dmpo", f"data.source.path={tmp_path / path}", f"output_dir={tmp_path / 'run'}")
+        with pytest.raises(UserError, match=f"{path}: does not exist; set data.source.path"):
+            reproduce("dmpo", given, given, Console(quiet=True))
+
+
 def test_an_unknown_paper_is_refused():
     with pytest.raises(
         UserError, match="foo: no paper of that name; `dmpo reproduce` knows sdpo, dynamicpo, dmpo, minionerec"

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -15,10 +16,12 @@ from test_training_state_files import trained
 from dmpo_dist.artifacts.digest import damage, digests_of
 from dmpo_dist.artifacts.environment import Environment
 from dmpo_dist.artifacts.locks import only_one
+from dmpo_dist.artifacts.log import METRICS_FILE, StartRecord
+from dmpo_dist.cli import main
 from dmpo_dist.cli.options import read_run_settings
 from dmpo_dist.commands.run_folder import last_checkpoint
 from dmpo_dist.commands.train import one_writer, preflight, run_stage
-from dmpo_dist.config import config_of
+from dmpo_dist.config import config_of, dump_config
 from dmpo_dist.data.folder import check
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -277,3 +280,27 @@ def test_the_folder_alone_says_how_a_run_goes_on(world, tmp_path, begun):
     (begun.output / "metrics.jsonl").write_text('{"kind": "start", "stage": "train", "steps": 10}\n')
     with pytest.raises(UserError, match="is a run of dmpo train; go on by dmpo train --resume"):
         preflight("sft", begun.config, resume=True)
+
+
+OF_OTHERS = {
+    ("train", "evaluate"): ("evaluate.json", '{"models": {}, "against": [], "catalogue": false}'),
+    ("sft", "tune"): ("tune.json", "{}"),
+    ("evaluate", "sft"): (METRICS_FILE, StartRecord(stage="sft").model_dump_json() + "\n"),
+    ("evaluate", "tune"): ("tune.json", "{}"),
+    ("tune", "train"): (METRICS_FILE, StartRecord(stage="preference").model_dump_json() + "\n"),
+}
+
+
+@pytest.mark.parametrize(("command", "other"), OF_OTHERS)
+def test_a_run_of_another_command_is_not_gone_on_with(world, tmp_path, monkeypatch, capsys, command, other):
+    """`dmpo train` began anew in an evaluation's folder, and `dmpo evaluate` measured no model in a training run's."""
+    folder, (file, content) = tmp_path / "run", OF_OTHERS[command, other]
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(settings(world, tmp_path)))
+    (folder / file).write_text(content)
+    monkeypatch.setattr(sys, "argv", ["dmpo", command, "--resume", str(folder)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    told = f"error: --resume: {folder} is a run of dmpo {other}; go on by dmpo {other} --resume\n"
+    assert (stopped.value.code, capsys.readouterr().err) == (2, told)
+    assert {entry.name for entry in folder.iterdir()} == {"config.yaml", file}

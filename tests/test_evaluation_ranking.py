@@ -117,6 +117,9 @@ def test_references_that_cannot_be(folder, tmp_path):
         reference_of(whole, "base")
     with pytest.raises(UserError, match="does not say what it was started from"):
         reference_of(whole, "start")
+    for option, name in (("ranking.reference=", r"ranking\.reference"), ("--reference ", "--reference")):
+        with pytest.raises(UserError, match=f"nosuch: there is no such model folder; correct {name} to a model folder"):
+            reference_of(whole, "nosuch", option)
     scratch = ScratchModel(hidden_size=16, layers=1, heads=2, intermediate_size=24, vocab_size=280)
     make_scratch_model(tmp_path / "tokens", scratch, ["quite other words"], 128, 0)
     with pytest.raises(UserError, match="has another tokenizer"):

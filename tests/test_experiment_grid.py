@@ -1,6 +1,8 @@
 """Grids of an experiment: every combination once, under names that stay; and what a mistaken grid says."""
 
+import re
 import shutil
+import textwrap
 from itertools import product
 from pathlib import Path
 
@@ -297,6 +299,17 @@ def test_a_model_before_training_is_zero_shot_if_it_is_pretrained_and_untuned_if
 def test_the_grids_that_are_shipped_expand(recipe):
     grid = read_grid(recipe)
     assert make_parts(grid, expand(grid), {})
+
+
+def test_the_grid_in_the_documents_expands(world, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/EXPERIMENTS.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"^    output_dir: .*\n(?:    .*\n)+", page, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    Path("grid.yaml").write_text(textwrap.dedent(block), encoding="utf-8")
+    Path("runs/ml").mkdir(parents=True)
+    Path("runs/ml/data").symlink_to(world.folder / "data")
+    grid = read_grid(Path("grid.yaml"))
+    assert {(cell.shots, cell.config.data.shots_skip) for cell in expand(grid)} == set(product([16, 64], [0, 100]))
 
 
 MISTAKES = {

@@ -160,6 +160,9 @@ def test_levels_on_plain_tensors():
     scored = OBJECTIVES["recpo"](beta=BETA)
     with pytest.raises(ValueError, match="Recpo needs scores"):
         preference_loss(policy, reference, scored, levels=levels)
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"scores of group 0 are .*; Recpo needs scores above 0"):
+            preference_loss(policy, reference, scored, levels=levels, scores=[level * bad for level in levels])
     scores = [5.0 - level for level in levels]
     found = preference_loss(policy, reference, scored, levels=levels, scores=scores)
     assert found.item() == pytest.approx((recpo([[2.0, 0.5], [1.0]]) + recpo([[1.0], [0.0]])) / 2)

@@ -96,7 +96,15 @@ def test_what_else_is_refused_before_any_trial(world, tmp_path):
     for more, words in (
         ({"tune.space": {}}, "tune.space is empty: say which keys"),
         ({"cluster.workers": 2}, "cluster.workers=2: a trial trains with one worker"),
-        ({"tune.baselines": {"item_knn": {"train.steps": {"choice": [1]}}}}, "is no setting of a baseline"),
+        ({"tune.baselines": {"item_knn": {"train.steps": {"choice": [1]}}}}, "is no setting of item_knn, which has"),
+        (
+            {"tune.baselines": {"ease": {"evaluation.knn_neighbours": {"choice": [5, 9]}}}},
+            "ease.evaluation.knn_neighbours: is no setting of ease, which has evaluation.ease_regularization",
+        ),
+        (
+            {"evaluation.baselines": ["bert4rec", "random", "sasrec"]},
+            "bert4rec and sasrec share evaluation.transformer",
+        ),
         ({"cluster.storage_path": "store"}, "cluster.storage_path=store has no effect: each trial"),
         (
             {"evaluation.fit_on": ["log", "shots"]},
@@ -115,7 +123,8 @@ def test_what_else_is_refused_before_any_trial(world, tmp_path):
         with pytest.raises(UserError, match=words):
             tune(config_of(good | {"output_dir": tmp_path / "tuned"} | more), console)
     assert not (tmp_path / "tuned").exists()
-    require_baseline_spaces(config_of({}), USUAL_SPACES)
+    for name, space in USUAL_SPACES.items():
+        require_baseline_spaces(config_of({}), {name: space})
 
 
 @pytest.mark.parametrize(("select", "step"), [("best", 3), ("last", 6)])

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from dmpo_dist.cli.options import DryRun, Layers, Overrides, read_settings
+from dmpo_dist.errors import UserError
 
 explain_app = typer.Typer()
 
@@ -16,7 +17,7 @@ REFERENCE = (
     "Compare the title's words with base, start, none or a model folder.  [what training started from, else base]"
 )
 METHOD = "What history items add to: the title's margin over the mean of the other candidates, or its log-probability."
-RIVALS = "With --catalogue, how many of the titles ranked below stay in the comparison; 0 keeps all, which is slow."
+RIVALS = "Of a whole catalogue, how many titles ranked below stay in the comparison; 0 keeps all, slowly.  [500]"
 TOP = "The counterfactual moves the title out of the top N, or into it.  [1, 5, 10 or 20: the first that holds it]"
 BUDGET = "Most pairs of items, and most larger sets, that a counterfactual tries.  [200; 0 for whole catalogues]"
 MEASURED = 200
@@ -35,10 +36,8 @@ def explain(
     catalogue: Annotated[Path | None, typer.Option(help=CATALOGUE)] = None,
     reference: Annotated[str | None, typer.Option(help=REFERENCE)] = None,
     method: Annotated[Literal["margin", "log_prob"], typer.Option(help=METHOD)] = "margin",
-    rivals: Annotated[int, typer.Option(min=0, help=RIVALS)] = 500,
-    top: Annotated[
-        int | None, typer.Option(min=1, help="The counterfactual is about the top N.  [1, 5, 10, 20]")
-    ] = None,
+    rivals: Annotated[int | None, typer.Option(min=0, help=RIVALS)] = None,
+    top: Annotated[int | None, typer.Option(min=1, help=TOP)] = None,
     budget: Annotated[int | None, typer.Option(min=0, help=BUDGET)] = None,
     faithfulness: Annotated[bool, typer.Option("--faithfulness", help=FAITHFULNESS)] = False,
     faithfulness_users: Annotated[
@@ -59,6 +58,11 @@ def explain(
 
         dmpo explain -m runs/ml/dmpo/model data.path=runs/ml/data --users 20 --faithfulness --output explained
     """
+    if faithfulness_users is not None and not faithfulness:
+        raise UserError(
+            f"--faithfulness-users {faithfulness_users}: says how to measure, and nothing is measured; add "
+            "--faithfulness"
+        )
     settings = read_settings(config, overrides, dry_run)
     from dmpo_dist.commands.explain import Order
     from dmpo_dist.commands.explain import explain as run

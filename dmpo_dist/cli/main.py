@@ -106,8 +106,18 @@ def _message(error: Exception) -> str | None:
     if str(error).startswith(PATH_ERRORS):
         return f"{first_line(error)}; correct the path"
     if hasattr(error, "format_message"):  # a usage error of click's, without a text where the help was shown instead
-        return f"{error.format_message()}; see dmpo --help" if error.format_message() else ""
+        text = error.format_message().replace("Value error, ", "").removesuffix(".")
+        return f"{text}; see {_command_of(error)} --help" if text else ""
     return None
+
+
+def _command_of(error: Exception) -> str:
+    """The command that a usage error is about, as it is typed: "dmpo runs list"."""
+    names, context = [], getattr(error, "ctx", None)
+    while context is not None and context.parent is not None:
+        names.insert(0, str(context.info_name))
+        context = context.parent
+    return " ".join(["dmpo", *names])
 
 
 def _print_anything() -> None:

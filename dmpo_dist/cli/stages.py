@@ -131,11 +131,13 @@ data.path=runs/ml/data output_dir=runs/seeds
     require_prepared(settings.data.path)
     from dmpo_dist.commands.evaluate import evaluate as run
     from dmpo_dist.commands.evaluate import preflight
-    from dmpo_dist.commands.train import open_run_folder
+    from dmpo_dist.commands.run_folder import open_run_folder, require_run_of
     from dmpo_dist.modeling.backbone import find_model, with_length_of
     from dmpo_dist.records.log import make_console
 
     console = make_console()
+    if resume:
+        require_run_of("evaluate", settings.output_dir)
     if resume and (settings.output_dir / Evaluation.FILE).exists():
         raise UserError(f"--resume: the evaluation in {settings.output_dir} is finished; nothing is left to do")
     began_with = EvaluationOrder.read_if_there(settings.output_dir) if resume else None

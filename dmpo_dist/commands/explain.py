@@ -21,7 +21,8 @@ from dmpo_dist.evaluation.inputs import given_texts
 from dmpo_dist.evaluation.ranking import ranking_notes, require_no_beams
 from dmpo_dist.evaluation.whole_catalogue import catalogue_at_test
 from dmpo_dist.explanation.contributions import Method, leave_one_out
-from dmpo_dist.explanation.explainer import Explainer, Subject
+from dmpo_dist.explanation.counterfactual import CUTOFFS
+from dmpo_dist.explanation.explainer import USUAL_RIVALS, Explainer, Subject
 from dmpo_dist.explanation.faithfulness import delete, summarise
 from dmpo_dist.explanation.questions import (
     Question,
@@ -76,7 +77,7 @@ class Order:
     catalogue: Path | None
     reference: str | None
     method: Method
-    rivals: int
+    rivals: int | None
     top: int | None
     budget: int | None
     faithfulness: int
@@ -103,6 +104,7 @@ def explain(order: Order, config: RunConfig, console: Console) -> Explanations:
     explainer = Explainer(order.model, config, reference, catalogue, order.method, order.rivals, given)
     with console.status("loading the model"):
         explainer.load([*chosen, *measured])
+    _check_rivals(order, explainer.whole_catalogue)
     for note in ranking_notes(order.model, config):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     if note:
@@ -126,11 +128,6 @@ def _check(order: Order) -> None:
         raise UserError(f"--item {order.item!r}: say for whom with --user")
     if order.user is None and order.users is None and not order.faithfulness:
         raise UserError("say whom to explain: --user NAME, --users N for a sample, or --faithfulness to measure alone")
-    if order.top is not None and 0 < order.rivals < order.top:
-        raise UserError(
-            f"--top {order.top}: with --rivals {order.rivals} a title is not seen to fall that far; raise --rivals, or "
-            "give 0 for all"
-        )
     if order.faithfulness and order.output is None:
         raise UserError("--faithfulness writes a table and a picture: give --output a folder for them")
     if order.output is None:
@@ -234,6 +231,23 @@ def _check_top(top: int | None, questions: list[Question]) -> None:
                 f"--top {top}: user {question.user!r} has {len(question.candidates)} candidates, so every title is "
                 "always among the first; give a smaller one"
             )
+
+
+def _check_rivals(order: Order, whole_catalogue: bool) -> None:
+    """Rivals are of a whole catalogue alone, and must be enough for a title to be seen to leave the top n."""
+    if not whole_catalogue:
+        if order.rivals:
+            raise UserError(
+                f"--rivals {order.rivals}: has no effect here, as all candidates fit in a row of "
+                "evaluation.token_budget and are compared; leave it out"
+            )
+        return
+    rivals, top = USUAL_RIVALS if order.rivals is None else order.rivals, order.top or max(CUTOFFS)
+    if 0 < rivals < top:
+        raise UserError(
+            f"--rivals {rivals}: with so few a title may not be seen to leave the top {top}; give {top} or more, 0 for "
+            "all, or a smaller --top"
+        )
 
 
 def _explained(order: Order, explainer: Explainer, questions: list[Question], console: Console) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.artifacts.locks import only_one
+from dmpo_dist.artifacts.run_folder import failure_noted
 from dmpo_dist.commands.evaluate import evaluate
 from dmpo_dist.commands.quickstart import into, train_missing
 from dmpo_dist.commands.run_folder import open_run_folder, require_no_data_path
@@ -148,7 +149,8 @@ def reproduce(name: str, config: RunConfig, recipe: RunConfig, console: Console,
     with only_one(output):
         say(console, f"1/4 data: {paper.data}")
         if not (output / "data").exists():  # it appears whole
-            prepare(config.data, config.seed, output / "data", console.print, allow_leaks=True)
+            with failure_noted(output):  # so that the command can be typed again with another path
+                prepare(config.data, config.seed, output / "data", console.print, allow_leaks=True)
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": output / "data"})})
         sft, model = output / "sft" / "model", output / name / "model"
         train_missing(

@@ -6,6 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 from dmpo_dist.artifacts.environment import Environment
+from dmpo_dist.artifacts.evaluation import EvaluationOrder
 from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.artifacts.locks import LOCK_FILE
 from dmpo_dist.artifacts.log import (
@@ -25,6 +26,7 @@ from dmpo_dist.artifacts.run_folder import (
     is_submission,
 )
 from dmpo_dist.artifacts.stamp import ModelStamp
+from dmpo_dist.artifacts.tuning import Tuning
 from dmpo_dist.config import RunConfig, dump_config, load_config
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
@@ -89,6 +91,21 @@ def open_run_folder(
         raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
 
 
+def require_run_of(command: str, output: Path) -> None:
+    """Raise UserError where ``output``, in which ``command`` is to go on, holds the run of another command.
+
+    Args:
+        command: train (which stands for sft too), evaluate or tune. Their runs look alike until they leave the first
+            of their own files, and a folder without any is let pass.
+    """
+    marks = {"train": METRICS_FILE, "evaluate": EvaluationOrder.FILE, "tune": Tuning.FILE}
+    found = [name for name, file in marks.items() if (output / file).exists()]
+    if found and command not in found:
+        starts = (record for record in _records(output) if isinstance(record, StartRecord) and record.stage)
+        other = next((COMMANDS[str(record.stage)] for record in starts), found[0])
+        raise UserError(f"--resume: {output} is a run of dmpo {other}; go on by dmpo {other} --resume")
+
+
 def require_no_data_path(config: RunConfig, command: str) -> None:
     """Raise UserError where ``data.path`` is given to a command that prepares its own data."""
     if config.data.path is not None:
@@ -113,6 +130,7 @@ def reopen_run_folder(job: Job, data_fingerprint: str, steps_of: Callable[[RunCo
             or the starting model are.
     """
     config, output = job.config, job.output
+    require_run_of("train", output)
     old = _saved(output)
 
     def free(key: str) -> bool:

@@ -320,7 +320,7 @@ def reference_of(source: ModelSource, asked: str | None, option: str = "ranking.
                 f"{option}start: {asked} was trained again since {source.path} started from it; train the latter "
                 "again, or name a model to subtract"
             )
-    return find_model(asked).path if asked else None
+    return find_model(asked, option=option.rstrip("= ")).path if asked else None
 
 
 def check_beams(ranking: RankingConfig, titles: int, top: int) -> None:

@@ -19,6 +19,8 @@ from dmpo_dist.explanation.tokens import Piece, readable_pieces, sum_pieces
 
 USUAL_BUDGET = 200
 """Pairs of history items tried for a counterfactual: all of those of 20 items."""
+USUAL_RIVALS = 500
+"""Titles below the explained one that are scored again where a whole catalogue is ranked."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Explainer:
         reference: model whose log-probs are subtracted for the title's words; None for none.
         catalogue: gives popularity to ``ranking.popularity_weight``.
         method: see ``title_values``.
-        rivals: of a whole catalogue, compare a title with all above it and so many below, see ``rivals``; 0 for all.
+        rivals: of a whole catalogue, compare a title with all above it and so many below, see ``rivals``; 0 for all,
+            None for ``USUAL_RIVALS``.
         given: see ``load_ranking_model``.
 
     Attributes:
@@ -105,11 +108,12 @@ class Explainer:
 
     def __init__(
         self, model: str, config: RunConfig, reference: str | None, catalogue: Catalogue | None, method: Method,
-        rivals: int, given: GivenTexts | None = None,
+        rivals: int | None, given: GivenTexts | None = None,
     ) -> None:  # fmt: skip
         self._scorer = TitleScorer(model, config, catalogue, reference, given)
         self._model = self._scorer.policy
-        self._token_budget, self._method, self._rivals = config.evaluation.token_budget, method, rivals
+        self._token_budget, self._method = config.evaluation.token_budget, method
+        self._rivals = USUAL_RIVALS if rivals is None else rivals
 
     def load(self, questions: Sequence[Question]) -> None:
         """Load what scores ``questions``, and see whether their candidates are too many to pack.

@@ -51,11 +51,12 @@ class ModelSource:
     stamp: ModelStamp
 
 
-def find_model(path: str, weights: bool = True) -> ModelSource:
+def find_model(path: str, weights: bool = True, option: str = "model.path or --model") -> ModelSource:
     """Look at a model folder, GGUF file, name of a fetched model or hub id; a new GGUF file is converted first.
 
     Args:
         weights: False takes a folder without weights too, which is enough for a plan.
+        option: what the user names it by, for errors.
 
     Raises:
         UserError: a folder that is not there or holds no model, or a damaged file in it.
@@ -69,8 +70,8 @@ def find_model(path: str, weights: bool = True) -> ModelSource:
             or (folder.parent.exists() and folder.parent != Path("."))
         ):
             raise UserError(
-                f"{path}: there is no such model folder; correct model.path or --model to a model folder, a GGUF file "
-                f"or a hub id such as org/name; or fetch one of {', '.join(PUBLISHED)} by `dmpo models fetch`"
+                f"{path}: there is no such model folder; correct {option} to a model folder, a GGUF file or a hub id "
+                f"such as org/name; or fetch one of {', '.join(PUBLISHED)} by `dmpo models fetch`"
             )
         return ModelSource(path, path, False, _hub_stamp(path))
     stamp = ModelStamp.read_if_there(folder) or ModelStamp()

@@ -36,7 +36,7 @@ def preference_loss(
 
     Raises:
         ValueError: a group without a negative, with one level or without a best one, an objective that needs what is
-            not given or does not take levels, or shapes that differ.
+            not given or does not take levels, scores that it cannot use, or shapes that differ.
 
     Example:
         >>> loss = preference_loss(torch.tensor([[-5.0, -6.0]]), torch.tensor([[-5.5, -5.5]]), Dmpo(beta=1.0))
@@ -57,6 +57,11 @@ def preference_loss(
         if max(best) > 1 or any(int(level.max()) > 1 for level in levels):
             name = type(objective).__name__
             raise ValueError(f"{name} takes one positive and its negatives; for levels take MultDpo")
+    if scores is not None and getattr(objective, "needs_scores", False):
+        for number, score in enumerate(scores):
+            if not bool((score > 0).all()):  # a ratio by 0, or below it, would be no preference
+                name = type(objective).__name__
+                raise ValueError(f"scores of group {number} are {score.tolist()}; {name} needs scores above 0")
     alone = next((number for number, size in enumerate(sizes) if size < 2), None)
     if alone is not None:  # on a GPU the objectives do not look, and S-DPO of no negatives would be 0
         raise ValueError(f"group {alone} has no negatives; at least one is needed")

@@ -8,10 +8,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_TOGETHER = 0.01
+"""Users who are counted within this time were done by one forward pass, though they are counted one by one."""
 
 
 class UserProgress:
     """Counts users. The rate ignores the time before the first users are done, and the users of an earlier run.
+
+    Users who come out of one forward pass arrive at one moment. The rate is of the users before the latest moment, so
+    that it does not count those for whose pass no time is known; where all arrive at one moment there is none.
 
     Args:
         title: the name of the job on the console.
@@ -33,7 +38,8 @@ class UserProgress:
     ) -> None:
         self._title, self._total, self._done, self._unit = title, total, done, unit
         self._console, self._before = console, before
-        self._first: tuple[int, float] | None = None
+        self._first: tuple[int, float] | None = None  # how many were done before the first moment, and when it was
+        self._latest: tuple[int, float] | None = None  # likewise of the latest moment
         self._bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False), BarColumn(bar_width=24),
             TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),
@@ -57,19 +63,20 @@ class UserProgress:
 
     def advance(self, users: int) -> None:
         """Count further users as done."""
+        now = time.monotonic()
+        if self._latest is None or now - self._latest[1] > SECONDS_TOGETHER:
+            self._latest = self._done, now
         self._done += users
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self._done)
             return
-        now = time.monotonic()
         if self._first and now - self._shown < SECONDS_BETWEEN_LINES and self._done < self._total:
             return
         line = f"[{self._title} {now - self._began:5.0f}s] {self._done}/{self._total} {self._unit}"
-        if self._first is None:
-            self._first = self._done, now
-        else:
-            rate = (self._done - self._first[0]) / max(now - self._first[1], 1e-9)
-            left = int((self._total - self._done) / rate)
-            line += f", {rate:.1f} {self._unit}/s, ETA {left // 60}:{left % 60:02d}"
+        self._first = self._first or self._latest
+        users_between, seconds = self._latest[0] - self._first[0], self._latest[1] - self._first[1]
+        if users_between:
+            left = int((self._total - self._done) * seconds / users_between)
+            line += f", {users_between / seconds:.1f} {self._unit}/s, ETA {left // 60}:{left % 60:02d}"
         self._shown = now
         self._console.print(line, markup=False, highlight=False)

@@ -8,7 +8,7 @@ from rich.console import Console
 from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.artifacts.tuning import Search, Tuning
 from dmpo_dist.commands.evaluate import check_classical
-from dmpo_dist.commands.run_folder import open_run_folder
+from dmpo_dist.commands.run_folder import open_run_folder, require_run_of
 from dmpo_dist.commands.train import checked_job
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.tune import Space
@@ -40,6 +40,8 @@ def tune(config: RunConfig, console: Console, resume: bool = False, overwrite: b
         UserError: an axis that cannot be tuned, data without validation requests, several workers, or no trial that
             could be trained; see also ``open_run_folder``.
     """
+    if resume:
+        require_run_of("tune", config.output_dir)
     kind: Kind = "sft" if config.tune.stage == "sft" else "preference"
     data = PreparedData.load(require_prepared(config.data.path))
     config, spaces = _checked(config, kind, data)

@@ -15,6 +15,14 @@ from dmpo_dist.errors import UserError
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.training.job import Kind
 
+NETWORK = "evaluation.transformer"
+BASELINE_SETTINGS = {
+    "item_knn": "evaluation.knn_neighbours",
+    "ease": "evaluation.ease_regularization",
+    "sasrec": NETWORK,
+    "bert4rec": NETWORK,
+}
+"""Baseline that can be tuned -> the key that it heeds, or the section."""
 YARDSTICK = ("select", "select_metric", "validate_every")
 """Keys of a stage that say how trials are compared."""
 EXAMPLE = "tune.space={train.learning_rate: {loguniform: [1e-6, 1e-3]}, objective.beta: {choice: [0.1, 0.3, 1]}}"
@@ -50,13 +58,18 @@ def require_stage_space(config: RunConfig, kind: Kind) -> None:
 
 
 def require_baseline_spaces(config: RunConfig, spaces: Mapping[str, Space]) -> None:
-    """Raise UserError unless every axis is a key of the ``evaluation`` section."""
+    """Raise UserError unless every axis is a setting of its baseline, and of no other that is tuned."""
+    networks = [name for name in spaces if BASELINE_SETTINGS[name] == NETWORK]
+    if len(networks) > 1:
+        raise UserError(
+            f"tune.baselines: {' and '.join(networks)} share {NETWORK}, and best.yaml could hold the best settings of "
+            f"one alone; tune each in an output_dir of its own, as by 'tune.baselines={{{networks[0]}: {{}}}}'"
+        )
     for name, space in spaces.items():
+        own = BASELINE_SETTINGS[name]
         for key in space:
-            if not key.startswith("evaluation."):
-                raise UserError(
-                    f"tune.baselines.{name}.{key}: is no setting of a baseline; they begin with evaluation."
-                )
+            if key != own and not key.startswith(f"{own}."):
+                raise UserError(f"tune.baselines.{name}.{key}: is no setting of {name}, which has {own}")
         _require_values(config, space, f"tune.baselines.{name}")
 
 
