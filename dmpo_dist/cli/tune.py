@@ -11,6 +11,7 @@ from dmpo_dist.cli.options import (
     asked_to_overwrite,
     interruptible,
     read_run_settings,
+    show_settings,
 )
 from dmpo_dist.data.place import require_prepared
 
@@ -40,7 +41,13 @@ output_dir=runs/ml/tuned tune.hours=2
 
         dmpo tune --resume runs/ml/tuned tune.trials=40
     """
-    settings = read_run_settings(config, overrides, resume, dry_run)
+    settings = read_run_settings(config, overrides, resume, dry_run=False)
+    if dry_run:
+        from dmpo_dist.tuning.space import require_stage_space
+
+        require_stage_space(settings, "sft" if settings.tune.stage == "sft" else "preference")
+        show_settings(settings, everything=False)
+        raise typer.Exit
     require_prepared(settings.data.path)
     from dmpo_dist.records.log import make_console
     from dmpo_dist.tuning.run import tune as run

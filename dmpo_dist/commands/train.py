@@ -82,7 +82,7 @@ def run_stage(kind: Kind, config: RunConfig, console: Console, resume: bool = Fa
     if job.finished:
         _say_finished(job, console)
         return job.output / "model"
-    _note_differences(job, console)
+    _note_differences(job, console, resume)
     with (
         one_writer(job),
         failure_noted(job.output),
@@ -101,8 +101,11 @@ def _say_finished(job: Job, console: Console) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _note_differences(job: Job, console: Console) -> None:
-    """Say so where the stage uses its start or its data otherwise than these were made."""
+def _note_differences(job: Job, console: Console, resume: bool) -> None:
+    """Say so where the stage uses its start or its data otherwise than these were made, or resumes without a
+    checkpoint."""
+    if resume and not job.checkpointed:
+        console.print("note: no checkpoint was left, so the run begins again at step 0", highlight=False)
     source = find_model(job.start)
     for difference in unlike_training(source, job.config.model):
         console.print(f"note: {job.start} was trained with {difference}", highlight=False, soft_wrap=True)
@@ -391,7 +394,7 @@ def as_rank(
     with ExitStack() as stack:
         stack.callback(give_back)
         if own is not None and (again or not own.finished):
-            _note_differences(own, console)
+            _note_differences(own, console, resume)
             stack.enter_context(one_writer(own))
             stack.enter_context(failure_noted(own.output))
         start_process_group()

@@ -259,7 +259,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "union_tag_not_found":
         return f"  {key}: must be a mapping of options (got {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
-    return f"  {key or 'top level'}: {message} (got {error['input']!r})"
+    shown = isinstance(error["input"], Mapping) or "(got " in message  # a section says which of its keys it is about
+    return f"  {key or 'top level'}: {message}" + ("" if shown else f" (got {error['input']!r})")
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str:
