@@ -114,6 +114,10 @@ def test_what_else_is_refused_before_any_trial(world, tmp_path):
         ),
         ({"train.negatives": 9}, "train.negatives=9, but the prepared data holds 6"),
         (
+            {"train.negatives": 3, "tune.space": {"train.negatives": {"integers": [1, 9]}}},
+            "tune.space.train.negatives: train.negatives=9, but the prepared data holds 6",
+        ),
+        (
             {"model.path": str(world.adapter), "tune.space": {"model.lora.r": {"choice": [4, 8]}}},
             "tune.space.model.lora.r: .* is an adapter, whose shape training keeps",
         ),

@@ -21,7 +21,7 @@ from dmpo_dist.tables import terminal
 from dmpo_dist.training.job import Kind
 from dmpo_dist.tuning.baselines import METRIC, baseline_spaces, data_to_fit_on, search_baseline
 from dmpo_dist.tuning.report import BEST_FILE, CSV_FILE, SHEET_FILE, trials_table, write_results
-from dmpo_dist.tuning.space import require_baseline_spaces, require_stage_space, trial_values
+from dmpo_dist.tuning.space import ends, require_baseline_spaces, require_stage_space, trial_values, with_values
 from dmpo_dist.tuning.stage import RUN, TRIALS, run_folder, search_stage, with_own_paths
 
 SHOWN = 10
@@ -89,6 +89,12 @@ def _checked(config: RunConfig, kind: Kind, data: PreparedData) -> tuple[RunConf
     spaces = baseline_spaces(config, data)
     require_baseline_spaces(config, spaces)
     checked_job(kind, config)
+    for key in ("train.negatives", "data.shots"):  # keys of which the data says how far they go
+        for value in ends(config.tune.space.get(key, {"choice": []})):
+            try:
+                checked_job(kind, with_values(config, {key: value}))
+            except UserError as error:
+                raise UserError(f"tune.space.{key}: {error}") from None
     check_classical(list(spaces), config, Console(quiet=True))
     return with_own_paths(config), spaces
 

@@ -128,13 +128,18 @@ def _drawn(kind: str, values: list[Any], rng: np.random.Generator) -> Any:
     return float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.3g}")
 
 
+def ends(axis: Mapping[Any, list[Any]]) -> list[Any]:
+    """All values of a choice; the least and the greatest of a range."""
+    [(kind, values)] = axis.items()
+    if kind == "choice":
+        return values
+    return [int(float(value)) if "integers" in kind else float(value) for value in values]
+
+
 def _require_values(config: RunConfig, space: Space, where: str) -> None:
     """Raise UserError where a key is none of the configuration, or may not hold what would be drawn for it."""
     for key, axis in space.items():
-        [(kind, values)] = axis.items()
-        for value in (
-            values if kind == "choice" else [int(float(v)) if "integers" in kind else float(v) for v in values]
-        ):
+        for value in ends(axis):
             try:
                 with_values(config, {key: value})
             except UserError as error:
