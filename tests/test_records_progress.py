@@ -29,6 +29,11 @@ def test_users_of_an_earlier_run_are_not_in_the_rate(monkeypatch):
     assert lines[-1] == "[scoring   100s] 110/110 users, 0.1 users/s, ETA 0:00"
 
 
+def test_a_slow_job_tells_the_time_of_each(monkeypatch):
+    lines = printed(monkeypatch, [1] * 4, 90.0, "one by one")
+    assert lines[2] == "[scoring   180s] 2/4 users, 90 s each, ETA 3:00"
+
+
 def printed(monkeypatch, passes, seconds, counted, done=0):
     """The lines of a job whose forward passes take ``seconds`` each, two microseconds between users of one pass."""
     clock, out = [1000.0], io.StringIO()

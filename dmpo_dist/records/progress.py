@@ -77,6 +77,8 @@ class UserProgress:
         users_between, seconds = self._latest[0] - self._first[0], self._latest[1] - self._first[1]
         if users_between:
             left = int((self._total - self._done) * seconds / users_between)
-            line += f", {users_between / seconds:.1f} {self._unit}/s, ETA {left // 60}:{left % 60:02d}"
+            rate, each = users_between / seconds, seconds / users_between
+            line += f", {rate:.1f} {self._unit}/s" if rate >= 0.05 else f", {each:.0f} s each"
+            line += f", ETA {left // 60}:{left % 60:02d}"
         self._shown = now
         self._console.print(line, markup=False, highlight=False)
