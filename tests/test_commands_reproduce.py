@@ -102,6 +102,18 @@ def test_a_mistyped_path_does_not_block_the_folder(tmp_path):
             reproduce("dmpo", given, given, Console(quiet=True))
 
 
+def test_a_mistake_that_shows_after_the_data_does_not_block_the_folder_either(tmp_path):
+    run = tmp_path / "run"
+    world = {"data.source.simulator": {"users": 60, "items": 40, "events_per_user": 12}, "data.evaluation_negatives": 5}
+    given = config_of(world | {"data.negatives_per_group": 4, "train.negatives": 9, "output_dir": run})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"train\.negatives=9, but the prepared data holds 4"):
+            quickstart(given, Console(quiet=True))
+    (run / "sft" / "model").mkdir()  # a stage that is done is no longer thrown away
+    with pytest.raises(UserError, match=r"run exists already; choose another .* by --resume, or remove it$"):
+        quickstart(given, Console(quiet=True))
+
+
 def test_an_unknown_paper_is_refused():
     with pytest.raises(
         UserError, match="foo: no paper of that name; `dmpo reproduce` knows sdpo, dynamicpo, dmpo, minionerec"

@@ -69,7 +69,10 @@ def is_submission(entry: Path) -> bool:
 
 
 def _has_weights(output: Path) -> bool:
-    """Whether there is a model, or the log tells of a checkpoint, wherever that is kept."""
+    """Whether there is a model, or the log tells of a checkpoint, wherever that is kept; of a run of several stages, of
+    any of them."""
     log = output / METRICS_FILE
     told = re.search(r'"kind": ?"checkpoint"', log.read_text(encoding="utf-8")) if log.is_file() else None
-    return told is not None or any((output / name).exists() for name in ("model", "best"))
+    if told is not None or any((output / name).exists() for name in ("model", "best")):
+        return True
+    return any(_has_weights(file.parent) for file in output.glob(f"*/{CONFIG_FILE}"))

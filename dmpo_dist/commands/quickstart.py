@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dmpo_dist.artifacts.locks import only_one
+from dmpo_dist.artifacts.run_folder import failure_noted
 from dmpo_dist.commands.evaluate import check_classical, evaluate
 from dmpo_dist.commands.run_folder import open_run_folder, require_no_data_path
 from dmpo_dist.commands.train import SCRATCH, run_stage, run_stages, say
@@ -42,7 +43,7 @@ def quickstart(config: RunConfig, console: Console, resume: bool = False) -> Non
     check_tracking(config.tracking)
     check_classical(config.evaluation.baselines, config, console)
     open_run_folder(config, resume)
-    with only_one(output):
+    with only_one(output), failure_noted(output):
         _run(config, output, console)
 
 

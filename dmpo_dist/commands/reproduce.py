@@ -146,11 +146,10 @@ def reproduce(name: str, config: RunConfig, recipe: RunConfig, console: Console,
         raise UserError(f"data.source.path is not set; `dmpo reproduce {name}` needs {paper.data}")
     require_no_data_path(config, "reproduce")
     open_run_folder(config, resume)
-    with only_one(output):
+    with only_one(output), failure_noted(output):  # so that the command can be typed again with other settings
         say(console, f"1/4 data: {paper.data}")
         if not (output / "data").exists():  # it appears whole
-            with failure_noted(output):  # so that the command can be typed again with another path
-                prepare(config.data, config.seed, output / "data", console.print, allow_leaks=True)
+            prepare(config.data, config.seed, output / "data", console.print, allow_leaks=True)
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": output / "data"})})
         sft, model = output / "sft" / "model", output / name / "model"
         train_missing(

@@ -56,12 +56,13 @@ def open_run_folder(
     config: RunConfig,
     resume: bool,
     data_fingerprint: str | None = None,
-    overwrite: bool = False,
+    overwrite: bool | None = None,
     free: Sequence[str] = (),
 ) -> None:
     """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` (with the fingerprint) there.
 
     Args:
+        overwrite: remove an earlier run there; None where the command has no such option.
         free: beginnings of keys that may be others when it is resumed.
 
     Raises:
@@ -78,9 +79,10 @@ def open_run_folder(
         return
     if output.exists() and not _is_free_folder(output):
         if not overwrite and not failed_early(output):
+            remove = "remove it" if overwrite is None else "remove it by --overwrite"
             raise UserError(
                 f"output_dir {output} exists already; choose another (output_dir=...), go on with it by --resume, or "
-                "remove it by --overwrite"
+                f"{remove}"
             )
         clear_run_folder(output, [config.data.path, Path(config.model.path)])
     try:
