@@ -221,7 +221,7 @@ REFUSED = {
     "no_value": (TRAIN + " train.negatives", ("'train.negatives'", "key=value")),
     "broken_yaml": (TRAIN + " -c {bad}/broken.yaml", ("broken.yaml", "not valid YAML")),
     "unknown_recipe": (TRAIN + " -c movielense", ("movielense", "movielens, ", "quickstart")),
-    "unknown_option": (TRAIN + " --resum", ("--resum", "dmpo --help")),
+    "unknown_option": (TRAIN + " --resum", ("--resum", "dmpo train --help")),
     "unknown_command": ("trian", ("trian", "dmpo --help")),
     # prepared data
     "no_data": ("train output_dir={out}/run", ("data.path is not set", "dmpo data prepare")),
