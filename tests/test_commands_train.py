@@ -85,7 +85,7 @@ def test_a_failed_run_does_not_block_its_folder_and_another_is_overwritten_when_
     with pytest.raises(KeyboardInterrupt), failure_noted(output):
         raise KeyboardInterrupt
     with pytest.raises(UserError, match=r"exists already; .* by --resume, or remove it by --overwrite"):
-        open_run_folder(config, resume=False)
+        open_run_folder(config, resume=False, overwrite=False)
     needed = config.model_copy(update={"data": DataConfig(path=output / "data")})
     with pytest.raises(UserError, match=r"holds .*data, which this run reads"):
         open_run_folder(needed, resume=False, overwrite=True)
