@@ -214,7 +214,7 @@ def evaluate(
     config = with_length_of([find_model(path) for path in paths.values()], config)
     for name, model in models.items():
         _require_its_template(model, config, settings, name)
-    open_run_folder(config, resume=False)
+    open_run_folder(config, "evaluate", resume=False)
     return run(paths, config, config.output_dir, _console(), against=list(against))
 
 

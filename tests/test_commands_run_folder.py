@@ -19,9 +19,9 @@ from dmpo_dist.artifacts.locks import only_one
 from dmpo_dist.artifacts.log import METRICS_FILE, StartRecord
 from dmpo_dist.cli import main
 from dmpo_dist.cli.options import read_run_settings
-from dmpo_dist.commands.run_folder import last_checkpoint
+from dmpo_dist.commands.run_folder import last_checkpoint, open_run_folder
 from dmpo_dist.commands.train import one_writer, preflight, run_stage
-from dmpo_dist.config import config_of, dump_config
+from dmpo_dist.config import RunConfig, config_of, dump_config
 from dmpo_dist.data.folder import check
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
@@ -304,3 +304,15 @@ def test_a_run_of_another_command_is_not_gone_on_with(world, tmp_path, monkeypat
     told = f"error: --resume: {folder} is a run of dmpo {other}; go on by dmpo {other} --resume\n"
     assert (stopped.value.code, capsys.readouterr().err) == (2, told)
     assert {entry.name for entry in folder.iterdir()} == {"config.yaml", file}
+
+
+@pytest.mark.parametrize(
+    ("command", "other"), [("bench scaling", "train"), ("quickstart", "bench scaling"), ("sft", "train")]
+)
+def test_a_run_says_by_itself_which_command_began_it(tmp_path, command, other):
+    """Before it has left any file of its own."""
+    config = RunConfig(output_dir=tmp_path / "run")
+    open_run_folder(config, other, resume=False)
+    with pytest.raises(UserError, match=rf"is a run of dmpo {other}; go on by dmpo {other} --resume"):
+        open_run_folder(config, command, resume=True)
+    open_run_folder(config, other, resume=True)

@@ -41,9 +41,9 @@ def test_a_late_note_does_not_reopen_the_log_of_a_finished_stage(tmp_path):
 def test_a_new_run_in_an_old_folder_has_another_id(tmp_path):
     ids = []
     for _ in range(2):
-        open_run_folder(RunConfig(output_dir=tmp_path / "run"), resume=False)
+        open_run_folder(RunConfig(output_dir=tmp_path / "run"), "train", resume=False)
         ids.append(Environment.read(tmp_path / "run").run_id)
-        open_run_folder(RunConfig(output_dir=tmp_path / "run"), resume=True)
+        open_run_folder(RunConfig(output_dir=tmp_path / "run"), "train", resume=True)
         assert Environment.read(tmp_path / "run").run_id == ids[-1], "a resumed run stays the run it was"
         for file in (tmp_path / "run").iterdir():
             file.unlink()
@@ -52,14 +52,14 @@ def test_a_new_run_in_an_old_folder_has_another_id(tmp_path):
 
 def test_a_run_is_resumed_with_its_own_settings_and_a_key_newer_than_it_at_its_default(tmp_path):
     config = RunConfig(output_dir=tmp_path / "run")
-    open_run_folder(config, resume=False)
+    open_run_folder(config, "train", resume=False)
     saved = tmp_path / "run" / "config.yaml"
     assert "  history_order: given\n" in saved.read_text()
     saved.write_text(saved.read_text().replace("  history_order: given\n", ""))
-    open_run_folder(config, resume=True)
+    open_run_folder(config, "train", resume=True)
     other = config.model_copy(update={"seed": 1, "sft": SFTConfig(history_order="shuffled")})
     with pytest.raises(UserError, match=r"differs from .* in seed, sft\.history_order; resume with the same settings"):
-        open_run_folder(other, resume=True)
+        open_run_folder(other, "train", resume=True)
 
 
 def test_new_orders_of_histories_are_refused_before_a_run_folder_is_made():
@@ -73,28 +73,28 @@ def test_new_orders_of_histories_are_refused_before_a_run_folder_is_made():
 def test_a_failed_run_does_not_block_its_folder_and_another_is_overwritten_when_asked(tmp_path):
     output = tmp_path / "run"
     config = RunConfig(output_dir=output)
-    open_run_folder(config, resume=False)
+    open_run_folder(config, "train", resume=False)
     with pytest.raises(RuntimeError), failure_noted(output):
         raise RuntimeError("no memory")
     (output / "submit").mkdir()
     assert "no memory" in (output / "failed.txt").read_text()
-    open_run_folder(config, resume=False)
+    open_run_folder(config, "train", resume=False)
     assert not (output / "failed.txt").exists()
     assert (output / "submit").is_dir(), "a job may be running from there"
     (output / "metrics.jsonl").write_text('{"kind": "checkpoint", "step": 5}\n')
     with pytest.raises(KeyboardInterrupt), failure_noted(output):
         raise KeyboardInterrupt
     with pytest.raises(UserError, match=r"exists already; .* by --resume, or remove it by --overwrite"):
-        open_run_folder(config, resume=False, overwrite=False)
+        open_run_folder(config, "train", resume=False, overwrite=False)
     needed = config.model_copy(update={"data": DataConfig(path=output / "data")})
     with pytest.raises(UserError, match=r"holds .*data, which this run reads"):
-        open_run_folder(needed, resume=False, overwrite=True)
-    open_run_folder(config, resume=False, overwrite=True)
+        open_run_folder(needed, "train", resume=False, overwrite=True)
+    open_run_folder(config, "train", resume=False, overwrite=True)
     assert not (output / "metrics.jsonl").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").touch()
     with pytest.raises(UserError, match=r"is not of a run .*: it is kept"):
-        open_run_folder(RunConfig(output_dir=tmp_path / "mine"), resume=False, overwrite=True)
+        open_run_folder(RunConfig(output_dir=tmp_path / "mine"), "train", resume=False, overwrite=True)
 
 
 def test_a_storage_is_as_ray_takes_it_and_refused_where_ray_is_not(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def test_time_left_is_counted_anew_when_workers_start_again(tmp_path, monkeypatc
     now, shown = [0.0], io.StringIO()
     monkeypatch.setattr("dmpo_dist.records.log.time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     job = Job("preference", RunConfig(output_dir=tmp_path / "run"), "start", tmp_path / "run")
-    open_run_folder(job.config, resume=False)
+    open_run_folder(job.config, "train", resume=False)
     with RunLog(job, Console(file=shown, width=200)) as log:
         for seconds, record in ((0, START), (10, train(1)), (20, train(2)),
                                 (1000, START), (1010, train(1)), (1012, train(2))):  # fmt: skip
@@ -62,7 +62,7 @@ RECORDS = [
 
 def job_of(folder: Path, **trackers: dict) -> Job:
     config = RunConfig.model_validate({"output_dir": folder, "tracking": {"tags": ["mine"], **trackers}})
-    open_run_folder(config, resume=False)
+    open_run_folder(config, "train", resume=False)
     return Job("preference", config, "scratch", folder)
 
 

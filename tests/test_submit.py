@@ -217,7 +217,7 @@ def test_a_run_starts_in_a_folder_that_holds_its_submission_alone(tmp_path):
     config = load_config([], [f"output_dir={tmp_path}/run"])
     for name in ("submit", "submit-2"):
         (tmp_path / "run" / name).mkdir(parents=True)
-    open_run_folder(config, resume=False)
+    open_run_folder(config, "train", resume=False)
     assert (tmp_path / "run/config.yaml").exists()
 
 

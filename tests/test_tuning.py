@@ -215,7 +215,7 @@ def test_a_baseline_is_tuned_by_the_figure_that_it_ranks_with_within_its_budget(
     assert search.best.value == max(trial.value for trial in search.trials)
 
     # the files: the chosen settings in a configuration that a command takes, and every trial in the table
-    open_run_folder(config, resume=False)
+    open_run_folder(config, "train", resume=False)
     stage = Search(name="dmpo train", metric="ndcg@10", asked=2, hours=1, space={"train.steps": {"choice": [5, 9]}})
     stage.trials = [
         Trial(number=1, values={"train.steps": 5}, state="done", value=0.5, start=0.6, step=5),

@@ -13,6 +13,8 @@ class Environment(Artifact):
     FILE: ClassVar[str] = "environment.json"
     ADVICE: ClassVar[str] = "restore the file as the run wrote it, or remove it"
 
+    command: str | None = None
+    """The subcommand of `dmpo` that began the run, as in "train" or "bench scaling"."""
     dmpo_dist: str | None = None
     git_commit: str | None = None
     """Ends in "-dirty" where files of the checkout differed from it."""

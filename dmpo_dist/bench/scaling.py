@@ -114,7 +114,7 @@ def run_scaling(
         update={"cluster": config.cluster.model_copy(update={"workers": most, "fewest_workers": None})}
     )
     output = config.output_dir.absolute()
-    open_run_folder(config, resume)
+    open_run_folder(config, "bench scaling", resume)
     if config.data.path is None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": output / "data"})})
         if not (output / "data" / "dataset.json").exists():

@@ -150,7 +150,7 @@ data.path=runs/ml/data output_dir=runs/seeds
         order = began_with
     settings = with_length_of([find_model(path) for path in order.models.values()], settings)
     preflight(order.models, settings, console, order.against, order.catalogue)  # before there is a folder
-    open_run_folder(settings, resume, overwrite=asked_to_overwrite(settings.output_dir, overwrite))
+    open_run_folder(settings, "evaluate", resume, overwrite=asked_to_overwrite(settings.output_dir, overwrite))
     order.write(settings.output_dir)
     with interruptible("what is scored already"), only_one(settings.output_dir):
         run(order.models, settings, settings.output_dir, console, order.catalogue, order.against)

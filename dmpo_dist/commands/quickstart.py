@@ -42,7 +42,7 @@ def quickstart(config: RunConfig, console: Console, resume: bool = False) -> Non
         )
     check_tracking(config.tracking)
     check_classical(config.evaluation.baselines, config, console)
-    open_run_folder(config, resume)
+    open_run_folder(config, "quickstart", resume)
     with only_one(output), failure_noted(output):
         _run(config, output, console)
 

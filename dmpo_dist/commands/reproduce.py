@@ -145,7 +145,7 @@ def reproduce(name: str, config: RunConfig, recipe: RunConfig, console: Console,
     if config.data.source.path is None:
         raise UserError(f"data.source.path is not set; `dmpo reproduce {name}` needs {paper.data}")
     require_no_data_path(config, "reproduce")
-    open_run_folder(config, resume)
+    open_run_folder(config, f"reproduce {name}", resume)
     with only_one(output), failure_noted(output):  # so that the command can be typed again with other settings
         say(console, f"1/4 data: {paper.data}")
         if not (output / "data").exists():  # it appears whole

@@ -1,6 +1,7 @@
 """The folder of a run: opened for a new one, and again to go on with what it began with."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -54,6 +55,7 @@ OPTIMIZATION = (
 
 def open_run_folder(
     config: RunConfig,
+    command: str,
     resume: bool,
     data_fingerprint: str | None = None,
     overwrite: bool | None = None,
@@ -62,15 +64,17 @@ def open_run_folder(
     """Make ``output_dir`` and write ``config.yaml`` and ``environment.json`` (with the fingerprint) there.
 
     Args:
+        command: see ``Environment``.
         overwrite: remove an earlier run there; None where the command has no such option.
         free: beginnings of keys that may be others when it is resumed.
 
     Raises:
         UserError: it exists and ``resume`` is not set, it is to be resumed and does not exist or holds another
-            configuration, or it cannot be written.
+            configuration or the run of another command, or it cannot be written.
     """
     output = config.output_dir
     if resume:
+        require_run_of(command, output)
         old = _saved(output)
         _require_unchanged(old, config, output, free=lambda key: key.startswith(("output_dir", *free)))
         if free and old != config:
@@ -88,24 +92,28 @@ def open_run_folder(
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "config.yaml", dump_config(config))
-        _new_environment(config, data_fingerprint).write(output)
+        _new_environment(config, command, data_fingerprint).write(output)
     except OSError as error:
         raise UserError(f"output_dir {output} cannot be written: {error.strerror}; choose another output_dir") from None
 
 
 def require_run_of(command: str, output: Path) -> None:
-    """Raise UserError where ``output``, in which ``command`` is to go on, holds the run of another command.
-
-    Args:
-        command: train (which stands for sft too), evaluate or tune. Their runs look alike until they leave the first
-            of their own files, and a folder without any is let pass.
-    """
-    marks = {"train": METRICS_FILE, "evaluate": EvaluationOrder.FILE, "tune": Tuning.FILE}
-    found = [name for name, file in marks.items() if (output / file).exists()]
-    if found and command not in found:
-        starts = (record for record in _records(output) if isinstance(record, StartRecord) and record.stage)
-        other = next((COMMANDS[str(record.stage)] for record in starts), found[0])
+    """Raise UserError where ``output``, in which ``command`` is to go on, holds the run of another command."""
+    other = _command_of(output)
+    if other not in (None, command):
         raise UserError(f"--resume: {output} is a run of dmpo {other}; go on by dmpo {other} --resume")
+
+
+def _command_of(output: Path) -> str | None:
+    """The command that began the run in ``output``; of versions that did not note it, by the first file it left."""
+    with suppress(UserError):  # a damaged file is told, or made again, where it is needed
+        environment = Environment.read_if_there(output)
+        if environment is not None and environment.command is not None:
+            return environment.command
+    starts = (record for record in _records(output) if isinstance(record, StartRecord) and record.stage)
+    trained = next((COMMANDS[str(record.stage)] for record in starts), None)
+    marks = {"evaluate": EvaluationOrder.FILE, "tune": Tuning.FILE}
+    return trained or next((name for name, file in marks.items() if (output / file).exists()), None)
 
 
 def require_no_data_path(config: RunConfig, command: str) -> None:
@@ -132,7 +140,7 @@ def reopen_run_folder(job: Job, data_fingerprint: str, steps_of: Callable[[RunCo
             or the starting model are.
     """
     config, output = job.config, job.output
-    require_run_of("train", output)
+    require_run_of(job.section, output)
     old = _saved(output)
 
     def free(key: str) -> bool:
@@ -142,7 +150,6 @@ def reopen_run_folder(job: Job, data_fingerprint: str, steps_of: Callable[[RunCo
             return steps_of(config) >= steps_of(old)
         return is_free(key, job.kind)
 
-    _require_stage(job)
     _require_unchanged(old, config, output, free, _changed_optimization(old, job))
     environment = _environment(job, data_fingerprint)
     if environment.data_fingerprint not in (None, data_fingerprint):
@@ -203,15 +210,6 @@ def _saved(output: Path) -> RunConfig:
     return load_config([config_file(output)])
 
 
-def _require_stage(job: Job) -> None:
-    """Raise UserError where the log says that the run is of the other stage."""
-    starts = (record for record in _records(job.output) if isinstance(record, StartRecord) and record.stage)
-    began = next(starts, None)
-    if began is not None and began.stage != job.kind:
-        command = COMMANDS[str(began.stage)]
-        raise UserError(f"--resume: {job.output} is a run of dmpo {command}; go on by dmpo {command} --resume")
-
-
 def _records(output: Path) -> Sequence[LogRecord]:
     file = output / METRICS_FILE
     return read_log(file).records if file.exists() else []
@@ -264,8 +262,8 @@ def optimization_differences(before: dict[str, Any], now: dict[str, Any]) -> lis
     return [key for key in {**old, **new} if counts(key) and value(old, key) != value(new, key)]
 
 
-def _new_environment(config: RunConfig, data_fingerprint: str | None) -> Environment:
-    known: dict[str, Any] = {"seed": config.seed, "run_id": uuid4().hex}
+def _new_environment(config: RunConfig, command: str, data_fingerprint: str | None) -> Environment:
+    known: dict[str, Any] = {"command": command, "seed": config.seed, "run_id": uuid4().hex}
     if data_fingerprint is not None:
         known["data_fingerprint"] = data_fingerprint
     return describe_environment().model_copy(update=known)
@@ -284,7 +282,7 @@ def _environment(job: Job, data_fingerprint: str) -> Environment:
     runs = _runs_of_checkpoints(job)
     if len(runs) > 1 or (not runs and last_checkpoint(job.output)):
         raise damaged
-    environment = _new_environment(job.config, data_fingerprint)
+    environment = _new_environment(job.config, job.section, data_fingerprint)
     for run_id, inputs in runs.items():
         began = {"data_fingerprint": inputs.get("data"), "start_digests": inputs.get("model", {})}
         environment = environment.model_copy(update={"run_id": run_id, **began})

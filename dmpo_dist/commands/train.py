@@ -218,7 +218,7 @@ def preflight(kind: Kind, config: RunConfig, resume: bool, earlier: Sequence[Job
     if resume:
         environment = reopen_run_folder(job, data.fingerprint, steps_of)
     else:
-        open_run_folder(config, resume, data.fingerprint, overwrite)
+        open_run_folder(config, job.section, resume, data.fingerprint, overwrite)
         environment = Environment.read(config.output_dir)
     if config.model.path == SCRATCH and not Path(start).exists():
         with failure_noted(config.output_dir):

@@ -45,7 +45,7 @@ def tune(config: RunConfig, console: Console, resume: bool = False, overwrite: b
     kind: Kind = "sft" if config.tune.stage == "sft" else "preference"
     data = PreparedData.load(require_prepared(config.data.path))
     config, spaces = _checked(config, kind, data)
-    open_run_folder(config, resume, data.fingerprint, overwrite, FREE)
+    open_run_folder(config, "tune", resume, data.fingerprint, overwrite, FREE)
     fitted_on = data_to_fit_on(config, data) if spaces else data
     with only_one(config.output_dir):
         tuning = _begun(config, data)
