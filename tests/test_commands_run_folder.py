@@ -44,6 +44,7 @@ FREE = {
     "train.log_every": 3, "train.keep_checkpoints": 5, "train.checkpoint_every": 4, "train.token_budget": 999,
     "evaluation.bootstrap_samples": 500, "evaluation.baselines": ["random"], "sft.steps": 3, "sft.learning_rate": 1.0,
     "deepspeed": "zero3", "train.steps": 20, "tracking.name": "another",
+    "data.negatives_per_group": 9, "data.source.kind": "csv",  # the data is there, and it is checked itself
 }  # fmt: skip
 FIXED = {
     "seed": 1, "train.negatives": 2, "train.steps": 9, "train.learning_rate": 1.0, "objective.beta": 0.3,

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import SETTINGS
 
+from dmpo_dist.data.store import unlike_preparation
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.datasets import open_datasets
 from dmpo_dist.experiment.grid import expand, keep_grid, read_grid
@@ -386,8 +387,10 @@ def test_datasets_that_are_missing_too_small_or_prepared_in_another_way(world, t
             make_parts(grid, expand(grid), open_datasets(grid, None))
 
     own = {"prepare": SETTINGS}
-    grid = grid_of({"k": 4}, output_dir=tmp_path / "out", datasets={"own": own})
-    assert make_parts(grid, expand(grid), open_datasets(grid, None))
+    over = {"settings": {"data": {"max_history": 9}}, "datasets": {"own": {"prepare": SETTINGS | {"max_history": 20}}}}
+    grid = grid_of({"k": 4}, output_dir=tmp_path / "out", **over)
+    part = make_parts(grid, expand(grid), open_datasets(grid, None))[0]
+    assert not unlike_preparation(part.config.data, world.data.card), "no note on keys that only the preparation has"
     refused(
         "datasets.a: .*no such folder of prepared data; write it with `dmpo data prepare", {}, a=str(tmp_path / "none")
     )

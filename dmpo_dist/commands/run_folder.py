@@ -38,8 +38,10 @@ from dmpo_dist.training.job import Job, Kind
 from dmpo_dist.training.runtime import CHECKPOINT
 from dmpo_dist.training.state_files import read_index
 
-FREE = ("cluster", "evaluation", "ranking", "serving", "submit", "tracking", "tune", "output_dir", "data.path")
+FREE = ("cluster", "evaluation", "ranking", "serving", "submit", "tracking", "tune", "output_dir", "data")
 """Sections and keys that a resumed run may change: none changes a number. The content of the data is checked."""
+SHOTS = ("data.shots", "data.shots_seed", "data.shots_skip")
+"""Keys of the data section that are no property of the prepared data."""
 FREE_OF_STAGE = ("log_every", "keep_checkpoints", "checkpoint_every", "token_budget")
 LENGTH = ("steps", "epochs")
 """Keys of a stage that may grow."""
@@ -202,6 +204,8 @@ def is_free(key: str, stage: Kind) -> bool:
     """Whether a resumed run of ``stage`` may have another value of ``key``, as it changes no number."""
     section, other = ("sft", ("train", "objective", "reference")) if stage == "sft" else ("train", ("sft",))
     names = (*FREE, *other, *(f"{section}.{name}" for name in FREE_OF_STAGE))
+    if key in SHOTS:
+        return False
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmpo_dist.config import RunConfig, load_config
+from dmpo_dist.config import DataConfig, RunConfig, load_config
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.prepare import prepare
-from dmpo_dist.data.store import PreparedData
+from dmpo_dist.data.store import NOT_PREPARED_BY, PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.schema import GridConfig, layers_of, override, settings_of
 
@@ -50,6 +50,15 @@ def open_datasets(grid: GridConfig, make: Callable[[str], None] | None) -> dict[
 def named_path(data: Mapping[str, PreparedData], name: str, grid: GridConfig) -> Path:
     """The folder of a dataset, which may not exist yet."""
     return data[name].path if name in data else (grid.datasets[name].path or grid.output_dir / DATA / name).absolute()
+
+
+def prepared_by(grid: GridConfig, name: str) -> dict[str, Any]:
+    """Keys of the data section that decide what the experiment's own preparation of a dataset makes; none where the
+    grid names a folder."""
+    if grid.datasets[name].prepare is None:
+        return {}
+    asked = _preparation(grid, name).data
+    return {key: getattr(asked, key) for key in DataConfig.model_fields if key not in NOT_PREPARED_BY}
 
 
 def _preparation(grid: GridConfig, name: str) -> RunConfig:

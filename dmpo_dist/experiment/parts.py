@@ -15,7 +15,7 @@ from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.errors import UserError
 from dmpo_dist.experiment.compute import equal_compute
-from dmpo_dist.experiment.datasets import named_path
+from dmpo_dist.experiment.datasets import named_path, prepared_by
 from dmpo_dist.experiment.grid import Free, GridCell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, SKIP, START, GridConfig
 from dmpo_dist.modeling.backbone import find_model
@@ -313,7 +313,8 @@ def _weights(model: str) -> str:
 
 def _on_dataset(config: RunConfig, cell: GridCell, grid: GridConfig, data: Mapping[str, PreparedData]) -> RunConfig:
     """The configuration with the dataset's path and with absolute paths, as they will be saved in the run folder."""
-    changes: dict[str, Any] = {"data": config.data.model_copy(update={"path": named_path(data, cell.dataset, grid)})}
+    own = {"path": named_path(data, cell.dataset, grid), **prepared_by(grid, cell.dataset)}
+    changes: dict[str, Any] = {"data": config.data.model_copy(update=own)}
     if config.deepspeed.endswith(".json"):
         changes["deepspeed"] = str(Path(config.deepspeed).absolute())
     if config.reference.path is not None:
