@@ -4,9 +4,10 @@ Each function does what the command of its name does, and takes any key of the c
 ``settings``, such as ``{"train.learning_rate": 1e-5}`` (``dmpo config show --all`` lists them).
 """
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.config import RunConfig, config_of
+from dmpo_dist.config.section import at_home
 from dmpo_dist.data.prepare import prepare as prepare_groups
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tables import require_once
@@ -66,14 +68,14 @@ def prepare(
         >>> columns = {"user": "customer", "item": "sku", "timestamp": "time", "title": "name"}
         >>> data = dmpo.prepare(frame, columns=columns)
     """
-    with TemporaryDirectory(prefix="dmpo-") as scratch:
+    tables = {"path": ("log", log), "items_path": ("titles", titles), "users_path": ("users", users)}
+    frames = [name for name, table in tables.values() if isinstance(table, pd.DataFrame)]
+    with TemporaryDirectory(prefix="dmpo-") as scratch, _as_called(Path(scratch), frames):
         names = {"columns": columns, "items_columns": titles_columns, "users_columns": users_columns}
         source: dict[str, Any] = {key: dict(value or {}) for key, value in names.items()}
-        source["path"] = _as_file(log, Path(scratch) / "log.parquet")
-        if titles is not None:
-            source["items_path"] = _as_file(titles, Path(scratch) / "titles.parquet")
-        if users is not None:
-            source["users_path"] = _as_file(users, Path(scratch) / "users.parquet")
+        for key, (name, table) in tables.items():
+            if table is not None:
+                source[key] = _as_file(table, Path(scratch) / f"{name}.parquet")
         if isinstance(log, pd.DataFrame):
             source["kind"] = "parquet"
         config = config_of({"seed": seed, "data.source": source} | dict(settings or {}))
@@ -272,10 +274,24 @@ def _require_its_template(
         )
 
 
+@contextmanager
+def _as_called(scratch: Path, frames: Sequence[str]) -> Iterator[None]:
+    """Errors name the arguments of ``prepare``, and neither the keys behind them nor our files of its data frames."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"data\.source\.(\w*columns)\.(\w+)", r'\1["\2"]', str(error))
+        text = text.replace("items_columns[", "titles_columns[").replace("data.source.items_path", "titles=...")
+        for name in frames:
+            text = text.replace(str(scratch / f"{name}.parquet"), f"the data frame {name}")
+            text = re.sub(rf"(?<![\w/]){name}\.parquet", f"the data frame {name}", text)
+        raise UserError(text) from None
+
+
 def _as_file(table: pd.DataFrame | str | Path, file: Path) -> Path:
     """The path of ``table``; a data frame is written to ``file``."""
     if not isinstance(table, pd.DataFrame):
-        return Path(table)
+        return Path(at_home(table))
     require_once([str(name) for name in table.columns], "the data frame")
     with parsing("the data frame", "a column holds values of one type: see astype(str)"):
         table.to_parquet(file)
@@ -285,7 +301,7 @@ def _as_file(table: pd.DataFrame | str | Path, file: Path) -> Path:
 def _free_folder(folder: str | Path | None, name: str) -> Path:
     """``folder``, else the first of runs/name, runs/name-2, ... that does not exist."""
     if folder is not None:
-        return Path(folder)
+        return Path(at_home(folder))
     first = Path("runs") / name
     others = (first.with_name(f"{name}-{number}") for number in range(2, 10_000))
     return next(path for path in (first, *others) if not path.exists())

@@ -52,6 +52,11 @@ def test_a_data_frame_that_no_file_can_hold_is_one_message(tmp_path, monkeypatch
     mixed.loc[0, "sku"] = "a7"
     with pytest.raises(UserError, match=r"the data frame: cannot be read .*column sku.*; a column holds"):
         dmpo.prepare(mixed, columns=COLUMNS)
+    with pytest.raises(UserError, match=r'^the data frame log: no column .*; set columns\["user"\] to .*one$'):
+        dmpo.prepare(shop(3), columns=COLUMNS | {"user": "client"})
+    names = shop(3)[["sku", "name"]].set_axis(["item", "label"], axis=1)
+    with pytest.raises(UserError, match=r'^the data frame titles: no column .*; set titles_columns\["title"\] to'):
+        dmpo.prepare(shop(3), columns={k: v for k, v in COLUMNS.items() if k != "title"}, titles=names)
     assert not list(tmp_path.iterdir())
 
 

@@ -364,6 +364,12 @@ def test_a_path_in_the_home_directory_is_found_there(tmp_path, monkeypatch):
         str(tmp_path / name) for name in ("m", "d.json", "model")
     ]
     assert config.template.item == "~/{title}", "a text of a prompt is no path"
+    given = config_of({"data.path": Path("~/data"), "output_dir": Path("~/run"), "model.path": Path("~/m")})
+    assert (given.data.path, given.output_dir, given.model.path) == (
+        tmp_path / "data",
+        tmp_path / "run",
+        str(tmp_path / "m"),
+    )
 
 
 def test_a_mapping_needs_no_space_after_its_colons():

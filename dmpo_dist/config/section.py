@@ -8,12 +8,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, fie
 
 
 def at_home(value: Any) -> Any:
-    """``value``, or what it names in the user's home directory where it begins with ``~/``, which the shell leaves as
-    it is after a key."""
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+    """``value``, or what it names in the user's home directory where it is a text or Path that begins with ``~/``,
+    which the shell leaves as it is after a key."""
+    at_home = isinstance(value, str | Path) and str(value).startswith("~/")
+    return str(Path(value).expanduser()) if at_home else value
 
 
-PathText = Annotated[str, BeforeValidator(at_home)]
+def _as_text(value: Any) -> Any:
+    value = at_home(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+PathText = Annotated[str, BeforeValidator(_as_text)]
 """A path that may also be something else, such as a hub id or the URI of a bucket."""
 
 
