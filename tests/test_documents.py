@@ -3,7 +3,9 @@
 import ast
 import inspect
 import re
+import runpy
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,23 @@ def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives the headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_figures_of_the_results_are_those_that_are_told(tmp_path, monkeypatch):
+    """Each number that is drawn stands in RESULTS.md, and the pictures are of these numbers."""
+    folder = ROOT / "docs" / "figures"
+    told = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    for line in (folder / "results.csv").read_text(encoding="utf-8").splitlines()[1:]:
+        *_, value, low, high = line.split(",")
+        if not line.startswith("training"):  # these are of the logs
+            assert all(number.lstrip("-") in told for number in (value, low, high)), line
+    drawing = runpy.run_path(str(folder / "draw.py"))
+    monkeypatch.setitem(drawing["main"].__globals__, "HERE", tmp_path)
+    shutil.copy(folder / "results.csv", tmp_path)
+    drawing["main"]()
+    for picture in folder.glob("*.svg"):
+        assert texts_of(tmp_path / picture.name) == texts_of(picture), "draw it again by python docs/figures/draw.py"
+
+
+def texts_of(picture: Path) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)<", picture.read_text(encoding="utf-8"))

@@ -1,0 +1,89 @@
+"""Draw the figures of RESULTS.md from results.csv: `python docs/figures/draw.py`, in the folder of the repository.
+
+results.csv holds the figures that RESULTS.md tells, and the training loss of DMPO from the logs of its runs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
+from dmpo_dist.figures.models import model_look
+from dmpo_dist.figures.style import GREY, PALETTE, Drawing, add_legend, drawing, log_ticks
+
+HERE = Path(__file__).parent
+WIDTH = 4.3  # inches of a panel
+ZERO_SHOT, SFT_CONTINUED = 0.578, 0.629  # NDCG@10 on the same 300 users of ML-100K
+LOOKS = {"DMPO": model_look("dmpo"), "SFT continued": model_look("sft_continued")}
+
+
+def main() -> None:
+    results = pd.read_csv(HERE / "results.csv")
+    panels = dict(iter(results.groupby("panel", sort=False)))
+    difference = "NDCG@10 minus SFT continued, 95 % intervals"
+    save(
+        "claim.svg",
+        [
+            interval_drawing("DMPO, 100 examples", _rows(panels["datasets"]), zero=True, unit=difference),
+            interval_drawing("ML-100K, seed 1", _rows(panels["losses"]), zero=True, unit=difference),
+        ],
+    )
+    save(
+        "curves.svg",
+        [
+            Drawing("ML-100K, by number of examples", "", lambda axes: _by(axes, panels["examples"], "examples")),
+            Drawing("ML-100K, by number of negatives", "", lambda axes: _by(axes, panels["negatives"], "negatives")),
+            Drawing("DMPO's training loss", "", lambda axes: _losses(axes, panels["training"])),
+        ],
+    )
+
+
+@drawing()
+def save(name: str, drawings: Sequence[Drawing]) -> None:
+    """The drawings side by side, on white, as a picture of this folder."""
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dmpo", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(WIDTH * len(drawings), max(drawn.height for drawn in drawings) + 0.5))
+        for panel, drawn in zip(figure.subfigures(1, len(drawings)), drawings, strict=True):
+            drawn.draw(panel.subplots())
+            panel.axes[0].set_title(drawn.title)
+            if len(panel.axes[0].get_legend_handles_labels()[1]) > 1:
+                add_legend(panel, 3)
+        figure.savefig(HERE / name, metadata={"Date": None})
+
+
+def _rows(panel: pd.DataFrame) -> list[IntervalRow]:
+    """A row for each figure, hollow where its interval holds 0."""
+    colours = {True: GREY, False: LOOKS["DMPO"].colour}
+    return [
+        IntervalRow(row.series, row.value, row.low, row.high, colours[row.low <= 0], hollow=row.low <= 0)
+        for row in panel.itertuples()
+    ]
+
+
+def _by(axes: Axes, panel: pd.DataFrame, unit: str) -> None:
+    """A line for each series over ``x``; what does not depend on it is a level."""
+    for name, points in panel.groupby("series"):
+        look = LOOKS[str(name)]
+        axes.plot(points["x"], points["value"], color=look.colour, marker=look.marker, linestyle=look.dash, label=name)
+    if "SFT continued" not in set(panel["series"]):
+        axes.axhline(SFT_CONTINUED, color=LOOKS["SFT continued"].colour, linestyle="--", label="SFT continued")
+    axes.axhline(ZERO_SHOT, color=GREY, linestyle=":", label="zero-shot")
+    log_ticks(axes, panel["x"])
+    axes.set_xlabel(unit)
+    axes.set_ylabel("NDCG@10")
+
+
+def _losses(axes: Axes, panel: pd.DataFrame) -> None:
+    for (name, points), colour in zip(panel.groupby("series", sort=False), PALETTE, strict=False):
+        axes.plot(points["x"], points["value"], color=colour, label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, from log 2")
+
+
+if __name__ == "__main__":
+    main()
