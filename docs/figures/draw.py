@@ -1,9 +1,11 @@
 """Draw the figures of RESULTS.md from results.csv: `python docs/figures/draw.py`, in the folder of the repository.
 
-results.csv holds the figures that RESULTS.md tells, and the training loss of DMPO from the logs of its runs.
+results.csv holds the figures that RESULTS.md tells, and from the logs of the runs, by step, the training loss of DMPO
+and HR@1 on validation (mean of three seeds).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,13 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dmpo_dist.figures.intervals import IntervalRow, interval_drawing
-from dmpo_dist.figures.models import model_look
+from dmpo_dist.figures.models import model_looks
 from dmpo_dist.figures.style import GREY, PALETTE, Drawing, add_legend, drawing, log_ticks
 
 HERE = Path(__file__).parent
 WIDTH = 4.3  # inches of a panel
 ZERO_SHOT, SFT_CONTINUED = 0.578, 0.629  # NDCG@10 on the same 300 users of ML-100K
-LOOKS = {"DMPO": model_look("dmpo"), "SFT continued": model_look("sft_continued")}
+NAMES = {
+    "SFT continued": "sft_continued", "DMPO": "dmpo", "DMPO, boundary negatives": "dmpo-boundary", "S-DPO": "sdpo",
+    "DPO on 7 pairs": "dpo_pairs", "IPO": "ipo", "SimPO": "simpo",
+}  # fmt: skip
+LOOKS = dict(zip(NAMES, model_looks(NAMES.values()).values(), strict=True))
 
 
 def main() -> None:
@@ -40,6 +46,8 @@ def main() -> None:
             Drawing("DMPO's training loss", "", lambda axes: _losses(axes, panels["training"])),
         ],
     )
+    steps = {name.removeprefix("steps, "): panel for name, panel in panels.items() if name.startswith("steps")}
+    save("objectives.svg", [Drawing(name, "", partial(_steps, panel=panel)) for name, panel in steps.items()])
 
 
 @drawing()
@@ -47,11 +55,15 @@ def save(name: str, drawings: Sequence[Drawing]) -> None:
     """The drawings side by side, on white, as a picture of this folder."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dmpo", "font.family": "sans-serif"}):
         figure = Figure(figsize=(WIDTH * len(drawings), max(drawn.height for drawn in drawings) + 0.5))
-        for panel, drawn in zip(figure.subfigures(1, len(drawings)), drawings, strict=True):
+        panels = figure.subfigures(1, len(drawings))
+        for panel, drawn in zip(panels, drawings, strict=True):
             drawn.draw(panel.subplots())
             panel.axes[0].set_title(drawn.title)
-            if len(panel.axes[0].get_legend_handles_labels()[1]) > 1:
-                add_legend(panel, 3)
+        labels = [panel.axes[0].get_legend_handles_labels()[1] for panel in panels]
+        shared = all(found == labels[0] for found in labels)
+        for where, found in [(figure, labels[0])] if shared else zip(panels, labels, strict=True):
+            if len(found) > 1:
+                add_legend(where, len(found) if shared else 3)
         figure.savefig(HERE / name, metadata={"Date": None})
 
 
@@ -64,17 +76,29 @@ def _rows(panel: pd.DataFrame) -> list[IntervalRow]:
     ]
 
 
+def _line(axes: Axes, series: str, points: pd.DataFrame) -> None:
+    look = LOOKS[series]
+    axes.plot(points["x"], points["value"], color=look.colour, marker=look.marker, linestyle=look.dash, label=series)
+
+
 def _by(axes: Axes, panel: pd.DataFrame, unit: str) -> None:
     """A line for each series over ``x``; what does not depend on it is a level."""
     for name, points in panel.groupby("series"):
-        look = LOOKS[str(name)]
-        axes.plot(points["x"], points["value"], color=look.colour, marker=look.marker, linestyle=look.dash, label=name)
+        _line(axes, str(name), points)
     if "SFT continued" not in set(panel["series"]):
         axes.axhline(SFT_CONTINUED, color=LOOKS["SFT continued"].colour, linestyle="--", label="SFT continued")
     axes.axhline(ZERO_SHOT, color=GREY, linestyle=":", label="zero-shot")
     log_ticks(axes, panel["x"])
     axes.set_xlabel(unit)
     axes.set_ylabel("NDCG@10")
+
+
+def _steps(axes: Axes, panel: pd.DataFrame) -> None:
+    for name, points in panel.groupby("series", sort=False):
+        _line(axes, str(name), points)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("HR@1 on validation")
 
 
 def _losses(axes: Axes, panel: pd.DataFrame) -> None:
