@@ -146,7 +146,8 @@ def train(
     _require_its_template(model, config, settings, "model")
     with nullcontext() if _needs_ray(config) else single_rank():
         folder_of_model = run_stage(stage, config, _console())
-    return load(folder_of_model, settings=settings)
+    named = {"objective.name": objective} if stage == "preference" else {}  # settings may hold options of its own
+    return load(folder_of_model, settings=named | dict(settings or {}))
 
 
 def load(path: str | Path, *, settings: Settings | None = None) -> RankingModel:

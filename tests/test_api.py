@@ -85,6 +85,8 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     compared = next(c for c in result.comparisons if {c.a, c.b} == {"sft", "sdpo"} and c.metric == "hr@1")
     difference = result.models[compared.a]["hr@1"].value - result.models[compared.b]["hr@1"].value
     assert compared.difference == pytest.approx(difference)
+    own_option = {"train.steps": 1, "objective.gamma": 0.2}  # which the default objective has not
+    assert dmpo.train(data, sft, objective="simpo", negatives=3, shots=10, settings=own_option).source.stamp
     lora = dmpo.train(data, sft, negatives=3, shots=10, settings={"train.steps": 2, "model.lora": {"r": 2}})
     both = dmpo.evaluate(data, {"dmpo": lora, "base": lora.reference(lora.source.base), "sft": sft}, baselines=[])
     assert lora.source.stamp.base_digests == weights_digests(sft.source.path)
