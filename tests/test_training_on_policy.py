@@ -210,6 +210,8 @@ def test_a_stretch_that_was_cut_goes_on_with_what_was_drawn(catalogue, forward):
         assert resumed.drawn[pair] == made.drawn[pair]
         assert resumed.group(pair[1], pair[0]) == made.group(pair[1], pair[0])
     assert len(resumed.drawn) == len(made.schedule.groups(3))
+    assert made.figures["target_found"] > 0
+    assert not resumed.figures, "these are some of the groups that were searched"
     assert not said
 
 

@@ -261,15 +261,17 @@ class OnPolicy:
             )
         self.drawn = {pair: drawn for pair, drawn, *_ in found}
         self._groups = {pair: group for pair, _, group, _ in found}
+        lists = [best for *_, best in found if best]
+        if not lists:  # a resumed run takes up what was drawn: these are not all groups of that search
+            self.figures = {}
+            return
         ranks = [drawn.target for drawn in self.drawn.values() if drawn.target]
         self.figures = {
             "drawn_titles": len({title for drawn in self.drawn.values() for title in drawn.titles}),
             "target_found": len(ranks) / len(found),
             "target_rank": float(np.mean(ranks)) if ranks else None,
+            "top10_titles": len({beam.title for best in lists for beam in best}),
         }
-        lists = [best for *_, best in found if best]
-        if lists:  # none where a resumed run takes up what was drawn
-            self.figures["top10_titles"] = len({beam.title for best in lists for beam in best})
 
 
 def _parts(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
