@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import Evaluation
 from dmpo_dist.config import RunConfig, config_of
-from dmpo_dist.config.section import at_home
+from dmpo_dist.config.section import at_home, dotted
 from dmpo_dist.data.prepare import prepare as prepare_groups
 from dmpo_dist.data.store import PreparedData
 from dmpo_dist.data.tables import require_once
@@ -30,6 +30,11 @@ from dmpo_dist.parsing import parsing
 from dmpo_dist.quiet import silence_libraries
 
 Settings = Mapping[str, Any]
+ARGUMENTS = {
+    "objective.name": "objective", "model.path": "model", "data.path": "data", "output_dir": "folder",
+    "data.source.path": "log", "data.source.items_path": "titles", "data.source.users_path": "users",
+}  # fmt: skip
+"""Key -> argument, where it has another name than the last part of the key."""
 
 
 def prepare(
@@ -72,13 +77,14 @@ def prepare(
     frames = [name for name, table in tables.values() if isinstance(table, pd.DataFrame)]
     with TemporaryDirectory(prefix="dmpo-") as scratch, _as_called(Path(scratch), frames):
         names = {"columns": columns, "items_columns": titles_columns, "users_columns": users_columns}
-        source: dict[str, Any] = {key: dict(value or {}) for key, value in names.items()}
+        given: dict[str, Any] = {f"data.source.{key}": dict(value or {}) for key, value in names.items()}
         for key, (name, table) in tables.items():
             if table is not None:
-                source[key] = _as_file(table, Path(scratch) / f"{name}.parquet")
+                given[f"data.source.{key}"] = _as_file(table, Path(scratch) / f"{name}.parquet")
         if isinstance(log, pd.DataFrame):
-            source["kind"] = "parquet"
-        config = config_of({"seed": seed, "data.source": source} | dict(settings or {}))
+            given["data.source.kind"] = "parquet"
+        usual = {"seed": 0} | {f"data.source.{key}": None for key in tables}
+        config = config_of(_with_settings({"seed": seed} | given, usual, settings))
         return prepare_groups(config.data, config.seed, _free_folder(folder, "data"))
 
 
@@ -132,7 +138,8 @@ def train(
         raise UserError(f"stage={stage!r}: there is no such stage; give 'sft' or 'preference'")
     start = model.scored_source.path if isinstance(model, RankingModel) else str(model)
     given = {"data.shots": shots, "seed": seed, "cluster.workers": workers, "model.path": start}
-    usual = {"data.shots": None, "seed": 0, "cluster.workers": 1, "objective.name": "dmpo", "train.negatives": 7}
+    usual: dict[str, Any] = {"data.shots": None, "seed": 0, "cluster.workers": 1, "model.path": "scratch"}
+    usual |= {"objective.name": "dmpo", "train.negatives": 7}
     of_preferences = {"objective.name": objective, "train.negatives": negatives}
     if stage == "sft" and of_preferences.items() - usual.items():
         raise UserError(
@@ -146,7 +153,8 @@ def train(
     _require_its_template(model, config, settings, "model")
     with nullcontext() if _needs_ray(config) else single_rank():
         folder_of_model = run_stage(stage, config, _console())
-    return load(folder_of_model, settings=settings)
+    named = {"objective.name": objective} if stage == "preference" else {}  # settings may hold options of its own
+    return load(folder_of_model, settings=named | dict(settings or {}))
 
 
 def load(path: str | Path, *, settings: Settings | None = None) -> RankingModel:
@@ -211,7 +219,8 @@ def evaluate(
     if not isinstance(models, Mapping):
         raise UserError('models: give each model a name for the table, as in {"dmpo": model}')
     paths = {name: m.scored_source.path if isinstance(m, RankingModel) else str(m) for name, m in models.items()}
-    given = _with_settings({"seed": seed, "evaluation.baselines": list(baselines)}, {"seed": 0}, settings)
+    usual = {"seed": 0, "evaluation.baselines": ["random", "popularity", "item_knn"]}
+    given = _with_settings({"seed": seed, "evaluation.baselines": list(baselines)}, usual, settings)
     config = _run_config(data, folder, "evaluation", given)
     config = with_length_of([find_model(path) for path in paths.values()], config)
     for name, model in models.items():
@@ -234,14 +243,12 @@ def _with_settings(given: Settings, usual: Settings, settings: Settings | None) 
     Raises:
         UserError: another argument than the usual one says otherwise than ``settings``.
     """
-    settings = dict(settings or {})
-    for key in given.keys() & settings.keys() & usual.keys():
-        if given[key] not in (usual[key], settings[key]):
-            name = key.rpartition(".")[2]
-            raise UserError(
-                f"{key}: settings say {settings[key]!r}, the call says {given[key]!r} ({name}); leave one out"
-            )
-    return {**given, **settings}
+    said = dotted(settings or {})
+    for key in (key for key in usual if key in given and key in said):
+        if str(given[key]) not in (str(usual[key]), str(said[key])):  # a path may be a text
+            name = ARGUMENTS.get(key) or key.rpartition(".")[2]
+            raise UserError(f"{key}: settings say {said[key]!r}, the call says {given[key]!r} ({name}); leave one out")
+    return {**given, **(settings or {})}
 
 
 def _console() -> Console:
@@ -251,7 +258,8 @@ def _console() -> Console:
 
 def _run_config(data: PreparedData, folder: str | Path | None, name: str, given: Settings) -> RunConfig:
     few = len(data.train) if len(data.train) < data.card.counts["train"] else None  # after ``data.few``
-    given = dict(given)
+    given, fixed = dict(given), {"data.path": data.path} | ({} if folder is None else {"output_dir": folder})
+    _with_settings(fixed, dict.fromkeys(fixed), given)
     if few is not None and given.get("data.shots") is None:
         given |= {"data.shots": few, "data.shots_seed": data.shots_seed, "data.shots_skip": data.shots_skip}
     return config_of({"data.path": data.path, "output_dir": _free_folder(folder, name)} | given)

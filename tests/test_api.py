@@ -85,6 +85,8 @@ def test_a_data_frame_becomes_a_model_that_ranks_as_it_is_evaluated(data):
     compared = next(c for c in result.comparisons if {c.a, c.b} == {"sft", "sdpo"} and c.metric == "hr@1")
     difference = result.models[compared.a]["hr@1"].value - result.models[compared.b]["hr@1"].value
     assert compared.difference == pytest.approx(difference)
+    own_option = {"train.steps": 1, "objective.gamma": 0.2}  # which the default objective has not
+    assert dmpo.train(data, sft, objective="simpo", negatives=3, shots=10, settings=own_option).source.stamp
     lora = dmpo.train(data, sft, negatives=3, shots=10, settings={"train.steps": 2, "model.lora": {"r": 2}})
     both = dmpo.evaluate(data, {"dmpo": lora, "base": lora.reference(lora.source.base), "sft": sft}, baselines=[])
     assert lora.source.stamp.base_digests == weights_digests(sft.source.path)
@@ -145,6 +147,22 @@ def test_mistakes_name_what_to_change(data, tmp_path):
         dmpo.train(PreparedData.load("runs/data"), stage="dmpo")
     with pytest.raises(UserError, match=r"train\.negatives: settings say 3, the call says 4 \(negatives\); leave one"):
         dmpo.train(data, negatives=4, settings={"train.negatives": 3})
+    settings = {"train": {"negatives": 3}, "objective.name": "ipo", "model.path": "b", "data": {"path": "other"}}
+    for arguments, key, name in (
+        ({"negatives": 4}, "train.negatives", "negatives"), ({"objective": "sdpo"}, "objective.name", "objective"),
+        ({"model": "a"}, "model.path", "model"), ({}, "data.path", "data"), ({"folder": "a"}, "output_dir", "folder"),
+    ):  # fmt: skip
+        said = settings if key != "output_dir" else {key: "b"}
+        with pytest.raises(UserError, match=rf"{key}: settings say .*, the call says .* \({name}\); leave one out"):
+            dmpo.train(data, **arguments, settings={k: v for k, v in said.items() if key.startswith(k)})
+    with pytest.raises(UserError, match=r"evaluation.baselines: settings say \[\], the call says \['oracle'\]"):
+        dmpo.evaluate(data, {}, baselines=["oracle"], settings={"evaluation": {"baselines": []}})
+    with pytest.raises(UserError, match="seed: settings say 2, the call says 1"):
+        dmpo.prepare(shop(), columns=COLUMNS, seed=1, settings={"seed": 2})
+    with pytest.raises(UserError, match=r"settings say 'x.csv', the call says .*the data frame log.* \(log\); leave"):
+        dmpo.prepare(shop(), columns=COLUMNS, settings={"data.source.path": "x.csv"})
+    with pytest.raises(UserError, match="after filtering:\n  640 interactions of 80 users"):
+        dmpo.prepare(shop(), columns=COLUMNS, settings={"data.source": {"untitled": 0.1}, "data": {"min_history": 99}})
     with pytest.raises(UserError, match="objective='sdpo', negatives=7: have no effect on stage='sft'"):
         dmpo.train(data, stage="sft", objective="sdpo")
     with pytest.raises(UserError, match="models: give each model a name"):

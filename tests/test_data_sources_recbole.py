@@ -49,6 +49,12 @@ def test_fields_of_other_names_and_windows_line_ends(tmp_path: Path) -> None:
     assert log.items.to_dict("list") == {"item": ["2"], "title": ["So What"], "genres": [""]}
 
 
+def test_a_carriage_return_within_a_title_does_not_cut_it(tmp_path: Path) -> None:
+    """pandas ends a line there, so the title was cut, its year and genres were lost, and the rest became an item."""
+    with pytest.raises(UserError, match=r"title of item '242', 'Kol\\rya \(1996\)', contains a line break"):
+        read(tmp_path, item=ITEM.replace("Kol", "Kol\r"))
+
+
 @pytest.mark.parametrize(
     ("inter", "item", "message"),
     [

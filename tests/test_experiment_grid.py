@@ -208,6 +208,7 @@ def test_equal_compute_counts_rows_as_the_route_of_the_model_lays_them_out(world
 def test_equal_compute_counts_the_prompts_that_training_reads(world):
     def steps(k, **template):
         settings = {"train": {"steps": 100}, "model": {"max_length": 256}, "template": template}
+        settings |= {"sft": {"negatives": 6}}
         grid = grid_of({"k": [k], "shots": 8}, arms=["sft_continued_compute"], settings=settings,
                        datasets={"a": str(world.data.path)})  # fmt: skip
         parts = make_parts(grid, expand(grid), {"a": world.data})
@@ -263,6 +264,11 @@ def test_a_key_on_the_command_line_holds_for_all_cells_or_is_refused(tmp_path):
         assert "\n" not in message
     cells = expand(read_grid(file, ["objective.sft_weight=0.5", "train.weight_decay=0.25"]))
     assert {(cell.config.objective.sft_weight, cell.config.train.weight_decay) for cell in cells} == {(0.5, 0.25)}
+    texts = {"item": "- {title}{end}", "preamble": "# Liked:", "request": "{candidates} Next:"}
+    written = ["train.on_policy={every:3}", *(f"template.{key}={text}" for key, text in texts.items())]
+    for cell in expand(read_grid(file, written)):  # as `dmpo train` reads them
+        assert {key: getattr(cell.config.template, key) for key in texts} == texts
+        assert cell.config.train.on_policy.every == 3
 
 
 def test_tables_name_the_likelihood_that_the_layers_below_add_to_every_objective():
@@ -395,6 +401,12 @@ def test_datasets_that_are_missing_too_small_or_prepared_in_another_way(world, t
         "datasets.a: .*no such folder of prepared data; write it with `dmpo data prepare", {}, a=str(tmp_path / "none")
     )
     refused("own_shots-all_k-7_dmpo_seed-0: train.negatives=7, but the prepared data holds 6", {"k": [4, 7]}, own=own)
+    for axes, words in (
+        ({"objective": "rank_reward"}, "rank-reward.*: objective.name=rank_reward trains on titles that the model"),
+        ({"train.on_policy": [{"beams": 99}]}, "train.on_policy.beams=99, but the catalogue of .* has 40 titles"),
+        ({"sft.negatives": [9], "template.request": "{candidates}"}, "sft.negatives=9, but the prepared data holds 6"),
+    ):  # what training would refuse only once the SFT start is there
+        refused(words, {"k": 4} | axes, own=own)
     refused("own_shots-9999_k-4_dmpo_seed-0: shots=9999, but .* holds", {"k": 4, "shots": [16, 9999]}, own=own)
     refused(
         "was prepared with seed=0, the grid now says 1; give the dataset another name", {"k": 4}, own=own | {"seed": 1}

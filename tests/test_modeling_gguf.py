@@ -1,6 +1,7 @@
 """A GGUF file as a model path: the numbers are the file's, it is converted once, and what is wrong with one is said."""
 
 import shutil
+import struct
 from collections import namedtuple
 from pathlib import Path
 
@@ -98,6 +99,24 @@ def test_what_is_wrong_with_a_file_is_said(
     with pytest.raises(UserError, match=rf"bad\.gguf: .*{message}"):
         find_model(str(file))
     assert not cache.exists() or not list(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("general.alignment", struct.pack("<II", 4, 0), "its header is cut off or damaged"),
+        ("general.alignment", struct.pack("<IQ1s", 8, 1, b"x"), "its header is cut off or damaged"),
+        ("split.count", struct.pack("<IH", 2, 3), "one of 3 files that hold the model together; join them by"),
+    ],
+)
+def test_a_field_of_the_header_that_will_not_do(tmp_path: Path, key: str, value: bytes, message: str) -> None:
+    file = tmp_path / "bad.gguf"
+    write_gguf(file)
+    magic, version, tensors, fields = struct.unpack("<4sIQQ", file.read_bytes()[:24])
+    more = struct.pack("<Q", len(key)) + key.encode() + value
+    file.write_bytes(struct.pack("<4sIQQ", magic, version, tensors, fields + 1) + more + file.read_bytes()[24:])
+    with pytest.raises(UserError, match=rf"bad\.gguf: {message}"):
+        find_model(str(file))
 
 
 def test_another_kind_of_file_and_none(tmp_path: Path) -> None:

@@ -166,6 +166,12 @@ def test_levels_on_plain_tensors():
     scores = [5.0 - level for level in levels]
     found = preference_loss(policy, reference, scored, levels=levels, scores=scores)
     assert found.item() == pytest.approx((recpo([[2.0, 0.5], [1.0]]) + recpo([[1.0], [0.0]])) / 2)
+    tops = [torch.tensor([True, False, False]), torch.tensor([1.0, 0.0])]  # levels of other types
+    again = preference_loss(policy, reference, OBJECTIVES["mult_dpo"](beta=BETA), levels=tops)
+    assert again == preference_loss(policy, reference, OBJECTIVES["mult_dpo"](beta=BETA), levels=levels)
+    half = [torch.tensor([0.0, 0.5, 1.0]), levels[1]]
+    with pytest.raises(ValueError, match=r"levels of group 0 are \[0.0, 0.5, 1.0\]; give whole numbers"):
+        preference_loss(policy, reference, OBJECTIVES["plackett_luce"](), levels=half)
     for wrong, words in (([[0, 0, 0], [0, 1]], "group 0 go from 0 to 0"), ([[0, 1, 1], [1, 2]], "group 1 go from 1")):
         with pytest.raises(ValueError, match=words):
             preference_loss(policy, reference, scored, levels=[torch.tensor(level) for level in wrong])

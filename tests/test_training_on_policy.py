@@ -1,5 +1,6 @@
 """Negatives that the model finds itself: valid, seeded, the same on any number of ranks and after a resume."""
 
+import json
 import math
 from collections import Counter
 from contextlib import contextmanager
@@ -154,7 +155,7 @@ def test_titles_that_the_tokenizer_reads_alike_are_one(world, forward):
     for twins in (False, True):
         catalogue = without_case(world, twins)
         settings = OnPolicyConfig(every=2, beams=len(world.titles), top=6)
-        made.append(on_policy(catalogue, forward, settings, rewards=lambda drawn, count: tuple(drawn.ranks)))
+        made.append(on_policy(catalogue, forward, settings, rewards=lambda target, ranks: tuple(ranks)))
         made[-1].begin(0, 2)
     alone, beside_twins = made
     assert alone.drawn == beside_twins.drawn
@@ -209,6 +210,8 @@ def test_a_stretch_that_was_cut_goes_on_with_what_was_drawn(catalogue, forward):
         assert resumed.drawn[pair] == made.drawn[pair]
         assert resumed.group(pair[1], pair[0]) == made.group(pair[1], pair[0])
     assert len(resumed.drawn) == len(made.schedule.groups(3))
+    assert made.figures["target_found"] > 0
+    assert not resumed.figures, "these are some of the groups that were searched"
     assert not said
 
 
@@ -235,15 +238,39 @@ def test_a_draw_leaves_out_the_positive_and_skips_the_first():
         counts.update(drawn.titles)
     assert set(counts) == {2, 3, 5, 6}
     assert max(counts.values()) < 1.4 * min(counts.values()), "each is as likely"
-    assert draw(found, 77, 0, 9, 20, np.random.default_rng(0)) == ([*range(9)], [*range(1, 10)], 0)
+    assert draw(found, 77, 0, 9, 20, np.random.default_rng(0)) == Drawn([*range(9)], [*range(1, 10)], 0)
 
 
 def test_rewards_are_those_of_the_papers():
     drawn = draw([Beam(t, -float(t)) for t in (3, 8, 1)], 8, 0, 3, 2, np.random.default_rng(0))
-    assert rewards_of(drawn, 3, beams=3, always=False) == (1.0, -1.0, -0.5, -1 / math.log2(5))
-    missed = drawn._replace(target=0)
-    assert rewards_of(missed, 3, beams=3, always=False) == (0.0,) * 4
-    assert rewards_of(missed, 3, beams=3, always=True) == rewards_of(drawn, 3, beams=3, always=False)
+    ranks = [*drawn.ranks, 4]
+    assert rewards_of(drawn.target, ranks, always=False) == (1.0, -1.0, -0.5, -1 / math.log2(5))
+    assert rewards_of(0, ranks, always=False) == (0.0,) * 4
+    assert rewards_of(0, ranks, always=True) == rewards_of(drawn.target, ranks, always=False)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("beams", [12, 40])
+def test_a_stored_negative_that_the_search_found_has_its_rank(catalogue, forward, beams):
+    """Passed over by ``skip`` and ``top`` it ranked after all beams, which is for those that were not found."""
+    settings = OnPolicyConfig(every=1, beams=beams, skip=1, top=1)
+    made = on_policy(catalogue, forward, settings, rewards=lambda target, ranks: (float(target), *map(float, ranks)))
+    made.begin(0, 1)
+    found_again = 0
+    for (epoch, index), drawn in made.drawn.items():
+        whole, group = catalogue.whole(index), made.group(index, epoch)
+        allowed = catalogue.eligible(index)
+        allowed[catalogue.positive(index)] = True
+        (found,) = beam_searches(forward, [BeamRequest(whole.prefix, catalogue.trie(whole), allowed)], beams, CPU)
+        ranks = {tuple(whole.branches[1 + beam.title]): float(rank) for rank, beam in enumerate(found, start=1)}
+        assert group.scores == (drawn.target, *(ranks.get(tuple(branch), beams + 1) for branch in group.branches[1:]))
+        found_again += sum(tuple(branch) in ranks for branch in group.branches[2:])
+    assert found_again
+    resumed = on_policy(catalogue, None, settings, rewards=made.rewards)
+    resumed.restore(json.loads(json.dumps([[*pair, *drawn] for pair, drawn in made.drawn.items()])))
+    assert {pair: resumed._as_trained(pair, resumed.drawn[pair], catalogue.whole(pair[1])) for pair in made.drawn} == {
+        pair: made.group(pair[1], pair[0]) for pair in made.drawn
+    }
 
 
 def job(data, **keys) -> Job:

@@ -305,6 +305,13 @@ def _check_plan(job: Job, data: PreparedData) -> None:
     """Whether the data is enough for the plan, and DeepSpeed's configuration one we can train by."""
     config, workers = job.config, job.config.cluster.workers
     make_schedule(job, len(data.train), workers)
+    require_rows(job, data)
+    resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
+
+
+def require_rows(job: Job, data: PreparedData) -> None:
+    """Raise UserError where the rows of ``data`` are none that ``job`` can train on."""
+    config = job.config
     require_fields(config.template, data.items, data.users, str(data.path))
     require_lists(job, data)
     if job.kind == "preference":
@@ -313,7 +320,6 @@ def _check_plan(job: Job, data: PreparedData) -> None:
         require_on_policy(job, data)
     elif config.sft.history_order == "shuffled":
         require_reorderable(config, data)
-    resolve_config(config.deepspeed, job.stage, config.model.dtype, workers, parameters=0)
 
 
 def _steps(job: Job, groups: int) -> int:

@@ -45,7 +45,7 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
         key, sep, raw = override.partition("=")
         if not sep or not key:
             raise UserError(f"override {override!r} is not of the form key=value, for example train.learning_rate=1e-4")
-        merged = _with_layer(merged, _nest(key.split("."), _parse_value(raw)))
+        merged = _with_layer(merged, _nest(key.split("."), parse_value(raw)))
     config = _validated(merged, [str(layer) for layer in layers], overrides or [])
     _require_epochs_count(config, passes.union(override.partition("=")[0] for override in overrides or []))
     return config
@@ -190,7 +190,7 @@ def _read_layer(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parse_value(raw: str) -> Any:
+def parse_value(raw: str) -> Any:
     """A YAML value; numbers like 1e-4, which YAML 1.1 leaves a string, become floats through pydantic.
 
     A template's texts, such as ``{title}``, ``- {title}``, ``Next:`` or ``# Liked``, stay texts: lists and mappings are
@@ -220,7 +220,7 @@ def _with_spaces(value: Any) -> Any:
     spaced = {}
     for key, of_key in value.items():
         name, colon, text = key.partition(":") if of_key is None and isinstance(key, str) else (key, "", "")
-        spaced[name] = _parse_value(text) if colon and text else _with_spaces(of_key)
+        spaced[name] = parse_value(text) if colon and text else _with_spaces(of_key)
     return spaced
 
 

@@ -125,12 +125,16 @@ def read_delimited(
 
     Args:
         sep: stands between fields; None takes the separator that the header has most of.
-        names: of the fields, for files without a header, which also know no quotes.
+        names: of the fields, for files without a header, which also know no quotes: a carriage return within a line of
+            theirs is part of a field.
     """
     content = _read_bytes(path, encoding)
     sep = sep or _separator_of(content.split(b"\n", 1)[0].decode(encoding), path)
     if sep == "::":  # two characters would need pandas' slow parser; a tab does not occur in these files
         content, sep = content.replace(b"::", b"\t"), "\t"
+    by_line_feed = names is not None and b"\n" in content
+    if by_line_feed:
+        content = re.sub(rb"\r+\n", b"\n", content)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
@@ -148,6 +152,7 @@ def read_delimited(
                 na_filter=False,
                 skip_blank_lines=False,
                 quoting=csv.QUOTE_NONE if names else csv.QUOTE_MINIMAL,
+                lineterminator="\n" if by_line_feed else None,
             )
     except (ValueError, pd.errors.ParserWarning) as error:  # pandas' errors for malformed tables are ValueErrors
         raise UserError(f"{path}: malformed table; quote fields that contain {sep!r}: {str(error).strip()}") from None

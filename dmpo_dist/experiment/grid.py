@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dmpo_dist.artifacts.files import write_whole
 from dmpo_dist.config import RunConfig, load_config
-from dmpo_dist.config.load import find_recipe
+from dmpo_dist.config.load import find_recipe, parse_value
 from dmpo_dist.config.objective import PreferenceOptions
 from dmpo_dist.config.section import dotted
 from dmpo_dist.errors import UserError
@@ -148,10 +148,7 @@ def _values_of(overrides: Iterable[str]) -> dict[str, Any]:
         key, sep, raw = text.partition("=")
         if not sep or not key:
             raise UserError(f"{text!r} is not of the form key=value, for example train.learning_rate=1e-4")
-        try:
-            flat[key] = parse_yaml(raw) if raw else ""
-        except ValueError as error:
-            raise UserError(f"{text!r}: its value is not valid YAML: {error}") from None
+        flat[key] = parse_value(raw)
     return flat
 
 

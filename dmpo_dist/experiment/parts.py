@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmpo_dist.commands.quickstart import PASSED_ON, continued_config
-from dmpo_dist.commands.train import SCRATCH, require_reorderable
+from dmpo_dist.commands.train import SCRATCH, require_rows
 from dmpo_dist.config import DataConfig, ReferenceConfig, RunConfig, TrainConfig
 from dmpo_dist.config.section import dotted
 from dmpo_dist.data.store import PreparedData
@@ -20,10 +20,8 @@ from dmpo_dist.experiment.grid import Free, GridCell, free_part
 from dmpo_dist.experiment.schema import ALL_SHOTS, SKIP, START, GridConfig
 from dmpo_dist.modeling.backbone import find_model
 from dmpo_dist.modeling.model_files import weights_key
-from dmpo_dist.objectives.registry import make_objective
 from dmpo_dist.parsing import parse_json, read_text
-from dmpo_dist.training.groups import require_levels, require_negatives
-from dmpo_dist.training.job import Kind
+from dmpo_dist.training.job import Job, Kind
 
 Role = Literal["start", "continued", "compute", "cell"]
 FOLDERS = {"start": "sft", "continued": "sft_continued", "compute": "sft_continued_compute", "cell": "cells"}
@@ -151,10 +149,11 @@ def make_parts(grid: GridConfig, cells: Sequence[GridCell], data: Mapping[str, P
     before: dict[str, str] = {}  # name of a start that is not needed -> title of the cell that the model before is with
     for cell in cells:
         config = _on_dataset(cell.config, cell, grid, data)
+        with_start = bool(of_start) or not cell.from_zero_shot
         if cell.dataset in data:
-            _require_enough(config, cell, data[cell.dataset])
+            _require_enough(config, cell, data[cell.dataset], ("sft", "preference") if with_start else ("preference",))
         start = None
-        if of_start or not cell.from_zero_shot:
+        if with_start:
             start = _part("start", config, cell, None, grid, data)
             parts.setdefault(start.title, start)
             _require_other_shots(cell, start)
@@ -344,8 +343,9 @@ def _require_other_shots(cell: GridCell, start: Part) -> None:
         )
 
 
-def _require_enough(config: RunConfig, cell: GridCell, data: PreparedData) -> None:
-    """Raise UserError for a lack of groups or negatives now, and not hours later when the cell is trained."""
+def _require_enough(config: RunConfig, cell: GridCell, data: PreparedData, stages: Sequence[Kind]) -> None:
+    """Raise UserError for a lack of groups, or rows that one of the ``stages`` cannot be trained on, now, and not hours
+    later when the cell is trained."""
     if cell.shots is not None and cell.shots + config.data.shots_skip > len(data.train):
         after = f" after {SKIP}={config.data.shots_skip}" if config.data.shots_skip else ""
         raise UserError(
@@ -353,9 +353,7 @@ def _require_enough(config: RunConfig, cell: GridCell, data: PreparedData) -> No
             "groups; take that number out of the grid, or give the dataset a block of its own"
         )
     try:
-        require_negatives(data.stored_negatives(), config.train.negatives, fixed_rows=data.ragged)
-        require_levels(make_objective(config.objective), config.objective.name, data)
-        if config.sft.history_order == "shuffled":
-            require_reorderable(config, data)
+        for stage in stages:
+            require_rows(Job(stage, config, config.model.path, config.output_dir), data)
     except UserError as error:
         raise UserError(f"the cell {cell.name}: {error}") from None

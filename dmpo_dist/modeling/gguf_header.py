@@ -39,18 +39,23 @@ def read_header(file: Path) -> Header:
     """Read and check the header of ``file``.
 
     Raises:
-        UserError: no GGUF file, or one that is cut off.
+        UserError: no GGUF file, one that is cut off, or one of several that hold a model together.
     """
     size = file.stat().st_size
     try:
         with file.open("rb") as content:
             fields, tensors, position = _read(content, file)
-    except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError):
+        alignment, parts = int(fields.get("general.alignment", 32)), int(fields.get("split.count", 0))
+        start = -(-position // alignment) * alignment  # the weights begin at the next multiple
+    except (struct.error, ValueError, TypeError, KeyError, MemoryError, ArithmeticError):
         raise UserError(
             f"{file}: its header is cut off or damaged ({size:,} bytes); copy or download it again"
         ) from None
-    alignment = int(fields.get("general.alignment", 32))
-    start = -(-position // alignment) * alignment  # the weights begin at the next multiple
+    if parts > 1:
+        raise UserError(
+            f"{file}: one of {parts} files that hold the model together; join them by llama.cpp's "
+            "`llama-gguf-split --merge`, and take the file that it makes"
+        )
     end = start + max((offset + length for _, offset, length in tensors), default=0)
     if size < end:
         raise UserError(f"{file}: cut off, {size:,} of {end:,} bytes are there; copy or download it again")

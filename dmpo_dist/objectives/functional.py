@@ -52,6 +52,7 @@ def preference_loss(
     options = (getattr(objective, "length_normalize", False), getattr(objective, "likelihood_weight", 0.0))
     if lengths is None and any(options):
         raise ValueError(f"{type(objective).__name__} with these options divides by token counts: give lengths")
+    levels = None if levels is None else _whole(levels)
     if levels is not None and not getattr(objective, "takes_levels", True):
         best = [int((level == 0).sum()) for level in levels]
         if max(best) > 1 or any(int(level.max()) > 1 for level in levels):
@@ -66,7 +67,7 @@ def preference_loss(
     if alone is not None:  # on a GPU the objectives do not look, and S-DPO of no negatives would be 0
         raise ValueError(f"group {alone} has no negatives; at least one is needed")
     log_probs = torch.cat(list(policy))
-    level = None if levels is None else torch.cat(list(levels)).to(log_probs.device)
+    level = None if levels is None else torch.cat(levels).to(log_probs.device)
     groups = Groups(
         group_id=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(log_probs.device),
         is_positive=_positives(sizes, levels).to(log_probs.device),
@@ -80,6 +81,15 @@ def preference_loss(
     )
     loss, _ = objective(log_probs, None if reference is None else torch.cat(list(reference)), groups)
     return loss / len(sizes)
+
+
+def _whole(levels: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """``levels`` as int64; ValueError for those between two whole numbers, which would count as one of them."""
+    whole = [level.long() for level in levels]
+    for number, (level, of_group) in enumerate(zip(levels, whole, strict=True)):
+        if bool((level != of_group).any()):
+            raise ValueError(f"levels of group {number} are {level.tolist()}; give whole numbers, 0 for the best")
+    return whole
 
 
 def _positives(sizes: Sequence[int], levels: Sequence[Tensor] | Tensor | None) -> Tensor:

@@ -45,11 +45,14 @@ class Drawn(NamedTuple):
         titles: columns of the negatives, in the order in which the model ranks them.
         ranks: their ranks among the titles found, from 1; the positive is one of those.
         target: rank of the positive; 0 where the search did not find it.
+        found: columns of all titles found, best first, where stored negatives fill up and rewards ask for their ranks;
+            () elsewhere.
     """
 
     titles: list[int]
     ranks: list[int]
     target: int
+    found: Sequence[int] = ()
 
 
 def draw(found: Sequence[Beam], positive: int, skip: int, top: int, count: int, rng: np.random.Generator) -> Drawn:
@@ -110,17 +113,17 @@ def require_on_policy(job: Job, data: PreparedData) -> None:
             raise UserError(f"train.on_policy does not go with {key}, which {what}, or leave train.on_policy out")
 
 
-def rewards_of(drawn: Drawn, count: int, beams: int, always: bool) -> tuple[float, ...]:
-    """1 for the positive, -1 / log2(rank + 1) for ``count`` others; 0 for all where the positive was not found.
+def rewards_of(target: int, ranks: Sequence[int], always: bool) -> tuple[float, ...]:
+    """1 for the positive, -1 / log2(rank + 1) for others of these ``ranks``; 0 for all where it was not found.
 
-    See ``objectives/rank_reward.py``. Negatives that were not found come after all ``beams``.
+    See ``objectives/rank_reward.py``.
 
     Args:
+        target: rank of the positive; 0 where the search did not find it.
         always: give rewards even so.
     """
-    if not (drawn.target or always):
-        return (0.0,) * (1 + count)
-    ranks = [*drawn.ranks, *[beams + 1] * (count - len(drawn.ranks))]
+    if not (target or always):
+        return (0.0,) * (1 + len(ranks))
     return (1.0, *(-1 / math.log2(rank + 1) for rank in ranks))
 
 
@@ -135,7 +138,7 @@ class OnPolicy:
         negatives: K of a step.
         seed: of the run.
         searching: opens a search with the weights as they are; all ranks open and close it together.
-        rewards: (what was drawn, K) -> the rewards of the positive and its negatives, for an objective that takes them.
+        rewards: (rank of the positive, ranks of its negatives) -> the rewards of all, for an objective that takes them.
         say: prints a line on rank 0.
         figures: of the latest draw.
         drawn: what was drawn for the groups of the steps to come.
@@ -147,7 +150,7 @@ class OnPolicy:
     negatives: int
     seed: int
     searching: Callable[[], AbstractContextManager[Search]]
-    rewards: Callable[[Drawn, int], tuple[float, ...]] | None
+    rewards: Callable[[int, Sequence[int]], tuple[float, ...]] | None
     say: Callable[[str], None]
     figures: dict[str, float | None] = field(default_factory=dict)
     _seconds: float = 0.0
@@ -221,6 +224,8 @@ class OnPolicy:
             row, positive = catalogue.rows[pair[1]], catalogue.positive(pair[1])
             rng = request_stream(self.seed, row.user, row.timestamp, pair[0], start)
             drawn = draw(beams, positive, settings.skip, settings.top, self.negatives, rng)
+            if self.rewards is not None and len(drawn.titles) < self.negatives:
+                drawn = drawn._replace(found=[beam.title for beam in beams])
             out.append((pair, drawn, whole, beams[:LIST_LENGTH]))
         return out
 
@@ -234,7 +239,15 @@ class OnPolicy:
         fill = [column for column in more if tuple(whole.branches[1 + column]) not in read]
         titles = [*drawn.titles, *fill][: self.negatives]
         group = whole.taking([0, *(1 + column for column in titles)])
-        return group if self.rewards is None else replace(group, scores=self.rewards(drawn, len(titles)))
+        if self.rewards is None:
+            return group
+        return replace(group, scores=self.rewards(drawn.target, self._ranks(drawn, titles, whole)))
+
+    def _ranks(self, drawn: Drawn, titles: Sequence[int], whole: TokenGroup) -> list[int]:
+        """The ranks of ``titles``, by what the model reads; what the search did not find comes after all beams."""
+        found = [*enumerate(drawn.found, start=1), *zip(drawn.ranks, drawn.titles, strict=True)]
+        ranks = {tuple(whole.branches[1 + column]): rank for rank, column in found}
+        return [ranks.get(tuple(whole.branches[1 + column]), self.settings.beams + 1) for column in titles]
 
     def _take(self, own: list[tuple[Pair, Drawn, TokenGroup, list[Beam]]]) -> None:
         """Gather the groups of all ranks, and what a log line says of them."""
@@ -248,15 +261,17 @@ class OnPolicy:
             )
         self.drawn = {pair: drawn for pair, drawn, *_ in found}
         self._groups = {pair: group for pair, _, group, _ in found}
+        lists = [best for *_, best in found if best]
+        if not lists:  # a resumed run takes up what was drawn: these are not all groups of that search
+            self.figures = {}
+            return
         ranks = [drawn.target for drawn in self.drawn.values() if drawn.target]
         self.figures = {
             "drawn_titles": len({title for drawn in self.drawn.values() for title in drawn.titles}),
             "target_found": len(ranks) / len(found),
             "target_rank": float(np.mean(ranks)) if ranks else None,
+            "top10_titles": len({beam.title for best in lists for beam in best}),
         }
-        lists = [best for *_, best in found if best]
-        if lists:  # none where a resumed run takes up what was drawn
-            self.figures["top10_titles"] = len({beam.title for best in lists for beam in best})
 
 
 def _parts(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:

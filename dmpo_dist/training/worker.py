@@ -343,7 +343,7 @@ def _on_policy(
         negatives=batches.negatives,
         seed=job.config.seed,
         searching=search,
-        rewards=partial(rewards_of, beams=settings.beams, always=always) if takes_rewards(job.loss) else None,
+        rewards=partial(rewards_of, always=always) if takes_rewards(job.loss) else None,
         say=lambda text: runtime.log({"kind": "note", "text": text}),
     )
 
