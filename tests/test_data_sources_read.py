@@ -18,6 +18,7 @@ from dmpo_dist.data.schema import Interactions
 from dmpo_dist.data.sources.kinds import kind_of, with_kind
 from dmpo_dist.data.sources.read import load_interactions
 from dmpo_dist.data.sources.shards import clean_shards
+from dmpo_dist.data.tables import read_delimited
 from dmpo_dist.errors import UserError
 
 HEADER = "user,item,rating,timestamp,title\n"
@@ -416,3 +417,18 @@ def test_real_movielens() -> None:
     assert set(log.events["item"]) == set(log.items["item"])
     assert log.events["timestamp"].is_monotonic_increasing
     assert not log.events.duplicated(["user", "item"]).any()
+
+
+@pytest.mark.parametrize(
+    ("content", "titles"),
+    [
+        (b"item,title,genres\n1,Film\rnoir,Drama\n2,Up,\n", ["Film\rnoir", "Up"]),
+        (b'item,title,genres\r\n1,"Film\r\nnoir",Drama\r\n2,Up,\r\n', ["Film\nnoir", "Up"]),
+        (b"item,title,genres\r1,Film noir,Drama\r2,Up,\r", ["Film noir", "Up"]),
+    ],
+)
+def test_lines_end_where_the_file_ends_them(tmp_path, content, titles):
+    """pandas ends a line at every carriage return, so that a title was cut and the rest of it became an item."""
+    file = tmp_path / "items.csv"
+    file.write_bytes(content)
+    assert read_delimited(file).to_dict("list") == {"item": ["1", "2"], "title": titles, "genres": ["Drama", ""]}

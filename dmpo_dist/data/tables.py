@@ -125,14 +125,15 @@ def read_delimited(
 
     Args:
         sep: stands between fields; None takes the separator that the header has most of.
-        names: of the fields, for files without a header, which also know no quotes: a carriage return within a line of
-            theirs is part of a field.
+        names: of the fields, for files without a header, which also know no quotes.
+
+    Where lines end in a line feed, a carriage return within one is part of a field.
     """
     content = _read_bytes(path, encoding)
     sep = sep or _separator_of(content.split(b"\n", 1)[0].decode(encoding), path)
     if sep == "::":  # two characters would need pandas' slow parser; a tab does not occur in these files
         content, sep = content.replace(b"::", b"\t"), "\t"
-    by_line_feed = names is not None and b"\n" in content
+    by_line_feed = b"\n" in content
     if by_line_feed:
         content = re.sub(rb"\r+\n", b"\n", content)
     try:
