@@ -28,8 +28,11 @@ PASSES = {"sft.epochs": "sft.steps", "train.epochs": "train.steps"}
 """A number of passes -> the number of steps that counts instead where it is set."""
 
 
-def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunConfig:
+def load_config(layers: list[Path], overrides: list[str] | None = None, line: str = "the command line") -> RunConfig:
     """Merge YAML ``layers`` in order, apply ``key=value`` ``overrides`` and validate.
+
+    Args:
+        line: where the overrides were given, for errors.
 
     Raises:
         UserError: unreadable file, malformed YAML, unknown key (names the nearest one) or a bad value.
@@ -46,7 +49,7 @@ def load_config(layers: list[Path], overrides: list[str] | None = None) -> RunCo
         if not sep or not key:
             raise UserError(f"override {override!r} is not of the form key=value, for example train.learning_rate=1e-4")
         merged = _with_layer(merged, _nest(key.split("."), parse_value(raw)))
-    config = _validated(merged, [str(layer) for layer in layers], overrides or [])
+    config = _validated(merged, [str(layer) for layer in layers], overrides or [], line)
     _require_epochs_count(config, passes.union(override.partition("=")[0] for override in overrides or []))
     return config
 
@@ -75,8 +78,10 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) -> RunConfig:
-    """``values`` against the schema; errors name the ``layers`` and ``overrides`` they came from."""
+def _validated(
+    values: dict[str, Any], layers: list[str], overrides: list[str], line: str = "the command line"
+) -> RunConfig:
+    """``values`` against the schema; errors name the ``layers`` they came from, or ``line`` for ``overrides``."""
     for key, value in dotted(values).items():
         _require_writable(key, value)
     try:
@@ -87,7 +92,7 @@ def _validated(values: dict[str, Any], layers: list[str], overrides: list[str]) 
         mistaken = [".".join(_key_path(e)) + "." for e in error.errors()]
         on_line = [any(key.startswith(g) or g.startswith(key) for g in given) for key in mistaken]
         sources = [] if all(on_line) else list(layers)
-        sources += ["the command line"] if any(on_line) or not layers else []
+        sources += [line] if any(on_line) or not layers else []
         problems = "\n".join(_explain(e) for e in error.errors())
         raise UserError(f"configuration ({', '.join(sources)}):\n{problems}") from None
     for key, value in dotted(changed_values(config)).items():

@@ -114,7 +114,7 @@ class GridConfig(Section):
                     raise UserError(f"{where}.{key}: cannot be set there; {OTHER_SHOTS}")
                 if key == SKIP:
                     raise UserError(f"{where}.{key}: cannot be set there; write it as an axis of the grid")
-        load_config(layers_of(self), settings_of(self))
+        load_config(layers_of(self), settings_of(self), "its settings or the command line")
         for number, block in enumerate(self.grid):
             where = "grid" if len(self.grid) == 1 else f"grid, block {number + 1}"
             for axis, values in block.items():
