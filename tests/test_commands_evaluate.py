@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import Evaluation, weights_digest
@@ -74,6 +75,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world, tmp_path, monkeypa
     assert set(found.order.models) == {"sft", "dmpo"}
     assert f"[scoring sft     0s] {len(world.data.test)}/{len(world.data.test)} users" in CONSOLE.file.getvalue()
     assert ranked == ["sft", "dmpo"]
+    assert torch.get_num_threads() == 1, "as many as OMP_NUM_THREADS says: more wait for each other on busy cores"
 
 
 def test_settings_that_nothing_reads_are_named(world, tmp_path):

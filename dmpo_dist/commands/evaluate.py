@@ -1,10 +1,8 @@
 """Models and baselines on the same candidates of the test requests."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from dmpo_dist.artifacts.evaluation import (
@@ -158,7 +156,6 @@ def evaluate(
         console.print(f"note: {note}", highlight=False)
     baselines = kept_baseline_scores(data, config, catalogue, folder, lambda line: console.print(line, highlight=False))
     scores = dict(baselines.scores)
-    torch.set_num_threads(os.cpu_count() or 1)
     spreads, ruled, generated = {}, {}, {}
     for name, path in models.items():
         found = model_scores(name, path, data, config, folder, console)
