@@ -1,6 +1,7 @@
 """Models and baselines on the same candidates of the test requests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from dmpo_dist.artifacts.evaluation import (
 from dmpo_dist.commands.catalogue_parts import rank_catalogue
 from dmpo_dist.commands.kept_baselines import kept_baseline_scores
 from dmpo_dist.commands.model_scores import model_scores
-from dmpo_dist.commands.scored_parts import remove_parts
+from dmpo_dist.commands.scored_parts import on_actors, remove_parts
 from dmpo_dist.commands.train import template_of
 from dmpo_dist.config import RunConfig
 from dmpo_dist.config.evaluation import BASELINES, SAME_USERS, EvaluationConfig
@@ -157,43 +158,44 @@ def evaluate(
     baselines = kept_baseline_scores(data, config, catalogue, folder, lambda line: console.print(line, highlight=False))
     scores = dict(baselines.scores)
     spreads, ruled, generated = {}, {}, {}
-    for name, path in models.items():
-        found = model_scores(name, path, data, config, folder, console)
-        scores[name] = found.scores
-        spreads |= {name: found.spread} if found.spread else {}
-        ruled |= {name: found.ruled} if found.ruled else {}
-        generated |= {name: found.generated} if found.generated else {}
-    oracle = oracle_scores(data.test)
-    if oracle is not None:
-        scores["oracle"] = oracle
-    strata = strata_of(data.test, None if data.interactions is None else fitting_log(data, "test"))
-    evaluation = evaluate_scores(
-        scores, data.test, settings.bootstrap_samples, seed, strata, against, starts_of(models)
-    )
-    evaluation.data = data.about()
-    evaluation.folders = models
-    evaluation.weights = {n: digest for n, path in models.items() if (digest := weights_digest(Path(path)))}
-    notes = _notes_of_lists(models, data, config) + _notes_of_few(data)
-    evaluation.baselines = {n: BaselineTraining.model_validate(known) for n, known in baselines.details.items()}
-    if spreads:
-        again = min(settings.order_requests, len(data.test))
-        evaluation.order = OrderCheck(requests=again, orders=ORDERS, models=spreads)
-    if generated:
-        evaluation.generation = Generation(requests=min(settings.generate, len(data.test)), models=generated)
-    if ruled:
-        evaluation.rules = rules_figures(ruled, settings.bootstrap_samples, seed)
-    if catalogue:
-        whole = WholeCatalogue(data, config.ranking.exclude_history)
-        notes += _notes_of_repeats(whole, config)
-        configs = {name: with_rule(config, ruled[name].choice if name in ruled else None) for name in models}
-        ranked = {**_catalogue_baselines(whole, data, config), **baselines.catalogue}
-        widths = [*([None] if settings.catalogue_exact else []), *settings.catalogue_beams]
+    with _one_ray(models, config):
         for name, path in models.items():
-            by_width = rank_catalogue(name, path, whole, data, configs[name], widths, folder, console)
-            ranked |= {name if beams is None else beams_row(name, beams): by_width[beams] for beams in widths}
-        evaluation.catalogue = summary(
-            ranked, len(whole.items), settings.bootstrap_samples, seed, config.ranking.exclude_history
+            found = model_scores(name, path, data, config, folder, console)
+            scores[name] = found.scores
+            spreads |= {name: found.spread} if found.spread else {}
+            ruled |= {name: found.ruled} if found.ruled else {}
+            generated |= {name: found.generated} if found.generated else {}
+        oracle = oracle_scores(data.test)
+        if oracle is not None:
+            scores["oracle"] = oracle
+        strata = strata_of(data.test, None if data.interactions is None else fitting_log(data, "test"))
+        evaluation = evaluate_scores(
+            scores, data.test, settings.bootstrap_samples, seed, strata, against, starts_of(models)
         )
+        evaluation.data = data.about()
+        evaluation.folders = models
+        evaluation.weights = {n: digest for n, path in models.items() if (digest := weights_digest(Path(path)))}
+        notes = _notes_of_lists(models, data, config) + _notes_of_few(data)
+        evaluation.baselines = {n: BaselineTraining.model_validate(known) for n, known in baselines.details.items()}
+        if spreads:
+            again = min(settings.order_requests, len(data.test))
+            evaluation.order = OrderCheck(requests=again, orders=ORDERS, models=spreads)
+        if generated:
+            evaluation.generation = Generation(requests=min(settings.generate, len(data.test)), models=generated)
+        if ruled:
+            evaluation.rules = rules_figures(ruled, settings.bootstrap_samples, seed)
+        if catalogue:
+            whole = WholeCatalogue(data, config.ranking.exclude_history)
+            notes += _notes_of_repeats(whole, config)
+            configs = {name: with_rule(config, ruled[name].choice if name in ruled else None) for name in models}
+            ranked = {**_catalogue_baselines(whole, data, config), **baselines.catalogue}
+            widths = [*([None] if settings.catalogue_exact else []), *settings.catalogue_beams]
+            for name, path in models.items():
+                by_width = rank_catalogue(name, path, whole, data, configs[name], widths, folder, console)
+                ranked |= {name if beams is None else beams_row(name, beams): by_width[beams] for beams in widths}
+            evaluation.catalogue = summary(
+                ranked, len(whole.items), settings.bootstrap_samples, seed, config.ranking.exclude_history
+            )
     evaluation.notes = notes_of(data, config) + notes
     write_evaluation(folder, evaluation, scores, data.test)
     remove_parts(folder)
@@ -201,6 +203,15 @@ def evaluate(
     for note in notes:
         console.print(f"note: {note}", highlight=False)
     return evaluation
+
+
+def _one_ray(models: Mapping[str, str], config: RunConfig) -> AbstractContextManager[None]:
+    """Ray for all ``models``, where its actors score them: each would start one of its own."""
+    if not models or not on_actors(config):
+        return nullcontext()
+    from dmpo_dist.cluster.train import ray_session
+
+    return ray_session(config.cluster)
 
 
 def _catalogue_baselines(whole: WholeCatalogue, data: PreparedData, config: RunConfig) -> dict[str, Ranked]:
