@@ -10,8 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, fie
 def at_home(value: Any) -> Any:
     """``value``, or what it names in the user's home directory where it is a text or Path that begins with ``~/``,
     which the shell leaves as it is after a key."""
-    at_home = isinstance(value, str | Path) and str(value).startswith("~/")
-    return str(Path(value).expanduser()) if at_home else value
+    below_home = isinstance(value, str | Path) and str(value).startswith("~/")
+    return str(Path(value).expanduser()) if below_home else value
 
 
 def _as_text(value: Any) -> Any:

@@ -19,7 +19,6 @@ from dmpo_dist.figures.style import GREY, PALETTE, Drawing, add_legend, drawing,
 
 HERE = Path(__file__).parent
 WIDTH = 4.3  # inches of a panel
-ZERO_SHOT, SFT_CONTINUED = 0.578, 0.629  # NDCG@10 on the same 300 users of ML-100K
 NAMES = {
     "SFT continued": "sft_continued", "DMPO": "dmpo", "DMPO, boundary negatives": "dmpo-boundary", "S-DPO": "sdpo",
     "DPO on 7 pairs": "dpo_pairs", "IPO": "ipo", "SimPO": "simpo",
@@ -30,6 +29,8 @@ LOOKS = dict(zip(NAMES, model_looks(NAMES.values()).values(), strict=True))
 def main() -> None:
     results = pd.read_csv(HERE / "results.csv")
     panels = dict(iter(results.groupby("panel", sort=False)))
+    levels = panels["levels"].set_index("series")["value"].to_dict()  # what depends on neither examples nor negatives
+    negatives, examples = (panels["negatives"], levels), (panels["examples"], {"zero-shot": levels["zero-shot"]})
     difference = "NDCG@10 minus SFT continued, 95 % intervals"
     save(
         "claim.svg",
@@ -41,8 +42,8 @@ def main() -> None:
     save(
         "curves.svg",
         [
-            Drawing("ML-100K, by number of examples", "", lambda axes: _by(axes, panels["examples"], "examples")),
-            Drawing("ML-100K, by number of negatives", "", lambda axes: _by(axes, panels["negatives"], "negatives")),
+            Drawing("ML-100K, by number of examples", "", partial(_by, of=examples, unit="examples")),
+            Drawing("ML-100K, by number of negatives", "", partial(_by, of=negatives, unit="negatives")),
             Drawing("DMPO's training loss", "", lambda axes: _losses(axes, panels["training"])),
         ],
     )
@@ -81,13 +82,14 @@ def _line(axes: Axes, series: str, points: pd.DataFrame) -> None:
     axes.plot(points["x"], points["value"], color=look.colour, marker=look.marker, linestyle=look.dash, label=series)
 
 
-def _by(axes: Axes, panel: pd.DataFrame, unit: str) -> None:
-    """A line for each series over ``x``; what does not depend on it is a level."""
+def _by(axes: Axes, of: tuple[pd.DataFrame, dict[str, float]], unit: str) -> None:
+    """A line for each series of a panel over ``x``, and a level for what does not depend on it."""
+    panel, levels = of
     for name, points in panel.groupby("series"):
         _line(axes, str(name), points)
-    if "SFT continued" not in set(panel["series"]):
-        axes.axhline(SFT_CONTINUED, color=LOOKS["SFT continued"].colour, linestyle="--", label="SFT continued")
-    axes.axhline(ZERO_SHOT, color=GREY, linestyle=":", label="zero-shot")
+    for name, level in sorted(levels.items()):
+        look = LOOKS.get(name)
+        axes.axhline(level, color=look.colour if look else GREY, linestyle="--" if look else ":", label=name)
     log_ticks(axes, panel["x"])
     axes.set_xlabel(unit)
     axes.set_ylabel("NDCG@10")
